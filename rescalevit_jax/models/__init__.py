@@ -1,0 +1,97 @@
+"""Vision Transformers by name: `create("ViT-B_16", num_classes=10)`."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from rescalevit_jax import errors
+from rescalevit_jax.models import initializers
+from rescalevit_jax.models import norms
+from rescalevit_jax.models import variants
+from rescalevit_jax.models import vit
+
+GELUS = ("erf", "tanh")
+DTYPES = ("auto", "float32", "bfloat16")
+
+
+def create(
+    name: str,
+    *,
+    num_classes: int,
+    norm: str = "LN",
+    image_size: int = 224,
+    dropout_rate: float = 0.1,
+    gelu: str = "erf",
+    init: str = "torch",
+    representation_size: int | None = None,
+    dtype: str = "float32",
+    **sizes: int | None,
+) -> vit.VisionTransformer:
+  """Returns a model of the table of sizes, as a flax.linen module.
+
+  Args:
+    name: a key of `variants.VARIANTS`, such as 'ViT-B_16'.
+    num_classes: width of the head.
+    norm: a key of `norms.NORMS`.
+    image_size: edge of the square images, in pixels.
+    dropout_rate: after the embedding and twice in each MLP; attention has none.
+    gelu: 'erf' as in RescaleViT or 'tanh' as in Google's code.
+    init: 'torch' as in RescaleViT or 'google': see `initializers`.
+    representation_size: width of Google's `pre_logits` layer, or None for none.
+    dtype: of the computation: 'float32', 'bfloat16', or 'auto' (bfloat16 on
+      GPU and TPU). Parameters, norm statistics, softmax and logits are float32.
+    **sizes: fields of `variants.Variant` that replace the table's; None keeps.
+
+  Raises:
+    UserError: an unknown name, or sizes that do not fit together.
+  """
+  for value, valid, what in (
+      (name, variants.VARIANTS, "model_name"),
+      (norm, norms.NORMS, "model.norm"),
+      (gelu, GELUS, "model.gelu"),
+      (init, initializers.SCHEMES, "model.init"),
+      (dtype, DTYPES, "dtype"),
+  ):
+    if value not in valid:
+      raise errors.UserError(
+          f"{what}: unknown {value!r}; {errors.nearest(str(value), valid)}"
+      )
+  fields = [f.name for f in dataclasses.fields(variants.Variant)]
+  for key in sizes:
+    if key not in fields:
+      raise errors.UserError(
+          f"models.create: unknown argument {key!r};"
+          f" {errors.nearest(key, fields)}"
+      )
+  size = dataclasses.replace(
+      variants.VARIANTS[name],
+      **{k: v for k, v in sizes.items() if v is not None},
+  )
+  if image_size % size.patch_size:
+    raise errors.UserError(
+        f"image_size: {image_size} is not divisible by the patch size"
+        f" {size.patch_size} of {name}"
+    )
+  if size.hidden_size % size.num_heads:
+    raise errors.UserError(
+        f"model.hidden_size: {size.hidden_size} is not divisible by the"
+        f" {size.num_heads} heads"
+    )
+  if norm == "GN" and size.hidden_size % norms.GroupNorm.GROUPS:
+    raise errors.UserError(
+        f"model.hidden_size: {size.hidden_size} is not divisible by the"
+        f" {norms.GroupNorm.GROUPS} groups of GN"
+    )
+  if dtype == "auto":
+    dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+  return vit.VisionTransformer(
+      num_classes=num_classes,
+      norm=norm,
+      dropout_rate=dropout_rate,
+      gelu=gelu,
+      init_scheme=init,
+      representation_size=representation_size,
+      dtype=jnp.dtype(dtype),
+      **dataclasses.asdict(size),
+  )

@@ -1,0 +1,75 @@
+"""How a model starts from scratch.
+
+Two schemes: `torch`, what RescaleViT gets from PyTorch's defaults, and
+`google`, that of Google's ViT code. Class token (0), norms (scale 1, bias 0)
+and MLP (Xavier uniform, biases normal 1e-6) are alike in both.
+"""
+
+from collections.abc import Callable
+import dataclasses
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+Initializer = Callable[..., Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Scheme:
+  """Initializers of each kind of parameter.
+
+  Those of biases are functions of the layer's fan-in.
+  """
+
+  patch_kernel: Initializer
+  patch_bias: Callable[[int], Initializer]
+  position: Initializer
+  attention_kernel: Initializer
+  attention_bias: Callable[[int], Initializer]
+  head_kernel: Initializer
+  head_bias: Callable[[int], Initializer]
+  mlp_kernel: Initializer = nn.initializers.xavier_uniform()
+  mlp_bias: Initializer = nn.initializers.normal(stddev=1e-6)
+
+
+def _zeros(fan_in):
+  del fan_in
+  return nn.initializers.zeros
+
+
+def _uniform(fan_in):
+  """U(-b, b) with b = fan_in^(-1/2), PyTorch's default for biases."""
+
+  def init(key, shape, dtype=jnp.float32):
+    bound = fan_in**-0.5
+    return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+  return init
+
+
+# Variance 1 / (3 fan_in): U(-b, b) with b = fan_in^(-1/2), as PyTorch's
+# default of Linear and Conv2d.
+_TORCH_KERNEL = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+
+SCHEMES = {
+    "torch": Scheme(
+        patch_kernel=_TORCH_KERNEL,
+        patch_bias=_uniform,
+        position=nn.initializers.zeros,
+        attention_kernel=_TORCH_KERNEL,
+        attention_bias=_uniform,
+        head_kernel=_TORCH_KERNEL,
+        head_bias=_uniform,
+    ),
+    "google": Scheme(
+        patch_kernel=nn.initializers.lecun_normal(),
+        patch_bias=_zeros,
+        position=nn.initializers.normal(stddev=0.02),
+        attention_kernel=nn.initializers.xavier_uniform(),
+        attention_bias=_zeros,
+        head_kernel=nn.initializers.zeros,
+        head_bias=_zeros,
+    ),
+}

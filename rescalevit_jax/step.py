@@ -1,0 +1,208 @@
+"""TrainState, train_step and eval_step: pure functions."""
+
+from typing import Any
+
+import flax
+from flax import linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+
+from rescalevit_jax import augment as augment_lib
+
+
+@flax.struct.dataclass
+class TrainState:
+  """All that a step changes.
+
+  Attributes:
+    step: [] int32, steps done.
+    params: the model's parameters, float32.
+    batch_stats: the norms' statistics, empty for LN and GN.
+    opt_state: the optimizer's state.
+    broken_step: [] int32, the first step whose loss or gradient was not finite;
+      0 if there was none.
+  """
+
+  step: jax.Array
+  params: Any
+  batch_stats: Any
+  opt_state: Any
+  broken_step: jax.Array
+
+
+def init_state(
+    model: nn.Module,
+    optimizer: optax.GradientTransformation,
+    image_size: int,
+    seed: int,
+) -> TrainState:
+  """Returns the state at step 0, from scratch."""
+  images = jnp.zeros((1, image_size, image_size, 3))
+  variables = model.init(jax.random.key(seed), images, train=False)
+  return TrainState(
+      step=jnp.zeros((), jnp.int32),
+      params=variables["params"],
+      batch_stats=variables.get("batch_stats", {}),
+      opt_state=optimizer.init(variables["params"]),
+      broken_step=jnp.zeros((), jnp.int32),
+  )
+
+
+def train_step(
+    state: TrainState,
+    images: jax.Array,
+    labels: jax.Array,
+    indices: jax.Array,
+    *,
+    model: nn.Module,
+    optimizer: optax.GradientTransformation,
+    augment: augment_lib.Augment,
+    image_size: int,
+    seed: int,
+) -> tuple[TrainState, dict[str, jax.Array]]:
+  """One update.
+
+  All randomness is a function of (seed, step), so that a resumed run is the
+  same run; a crop depends on its place in the batch, not on `accum_steps`.
+
+  Args:
+    state: the state before the update.
+    images: [M, H, W, 3] uint8, the whole training split.
+    labels: [M] int32.
+    indices: [A, B] int32, the batch's places in the split, as A micro-batches
+      whose gradients are averaged.
+    model: a `VisionTransformer`.
+    optimizer: of the parameters.
+    augment: what happens to training images.
+    image_size: edge of the model's input, in pixels.
+    seed: of the run.
+
+  Returns:
+    The state after the update, and scalars: `loss` (mean over the batch, before
+    the update) and `grad_norm` (global norm before clipping).
+  """
+  key = jax.random.fold_in(jax.random.key(seed), state.step + 1)
+  crop_key, dropout_key = jax.random.split(key)
+  crop_keys = jax.random.split(crop_key, indices.shape)
+  dropout_keys = jax.random.split(dropout_key, len(indices))
+
+  def micro_step(carry, micro_batch):
+    batch_stats, sums = carry
+    indices, crop_keys, dropout_key = micro_batch
+    x = augment_lib.prepare_random(
+        crop_keys, images[indices], image_size, augment
+    )
+    (loss, batch_stats), grads = jax.value_and_grad(loss_fn, has_aux=True)(
+        state.params, batch_stats, x, labels[indices], dropout_key, model=model
+    )
+    return (batch_stats, jax.tree.map(jnp.add, sums, (loss, grads))), None
+
+  carry = (
+      state.batch_stats,
+      (jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.params)),
+  )
+  micro_batches = (indices, crop_keys, dropout_keys)
+  if len(indices) == 1:  # No loop: the compiler sees one straight step.
+    carry, _ = micro_step(carry, jax.tree.map(lambda x: x[0], micro_batches))
+  else:
+    carry, _ = jax.lax.scan(micro_step, carry, micro_batches)
+  batch_stats, sums = carry
+  loss, grads = jax.tree.map(lambda x: x / len(indices), sums)
+  return update(state, loss, grads, batch_stats, optimizer=optimizer)
+
+
+def loss_fn(
+    params: Any,
+    batch_stats: Any,
+    images: jax.Array,
+    labels: jax.Array,
+    dropout_key: jax.Array,
+    *,
+    model: nn.Module,
+) -> tuple[jax.Array, Any]:
+  """Mean cross-entropy in training mode.
+
+  Args:
+    params: the parameters.
+    batch_stats: the statistics before the pass.
+    images: [B, S, S, 3] float32 in [-1, 1].
+    labels: [B] int32.
+    dropout_key: a PRNG key.
+    model: a `VisionTransformer`.
+
+  Returns:
+    The loss, [] float32, and the statistics after the pass.
+  """
+  logits, new = model.apply(
+      {"params": params, "batch_stats": batch_stats},
+      images,
+      train=True,
+      mutable=["batch_stats"],
+      rngs={"dropout": dropout_key},
+  )
+  loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+  return loss, new.get("batch_stats", {})
+
+
+def update(
+    state: TrainState,
+    loss: jax.Array,
+    grads: Any,
+    batch_stats: Any,
+    *,
+    optimizer: optax.GradientTransformation,
+) -> tuple[TrainState, dict[str, jax.Array]]:
+  """Applies a gradient; see `train_step` for what it returns."""
+  updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+  grad_norm = optax.global_norm(grads)
+  step = state.step + 1
+  broken = ~(jnp.isfinite(loss) & jnp.isfinite(grad_norm))
+  state = TrainState(
+      step=step,
+      params=optax.apply_updates(state.params, updates),
+      batch_stats=batch_stats,
+      opt_state=opt_state,
+      broken_step=jnp.where(
+          (state.broken_step == 0) & broken, step, state.broken_step
+      ),
+  )
+  return state, {"loss": loss, "grad_norm": grad_norm}
+
+
+def eval_step(
+    params: Any,
+    batch_stats: Any,
+    images: jax.Array,
+    labels: jax.Array,
+    indices: jax.Array,
+    mask: jax.Array,
+    *,
+    model: nn.Module,
+    image_size: int,
+) -> dict[str, jax.Array]:
+  """Sums over one batch of a split.
+
+  Args:
+    params: the parameters.
+    batch_stats: the statistics.
+    images: [M, H, W, 3] uint8, the whole split.
+    labels: [M] int32.
+    indices: [B] int32, the batch's places in the split.
+    mask: [B] bool, False where the batch is only filled up.
+    model: a `VisionTransformer`.
+    image_size: edge of the model's input, in pixels.
+
+  Returns:
+    `loss` ([] float32) and `correct` ([] int32), summed over the examples.
+  """
+  x = augment_lib.prepare(images[indices], image_size)
+  logits = model.apply(
+      {"params": params, "batch_stats": batch_stats}, x, train=False
+  )
+  y = labels[indices]
+  loss = optax.softmax_cross_entropy_with_integer_labels(logits, y)
+  return {
+      "loss": jnp.where(mask, loss, 0.0).sum(),
+      "correct": (mask & (logits.argmax(-1) == y)).sum(),
+  }
