@@ -13,10 +13,17 @@ class UserError(Exception):
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:
-  """Returns a hint such as 'did you mean LN? valid: BN, GN, LN'."""
+  """Returns a hint such as 'did you mean LN? valid: LN, BN, GN'.
+
+  A long list of valid names is left out where there is a near one.
+  """
   valid = list(valid)
-  close = difflib.get_close_matches(name, valid, n=3, cutoff=0.4)
-  if not close:  # get_close_matches is case-sensitive.
-    close = [v for v in valid if v.lower() == name.lower()]
-  hint = f"did you mean {' or '.join(close)}? " if close else ""
-  return f"{hint}valid: {', '.join(valid)}"
+  lower = {v.lower(): v for v in valid}
+  close = [
+      lower[v]
+      for v in difflib.get_close_matches(name.lower(), lower, n=3, cutoff=0.6)
+  ]
+  hint = f"did you mean {' or '.join(close)}?" if close else ""
+  if hint and len(valid) > 12:
+    return hint
+  return f"{hint} valid: {', '.join(valid)}".strip()

@@ -38,15 +38,16 @@ def sgd(
     *,
     momentum: float,
     weight_decay: float,
-    grad_norm_clip: float | None,
+    grad_norm_clip: float,
 ) -> optax.GradientTransformation:
   """SGD with momentum: clip, then decay, then momentum, then the rate.
 
   Weight decay is coupled (g + weight_decay * p) and holds for all parameters;
-  it is not subject to the clipping by global norm.
+  it is not subject to the clipping by global norm. A `grad_norm_clip` of 0 is
+  none.
   """
   clip = optax.identity()
-  if grad_norm_clip is not None:
+  if grad_norm_clip > 0:
     clip = optax.clip_by_global_norm(grad_norm_clip)
   return optax.chain(
       clip,

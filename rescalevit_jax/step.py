@@ -20,15 +20,12 @@ class TrainState:
     params: the model's parameters, float32.
     batch_stats: the norms' statistics, empty for LN and GN.
     opt_state: the optimizer's state.
-    broken_step: [] int32, the first step whose loss or gradient was not finite;
-      0 if there was none.
   """
 
   step: jax.Array
   params: Any
   batch_stats: Any
   opt_state: Any
-  broken_step: jax.Array
 
 
 def init_state(
@@ -45,7 +42,6 @@ def init_state(
       params=variables["params"],
       batch_stats=variables.get("batch_stats", {}),
       opt_state=optimizer.init(variables["params"]),
-      broken_step=jnp.zeros((), jnp.int32),
   )
 
 
@@ -155,19 +151,13 @@ def update(
 ) -> tuple[TrainState, dict[str, jax.Array]]:
   """Applies a gradient; see `train_step` for what it returns."""
   updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-  grad_norm = optax.global_norm(grads)
-  step = state.step + 1
-  broken = ~(jnp.isfinite(loss) & jnp.isfinite(grad_norm))
   state = TrainState(
-      step=step,
+      step=state.step + 1,
       params=optax.apply_updates(state.params, updates),
       batch_stats=batch_stats,
       opt_state=opt_state,
-      broken_step=jnp.where(
-          (state.broken_step == 0) & broken, step, state.broken_step
-      ),
   )
-  return state, {"loss": loss, "grad_norm": grad_norm}
+  return state, {"loss": loss, "grad_norm": optax.global_norm(grads)}
 
 
 def eval_step(

@@ -1,0 +1,16 @@
+"""A small ViT on CIFAR-10 at its own 32x32 pixels, for a CPU."""
+
+from rescalevit_jax import config as config_lib
+
+
+def get_config():
+  config = config_lib.default()
+  config.model_name = "ViT-XS_4"
+  config.model.norm = "Rescale"
+  config.image_size = 32
+  config.batch_eval = 500
+  config.warmup_steps = 100
+  config.total_steps = 2000
+  config.eval_every = 400
+  config.augment.flip = True
+  return config

@@ -1,0 +1,10 @@
+"""The comparison: ViT-B_16 with LayerNorm, from scratch, same recipe."""
+
+from rescalevit_jax import config as config_lib
+
+
+def get_config():
+  config = config_lib.default()
+  config.model_name = "ViT-B_16"
+  config.model.norm = "LN"
+  return config

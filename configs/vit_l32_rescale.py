@@ -1,0 +1,10 @@
+"""RescaleViT's recipe: ViT-L_32 without normalization, from scratch."""
+
+from rescalevit_jax import config as config_lib
+
+
+def get_config():
+  config = config_lib.default()
+  config.model_name = "ViT-L_32"
+  config.model.norm = "Rescale"
+  return config

@@ -1,0 +1,206 @@
+"""Orbax checkpoints: the last ones, to go on from, and the best one.
+
+  checkpoints/last/STEP/{variables,optimizer,progress}
+  checkpoints/best/STEP/{variables,progress}
+
+`variables` holds the collections `params` and `batch_stats`. A checkpoint is
+written to a temporary folder and renamed, so that what has its final name is
+whole.
+"""
+
+import dataclasses
+import pathlib
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from rescalevit_jax import errors
+from rescalevit_jax import step as step_lib
+
+
+@dataclasses.dataclass
+class Progress:
+  """What a run knows about itself beside its state; saved with it.
+
+  Attributes:
+    step: steps done.
+    best_accuracy: highest test accuracy so far, in [0, 1].
+    best_step: the first step that reached it.
+    last_accuracy: test accuracy of the last evaluation.
+    last_loss: test loss of the last evaluation.
+    last_step: step of the last evaluation; 0 before the first.
+    examples_evaluated: test images counted by the last evaluation.
+    seconds: wall time of the run, restarts included.
+    timed_steps: training steps in `timed_seconds`.
+    timed_seconds: time of training alone: no compilation, no evaluation.
+  """
+
+  step: int = 0
+  best_accuracy: float = -1.0
+  best_step: int = 0
+  last_accuracy: float = -1.0
+  last_loss: float = -1.0
+  last_step: int = 0
+  examples_evaluated: int = 0
+  seconds: float = 0.0
+  timed_steps: int = 0
+  timed_seconds: float = 0.0
+
+
+class Checkpoints:
+  """The checkpoints of a run; saving is asynchronous.
+
+  Args:
+    workdir: the run's folder.
+    keep: how many of the last ones to keep.
+  """
+
+  def __init__(self, workdir: pathlib.Path, keep: int = 1):
+    self._last = _manager(workdir, "last", keep)
+    self._best = _manager(workdir, "best", 1)
+
+  def __enter__(self) -> "Checkpoints":
+    return self
+
+  def __exit__(self, *exc_info):
+    self._last.close()
+    self._best.close()
+
+  def latest_step(self) -> int | None:
+    """Returns the step that a run goes on from, or None for a new run."""
+    return self._last.latest_step()
+
+  def save(self, state: step_lib.TrainState, progress: Progress) -> None:
+    """Saves a point to go on from; a no-op if it is there."""
+    if progress.step in self._last.all_steps():
+      return
+    self._best.wait_until_finished()  # `progress` tells of it.
+    self._last.save(
+        progress.step,
+        args=ocp.args.Composite(
+            variables=ocp.args.StandardSave(_variables(state)),
+            optimizer=ocp.args.StandardSave(_optimizer(state)),
+            progress=ocp.args.JsonSave(dataclasses.asdict(progress)),
+        ),
+    )
+
+  def save_best(
+      self, state: step_lib.TrainState, progress: Progress
+  ) -> None:
+    """Saves the best variables so far; a no-op if they are there."""
+    if progress.step in self._best.all_steps():
+      return
+    self._best.save(
+        progress.step,
+        args=ocp.args.Composite(
+            variables=ocp.args.StandardSave(_variables(state)),
+            progress=ocp.args.JsonSave(dataclasses.asdict(progress)),
+        ),
+    )
+
+  def restore(
+      self, like: step_lib.TrainState
+  ) -> tuple[step_lib.TrainState, Progress]:
+    """Restores the latest state.
+
+    Args:
+      like: a state of `jax.ShapeDtypeStruct`s with shardings.
+
+    Raises:
+      UserError: the checkpoint is damaged or of another model.
+    """
+    args = ocp.args.Composite(
+        variables=ocp.args.StandardRestore(_variables(like)),
+        optimizer=ocp.args.StandardRestore(_optimizer(like)),
+        progress=ocp.args.JsonRestore(),
+    )
+    found = _restore(self._last, args)
+    state = step_lib.TrainState(**found["variables"], **found["optimizer"])
+    return state, Progress(**found["progress"])
+
+  def wait(self) -> None:
+    """Waits until all is on disk."""
+    self._best.wait_until_finished()
+    self._last.wait_until_finished()
+
+
+def load_variables(
+    workdir: pathlib.Path, which: str
+) -> tuple[dict[str, Any], dict[str, Any], int]:
+  """Reads a run's weights, whatever its model, onto the first device.
+
+  Args:
+    workdir: the run's folder.
+    which: 'best' or 'latest'.
+
+  Returns:
+    The trees `params` and `batch_stats`, and the step.
+
+  Raises:
+    UserError: there is no checkpoint, or it is damaged.
+  """
+  workdir = pathlib.Path(workdir)
+  kind = {"best": "best", "latest": "last"}[which]
+  if not (workdir / "checkpoints" / kind).is_dir():
+    raise errors.UserError(
+        f"{workdir}: no {which} checkpoint; --workdir must be the folder of a"
+        " run that has saved one"
+    )
+  with _manager(workdir, kind, None, readonly=True) as manager:
+    step = manager.latest_step()
+    if step is None:
+      raise errors.UserError(f"{workdir}: no {which} checkpoint")
+    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    try:
+      like = manager.item_metadata(step)["variables"]
+      like = jax.tree.map(
+          lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+          like,
+      )
+    except Exception as e:
+      raise _damaged(manager, e) from e
+    args = ocp.args.Composite(variables=ocp.args.StandardRestore(like))
+    variables = _restore(manager, args)["variables"]
+  return variables["params"], variables["batch_stats"], step
+
+
+def _manager(workdir, kind, keep, *, readonly=False):
+  return ocp.CheckpointManager(
+      (pathlib.Path(workdir) / "checkpoints" / kind).absolute(),
+      item_handlers={
+          "variables": ocp.StandardCheckpointHandler(),
+          "optimizer": ocp.StandardCheckpointHandler(),
+          "progress": ocp.JsonCheckpointHandler(),
+      },
+      options=ocp.CheckpointManagerOptions(
+          max_to_keep=keep,
+          create=not readonly,
+          # What another process is writing just now is left alone.
+          cleanup_tmp_directories=not readonly,
+      ),
+  )
+
+
+def _restore(manager, args):
+  try:
+    return manager.restore(manager.latest_step(), args=args)
+  except Exception as e:  # Orbax and tensorstore raise all sorts.
+    raise _damaged(manager, e) from e
+
+
+def _damaged(manager, error):
+  reason = " ".join(str(error).split())[:200]
+  return errors.UserError(
+      f"{manager.directory / str(manager.latest_step())}: the checkpoint is"
+      " damaged or not of this model; move it away to go on from the one before"
+      f" it ({type(error).__name__}: {reason})"
+  )
+
+
+def _variables(state):
+  return {"params": state.params, "batch_stats": state.batch_stats}
+
+
+def _optimizer(state):
+  return {"step": state.step, "opt_state": state.opt_state}

@@ -1,0 +1,303 @@
+"""Every config key: default, meaning and valid values, in one table."""
+
+from collections.abc import Callable, Iterator
+import dataclasses
+import json
+import math
+from typing import Any
+
+import ml_collections
+from ml_collections import config_dict
+
+from rescalevit_jax import errors
+from rescalevit_jax import models
+from rescalevit_jax.models import initializers
+from rescalevit_jax.models import norms
+from rescalevit_jax.models import variants
+
+
+@dataclasses.dataclass(frozen=True)
+class Key:
+  """A config key.
+
+  Attributes:
+    default: its value if nothing is said, as in RescaleViT.
+    meaning: one line for the README and for --help.
+    valid: what a value must be, or a collection of the valid ones.
+    check: whether a value is valid; None if `valid` lists them or all are.
+    optional: the type of a value that may also be None.
+    resumable: whether a run may go on with another value: it does not change
+      the run's numbers.
+  """
+
+  default: Any
+  meaning: str
+  valid: Any = ""
+  check: Callable[[Any], bool] | None = None
+  optional: type | None = None
+  resumable: bool = False
+
+  def accepts(self, value: Any) -> bool:
+    if value is None:
+      return self.optional is not None
+    if self.check is not None:
+      return self.check(value)
+    return not self.valid or value in self.valid
+
+
+def _positive(default: Any, meaning: str, **kwargs) -> Key:
+  return Key(
+      default, meaning, "> 0", lambda x: 0 < x < math.inf, **kwargs
+  )
+
+
+def _at_least(low: int, default: Any, meaning: str, **kwargs) -> Key:
+  return Key(
+      default, meaning, f">= {low}", lambda x: low <= x < math.inf, **kwargs
+  )
+
+
+def _size(meaning: str) -> Key:
+  meaning = f"{meaning}; None: as in the table of models"
+  return _positive(None, meaning, optional=int)
+
+
+KEYS = {
+    "dataset": Key(
+        "cifar10",
+        "`cifar10`, `cifar100`, `digits` (comes with the package), or another"
+        " tfds data set of images of one size",
+    ),
+    "tfds_data_dir": Key(
+        None,
+        "where prepared data sets lie; None: tfds' own, `~/tensorflow_datasets`",
+        optional=str,
+        resumable=True,
+    ),
+    "model_name": Key("ViT-B_16", "size of the model", variants.VARIANTS),
+    "model.norm": Key("LN", "the norm", norms.NORMS),
+    "model.dropout_rate": Key(
+        0.1,
+        "dropout after the embedding and in the MLP",
+        "in [0, 1)",
+        lambda x: 0 <= x < 1,
+    ),
+    "model.gelu": Key(
+        "erf", "`erf` as RescaleViT, `tanh` as Google's code", models.GELUS
+    ),
+    "model.init": Key(
+        "torch",
+        "start from scratch as RescaleViT (`torch`) or as Google's code",
+        initializers.SCHEMES,
+    ),
+    "model.representation_size": _positive(
+        None, "width of Google's `pre_logits` layer; None: no such layer",
+        optional=int,
+    ),
+    "model.patch_size": _size("edge of a patch, in pixels"),
+    "model.hidden_size": _size("width of a token"),
+    "model.mlp_dim": _size("width of the MLP"),
+    "model.num_heads": _size("attention heads"),
+    "model.num_layers": _size("encoder blocks"),
+    "image_size": _positive(224, "edge of the model's input, in pixels"),
+    "batch": _positive(128, "images an update"),
+    "batch_eval": _positive(
+        128,
+        "images an evaluation step; any value gives the same result",
+        resumable=True,
+    ),
+    "base_lr": _positive(0.05, "learning rate at the end of the warm-up"),
+    "warmup_steps": _at_least(0, 500, "steps of linear warm-up"),
+    "decay_type": Key(
+        "cosine", "decay of the learning rate to 0", ("cosine", "linear")
+    ),
+    "total_steps": _positive(20_000, "updates of the run"),
+    "momentum": Key(
+        0.9, "momentum of SGD", "in [0, 1)", lambda x: 0 <= x < 1
+    ),
+    "weight_decay": _at_least(
+        0, 0.0, "coupled weight decay of all parameters"
+    ),
+    "grad_norm_clip": _at_least(
+        0, 1.0, "largest global norm of a gradient; 0: any"
+    ),
+    "accum_steps": _positive(
+        1, "micro-batches an update; each has `batch / accum_steps` images"
+    ),
+    "eval_every": _positive(
+        100, "steps between evaluations; the last step is always evaluated"
+    ),
+    "progress_every": _positive(
+        50, "steps between progress lines and training metrics"
+    ),
+    "checkpoint_every": _positive(
+        1000,
+        "steps between checkpoints; the best and the last step are always kept",
+        resumable=True,
+    ),
+    "keep_checkpoints": _positive(
+        2, "how many of the last checkpoints to keep", resumable=True
+    ),
+    "eval_weights": Key(
+        "best",
+        "what `--mode eval` evaluates: the `best` or `latest` checkpoint, or"
+        " the `pretrained` file",
+        ("best", "latest", "pretrained"),
+        resumable=True,
+    ),
+    "pretrained_path": Key(
+        None, "`.npz` to start from; None: from scratch", optional=str
+    ),
+    "reinit_head": Key(
+        False, "start with a head of zeros even where the `.npz` has one"
+    ),
+    "seed": Key(
+        0,
+        "of initialization, order of images, crops and dropout",
+        "in [0, 2^32)",
+        lambda x: 0 <= x < 2**32,
+    ),
+    "dtype": Key(
+        "auto",
+        "of the computation; `auto`: `bfloat16` on GPU and TPU, else `float32`",
+        models.DTYPES,
+    ),
+    "deterministic": Key(
+        False, "the same bits in each run on a GPU too, at some cost in speed"
+    ),
+    "augment.crop": Key(True, "random crop (RandomResizedCrop) in training"),
+    "augment.min_area": Key(
+        0.05,
+        "smallest share of the image in a crop",
+        "in (0, 1]",
+        lambda x: 0 < x <= 1,
+    ),
+    "augment.min_aspect": Key(
+        0.75,
+        "smallest width / height of a crop; the largest is its inverse",
+        "in (0, 1]",
+        lambda x: 0 < x <= 1,
+    ),
+    "augment.flip": Key(False, "mirror half of the training images"),
+}
+
+
+def default() -> ml_collections.ConfigDict:
+  """Returns the default config: RescaleViT's recipe, ViT-B_16 with LN."""
+  config = ml_collections.ConfigDict()
+  for name, key in KEYS.items():
+    *path, leaf = name.split(".")
+    node = config
+    for part in path:
+      if part not in node:
+        node[part] = ml_collections.ConfigDict()
+      node = node[part]
+    node[leaf] = key.default
+    if key.default is None:
+      node[leaf] = config_dict.placeholder(key.optional)
+  return config
+
+
+def flatten(config: ml_collections.ConfigDict) -> dict[str, Any]:
+  """Returns {'model.norm': 'LN', …}: every key with its dotted name."""
+
+  def items(node: Any, prefix: str) -> Iterator[tuple[str, Any]]:
+    for name, value in node.items():
+      if isinstance(value, ml_collections.ConfigDict):
+        yield from items(value, f"{prefix}{name}.")
+      else:
+        yield prefix + name, value
+
+  return dict(items(config, ""))
+
+
+def check_key(name: str) -> None:
+  """Raises UserError if there is no such key."""
+  if name not in KEYS:
+    raise errors.UserError(
+        f"config: unknown key {name!r}; {errors.nearest(name, KEYS)}"
+    )
+
+
+def validate(config: ml_collections.ConfigDict) -> None:
+  """Checks names, types and ranges of all keys.
+
+  Raises:
+    UserError: naming the key, its value and the valid ones.
+  """
+  values = flatten(config)
+  for name in values:
+    check_key(name)
+  for name, key in KEYS.items():
+    if name not in values:
+      raise errors.UserError(
+          f"config: key {name!r} is missing; start from"
+          " rescalevit_jax.config.default()"
+      )
+    value = values[name]
+    kind = key.optional or type(key.default)
+    if value is not None and type(value) is not kind:
+      raise errors.UserError(
+          f"config: {name} is {value!r}, but must be of type {kind.__name__}"
+      )
+    if key.accepts(value):
+      continue
+    if isinstance(key.valid, str):
+      raise errors.UserError(f"config: {name} is {value!r}, but must be"
+                             f" {key.valid}")
+    raise errors.UserError(
+        f"config: {name} is {value!r}; {errors.nearest(str(value), key.valid)}"
+    )
+  if config.warmup_steps > config.total_steps:
+    raise errors.UserError(
+        f"config: warmup_steps is {config.warmup_steps}, more than total_steps,"
+        f" {config.total_steps}"
+    )
+  if config.batch % config.accum_steps:
+    raise errors.UserError(
+        f"config: batch is {config.batch}, not divisible by accum_steps,"
+        f" {config.accum_steps}"
+    )
+
+
+def to_json(config: ml_collections.ConfigDict) -> str:
+  """Returns the text of a run's config.json."""
+  return json.dumps(config.to_dict(), indent=2) + "\n"
+
+
+def from_json(text: str) -> ml_collections.ConfigDict:
+  """Reads config.json back; raises ValueError or KeyError if it is damaged."""
+  config = default()
+  config.update(json.loads(text))
+  return config
+
+
+def differing_keys(
+    old: ml_collections.ConfigDict, new: ml_collections.ConfigDict
+) -> list[str]:
+  """Names the keys in which two runs differ, with both values.
+
+  Keys that do not change a run's numbers are left out.
+  """
+  old, new = flatten(old), flatten(new)
+  return [
+      f"{name} ({old[name]!r} there, {new[name]!r} now)"
+      for name, key in KEYS.items()
+      if not key.resumable and old[name] != new[name]
+  ]
+
+
+def describe(row: str) -> str:
+  """Returns a line a key, for the README and --help.
+
+  Args:
+    row: a line's format, with {name}, {default}, {meaning}.
+  """
+  lines = []
+  for name, key in KEYS.items():
+    valid = key.valid
+    if not isinstance(valid, str):
+      valid = ", ".join(valid)
+    meaning = f"{key.meaning} ({valid})" if valid else key.meaning
+    lines.append(row.format(name=name, default=key.default, meaning=meaning))
+  return "\n".join(lines)

@@ -1,0 +1,184 @@
+"""What a config describes: data, model, optimizer, devices, first state."""
+
+import dataclasses
+import json
+import logging
+import pathlib
+
+from flax import linen as nn
+import jax
+from jax.sharding import Mesh
+import ml_collections
+import optax
+
+from rescalevit_jax import checkpoint
+from rescalevit_jax import config as config_lib
+from rescalevit_jax import data
+from rescalevit_jax import errors
+from rescalevit_jax import models
+from rescalevit_jax import optimizer as optimizer_lib
+from rescalevit_jax import pretrained
+from rescalevit_jax import progress as progress_lib
+from rescalevit_jax import sharding
+from rescalevit_jax import step as step_lib
+
+_log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+  """The parts of a run, ready to work together.
+
+  Attributes:
+    config: the validated config.
+    mesh: the devices.
+    dataset: both splits.
+    model: a `VisionTransformer`.
+    rate: the learning rate as a function of the steps already done.
+    optimizer: of the parameters.
+  """
+
+  config: ml_collections.ConfigDict
+  mesh: Mesh
+  dataset: data.Dataset
+  model: nn.Module
+  rate: optax.Schedule
+  optimizer: optax.GradientTransformation
+
+  def scratch(self) -> step_lib.TrainState:
+    """Returns the state at step 0, on every device."""
+    return jax.jit(self._init, out_shardings=sharding.replicated(self.mesh))()
+
+  def abstract(self) -> step_lib.TrainState:
+    """Returns shapes, types and places of the state."""
+    everywhere = sharding.replicated(self.mesh)
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere),
+        jax.eval_shape(self._init),
+    )
+
+  def _init(self):
+    return step_lib.init_state(
+        self.model, self.optimizer, self.config.image_size, self.config.seed
+    )
+
+
+def create(config: ml_collections.ConfigDict) -> Experiment:
+  """Builds the parts of a run from its config.
+
+  Raises:
+    UserError: a value of the config does not do, or the data are not there.
+  """
+  config_lib.validate(config)
+  mesh = sharding.create_mesh()
+  sharding.check_batch(config.batch, config.accum_steps, mesh)
+  progress_lib.warn_of_idle_gpu()
+  make_model = lambda num_classes: models.create(
+      config.model_name,
+      num_classes=num_classes,
+      image_size=config.image_size,
+      dtype=config.dtype,
+      **config.model,
+  )
+  make_model(1)  # Its mistakes show before the data are read.
+  dataset = data.load(config.dataset, config.tfds_data_dir)
+  rate = optimizer_lib.schedule(
+      config.base_lr,
+      config.warmup_steps,
+      config.total_steps,
+      config.decay_type,
+  )
+  optimizer = optimizer_lib.sgd(
+      rate,
+      momentum=config.momentum,
+      weight_decay=config.weight_decay,
+      grad_norm_clip=config.grad_norm_clip,
+  )
+  return Experiment(
+      config, mesh, dataset, make_model(dataset.num_classes), rate, optimizer
+  )
+
+
+def initial_state(
+    experiment: Experiment, checkpoints: checkpoint.Checkpoints
+) -> tuple[step_lib.TrainState, checkpoint.Progress]:
+  """Returns where the run begins: its last checkpoint, an .npz, or scratch."""
+  if (step := checkpoints.latest_step()) is not None:
+    _log.info("going on from the checkpoint of step %d", step)
+    return checkpoints.restore(experiment.abstract())
+  state = experiment.scratch()
+  if experiment.config.pretrained_path is None:
+    _log.info("starting from scratch, seed %d", experiment.config.seed)
+  else:
+    _log.info("starting from %s", experiment.config.pretrained_path)
+    state, _ = load_pretrained(experiment, state)
+  return state, checkpoint.Progress()
+
+
+def load_pretrained(
+    experiment: Experiment, state: step_lib.TrainState
+) -> tuple[step_lib.TrainState, pretrained.Report]:
+  """Replaces a state's weights by those of `pretrained_path`."""
+  config = experiment.config
+  params, batch_stats, report = pretrained.load(
+      config.pretrained_path,
+      state.params,
+      state.batch_stats,
+      reinit_head=config.reinit_head,
+  )
+  _log.info("weights of %s\n%s", config.pretrained_path, report.summary())
+  params, batch_stats = sharding.put(
+      (params, batch_stats), sharding.replicated(experiment.mesh)
+  )
+  return state.replace(params=params, batch_stats=batch_stats), report
+
+
+def default_workdir(config: ml_collections.ConfigDict) -> pathlib.Path:
+  """Returns runs/DATASET-MODEL-NORM-scratch-seed0 or …-pretrained-seed0."""
+  start = "scratch" if config.pretrained_path is None else "pretrained"
+  return pathlib.Path("runs") / "-".join([
+      config.dataset.replace("/", "_"),
+      config.model_name,
+      config.model.norm,
+      start,
+      f"seed{config.seed}",
+  ])
+
+
+def read_config(workdir: pathlib.Path) -> ml_collections.ConfigDict | None:
+  """Reads the config of the run in a folder; None if there is no run."""
+  path = pathlib.Path(workdir) / "config.json"
+  try:
+    text = path.read_text(encoding="utf-8")
+  except FileNotFoundError:
+    return None
+  try:
+    return config_lib.from_json(text)
+  except (KeyError, TypeError, ValueError) as e:
+    raise errors.UserError(f"{path}: damaged ({e}); choose another --workdir"
+                           ) from e
+
+
+def check_same_run(
+    config: ml_collections.ConfigDict, workdir: pathlib.Path
+) -> None:
+  """Raises UserError if the folder holds a run of another config."""
+  old = read_config(workdir)
+  if old is not None and (keys := config_lib.differing_keys(old, config)):
+    raise errors.UserError(
+        f"{workdir}: holds a run of another config: {', '.join(keys)}; choose"
+        " another --workdir or the old values"
+    )
+
+
+def finished_result(workdir: pathlib.Path) -> dict | None:
+  """Returns result.json of a finished run, or None."""
+  path = pathlib.Path(workdir) / "result.json"
+  try:
+    return json.loads(path.read_text(encoding="utf-8"))
+  except FileNotFoundError:
+    return None
+  except ValueError as e:
+    raise errors.UserError(
+        f"{path}: damaged ({e}); delete it, the run writes it again"
+    ) from e

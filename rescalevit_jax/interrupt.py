@@ -1,0 +1,42 @@
+"""SIGTERM and SIGINT ask a run to save and stop."""
+
+import logging
+import signal
+
+_log = logging.getLogger(__name__)
+
+
+class Interrupt:
+  """Whether somebody asked this process to stop.
+
+  Used as a context manager around the training loop. The first signal is only
+  noted, for the loop to act on; the second one has its usual effect.
+
+  Attributes:
+    requested: whether a signal has come.
+  """
+
+  SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+  def __init__(self):
+    self.requested = False
+
+  def __enter__(self) -> "Interrupt":
+    self._previous = {s: signal.signal(s, self._handle) for s in self.SIGNALS}
+    return self
+
+  def __exit__(self, *exc_info):
+    self._restore()
+
+  def _handle(self, number, frame):
+    del frame
+    self.requested = True
+    self._restore()
+    _log.info(
+        "%s: saving and stopping; once more to stop at once",
+        signal.Signals(number).name,
+    )
+
+  def _restore(self):
+    for number, handler in self._previous.items():
+      signal.signal(number, handler)

@@ -1,0 +1,47 @@
+"""The mesh and what lies where on it.
+
+Data parallel: one axis, `data`, over all devices; batches are split along it,
+everything else is on every device.
+"""
+
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+import numpy as np
+
+from rescalevit_jax import errors
+
+
+def create_mesh() -> Mesh:
+  """Returns a mesh of all devices of all processes."""
+  return Mesh(np.asarray(jax.devices()), ("data",))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+  """Every device holds the whole array."""
+  return NamedSharding(mesh, PartitionSpec())
+
+
+def split(mesh: Mesh, axis: int = 0) -> NamedSharding:
+  """Each device holds an equal part along an axis."""
+  return NamedSharding(mesh, PartitionSpec(*[None] * axis, "data"))
+
+
+def put(tree: Any, sharding: NamedSharding) -> Any:
+  """Places arrays that every process holds in full on the devices."""
+
+  def put_array(x):
+    x = np.asarray(x)
+    return jax.make_array_from_callback(x.shape, sharding, lambda i: x[i])
+
+  return jax.tree.map(put_array, tree)
+
+
+def check_batch(batch: int, accum_steps: int, mesh: Mesh) -> None:
+  """Raises UserError if a micro-batch cannot be split over the devices."""
+  if batch // accum_steps % mesh.size:
+    parts = f"{mesh.size} devices"
+    if accum_steps > 1:
+      parts = f"accum_steps ({accum_steps}) times {parts}"
+    raise errors.UserError(f"config: batch is {batch}, not divisible by {parts}")

@@ -1,0 +1,308 @@
+"""train_and_evaluate: the loop."""
+
+import functools
+import importlib.metadata
+import json
+import logging
+import math
+import pathlib
+import platform
+import time
+from typing import Any
+
+import jax
+import ml_collections
+
+from rescalevit_jax import augment
+from rescalevit_jax import checkpoint
+from rescalevit_jax import config as config_lib
+from rescalevit_jax import data
+from rescalevit_jax import errors
+from rescalevit_jax import evaluate
+from rescalevit_jax import experiment as experiment_lib
+from rescalevit_jax import interrupt
+from rescalevit_jax import progress as progress_lib
+from rescalevit_jax import sharding
+from rescalevit_jax import step as step_lib
+from rescalevit_jax import writers
+
+_log = logging.getLogger(__name__)
+
+_SECONDS_BETWEEN_LINES = 10.0
+
+
+def train_and_evaluate(
+    config: ml_collections.ConfigDict, workdir: str | pathlib.Path
+) -> dict[str, Any] | None:
+  """Trains a model, or goes on with it, and evaluates it on the way.
+
+  Args:
+    config: of the run; see `config.KEYS`.
+    workdir: the run's folder; made if it is not there.
+
+  Returns:
+    What result.json says, or None if a signal stopped the run before its end.
+
+  Raises:
+    UserError: the config, the data, the weights or the folder do not do, or the
+      loss is not finite.
+  """
+  workdir = pathlib.Path(workdir)
+  config_lib.validate(config)
+  experiment_lib.check_same_run(config, workdir)
+  if (result := experiment_lib.finished_result(workdir)) is not None:
+    _log.info(
+        "%s: this run is finished: %s", workdir, _accuracies(result)
+    )
+    return result
+  experiment = experiment_lib.create(config)
+  with (
+      checkpoint.Checkpoints(workdir, config.keep_checkpoints) as checkpoints,
+      interrupt.Interrupt() as stop,
+  ):
+    state, progress = experiment_lib.initial_state(experiment, checkpoints)
+    parameters = sum(x.size for x in jax.tree.leaves(state.params))
+    writers.write_file(workdir / "config.json", config_lib.to_json(config))
+    keep = functools.partial(_is_of_the_past, progress)
+    with writers.MetricWriter(workdir, config, keep) as writer:
+      trainer = Trainer(experiment, state, progress, checkpoints, writer)
+      del state  # The trainer gives it to the device's next step.
+      finished = trainer.run(stop)
+  if not finished:
+    _log.info(
+        "stopped at step %d of %d; the same command goes on from there",
+        progress.step, config.total_steps,
+    )
+    return None
+  result = _result(config, progress, parameters)
+  writers.write_file(
+      workdir / "result.json", json.dumps(result, indent=2) + "\n"
+  )
+  _log.info("finished: %s; see %s", _accuracies(result), workdir)
+  return result
+
+
+class Trainer:
+  """The training loop and what it works with.
+
+  Args:
+    experiment: data, model and optimizer.
+    state: where to begin; given away to the device.
+    progress: what the run knows of itself, updated on the way.
+    checkpoints: where the state is saved.
+    writer: where the metrics go.
+  """
+
+  def __init__(
+      self,
+      experiment: experiment_lib.Experiment,
+      state: step_lib.TrainState,
+      progress: checkpoint.Progress,
+      checkpoints: checkpoint.Checkpoints,
+      writer: writers.MetricWriter,
+  ):
+    config, mesh = experiment.config, experiment.mesh
+    self._config = config
+    self._rate = experiment.rate
+    self._state = state
+    self._progress = progress
+    self._checkpoints = checkpoints
+    self._writer = writer
+
+    everywhere = sharding.replicated(mesh)
+    dataset = experiment.dataset
+    self._train = sharding.put(
+        (dataset.train.images, dataset.train.labels), everywhere
+    )
+    self._evaluator = evaluate.Evaluator(
+        experiment.model,
+        *sharding.put((dataset.test.images, dataset.test.labels), everywhere),
+        image_size=config.image_size,
+        batch=config.batch_eval,
+        mesh=mesh,
+    )
+    self._by_device = sharding.split(mesh, axis=1)
+    self._train_step = jax.jit(
+        functools.partial(
+            step_lib.train_step,
+            model=experiment.model,
+            optimizer=experiment.optimizer,
+            augment=augment.Augment(**config.augment),
+            image_size=config.image_size,
+            seed=config.seed,
+        ),
+        out_shardings=everywhere,
+        donate_argnums=0,
+    )
+    progress_lib.warn_of_long_run(
+        experiment.model,
+        image_size=config.image_size,
+        batch=config.batch,
+        steps=config.total_steps - progress.step,
+        eval_images=len(dataset.test.labels),
+        evaluations=-(-(config.total_steps - progress.step) // config.eval_every),
+    )
+    self._metrics = None  # Of the step that the device works on.
+    self._first_step = progress.step + 1
+    self._seconds_before = progress.seconds
+    self._started = time.monotonic()
+    self._timer = progress_lib.Timer(
+        config.total_steps, config.batch, progress.step
+    )
+
+  def run(self, stop: interrupt.Interrupt) -> bool:
+    """Trains until the end, or until `stop` and says so by False."""
+    config, progress = self._config, self._progress
+    while True:
+      if self._evaluation_is_due():
+        self._evaluate(stop)
+      at_end = progress.step == config.total_steps
+      if (
+          stop.requested
+          or at_end
+          or progress.step % config.checkpoint_every == 0
+      ):
+        self._save()
+      if stop.requested or at_end:
+        self._checkpoints.wait()
+        return progress.last_step == config.total_steps
+      self._step()
+
+  def _step(self):
+    """Starts a step, then waits for the one before it and reports on that."""
+    config, progress = self._config, self._progress
+    step = progress.step + 1
+    indices = data.indices(
+        config.seed, step, config.batch, len(self._train[1])
+    ).reshape(config.accum_steps, -1)
+    self._state, metrics = self._train_step(
+        self._state, *self._train, sharding.put(indices, self._by_device)
+    )
+    self._finish_step()
+    progress.step, self._metrics = step, metrics
+    if step == self._first_step:
+      jax.block_until_ready(metrics)
+      self._timer.first_step_done(step)
+
+  def _finish_step(self):
+    """Waits for the metrics of the last step and reports on it."""
+    if self._metrics is None:
+      return
+    step, metrics = self._progress.step, jax.device_get(self._metrics)
+    self._metrics = None
+    loss, grad_norm = float(metrics["loss"]), float(metrics["grad_norm"])
+    if not math.isfinite(loss + grad_norm):
+      self._checkpoints.wait()
+      last = self._checkpoints.latest_step()
+      raise errors.UserError(
+          f"step {step}: loss {loss}, gradient norm {grad_norm}: not finite; the"
+          f" last checkpoint is that of step {last}; try a smaller base_lr or"
+          " grad_norm_clip in a new --workdir"
+      )
+    due = step % self._config.progress_every == 0
+    quiet = time.monotonic() - self._timer.last_line
+    if not due and quiet < _SECONDS_BETWEEN_LINES:
+      return
+    rate = float(self._rate(step - 1))
+    steps, seconds = self._lap(step)
+    self._timer.log(loss, rate, steps, seconds)
+    if due:
+      self._writer.write(
+          step,
+          {
+              "train/loss": loss,
+              "train/grad_norm": grad_norm,
+              "train/lr": rate,
+          },
+          {
+              "train/images_per_second": progress_lib.images_per_second(
+                  steps, seconds, self._config.batch
+              )
+          },
+      )
+
+  def _lap(self, step):
+    steps, seconds = self._timer.lap(step)
+    self._progress.timed_steps += steps
+    self._progress.timed_seconds += seconds
+    return steps, seconds
+
+  def _evaluation_is_due(self):
+    step = self._progress.step
+    return step not in (0, self._progress.last_step) and (
+        step % self._config.eval_every == 0 or step == self._config.total_steps
+    )
+
+  def _evaluate(self, stop):
+    self._finish_step()
+    progress = self._progress
+    self._lap(progress.step)
+    result = self._evaluator(
+        self._state.params, self._state.batch_stats, lambda: stop.requested
+    )
+    self._timer.restart()
+    if result is None:
+      return
+    self._writer.write(
+        progress.step,
+        {"test/loss": result.loss, "test/accuracy": result.accuracy},
+    )
+    progress.last_step = progress.step
+    progress.last_accuracy, progress.last_loss = result.accuracy, result.loss
+    progress.examples_evaluated = result.examples
+    if result.accuracy > progress.best_accuracy:
+      progress.best_accuracy = result.accuracy
+      progress.best_step = progress.step
+      self._checkpoints.save_best(self._state, progress)
+    _log.info(
+        "step %d/%d  test loss %.4f  test accuracy %.4f  best %.4f at step %d",
+        progress.step, self._config.total_steps, result.loss, result.accuracy,
+        progress.best_accuracy, progress.best_step,
+    )
+
+  def _save(self):
+    self._finish_step()
+    progress = self._progress
+    self._lap(progress.step)
+    progress.seconds = self._seconds_before + time.monotonic() - self._started
+    self._writer.sync()
+    self._checkpoints.save(self._state, progress)
+    self._timer.restart()
+
+
+def _is_of_the_past(progress, line):
+  """Whether a metrics line was written before the checkpoint was."""
+  if "test/loss" in line:
+    return line["step"] <= progress.last_step
+  return line["step"] <= progress.step
+
+
+def _result(config, progress, parameters):
+  return {
+      "best_accuracy": progress.best_accuracy,
+      "best_step": progress.best_step,
+      "last_accuracy": progress.last_accuracy,
+      "last_step": progress.last_step,
+      "last_loss": progress.last_loss,
+      "examples_evaluated": progress.examples_evaluated,
+      "images_per_second": progress_lib.images_per_second(
+          progress.timed_steps, progress.timed_seconds, config.batch
+      ),
+      "seconds": progress.seconds,
+      "parameters": parameters,
+      "versions": {
+          "python": platform.python_version(),
+          **{
+              name: importlib.metadata.version(name)
+              for name in ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint")
+          },
+      },
+      "devices": [str(d.device_kind) for d in jax.devices()],
+  }
+
+
+def _accuracies(result):
+  return (
+      f"test accuracy {result['last_accuracy']:.4f}, best"
+      f" {result['best_accuracy']:.4f} at step {result['best_step']}"
+  )

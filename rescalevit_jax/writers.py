@@ -1,0 +1,132 @@
+"""Where a run's numbers go: metrics.jsonl, TensorBoard, small JSON files."""
+
+from collections.abc import Callable, Mapping
+import json
+import logging
+import os
+import pathlib
+from typing import Any
+
+import ml_collections
+
+from rescalevit_jax import config as config_lib
+from rescalevit_jax import errors
+from rescalevit_jax import tensorflow_cpu
+
+_log = logging.getLogger(__name__)
+
+
+def write_file(path: pathlib.Path, text: str) -> None:
+  """Writes a file to the side, then renames: never half of it is seen."""
+  temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+  try:
+    with open(temporary, "w", encoding="utf-8") as f:
+      f.write(text)
+      f.flush()
+      os.fsync(f.fileno())
+    os.replace(temporary, path)
+  finally:
+    temporary.unlink(missing_ok=True)
+
+
+class MetricWriter:
+  """Writes scalars to metrics.jsonl and TensorBoard.
+
+  metrics.jsonl has one object a line: step, then scalars. It holds only what a
+  repeated run would write again, so no times; those go to TensorBoard alone.
+
+  Args:
+    workdir: the run's folder.
+    config: of the run, for TensorBoard.
+    keep: whether a line of an earlier start, as a dict, stays: a run that goes
+      on from a checkpoint writes the later ones again.
+  """
+
+  def __init__(
+      self,
+      workdir: pathlib.Path,
+      config: ml_collections.ConfigDict,
+      keep: Callable[[Mapping[str, Any]], bool],
+  ):
+    path = workdir / "metrics.jsonl"
+    if path.exists():
+      lines = path.read_text(encoding="utf-8").splitlines()
+      kept = [line for line in lines if _is_whole(line) and keep(json.loads(line))]
+      write_file(path, "".join(f"{line}\n" for line in kept))
+    self._file = open(path, "a", encoding="utf-8")
+    self._board = _TensorBoard(workdir, config)
+
+  def __enter__(self) -> "MetricWriter":
+    return self
+
+  def __exit__(self, *exc_info):
+    self._file.close()
+    self._board.close()
+
+  def write(
+      self,
+      step: int,
+      scalars: Mapping[str, float],
+      timings: Mapping[str, float] | None = None,
+  ) -> None:
+    """Writes one line of scalars; `timings` only to TensorBoard."""
+    self._file.write(json.dumps({"step": step, **scalars}) + "\n")
+    self._file.flush()
+    self._board.write(step, {**scalars, **(timings or {})})
+
+  def sync(self) -> None:
+    """Makes sure that all lines are on disk, whatever happens next."""
+    self._file.flush()
+    os.fsync(self._file.fileno())
+
+
+class _TensorBoard:
+  """clu's writer, made when first used: importing TensorFlow takes seconds.
+
+  Training goes on without it: one warning says why.
+  """
+
+  def __init__(self, workdir, config):
+    self._workdir = workdir
+    self._config = config
+    self._writer = None
+    self._works = True
+
+  def write(self, step, scalars):
+    self._try(lambda writer: writer.write_scalars(step, scalars))
+
+  def close(self):
+    if self._writer is not None:
+      self._try(lambda writer: writer.close())
+
+  def _try(self, action):
+    if not self._works:
+      return
+    try:
+      if self._writer is None:
+        self._writer = self._create()
+      action(self._writer)
+    except Exception as e:  # TensorFlow raises all sorts.
+      self._works = False
+      reason = " ".join(str(e).split())[:200]
+      _log.warning("no TensorBoard files from here on: %s", reason)
+
+  def _create(self):
+    tensorflow_cpu.load()
+    try:
+      from clu import metric_writers
+    except ImportError as e:
+      raise errors.UserError(f"cannot import clu.metric_writers: {e}") from e
+    writer = metric_writers.SummaryWriter(str(self._workdir))
+    values = config_lib.flatten(self._config)
+    writer.write_hparams({k: str(v) if v is None else v for k, v in values.items()})
+    text = config_lib.to_json(self._config)
+    writer.write_texts(0, {"config": f"```json\n{text}```"})
+    return writer
+
+
+def _is_whole(line):
+  try:
+    return "step" in json.loads(line)
+  except (ValueError, TypeError):
+    return False  # Cut off when the process was killed.
