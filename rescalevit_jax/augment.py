@@ -5,6 +5,7 @@ rows [S, H] @ image @ columns [S, W]^T: two small matrix products.
 """
 
 import dataclasses
+import functools
 import math
 
 import jax
@@ -49,7 +50,7 @@ def prepare(images: jax.Array, size: int) -> jax.Array:
 
 
 def prepare_random(
-    keys: jax.Array, images: jax.Array, size: int, augment: Augment
+  keys: jax.Array, images: jax.Array, size: int, augment: Augment
 ) -> jax.Array:
   """Crops, resizes and flips images at random, for training.
 
@@ -66,9 +67,9 @@ def prepare_random(
   crop_keys, flip_keys = jax.vmap(jax.random.split, out_axes=1)(keys)
   if augment.crop:
     box = jax.vmap(
-        lambda key: random_box(
-            key, height, width, augment.min_area, augment.min_aspect
-        )
+      lambda key: random_box(
+        key, height, width, augment.min_area, augment.min_aspect
+      )
     )(crop_keys)
     matrix = jax.vmap(resize_matrix, in_axes=(0, 0, None, None))
     rows = matrix(box[:, 0], box[:, 2], height, size)
@@ -83,12 +84,12 @@ def prepare_random(
 
 
 def random_box(
-    key: jax.Array,
-    height: int,
-    width: int,
-    min_area: float,
-    min_aspect: float,
-    tries: int = 10,
+  key: jax.Array,
+  height: int,
+  width: int,
+  min_area: float,
+  min_aspect: float,
+  tries: int = 10,
 ) -> jax.Array:
   """Draws a crop as torchvision's RandomResizedCrop does.
 
@@ -101,18 +102,18 @@ def random_box(
     [4] int32: top, left, height, width, in pixels.
   """
   area_key, aspect_key, top_key, left_key = jax.random.split(key, 4)
-  area = height * width * jax.random.uniform(
-      area_key, (tries,), minval=min_area, maxval=1.0
+  area = (
+    height
+    * width
+    * jax.random.uniform(area_key, (tries,), minval=min_area, maxval=1.0)
   )
   limit = -math.log(min_aspect)
   aspect = jnp.exp(
-      jax.random.uniform(aspect_key, (tries,), minval=-limit, maxval=limit)
+    jax.random.uniform(aspect_key, (tries,), minval=-limit, maxval=limit)
   )
   widths = jnp.round(jnp.sqrt(area * aspect)).astype(jnp.int32)
   heights = jnp.round(jnp.sqrt(area / aspect)).astype(jnp.int32)
-  fits = (
-      (0 < widths) & (widths <= width) & (0 < heights) & (heights <= height)
-  )
+  fits = (0 < widths) & (widths <= width) & (0 < heights) & (heights <= height)
   first = jnp.argmax(fits)
   w, h = widths[first], heights[first]
   top = jax.random.randint(top_key, (), 0, height - h + 1)
@@ -120,17 +121,19 @@ def random_box(
 
   center_w = min(width, round(height / min_aspect))
   center_h = min(height, round(width / min_aspect))
-  center = jnp.array([
+  center = jnp.array(
+    [
       (height - center_h) // 2,
       (width - center_w) // 2,
       center_h,
       center_w,
-  ])
+    ]
+  )
   return jnp.where(fits.any(), jnp.stack([top, left, h, w]), center)
 
 
 def resize_matrix(
-    start: jax.Array, length: jax.Array, old: int, new: int
+  start: jax.Array, length: jax.Array, old: int, new: int
 ) -> jax.Array:
   """Bilinear weights that crop and resize one axis.
 
@@ -157,7 +160,7 @@ def resize_matrix(
 
 def _resize(images, rows, columns):
   # Full float32: TF32 would round the pixels.
-  einsum = lambda s, *x: jnp.einsum(s, *x, precision=jax.lax.Precision.HIGHEST)
+  einsum = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
   rows = jnp.broadcast_to(rows, (len(images), *rows.shape[1:]))
   columns = jnp.broadcast_to(columns, (len(images), *columns.shape[1:]))
   x = einsum("bsh,bhwc->bswc", rows, images.astype(jnp.float32))

@@ -8,6 +8,7 @@ written to a temporary folder and renamed, so that what has its final name is
 whole.
 """
 
+import contextlib
 import dataclasses
 import pathlib
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
+from rescalevit_jax import checksums
 from rescalevit_jax import errors
 from rescalevit_jax import step as step_lib
 
@@ -64,43 +66,50 @@ class Checkpoints:
     return self
 
   def __exit__(self, *exc_info):
-    self._last.close()
-    self._best.close()
+    with _writing(self._last):
+      self._last.close()
+      self._best.close()
 
   def latest_step(self) -> int | None:
     """Returns the step that a run goes on from, or None for a new run."""
     return self._last.latest_step()
 
   def save(self, state: step_lib.TrainState, progress: Progress) -> None:
-    """Saves a point to go on from; a no-op if it is there."""
-    if progress.step in self._last.all_steps():
-      return
-    self._best.wait_until_finished()  # `progress` tells of it.
-    self._last.save(
+    """Saves a point to go on from.
+
+    Raises:
+      UserError: it, or the one before it, cannot be written.
+    """
+    with _writing(self._last):
+      self._best.wait_until_finished()  # `progress` tells of it.
+      self._last.save(
         progress.step,
         args=ocp.args.Composite(
-            variables=ocp.args.StandardSave(_variables(state)),
-            optimizer=ocp.args.StandardSave(_optimizer(state)),
-            progress=ocp.args.JsonSave(dataclasses.asdict(progress)),
+          variables=ocp.args.StandardSave(_variables(state)),
+          optimizer=ocp.args.StandardSave(_optimizer(state)),
+          progress=ocp.args.JsonSave(dataclasses.asdict(progress)),
         ),
-    )
+      )
 
-  def save_best(
-      self, state: step_lib.TrainState, progress: Progress
-  ) -> None:
-    """Saves the best variables so far; a no-op if they are there."""
+  def save_best(self, state: step_lib.TrainState, progress: Progress) -> None:
+    """Saves the best variables so far; a no-op if they are there.
+
+    Raises:
+      UserError: they, or those before them, cannot be written.
+    """
     if progress.step in self._best.all_steps():
       return
-    self._best.save(
+    with _writing(self._best):
+      self._best.save(
         progress.step,
         args=ocp.args.Composite(
-            variables=ocp.args.StandardSave(_variables(state)),
-            progress=ocp.args.JsonSave(dataclasses.asdict(progress)),
+          variables=ocp.args.StandardSave(_variables(state)),
+          progress=ocp.args.JsonSave(dataclasses.asdict(progress)),
         ),
-    )
+      )
 
   def restore(
-      self, like: step_lib.TrainState
+    self, like: step_lib.TrainState
   ) -> tuple[step_lib.TrainState, Progress]:
     """Restores the latest state.
 
@@ -111,22 +120,23 @@ class Checkpoints:
       UserError: the checkpoint is damaged or of another model.
     """
     args = ocp.args.Composite(
-        variables=ocp.args.StandardRestore(_variables(like)),
-        optimizer=ocp.args.StandardRestore(_optimizer(like)),
-        progress=ocp.args.JsonRestore(),
+      variables=ocp.args.StandardRestore(_variables(like)),
+      optimizer=ocp.args.StandardRestore(_optimizer(like)),
+      progress=ocp.args.JsonRestore(),
     )
     found = _restore(self._last, args)
     state = step_lib.TrainState(**found["variables"], **found["optimizer"])
     return state, Progress(**found["progress"])
 
   def wait(self) -> None:
-    """Waits until all is on disk."""
-    self._best.wait_until_finished()
-    self._last.wait_until_finished()
+    """Waits until all is on disk; raises UserError if it cannot be."""
+    with _writing(self._last):
+      self._best.wait_until_finished()
+      self._last.wait_until_finished()
 
 
 def load_variables(
-    workdir: pathlib.Path, which: str
+  workdir: pathlib.Path, which: str
 ) -> tuple[dict[str, Any], dict[str, Any], int]:
   """Reads a run's weights, whatever its model, onto the first device.
 
@@ -144,30 +154,33 @@ def load_variables(
   kind = {"best": "best", "latest": "last"}[which]
   if not (workdir / "checkpoints" / kind).is_dir():
     raise errors.UserError(
-        f"{workdir}: no {which} checkpoint; --workdir must be the folder of a"
-        " run that has saved one"
+      f"{workdir}: no {which} checkpoint; --workdir must be the folder of a"
+      " run that has saved one"
     )
   with _manager(workdir, kind, None, readonly=True) as manager:
     step = manager.latest_step()
     if step is None:
       raise errors.UserError(f"{workdir}: no {which} checkpoint")
     sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    try:
-      like = manager.item_metadata(step)["variables"]
-      like = jax.tree.map(
-          lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-          like,
-      )
-    except Exception as e:
-      raise _damaged(manager, e) from e
+    like = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        manager.item_metadata(step)["variables"],
+    )
     args = ocp.args.Composite(variables=ocp.args.StandardRestore(like))
     variables = _restore(manager, args)["variables"]
   return variables["params"], variables["batch_stats"], step
 
 
 def _manager(workdir, kind, keep, *, readonly=False):
+  folder = (pathlib.Path(workdir) / "checkpoints" / kind).absolute()
+
+  def write_checksums():
+    # Called before the folder gets its final name; one is written at a time.
+    for temporary in folder.glob("*.orbax-checkpoint-tmp"):
+      checksums.write(temporary)
+
   return ocp.CheckpointManager(
-      (pathlib.Path(workdir) / "checkpoints" / kind).absolute(),
+      folder,
       item_handlers={
           "variables": ocp.StandardCheckpointHandler(),
           "optimizer": ocp.StandardCheckpointHandler(),
@@ -178,24 +191,41 @@ def _manager(workdir, kind, keep, *, readonly=False):
           create=not readonly,
           # What another process is writing just now is left alone.
           cleanup_tmp_directories=not readonly,
+          async_options=ocp.AsyncOptions(
+              post_finalization_callback=write_checksums
+          ),
       ),
   )
 
 
-def _restore(manager, args):
+@contextlib.contextmanager
+def _writing(manager):
   try:
-    return manager.restore(manager.latest_step(), args=args)
+    yield
   except Exception as e:  # Orbax and tensorstore raise all sorts.
-    raise _damaged(manager, e) from e
+    raise errors.UserError(
+      f"{manager.directory}: cannot write the checkpoint ({_reason(e)}); free"
+      " some space or mend the folder, then start the same command again"
+    ) from e
 
 
-def _damaged(manager, error):
-  reason = " ".join(str(error).split())[:200]
-  return errors.UserError(
-      f"{manager.directory / str(manager.latest_step())}: the checkpoint is"
-      " damaged or not of this model; move it away to go on from the one before"
-      f" it ({type(error).__name__}: {reason})"
-  )
+def _restore(manager, args):
+  step = manager.latest_step()
+  folder = manager.directory / str(step)
+  try:
+    checksums.verify(pathlib.Path(folder))
+    return manager.restore(step, args=args)
+  except Exception as e:  # Orbax and tensorstore raise all sorts.
+    raise errors.UserError(
+      f"{folder}: the checkpoint is damaged or not of this model"
+      f" ({_reason(e)}); move it away to go on from the one before it"
+    ) from e
+
+
+def _reason(error):
+  text = " ".join(str(error).split())
+  # Tensorstore repeats paths; the cause comes last.
+  return text if len(text) < 300 else f"{text[:100]} ... {text[-200:]}"
 
 
 def _variables(state):

@@ -46,14 +46,12 @@ class Key:
 
 
 def _positive(default: Any, meaning: str, **kwargs) -> Key:
-  return Key(
-      default, meaning, "> 0", lambda x: 0 < x < math.inf, **kwargs
-  )
+  return Key(default, meaning, "> 0", lambda x: 0 < x < math.inf, **kwargs)
 
 
 def _at_least(low: int, default: Any, meaning: str, **kwargs) -> Key:
   return Key(
-      default, meaning, f">= {low}", lambda x: low <= x < math.inf, **kwargs
+    default, meaning, f">= {low}", lambda x: low <= x < math.inf, **kwargs
   )
 
 
@@ -63,122 +61,119 @@ def _size(meaning: str) -> Key:
 
 
 KEYS = {
-    "dataset": Key(
-        "cifar10",
-        "`cifar10`, `cifar100`, `digits` (comes with the package), or another"
-        " tfds data set of images of one size",
-    ),
-    "tfds_data_dir": Key(
-        None,
-        "where prepared data sets lie; None: tfds' own, `~/tensorflow_datasets`",
-        optional=str,
-        resumable=True,
-    ),
-    "model_name": Key("ViT-B_16", "size of the model", variants.VARIANTS),
-    "model.norm": Key("LN", "the norm", norms.NORMS),
-    "model.dropout_rate": Key(
-        0.1,
-        "dropout after the embedding and in the MLP",
-        "in [0, 1)",
-        lambda x: 0 <= x < 1,
-    ),
-    "model.gelu": Key(
-        "erf", "`erf` as RescaleViT, `tanh` as Google's code", models.GELUS
-    ),
-    "model.init": Key(
-        "torch",
-        "start from scratch as RescaleViT (`torch`) or as Google's code",
-        initializers.SCHEMES,
-    ),
-    "model.representation_size": _positive(
-        None, "width of Google's `pre_logits` layer; None: no such layer",
-        optional=int,
-    ),
-    "model.patch_size": _size("edge of a patch, in pixels"),
-    "model.hidden_size": _size("width of a token"),
-    "model.mlp_dim": _size("width of the MLP"),
-    "model.num_heads": _size("attention heads"),
-    "model.num_layers": _size("encoder blocks"),
-    "image_size": _positive(224, "edge of the model's input, in pixels"),
-    "batch": _positive(128, "images an update"),
-    "batch_eval": _positive(
-        128,
-        "images an evaluation step; any value gives the same result",
-        resumable=True,
-    ),
-    "base_lr": _positive(0.05, "learning rate at the end of the warm-up"),
-    "warmup_steps": _at_least(0, 500, "steps of linear warm-up"),
-    "decay_type": Key(
-        "cosine", "decay of the learning rate to 0", ("cosine", "linear")
-    ),
-    "total_steps": _positive(20_000, "updates of the run"),
-    "momentum": Key(
-        0.9, "momentum of SGD", "in [0, 1)", lambda x: 0 <= x < 1
-    ),
-    "weight_decay": _at_least(
-        0, 0.0, "coupled weight decay of all parameters"
-    ),
-    "grad_norm_clip": _at_least(
-        0, 1.0, "largest global norm of a gradient; 0: any"
-    ),
-    "accum_steps": _positive(
-        1, "micro-batches an update; each has `batch / accum_steps` images"
-    ),
-    "eval_every": _positive(
-        100, "steps between evaluations; the last step is always evaluated"
-    ),
-    "progress_every": _positive(
-        50, "steps between progress lines and training metrics"
-    ),
-    "checkpoint_every": _positive(
-        1000,
-        "steps between checkpoints; the best and the last step are always kept",
-        resumable=True,
-    ),
-    "keep_checkpoints": _positive(
-        2, "how many of the last checkpoints to keep", resumable=True
-    ),
-    "eval_weights": Key(
-        "best",
-        "what `--mode eval` evaluates: the `best` or `latest` checkpoint, or"
-        " the `pretrained` file",
-        ("best", "latest", "pretrained"),
-        resumable=True,
-    ),
-    "pretrained_path": Key(
-        None, "`.npz` to start from; None: from scratch", optional=str
-    ),
-    "reinit_head": Key(
-        False, "start with a head of zeros even where the `.npz` has one"
-    ),
-    "seed": Key(
-        0,
-        "of initialization, order of images, crops and dropout",
-        "in [0, 2^32)",
-        lambda x: 0 <= x < 2**32,
-    ),
-    "dtype": Key(
-        "auto",
-        "of the computation; `auto`: `bfloat16` on GPU and TPU, else `float32`",
-        models.DTYPES,
-    ),
-    "deterministic": Key(
-        False, "the same bits in each run on a GPU too, at some cost in speed"
-    ),
-    "augment.crop": Key(True, "random crop (RandomResizedCrop) in training"),
-    "augment.min_area": Key(
-        0.05,
-        "smallest share of the image in a crop",
-        "in (0, 1]",
-        lambda x: 0 < x <= 1,
-    ),
-    "augment.min_aspect": Key(
-        0.75,
-        "smallest width / height of a crop; the largest is its inverse",
-        "in (0, 1]",
-        lambda x: 0 < x <= 1,
-    ),
-    "augment.flip": Key(False, "mirror half of the training images"),
+  "dataset": Key(
+    "cifar10",
+    "`cifar10`, `cifar100`, `digits` (comes with the package), or another"
+    " tfds data set of images of one size",
+  ),
+  "tfds_data_dir": Key(
+    None,
+    "where prepared data sets lie; None: `~/tensorflow_datasets`",
+    optional=str,
+    resumable=True,
+  ),
+  "model_name": Key("ViT-B_16", "size of the model", variants.VARIANTS),
+  "model.norm": Key("LN", "the norm", norms.NORMS),
+  "model.dropout_rate": Key(
+    0.1,
+    "dropout after the embedding and in the MLP",
+    "in [0, 1)",
+    lambda x: 0 <= x < 1,
+  ),
+  "model.gelu": Key(
+    "erf", "`erf` as RescaleViT, `tanh` as Google's code", models.GELUS
+  ),
+  "model.init": Key(
+    "torch",
+    "start from scratch as RescaleViT (`torch`) or as Google's code",
+    initializers.SCHEMES,
+  ),
+  "model.representation_size": _positive(
+    None,
+    "width of Google's `pre_logits` layer; None: no such layer",
+    optional=int,
+  ),
+  "model.patch_size": _size("edge of a patch, in pixels"),
+  "model.hidden_size": _size("width of a token"),
+  "model.mlp_dim": _size("width of the MLP"),
+  "model.num_heads": _size("attention heads"),
+  "model.num_layers": _size("encoder blocks"),
+  "image_size": _positive(224, "edge of the model's input, in pixels"),
+  "batch": _positive(128, "images an update"),
+  "batch_eval": _positive(
+    128,
+    "images an evaluation step; any value gives the same result",
+    resumable=True,
+  ),
+  "base_lr": _positive(0.05, "learning rate at the end of the warm-up"),
+  "warmup_steps": _at_least(0, 500, "steps of linear warm-up"),
+  "decay_type": Key(
+    "cosine", "decay of the learning rate to 0", ("cosine", "linear")
+  ),
+  "total_steps": _positive(20_000, "updates of the run"),
+  "momentum": Key(0.9, "momentum of SGD", "in [0, 1)", lambda x: 0 <= x < 1),
+  "weight_decay": _at_least(0, 0.0, "coupled weight decay of all parameters"),
+  "grad_norm_clip": _at_least(
+    0, 1.0, "largest global norm of a gradient; 0: any"
+  ),
+  "accum_steps": _positive(
+    1, "micro-batches an update; each has `batch / accum_steps` images"
+  ),
+  "eval_every": _positive(
+    100, "steps between evaluations; the last step is always evaluated"
+  ),
+  "progress_every": _positive(
+    50, "steps between progress lines and training metrics"
+  ),
+  "checkpoint_every": _positive(
+    1000,
+    "steps between checkpoints; the best and the last step are always kept",
+    resumable=True,
+  ),
+  "keep_checkpoints": _positive(
+    2, "how many of the last checkpoints to keep", resumable=True
+  ),
+  "eval_weights": Key(
+    "best",
+    "what `--mode eval` evaluates: the `best` or `latest` checkpoint, or"
+    " the `pretrained` file",
+    ("best", "latest", "pretrained"),
+    resumable=True,
+  ),
+  "pretrained_path": Key(
+    None, "`.npz` to start from; None: from scratch", optional=str
+  ),
+  "reinit_head": Key(
+    False, "start with a head of zeros even where the `.npz` has one"
+  ),
+  "seed": Key(
+    0,
+    "of initialization, order of images, crops and dropout",
+    "in [0, 2^32)",
+    lambda x: 0 <= x < 2**32,
+  ),
+  "dtype": Key(
+    "auto",
+    "of the computation; `auto`: `bfloat16` on GPU and TPU, else `float32`",
+    models.DTYPES,
+  ),
+  "deterministic": Key(
+    False, "the same bits in each run on a GPU too, at some cost in speed"
+  ),
+  "augment.crop": Key(True, "random crop (RandomResizedCrop) in training"),
+  "augment.min_area": Key(
+    0.05,
+    "smallest share of the image in a crop",
+    "in (0, 1]",
+    lambda x: 0 < x <= 1,
+  ),
+  "augment.min_aspect": Key(
+    0.75,
+    "smallest width / height of a crop; the largest is its inverse",
+    "in (0, 1]",
+    lambda x: 0 < x <= 1,
+  ),
+  "augment.flip": Key(False, "mirror half of the training images"),
 }
 
 
@@ -215,7 +210,7 @@ def check_key(name: str) -> None:
   """Raises UserError if there is no such key."""
   if name not in KEYS:
     raise errors.UserError(
-        f"config: unknown key {name!r}; {errors.nearest(name, KEYS)}"
+      f"config: unknown key {name!r}; {errors.nearest(name, KEYS)}"
     )
 
 
@@ -231,32 +226,33 @@ def validate(config: ml_collections.ConfigDict) -> None:
   for name, key in KEYS.items():
     if name not in values:
       raise errors.UserError(
-          f"config: key {name!r} is missing; start from"
-          " rescalevit_jax.config.default()"
+        f"config: key {name!r} is missing; start from"
+        " rescalevit_jax.config.default()"
       )
     value = values[name]
     kind = key.optional or type(key.default)
     if value is not None and type(value) is not kind:
       raise errors.UserError(
-          f"config: {name} is {value!r}, but must be of type {kind.__name__}"
+        f"config: {name} is {value!r}, but must be of type {kind.__name__}"
       )
     if key.accepts(value):
       continue
     if isinstance(key.valid, str):
-      raise errors.UserError(f"config: {name} is {value!r}, but must be"
-                             f" {key.valid}")
+      raise errors.UserError(
+        f"config: {name} is {value!r}, but must be {key.valid}"
+      )
     raise errors.UserError(
-        f"config: {name} is {value!r}; {errors.nearest(str(value), key.valid)}"
+      f"config: {name} is {value!r}; {errors.nearest(str(value), key.valid)}"
     )
   if config.warmup_steps > config.total_steps:
     raise errors.UserError(
-        f"config: warmup_steps is {config.warmup_steps}, more than total_steps,"
-        f" {config.total_steps}"
+      f"config: warmup_steps is {config.warmup_steps}, more than total_steps,"
+      f" {config.total_steps}"
     )
   if config.batch % config.accum_steps:
     raise errors.UserError(
-        f"config: batch is {config.batch}, not divisible by accum_steps,"
-        f" {config.accum_steps}"
+      f"config: batch is {config.batch}, not divisible by accum_steps,"
+      f" {config.accum_steps}"
     )
 
 
@@ -273,7 +269,7 @@ def from_json(text: str) -> ml_collections.ConfigDict:
 
 
 def differing_keys(
-    old: ml_collections.ConfigDict, new: ml_collections.ConfigDict
+  old: ml_collections.ConfigDict, new: ml_collections.ConfigDict
 ) -> list[str]:
   """Names the keys in which two runs differ, with both values.
 
@@ -281,9 +277,9 @@ def differing_keys(
   """
   old, new = flatten(old), flatten(new)
   return [
-      f"{name} ({old[name]!r} there, {new[name]!r} now)"
-      for name, key in KEYS.items()
-      if not key.resumable and old[name] != new[name]
+    f"{name} ({old[name]!r} there, {new[name]!r} now)"
+    for name, key in KEYS.items()
+    if not key.resumable and old[name] != new[name]
   ]
 
 

@@ -1,7 +1,7 @@
 """The one exception for mistakes that the person at the keyboard can mend."""
 
-import difflib
 from collections.abc import Iterable
+import difflib
 
 
 class UserError(Exception):
@@ -20,8 +20,8 @@ def nearest(name: str, valid: Iterable[str]) -> str:
   valid = list(valid)
   lower = {v.lower(): v for v in valid}
   close = [
-      lower[v]
-      for v in difflib.get_close_matches(name.lower(), lower, n=3, cutoff=0.6)
+    lower[v]
+    for v in difflib.get_close_matches(name.lower(), lower, n=3, cutoff=0.6)
   ]
   hint = f"did you mean {' or '.join(close)}?" if close else ""
   if hint and len(valid) > 12:

@@ -56,35 +56,33 @@ class Evaluator:
   """
 
   def __init__(
-      self,
-      model: nn.Module,
-      images: jax.Array,
-      labels: jax.Array,
-      *,
-      image_size: int,
-      batch: int,
-      mesh: Mesh,
+    self,
+    model: nn.Module,
+    images: jax.Array,
+    labels: jax.Array,
+    *,
+    image_size: int,
+    batch: int,
+    mesh: Mesh,
   ):
     self._images, self._labels = images, labels
     batch = min(batch, len(images))
     batch = -(-batch // mesh.size) * mesh.size
     by_device = sharding.split(mesh)
     self._batches = [
-        sharding.put(_filled(start, len(images), batch), by_device)
-        for start in range(0, len(images), batch)
+      sharding.put(_filled(start, len(images), batch), by_device)
+      for start in range(0, len(images), batch)
     ]
     self._step = jax.jit(
-        functools.partial(
-            step_lib.eval_step, model=model, image_size=image_size
-        ),
-        out_shardings=sharding.replicated(mesh),
+      functools.partial(step_lib.eval_step, model=model, image_size=image_size),
+      out_shardings=sharding.replicated(mesh),
     )
 
   def __call__(
-      self,
-      params: Any,
-      batch_stats: Any,
-      stopped: Callable[[], bool] = lambda: False,
+    self,
+    params: Any,
+    batch_stats: Any,
+    stopped: Callable[[], bool] = lambda: False,
   ) -> Result | None:
     """Returns the result, or None if `stopped` became true on the way."""
     sums = []
@@ -98,25 +96,27 @@ class Evaluator:
         line = time.monotonic()
         left = (line - start) / max(1, i - 1) * (len(self._batches) - i + 1)
         _log.info(
-            "evaluating: batch %d of %d, %.0f s left",
-            i, len(self._batches), left,
+          "evaluating: batch %d of %d, %.0f s left",
+          i,
+          len(self._batches),
+          left,
         )
       sums.append(
-          self._step(
-              params, batch_stats, self._images, self._labels, indices, mask
-          )
+        self._step(
+          params, batch_stats, self._images, self._labels, indices, mask
+        )
       )
     sums = jax.device_get(sums)
     examples = len(self._images)
     return Result(
-        loss=sum(float(s["loss"]) for s in sums) / examples,
-        accuracy=sum(int(s["correct"]) for s in sums) / examples,
-        examples=examples,
+      loss=sum(float(s["loss"]) for s in sums) / examples,
+      accuracy=sum(int(s["correct"]) for s in sums) / examples,
+      examples=examples,
     )
 
 
 def evaluate_run(
-    config: ml_collections.ConfigDict, workdir: str | pathlib.Path
+  config: ml_collections.ConfigDict, workdir: str | pathlib.Path
 ) -> dict[str, Any]:
   """Evaluates a run's checkpoint, or an .npz, on the test split.
 
@@ -135,16 +135,16 @@ def evaluate_run(
   if which == "pretrained":
     if config.pretrained_path is None:
       raise errors.UserError(
-          "config: eval_weights is 'pretrained', but pretrained_path is not set"
+        "config: eval_weights is 'pretrained', but pretrained_path is not set"
       )
     experiment = experiment_lib.create(config)
     state, report = experiment_lib.load_pretrained(
-        experiment, experiment.scratch()
+      experiment, experiment.scratch()
     )
     if untrained := (*report.reinitialized, *report.initial):
       raise errors.UserError(
-          f"{config.pretrained_path}: cannot be evaluated as it is: it has no"
-          f" {untrained[0]} for this model and data set"
+        f"{config.pretrained_path}: cannot be evaluated as it is: it has no"
+        f" {untrained[0]} for this model and data set"
       )
     params, batch_stats = state.params, state.batch_stats
     weights, step = config.pretrained_path, 0
@@ -156,23 +156,21 @@ def evaluate_run(
   everywhere = sharding.replicated(experiment.mesh)
   dataset = experiment.dataset
   evaluator = Evaluator(
-      experiment.model,
-      *sharding.put((dataset.test.images, dataset.test.labels), everywhere),
-      image_size=config.image_size,
-      batch=config.batch_eval,
-      mesh=experiment.mesh,
+    experiment.model,
+    *sharding.put((dataset.test.images, dataset.test.labels), everywhere),
+    image_size=config.image_size,
+    batch=config.batch_eval,
+    mesh=experiment.mesh,
   )
   result = {
-      "weights": weights,
-      "step": step,
-      **dataclasses.asdict(
-          evaluator(*sharding.put((params, batch_stats), everywhere))
-      ),
+    "weights": weights,
+    "step": step,
+    **dataclasses.asdict(
+      evaluator(*sharding.put((params, batch_stats), everywhere))
+    ),
   }
   workdir.mkdir(parents=True, exist_ok=True)
-  writers.write_file(
-      workdir / "eval.json", json.dumps(result, indent=2) + "\n"
-  )
+  writers.write_file(workdir / "eval.json", json.dumps(result, indent=2) + "\n")
   return result
 
 

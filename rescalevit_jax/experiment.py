@@ -1,6 +1,7 @@
 """What a config describes: data, model, optimizer, devices, first state."""
 
 import dataclasses
+import functools
 import json
 import logging
 import pathlib
@@ -53,13 +54,13 @@ class Experiment:
     """Returns shapes, types and places of the state."""
     everywhere = sharding.replicated(self.mesh)
     return jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere),
-        jax.eval_shape(self._init),
+      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere),
+      jax.eval_shape(self._init),
     )
 
   def _init(self):
     return step_lib.init_state(
-        self.model, self.optimizer, self.config.image_size, self.config.seed
+      self.model, self.optimizer, self.config.image_size, self.config.seed
     )
 
 
@@ -73,34 +74,39 @@ def create(config: ml_collections.ConfigDict) -> Experiment:
   mesh = sharding.create_mesh()
   sharding.check_batch(config.batch, config.accum_steps, mesh)
   progress_lib.warn_of_idle_gpu()
-  make_model = lambda num_classes: models.create(
-      config.model_name,
-      num_classes=num_classes,
-      image_size=config.image_size,
-      dtype=config.dtype,
-      **config.model,
+  make_model = functools.partial(
+    models.create,
+    config.model_name,
+    image_size=config.image_size,
+    dtype=config.dtype,
+    **config.model,
   )
-  make_model(1)  # Its mistakes show before the data are read.
+  make_model(num_classes=1)  # Its mistakes show before the data are read.
   dataset = data.load(config.dataset, config.tfds_data_dir)
   rate = optimizer_lib.schedule(
-      config.base_lr,
-      config.warmup_steps,
-      config.total_steps,
-      config.decay_type,
+    config.base_lr,
+    config.warmup_steps,
+    config.total_steps,
+    config.decay_type,
   )
   optimizer = optimizer_lib.sgd(
-      rate,
-      momentum=config.momentum,
-      weight_decay=config.weight_decay,
-      grad_norm_clip=config.grad_norm_clip,
+    rate,
+    momentum=config.momentum,
+    weight_decay=config.weight_decay,
+    grad_norm_clip=config.grad_norm_clip,
   )
   return Experiment(
-      config, mesh, dataset, make_model(dataset.num_classes), rate, optimizer
+    config,
+    mesh,
+    dataset,
+    make_model(num_classes=dataset.num_classes),
+    rate,
+    optimizer,
   )
 
 
 def initial_state(
-    experiment: Experiment, checkpoints: checkpoint.Checkpoints
+  experiment: Experiment, checkpoints: checkpoint.Checkpoints
 ) -> tuple[step_lib.TrainState, checkpoint.Progress]:
   """Returns where the run begins: its last checkpoint, an .npz, or scratch."""
   if (step := checkpoints.latest_step()) is not None:
@@ -116,19 +122,19 @@ def initial_state(
 
 
 def load_pretrained(
-    experiment: Experiment, state: step_lib.TrainState
+  experiment: Experiment, state: step_lib.TrainState
 ) -> tuple[step_lib.TrainState, pretrained.Report]:
   """Replaces a state's weights by those of `pretrained_path`."""
   config = experiment.config
   params, batch_stats, report = pretrained.load(
-      config.pretrained_path,
-      state.params,
-      state.batch_stats,
-      reinit_head=config.reinit_head,
+    config.pretrained_path,
+    state.params,
+    state.batch_stats,
+    reinit_head=config.reinit_head,
   )
   _log.info("weights of %s\n%s", config.pretrained_path, report.summary())
   params, batch_stats = sharding.put(
-      (params, batch_stats), sharding.replicated(experiment.mesh)
+    (params, batch_stats), sharding.replicated(experiment.mesh)
   )
   return state.replace(params=params, batch_stats=batch_stats), report
 
@@ -136,13 +142,15 @@ def load_pretrained(
 def default_workdir(config: ml_collections.ConfigDict) -> pathlib.Path:
   """Returns runs/DATASET-MODEL-NORM-scratch-seed0 or …-pretrained-seed0."""
   start = "scratch" if config.pretrained_path is None else "pretrained"
-  return pathlib.Path("runs") / "-".join([
+  return pathlib.Path("runs") / "-".join(
+    [
       config.dataset.replace("/", "_"),
       config.model_name,
       config.model.norm,
       start,
       f"seed{config.seed}",
-  ])
+    ]
+  )
 
 
 def read_config(workdir: pathlib.Path) -> ml_collections.ConfigDict | None:
@@ -155,19 +163,20 @@ def read_config(workdir: pathlib.Path) -> ml_collections.ConfigDict | None:
   try:
     return config_lib.from_json(text)
   except (KeyError, TypeError, ValueError) as e:
-    raise errors.UserError(f"{path}: damaged ({e}); choose another --workdir"
-                           ) from e
+    raise errors.UserError(
+      f"{path}: damaged ({e}); choose another --workdir"
+    ) from e
 
 
 def check_same_run(
-    config: ml_collections.ConfigDict, workdir: pathlib.Path
+  config: ml_collections.ConfigDict, workdir: pathlib.Path
 ) -> None:
   """Raises UserError if the folder holds a run of another config."""
   old = read_config(workdir)
   if old is not None and (keys := config_lib.differing_keys(old, config)):
     raise errors.UserError(
-        f"{workdir}: holds a run of another config: {', '.join(keys)}; choose"
-        " another --workdir or the old values"
+      f"{workdir}: holds a run of another config: {', '.join(keys)}; choose"
+      " another --workdir or the old values"
     )
 
 
@@ -180,5 +189,5 @@ def finished_result(workdir: pathlib.Path) -> dict | None:
     return None
   except ValueError as e:
     raise errors.UserError(
-        f"{path}: damaged ({e}); delete it, the run writes it again"
+      f"{path}: damaged ({e}); delete it, the run writes it again"
     ) from e

@@ -33,8 +33,8 @@ class Interrupt:
     self.requested = True
     self._restore()
     _log.info(
-        "%s: saving and stopping; once more to stop at once",
-        signal.Signals(number).name,
+      "%s: saving and stopping; once more to stop at once",
+      signal.Signals(number).name,
     )
 
   def _restore(self):

@@ -1,7 +1,7 @@
-"""Trains or evaluates a Vision Transformer, with a norm or without one.
+r"""Trains or evaluates a Vision Transformer, with a norm or without one.
 
   python -m rescalevit_jax.main --config=configs/quickstart.py
-  python -m rescalevit_jax.main --config=configs/vit_b16_rescale.py \\
+  python -m rescalevit_jax.main --config=configs/vit_b16_rescale.py \
       --workdir=runs/a --config.dataset=cifar100 --config.model.norm=BN
   python -m rescalevit_jax.main --workdir=runs/a --mode=eval
 
@@ -20,8 +20,8 @@ from typing import NoReturn
 
 from absl import app
 from absl import flags
-from ml_collections import config_flags
 import ml_collections
+from ml_collections import config_flags
 
 from rescalevit_jax import config as config_lib
 from rescalevit_jax import errors
@@ -33,27 +33,28 @@ from rescalevit_jax import train
 __doc__ += config_lib.describe("  {name} = {default}\n      {meaning}")
 
 _CONFIG = config_flags.DEFINE_config_file(
-    "config",
-    None,
-    "File with a function get_config(), such as configs/quickstart.py;"
-    " default: config.json of --workdir.",
+  "config",
+  None,
+  "File with a function get_config(), such as configs/quickstart.py;"
+  " default: config.json of --workdir.",
 )
 _WORKDIR = flags.DEFINE_string(
-    "workdir",
-    None,
-    "Folder of the run; default: runs/ and a name made of data set, model,"
-    " norm, scratch or pretrained, and seed.",
+  "workdir",
+  None,
+  "Folder of the run; default: runs/ and a name made of data set, model,"
+  " norm, scratch or pretrained, and seed.",
 )
 _MODE = flags.DEFINE_enum(
-    "mode",
-    "train",
-    ["train", "eval"],
-    "Train, with evaluations on the way, or only evaluate"
-    " (--config.eval_weights says what).",
+  "mode",
+  "train",
+  ["train", "eval"],
+  "Train, with evaluations on the way, or only evaluate"
+  " (--config.eval_weights says what).",
 )
 
 
 def main(argv: list[str]) -> None:
+  """Trains or evaluates, as the flags say."""
   if len(argv) > 1:
     _fail(f"unknown argument {argv[1]!r}: flags begin with --", code=2)
   progress.log_to_stderr()
@@ -81,6 +82,8 @@ def parse(argv: list[str]) -> list[str]:
     rest = flags.FLAGS(argv)
     if _CONFIG.value is not None:
       config_lib.validate(_CONFIG.value)
+    elif flags.FLAGS["config"].present:
+      raise errors.UserError("--config: get_config() returns None")
     return rest
   except Exception as e:  # get_config() may raise anything.
     where = ""
@@ -98,20 +101,22 @@ def _config_and_workdir() -> tuple[ml_collections.ConfigDict, pathlib.Path]:
     return config, workdir or experiment.default_workdir(config)
   if workdir is None:
     raise errors.UserError(
-        "no run: give --config, such as --config=configs/quickstart.py, or the"
-        " --workdir of a run; --help says more"
+      "no run: give --config, such as --config=configs/quickstart.py, or the"
+      " --workdir of a run; --help says more"
     )
   config = experiment.read_config(workdir)
   if config is None:
     raise errors.UserError(
-        f"{workdir}: no run there to go on with; give --config to begin one"
+      f"{workdir}: no run there to go on with; give --config to begin one"
     )
   return config, workdir
 
 
 def _fail(message: str, code: int) -> NoReturn:
-  print("error: " + " ".join(message.split()), file=sys.stderr)
-  sys.exit(code)
+  print("error: " + " ".join(message.split()), file=sys.stderr, flush=True)
+  sys.stdout.flush()
+  # Threads of libraries that met the same error would add theirs at the exit.
+  os._exit(code)
 
 
 if __name__ == "__main__":

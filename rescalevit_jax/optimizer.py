@@ -4,7 +4,7 @@ import optax
 
 
 def schedule(
-    base_lr: float, warmup_steps: int, total_steps: int, decay_type: str
+  base_lr: float, warmup_steps: int, total_steps: int, decay_type: str
 ) -> optax.Schedule:
   """Learning rate: linear warm-up, then cosine or linear decay to 0.
 
@@ -34,11 +34,11 @@ def schedule(
 
 
 def sgd(
-    learning_rate: optax.Schedule,
-    *,
-    momentum: float,
-    weight_decay: float,
-    grad_norm_clip: float,
+  learning_rate: optax.Schedule,
+  *,
+  momentum: float,
+  weight_decay: float,
+  grad_norm_clip: float,
 ) -> optax.GradientTransformation:
   """SGD with momentum: clip, then decay, then momentum, then the rate.
 
@@ -50,8 +50,8 @@ def sgd(
   if grad_norm_clip > 0:
     clip = optax.clip_by_global_norm(grad_norm_clip)
   return optax.chain(
-      clip,
-      optax.add_decayed_weights(weight_decay),
-      optax.trace(momentum),
-      optax.scale_by_learning_rate(learning_rate),
+    clip,
+    optax.add_decayed_weights(weight_decay),
+    optax.trace(momentum),
+    optax.scale_by_learning_rate(learning_rate),
   )

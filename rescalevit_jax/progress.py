@@ -22,17 +22,27 @@ _LONG_RUN_SECONDS = 3600.0
 def log_to_stderr() -> None:
   """Shows this package's messages, one line each, with the time of day.
 
-  Those of the libraries, orbax's above all, only from warnings on.
+  The libraries' are not shown: orbax writes some twenty for a checkpoint, and
+  what goes wrong comes as an exception.
   """
-  absl_logging.set_verbosity(absl_logging.WARNING)
+  absl_logging.set_verbosity(absl_logging.FATAL)
+  logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+  sys.unraisablehook = _unraisablehook
   handler = logging.StreamHandler(sys.stderr)
   handler.setFormatter(
-      logging.Formatter("%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    logging.Formatter("%(asctime)s %(message)s", datefmt="%H:%M:%S")
   )
   logger = logging.getLogger("rescalevit_jax")
   logger.handlers = [handler]
   logger.setLevel(logging.INFO)
   logger.propagate = False
+
+
+def _unraisablehook(unraisable):
+  # Tensorstore's threads report here that nobody waits for them any more once
+  # another one of them has failed.
+  if str(unraisable.exc_value) != "Event loop is closed":
+    sys.__unraisablehook__(unraisable)
 
 
 def duration(seconds: float) -> str:
@@ -88,13 +98,19 @@ class Timer:
     self.last_line = now = time.monotonic()
     speed = eta = ""
     if steps:
-      speed = f"  {images_per_second(steps, seconds, self._batch):.0f} images/s"
+      speed = images_per_second(steps, seconds, self._batch)
+      speed = f"  {speed:.{0 if speed >= 10 else 2}f} images/s"
     if self._step > self._first_step:
       pace = (now - self._start) / (self._step - self._first_step)
       eta = f"  ETA {duration(pace * (self._total_steps - self._step))}"
     _log.info(
-        "step %d/%d  loss %.4f  lr %.5f%s%s",
-        self._step, self._total_steps, loss, rate, speed, eta,
+      "step %d/%d  loss %.4f  lr %.5f%s%s",
+      self._step,
+      self._total_steps,
+      loss,
+      rate,
+      speed,
+      eta,
     )
 
 
@@ -107,19 +123,19 @@ def warn_of_idle_gpu() -> None:
   """Warns if the machine has an NVIDIA GPU that JAX does not see."""
   if jax.default_backend() == "cpu" and os.path.exists("/dev/nvidiactl"):
     _log.warning(
-        "this machine has an NVIDIA GPU, but JAX sees only the CPU: install it"
-        " with `pip install -e '.[cuda13]'` (or cuda12)"
+      "this machine has an NVIDIA GPU, but JAX sees only the CPU: install it"
+      " with `pip install -e '.[cuda13]'` (or cuda12)"
     )
 
 
 def warn_of_long_run(
-    model: nn.Module,
-    *,
-    image_size: int,
-    batch: int,
-    steps: int,
-    eval_images: int,
-    evaluations: int,
+  model: nn.Module,
+  *,
+  image_size: int,
+  batch: int,
+  steps: int,
+  eval_images: int,
+  evaluations: int,
 ) -> None:
   """Estimates the run from a matrix product's speed; says so if it is long."""
   rate = _EFFICIENCY * _matmul_flops_per_second(model.dtype)
@@ -130,11 +146,16 @@ def warn_of_long_run(
   seconds = steps * step_seconds + evaluations * eval_seconds
   if seconds > _LONG_RUN_SECONDS:
     _log.warning(
-        "this will take long, about %s on %d x %s (estimated): %s for each"
-        " of %d steps of %d images, %s for each of %d evaluations",
-        duration(seconds), jax.device_count(), jax.devices()[0].device_kind,
-        f"{step_seconds:.2g} s", steps, batch,
-        duration(eval_seconds), evaluations,
+      "this will take long, about %s on %d x %s (estimated): %s for each"
+      " of %d steps of %d images, %s for each of %d evaluations",
+      duration(seconds),
+      jax.device_count(),
+      jax.devices()[0].device_kind,
+      f"{step_seconds:.2g} s",
+      steps,
+      batch,
+      duration(eval_seconds),
+      evaluations,
     )
 
 

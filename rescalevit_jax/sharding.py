@@ -7,7 +7,9 @@ everything else is on every device.
 from typing import Any
 
 import jax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec
 import numpy as np
 
 from rescalevit_jax import errors
@@ -44,4 +46,6 @@ def check_batch(batch: int, accum_steps: int, mesh: Mesh) -> None:
     parts = f"{mesh.size} devices"
     if accum_steps > 1:
       parts = f"accum_steps ({accum_steps}) times {parts}"
-    raise errors.UserError(f"config: batch is {batch}, not divisible by {parts}")
+    raise errors.UserError(
+      f"config: batch is {batch}, not divisible by {parts}"
+    )

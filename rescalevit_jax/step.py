@@ -29,33 +29,33 @@ class TrainState:
 
 
 def init_state(
-    model: nn.Module,
-    optimizer: optax.GradientTransformation,
-    image_size: int,
-    seed: int,
+  model: nn.Module,
+  optimizer: optax.GradientTransformation,
+  image_size: int,
+  seed: int,
 ) -> TrainState:
   """Returns the state at step 0, from scratch."""
   images = jnp.zeros((1, image_size, image_size, 3))
   variables = model.init(jax.random.key(seed), images, train=False)
   return TrainState(
-      step=jnp.zeros((), jnp.int32),
-      params=variables["params"],
-      batch_stats=variables.get("batch_stats", {}),
-      opt_state=optimizer.init(variables["params"]),
+    step=jnp.zeros((), jnp.int32),
+    params=variables["params"],
+    batch_stats=variables.get("batch_stats", {}),
+    opt_state=optimizer.init(variables["params"]),
   )
 
 
 def train_step(
-    state: TrainState,
-    images: jax.Array,
-    labels: jax.Array,
-    indices: jax.Array,
-    *,
-    model: nn.Module,
-    optimizer: optax.GradientTransformation,
-    augment: augment_lib.Augment,
-    image_size: int,
-    seed: int,
+  state: TrainState,
+  images: jax.Array,
+  labels: jax.Array,
+  indices: jax.Array,
+  *,
+  model: nn.Module,
+  optimizer: optax.GradientTransformation,
+  augment: augment_lib.Augment,
+  image_size: int,
+  seed: int,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
   """One update.
 
@@ -87,16 +87,16 @@ def train_step(
     batch_stats, sums = carry
     indices, crop_keys, dropout_key = micro_batch
     x = augment_lib.prepare_random(
-        crop_keys, images[indices], image_size, augment
+      crop_keys, images[indices], image_size, augment
     )
     (loss, batch_stats), grads = jax.value_and_grad(loss_fn, has_aux=True)(
-        state.params, batch_stats, x, labels[indices], dropout_key, model=model
+      state.params, batch_stats, x, labels[indices], dropout_key, model=model
     )
     return (batch_stats, jax.tree.map(jnp.add, sums, (loss, grads))), None
 
   carry = (
-      state.batch_stats,
-      (jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.params)),
+    state.batch_stats,
+    (jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.params)),
   )
   micro_batches = (indices, crop_keys, dropout_keys)
   if len(indices) == 1:  # No loop: the compiler sees one straight step.
@@ -109,13 +109,13 @@ def train_step(
 
 
 def loss_fn(
-    params: Any,
-    batch_stats: Any,
-    images: jax.Array,
-    labels: jax.Array,
-    dropout_key: jax.Array,
-    *,
-    model: nn.Module,
+  params: Any,
+  batch_stats: Any,
+  images: jax.Array,
+  labels: jax.Array,
+  dropout_key: jax.Array,
+  *,
+  model: nn.Module,
 ) -> tuple[jax.Array, Any]:
   """Mean cross-entropy in training mode.
 
@@ -131,45 +131,45 @@ def loss_fn(
     The loss, [] float32, and the statistics after the pass.
   """
   logits, new = model.apply(
-      {"params": params, "batch_stats": batch_stats},
-      images,
-      train=True,
-      mutable=["batch_stats"],
-      rngs={"dropout": dropout_key},
+    {"params": params, "batch_stats": batch_stats},
+    images,
+    train=True,
+    mutable=["batch_stats"],
+    rngs={"dropout": dropout_key},
   )
   loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
   return loss, new.get("batch_stats", {})
 
 
 def update(
-    state: TrainState,
-    loss: jax.Array,
-    grads: Any,
-    batch_stats: Any,
-    *,
-    optimizer: optax.GradientTransformation,
+  state: TrainState,
+  loss: jax.Array,
+  grads: Any,
+  batch_stats: Any,
+  *,
+  optimizer: optax.GradientTransformation,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
   """Applies a gradient; see `train_step` for what it returns."""
   updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
   state = TrainState(
-      step=state.step + 1,
-      params=optax.apply_updates(state.params, updates),
-      batch_stats=batch_stats,
-      opt_state=opt_state,
+    step=state.step + 1,
+    params=optax.apply_updates(state.params, updates),
+    batch_stats=batch_stats,
+    opt_state=opt_state,
   )
   return state, {"loss": loss, "grad_norm": optax.global_norm(grads)}
 
 
 def eval_step(
-    params: Any,
-    batch_stats: Any,
-    images: jax.Array,
-    labels: jax.Array,
-    indices: jax.Array,
-    mask: jax.Array,
-    *,
-    model: nn.Module,
-    image_size: int,
+  params: Any,
+  batch_stats: Any,
+  images: jax.Array,
+  labels: jax.Array,
+  indices: jax.Array,
+  mask: jax.Array,
+  *,
+  model: nn.Module,
+  image_size: int,
 ) -> dict[str, jax.Array]:
   """Sums over one batch of a split.
 
@@ -188,11 +188,11 @@ def eval_step(
   """
   x = augment_lib.prepare(images[indices], image_size)
   logits = model.apply(
-      {"params": params, "batch_stats": batch_stats}, x, train=False
+    {"params": params, "batch_stats": batch_stats}, x, train=False
   )
   y = labels[indices]
   loss = optax.softmax_cross_entropy_with_integer_labels(logits, y)
   return {
-      "loss": jnp.where(mask, loss, 0.0).sum(),
-      "correct": (mask & (logits.argmax(-1) == y)).sum(),
+    "loss": jnp.where(mask, loss, 0.0).sum(),
+    "correct": (mask & (logits.argmax(-1) == y)).sum(),
   }

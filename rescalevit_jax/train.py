@@ -32,7 +32,7 @@ _SECONDS_BETWEEN_LINES = 10.0
 
 
 def train_and_evaluate(
-    config: ml_collections.ConfigDict, workdir: str | pathlib.Path
+  config: ml_collections.ConfigDict, workdir: str | pathlib.Path
 ) -> dict[str, Any] | None:
   """Trains a model, or goes on with it, and evaluates it on the way.
 
@@ -51,14 +51,12 @@ def train_and_evaluate(
   config_lib.validate(config)
   experiment_lib.check_same_run(config, workdir)
   if (result := experiment_lib.finished_result(workdir)) is not None:
-    _log.info(
-        "%s: this run is finished: %s", workdir, _accuracies(result)
-    )
+    _log.info("%s: this run is finished: %s", workdir, _accuracies(result))
     return result
   experiment = experiment_lib.create(config)
   with (
-      checkpoint.Checkpoints(workdir, config.keep_checkpoints) as checkpoints,
-      interrupt.Interrupt() as stop,
+    checkpoint.Checkpoints(workdir, config.keep_checkpoints) as checkpoints,
+    interrupt.Interrupt() as stop,
   ):
     state, progress = experiment_lib.initial_state(experiment, checkpoints)
     parameters = sum(x.size for x in jax.tree.leaves(state.params))
@@ -70,13 +68,14 @@ def train_and_evaluate(
       finished = trainer.run(stop)
   if not finished:
     _log.info(
-        "stopped at step %d of %d; the same command goes on from there",
-        progress.step, config.total_steps,
+      "stopped at step %d of %d; the same command goes on from there",
+      progress.step,
+      config.total_steps,
     )
     return None
   result = _result(config, progress, parameters)
   writers.write_file(
-      workdir / "result.json", json.dumps(result, indent=2) + "\n"
+    workdir / "result.json", json.dumps(result, indent=2) + "\n"
   )
   _log.info("finished: %s; see %s", _accuracies(result), workdir)
   return result
@@ -94,12 +93,12 @@ class Trainer:
   """
 
   def __init__(
-      self,
-      experiment: experiment_lib.Experiment,
-      state: step_lib.TrainState,
-      progress: checkpoint.Progress,
-      checkpoints: checkpoint.Checkpoints,
-      writer: writers.MetricWriter,
+    self,
+    experiment: experiment_lib.Experiment,
+    state: step_lib.TrainState,
+    progress: checkpoint.Progress,
+    checkpoints: checkpoint.Checkpoints,
+    writer: writers.MetricWriter,
   ):
     config, mesh = experiment.config, experiment.mesh
     self._config = config
@@ -112,42 +111,42 @@ class Trainer:
     everywhere = sharding.replicated(mesh)
     dataset = experiment.dataset
     self._train = sharding.put(
-        (dataset.train.images, dataset.train.labels), everywhere
+      (dataset.train.images, dataset.train.labels), everywhere
     )
     self._evaluator = evaluate.Evaluator(
-        experiment.model,
-        *sharding.put((dataset.test.images, dataset.test.labels), everywhere),
-        image_size=config.image_size,
-        batch=config.batch_eval,
-        mesh=mesh,
+      experiment.model,
+      *sharding.put((dataset.test.images, dataset.test.labels), everywhere),
+      image_size=config.image_size,
+      batch=config.batch_eval,
+      mesh=mesh,
     )
     self._by_device = sharding.split(mesh, axis=1)
     self._train_step = jax.jit(
-        functools.partial(
-            step_lib.train_step,
-            model=experiment.model,
-            optimizer=experiment.optimizer,
-            augment=augment.Augment(**config.augment),
-            image_size=config.image_size,
-            seed=config.seed,
-        ),
-        out_shardings=everywhere,
-        donate_argnums=0,
+      functools.partial(
+        step_lib.train_step,
+        model=experiment.model,
+        optimizer=experiment.optimizer,
+        augment=augment.Augment(**config.augment),
+        image_size=config.image_size,
+        seed=config.seed,
+      ),
+      out_shardings=everywhere,
+      donate_argnums=0,
     )
     progress_lib.warn_of_long_run(
-        experiment.model,
-        image_size=config.image_size,
-        batch=config.batch,
-        steps=config.total_steps - progress.step,
-        eval_images=len(dataset.test.labels),
-        evaluations=-(-(config.total_steps - progress.step) // config.eval_every),
+      experiment.model,
+      image_size=config.image_size,
+      batch=config.batch,
+      steps=config.total_steps - progress.step,
+      eval_images=len(dataset.test.labels),
+      evaluations=-(-(config.total_steps - progress.step) // config.eval_every),
     )
     self._metrics = None  # Of the step that the device works on.
     self._first_step = progress.step + 1
     self._seconds_before = progress.seconds
     self._started = time.monotonic()
     self._timer = progress_lib.Timer(
-        config.total_steps, config.batch, progress.step
+      config.total_steps, config.batch, progress.step
     )
 
   def run(self, stop: interrupt.Interrupt) -> bool:
@@ -157,11 +156,8 @@ class Trainer:
       if self._evaluation_is_due():
         self._evaluate(stop)
       at_end = progress.step == config.total_steps
-      if (
-          stop.requested
-          or at_end
-          or progress.step % config.checkpoint_every == 0
-      ):
+      due = progress.step > 0 and progress.step % config.checkpoint_every == 0
+      if stop.requested or at_end or due:
         self._save()
       if stop.requested or at_end:
         self._checkpoints.wait()
@@ -173,10 +169,10 @@ class Trainer:
     config, progress = self._config, self._progress
     step = progress.step + 1
     indices = data.indices(
-        config.seed, step, config.batch, len(self._train[1])
+      config.seed, step, config.batch, len(self._train[1])
     ).reshape(config.accum_steps, -1)
     self._state, metrics = self._train_step(
-        self._state, *self._train, sharding.put(indices, self._by_device)
+      self._state, *self._train, sharding.put(indices, self._by_device)
     )
     self._finish_step()
     progress.step, self._metrics = step, metrics
@@ -195,9 +191,9 @@ class Trainer:
       self._checkpoints.wait()
       last = self._checkpoints.latest_step()
       raise errors.UserError(
-          f"step {step}: loss {loss}, gradient norm {grad_norm}: not finite; the"
-          f" last checkpoint is that of step {last}; try a smaller base_lr or"
-          " grad_norm_clip in a new --workdir"
+        f"step {step}: loss {loss}, gradient norm {grad_norm}: not finite; the"
+        f" last checkpoint is that of step {last}; try a smaller base_lr or"
+        " grad_norm_clip in a new --workdir"
       )
     due = step % self._config.progress_every == 0
     quiet = time.monotonic() - self._timer.last_line
@@ -208,17 +204,17 @@ class Trainer:
     self._timer.log(loss, rate, steps, seconds)
     if due:
       self._writer.write(
-          step,
-          {
-              "train/loss": loss,
-              "train/grad_norm": grad_norm,
-              "train/lr": rate,
-          },
-          {
-              "train/images_per_second": progress_lib.images_per_second(
-                  steps, seconds, self._config.batch
-              )
-          },
+        step,
+        {
+          "train/loss": loss,
+          "train/grad_norm": grad_norm,
+          "train/lr": rate,
+        },
+        {
+          "train/images_per_second": progress_lib.images_per_second(
+            steps, seconds, self._config.batch
+          )
+        },
       )
 
   def _lap(self, step):
@@ -230,7 +226,7 @@ class Trainer:
   def _evaluation_is_due(self):
     step = self._progress.step
     return step not in (0, self._progress.last_step) and (
-        step % self._config.eval_every == 0 or step == self._config.total_steps
+      step % self._config.eval_every == 0 or step == self._config.total_steps
     )
 
   def _evaluate(self, stop):
@@ -238,14 +234,14 @@ class Trainer:
     progress = self._progress
     self._lap(progress.step)
     result = self._evaluator(
-        self._state.params, self._state.batch_stats, lambda: stop.requested
+      self._state.params, self._state.batch_stats, lambda: stop.requested
     )
     self._timer.restart()
     if result is None:
       return
     self._writer.write(
-        progress.step,
-        {"test/loss": result.loss, "test/accuracy": result.accuracy},
+      progress.step,
+      {"test/loss": result.loss, "test/accuracy": result.accuracy},
     )
     progress.last_step = progress.step
     progress.last_accuracy, progress.last_loss = result.accuracy, result.loss
@@ -255,14 +251,20 @@ class Trainer:
       progress.best_step = progress.step
       self._checkpoints.save_best(self._state, progress)
     _log.info(
-        "step %d/%d  test loss %.4f  test accuracy %.4f  best %.4f at step %d",
-        progress.step, self._config.total_steps, result.loss, result.accuracy,
-        progress.best_accuracy, progress.best_step,
+      "step %d/%d  test loss %.4f  test accuracy %.4f  best %.4f at step %d",
+      progress.step,
+      self._config.total_steps,
+      result.loss,
+      result.accuracy,
+      progress.best_accuracy,
+      progress.best_step,
     )
 
   def _save(self):
-    self._finish_step()
     progress = self._progress
+    if progress.step == self._checkpoints.latest_step():
+      return
+    self._finish_step()
     self._lap(progress.step)
     progress.seconds = self._seconds_before + time.monotonic() - self._started
     self._writer.sync()
@@ -279,30 +281,30 @@ def _is_of_the_past(progress, line):
 
 def _result(config, progress, parameters):
   return {
-      "best_accuracy": progress.best_accuracy,
-      "best_step": progress.best_step,
-      "last_accuracy": progress.last_accuracy,
-      "last_step": progress.last_step,
-      "last_loss": progress.last_loss,
-      "examples_evaluated": progress.examples_evaluated,
-      "images_per_second": progress_lib.images_per_second(
-          progress.timed_steps, progress.timed_seconds, config.batch
-      ),
-      "seconds": progress.seconds,
-      "parameters": parameters,
-      "versions": {
-          "python": platform.python_version(),
-          **{
-              name: importlib.metadata.version(name)
-              for name in ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint")
-          },
+    "best_accuracy": progress.best_accuracy,
+    "best_step": progress.best_step,
+    "last_accuracy": progress.last_accuracy,
+    "last_step": progress.last_step,
+    "last_loss": progress.last_loss,
+    "examples_evaluated": progress.examples_evaluated,
+    "images_per_second": progress_lib.images_per_second(
+      progress.timed_steps, progress.timed_seconds, config.batch
+    ),
+    "seconds": progress.seconds,
+    "parameters": parameters,
+    "versions": {
+      "python": platform.python_version(),
+      **{
+        name: importlib.metadata.version(name)
+        for name in ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint")
       },
-      "devices": [str(d.device_kind) for d in jax.devices()],
+    },
+    "devices": [str(d.device_kind) for d in jax.devices()],
   }
 
 
 def _accuracies(result):
   return (
-      f"test accuracy {result['last_accuracy']:.4f}, best"
-      f" {result['best_accuracy']:.4f} at step {result['best_step']}"
+    f"test accuracy {result['last_accuracy']:.4f}, best"
+    f" {result['best_accuracy']:.4f} at step {result['best_step']}"
   )

@@ -43,15 +43,17 @@ class MetricWriter:
   """
 
   def __init__(
-      self,
-      workdir: pathlib.Path,
-      config: ml_collections.ConfigDict,
-      keep: Callable[[Mapping[str, Any]], bool],
+    self,
+    workdir: pathlib.Path,
+    config: ml_collections.ConfigDict,
+    keep: Callable[[Mapping[str, Any]], bool],
   ):
     path = workdir / "metrics.jsonl"
     if path.exists():
       lines = path.read_text(encoding="utf-8").splitlines()
-      kept = [line for line in lines if _is_whole(line) and keep(json.loads(line))]
+      kept = [
+        line for line in lines if _is_whole(line) and keep(json.loads(line))
+      ]
       write_file(path, "".join(f"{line}\n" for line in kept))
     self._file = open(path, "a", encoding="utf-8")
     self._board = _TensorBoard(workdir, config)
@@ -64,10 +66,10 @@ class MetricWriter:
     self._board.close()
 
   def write(
-      self,
-      step: int,
-      scalars: Mapping[str, float],
-      timings: Mapping[str, float] | None = None,
+    self,
+    step: int,
+    scalars: Mapping[str, float],
+    timings: Mapping[str, float] | None = None,
   ) -> None:
     """Writes one line of scalars; `timings` only to TensorBoard."""
     self._file.write(json.dumps({"step": step, **scalars}) + "\n")
@@ -119,7 +121,9 @@ class _TensorBoard:
       raise errors.UserError(f"cannot import clu.metric_writers: {e}") from e
     writer = metric_writers.SummaryWriter(str(self._workdir))
     values = config_lib.flatten(self._config)
-    writer.write_hparams({k: str(v) if v is None else v for k, v in values.items()})
+    writer.write_hparams(
+      {k: str(v) if v is None else v for k, v in values.items()}
+    )
     text = config_lib.to_json(self._config)
     writer.write_texts(0, {"config": f"```json\n{text}```"})
     return writer

@@ -16,17 +16,17 @@ DTYPES = ("auto", "float32", "bfloat16")
 
 
 def create(
-    name: str,
-    *,
-    num_classes: int,
-    norm: str = "LN",
-    image_size: int = 224,
-    dropout_rate: float = 0.1,
-    gelu: str = "erf",
-    init: str = "torch",
-    representation_size: int | None = None,
-    dtype: str = "float32",
-    **sizes: int | None,
+  name: str,
+  *,
+  num_classes: int,
+  norm: str = "LN",
+  image_size: int = 224,
+  dropout_rate: float = 0.1,
+  gelu: str = "erf",
+  init: str = "torch",
+  representation_size: int | None = None,
+  dtype: str = "float32",
+  **sizes: int | None,
 ) -> vit.VisionTransformer:
   """Returns a model of the table of sizes, as a flax.linen module.
 
@@ -47,51 +47,51 @@ def create(
     UserError: an unknown name, or sizes that do not fit together.
   """
   for value, valid, what in (
-      (name, variants.VARIANTS, "model_name"),
-      (norm, norms.NORMS, "model.norm"),
-      (gelu, GELUS, "model.gelu"),
-      (init, initializers.SCHEMES, "model.init"),
-      (dtype, DTYPES, "dtype"),
+    (name, variants.VARIANTS, "model_name"),
+    (norm, norms.NORMS, "model.norm"),
+    (gelu, GELUS, "model.gelu"),
+    (init, initializers.SCHEMES, "model.init"),
+    (dtype, DTYPES, "dtype"),
   ):
     if value not in valid:
       raise errors.UserError(
-          f"{what}: unknown {value!r}; {errors.nearest(str(value), valid)}"
+        f"{what}: unknown {value!r}; {errors.nearest(str(value), valid)}"
       )
   fields = [f.name for f in dataclasses.fields(variants.Variant)]
   for key in sizes:
     if key not in fields:
       raise errors.UserError(
-          f"models.create: unknown argument {key!r};"
-          f" {errors.nearest(key, fields)}"
+        f"models.create: unknown argument {key!r};"
+        f" {errors.nearest(key, fields)}"
       )
   size = dataclasses.replace(
-      variants.VARIANTS[name],
-      **{k: v for k, v in sizes.items() if v is not None},
+    variants.VARIANTS[name],
+    **{k: v for k, v in sizes.items() if v is not None},
   )
   if image_size % size.patch_size:
     raise errors.UserError(
-        f"image_size: {image_size} is not divisible by the patch size"
-        f" {size.patch_size} of {name}"
+      f"image_size: {image_size} is not divisible by the patch size"
+      f" {size.patch_size} of {name}"
     )
   if size.hidden_size % size.num_heads:
     raise errors.UserError(
-        f"model.hidden_size: {size.hidden_size} is not divisible by the"
-        f" {size.num_heads} heads"
+      f"model.hidden_size: {size.hidden_size} is not divisible by the"
+      f" {size.num_heads} heads"
     )
   if norm == "GN" and size.hidden_size % norms.GroupNorm.GROUPS:
     raise errors.UserError(
-        f"model.hidden_size: {size.hidden_size} is not divisible by the"
-        f" {norms.GroupNorm.GROUPS} groups of GN"
+      f"model.hidden_size: {size.hidden_size} is not divisible by the"
+      f" {norms.GroupNorm.GROUPS} groups of GN"
     )
   if dtype == "auto":
     dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
   return vit.VisionTransformer(
-      num_classes=num_classes,
-      norm=norm,
-      dropout_rate=dropout_rate,
-      gelu=gelu,
-      init_scheme=init,
-      representation_size=representation_size,
-      dtype=jnp.dtype(dtype),
-      **dataclasses.asdict(size),
+    num_classes=num_classes,
+    norm=norm,
+    dropout_rate=dropout_rate,
+    gelu=gelu,
+    init_scheme=init,
+    representation_size=representation_size,
+    dtype=jnp.dtype(dtype),
+    **dataclasses.asdict(size),
   )

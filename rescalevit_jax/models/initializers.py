@@ -54,22 +54,22 @@ def _uniform(fan_in):
 _TORCH_KERNEL = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
 SCHEMES = {
-    "torch": Scheme(
-        patch_kernel=_TORCH_KERNEL,
-        patch_bias=_uniform,
-        position=nn.initializers.zeros,
-        attention_kernel=_TORCH_KERNEL,
-        attention_bias=_uniform,
-        head_kernel=_TORCH_KERNEL,
-        head_bias=_uniform,
-    ),
-    "google": Scheme(
-        patch_kernel=nn.initializers.lecun_normal(),
-        patch_bias=_zeros,
-        position=nn.initializers.normal(stddev=0.02),
-        attention_kernel=nn.initializers.xavier_uniform(),
-        attention_bias=_zeros,
-        head_kernel=nn.initializers.zeros,
-        head_bias=_zeros,
-    ),
+  "torch": Scheme(
+    patch_kernel=_TORCH_KERNEL,
+    patch_bias=_uniform,
+    position=nn.initializers.zeros,
+    attention_kernel=_TORCH_KERNEL,
+    attention_bias=_uniform,
+    head_kernel=_TORCH_KERNEL,
+    head_bias=_uniform,
+  ),
+  "google": Scheme(
+    patch_kernel=nn.initializers.lecun_normal(),
+    patch_bias=_zeros,
+    position=nn.initializers.normal(stddev=0.02),
+    attention_kernel=nn.initializers.xavier_uniform(),
+    attention_bias=_zeros,
+    head_kernel=nn.initializers.zeros,
+    head_bias=_zeros,
+  ),
 }

@@ -81,8 +81,8 @@ class GroupNorm(Affine):
     batch, tokens, features = x.shape
     groups = x.reshape(batch, tokens, self.GROUPS, features // self.GROUPS)
     return tuple(
-        jnp.repeat(s[:, :, :, 0], features // self.GROUPS, axis=-1)
-        for s in _moments(groups, axis=(1, 3))
+      jnp.repeat(s[:, :, :, 0], features // self.GROUPS, axis=-1)
+      for s in _moments(groups, axis=(1, 3))
     )
 
 
@@ -134,11 +134,9 @@ class Rescale(Norm):
     if self.before_mlp:
       self.scale = self.param("scale", nn.initializers.ones, (1,))
     self.init_mean = self.variable(
-        "batch_stats", "init_mean", jnp.zeros, self.features
+      "batch_stats", "init_mean", jnp.zeros, self.features
     )
-    self.count = self.variable(
-        "batch_stats", "count", jnp.zeros, (), jnp.int32
-    )
+    self.count = self.variable("batch_stats", "count", jnp.zeros, (), jnp.int32)
 
   def __call__(self, x, train):
     x = x.astype(jnp.float32)
@@ -146,9 +144,9 @@ class Rescale(Norm):
     calibrating = count < self.CALIBRATION_BATCHES
     if train and not self.is_initializing():
       init_mean = jax.lax.cond(
-          calibrating,
-          lambda: init_mean + (x.mean((0, 1)) - init_mean) / (count + 1),
-          lambda: init_mean,
+        calibrating,
+        lambda: init_mean + (x.mean((0, 1)) - init_mean) / (count + 1),
+        lambda: init_mean,
       )
       init_mean = jax.lax.stop_gradient(init_mean)
       self.init_mean.value = init_mean
@@ -170,8 +168,8 @@ def _moments(x, axis):
 
 
 NORMS: dict[str, type[Norm]] = {
-    "LN": LayerNorm,
-    "BN": BatchNorm,
-    "GN": GroupNorm,
-    "Rescale": Rescale,
+  "LN": LayerNorm,
+  "BN": BatchNorm,
+  "GN": GroupNorm,
+  "Rescale": Rescale,
 }

@@ -25,13 +25,13 @@ class Variant:
 # Ti to H: Dosovitskiy et al. 2021 (arXiv:2010.11929), Table 1, and Steiner et
 # al. 2022 (arXiv:2106.10270), Table 2. XS is ours, for small images on a CPU.
 VARIANTS = {
-    "ViT-XS_2": Variant(2, 96, 384, 3, 6),
-    "ViT-XS_4": Variant(4, 96, 384, 3, 6),
-    "ViT-Ti_16": Variant(16, 192, 768, 3, 12),
-    "ViT-S_16": Variant(16, 384, 1536, 6, 12),
-    "ViT-B_16": Variant(16, 768, 3072, 12, 12),
-    "ViT-B_32": Variant(32, 768, 3072, 12, 12),
-    "ViT-L_16": Variant(16, 1024, 4096, 16, 24),
-    "ViT-L_32": Variant(32, 1024, 4096, 16, 24),
-    "ViT-H_14": Variant(14, 1280, 5120, 16, 32),
+  "ViT-XS_2": Variant(2, 96, 384, 3, 6),
+  "ViT-XS_4": Variant(4, 96, 384, 3, 6),
+  "ViT-Ti_16": Variant(16, 192, 768, 3, 12),
+  "ViT-S_16": Variant(16, 384, 1536, 6, 12),
+  "ViT-B_16": Variant(16, 768, 3072, 12, 12),
+  "ViT-B_32": Variant(32, 768, 3072, 12, 12),
+  "ViT-L_16": Variant(16, 1024, 4096, 16, 24),
+  "ViT-L_32": Variant(32, 1024, 4096, 16, 24),
+  "ViT-H_14": Variant(14, 1280, 5120, 16, 32),
 }

@@ -31,17 +31,17 @@ class PatchEmbedding(nn.Module):
     p = self.patch_size
     if height % p or width % p:
       raise ValueError(
-          f"images of {height}x{width} pixels do not divide into patches of"
-          f" {p}x{p}"
+        f"images of {height}x{width} pixels do not divide into patches of"
+        f" {p}x{p}"
       )
     shape = (p, p, channels, self.hidden_size)
     kernel = self.param("kernel", self.scheme.patch_kernel, shape)
     bias = self.param(
-        "bias", self.scheme.patch_bias(p * p * channels), (self.hidden_size,)
+      "bias", self.scheme.patch_bias(p * p * channels), (self.hidden_size,)
     )
     # A convolution whose stride is its size is one matrix product.
     patches = images.reshape(
-        batch, height // p, p, width // p, p, channels
+      batch, height // p, p, width // p, p, channels
     ).transpose(0, 1, 3, 2, 4, 5)
     patches = patches.reshape(batch, -1, p * p * channels).astype(self.dtype)
     kernel = kernel.reshape(-1, self.hidden_size).astype(self.dtype)
@@ -78,27 +78,27 @@ class MultiHeadAttention(nn.Module):
 
     def project(name):
       return nn.DenseGeneral(
-          (self.num_heads, head_dim),
-          kernel_init=self.scheme.attention_kernel,
-          bias_init=self.scheme.attention_bias(features),
-          dtype=self.dtype,
-          name=name,
+        (self.num_heads, head_dim),
+        kernel_init=self.scheme.attention_kernel,
+        bias_init=self.scheme.attention_bias(features),
+        dtype=self.dtype,
+        name=name,
       )(x)
 
     query, key, value = project("query"), project("key"), project("value")
     scores = jnp.einsum(
-        "bqhd,bkhd->bhqk", query, key, preferred_element_type=jnp.float32
+      "bqhd,bkhd->bhqk", query, key, preferred_element_type=jnp.float32
     )
     attention = jax.nn.softmax(scores * head_dim**-0.5)
     self.sow("intermediates", "attention", attention)
     y = jnp.einsum("bhqk,bkhd->bqhd", attention.astype(self.dtype), value)
     return nn.DenseGeneral(
-        features,
-        axis=(-2, -1),
-        kernel_init=self.scheme.attention_kernel,
-        bias_init=self.scheme.attention_bias(features),
-        dtype=self.dtype,
-        name="out",
+      features,
+      axis=(-2, -1),
+      kernel_init=self.scheme.attention_kernel,
+      bias_init=self.scheme.attention_bias(features),
+      dtype=self.dtype,
+      name="out",
     )(y)
 
 
@@ -115,11 +115,11 @@ class Mlp(nn.Module):
   def __call__(self, x, train):
     def dense(features, name):
       return nn.Dense(
-          features,
-          kernel_init=self.scheme.mlp_kernel,
-          bias_init=self.scheme.mlp_bias,
-          dtype=self.dtype,
-          name=name,
+        features,
+        kernel_init=self.scheme.mlp_kernel,
+        bias_init=self.scheme.mlp_bias,
+        dtype=self.dtype,
+        name=name,
       )
 
     features = x.shape[-1]
@@ -149,31 +149,31 @@ class EncoderBlock(nn.Module):
 
     def norm(number, before_mlp):
       return Norm(
-          features=x.shape[-1],
-          block=self.block,
-          num_blocks=self.num_blocks,
-          before_mlp=before_mlp,
-          dtype=self.dtype,
-          name=f"{Norm.SLOT}_{number}",
+        features=x.shape[-1],
+        block=self.block,
+        num_blocks=self.num_blocks,
+        before_mlp=before_mlp,
+        dtype=self.dtype,
+        name=f"{Norm.SLOT}_{number}",
       )
 
     before_attention = norm(0, before_mlp=False)
     attention = MultiHeadAttention(
-        self.num_heads,
-        self.scheme,
-        self.dtype,
-        name="MultiHeadDotProductAttention_1",
+      self.num_heads,
+      self.scheme,
+      self.dtype,
+      name="MultiHeadDotProductAttention_1",
     )
     x = before_attention.residual(x, attention(before_attention(x, train)))
 
     before_mlp = norm(2, before_mlp=True)
     mlp = Mlp(
-        self.mlp_dim,
-        self.dropout_rate,
-        self.gelu,
-        self.scheme,
-        self.dtype,
-        name="MlpBlock_3",
+      self.mlp_dim,
+      self.dropout_rate,
+      self.gelu,
+      self.scheme,
+      self.dtype,
+      name="MlpBlock_3",
     )
     return before_mlp.residual(x, mlp(before_mlp(x, train), train))
 
@@ -196,25 +196,25 @@ class Encoder(nn.Module):
     x = nn.Dropout(self.dropout_rate, deterministic=not train)(x)
     for i in range(self.num_layers):
       x = EncoderBlock(
-          block=i + 1,
-          num_blocks=self.num_layers,
-          num_heads=self.num_heads,
-          mlp_dim=self.mlp_dim,
-          norm=self.norm,
-          dropout_rate=self.dropout_rate,
-          gelu=self.gelu,
-          scheme=self.scheme,
-          dtype=self.dtype,
-          name=f"encoderblock_{i}",
+        block=i + 1,
+        num_blocks=self.num_layers,
+        num_heads=self.num_heads,
+        mlp_dim=self.mlp_dim,
+        norm=self.norm,
+        dropout_rate=self.dropout_rate,
+        gelu=self.gelu,
+        scheme=self.scheme,
+        dtype=self.dtype,
+        name=f"encoderblock_{i}",
       )(x, train)
     Norm = norms.NORMS[self.norm]
     if Norm.FINAL:
       x = Norm(
-          features=x.shape[-1],
-          block=self.num_layers + 1,
-          num_blocks=self.num_layers,
-          dtype=self.dtype,
-          name="encoder_norm",
+        features=x.shape[-1],
+        block=self.num_layers + 1,
+        num_blocks=self.num_layers,
+        dtype=self.dtype,
+        name="encoder_norm",
       )(x, train)
     return x
 
@@ -252,29 +252,29 @@ class VisionTransformer(nn.Module):
     """
     scheme = initializers.SCHEMES[self.init_scheme]
     x = PatchEmbedding(
-        self.patch_size, self.hidden_size, scheme, self.dtype, name="embedding"
+      self.patch_size, self.hidden_size, scheme, self.dtype, name="embedding"
     )(images)
     cls = self.param(
-        "cls", nn.initializers.zeros, (1, 1, self.hidden_size)
+      "cls", nn.initializers.zeros, (1, 1, self.hidden_size)
     ).astype(self.dtype)
     x = jnp.concatenate([jnp.tile(cls, (len(x), 1, 1)), x], axis=1)
     x = Encoder(
-        num_layers=self.num_layers,
-        num_heads=self.num_heads,
-        mlp_dim=self.mlp_dim,
-        norm=self.norm,
-        dropout_rate=self.dropout_rate,
-        gelu=self.gelu,
-        scheme=scheme,
-        dtype=self.dtype,
-        name="Transformer",
+      num_layers=self.num_layers,
+      num_heads=self.num_heads,
+      mlp_dim=self.mlp_dim,
+      norm=self.norm,
+      dropout_rate=self.dropout_rate,
+      gelu=self.gelu,
+      scheme=scheme,
+      dtype=self.dtype,
+      name="Transformer",
     )(x, train)
     x = x[:, 0].astype(jnp.float32)
     if self.representation_size is not None:
       x = nn.tanh(nn.Dense(self.representation_size, name="pre_logits")(x))
     return nn.Dense(
-        self.num_classes,
-        kernel_init=scheme.head_kernel,
-        bias_init=scheme.head_bias(x.shape[-1]),
-        name="head",
+      self.num_classes,
+      kernel_init=scheme.head_kernel,
+      bias_init=scheme.head_bias(x.shape[-1]),
+      name="head",
     )(x)

@@ -1,0 +1,320 @@
+"""Pretrained weights into a model's parameter tree, and out of it.
+
+The tree, flattened with '/', has the keys of Google's published `.npz` files,
+so a file and a tree are compared key by key. Loading is strict: what may differ
+(the head, `pre_logits`, the grid of the position embedding, the norm) is
+reported, anything else is an error.
+"""
+
+import collections
+from collections.abc import Iterable, Mapping
+import dataclasses
+import math
+import os
+import re
+from typing import Any
+
+from flax import traverse_util
+import numpy as np
+
+from rescalevit_jax import errors
+from rescalevit_jax import identify
+from rescalevit_jax import npz
+
+_HEAD = ("head/kernel", "head/bias")
+_PRE_LOGITS = ("pre_logits/kernel", "pre_logits/bias")
+_POSITIONS = "Transformer/posembed_input/pos_embedding"
+_FINAL_NORM = "encoder_norm"
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+  """What became of each key. Statistics have the prefix `batch_stats/`.
+
+  Attributes:
+    loaded: the model's keys that hold the file's values unchanged.
+    resized: the model's keys that hold the file's values, interpolated.
+    reinitialized: the model's keys that were set to zeros.
+    initial: the model's keys that stay at their initial value.
+    dropped: the file's keys, by their names there, that went unused.
+    notes: the reasons, a sentence each.
+  """
+
+  loaded: tuple[str, ...] = ()
+  resized: tuple[str, ...] = ()
+  reinitialized: tuple[str, ...] = ()
+  initial: tuple[str, ...] = ()
+  dropped: tuple[str, ...] = ()
+  notes: tuple[str, ...] = ()
+
+  def summary(self) -> str:
+    """Returns a few lines for the log, all encoder blocks put together."""
+    lines = []
+    for title, keys in (
+        ("loaded", self.loaded),
+        ("resized", self.resized),
+        ("set to zeros", self.reinitialized),
+        ("left at initial values", self.initial),
+        ("dropped from the file", self.dropped),
+    ):
+      if keys:
+        lines.append(f"{title}: {len(keys)} array{'s' * (len(keys) > 1)}")
+        lines += [f"  {line}" for line in _grouped(keys)]
+    return "\n".join(lines + [f"note: {note}" for note in self.notes])
+
+
+def load(
+    path: str | os.PathLike[str],
+    params: Mapping[str, Any],
+    batch_stats: Mapping[str, Any],
+    *,
+    reinit_head: bool = False,
+) -> tuple[dict[str, Any], dict[str, Any], Report]:
+  """Puts a checkpoint's weights into a freshly initialized model's trees.
+
+  Args:
+    path: an `.npz` in Google's naming, old or new numbering, all keys possibly
+      behind a prefix such as `params/`; or a file that `save` wrote.
+    params: nested dict; of its leaves only `shape` and `dtype` are used.
+    batch_stats: the same for the statistics; may be empty.
+    reinit_head: sets the head to zeros even if the file's would fit.
+
+  Returns:
+    New trees of the same structure and shapes, and the report. Loaded leaves
+    are numpy arrays, float32 (or the model's integer type); others are those
+    given.
+
+  Raises:
+    UserError: the file cannot be read or is not this model's.
+  """
+  path = os.fspath(path)
+  checkpoint = npz.read(path)
+  file, model = checkpoint.arrays, _flatten(params, batch_stats)
+
+  initial, dropped, notes = _unshared_norms(file, model)
+  if not model.keys() & set(_PRE_LOGITS):
+    dropped |= file.keys() & set(_PRE_LOGITS)
+  zeros = set()
+  if reason := _why_new_head(file, model, dropped, reinit_head):
+    zeros.update(_HEAD)
+    notes.append(f"the head starts at zeros: {reason}")
+
+  values, problems = {}, []
+  for key, leaf in model.items():
+    if key in initial:
+      values[key] = leaf
+    elif key in zeros:
+      values[key] = np.zeros(leaf.shape, np.float32)
+    elif key not in file:
+      problems.append(f"{key} is missing, the model's shape is {leaf.shape}")
+    else:
+      try:
+        values[key] = _fit(key, file[key], leaf)
+      except ValueError as e:
+        problems.append(f"{key} {e}")
+  problems += [
+      f"{checkpoint.names[key]}, shape {file[key].shape}, is not in the model"
+      for key in file
+      if key not in model and key not in dropped
+  ]
+  if problems:
+    details = "; ".join(problems[:3])
+    if len(problems) > 3:
+      details += f"; and {len(problems) - 3} more"
+    raise errors.UserError(
+        identify.other_model(path, file, model, details)
+        or f"{path}: does not fit the model: {details}"
+    )
+
+  taken = model.keys() - initial - zeros
+  resized = {key for key in taken if file[key].shape != model[key].shape}
+  if resized:
+    notes.append(
+        f"the position embedding went from {file[_POSITIONS].shape[1]} to"
+        f" {model[_POSITIONS].shape[1]} tokens"
+    )
+  report = Report(
+      loaded=tuple(sorted(taken - resized)),
+      resized=tuple(sorted(resized)),
+      reinitialized=tuple(sorted(zeros)),
+      initial=tuple(sorted(initial)),
+      dropped=(
+          *sorted(checkpoint.names[key] for key in dropped),
+          *sorted(checkpoint.outside),
+      ),
+      notes=tuple(notes),
+  )
+  return *_unflatten(values), report
+
+
+def save(
+    path: str | os.PathLike[str],
+    params: Mapping[str, Any],
+    batch_stats: Mapping[str, Any],
+) -> None:
+  """Writes an `.npz` in Google's old numbering; `load` reads it back exactly.
+
+  Args:
+    path: written as it is; an existing file is replaced once the new one is
+      complete.
+    params: nested dict of arrays.
+    batch_stats: nested dict of arrays, stored under `batch_stats/`.
+
+  Raises:
+    UserError: the file cannot be written.
+  """
+  npz.write(os.fspath(path), _flatten(params, batch_stats))
+
+
+def resize_pos_embedding(pos: np.ndarray, tokens: int) -> np.ndarray:
+  """Interpolates a position embedding to another square grid.
+
+  Google's rule: bilinear, corners aligned, no antialiasing; the class token's
+  vector is kept. The same as `scipy.ndimage.zoom(order=1)` but for the grids on
+  which that leaves the last row and column zero.
+
+  Args:
+    pos: [1, 1 + g * g, D], any float type.
+    tokens: 1 + n * n.
+
+  Returns:
+    [1, 1 + n * n, D] float32.
+
+  Raises:
+    ValueError: a grid is not square.
+  """
+  old, new = _grid(pos.shape[1]), _grid(tokens)
+  # Whole numbers, because rounding must not carry the last row past the edge.
+  steps = max(new - 1, 1)
+  below, rest = np.divmod(np.arange(new) * (old - 1), steps)
+  above = np.minimum(below + 1, old - 1)
+  linear = np.zeros((new, old))
+  linear[np.arange(new), below] = 1 - rest / steps
+  linear[np.arange(new), above] += rest / steps
+  grid = pos[0, 1:].reshape(old, old, -1).astype(np.float64)
+  grid = np.einsum("ia,abd->ibd", linear, grid)
+  grid = np.einsum("jb,ibd->ijd", linear, grid).reshape(1, new * new, -1)
+  return np.concatenate([pos[:, :1], grid], axis=1).astype(np.float32)
+
+
+def _grid(tokens: int) -> int:
+  edge = math.isqrt(max(tokens - 1, 0))
+  if edge == 0 or 1 + edge * edge != tokens:
+    raise ValueError(f"{tokens} tokens are not a class token and a square grid")
+  return edge
+
+
+def _flatten(params, batch_stats):
+  flat = traverse_util.flatten_dict(params, sep="/")
+  stats = traverse_util.flatten_dict(batch_stats, sep="/")
+  return flat | {npz.STATS + key: value for key, value in stats.items()}
+
+
+def _unflatten(values):
+  params, stats = {}, {}
+  for key, value in values.items():
+    tree = stats if key.startswith(npz.STATS) else params
+    tree[key.removeprefix(npz.STATS)] = value
+  return (
+      traverse_util.unflatten_dict(params, sep="/"),
+      traverse_util.unflatten_dict(stats, sep="/"),
+  )
+
+
+def _norm_slot(key: str) -> str | None:
+  """Returns 'LayerNorm_0', 'encoder_norm', ...; None if key is no norm's."""
+  if key.startswith(f"Transformer/{_FINAL_NORM}/"):
+    return _FINAL_NORM
+  block = npz.BLOCK.fullmatch(key)
+  if not block or re.match("MultiHeadDotProductAttention|MlpBlock", block[3]):
+    return None
+  return block[3]
+
+
+def _unshared_norms(file, model) -> tuple[set[str], set[str], list[str]]:
+  """Finds the norm's keys that are not translated between file and model.
+
+  Parameters are not if the norms have other places, and statistics are not if
+  they are of another kind or only one side has any. A part of them missing is
+  no such case.
+
+  Returns:
+    The model's keys to leave initial, the file's keys to drop, and notes.
+  """
+  initial, dropped, notes = set(), set(), []
+  ours, theirs = (
+      {key: slot for key in keys if (slot := _norm_slot(key))}
+      for keys in (model, file)
+  )
+  # The final norm's name is one for all: only the blocks' tell norms apart.
+  slots, others = ({*s.values()} - {_FINAL_NORM} for s in (ours, theirs))
+  if others and not others & slots:
+    initial |= ours.keys()
+    dropped |= theirs.keys()
+    notes.append(
+        f"the file's norm ({', '.join(sorted(others))}) is not the model's"
+        f" ({', '.join(sorted(slots)) or 'none'})"
+    )
+  ours, theirs = (
+      {key for key in keys if key.startswith(npz.STATS)}
+      for keys in (model, file)
+  )
+  if not ours & theirs:
+    initial |= ours
+    dropped |= theirs
+  return initial, dropped, notes
+
+
+def _why_new_head(file, model, dropped, reinit_head) -> str | None:
+  """Returns why the file's head is not taken; None if it must fit."""
+  if not file.keys() & set(_HEAD):
+    return "the file has none"
+  kernel, bias = (file.get(key, np.zeros(())) for key in _HEAD)
+  if kernel.ndim != 2 or bias.shape != kernel.shape[1:]:
+    return None
+  if dropped & set(_PRE_LOGITS):
+    return "the file's needs pre_logits, which the model does not have"
+  inputs, classes = model["head/kernel"].shape
+  if kernel.shape[0] != inputs:
+    return None
+  if reinit_head:
+    return "as asked for"
+  if kernel.shape[1] != classes:
+    return f"the file's has {kernel.shape[1]} classes, the model's {classes}"
+  return None
+
+
+def _fit(key: str, value: np.ndarray, leaf: Any) -> np.ndarray:
+  """Returns value in leaf's shape and type; ValueError if it does not fit."""
+  integer = np.issubdtype(leaf.dtype, np.integer)
+  dtype = np.dtype(leaf.dtype if integer else np.float32)
+  if integer == (value.dtype.kind == "f"):
+    raise ValueError(f"has dtype {value.dtype}, the model's is {dtype}")
+  if not np.isfinite(value).all():
+    raise ValueError("holds NaN or infinite values")
+  if value.shape != leaf.shape:
+    mismatch = f"has shape {value.shape}, the model's is {leaf.shape}"
+    grid_only = value.ndim == 3 and value.shape[::2] == leaf.shape[::2]
+    if key != _POSITIONS or not grid_only:
+      raise ValueError(mismatch)
+    try:
+      value = resize_pos_embedding(value, leaf.shape[1])
+    except ValueError as e:
+      raise ValueError(f"{mismatch}, and {e}") from e
+  return value.astype(dtype, copy=False)
+
+
+def _grouped(keys: Iterable[str], limit: int = 20) -> list[str]:
+  """Returns lines such as 'encoderblock_*/norm/{bias,scale}'."""
+  leaves = collections.defaultdict(set)
+  for key in keys:
+    parent, slash, leaf = key.rpartition("/")
+    parent = re.sub(r"encoderblock_\d+", "encoderblock_*", parent)
+    leaves[parent + slash].add(leaf)
+  lines = []
+  for parent, found in leaves.items():
+    names = ",".join(sorted(found))
+    lines.append(parent + (f"{{{names}}}" if len(found) > 1 else names))
+  if len(lines) > limit:
+    lines[limit - 1 :] = [f"and {len(lines) - limit + 1} more"]
+  return lines

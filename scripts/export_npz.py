@@ -1,0 +1,47 @@
+"""Writes a run's weights as an `.npz` with the keys of Google's checkpoints.
+
+python scripts/export_npz.py --workdir=runs/a --output=a.npz
+"""
+
+import argparse
+from collections.abc import Sequence
+import os
+import pathlib
+import sys
+
+from rescalevit_jax import checkpoint
+from rescalevit_jax import errors
+from rescalevit_jax import pretrained
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+  """Exports a checkpoint; returns the exit code."""
+  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser.add_argument("--workdir", required=True, help="the run's folder")
+  parser.add_argument("--output", required=True, help="the .npz to write")
+  parser.add_argument(
+      "--checkpoint", choices=("best", "latest"), default="best"
+  )
+  parser.add_argument(
+      "--overwrite", action="store_true", help="replace an existing output"
+  )
+  args = parser.parse_args(argv)
+  try:
+    if os.path.exists(args.output) and not args.overwrite:
+      raise errors.UserError(
+          f"{args.output}: exists already; choose another --output or add"
+          " --overwrite"
+      )
+    params, batch_stats, step = checkpoint.load_variables(
+        pathlib.Path(args.workdir), args.checkpoint
+    )
+    pretrained.save(args.output, params, batch_stats)
+  except errors.UserError as e:
+    print(f"error: {e}", file=sys.stderr)
+    return 1
+  print(f"{args.output}: the {args.checkpoint} weights, of step {step}")
+  return 0
+
+
+if __name__ == "__main__":
+  sys.exit(main())

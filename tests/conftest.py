@@ -1,0 +1,65 @@
+"""What several test modules share: the digits, prepared once, and tiny runs."""
+
+import fcntl
+import os
+import pathlib
+
+import jax
+import pytest
+
+from rescalevit_jax import config as config_lib
+from rescalevit_jax import data
+
+
+@pytest.fixture(scope="session")
+def shared_dir(tmp_path_factory, worker_id) -> pathlib.Path:
+  """A folder that the workers of one test session share."""
+  base = tmp_path_factory.getbasetemp()
+  return base if worker_id == "master" else base.parent
+
+
+@pytest.fixture(scope="session", autouse=True)
+def compile_cache(shared_dir):
+  """Compiles a step once for all tests: most of their time is XLA's."""
+  jax.config.update("jax_compilation_cache_dir", str(shared_dir / "jax"))
+  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+@pytest.fixture(scope="session")
+def digits_dir(shared_dir) -> pathlib.Path:
+  """A tfds data_dir in which `digits` is prepared."""
+  path = shared_dir / "tfds"
+  # Inherited by the processes that tests start.
+  os.environ["XDG_CACHE_HOME"] = str(shared_dir / "cache")
+  with open(shared_dir / "tfds.lock", "w") as lock:
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    data.load("digits", str(path))
+  return path
+
+
+@pytest.fixture
+def tiny_config(digits_dir):
+  """The config of a run on the digits that takes a second."""
+  config = config_lib.default()
+  config.update({
+      "dataset": "digits",
+      "tfds_data_dir": str(digits_dir),
+      "model_name": "ViT-XS_2",
+      "image_size": 8,
+      "batch": 48,
+      "batch_eval": 100,
+      "total_steps": 12,
+      "warmup_steps": 3,
+      "eval_every": 5,
+      "progress_every": 2,
+      "checkpoint_every": 4,
+  })
+  config.model.update({
+      "patch_size": 4,
+      "hidden_size": 16,
+      "mlp_dim": 32,
+      "num_heads": 2,
+      "num_layers": 2,
+      "norm": "Rescale",
+  })
+  return config

@@ -1,0 +1,108 @@
+"""Names, types and ranges of the config keys."""
+
+import pathlib
+
+import pytest
+
+from rescalevit_jax import config as config_lib
+from rescalevit_jax import errors
+
+
+def test_default_is_valid_and_is_the_originals_recipe():
+  config = config_lib.default()
+  config_lib.validate(config)
+  assert (config.base_lr, config.warmup_steps) == (0.05, 500)
+  assert (config.total_steps, config.batch) == (20_000, 128)
+  assert (config.momentum, config.weight_decay) == (0.9, 0.0)
+  assert config.grad_norm_clip == 1.0
+  assert config.eval_every == 100
+  assert config.augment.to_dict() == {
+      "crop": True,
+      "min_area": 0.05,
+      "min_aspect": 0.75,
+      "flip": False,
+  }
+  assert config.model.gelu == "erf" and config.model.dropout_rate == 0.1
+
+
+@pytest.mark.parametrize(
+    "key, value, words",
+    [
+        ("model.norm", "LayerNorm", "LN"),
+        ("model.norm", "rescale", "did you mean Rescale"),
+        ("model_name", "ViT-B16", "did you mean ViT-B_16"),
+        ("model.gelu", "relu", "erf, tanh"),
+        ("model.init", "jax", "torch, google"),
+        ("model.dropout_rate", 1.0, "[0, 1)"),
+        ("model.patch_size", 0, "> 0"),
+        ("decay_type", "cosin", "cosine"),
+        ("dtype", "float16", "bfloat16"),
+        ("batch", 0, "> 0"),
+        ("batch", -1, "> 0"),
+        ("batch_eval", 0, "> 0"),
+        ("base_lr", float("nan"), "> 0"),
+        ("base_lr", float("inf"), "> 0"),
+        ("warmup_steps", -1, ">= 0"),
+        ("total_steps", 0, "> 0"),
+        ("accum_steps", 0, "> 0"),
+        ("accum_steps", 3, "accum_steps"),
+        ("eval_every", 0, "> 0"),
+        ("weight_decay", -0.1, ">= 0"),
+        ("grad_norm_clip", -1.0, ">= 0"),
+        ("momentum", 1.0, "[0, 1)"),
+        ("seed", -1, "2^32"),
+        ("augment.min_area", 0.0, "(0, 1]"),
+        ("augment.min_aspect", 1.5, "(0, 1]"),
+        ("eval_weights", "newest", "latest"),
+        ("warmup_steps", 30_000, "total_steps"),
+    ],
+)
+def test_bad_values_name_the_key_and_what_is_valid(key, value, words):
+  config = config_lib.default()
+  config.update_from_flattened_dict({key: value})
+  with pytest.raises(errors.UserError) as e:
+    config_lib.validate(config)
+  assert key in str(e.value) and words in str(e.value)
+  assert "\n" not in str(e.value)
+
+
+def test_a_misspelt_key_names_the_nearest():
+  config = config_lib.default()
+  config.model.nrom = "LN"
+  with pytest.raises(errors.UserError, match=r"model\.nrom.*model\.norm"):
+    config_lib.validate(config)
+
+
+def test_a_missing_key_is_named():
+  config = config_lib.default()
+  del config["momentum"]
+  with pytest.raises(errors.UserError, match="momentum"):
+    config_lib.validate(config)
+
+
+def test_json_keeps_every_key():
+  config = config_lib.default()
+  config.model.hidden_size = 48
+  config.pretrained_path = "a.npz"
+  again = config_lib.from_json(config_lib.to_json(config))
+  assert config_lib.flatten(again) == config_lib.flatten(config)
+  config_lib.validate(again)
+
+
+def test_only_keys_that_change_the_numbers_differ():
+  a, b = config_lib.default(), config_lib.default()
+  b.keep_checkpoints = 7
+  b.tfds_data_dir = "elsewhere"
+  assert config_lib.differing_keys(a, b) == []
+  b.model.norm = "BN"
+  b.seed = 3
+  assert config_lib.differing_keys(a, b) == [
+      "model.norm ('LN' there, 'BN' now)",
+      "seed (0 there, 3 now)",
+  ]
+
+
+def test_readme_has_the_table_of_keys():
+  readme = pathlib.Path(__file__).parents[1] / "README.md"
+  table = config_lib.describe("| `{name}` | `{default}` | {meaning} |")
+  assert table in readme.read_text(encoding="utf-8")

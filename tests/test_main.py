@@ -1,0 +1,283 @@
+"""The command line, as a person meets it: real processes, real signals."""
+
+import json
+import os
+import pathlib
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from rescalevit_jax import config as config_lib
+
+ROOT = pathlib.Path(__file__).parents[1]
+TINY = (
+    "model.patch_size=4",
+    "model.hidden_size=16",
+    "model.mlp_dim=32",
+    "model.num_heads=2",
+    "model.num_layers=2",
+    "batch=48",
+    "total_steps=12",
+    "warmup_steps=3",
+    "eval_every=5",
+    "progress_every=2",
+    "checkpoint_every=4",
+)
+
+
+def command(*args, config="configs/quickstart.py", keys=()):
+  keys = [f"--config.{k}" for k in keys]
+  config = [f"--config={config}"] if config else []
+  return [sys.executable, "-m", "rescalevit_jax.main", *config, *keys, *args]
+
+
+def run(*args, env=None, preexec_fn=None, **kwargs):
+  return subprocess.run(
+      command(*args, **kwargs),
+      cwd=ROOT,
+      env={**os.environ, "JAX_PLATFORMS": "cpu", **(env or {})},
+      capture_output=True,
+      text=True,
+      timeout=300,
+      preexec_fn=preexec_fn,
+      check=False,
+  )
+
+
+def assert_one_line_error(done, *words):
+  """Checks that a process failed as a person can understand."""
+  assert done.returncode not in (0, None)
+  assert "Traceback" not in done.stderr
+  errors = [x for x in done.stderr.splitlines() if x.startswith("error: ")]
+  assert len(errors) == 1 and errors[0] == done.stderr.splitlines()[-1]
+  for word in words:
+    assert word in errors[0], errors[0]
+
+
+def snapshot(folder):
+  return {
+      str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None
+      for p in pathlib.Path(folder).rglob("*")
+  }
+
+
+@pytest.fixture
+def tiny(digits_dir):
+  return (*TINY, f"tfds_data_dir={digits_dir}")
+
+
+def test_help_names_every_flag_and_key():
+  done = run("--help", config=None)
+  assert "--config" in done.stdout and "--workdir" in done.stdout
+  assert "--mode" in done.stdout
+  for key in config_lib.KEYS:
+    assert key in done.stdout
+
+
+@pytest.mark.parametrize(
+    "args, keys, words",
+    [
+        ((), ["model.nrom=BN"], ["model.nrom", "model.norm"]),
+        ((), ["modle.norm=BN"], ["modle.norm", "model.norm"]),
+        ((), ["btach=3"], ["btach", "batch"]),
+        ((), ["model=3"], ["model"]),
+        ((), ["model.norm=layernorm"], ["model.norm", "valid: LN, BN"]),
+        ((), ["model_name=ViT-B16"], ["ViT-B_16"]),
+        ((), ["batch=abc"], ["batch", "abc"]),
+        ((), ["batch=1.5"], ["batch", "1.5"]),
+        ((), ["batch=0"], ["batch is 0", "> 0"]),
+        ((), ["base_lr=-1"], ["base_lr is -1", "> 0"]),
+        ((), ["accum_steps=7"], ["accum_steps"]),
+        ((), ["image_size=9"], ["image_size", "patch"]),
+        ((), ["model.num_heads=5"], ["heads"]),
+        ((), ["model.norm=GN", "model.hidden_size=18"], ["GN"]),
+        ((), ["dataset=cifar11"], ["cifar11", "cifar10"]),
+        ((), ["pretrained_path=none.npz"], ["none.npz"]),
+        (("--mode=test",), [], ["mode"]),
+        (("--wrkdir=a",), [], ["wrkdir", "workdir"]),
+        (("stray",), [], ["stray"]),
+    ],
+)
+def test_mistakes_in_flags(args, keys, words, tiny, tmp_path):
+  workdir = tmp_path / "run"
+  done = run(f"--workdir={workdir}", *args, keys=[*tiny, *keys])
+  assert_one_line_error(done, *words)
+  assert not workdir.exists() or not snapshot(workdir).get("config.json")
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        (None, ["No such file"]),
+        ("def get_config(:\n", ["SyntaxError"]),
+        ("def get_config():\n  return 1 / 0\n", ["ZeroDivisionError", ":2"]),
+        ("x = 1\n", ["get_config"]),
+        ("def get_config():\n  return None\n", ["get_config"]),
+        (
+            "from rescalevit_jax import config\n"
+            "def get_config():\n"
+            "  c = config.default()\n  c.nrom = 'LN'\n  return c\n",
+            ["nrom"],
+        ),
+    ],
+)
+def test_mistakes_in_a_config_file(text, words, tmp_path):
+  path = tmp_path / "config.py"
+  if text is not None:
+    path.write_text(text)
+  assert_one_line_error(run(config=path), *words)
+
+
+def test_no_config_and_no_run(tmp_path):
+  assert_one_line_error(run(config=None), "--config")
+  done = run(f"--workdir={tmp_path}", config=None)
+  assert_one_line_error(done, str(tmp_path), "--config")
+
+
+def test_a_batch_that_the_devices_cannot_share(tiny, tmp_path):
+  done = run(
+      f"--workdir={tmp_path / 'run'}",
+      keys=[*tiny, "batch=12"],
+      env={"XLA_FLAGS": "--xla_force_host_platform_device_count=8"},
+  )
+  assert_one_line_error(done, "batch is 12", "8 devices")
+  assert not (tmp_path / "run").exists()
+
+
+def test_an_unwritable_workdir(tiny, tmp_path):
+  (tmp_path / "file").write_text("")
+  done = run(f"--workdir={tmp_path / 'file' / 'run'}", keys=tiny)
+  assert_one_line_error(done, str(tmp_path / "file"))
+
+
+@pytest.fixture(scope="module")
+def finished(digits_dir, tmp_path_factory):
+  """The folder of a finished run."""
+  workdir = tmp_path_factory.mktemp("finished") / "run"
+  done = run(
+      f"--workdir={workdir}", keys=(*TINY, f"tfds_data_dir={digits_dir}")
+  )
+  assert done.returncode == 0, done.stderr
+  return workdir
+
+
+def test_a_finished_run_says_so(finished, tiny):
+  before = snapshot(finished)
+  done = run(f"--workdir={finished}", keys=tiny)
+  assert done.returncode == 0 and "is finished" in done.stderr
+  assert snapshot(finished) == before
+
+
+def test_workdir_alone_is_enough(finished):
+  done = run(f"--workdir={finished}", config=None)
+  assert done.returncode == 0 and "is finished" in done.stderr
+
+
+def test_eval_mode_prints_and_writes_the_result(finished):
+  done = run(f"--workdir={finished}", "--mode=eval", config=None)
+  assert done.returncode == 0, done.stderr
+  printed = json.loads(done.stdout)
+  trained = json.loads((finished / "result.json").read_text())
+  assert printed["accuracy"] == trained["best_accuracy"]
+  assert json.loads((finished / "eval.json").read_text()) == printed
+
+
+def test_eval_mode_without_a_checkpoint(tiny, tmp_path):
+  done = run(f"--workdir={tmp_path}", "--mode=eval", keys=tiny)
+  assert_one_line_error(done, "checkpoint")
+
+
+def test_eval_mode_of_an_npz_with_another_head(tiny, finished, tmp_path):
+  npz = tmp_path / "other.npz"
+  export = [sys.executable, "scripts/export_npz.py", f"--workdir={finished}"]
+  subprocess.run([*export, f"--output={npz}"], cwd=ROOT, check=True)
+  with np.load(npz) as file:
+    arrays = dict(file)
+  arrays["head/kernel"] = np.zeros((16, 7), np.float32)
+  arrays["head/bias"] = np.zeros(7, np.float32)
+  np.savez(npz, **arrays)
+  keys = [*tiny, f"pretrained_path={npz}", "eval_weights=pretrained"]
+  done = run(f"--workdir={tmp_path}", "--mode=eval", keys=keys)
+  assert_one_line_error(done, "head")
+
+
+def test_a_run_of_another_config_is_left_alone(finished, tiny):
+  before = snapshot(finished)
+  done = run(f"--workdir={finished}", keys=[*tiny, "model.norm=LN"])
+  assert_one_line_error(done, "model.norm", "Rescale", "LN")
+  assert snapshot(finished) == before
+
+
+@pytest.mark.parametrize("name", ["config.json", "result.json"])
+def test_damaged_json(finished, tiny, tmp_path, name):
+  workdir = tmp_path / "run"
+  shutil.copytree(finished, workdir)
+  (workdir / name).write_text('{"dataset": ')
+  assert_one_line_error(run(f"--workdir={workdir}", keys=tiny), name)
+
+
+def test_a_damaged_checkpoint(finished, tiny, tmp_path):
+  workdir = tmp_path / "run"
+  shutil.copytree(finished, workdir)
+  (workdir / "result.json").unlink()
+  for path in (workdir / "checkpoints" / "last" / "12").rglob("*"):
+    if path.is_file() and "ocdbt" in str(path):
+      path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+  before = snapshot(workdir / "checkpoints")
+  done = run(f"--workdir={workdir}", keys=tiny)
+  assert_one_line_error(done, "checkpoints/last/12", "damaged")
+  assert snapshot(workdir / "checkpoints") == before
+
+
+def test_a_full_disk(finished, tiny, tmp_path):
+  """A limit on the size of files stands for the disk: the same errors."""
+  workdir = tmp_path / "run"
+
+  def limit():
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (6000, 6000))
+
+  done = run(f"--workdir={workdir}", keys=tiny, preexec_fn=limit)
+  assert_one_line_error(done)
+  again = run(f"--workdir={workdir}", keys=tiny)
+  assert again.returncode == 0, again.stderr
+  assert (workdir / "metrics.jsonl").read_bytes() == (
+      finished / "metrics.jsonl"
+  ).read_bytes()
+
+
+@pytest.mark.parametrize(
+    "number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT]
+)
+def test_a_run_goes_on_after_a_signal(finished, tiny, tmp_path, number):
+  workdir = tmp_path / "run"
+  process = subprocess.Popen(
+      command(f"--workdir={workdir}", keys=tiny),
+      cwd=ROOT,
+      stderr=subprocess.PIPE,
+      text=True,
+  )
+  metrics = workdir / "metrics.jsonl"
+  deadline = time.monotonic() + 200
+  while not (metrics.exists() and metrics.stat().st_size):
+    assert process.poll() is None and time.monotonic() < deadline
+    time.sleep(0.01)
+  process.send_signal(number)
+  _, stderr = process.communicate(timeout=200)
+  if number == signal.SIGKILL:
+    assert process.returncode == -signal.SIGKILL
+  else:
+    assert process.returncode == 0
+    assert "stopped at step" in stderr or "finished" in stderr
+    assert "Traceback" not in stderr
+  done = run(f"--workdir={workdir}", keys=tiny)
+  assert done.returncode == 0, done.stderr
+  assert metrics.read_bytes() == (finished / "metrics.jsonl").read_bytes()
+
+

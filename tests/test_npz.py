@@ -1,0 +1,229 @@
+"""Files of checkpoints: names, types, damage, writing."""
+
+import zipfile
+
+import ml_dtypes
+import numpy as np
+import parity
+import pytest
+import trees
+
+from rescalevit_jax import errors
+from rescalevit_jax import pretrained
+
+
+@pytest.mark.parametrize("numbering", ["old", "new"])
+@pytest.mark.parametrize(
+    "prefix",
+    ["", "params/", "opt/target/", "optimizer/target/", "a/b/"],
+)
+def test_prefixes_and_numberings(numbering, prefix, tmp_path):
+  saved = trees.arrays()
+
+  def rename(key):
+    if numbering == "new":
+      for old, new in trees.NEW_NUMBERING.items():
+        key = key.replace(old, new)
+    return prefix + key
+
+  path = trees.write(tmp_path, {rename(k): v for k, v in saved.items()})
+  params, stats, report = pretrained.load(path, *trees.fresh(seed=1))
+  trees.same(trees.flat(params, stats), saved)
+  assert set(report.loaded) == saved.keys()
+  assert not report.dropped
+
+
+def test_one_key_in_both_numberings_is_an_error(tmp_path):
+  arrays = trees.arrays()
+  key = trees.BLOCK + "MlpBlock_3/Dense_0/bias"
+  new = key.replace("MlpBlock_3", "MlpBlock_0")
+  trees.refuses(
+      trees.write(tmp_path, arrays | {new: arrays[key]}), key, new, "twice"
+  )
+
+
+@pytest.mark.parametrize(
+    "prefix, state",
+    [
+        ("params/", "opt/0/mu/"),
+        ("opt/target/", "opt/state/"),
+        ("weights/", "state/x"),
+    ],
+)
+def test_what_is_outside_the_prefix_is_dropped(prefix, state, tmp_path):
+  saved = trees.arrays("BN")
+  params = {
+      k if k in trees.stats_keys(saved) else prefix + k: v
+      for k, v in saved.items()
+  }
+  optimizer = {state + k: v for k, v in trees.arrays("LN", seed=2).items()}
+  optimizer["step"] = np.array("never looked at")
+  path = trees.write(tmp_path, optimizer | params)
+  *loaded, report = pretrained.load(path, *trees.fresh("BN", seed=1))
+  trees.same(trees.flat(*loaded), saved)
+  assert set(report.dropped) == optimizer.keys()
+
+
+def test_several_models_in_a_file_are_refused(tmp_path):
+  arrays = trees.arrays()
+  both = {p + k: v for p in ("a/", "b/") for k, v in arrays.items()}
+  trees.refuses(trees.write(tmp_path, both), "several models", "a/", "b/")
+
+
+@pytest.mark.parametrize("dtype", ["<f2", ">f4", "<f8"])
+def test_float_types_become_float32(dtype, tmp_path):
+  saved = {k: v.astype(dtype) for k, v in trees.arrays().items()}
+  params, stats, _ = pretrained.load(
+      trees.write(tmp_path, saved), *trees.fresh(seed=1)
+  )
+  trees.same(
+      trees.flat(params, stats), {k: v.astype("f4") for k, v in saved.items()}
+  )
+
+
+def test_bfloat16_is_converted_not_reinterpreted(tmp_path):
+  saved = {k: v.astype(ml_dtypes.bfloat16) for k, v in trees.arrays().items()}
+  path = trees.write(tmp_path, saved)
+  assert np.load(path)["cls"].dtype == "V2"
+  params, stats, _ = pretrained.load(path, *trees.fresh(seed=1))
+  trees.same(
+      trees.flat(params, stats), {k: v.astype("f4") for k, v in saved.items()}
+  )
+
+
+# Files that are no checkpoints.
+
+
+def corrupt(path):
+  """Changes the values of one array and leaves the archive as it is."""
+  data = bytearray(path.read_bytes())
+  with zipfile.ZipFile(path) as z:
+    start = z.getinfo("cls.npy").header_offset
+  data[start + 200] ^= 0xFF
+  path.write_bytes(data)
+
+
+def test_missing_file(tmp_path):
+  trees.refuses(tmp_path / "no.npz", "no such file", "give the path")
+
+
+def test_folder(tmp_path):
+  trees.refuses(tmp_path, "folder")
+
+
+@pytest.mark.parametrize(
+    "content, part",
+    [
+        (b"", "empty"),
+        (b"<html>404</html>", "not a zip archive"),
+        (b"PK\x03\x04 and no more", "truncated"),
+        (b"\x80\x04K\x01.", "not a zip archive"),
+        (b"PK\x05\x06" + bytes(18), "not"),
+    ],
+)
+def test_other_content(content, part, tmp_path):
+  path = tmp_path / "a.npz"
+  path.write_bytes(content)
+  trees.refuses(path, part)
+
+
+@pytest.mark.parametrize("kept", [0.1, 0.5, 0.99])
+def test_truncated_file(kept, tmp_path):
+  path = trees.write(tmp_path, trees.arrays())
+  data = path.read_bytes()
+  path.write_bytes(data[: int(len(data) * kept)])
+  trees.refuses(path, "truncated")
+
+
+def test_hole_in_the_file(tmp_path):
+  path = trees.write(tmp_path, trees.arrays())
+  data = path.read_bytes()
+  path.write_bytes(data[:3000] + data[4000:])
+  trees.refuses(path)
+
+
+def test_single_array_renamed(tmp_path):
+  with open(tmp_path / "a.npz", "wb") as f:
+    np.save(f, np.ones(3))
+  trees.refuses(tmp_path / "a.npz", ".npy")
+
+
+def test_pickled_arrays_are_not_loaded(tmp_path):
+  arrays = trees.arrays() | {"cls": np.array([{"a": 1}], object)}
+  trees.refuses(trees.write(tmp_path, arrays), "cls", "cannot be read")
+
+
+def test_damaged_array(tmp_path):
+  path = trees.write(tmp_path, trees.arrays())
+  corrupt(path)
+  trees.refuses(path, "cls", "cannot be read")
+
+
+def test_member_that_is_no_array(tmp_path):
+  path = trees.write(tmp_path, trees.arrays())
+  with zipfile.ZipFile(path, "a") as z:
+    z.writestr("note.npy", b"hello")
+  trees.refuses(path, "note", "not an array")
+
+
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+def test_array_stored_twice(tmp_path):
+  path = trees.write(tmp_path, trees.arrays())
+  with zipfile.ZipFile(path, "a") as z:
+    z.writestr("cls.npy", z.read("cls.npy"))
+  trees.refuses(path, "several arrays of one name")
+
+
+def test_foreign_archives(tmp_path):
+  trees.refuses(
+      trees.write(tmp_path, {"x": np.ones(3)}), "not a ViT checkpoint", "x"
+  )
+  trees.refuses(trees.write(tmp_path, {}), "not a ViT checkpoint")
+  with zipfile.ZipFile(tmp_path / "torch.npz", "w") as z:
+    z.writestr("archive/data.pkl", b"\x80\x02.")
+  trees.refuses(tmp_path / "torch.npz", "not a ViT checkpoint", "data.pkl")
+
+
+# Writing.
+
+
+def test_saved_names_are_those_of_the_published_files(tmp_path):
+  trees_like_google = trees.fresh(num_classes=10, image_size=32, **trees.SMALL)
+  pretrained.save(tmp_path / "a.npz", *trees_like_google)
+  with np.load(tmp_path / "a.npz", allow_pickle=False) as saved:
+    assert {k: v.shape for k, v in saved.items()} == {
+        k: v.shape for k, v in parity.arrays("google.npz").items()
+    }
+
+
+def test_save_replaces_and_leaves_nothing_beside(tmp_path):
+  path = tmp_path / "weights"  # No suffix is added.
+  for seed in (0, 1):
+    pretrained.save(path, *trees.fresh(seed=seed))
+  assert [p.name for p in tmp_path.iterdir()] == ["weights"]
+  params, stats, _ = pretrained.load(path, *trees.fresh(seed=2))
+  trees.same(trees.flat(params, stats), trees.arrays(seed=1))
+
+
+def test_failed_save_keeps_the_old_file(tmp_path, monkeypatch):
+  path = tmp_path / "a.npz"
+  pretrained.save(path, *trees.fresh())
+  before = path.read_bytes()
+
+  def full(file, **arrays):
+    file.write(b"half")
+    raise OSError(28, "No space left on device")
+
+  monkeypatch.setattr(np, "savez", full)
+  with pytest.raises(errors.UserError, match="a.npz.*No space left"):
+    pretrained.save(path, *trees.fresh(seed=1))
+  assert path.read_bytes() == before
+  assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("path", ["", "no/such/folder/a.npz"])
+def test_save_to_an_impossible_place(path, tmp_path):
+  with pytest.raises(errors.UserError, match="cannot be written") as caught:
+    pretrained.save(tmp_path / path, *trees.fresh())
+  assert "\n" not in str(caught.value)
+  assert not list(tmp_path.iterdir())

@@ -1,0 +1,258 @@
+"""The loop: what a run writes, and that stopping it changes nothing."""
+
+import json
+import math
+
+import jax
+import numpy as np
+import pytest
+
+from rescalevit_jax import checkpoint
+from rescalevit_jax import data
+from rescalevit_jax import errors
+from rescalevit_jax import evaluate
+from rescalevit_jax import experiment
+from rescalevit_jax import interrupt
+from rescalevit_jax import pretrained
+from rescalevit_jax import step
+from rescalevit_jax import train
+
+
+def lines(workdir):
+  with open(workdir / "metrics.jsonl", encoding="utf-8") as f:
+    return [json.loads(line) for line in f]
+
+
+def weights(workdir, which="latest"):
+  params, batch_stats, _ = checkpoint.load_variables(workdir, which)
+  return jax.tree.leaves((params, batch_stats))
+
+
+def assert_same_run(a, b):
+  assert (a / "metrics.jsonl").read_bytes() == (b / "metrics.jsonl").read_bytes()
+  for which in ("latest", "best"):
+    for x, y in zip(weights(a, which), weights(b, which), strict=True):
+      np.testing.assert_array_equal(x, y)
+
+
+@pytest.fixture
+def stop_at(monkeypatch):
+  """Makes runs behave as if a signal had come during a certain step."""
+
+  def arrange(step_number, times=1):
+    real = train.Trainer._step
+    left = [times]
+
+    def stopping(self):
+      real(self)
+      if self._progress.step == step_number and left[0]:
+        left[0] -= 1
+        raise InterruptedError
+
+    monkeypatch.setattr(train.Trainer, "_step", stopping)
+
+  return arrange
+
+
+def test_a_run_writes_what_the_design_says(tiny_config, tmp_path):
+  result = train.train_and_evaluate(tiny_config, tmp_path)
+  found = lines(tmp_path)
+  trained = [x["step"] for x in found if "train/loss" in x]
+  tested = [x["step"] for x in found if "test/loss" in x]
+  assert trained == [2, 4, 6, 8, 10, 12]
+  assert tested == [5, 10, 12]  # And the last step.
+  rates = {x["step"]: x["train/lr"] for x in found if "train/lr" in x}
+  assert rates[2] == pytest.approx(0.05 * 2 / 3)
+  assert rates[4] == pytest.approx(0.05 * (1 + math.cos(math.pi / 9)) / 2)
+  assert rates[12] == 0
+  accuracies = {
+      x["step"]: x["test/accuracy"] for x in found if "test/accuracy" in x
+  }
+  assert result["best_accuracy"] == max(accuracies.values())
+  assert accuracies[result["best_step"]] == result["best_accuracy"]
+  assert result["last_step"] == 12
+  assert result["last_accuracy"] == accuracies[12]
+  assert result["examples_evaluated"] == 360
+  assert result["images_per_second"] > 0 and result["seconds"] > 0
+  assert result["parameters"] == sum(
+      x.size for x in jax.tree.leaves(checkpoint.load_variables(
+          tmp_path, "latest")[0])
+  )
+  assert result["versions"]["jax"] == jax.__version__
+  assert result["devices"]
+  assert json.loads((tmp_path / "result.json").read_text()) == result
+  assert list(tmp_path.glob("events.out.tfevents*"))
+  saved = json.loads((tmp_path / "config.json").read_text())
+  assert saved["model"]["norm"] == "Rescale"
+  best = checkpoint.load_variables(tmp_path, "best")
+  assert best[2] == result["best_step"]
+
+
+@pytest.mark.parametrize("norm", ["LN", "BN", "GN", "Rescale"])
+def test_a_resumed_run_is_the_same_run(tiny_config, tmp_path, stop_at, norm):
+  tiny_config.model.norm = norm
+  tiny_config.accum_steps = 3 if norm in ("BN", "Rescale") else 1
+  train.train_and_evaluate(tiny_config, tmp_path / "a")
+  for step_number in (3, 7, 11):  # Before the first checkpoint, too.
+    stop_at(step_number)
+    with pytest.raises(InterruptedError):
+      train.train_and_evaluate(tiny_config, tmp_path / "b")
+  train.train_and_evaluate(tiny_config, tmp_path / "b")
+  assert_same_run(tmp_path / "a", tmp_path / "b")
+
+
+def test_a_torn_line_of_metrics_is_written_again(
+    tiny_config, tmp_path, stop_at
+):
+  train.train_and_evaluate(tiny_config, tmp_path / "a")
+  stop_at(9)
+  with pytest.raises(InterruptedError):
+    train.train_and_evaluate(tiny_config, tmp_path / "b")
+  with open(tmp_path / "b" / "metrics.jsonl", "a", encoding="utf-8") as f:
+    f.write('{"step": 9, "train/lo')
+  train.train_and_evaluate(tiny_config, tmp_path / "b")
+  assert_same_run(tmp_path / "a", tmp_path / "b")
+
+
+def test_a_signal_during_evaluation_saves_and_evaluates_later(
+    tiny_config, tmp_path, monkeypatch
+):
+  train.train_and_evaluate(tiny_config, tmp_path / "a")
+  real = evaluate.Evaluator.__call__
+
+  def interrupted(self, params, batch_stats, stopped):
+    stop.requested = True
+    return real(self, params, batch_stats, stopped)
+
+  stop = interrupt.Interrupt()
+  monkeypatch.setattr(train.interrupt, "Interrupt", lambda: stop)
+  monkeypatch.setattr(evaluate.Evaluator, "__call__", interrupted)
+  assert train.train_and_evaluate(tiny_config, tmp_path / "b") is None
+  assert [x["step"] for x in lines(tmp_path / "b")] == [2, 4]
+  monkeypatch.undo()
+  train.train_and_evaluate(tiny_config, tmp_path / "b")
+  assert_same_run(tmp_path / "a", tmp_path / "b")
+
+
+def test_a_finished_run_does_nothing_again(tiny_config, tmp_path, monkeypatch):
+  result = train.train_and_evaluate(tiny_config, tmp_path)
+  monkeypatch.setattr(data, "load", None)
+  assert train.train_and_evaluate(tiny_config, tmp_path) == result
+
+
+def test_a_lost_result_is_written_from_the_last_checkpoint(
+    tiny_config, tmp_path
+):
+  result = train.train_and_evaluate(tiny_config, tmp_path)
+  before = (tmp_path / "metrics.jsonl").read_bytes()
+  (tmp_path / "result.json").unlink()
+  assert train.train_and_evaluate(tiny_config, tmp_path) == result
+  assert (tmp_path / "metrics.jsonl").read_bytes() == before
+
+
+def test_another_config_is_refused_and_named(tiny_config, tmp_path):
+  train.train_and_evaluate(tiny_config, tmp_path)
+  tiny_config.model.norm = "LN"
+  tiny_config.base_lr = 0.1
+  before = (tmp_path / "config.json").read_bytes()
+  with pytest.raises(errors.UserError) as e:
+    train.train_and_evaluate(tiny_config, tmp_path)
+  assert "model.norm ('Rescale' there, 'LN' now)" in str(e.value)
+  assert "base_lr (0.05 there, 0.1 now)" in str(e.value)
+  assert (tmp_path / "config.json").read_bytes() == before
+
+
+def test_seeds_differ_and_repeat(tiny_config, tmp_path):
+  tiny_config.total_steps = 4
+  for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+    tiny_config.seed = seed
+    train.train_and_evaluate(tiny_config, tmp_path / name)
+  assert_same_run(tmp_path / "a", tmp_path / "b")
+  assert lines(tmp_path / "a") != lines(tmp_path / "c")
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(
+    tiny_config, tmp_path, monkeypatch
+):
+  real = step.loss_fn
+
+  def poisoned(params, batch_stats, images, labels, dropout_key, *, model):
+    loss, batch_stats = real(
+        params, batch_stats, images, labels, dropout_key, model=model
+    )
+    # Batches do not repeat, so this picks step 7 of this run.
+    return jax.numpy.where(_is_batch_of_step(labels, 7), jax.numpy.nan, loss), (
+        batch_stats
+    )
+
+  def _is_batch_of_step(labels, number):
+    places = data.indices(0, number, 48, len(train_labels))
+    return (labels == train_labels[places]).all()
+
+  train_labels = data.load("digits", tiny_config.tfds_data_dir).train.labels
+  monkeypatch.setattr(step, "loss_fn", poisoned)
+  with pytest.raises(errors.UserError, match="step 7: loss nan.*step 4"):
+    train.train_and_evaluate(tiny_config, tmp_path)
+  assert all(np.isfinite(x).all() for x in weights(tmp_path))
+  assert [x["step"] for x in lines(tmp_path)] == [2, 4, 5, 6]
+  assert not (tmp_path / "result.json").exists()
+
+
+def test_a_pretrained_file_is_where_a_run_starts(tiny_config, tmp_path):
+  train.train_and_evaluate(tiny_config, tmp_path / "a")
+  params, batch_stats, _ = checkpoint.load_variables(tmp_path / "a", "latest")
+  path = tmp_path / "a.npz"
+  pretrained.save(path, params, batch_stats)
+  tiny_config.pretrained_path = str(path)
+  made = experiment.create(tiny_config)
+  with checkpoint.Checkpoints(tmp_path / "b", 1) as checkpoints:
+    state, progress = experiment.initial_state(made, checkpoints)
+  assert progress.step == 0
+  for x, y in zip(
+      jax.tree.leaves((state.params, state.batch_stats)),
+      jax.tree.leaves((params, batch_stats)),
+      strict=True,
+  ):
+    np.testing.assert_array_equal(x, y)
+
+  tiny_config.eval_weights = "pretrained"
+  result = evaluate.evaluate_run(tiny_config, tmp_path / "b")
+  assert result["accuracy"] == lines(tmp_path / "a")[-1]["test/accuracy"]
+
+
+@pytest.mark.parametrize("which, at", [("best", "best"), ("latest", "last")])
+def test_eval_mode_repeats_what_training_measured(
+    tiny_config, tmp_path, which, at
+):
+  trained = train.train_and_evaluate(tiny_config, tmp_path)
+  tiny_config.eval_weights = which
+  tiny_config.batch_eval = 7
+  result = evaluate.evaluate_run(tiny_config, tmp_path)
+  assert result["step"] == trained[f"{at}_step"]
+  assert result["accuracy"] == trained[f"{at}_accuracy"]
+  assert result["examples"] == 360
+  assert json.loads((tmp_path / "eval.json").read_text()) == result
+
+
+def test_without_tensorflow_all_but_tensorboard_works(
+    tiny_config, tmp_path, monkeypatch, caplog
+):
+  def missing():
+    raise errors.UserError("cannot import TensorFlow")
+
+  monkeypatch.setattr(train.writers.tensorflow_cpu, "load", missing)
+  assert train.train_and_evaluate(tiny_config, tmp_path)
+  assert len(lines(tmp_path)) == 9
+  assert not list(tmp_path.glob("events*"))
+  warnings = [r for r in caplog.records if "TensorBoard" in r.getMessage()]
+  assert len(warnings) == 1
+
+
+def test_keeps_the_last_checkpoints_and_the_best(tiny_config, tmp_path):
+  tiny_config.keep_checkpoints = 2
+  result = train.train_and_evaluate(tiny_config, tmp_path)
+  kept = lambda kind: sorted(
+      int(p.name) for p in (tmp_path / "checkpoints" / kind).iterdir()
+  )
+  assert kept("last") == [8, 12]
+  assert kept("best") == [result["best_step"]]
