@@ -1,4 +1,4 @@
-"""Handwritten digits, no norm, about a minute on a CPU."""
+"""Handwritten digits with a small ViT and no norm: a minute on a CPU."""
 
 from rescalevit_jax import config as config_lib
 
@@ -7,7 +7,21 @@ def get_config():
   """Returns the config of this experiment."""
   config = config_lib.default()
   config.dataset = "digits"
-  config.model_name = "ViT-XS_2"
-  config.model.norm = "Rescale"
   config.image_size = 8
+  config.model_name = "ViT-XS_2"
+  config.model.hidden_size = 64
+  config.model.mlp_dim = 256
+  config.model.num_heads = 4
+  config.model.num_layers = 4
+  config.model.norm = "Rescale"
+  # Digits are too small a task to wait until the original's start, from weights
+  # that hardly attend to anything, has got under way.
+  config.model.init = "google"
+  config.base_lr = 0.3
+  config.warmup_steps = 100
+  config.total_steps = 2000
+  config.batch = 64
+  config.batch_eval = 360
+  config.eval_every = 200
+  config.augment.min_area = 0.6
   return config

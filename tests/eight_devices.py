@@ -1,0 +1,67 @@
+"""Trains on one device and on eight; started by test_sharding.py.
+
+Usage: python eight_devices.py NORM FOLDER DATA_DIR, with
+XLA_FLAGS=--xla_force_host_platform_device_count=8.
+"""
+
+import json
+import pathlib
+import sys
+
+import jax
+from jax.sharding import Mesh
+import numpy as np
+
+from rescalevit_jax import checkpoint
+from rescalevit_jax import config as config_lib
+from rescalevit_jax import sharding
+from rescalevit_jax import train
+
+
+def main(norm, folder, data_dir):
+  assert jax.device_count() == 8
+  config = config_lib.default()
+  config.update({
+    "dataset": "digits",
+    "tfds_data_dir": data_dir,
+    "model_name": "ViT-XS_2",
+    "image_size": 8,
+    "batch": 48,
+    "accum_steps": 2,
+    "batch_eval": 100,  # 360 images: neither 100 nor 8 divide the last batch.
+    "total_steps": 10,
+    "warmup_steps": 3,
+    "eval_every": 10,
+    "progress_every": 1,
+  })
+  config.model.update({
+    "norm": norm,
+    "patch_size": 4,
+    "hidden_size": 16,
+    "mlp_dim": 32,
+    "num_heads": 2,
+    "num_layers": 1,
+  })
+  found = {}
+  for devices in (1, 8):
+    workdir = pathlib.Path(folder) / str(devices)
+    mesh = Mesh(np.asarray(jax.devices()[:devices]), ("data",))
+    sharding.create_mesh = lambda mesh=mesh: mesh
+    train.train_and_evaluate(config, workdir)
+    with open(workdir / "metrics.jsonl", encoding="utf-8") as f:
+      lines = [json.loads(line) for line in f]
+    params, batch_stats, _ = checkpoint.load_variables(workdir, "latest")
+    found[devices] = lines, jax.tree.leaves((params, batch_stats))
+  (lines_1, weights_1), (lines_8, weights_8) = found[1], found[8]
+  assert len(lines_1) == len(lines_8) == 11
+  for a, b in zip(lines_1, lines_8, strict=True):
+    assert a.keys() == b.keys()
+    for key in a:
+      np.testing.assert_allclose(a[key], b[key], rtol=2e-5, err_msg=key)
+  for a, b in zip(weights_1, weights_8, strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-6)
+  print("equal")
+
+
+if __name__ == "__main__":
+  main(*sys.argv[1:])

@@ -1,0 +1,92 @@
+"""Checkpoints come back as they were, and damage is noticed."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rescalevit_jax import checkpoint
+from rescalevit_jax import checksums
+from rescalevit_jax import errors
+from rescalevit_jax import step as step_lib
+
+
+def state(value, width=3):
+  x = {"head": {"kernel": jnp.full((2, width), float(value))}}
+  return step_lib.TrainState(
+    step=jnp.asarray(7, jnp.int32),
+    params=x,
+    batch_stats={},
+    opt_state=(jax.tree.map(jnp.zeros_like, x), ()),
+  )
+
+
+def like(s):
+  return jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), s
+  )
+
+
+def test_state_and_progress_come_back(tmp_path):
+  progress = checkpoint.Progress(step=7, best_accuracy=0.3, best_step=5)
+  with checkpoint.Checkpoints(tmp_path, 2) as saved:
+    assert saved.latest_step() is None
+    saved.save(state(0.1), progress)
+  with checkpoint.Checkpoints(tmp_path, 2) as saved:
+    found, again = saved.restore(like(state(0)))
+  assert again == progress
+  assert jax.tree.structure(found) == jax.tree.structure(state(0))
+  for x, y in zip(
+    jax.tree.leaves(found), jax.tree.leaves(state(0.1)), strict=True
+  ):
+    np.testing.assert_array_equal(x, y)
+
+
+def test_a_saved_state_does_not_change_with_the_next_step(tmp_path):
+  """Saving goes on while the step that owns the state's memory runs."""
+  s = state(1.0, width=200_000)
+  step = jax.jit(lambda s: jax.tree.map(lambda x: x + 1, s), donate_argnums=0)
+  with checkpoint.Checkpoints(tmp_path, 2) as saved:
+    saved.save(s, checkpoint.Progress(step=7))
+    for _ in range(5):
+      s = step(s)
+  params, _, _ = checkpoint.load_variables(tmp_path, "latest")
+  assert (params["head"]["kernel"] == 1.0).all()
+
+
+def test_another_model_is_refused(tmp_path):
+  with checkpoint.Checkpoints(tmp_path, 1) as saved:
+    saved.save(state(0.1), checkpoint.Progress(step=7))
+    saved.wait()
+    with pytest.raises(errors.UserError, match="last/7.*not of this model"):
+      saved.restore(like(state(0, width=4)))
+
+
+def test_every_flipped_bit_is_noticed(tmp_path):
+  with checkpoint.Checkpoints(tmp_path, 1) as saved:
+    saved.save(state(0.1), checkpoint.Progress(step=7))
+  folder = tmp_path / "checkpoints" / "last" / "7"
+  checksums.verify(folder)
+  files = [p for p in folder.glob("*/**/*") if p.stat().st_size and p.is_file()]
+  assert len(files) > 5
+  for path in files:
+    whole = path.read_bytes()
+    middle = len(whole) // 2
+    path.write_bytes(
+      whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :]
+    )
+    with pytest.raises(errors.UserError, match="SHA-256 differs"):
+      checksums.verify(folder)
+    path.unlink()
+    with pytest.raises(errors.UserError, match="No such file"):
+      checksums.verify(folder)
+    path.write_bytes(whole)
+  checksums.verify(folder)
+  (folder / checksums.NAME).write_text("")
+  with pytest.raises(errors.UserError, match="missing or damaged"):
+    checksums.verify(folder)
+
+
+def test_no_checkpoint_is_an_error_that_says_so(tmp_path):
+  with pytest.raises(errors.UserError, match="no best checkpoint"):
+    checkpoint.load_variables(tmp_path, "best")

@@ -1,0 +1,74 @@
+"""metrics.jsonl, TensorBoard's files, and files that are never half-written."""
+
+import json
+import os
+
+import pytest
+
+from rescalevit_jax import config as config_lib
+from rescalevit_jax import writers
+
+
+def test_write_file_replaces_all_or_nothing(tmp_path, monkeypatch):
+  path = tmp_path / "a.json"
+  writers.write_file(path, "old")
+
+  def fail(*args):
+    raise OSError("disk full")
+
+  monkeypatch.setattr(os, "fsync", fail)
+  with pytest.raises(OSError, match="disk full"):
+    writers.write_file(path, "new")
+  assert path.read_text() == "old"
+  assert os.listdir(tmp_path) == ["a.json"]
+
+
+def test_lines_of_the_future_are_dropped(tmp_path):
+  path = tmp_path / "metrics.jsonl"
+  path.write_text(
+    '{"step": 1, "train/loss": 3.0}\n'
+    '{"step": 2, "train/loss": 2.0}\n'
+    '{"step": 3, "train/loss": 1.0}\n'
+    "[1]\n"
+    '{"step": 4, "tra'
+  )
+  with writers.MetricWriter(
+    tmp_path, config_lib.default(), lambda line: line["step"] <= 2
+  ) as writer:
+    writer.write(3, {"train/loss": 1.5}, {"train/images_per_second": 7.0})
+    writer.sync()
+    lines = [json.loads(x) for x in path.read_text().splitlines()]
+  assert [x["step"] for x in lines] == [1, 2, 3]
+  assert lines[-1] == {"step": 3, "train/loss": 1.5}
+
+
+def test_tensorboard_has_scalars_hyperparameters_and_the_config(tmp_path):
+  with writers.MetricWriter(
+    tmp_path, config_lib.default(), lambda line: True
+  ) as writer:
+    writer.write(3, {"train/loss": 1.5}, {"train/images_per_second": 7.0})
+  events = pytest.importorskip(
+    "tensorboard.backend.event_processing.event_accumulator"
+  )
+  board = events.EventAccumulator(str(tmp_path))
+  board.Reload()
+  tags = board.Tags()
+  found = set(tags["tensors"]) | set(tags["scalars"])
+  assert {"train/loss", "train/images_per_second", "config"} <= found
+  text = board.Tensors("config")[0].tensor_proto.string_val[0].decode()
+  assert '"model_name": "ViT-B_16"' in text
+  assert any("hparams" in name for name in found)
+
+
+def test_an_unwritable_event_file_is_one_warning(tmp_path, monkeypatch, caplog):
+  def fail():
+    raise OSError("read-only file system")
+
+  monkeypatch.setattr(writers.tensorflow_cpu, "load", fail)
+  with writers.MetricWriter(
+    tmp_path, config_lib.default(), lambda line: True
+  ) as writer:
+    writer.write(1, {"train/loss": 1.0})
+    writer.write(2, {"train/loss": 1.0})
+  assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
+  assert [r.levelname for r in caplog.records] == ["WARNING"]
