@@ -1,4 +1,4 @@
-"""A small ViT on CIFAR-10 at its own 32x32 pixels, for a CPU."""
+"""A small ViT on CIFAR-10 at its own 32x32 pixels, four epochs on a CPU."""
 
 from rescalevit_jax import config as config_lib
 
@@ -11,7 +11,8 @@ def get_config():
   config.image_size = 32
   config.batch_eval = 500
   config.warmup_steps = 100
-  config.total_steps = 2000
-  config.eval_every = 400
+  config.total_steps = 1500
+  config.eval_every = 300
+  config.augment.min_area = 0.3
   config.augment.flip = True
   return config

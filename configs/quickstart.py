@@ -14,9 +14,6 @@ def get_config():
   config.model.num_heads = 4
   config.model.num_layers = 4
   config.model.norm = "Rescale"
-  # Digits are too small a task to wait until the original's start, from weights
-  # that hardly attend to anything, has got under way.
-  config.model.init = "google"
   config.base_lr = 0.3
   config.warmup_steps = 100
   config.total_steps = 2000

@@ -163,8 +163,8 @@ def load_variables(
       raise errors.UserError(f"{workdir}: no {which} checkpoint")
     sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     like = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-        manager.item_metadata(step)["variables"],
+      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+      manager.item_metadata(step)["variables"],
     )
     args = ocp.args.Composite(variables=ocp.args.StandardRestore(like))
     variables = _restore(manager, args)["variables"]
@@ -180,21 +180,21 @@ def _manager(workdir, kind, keep, *, readonly=False):
       checksums.write(temporary)
 
   return ocp.CheckpointManager(
-      folder,
-      item_handlers={
-          "variables": ocp.StandardCheckpointHandler(),
-          "optimizer": ocp.StandardCheckpointHandler(),
-          "progress": ocp.JsonCheckpointHandler(),
-      },
-      options=ocp.CheckpointManagerOptions(
-          max_to_keep=keep,
-          create=not readonly,
-          # What another process is writing just now is left alone.
-          cleanup_tmp_directories=not readonly,
-          async_options=ocp.AsyncOptions(
-              post_finalization_callback=write_checksums
-          ),
+    folder,
+    item_handlers={
+      "variables": ocp.StandardCheckpointHandler(),
+      "optimizer": ocp.StandardCheckpointHandler(),
+      "progress": ocp.JsonCheckpointHandler(),
+    },
+    options=ocp.CheckpointManagerOptions(
+      max_to_keep=keep,
+      create=not readonly,
+      # What another process is writing just now is left alone.
+      cleanup_tmp_directories=not readonly,
+      async_options=ocp.AsyncOptions(
+        post_finalization_callback=write_checksums
       ),
+    ),
   )
 
 

@@ -14,9 +14,9 @@ NAME = "SHA256SUMS"
 def write(folder: pathlib.Path) -> None:
   """Writes the sums of all files in the folders of a folder."""
   lines = [
-      f"{_sum(path)}  {path.relative_to(folder).as_posix()}\n"
-      for path in sorted(folder.glob("*/**/*"))
-      if path.is_file()
+    f"{_sum(path)}  {path.relative_to(folder).as_posix()}\n"
+    for path in sorted(folder.glob("*/**/*"))
+    if path.is_file()
   ]
   (folder / NAME).write_text("".join(lines), encoding="utf-8")
 

@@ -10,7 +10,7 @@ from rescalevit_jax.models import variants
 
 
 def other_model(
-    path: str, file: Mapping[str, Any], model: Mapping[str, Any], details: str
+  path: str, file: Mapping[str, Any], model: Mapping[str, Any], details: str
 ) -> str | None:
   """Says that a file holds a model of other sizes.
 
@@ -28,9 +28,9 @@ def other_model(
     return None
   name = _variant(theirs)
   return (
-      f"{path} is a {name or 'ViT'} checkpoint ({_describe(theirs)}), the model"
-      f" is {_variant(ours) or 'a ViT'} ({_describe(ours)}): "
-      + (f"choose --config.model_name={name}" if name else details)
+    f"{path} is a {name or 'ViT'} checkpoint ({_describe(theirs)}), the model"
+    f" is {_variant(ours) or 'a ViT'} ({_describe(ours)}): "
+    + (f"choose --config.model_name={name}" if name else details)
   )
 
 
@@ -39,22 +39,22 @@ def _sizes(arrays: Mapping[str, Any]) -> dict[str, int | None]:
 
   def edge(pattern, rank, axis):
     found = {
-        array.shape[axis]
-        for key, array in arrays.items()
-        if re.fullmatch(pattern, key) and len(array.shape) >= rank
+      array.shape[axis]
+      for key, array in arrays.items()
+      if re.fullmatch(pattern, key) and len(array.shape) >= rank
     }
     return found.pop() if len(found) == 1 else None
 
   block = r"Transformer/encoderblock_\d+/"
   blocks = [int(b[2]) for b in map(npz.BLOCK.fullmatch, arrays) if b]
   return {
-      "patch_size": edge("embedding/kernel", 4, 0),
-      "hidden_size": edge("cls|embedding/(kernel|bias)", 1, -1),
-      "mlp_dim": edge(block + "MlpBlock_3/Dense_0/kernel", 2, 1),
-      "num_heads": edge(
-          block + "MultiHeadDotProductAttention_1/query/kernel", 3, 1
-      ),
-      "num_layers": max(blocks) + 1 if blocks else None,
+    "patch_size": edge("embedding/kernel", 4, 0),
+    "hidden_size": edge("cls|embedding/(kernel|bias)", 1, -1),
+    "mlp_dim": edge(block + "MlpBlock_3/Dense_0/kernel", 2, 1),
+    "num_heads": edge(
+      block + "MultiHeadDotProductAttention_1/query/kernel", 3, 1
+    ),
+    "num_layers": max(blocks) + 1 if blocks else None,
   }
 
 
@@ -68,6 +68,5 @@ def _variant(sizes: Mapping[str, int | None]) -> str | None:
 def _describe(sizes: Mapping[str, int | None]) -> str:
   patch, hidden, mlp, heads, layers = (s or "?" for s in sizes.values())
   return (
-      f"patch {patch}, hidden {hidden}, MLP {mlp}, {heads} heads,"
-      f" {layers} layers"
+    f"patch {patch}, hidden {hidden}, MLP {mlp}, {heads} heads, {layers} layers"
   )

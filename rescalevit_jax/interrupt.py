@@ -2,6 +2,7 @@
 
 import logging
 import signal
+import threading
 
 _log = logging.getLogger(__name__)
 
@@ -20,9 +21,12 @@ class Interrupt:
 
   def __init__(self):
     self.requested = False
+    self._previous = {}
 
   def __enter__(self) -> "Interrupt":
-    self._previous = {s: signal.signal(s, self._handle) for s in self.SIGNALS}
+    # Python lets only the main thread set handlers; elsewhere there are none.
+    if threading.current_thread() is threading.main_thread():
+      self._previous = {s: signal.signal(s, self._handle) for s in self.SIGNALS}
     return self
 
   def __exit__(self, *exc_info):

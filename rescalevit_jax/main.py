@@ -76,11 +76,17 @@ def main(argv: list[str]) -> None:
 def parse(argv: list[str]) -> list[str]:
   """Parses the command line; a mistake in it or in the config is one line."""
   try:
+    nones = {}  # The flags of ml_collections know no None.
     for arg in argv[1:]:
+      key, _, value = arg.removeprefix("--config.").partition("=")
       if arg.startswith("--config."):
-        config_lib.check_key(arg.removeprefix("--config.").split("=")[0])
+        config_lib.check_key(key)
+        if value == "None":
+          nones[key] = None
+          argv = [a for a in argv if a != arg]
     rest = flags.FLAGS(argv)
     if _CONFIG.value is not None:
+      _CONFIG.value.update_from_flattened_dict(nones)
       config_lib.validate(_CONFIG.value)
     elif flags.FLAGS["config"].present:
       raise errors.UserError("--config: get_config() returns None")

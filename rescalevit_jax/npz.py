@@ -24,9 +24,9 @@ BLOCK = re.compile(r"(Transformer/encoderblock_(\d+)/)([^/]+)(/.*)")
 _PREFIXES = ("", "params/", "opt/target/", "optimizer/target/")
 # Newer checkpoints count the modules of a block class by class.
 _OLD_NUMBERING = {
-    "LayerNorm_1": "LayerNorm_2",
-    "MlpBlock_0": "MlpBlock_3",
-    "MultiHeadDotProductAttention_0": "MultiHeadDotProductAttention_1",
+  "LayerNorm_1": "LayerNorm_2",
+  "MlpBlock_0": "MlpBlock_3",
+  "MultiHeadDotProductAttention_0": "MultiHeadDotProductAttention_1",
 }
 
 
@@ -66,7 +66,7 @@ def read(path: str) -> Checkpoint:
       key = stats + _old_numbering(name.removeprefix(stats or prefix))
       if key in names:
         raise errors.UserError(
-            f"{path}: holds {key} twice, as {names[key]} and {name}"
+          f"{path}: holds {key} twice, as {names[key]} and {name}"
         )
       names[key] = name
       arrays[key] = _member(path, npz, name)
@@ -88,7 +88,7 @@ def write(path: str, arrays: Mapping[str, Any]) -> None:
     os.replace(partial, path)
   except OSError as e:
     raise errors.UserError(
-        f"{path}: cannot be written ({e.strerror or e}); choose another place"
+      f"{path}: cannot be written ({e.strerror or e}); choose another place"
     ) from e
   finally:
     with contextlib.suppress(OSError):
@@ -98,12 +98,12 @@ def write(path: str, arrays: Mapping[str, Any]) -> None:
 def _open(path: str) -> np.lib.npyio.NpzFile:
   if not os.path.exists(path):
     raise errors.UserError(
-        f"{path}: no such file; give the path of an .npz checkpoint"
+      f"{path}: no such file; give the path of an .npz checkpoint"
     )
   if not os.path.isfile(path):
     kind = "a folder" if os.path.isdir(path) else "not a file"
     raise errors.UserError(
-        f"{path}: this is {kind}; give the path of an .npz checkpoint"
+      f"{path}: this is {kind}; give the path of an .npz checkpoint"
     )
   try:
     with open(path, "rb") as f:
@@ -118,7 +118,7 @@ def _open(path: str) -> np.lib.npyio.NpzFile:
     return np.load(path, allow_pickle=False)
   except Exception as e:  # A damaged archive can fail in a dozen ways.
     raise errors.UserError(
-        f"{path}: not a readable .npz ({_one_line(e)}); get the file again"
+      f"{path}: not a readable .npz ({_one_line(e)}); get the file again"
     ) from e
 
 
@@ -129,7 +129,7 @@ def _member(path: str, npz: np.lib.npyio.NpzFile, name: str) -> np.ndarray:
       raise ValueError("it is not an array")
   except Exception as e:  # As above, and pickled objects.
     raise errors.UserError(
-        f"{path}: {name} cannot be read ({_one_line(e)}); get the file again"
+      f"{path}: {name} cannot be read ({_one_line(e)}); get the file again"
     ) from e
   if array.dtype == np.dtype("V2"):  # What numpy makes of a saved bfloat16.
     array = array.view(ml_dtypes.bfloat16)
@@ -137,7 +137,7 @@ def _member(path: str, npz: np.lib.npyio.NpzFile, name: str) -> np.ndarray:
     return array
   elif array.dtype.kind != "f":
     raise errors.UserError(
-        f"{path}: {name} has dtype {array.dtype}, but weights are numbers"
+      f"{path}: {name} has dtype {array.dtype}, but weights are numbers"
     )
   with np.errstate(over="ignore"):  # The loader refuses infinite values.
     return array.astype(np.float32, copy=False)
@@ -147,9 +147,9 @@ def _prefix(path: str, names: Collection[str]) -> str:
   """Returns the common prefix of the weights, such as 'params/' or ''."""
   anchor = "embedding/kernel"
   found = [
-      name.removesuffix(anchor)
-      for name in names
-      if f"/{name}".endswith(f"/{anchor}")
+    name.removesuffix(anchor)
+    for name in names
+    if f"/{name}".endswith(f"/{anchor}")
   ]
   for prefix in _PREFIXES:
     if prefix in found:
@@ -158,12 +158,12 @@ def _prefix(path: str, names: Collection[str]) -> str:
     return found[0]
   if found:
     raise errors.UserError(
-        f"{path}: holds several models ({', '.join(sorted(found)[:3])}); keep"
-        " one of them"
+      f"{path}: holds several models ({', '.join(sorted(found)[:3])}); keep"
+      " one of them"
     )
   raise errors.UserError(
-      f"{path}: not a ViT checkpoint in Google's naming: embedding/kernel is"
-      f" not among its {len(names)} keys ({', '.join([*names][:3])})"
+    f"{path}: not a ViT checkpoint in Google's naming: embedding/kernel is"
+    f" not among its {len(names)} keys ({', '.join([*names][:3])})"
   )
 
 

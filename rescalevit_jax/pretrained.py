@@ -51,11 +51,11 @@ class Report:
     """Returns a few lines for the log, all encoder blocks put together."""
     lines = []
     for title, keys in (
-        ("loaded", self.loaded),
-        ("resized", self.resized),
-        ("set to zeros", self.reinitialized),
-        ("left at initial values", self.initial),
-        ("dropped from the file", self.dropped),
+      ("loaded", self.loaded),
+      ("resized", self.resized),
+      ("set to zeros", self.reinitialized),
+      ("left at initial values", self.initial),
+      ("dropped from the file", self.dropped),
     ):
       if keys:
         lines.append(f"{title}: {len(keys)} array{'s' * (len(keys) > 1)}")
@@ -64,11 +64,11 @@ class Report:
 
 
 def load(
-    path: str | os.PathLike[str],
-    params: Mapping[str, Any],
-    batch_stats: Mapping[str, Any],
-    *,
-    reinit_head: bool = False,
+  path: str | os.PathLike[str],
+  params: Mapping[str, Any],
+  batch_stats: Mapping[str, Any],
+  *,
+  reinit_head: bool = False,
 ) -> tuple[dict[str, Any], dict[str, Any], Report]:
   """Puts a checkpoint's weights into a freshly initialized model's trees.
 
@@ -113,44 +113,44 @@ def load(
       except ValueError as e:
         problems.append(f"{key} {e}")
   problems += [
-      f"{checkpoint.names[key]}, shape {file[key].shape}, is not in the model"
-      for key in file
-      if key not in model and key not in dropped
+    f"{checkpoint.names[key]}, shape {file[key].shape}, is not in the model"
+    for key in file
+    if key not in model and key not in dropped
   ]
   if problems:
     details = "; ".join(problems[:3])
     if len(problems) > 3:
       details += f"; and {len(problems) - 3} more"
     raise errors.UserError(
-        identify.other_model(path, file, model, details)
-        or f"{path}: does not fit the model: {details}"
+      identify.other_model(path, file, model, details)
+      or f"{path}: does not fit the model: {details}"
     )
 
   taken = model.keys() - initial - zeros
   resized = {key for key in taken if file[key].shape != model[key].shape}
   if resized:
     notes.append(
-        f"the position embedding went from {file[_POSITIONS].shape[1]} to"
-        f" {model[_POSITIONS].shape[1]} tokens"
+      f"the position embedding went from {file[_POSITIONS].shape[1]} to"
+      f" {model[_POSITIONS].shape[1]} tokens"
     )
   report = Report(
-      loaded=tuple(sorted(taken - resized)),
-      resized=tuple(sorted(resized)),
-      reinitialized=tuple(sorted(zeros)),
-      initial=tuple(sorted(initial)),
-      dropped=(
-          *sorted(checkpoint.names[key] for key in dropped),
-          *sorted(checkpoint.outside),
-      ),
-      notes=tuple(notes),
+    loaded=tuple(sorted(taken - resized)),
+    resized=tuple(sorted(resized)),
+    reinitialized=tuple(sorted(zeros)),
+    initial=tuple(sorted(initial)),
+    dropped=(
+      *sorted(checkpoint.names[key] for key in dropped),
+      *sorted(checkpoint.outside),
+    ),
+    notes=tuple(notes),
   )
   return *_unflatten(values), report
 
 
 def save(
-    path: str | os.PathLike[str],
-    params: Mapping[str, Any],
-    batch_stats: Mapping[str, Any],
+  path: str | os.PathLike[str],
+  params: Mapping[str, Any],
+  batch_stats: Mapping[str, Any],
 ) -> None:
   """Writes an `.npz` in Google's old numbering; `load` reads it back exactly.
 
@@ -216,8 +216,8 @@ def _unflatten(values):
     tree = stats if key.startswith(npz.STATS) else params
     tree[key.removeprefix(npz.STATS)] = value
   return (
-      traverse_util.unflatten_dict(params, sep="/"),
-      traverse_util.unflatten_dict(stats, sep="/"),
+    traverse_util.unflatten_dict(params, sep="/"),
+    traverse_util.unflatten_dict(stats, sep="/"),
   )
 
 
@@ -243,8 +243,8 @@ def _unshared_norms(file, model) -> tuple[set[str], set[str], list[str]]:
   """
   initial, dropped, notes = set(), set(), []
   ours, theirs = (
-      {key: slot for key in keys if (slot := _norm_slot(key))}
-      for keys in (model, file)
+    {key: slot for key in keys if (slot := _norm_slot(key))}
+    for keys in (model, file)
   )
   # The final norm's name is one for all: only the blocks' tell norms apart.
   slots, others = ({*s.values()} - {_FINAL_NORM} for s in (ours, theirs))
@@ -252,12 +252,11 @@ def _unshared_norms(file, model) -> tuple[set[str], set[str], list[str]]:
     initial |= ours.keys()
     dropped |= theirs.keys()
     notes.append(
-        f"the file's norm ({', '.join(sorted(others))}) is not the model's"
-        f" ({', '.join(sorted(slots)) or 'none'})"
+      f"the file's norm ({', '.join(sorted(others))}) is not the model's"
+      f" ({', '.join(sorted(slots)) or 'none'})"
     )
   ours, theirs = (
-      {key for key in keys if key.startswith(npz.STATS)}
-      for keys in (model, file)
+    {key for key in keys if key.startswith(npz.STATS)} for keys in (model, file)
   )
   if not ours & theirs:
     initial |= ours

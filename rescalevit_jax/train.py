@@ -152,6 +152,8 @@ class Trainer:
   def run(self, stop: interrupt.Interrupt) -> bool:
     """Trains until the end, or until `stop` and says so by False."""
     config, progress = self._config, self._progress
+    if progress.step < config.total_steps:
+      _log.info("compiling the training step")
     while True:
       if self._evaluation_is_due():
         self._evaluate(stop)

@@ -17,45 +17,45 @@ def test_default_is_valid_and_is_the_originals_recipe():
   assert config.grad_norm_clip == 1.0
   assert config.eval_every == 100
   assert config.augment.to_dict() == {
-      "crop": True,
-      "min_area": 0.05,
-      "min_aspect": 0.75,
-      "flip": False,
+    "crop": True,
+    "min_area": 0.05,
+    "min_aspect": 0.75,
+    "flip": False,
   }
   assert config.model.gelu == "erf" and config.model.dropout_rate == 0.1
 
 
 @pytest.mark.parametrize(
-    "key, value, words",
-    [
-        ("model.norm", "LayerNorm", "LN"),
-        ("model.norm", "rescale", "did you mean Rescale"),
-        ("model_name", "ViT-B16", "did you mean ViT-B_16"),
-        ("model.gelu", "relu", "erf, tanh"),
-        ("model.init", "jax", "torch, google"),
-        ("model.dropout_rate", 1.0, "[0, 1)"),
-        ("model.patch_size", 0, "> 0"),
-        ("decay_type", "cosin", "cosine"),
-        ("dtype", "float16", "bfloat16"),
-        ("batch", 0, "> 0"),
-        ("batch", -1, "> 0"),
-        ("batch_eval", 0, "> 0"),
-        ("base_lr", float("nan"), "> 0"),
-        ("base_lr", float("inf"), "> 0"),
-        ("warmup_steps", -1, ">= 0"),
-        ("total_steps", 0, "> 0"),
-        ("accum_steps", 0, "> 0"),
-        ("accum_steps", 3, "accum_steps"),
-        ("eval_every", 0, "> 0"),
-        ("weight_decay", -0.1, ">= 0"),
-        ("grad_norm_clip", -1.0, ">= 0"),
-        ("momentum", 1.0, "[0, 1)"),
-        ("seed", -1, "2^32"),
-        ("augment.min_area", 0.0, "(0, 1]"),
-        ("augment.min_aspect", 1.5, "(0, 1]"),
-        ("eval_weights", "newest", "latest"),
-        ("warmup_steps", 30_000, "total_steps"),
-    ],
+  "key, value, words",
+  [
+    ("model.norm", "LayerNorm", "LN"),
+    ("model.norm", "rescale", "did you mean Rescale"),
+    ("model_name", "ViT-B16", "did you mean ViT-B_16"),
+    ("model.gelu", "relu", "erf, tanh"),
+    ("model.init", "jax", "torch, google"),
+    ("model.dropout_rate", 1.0, "[0, 1)"),
+    ("model.patch_size", 0, "> 0"),
+    ("decay_type", "cosin", "cosine"),
+    ("dtype", "float16", "bfloat16"),
+    ("batch", 0, "> 0"),
+    ("batch", -1, "> 0"),
+    ("batch_eval", 0, "> 0"),
+    ("base_lr", float("nan"), "> 0"),
+    ("base_lr", float("inf"), "> 0"),
+    ("warmup_steps", -1, ">= 0"),
+    ("total_steps", 0, "> 0"),
+    ("accum_steps", 0, "> 0"),
+    ("accum_steps", 3, "accum_steps"),
+    ("eval_every", 0, "> 0"),
+    ("weight_decay", -0.1, ">= 0"),
+    ("grad_norm_clip", -1.0, ">= 0"),
+    ("momentum", 1.0, "[0, 1)"),
+    ("seed", -1, "2^32"),
+    ("augment.min_area", 0.0, "(0, 1]"),
+    ("augment.min_aspect", 1.5, "(0, 1]"),
+    ("eval_weights", "newest", "latest"),
+    ("warmup_steps", 30_000, "total_steps"),
+  ],
 )
 def test_bad_values_name_the_key_and_what_is_valid(key, value, words):
   config = config_lib.default()
@@ -97,8 +97,8 @@ def test_only_keys_that_change_the_numbers_differ():
   b.model.norm = "BN"
   b.seed = 3
   assert config_lib.differing_keys(a, b) == [
-      "model.norm ('LN' there, 'BN' now)",
-      "seed (0 there, 3 now)",
+    "model.norm ('LN' there, 'BN' now)",
+    "seed (0 there, 3 now)",
   ]
 
 

@@ -17,17 +17,17 @@ from rescalevit_jax import config as config_lib
 
 ROOT = pathlib.Path(__file__).parents[1]
 TINY = (
-    "model.patch_size=4",
-    "model.hidden_size=16",
-    "model.mlp_dim=32",
-    "model.num_heads=2",
-    "model.num_layers=2",
-    "batch=48",
-    "total_steps=12",
-    "warmup_steps=3",
-    "eval_every=5",
-    "progress_every=2",
-    "checkpoint_every=4",
+  "model.patch_size=4",
+  "model.hidden_size=16",
+  "model.mlp_dim=32",
+  "model.num_heads=2",
+  "model.num_layers=2",
+  "batch=48",
+  "total_steps=12",
+  "warmup_steps=3",
+  "eval_every=5",
+  "progress_every=2",
+  "checkpoint_every=4",
 )
 
 
@@ -39,14 +39,14 @@ def command(*args, config="configs/quickstart.py", keys=()):
 
 def run(*args, env=None, preexec_fn=None, **kwargs):
   return subprocess.run(
-      command(*args, **kwargs),
-      cwd=ROOT,
-      env={**os.environ, "JAX_PLATFORMS": "cpu", **(env or {})},
-      capture_output=True,
-      text=True,
-      timeout=300,
-      preexec_fn=preexec_fn,
-      check=False,
+    command(*args, **kwargs),
+    cwd=ROOT,
+    env={**os.environ, "JAX_PLATFORMS": "cpu", **(env or {})},
+    capture_output=True,
+    text=True,
+    timeout=300,
+    preexec_fn=preexec_fn,
+    check=False,
   )
 
 
@@ -62,8 +62,8 @@ def assert_one_line_error(done, *words):
 
 def snapshot(folder):
   return {
-      str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None
-      for p in pathlib.Path(folder).rglob("*")
+    str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None
+    for p in pathlib.Path(folder).rglob("*")
   }
 
 
@@ -81,28 +81,28 @@ def test_help_names_every_flag_and_key():
 
 
 @pytest.mark.parametrize(
-    "args, keys, words",
-    [
-        ((), ["model.nrom=BN"], ["model.nrom", "model.norm"]),
-        ((), ["modle.norm=BN"], ["modle.norm", "model.norm"]),
-        ((), ["btach=3"], ["btach", "batch"]),
-        ((), ["model=3"], ["model"]),
-        ((), ["model.norm=layernorm"], ["model.norm", "valid: LN, BN"]),
-        ((), ["model_name=ViT-B16"], ["ViT-B_16"]),
-        ((), ["batch=abc"], ["batch", "abc"]),
-        ((), ["batch=1.5"], ["batch", "1.5"]),
-        ((), ["batch=0"], ["batch is 0", "> 0"]),
-        ((), ["base_lr=-1"], ["base_lr is -1", "> 0"]),
-        ((), ["accum_steps=7"], ["accum_steps"]),
-        ((), ["image_size=9"], ["image_size", "patch"]),
-        ((), ["model.num_heads=5"], ["heads"]),
-        ((), ["model.norm=GN", "model.hidden_size=18"], ["GN"]),
-        ((), ["dataset=cifar11"], ["cifar11", "cifar10"]),
-        ((), ["pretrained_path=none.npz"], ["none.npz"]),
-        (("--mode=test",), [], ["mode"]),
-        (("--wrkdir=a",), [], ["wrkdir", "workdir"]),
-        (("stray",), [], ["stray"]),
-    ],
+  "args, keys, words",
+  [
+    ((), ["model.nrom=BN"], ["model.nrom", "model.norm"]),
+    ((), ["modle.norm=BN"], ["modle.norm", "model.norm"]),
+    ((), ["btach=3"], ["btach", "batch"]),
+    ((), ["model=3"], ["model"]),
+    ((), ["model.norm=layernorm"], ["model.norm", "valid: LN, BN"]),
+    ((), ["model_name=ViT-B16"], ["ViT-B_16"]),
+    ((), ["batch=abc"], ["batch", "abc"]),
+    ((), ["batch=1.5"], ["batch", "1.5"]),
+    ((), ["batch=0"], ["batch is 0", "> 0"]),
+    ((), ["base_lr=-1"], ["base_lr is -1", "> 0"]),
+    ((), ["accum_steps=7"], ["accum_steps"]),
+    ((), ["image_size=9"], ["image_size", "patch"]),
+    ((), ["model.num_heads=5"], ["heads"]),
+    ((), ["model.norm=GN", "model.hidden_size=18"], ["GN"]),
+    ((), ["dataset=cifar11"], ["cifar11", "cifar10"]),
+    ((), ["pretrained_path=none.npz"], ["none.npz"]),
+    (("--mode=test",), [], ["mode"]),
+    (("--wrkdir=a",), [], ["wrkdir", "workdir"]),
+    (("stray",), [], ["stray"]),
+  ],
 )
 def test_mistakes_in_flags(args, keys, words, tiny, tmp_path):
   workdir = tmp_path / "run"
@@ -112,20 +112,20 @@ def test_mistakes_in_flags(args, keys, words, tiny, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "text, words",
-    [
-        (None, ["No such file"]),
-        ("def get_config(:\n", ["SyntaxError"]),
-        ("def get_config():\n  return 1 / 0\n", ["ZeroDivisionError", ":2"]),
-        ("x = 1\n", ["get_config"]),
-        ("def get_config():\n  return None\n", ["get_config"]),
-        (
-            "from rescalevit_jax import config\n"
-            "def get_config():\n"
-            "  c = config.default()\n  c.nrom = 'LN'\n  return c\n",
-            ["nrom"],
-        ),
-    ],
+  "text, words",
+  [
+    (None, ["No such file"]),
+    ("def get_config(:\n", ["SyntaxError"]),
+    ("def get_config():\n  return 1 / 0\n", ["ZeroDivisionError", ":2"]),
+    ("x = 1\n", ["get_config"]),
+    ("def get_config():\n  return None\n", ["get_config"]),
+    (
+      "from rescalevit_jax import config\n"
+      "def get_config():\n"
+      "  c = config.default()\n  c.nrom = 'LN'\n  return c\n",
+      ["nrom"],
+    ),
+  ],
 )
 def test_mistakes_in_a_config_file(text, words, tmp_path):
   path = tmp_path / "config.py"
@@ -142,9 +142,9 @@ def test_no_config_and_no_run(tmp_path):
 
 def test_a_batch_that_the_devices_cannot_share(tiny, tmp_path):
   done = run(
-      f"--workdir={tmp_path / 'run'}",
-      keys=[*tiny, "batch=12"],
-      env={"XLA_FLAGS": "--xla_force_host_platform_device_count=8"},
+    f"--workdir={tmp_path / 'run'}",
+    keys=[*tiny, "batch=12"],
+    env={"XLA_FLAGS": "--xla_force_host_platform_device_count=8"},
   )
   assert_one_line_error(done, "batch is 12", "8 devices")
   assert not (tmp_path / "run").exists()
@@ -161,7 +161,7 @@ def finished(digits_dir, tmp_path_factory):
   """The folder of a finished run."""
   workdir = tmp_path_factory.mktemp("finished") / "run"
   done = run(
-      f"--workdir={workdir}", keys=(*TINY, f"tfds_data_dir={digits_dir}")
+    f"--workdir={workdir}", keys=(*TINY, f"tfds_data_dir={digits_dir}")
   )
   assert done.returncode == 0, done.stderr
   return workdir
@@ -248,20 +248,20 @@ def test_a_full_disk(finished, tiny, tmp_path):
   again = run(f"--workdir={workdir}", keys=tiny)
   assert again.returncode == 0, again.stderr
   assert (workdir / "metrics.jsonl").read_bytes() == (
-      finished / "metrics.jsonl"
+    finished / "metrics.jsonl"
   ).read_bytes()
 
 
 @pytest.mark.parametrize(
-    "number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT]
+  "number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT]
 )
 def test_a_run_goes_on_after_a_signal(finished, tiny, tmp_path, number):
   workdir = tmp_path / "run"
   process = subprocess.Popen(
-      command(f"--workdir={workdir}", keys=tiny),
-      cwd=ROOT,
-      stderr=subprocess.PIPE,
-      text=True,
+    command(f"--workdir={workdir}", keys=tiny),
+    cwd=ROOT,
+    stderr=subprocess.PIPE,
+    text=True,
   )
   metrics = workdir / "metrics.jsonl"
   deadline = time.monotonic() + 200
@@ -279,5 +279,3 @@ def test_a_run_goes_on_after_a_signal(finished, tiny, tmp_path, number):
   done = run(f"--workdir={workdir}", keys=tiny)
   assert done.returncode == 0, done.stderr
   assert metrics.read_bytes() == (finished / "metrics.jsonl").read_bytes()
-
-

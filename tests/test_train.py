@@ -29,7 +29,8 @@ def weights(workdir, which="latest"):
 
 
 def assert_same_run(a, b):
-  assert (a / "metrics.jsonl").read_bytes() == (b / "metrics.jsonl").read_bytes()
+  lines_a, lines_b = a / "metrics.jsonl", b / "metrics.jsonl"
+  assert lines_a.read_bytes() == lines_b.read_bytes()
   for which in ("latest", "best"):
     for x, y in zip(weights(a, which), weights(b, which), strict=True):
       np.testing.assert_array_equal(x, y)
@@ -66,7 +67,7 @@ def test_a_run_writes_what_the_design_says(tiny_config, tmp_path):
   assert rates[4] == pytest.approx(0.05 * (1 + math.cos(math.pi / 9)) / 2)
   assert rates[12] == 0
   accuracies = {
-      x["step"]: x["test/accuracy"] for x in found if "test/accuracy" in x
+    x["step"]: x["test/accuracy"] for x in found if "test/accuracy" in x
   }
   assert result["best_accuracy"] == max(accuracies.values())
   assert accuracies[result["best_step"]] == result["best_accuracy"]
@@ -75,8 +76,8 @@ def test_a_run_writes_what_the_design_says(tiny_config, tmp_path):
   assert result["examples_evaluated"] == 360
   assert result["images_per_second"] > 0 and result["seconds"] > 0
   assert result["parameters"] == sum(
-      x.size for x in jax.tree.leaves(checkpoint.load_variables(
-          tmp_path, "latest")[0])
+    x.size
+    for x in jax.tree.leaves(checkpoint.load_variables(tmp_path, "latest")[0])
   )
   assert result["versions"]["jax"] == jax.__version__
   assert result["devices"]
@@ -102,7 +103,7 @@ def test_a_resumed_run_is_the_same_run(tiny_config, tmp_path, stop_at, norm):
 
 
 def test_a_torn_line_of_metrics_is_written_again(
-    tiny_config, tmp_path, stop_at
+  tiny_config, tmp_path, stop_at
 ):
   train.train_and_evaluate(tiny_config, tmp_path / "a")
   stop_at(9)
@@ -115,7 +116,7 @@ def test_a_torn_line_of_metrics_is_written_again(
 
 
 def test_a_signal_during_evaluation_saves_and_evaluates_later(
-    tiny_config, tmp_path, monkeypatch
+  tiny_config, tmp_path, monkeypatch
 ):
   train.train_and_evaluate(tiny_config, tmp_path / "a")
   real = evaluate.Evaluator.__call__
@@ -141,7 +142,7 @@ def test_a_finished_run_does_nothing_again(tiny_config, tmp_path, monkeypatch):
 
 
 def test_a_lost_result_is_written_from_the_last_checkpoint(
-    tiny_config, tmp_path
+  tiny_config, tmp_path
 ):
   result = train.train_and_evaluate(tiny_config, tmp_path)
   before = (tmp_path / "metrics.jsonl").read_bytes()
@@ -172,17 +173,17 @@ def test_seeds_differ_and_repeat(tiny_config, tmp_path):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(
-    tiny_config, tmp_path, monkeypatch
+  tiny_config, tmp_path, monkeypatch
 ):
   real = step.loss_fn
 
   def poisoned(params, batch_stats, images, labels, dropout_key, *, model):
     loss, batch_stats = real(
-        params, batch_stats, images, labels, dropout_key, model=model
+      params, batch_stats, images, labels, dropout_key, model=model
     )
     # Batches do not repeat, so this picks step 7 of this run.
     return jax.numpy.where(_is_batch_of_step(labels, 7), jax.numpy.nan, loss), (
-        batch_stats
+      batch_stats
     )
 
   def _is_batch_of_step(labels, number):
@@ -209,9 +210,9 @@ def test_a_pretrained_file_is_where_a_run_starts(tiny_config, tmp_path):
     state, progress = experiment.initial_state(made, checkpoints)
   assert progress.step == 0
   for x, y in zip(
-      jax.tree.leaves((state.params, state.batch_stats)),
-      jax.tree.leaves((params, batch_stats)),
-      strict=True,
+    jax.tree.leaves((state.params, state.batch_stats)),
+    jax.tree.leaves((params, batch_stats)),
+    strict=True,
   ):
     np.testing.assert_array_equal(x, y)
 
@@ -222,7 +223,7 @@ def test_a_pretrained_file_is_where_a_run_starts(tiny_config, tmp_path):
 
 @pytest.mark.parametrize("which, at", [("best", "best"), ("latest", "last")])
 def test_eval_mode_repeats_what_training_measured(
-    tiny_config, tmp_path, which, at
+  tiny_config, tmp_path, which, at
 ):
   trained = train.train_and_evaluate(tiny_config, tmp_path)
   tiny_config.eval_weights = which
@@ -235,7 +236,7 @@ def test_eval_mode_repeats_what_training_measured(
 
 
 def test_without_tensorflow_all_but_tensorboard_works(
-    tiny_config, tmp_path, monkeypatch, caplog
+  tiny_config, tmp_path, monkeypatch, caplog
 ):
   def missing():
     raise errors.UserError("cannot import TensorFlow")
@@ -251,8 +252,10 @@ def test_without_tensorflow_all_but_tensorboard_works(
 def test_keeps_the_last_checkpoints_and_the_best(tiny_config, tmp_path):
   tiny_config.keep_checkpoints = 2
   result = train.train_and_evaluate(tiny_config, tmp_path)
-  kept = lambda kind: sorted(
-      int(p.name) for p in (tmp_path / "checkpoints" / kind).iterdir()
-  )
+
+  def kept(kind):
+    folder = tmp_path / "checkpoints" / kind
+    return sorted(int(p.name) for p in folder.iterdir())
+
   assert kept("last") == [8, 12]
   assert kept("best") == [result["best_step"]]

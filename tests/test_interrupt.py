@@ -1,0 +1,39 @@
+"""The first signal is noted, the second one has its usual effect."""
+
+import os
+import signal
+import threading
+
+import pytest
+
+from rescalevit_jax import interrupt
+
+
+@pytest.mark.parametrize("number", interrupt.Interrupt.SIGNALS)
+def test_the_first_signal_is_noted(number):
+  before = signal.getsignal(number)
+  with interrupt.Interrupt() as stop:
+    assert not stop.requested
+    os.kill(os.getpid(), number)
+    assert stop.requested
+    assert signal.getsignal(number) == before
+  assert signal.getsignal(number) == before
+
+
+def test_the_second_signal_has_its_usual_effect():
+  with pytest.raises(KeyboardInterrupt), interrupt.Interrupt():
+    os.kill(os.getpid(), signal.SIGINT)
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_another_thread_has_no_signals():
+  found = []
+
+  def work():
+    with interrupt.Interrupt() as stop:
+      found.append(stop.requested)
+
+  thread = threading.Thread(target=work)
+  thread.start()
+  thread.join()
+  assert found == [False]

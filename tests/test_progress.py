@@ -1,0 +1,79 @@
+"""What a run says on the terminal."""
+
+import logging
+
+import jax
+import pytest
+
+from rescalevit_jax import models
+from rescalevit_jax import progress
+from rescalevit_jax.models import flops
+
+
+@pytest.mark.parametrize(
+  "seconds, text",
+  [
+    (0.2, "0 s"),
+    (59.6, "1 min 0 s"),
+    (200, "3 min 20 s"),
+    (1500, "25 min"),
+    (3 * 3600 + 130, "3 h 2 min"),
+    (100 * 3600, "4 d 4 h"),
+  ],
+)
+def test_durations_are_short(seconds, text):
+  assert progress.duration(seconds) == text
+
+
+class Clock:
+  now = 100.0
+
+  def __call__(self):
+    return self.now
+
+
+def test_the_timer_leaves_out_compilation_and_evaluation(monkeypatch, caplog):
+  clock = Clock()
+  monkeypatch.setattr(progress.time, "monotonic", clock)
+  caplog.set_level(logging.INFO)
+  timer = progress.Timer(total_steps=100, batch=8, step=10)
+  clock.now += 60  # Compilation.
+  timer.first_step_done(11)
+  clock.now += 4
+  assert timer.lap(21) == (10, 4)
+  timer.log(1.25, 0.05, 10, 4)
+  assert "step 21/100" in caplog.text and "20 images/s" in caplog.text
+  assert "ETA 32 s" in caplog.text  # 79 steps at 0.4 s.
+  clock.now += 500  # Evaluation.
+  timer.restart()
+  clock.now += 2
+  assert timer.lap(26) == (5, 2)
+
+
+def test_an_idle_gpu_is_one_warning(monkeypatch, caplog):
+  monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
+  monkeypatch.setattr(progress.os.path, "exists", lambda path: True)
+  progress.warn_of_idle_gpu()
+  assert "cuda13" in caplog.text
+  caplog.clear()
+  monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+  progress.warn_of_idle_gpu()
+  monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
+  monkeypatch.setattr(progress.os.path, "exists", lambda path: False)
+  progress.warn_of_idle_gpu()
+  assert not caplog.records
+
+
+def test_a_long_run_is_estimated(monkeypatch, caplog):
+  monkeypatch.setattr(progress, "_matmul_flops_per_second", lambda dtype: 1e11)
+  monkeypatch.setattr(jax, "device_count", lambda: 1)
+  model = models.create("ViT-B_16", num_classes=10)
+  # 35.1 GFLOP an image, published as 17.6 G multiply-adds.
+  assert flops.forward_flops(model, 224) == pytest.approx(35.1e9, rel=0.01)
+  run = dict(image_size=224, batch=128, eval_images=10_000)
+  progress.warn_of_long_run(model, steps=1, evaluations=0, **run)
+  assert not caplog.records
+  progress.warn_of_long_run(model, steps=20_000, evaluations=200, **run)
+  assert "3.4e+02 s for each of 20000 steps" in caplog.text
+  assert "2 h 26 min for each of 200 evaluations" in caplog.text
+  assert "about 98 d" in caplog.text
