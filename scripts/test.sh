@@ -1,0 +1,17 @@
+#!/usr/bin/env bash
+# Runs the linter and the whole test suite, on the CPU unless JAX_PLATFORMS says
+# otherwise.
+#
+# Usage: bash scripts/test.sh [FLAG]...
+#
+# The flags go to pytest: tests/test_data.py, -k resume, -n 0.
+# PYTHON and EXTRAS: see scripts/env.sh.
+set -euo pipefail
+
+root="$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd -P)"
+bash "$root/scripts/env.sh" test
+cd "$root"
+.venv/bin/python -m ruff check .
+# Each process holds a JAX of its own: more than four cost more than they give.
+JAX_PLATFORMS="${JAX_PLATFORMS-cpu}" exec .venv/bin/python -m pytest \
+  --numprocesses=auto --maxprocesses=4 --durations=10 "$@"

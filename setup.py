@@ -1,0 +1,61 @@
+"""Installs RescaleViT-JAX; constraints.txt has the versions tested."""
+
+import pathlib
+import re
+
+import setuptools
+
+_ROOT = pathlib.Path(__file__).parent
+_LINUX_X86_64 = "sys_platform == 'linux' and platform_machine == 'x86_64'"
+_ELSEWHERE = "sys_platform != 'linux' or platform_machine != 'x86_64'"
+
+
+def _version() -> str:
+  """Reads the version without importing the package, which would need jax."""
+  text = (_ROOT / "rescalevit_jax" / "__init__.py").read_text(encoding="utf-8")
+  return re.search(r'^__version__ = "(.+)"$', text, re.MULTILINE).group(1)
+
+
+setuptools.setup(
+  name="rescalevit-jax",
+  version=_version(),
+  description="Vision Transformers with and without normalization, in JAX.",
+  author="The RescaleViT-JAX authors",
+  license="Apache-2.0",
+  packages=setuptools.find_packages(
+    include=["rescalevit_jax", "rescalevit_jax.*"]
+  ),
+  python_requires=">=3.11",
+  install_requires=[
+    "absl-py>=2.3",
+    "clu>=0.0.12",
+    "flax>=0.12",
+    "jax>=0.10",
+    "jaxlib>=0.10",
+    "ml_collections>=1.1",
+    "numpy>=2.0",
+    "optax>=0.2.8",
+    "orbax-checkpoint>=0.12",
+    # The data set inside the package: handwritten digits.
+    "scikit-learn>=1.7",
+    "tensorflow-datasets>=4.9.10",
+    # tensorflow_datasets.data_source reads array_record files, decodes images
+    # with Pillow and imports importlib_resources; it declares array_record on
+    # Linux only and the other two not at all.
+    "array_record>=0.8.1",
+    "importlib_resources>=6.5",
+    "Pillow>=11",
+    # clu.metric_writers imports both without declaring them, and
+    # tensorflow_datasets prepares CIFAR through TensorFlow. TensorFlow never
+    # computes here, so that the build without GPU libraries will do; it has
+    # wheels for Linux on x86-64 and no longer brings TensorBoard.
+    "tensorboard>=2.20",
+    f"tensorflow-cpu>=2.21; {_LINUX_X86_64}",
+    f"tensorflow>=2.21; {_ELSEWHERE}",
+  ],
+  extras_require={
+    "test": ["pytest>=8.4", "pytest-xdist>=3.8", "ruff>=0.14"],
+    "cuda12": ["jax[cuda12]"],
+    "cuda13": ["jax[cuda13]"],
+  },
+)

@@ -1,0 +1,343 @@
+"""Augmentation against Pillow and against a plain restatement of the crop."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from PIL import Image
+import pytest
+from scipy import stats
+
+from rescalevit_jax import augment
+
+BILINEAR = Image.Resampling.BILINEAR
+
+
+def noise(batch, height, width, seed=0):
+  rng = np.random.default_rng(seed)
+  return rng.integers(0, 256, (batch, height, width, 3), np.uint8)
+
+
+def pillow(image, box, size):
+  """Crops and resizes [H, W, 3] with Pillow, without rounding to integers."""
+  top, left, height, width = (int(x) for x in box)
+  crop = image[top : top + height, left : left + width].astype(np.float32)
+  channels = [
+    np.asarray(Image.fromarray(crop[:, :, c]).resize((size, size), BILINEAR))
+    for c in range(3)
+  ]
+  return np.stack(channels, axis=-1) / 127.5 - 1
+
+
+def keys_of(number, seed=0):
+  return jax.random.split(jax.random.key(seed), number)
+
+
+# One axis.
+
+
+@pytest.mark.parametrize(
+  "start, length, old, new",
+  [
+    (0, 32, 32, 224),  # Upscaling of a whole axis.
+    (0, 32, 32, 48),
+    (3, 7, 32, 224),  # Of a crop.
+    (25, 7, 32, 64),  # At the edge.
+    (5, 1, 32, 16),  # Of one pixel.
+    (0, 48, 48, 12),  # Downscaling by an integer.
+    (4, 41, 48, 13),  # Of a crop by another factor.
+    (0, 300, 300, 32),
+    (2, 20, 32, 19),  # By a factor near 1.
+  ],
+)
+def test_resize_matrix_is_pillows_bilinear_resize(start, length, old, new):
+  axis = np.random.default_rng(0).uniform(0, 255, old).astype(np.float32)
+  crop = Image.fromarray(axis[None, start : start + length])
+  want = np.asarray(crop.resize((new, 1), BILINEAR))[0]
+  matrix = augment.resize_matrix(start, length, old, new)
+  assert matrix.shape == (new, old)
+  np.testing.assert_allclose(np.asarray(matrix) @ axis, want, atol=2e-3)
+
+
+@pytest.mark.parametrize("size", [1, 7, 32])
+def test_resize_matrix_at_the_same_size_is_the_identity(size):
+  matrix = augment.resize_matrix(0, size, size, size)
+  np.testing.assert_array_equal(matrix, np.eye(size))
+
+
+@pytest.mark.parametrize("length", [1, 2, 9, 24])
+@pytest.mark.parametrize("new", [1, 5, 24, 100])
+def test_rows_of_resize_matrix_sum_to_one_within_the_crop(length, new):
+  matrix = np.asarray(augment.resize_matrix(6, length, 30, new))
+  np.testing.assert_allclose(matrix.sum(1), 1, atol=1e-6)
+  assert (matrix >= 0).all()
+  assert (matrix[:, :6] == 0).all()
+  assert (matrix[:, 6 + length :] == 0).all()
+
+
+# Whole images.
+
+
+@pytest.mark.parametrize(
+  "height, width, size", [(32, 32, 48), (32, 32, 20), (24, 40, 32)]
+)
+def test_prepare_is_pillows_resize(height, width, size):
+  images = noise(2, height, width)
+  got = augment.prepare(images, size)
+  assert (got.shape, got.dtype) == ((2, size, size, 3), jnp.float32)
+  for ours, image in zip(got, images, strict=True):
+    want = pillow(image, (0, 0, height, width), size)
+    np.testing.assert_allclose(ours, want, atol=2e-5)
+
+
+def test_prepare_at_the_same_size_only_scales():
+  images = noise(2, 16, 16)
+  want = images.astype(np.float32) / np.float32(127.5) - 1
+  np.testing.assert_allclose(augment.prepare(images, 16), want, atol=1e-7)
+
+
+def test_range_of_uint8_becomes_exactly_minus_one_to_one():
+  images = np.zeros((1, 4, 4, 3), np.uint8)
+  images[0, 0] = 255
+  got = np.asarray(augment.prepare(images, 4))
+  assert (got[0, 0] == 1).all()
+  assert (got[0, 1:] == -1).all()
+  resized = np.asarray(augment.prepare(images, 8))
+  assert resized.min() >= -1
+  assert resized.max() <= 1
+
+
+# The crop's box.
+
+
+@functools.cache
+def boxes_of(number, height, width, min_area, min_aspect, seed=0):
+  """Draws boxes [number, 4]: top, left, height, width."""
+  box = functools.partial(
+    augment.random_box,
+    height=height,
+    width=width,
+    min_area=min_area,
+    min_aspect=min_aspect,
+  )
+  return np.asarray(jax.jit(jax.vmap(box))(keys_of(number, seed)))
+
+
+def center_box(height, width, min_aspect):
+  """Returns the largest centred box with an allowed width / height."""
+  w, h = width, height
+  if width > height / min_aspect:
+    w = round(height / min_aspect)
+  elif height > width / min_aspect:
+    h = round(width / min_aspect)
+  return (height - h) // 2, (width - w) // 2, h, w
+
+
+def plain_boxes(number, height, width, min_area, min_aspect, seed=0):
+  """The rule in plain Python, one box after the other."""
+  rng = np.random.default_rng(seed)
+  boxes = []
+  for _ in range(number):
+    box = center_box(height, width, min_aspect)
+    for _ in range(10):
+      area = rng.uniform(min_area, 1) * height * width
+      aspect = math.exp(
+        rng.uniform(math.log(min_aspect), -math.log(min_aspect))
+      )
+      h, w = round((area / aspect) ** 0.5), round((area * aspect) ** 0.5)
+      if 1 <= h <= height and 1 <= w <= width:
+        top, left = rng.integers(0, height - h + 1), rng.integers(width - w + 1)
+        box = top, left, h, w
+        break
+    boxes.append(box)
+  return np.array(boxes)
+
+
+SETTINGS = [
+  (32, 32, 0.05, 3 / 4),
+  (24, 40, 0.05, 3 / 4),
+  (40, 24, 0.2, 1 / 2),
+  (32, 96, 0.22, 3 / 4),  # About one in six takes the centre.
+]
+
+
+@pytest.mark.parametrize("height, width, min_area, min_aspect", SETTINGS)
+def test_random_box_has_the_distribution_of_the_plain_rule(
+  height, width, min_area, min_aspect
+):
+  setting = height, width, min_area, min_aspect
+  ours, plain = boxes_of(5000, *setting), plain_boxes(5000, *setting)
+  center = center_box(height, width, min_aspect)
+  shares = []
+  for boxes in (ours, plain):
+    shares.append((boxes == center).all(1).mean())
+  assert shares[0] == pytest.approx(shares[1], abs=0.02)
+
+  def quantities(boxes):
+    top, left, h, w = boxes.astype(np.float64).T
+    yield "area", h * w
+    yield "log aspect", np.log(w / h)
+    yield "height", h
+    yield "width", w
+    free = (h < height) & (w < width)
+    yield "top", (top / np.maximum(1, height - h))[free]
+    yield "left", (left / np.maximum(1, width - w))[free]
+
+  for (name, a), (_, b) in zip(
+    quantities(ours), quantities(plain), strict=True
+  ):
+    assert stats.ks_2samp(a, b).pvalue > 1e-3, name
+
+
+@pytest.mark.parametrize("height, width, min_area, min_aspect", SETTINGS)
+def test_random_box_draws_independent_numbers(
+  height, width, min_area, min_aspect
+):
+  setting = height, width, min_area, min_aspect
+  center = center_box(height, width, min_aspect)
+
+  def correlations(boxes):
+    drawn = boxes[(boxes != center).any(1)]
+    top, left, h, w = drawn[(drawn[:, 2:] < (height, width)).all(1)].T
+    return np.corrcoef(
+      [h * w, np.log(w / h), top / (height - h), left / (width - w)]
+    )
+
+  got = correlations(boxes_of(5000, *setting))
+  want = correlations(plain_boxes(5000, *setting))
+  np.testing.assert_allclose(got, want, atol=0.1)
+
+
+@pytest.mark.parametrize("height, width, min_area, min_aspect", SETTINGS)
+def test_random_box_lies_inside_with_allowed_area_and_aspect(
+  height, width, min_area, min_aspect
+):
+  boxes = boxes_of(5000, height, width, min_area, min_aspect)
+  assert np.issubdtype(boxes.dtype, np.integer)
+  top, left, h, w = boxes.T
+  assert (top >= 0).all()
+  assert (left >= 0).all()
+  assert (h >= 1).all()
+  assert (w >= 1).all()
+  assert (top + h <= height).all()
+  assert (left + w <= width).all()
+  # Edges are rounded to pixels, by at most one half.
+  drawn = ~(boxes == center_box(height, width, min_aspect)).all(1)
+  assert drawn.mean() > 0.5
+  assert (((h + 0.5) * (w + 0.5))[drawn] >= min_area * height * width).all()
+  assert (((w + 0.5) / (h - 0.5))[drawn] >= min_aspect).all()
+  assert (((w - 0.5) / (h + 0.5))[drawn] <= 1 / min_aspect).all()
+  # And the whole of both ranges is used.
+  assert (h * w)[drawn].min() < 1.3 * min_area * height * width
+  assert top.min() == left.min() == 0
+  assert (top + h).max() == height
+  assert (left + w).max() == width
+
+
+@pytest.mark.parametrize(
+  "height, width, expected",
+  [(4, 400, (0, 197, 4, 5)), (400, 4, (197, 0, 5, 4))],
+)
+def test_box_is_the_centre_where_no_draw_fits(height, width, expected):
+  boxes = boxes_of(20, height, width, 0.9, 3 / 4)
+  assert (boxes == expected).all()
+
+
+# Random crops and flips.
+
+
+@functools.partial(jax.jit, static_argnames=("size", "settings"))
+def prepare_random(keys, images, size, settings):
+  return augment.prepare_random(keys, images, size, settings)
+
+
+def ramp(height, width):
+  """An image whose red tells the column and whose green tells the row."""
+  image = np.zeros((height, width, 3), np.uint8)
+  image[:, :, 0] = 4 * np.arange(width)
+  image[:, :, 1] = 4 * np.arange(height)[:, None]
+  return image
+
+
+def box_seen_in(pixels):
+  """Returns the box whose resized ramp [S, S, 3] is, from its middle half."""
+  size = len(pixels)
+  values = (np.asarray(pixels, np.float64) + 1) * 127.5 / 4
+  middle = np.arange(size // 4, 3 * size // 4)
+  start_and_length = []
+  for line in (values[:, size // 2, 1], values[size // 2, :, 0]):
+    slope, offset = np.polyfit(middle + 0.5, line[middle] + 0.5, 1)
+    start_and_length.append((offset, slope * size))
+  (top, height), (left, width) = start_and_length
+  return top, left, height, width
+
+
+@pytest.mark.parametrize("height, width", [(32, 32), (24, 60), (60, 24)])
+def test_random_crop_is_pillows_resize_of_a_box(height, width):
+  image = ramp(height, width)
+  image[:, :, 2] = noise(1, height, width)[0, :, :, 2]
+  images = np.stack([image] * 24)
+  settings = augment.Augment(min_area=0.3)
+  got = prepare_random(keys_of(24), images, 48, settings)
+  assert (got.shape, got.dtype) == ((24, 48, 48, 3), jnp.float32)
+  boxes = set()
+  for pixels in got:
+    seen = box_seen_in(pixels)
+    box = tuple(round(x) for x in seen)
+    np.testing.assert_allclose(seen, box, atol=0.02)
+    np.testing.assert_allclose(pixels, pillow(image, box, 48), atol=2e-5)
+    boxes.add(box)
+  assert len(boxes) > 16
+
+
+def test_crops_settings_are_used():
+  images = np.stack([ramp(40, 40)] * 200)
+  # Up to areas of 2 % away from square: more is rounding.
+  settings = augment.Augment(min_area=0.7, min_aspect=0.98)
+  got = prepare_random(keys_of(200), images, 48, settings)
+  boxes = np.array([box_seen_in(x) for x in got])
+  areas = boxes[:, 2] * boxes[:, 3] / 1600
+  assert 0.66 < areas.min() < 0.74
+  assert np.abs(np.log(boxes[:, 3] / boxes[:, 2])).max() < 0.06
+
+
+@pytest.mark.parametrize("crop", [True, False])
+def test_images_fate_depends_on_its_key_only(crop):
+  settings = augment.Augment(crop=crop, flip=True)
+  images, keys = noise(8, 16, 16), keys_of(8)
+  together = prepare_random(keys, images, 20, settings)
+  order = np.array([5, 2, 7, 0, 1, 3, 6, 4])
+  permuted = prepare_random(keys[order], images[order], 20, settings)
+  np.testing.assert_allclose(permuted, together[order], atol=1e-6)
+  others = noise(8, 16, 16, seed=1)
+  others[3] = images[3]
+  other_keys = jnp.where(jnp.arange(8) == 3, keys, keys_of(8, seed=1))
+  among_others = prepare_random(other_keys, others, 20, settings)
+  np.testing.assert_allclose(among_others[3], together[3], atol=1e-6)
+
+
+def test_other_keys_give_other_crops():
+  images = np.stack([noise(1, 32, 32)[0]] * 16)
+  got = prepare_random(keys_of(16), images, 8, augment.Augment())
+  assert len(np.unique(np.asarray(got).reshape(16, -1), axis=0)) > 12
+
+
+@pytest.mark.parametrize("crop", [True, False])
+def test_flip_mirrors_half_of_the_images_left_to_right(crop):
+  images, keys = noise(200, 8, 8), keys_of(200)
+  plain = prepare_random(keys, images, 8, augment.Augment(crop=crop))
+  got = prepare_random(keys, images, 8, augment.Augment(crop=crop, flip=True))
+  same = np.abs(got - plain).max((1, 2, 3)) < 1e-6
+  mirrored = np.abs(got - plain[:, :, ::-1]).max((1, 2, 3)) < 1e-6
+  assert (same | mirrored).all()
+  assert 70 < mirrored.sum() < 130
+
+
+def test_without_crop_and_flip_training_images_are_evaluation_images():
+  images = noise(3, 12, 20)
+  settings = augment.Augment(crop=False)
+  got = prepare_random(keys_of(3), images, 16, settings)
+  want = augment.prepare(images, 16)
+  np.testing.assert_allclose(got, want, atol=1e-6)

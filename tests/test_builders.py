@@ -1,0 +1,237 @@
+import http.server
+import os
+import threading
+import time
+
+import fake_data
+import pytest
+
+from rescalevit_jax import builders
+from rescalevit_jax import errors
+from rescalevit_jax import tensorflow_cpu
+
+
+def open_error(name, data_dir=None):
+  with pytest.raises(errors.UserError) as info:
+    builders.open_builder(name, data_dir)
+  assert "\n" not in str(info.value)
+  return str(info.value)
+
+
+def prepare_error(builder):
+  with pytest.raises(errors.UserError) as info:
+    builders.prepare(builder)
+  message = str(info.value)
+  assert "\n" not in message
+  assert len(message) < 700
+  assert not builders.is_prepared(builder)
+  return message
+
+
+class TestOpen:
+  @pytest.mark.parametrize("name", ["cifar1", "CIFAR10", "cifar-10"])
+  def test_unknown_name_gets_a_hint(self, name):
+    message = open_error(name)
+    assert f"unknown data set {name!r}" in message
+    assert "did you mean cifar10" in message
+    assert len(message) < 300
+
+  @pytest.mark.parametrize("name", ["", "../x", "no such", "a:b", "zzz/1"])
+  def test_impossible_name(self, name):
+    message = open_error(name)
+    assert f"unknown data set {name!r}" in message
+    assert "cifar10, cifar100, digits" in message
+
+  def test_unknown_version_or_config(self):
+    assert "9.9.9" in open_error("digits:9.9.9")
+    assert "no_config" in open_error("mnist/no_config")
+
+  def test_home_is_understood(self, monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    builder = builders.open_builder("digits", "~/data")
+    assert builder.data_dir == str(tmp_path / "data" / "digits" / "1.0.0")
+
+  def test_a_folder_without_its_description_is_damaged(self, tmp_path):
+    folder = tmp_path / "digits" / "1.0.0"
+    folder.mkdir(parents=True)
+    message = open_error("digits", str(tmp_path))
+    assert str(folder) in message
+    assert "remove this folder" in message
+
+  @pytest.mark.parametrize("content", ["", "{", "hello"])
+  def test_a_damaged_description(self, tmp_path, content):
+    folder = tmp_path / "digits" / "1.0.0"
+    folder.mkdir(parents=True)
+    (folder / "dataset_info.json").write_text(content)
+    message = open_error("digits", str(tmp_path))
+    assert "dataset_info.json is damaged" in message
+
+
+class TestPrepare:
+  def test_second_time_does_nothing(self, tmp_path, capsys):
+    builder = builders.open_builder("fake", str(tmp_path))
+    assert not builders.is_prepared(builder)
+    builders.prepare(builder)
+    assert builders.is_prepared(builder)
+    capsys.readouterr()
+    builders.prepare(builder)
+    assert capsys.readouterr() == ("", "")
+
+  def test_failure_midway_leaves_nothing(self, tmp_path):
+    builder = builders.open_builder("fake_broken", str(tmp_path))
+    assert "first line second line" in prepare_error(builder)
+    assert os.listdir(tmp_path) == []
+
+  def test_interruption_leaves_nothing(self, tmp_path, monkeypatch):
+    def example(self, split, i):
+      raise KeyboardInterrupt
+
+    monkeypatch.setattr(fake_data.FakeBroken, "example", example)
+    builder = builders.open_builder("fake_broken", str(tmp_path))
+    with pytest.raises(KeyboardInterrupt):
+      builders.prepare(builder)
+    assert os.listdir(tmp_path) == []
+
+  def test_place_that_cannot_be_written(self, tmp_path):
+    (tmp_path / "file").touch()
+    path = str(tmp_path / "file" / "x")
+    message = prepare_error(builders.open_builder("fake", path))
+    assert path in message
+    assert "Not a directory" in message
+
+  def test_another_process_may_be_faster(self, tmp_path, monkeypatch):
+    original = fake_data.Fake.example
+
+    def example(self, split, i):
+      if split == "test" and i == 0:
+        monkeypatch.setattr(fake_data.Fake, "example", original)
+        builders.prepare(builders.open_builder("fake", str(tmp_path)))
+      return original(self, split, i)
+
+    monkeypatch.setattr(fake_data.Fake, "example", example)
+    builder = builders.open_builder("fake", str(tmp_path))
+    builders.prepare(builder)
+    assert builders.is_prepared(builder)
+    assert sorted(os.listdir(tmp_path / "fake")) == ["1.2.3"]
+
+  def test_missing_tensorflow(self, tmp_path, monkeypatch):
+    def load():
+      raise errors.UserError("pip install tensorflow-cpu")
+
+    monkeypatch.setattr(tensorflow_cpu, "load", load)
+    message = prepare_error(builders.open_builder("cifar10", str(tmp_path)))
+    assert "cannot prepare cifar10" in message
+    assert "pip install tensorflow-cpu" in message
+
+
+class FakeDownload(fake_data.Fake):
+  """Downloads its images; the URL is set by the test."""
+
+  URL = ""
+  MORE = ()
+
+  def _split_generators(self, dl_manager):
+    path, *_ = dl_manager.download([self.URL, *self.MORE])
+    assert len(path.read_bytes()) == Handler.SIZE
+    return super()._split_generators(dl_manager)
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+  """Sends a file, or only its first part, or an error."""
+
+  SIZE = 300_000
+  answer = "whole"
+  endless_ended = threading.Event()
+
+  def do_GET(self):
+    if "endless" in self.path:
+      self.send_endlessly()
+    elif self.answer == "error":
+      self.send_error(404)
+    else:
+      self.send_response(200)
+      self.send_header("Content-Length", str(self.SIZE))
+      self.end_headers()
+      self.wfile.write(bytes(self.SIZE // (2 if self.answer == "half" else 1)))
+
+  def send_endlessly(self):
+    self.send_response(200)
+    self.end_headers()
+    try:
+      while True:
+        self.wfile.write(bytes(10_000))
+        time.sleep(0.01)
+    except OSError:
+      self.endless_ended.set()
+
+  def log_message(self, *args):
+    pass
+
+
+@pytest.fixture
+def server(monkeypatch):
+  """Serves FakeDownload."""
+  try:
+    tensorflow_cpu.load()  # tfds' downloads need it.
+  except errors.UserError as e:
+    pytest.skip(str(e))
+  monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+  monkeypatch.setenv("no_proxy", "127.0.0.1")
+  with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as found:
+    thread = threading.Thread(target=found.serve_forever)
+    thread.start()
+    url = f"http://127.0.0.1:{found.server_port}/images.bin"
+    monkeypatch.setattr(FakeDownload, "URL", url)
+    yield found
+    found.shutdown()
+    thread.join()
+
+
+class TestDownload:
+  @pytest.mark.parametrize("answer", ["half", "error"])
+  def test_failure_midway_then_success(
+      self, server, tmp_path, monkeypatch, answer
+  ):
+    monkeypatch.setattr(Handler, "answer", answer)
+    builder = builders.open_builder("fake_download", str(tmp_path))
+    message = prepare_error(builder)
+    assert "cannot download fake_download" in message
+    assert "prepare it elsewhere" in message
+    assert str(tmp_path / "fake_download") in message
+    assert os.listdir(tmp_path) == []
+    monkeypatch.setattr(Handler, "answer", "whole")
+    builders.prepare(builder)
+    assert builders.is_prepared(builder)
+
+  def test_other_downloads_end_with_the_first_failure(
+      self, server, tmp_path, monkeypatch
+  ):
+    # Python waits for their threads before it ends.
+    monkeypatch.setattr(Handler, "answer", "error")
+    monkeypatch.setattr(FakeDownload, "MORE", [f"{FakeDownload.URL}.endless"])
+    prepare_error(builders.open_builder("fake_download", str(tmp_path)))
+    assert Handler.endless_ended.wait(timeout=10)
+
+  def test_no_connection_is_soon_given_up(self, server, tmp_path, monkeypatch):
+    server.shutdown()
+    server.server_close()
+    builder = builders.open_builder("fake_download", str(tmp_path))
+    start = time.monotonic()
+    message = prepare_error(builder)
+    assert time.monotonic() - start < 20
+    assert f"no connection to {FakeDownload.URL}" in message
+    assert os.listdir(tmp_path) == []
+
+  @pytest.mark.parametrize("name", ["cifar10", "cifar100"])
+  def test_cifar_without_internet_names_the_script(
+      self, server, tmp_path, monkeypatch, name
+  ):
+    for variable in ("https_proxy", "HTTPS_PROXY", "all_proxy", "ALL_PROXY"):
+      monkeypatch.setenv(variable, "http://127.0.0.1:9")
+    builder = builders.open_builder(name, str(tmp_path))
+    start = time.monotonic()
+    message = prepare_error(builder)
+    assert time.monotonic() - start < 20
+    archive = name.replace("cifar", "cifar-") + "-binary.tar.gz"
+    assert f"scripts/prepare_data.py --archive {archive}" in message
+    assert os.listdir(tmp_path) == []

@@ -1,0 +1,548 @@
+"""Models: names, errors, precision, modes, and norms as a table."""
+
+import functools
+
+import flax
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from rescalevit_jax import augment
+from rescalevit_jax import errors
+from rescalevit_jax import models
+from rescalevit_jax import optimizer
+from rescalevit_jax import step
+from rescalevit_jax.models import norms
+from rescalevit_jax.models import variants
+
+NORMS = ("LN", "BN", "GN", "Rescale")
+TINY = dict(
+  num_classes=3,
+  image_size=8,
+  patch_size=4,
+  hidden_size=16,
+  mlp_dim=32,
+  num_heads=2,
+  num_layers=2,
+)
+
+
+def tiny(**kwargs):
+  return models.create("ViT-B_16", **{**TINY, **kwargs})
+
+
+def images(batch=4):
+  rng = np.random.default_rng(0)
+  return jnp.asarray(rng.uniform(-1, 1, (batch, 8, 8, 3)), jnp.float32)
+
+
+def random_variables(model):
+  """Returns random parameters and fresh statistics, without compiling."""
+  shapes = jax.eval_shape(
+    functools.partial(model.init, train=False), jax.random.key(0), images(1)
+  )
+  rng = np.random.default_rng(0)
+
+  def fill(path, x):
+    name = jax.tree_util.keystr(path, simple=True, separator="/")
+    if name.startswith("batch_stats"):
+      return jnp.full(x.shape, name.endswith("var"), x.dtype)
+    mean = name.endswith("scale")
+    return jnp.asarray(mean + 0.2 * rng.standard_normal(x.shape), x.dtype)
+
+  return jax.tree_util.tree_map_with_path(fill, shapes)
+
+
+@functools.cache
+def variables_of(norm):
+  return random_variables(tiny(norm=norm))
+
+
+def flatten(tree):
+  return flax.traverse_util.flatten_dict(tree, sep="/")
+
+
+# create().
+
+
+@pytest.mark.parametrize(
+  "kwargs, expected",
+  [
+    (dict(name="ViT-B16"), "model_name: unknown 'ViT-B16'; did you mean.*B_16"),
+    (dict(name="vit-l_32"), "model_name: unknown 'vit-l_32'; .*ViT-L_32"),
+    (dict(norm="Rescal"), "norm: unknown 'Rescal'; did you mean Rescale"),
+    (dict(norm="ln"), "norm: unknown 'ln'; did you mean LN"),
+    (dict(gelu="tan"), "gelu: unknown 'tan'; did you mean tanh"),
+    (dict(gelu=True), "gelu: unknown True; .*erf, tanh"),
+    (dict(init="googel"), "init: unknown 'googel'; did you mean google"),
+    (dict(dtype="float16"), "dtype: unknown 'float16'; did you mean .*float32"),
+    (dict(hiden_size=16), "unknown argument 'hiden_size'; .*hidden_size"),
+    (dict(image_size=30), "image_size: 30 .*patch size 4"),
+    (dict(hidden_size=18, num_heads=4), "hidden_size: 18 .*4 heads"),
+    (dict(hidden_size=18, norm="GN"), "hidden_size: 18 .*4 groups"),
+  ],
+)
+def test_mistake_is_one_line_that_says_what_is_wrong(kwargs, expected):
+  with pytest.raises(errors.UserError, match=expected) as error:
+    tiny(**kwargs) if "name" not in kwargs else models.create(
+      **{**TINY, **kwargs}
+    )
+  assert "\n" not in str(error.value)
+
+
+def test_size_of_none_keeps_the_tables_value():
+  model = models.create("ViT-S_16", num_classes=3, hidden_size=None)
+  assert model.hidden_size == variants.VARIANTS["ViT-S_16"].hidden_size
+
+
+def test_from_python_as_the_documentation_shows_it():
+  images = jnp.zeros((2, 24, 24, 3))
+  key = jax.random.key(1)
+  model = models.create(
+    "ViT-B_16", num_classes=10, norm="Rescale", image_size=224
+  )
+  assert isinstance(model, flax.linen.Module)
+  model = models.create(
+    "ViT-B_16",
+    num_classes=7,
+    norm="BN",
+    image_size=24,
+    gelu="erf",
+    patch_size=4,
+    hidden_size=48,
+    mlp_dim=96,
+    num_heads=3,
+    num_layers=3,
+    dropout_rate=0.0,
+    dtype="float32",
+  )
+  variables = model.init(jax.random.key(0), images, train=False)
+  assert set(variables) == {"params", "batch_stats"}
+  logits = model.apply(variables, images, train=False)
+  assert (logits.shape, logits.dtype) == ((2, 7), jnp.float32)
+  logits, new = model.apply(
+    variables,
+    images,
+    train=True,
+    mutable=["batch_stats"],
+    rngs={"dropout": key},
+  )
+  assert (logits.shape, logits.dtype) == ((2, 7), jnp.float32)
+  assert set(new) == {"batch_stats"}
+
+
+# Names.
+
+
+def expected_names(norm):
+  """Google's names of a two-block model's variables, and ours of the norm."""
+  params = {"cls", "embedding/kernel", "embedding/bias"}
+  params |= {"head/kernel", "head/bias"}
+  params |= {"Transformer/posembed_input/pos_embedding"}
+  statistics = set()
+  slots = []
+  for i in range(2):
+    block = f"Transformer/encoderblock_{i}"
+    for layer in (
+      *(
+        f"MultiHeadDotProductAttention_1/{x}"
+        for x in ("query", "key", "value", "out")
+      ),
+      "MlpBlock_3/Dense_0",
+      "MlpBlock_3/Dense_1",
+    ):
+      params |= {f"{block}/{layer}/kernel", f"{block}/{layer}/bias"}
+    if norm == "Rescale":
+      params |= {f"{block}/Rescale_0/bias", f"{block}/Rescale_2/bias"}
+      params |= {f"{block}/Rescale_2/scale"}
+      for slot in (f"{block}/Rescale_0", f"{block}/Rescale_2"):
+        statistics |= {f"{slot}/init_mean", f"{slot}/count"}
+    else:
+      slots += [f"{block}/LayerNorm_0", f"{block}/LayerNorm_2"]
+  if norm != "Rescale":
+    slots.append("Transformer/encoder_norm")
+  for slot in slots:
+    params |= {f"{slot}/scale", f"{slot}/bias"}
+    if norm == "BN":
+      statistics |= {f"{slot}/mean", f"{slot}/var"}
+  return params, statistics
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_names_of_variables(norm):
+  variables = variables_of(norm)
+  params, statistics = expected_names(norm)
+  assert set(flatten(variables["params"])) == params
+  assert set(flatten(variables.get("batch_stats", {}))) == statistics
+  assert set(variables) <= {"params", "batch_stats"}
+
+
+def test_representation_size_adds_pre_logits_before_the_head():
+  model = tiny(representation_size=5)
+  params = random_variables(model)["params"]
+  assert params["pre_logits"]["kernel"].shape == (16, 5)
+  assert params["head"]["kernel"].shape == (5, 3)
+  without = {k: v for k, v in params.items() if k != "pre_logits"}
+  identity = {"kernel": jnp.eye(16), "bias": jnp.zeros(16)}
+  features = tiny(num_classes=16).apply(
+    {"params": {**without, "head": identity}}, images()
+  )
+  hidden = jnp.tanh(
+    features @ params["pre_logits"]["kernel"] + params["pre_logits"]["bias"]
+  )
+  want = hidden @ params["head"]["kernel"] + params["head"]["bias"]
+  np.testing.assert_allclose(
+    model.apply({"params": params}, images()), want, atol=1e-5
+  )
+
+
+# Sizes.
+
+
+def expected_count(name, classes, norm):
+  """Counts parameters from the sizes, at 224 pixels."""
+  size = variants.VARIANTS[name]
+  d, m, p, layers = (
+    size.hidden_size,
+    size.mlp_dim,
+    size.patch_size,
+    size.num_layers,
+  )
+
+  def linear(inputs, outputs):
+    return (inputs + 1) * outputs
+
+  tokens = (224 // p) ** 2 + 1
+  total = linear(3 * p * p, d) + d + tokens * d + linear(d, classes)
+  block = 4 * linear(d, d) + linear(d, m) + linear(m, d)
+  if norm == "Rescale":
+    return total + layers * (block + 2 * d + 1)
+  return total + layers * (block + 4 * d) + 2 * d
+
+
+@pytest.mark.parametrize("norm", ["LN", "Rescale"])
+@pytest.mark.parametrize("name", variants.VARIANTS)
+def test_every_variant_has_the_parameters_of_its_sizes(name, norm):
+  model = models.create(name, num_classes=10, norm=norm)
+  images = jnp.zeros((2, 224, 224, 3))
+  logits, variables = jax.eval_shape(
+    functools.partial(model.init_with_output, train=False),
+    jax.random.key(0),
+    images,
+  )
+  assert logits.shape == (2, 10)
+  count = sum(x.size for x in jax.tree.leaves(variables["params"]))
+  assert count == expected_count(name, 10, norm)
+
+
+@pytest.mark.parametrize(
+  "name, patch, width, mlp, heads, layers",
+  [
+    ("ViT-Ti_16", 16, 192, 768, 3, 12),
+    ("ViT-S_16", 16, 384, 1536, 6, 12),
+    ("ViT-B_16", 16, 768, 3072, 12, 12),
+    ("ViT-B_32", 32, 768, 3072, 12, 12),
+    ("ViT-L_16", 16, 1024, 4096, 16, 24),
+    ("ViT-L_32", 32, 1024, 4096, 16, 24),
+    ("ViT-H_14", 14, 1280, 5120, 16, 32),
+  ],
+)
+def test_sizes_are_those_of_the_papers(name, patch, width, mlp, heads, layers):
+  want = variants.Variant(patch, width, mlp, heads, layers)
+  assert variants.VARIANTS[name] == want
+
+
+# Precision.
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_bfloat16_keeps_variables_and_logits_float32(norm):
+  half, full = tiny(norm=norm, dtype="bfloat16"), tiny(norm=norm)
+  init = functools.partial(half.init, train=False)
+  fresh = jax.eval_shape(init, jax.random.key(0), images(1))
+  for name, x in flatten(fresh).items():
+    expected = jnp.int32 if name.endswith("count") else jnp.float32
+    assert x.dtype == expected, name
+  variables = variables_of(norm)
+  got, seen = half.apply(
+    variables, images(), train=False, capture_intermediates=True
+  )
+  want = full.apply(variables, images(), train=False)
+  assert got.dtype == jnp.float32
+  assert 0 < np.abs(got - want).max() < 0.05  # Rounded somewhere, not much.
+  seen = seen["intermediates"]["Transformer"]
+  for i in range(2):
+    block = seen[f"encoderblock_{i}"]
+    assert block["__call__"][0].dtype == jnp.bfloat16
+    assert block["MlpBlock_3"]["Dense_0"]["__call__"][0].dtype == jnp.bfloat16
+    attention = block["MultiHeadDotProductAttention_1"]["attention"][0]
+    assert attention.dtype == jnp.float32
+    np.testing.assert_allclose(attention.sum(-1), 1, atol=1e-6)
+
+
+@pytest.mark.parametrize("norm", ["BN", "Rescale"])
+def test_bfloat16_statistics_are_float32_means(norm):
+  # Means of values that bfloat16 does not tell apart.
+  module = norms.NORMS[norm](
+    features=2, block=1, num_blocks=2, dtype=jnp.bfloat16
+  )
+  x = jnp.array([[[1.0, 256.0], [1.0, 258.0], [1.0078125, 258.0]]])
+  x = x.astype(jnp.bfloat16)
+  variables = module.init(jax.random.key(0), x, False)
+  y, new = module.apply(variables, x, True, mutable=["batch_stats"])
+  assert y.dtype == jnp.bfloat16
+  share, stored = (0.1, "mean") if norm == "BN" else (1.0, "init_mean")
+  want = share * np.array([1.0026041666, 257.3333333])
+  np.testing.assert_allclose(new["batch_stats"][stored], want, rtol=1e-6)
+
+
+def test_dtype_auto_is_float32_on_a_cpu_and_bfloat16_elsewhere(monkeypatch):
+  monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
+  assert tiny(dtype="auto").dtype == jnp.float32
+  for backend in ("gpu", "tpu"):
+    monkeypatch.setattr(jax, "default_backend", lambda b=backend: b)
+    assert tiny(dtype="auto").dtype == jnp.bfloat16
+
+
+# Modes.
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_dropout_acts_only_in_training(norm):
+  variables = variables_of(norm)
+  model = tiny(norm=norm, dropout_rate=0.5)
+
+  def train(seed):
+    logits, _ = model.apply(
+      variables,
+      images(),
+      train=True,
+      mutable=["batch_stats"],
+      rngs={"dropout": jax.random.key(seed)},
+    )
+    return logits
+
+  assert (train(0) == train(0)).all()
+  assert (train(0) != train(1)).any()
+  evaluated = model.apply(variables, images(), train=False)
+  plain = tiny(norm=norm, dropout_rate=0.0)
+  assert (evaluated == plain.apply(variables, images(), train=False)).all()
+
+
+def test_dropout_is_thrice_and_never_in_attention():
+  model = tiny(dropout_rate=0.5)
+  _, seen = model.apply(
+    variables_of("LN"),
+    images(64),
+    train=True,
+    rngs={"dropout": jax.random.key(0)},
+    capture_intermediates=True,
+  )
+  places = {
+    name.rsplit("/", 1)[0]: np.mean(np.asarray(value[0]) == 0)
+    for name, value in flatten(seen["intermediates"]).items()
+    if "Dropout" in name
+  }
+  assert set(places) == {
+    "Transformer/Dropout_0",
+    "Transformer/encoderblock_0/MlpBlock_3/Dropout_0",
+    "Transformer/encoderblock_0/MlpBlock_3/Dropout_1",
+    "Transformer/encoderblock_1/MlpBlock_3/Dropout_0",
+    "Transformer/encoderblock_1/MlpBlock_3/Dropout_1",
+  }
+  for place, zeros in places.items():
+    assert zeros == pytest.approx(0.5, abs=0.05), place
+  attention = seen["intermediates"]["Transformer"]["encoderblock_0"][
+    "MultiHeadDotProductAttention_1"
+  ]
+  np.testing.assert_allclose(attention["attention"][0].sum(-1), 1, atol=1e-6)
+  assert (np.asarray(attention["attention"][0]) > 0).all()
+  assert (np.asarray(attention["__call__"][0]) != 0).all()
+
+
+@pytest.mark.parametrize("norm", ["BN", "Rescale"])
+def test_evaluation_never_changes_statistics(norm):
+  variables = variables_of(norm)
+  model = tiny(norm=norm)
+  _, new = model.apply(
+    variables, images(), train=False, mutable=["batch_stats"]
+  )
+  assert jax.tree.all(
+    jax.tree.map(
+      lambda a, b: (a == b).all(), new["batch_stats"], variables["batch_stats"]
+    )
+  )
+  _, new = model.apply(
+    variables,
+    images(),
+    train=True,
+    mutable=["batch_stats"],
+    rngs={"dropout": jax.random.key(0)},
+  )
+  assert jax.tree.all(
+    jax.tree.map(
+      lambda a, b: (a != b).any(), new["batch_stats"], variables["batch_stats"]
+    )
+  )
+
+
+@pytest.mark.parametrize("norm", ["BN", "Rescale"])
+def test_initializing_leaves_statistics_untouched(norm):
+  model = tiny(norm=norm)
+  rngs = {"params": jax.random.key(0), "dropout": jax.random.key(1)}
+  statistics = model.init(rngs, images(), train=True)["batch_stats"]
+  for name, x in flatten(statistics).items():
+    assert (np.asarray(x) == (1 if name.endswith("var") else 0)).all(), name
+
+
+# Norms.
+
+
+def test_group_norm_is_of_each_image():
+  model = tiny(norm="GN", dropout_rate=0.0)
+  variables = variables_of("GN")
+  batch = images(4)
+  together = model.apply(variables, batch, train=True)
+  alone = [
+    model.apply(variables, batch[i : i + 1], train=True) for i in range(4)
+  ]
+  np.testing.assert_allclose(together, jnp.concatenate(alone), atol=1e-5)
+
+
+def test_group_norm_is_over_all_tokens_and_consecutive_channels():
+  module = norms.GroupNorm(features=8, block=1, num_blocks=1)
+  x = jax.random.normal(jax.random.key(0), (2, 5, 8)) * 3 + 1
+  x = x * jnp.arange(1, 9)
+  y = module.apply(module.init(jax.random.key(0), x, True), x, True)
+  groups = np.asarray(y).reshape(2, 5, 4, 2)
+  np.testing.assert_allclose(groups.mean((1, 3)), 0, atol=1e-5)
+  np.testing.assert_allclose(groups.std((1, 3)), 1, atol=1e-4)
+
+
+def test_layer_norm_is_of_each_token():
+  module = norms.LayerNorm(features=8, block=1, num_blocks=1)
+  x = jax.random.normal(jax.random.key(0), (2, 5, 8)) * 3 + 1
+  y = module.apply(module.init(jax.random.key(0), x, True), x, True)
+  np.testing.assert_allclose(y.mean(-1), 0, atol=1e-5)
+  np.testing.assert_allclose(y.std(-1), 1, atol=1e-4)
+
+
+def test_batch_norm_does_not_depend_on_the_order_of_the_batch():
+  model = tiny(norm="BN", dropout_rate=0.0)
+  apply = functools.partial(
+    model.apply, variables_of("BN"), train=True, mutable=["batch_stats"]
+  )
+  order = jnp.array([2, 0, 3, 1])
+  logits, statistics = apply(images())
+  permuted, others = apply(images()[order])
+  np.testing.assert_allclose(logits[order], permuted, atol=1e-5)
+  jax.tree.map(
+    functools.partial(np.testing.assert_allclose, atol=1e-6),
+    statistics,
+    others,
+  )
+
+
+def test_batch_norm_depends_on_the_other_images_in_training_only():
+  model = tiny(norm="BN", dropout_rate=0.0)
+  variables = variables_of("BN")
+  batch = images()
+  other = batch.at[1:].mul(0.5)
+  evaluate = functools.partial(model.apply, variables, train=False)
+  np.testing.assert_allclose(evaluate(batch)[0], evaluate(other)[0], atol=1e-6)
+
+  def train(x):
+    return model.apply(variables, x, train=True, mutable=["batch_stats"])[0]
+
+  assert np.abs(train(batch)[0] - train(other)[0]).max() > 1e-3
+
+
+def test_rescale_calibrates_eight_times_then_freezes():
+  module = norms.Rescale(features=3, block=1, num_blocks=1)
+  x = jax.random.normal(jax.random.key(0), (10, 2, 5, 3)) + 1
+  variables = module.init(jax.random.key(0), x[0], False)
+  variables["params"]["bias"] = jnp.array([1.0, 2.0, 3.0])
+  for i in range(10):
+    y, new = module.apply(variables, x[i], True, mutable=["batch_stats"])
+    variables = {**variables, **new}
+    seen = x[: min(i + 1, 8)].mean((0, 1, 2))
+    factor = 0.01 if i < 8 else 1.0
+    want = x[i] + factor * jnp.array([1.0, 2.0, 3.0]) - seen
+    np.testing.assert_allclose(y, want, atol=1e-5)
+    assert variables["batch_stats"]["count"] == min(i + 1, 8)
+
+
+def test_rescale_scales_the_residual_of_the_mlp_only():
+  x, y = jnp.full((1, 1, 2), 3.0), jnp.full((1, 1, 2), 5.0)
+
+  def residual(scale, **kwargs):
+    module = norms.Rescale(features=2, num_blocks=9, **kwargs)
+    variables = module.init(jax.random.key(0), x, False)
+    if kwargs["before_mlp"]:
+      variables["params"]["scale"] = jnp.array([scale])
+    return module.apply(variables, x, y, method="residual")
+
+  np.testing.assert_allclose(residual(2.0, block=1, before_mlp=False), 8.0)
+  # sqrt(k / (k + 1)) x + scale L^(-1/2) y
+  np.testing.assert_allclose(
+    residual(2.0, block=3, before_mlp=True),
+    0.75**0.5 * 3 + 2 / 3 * 5,
+    rtol=1e-6,
+  )
+
+
+def test_rescale_has_no_gradient_through_its_mean():
+  module = norms.Rescale(features=3, block=1, num_blocks=1)
+  x = jax.random.normal(jax.random.key(0), (2, 5, 3))
+  variables = module.init(jax.random.key(0), x, False)
+
+  def total(x):
+    return module.apply(variables, x, True, mutable=["batch_stats"])[0].sum()
+
+  np.testing.assert_allclose(jax.grad(total)(x), 1.0, atol=1e-6)
+
+
+class TanhNorm(norms.Norm):
+  """y = tanh(alpha x): a norm without a final one."""
+
+  SLOT = "Tanh"
+  FINAL = False
+
+  @flax.linen.compact
+  def __call__(self, x, train):
+    alpha = self.param("alpha", flax.linen.initializers.ones, (1,))
+    return jnp.tanh(alpha * x).astype(self.dtype)
+
+
+def test_new_norm_is_one_class_and_one_entry(monkeypatch):
+  monkeypatch.setitem(norms.NORMS, "Tanh", TanhNorm)
+  model = tiny(norm="Tanh")
+  sgd = optimizer.sgd(
+    optax.constant_schedule(0.1),
+    momentum=0.9,
+    weight_decay=0.0,
+    grad_norm_clip=1.0,
+  )
+  state = step.init_state(model, sgd, image_size=8, seed=0)
+  alpha = "Transformer/encoderblock_1/Tanh_2/alpha"
+  before = flatten(state.params)
+  assert alpha in before
+  assert "Transformer/encoder_norm/scale" not in before
+  train_step = functools.partial(
+    step.train_step,
+    model=model,
+    optimizer=sgd,
+    augment=augment.Augment(),
+    image_size=8,
+    seed=0,
+  )
+  state, metrics = jax.jit(train_step)(
+    state,
+    jax.random.randint(jax.random.key(0), (4, 8, 8, 3), 0, 256, jnp.uint8),
+    jnp.array([0, 1, 2, 0]),
+    jnp.arange(4)[None],
+  )
+  assert np.isfinite(metrics["loss"])
+  assert flatten(state.params)[alpha] != before[alpha]

@@ -1,0 +1,396 @@
+import dataclasses
+import gzip
+import importlib.util
+import io
+import os
+import pathlib
+import sys
+import tarfile
+
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+
+from rescalevit_jax import builders
+from rescalevit_jax import data
+from rescalevit_jax import errors
+from rescalevit_jax import tensorflow_cpu
+
+_PATH = pathlib.Path(__file__).parents[1] / "scripts" / "prepare_data.py"
+
+
+def load_script():
+  spec = importlib.util.spec_from_file_location("prepare_data", _PATH)
+  module = importlib.util.module_from_spec(spec)
+  sys.modules["prepare_data"] = module
+  spec.loader.exec_module(module)
+  return module
+
+
+script = load_script()
+CIFAR10, CIFAR100 = script.LAYOUTS
+# The official layouts, with few images.
+SMALL10 = dataclasses.replace(
+    CIFAR10, records={name: 4 for name in CIFAR10.records}
+)
+SMALL100 = dataclasses.replace(
+    CIFAR100, records={"train.bin": 20, "test.bin": 6}
+)
+SMALL = (SMALL10, SMALL100)
+
+
+def labels_of(layout, name):
+  """uint8 [images, label bytes]."""
+  rng = np.random.default_rng(len(name))
+  count = layout.records[name]
+  return np.stack(
+      [rng.integers(0, n, count, np.uint8) for n in layout.num_classes], axis=1
+  )
+
+
+def images_of(layout, name):
+  """uint8 [images, 32, 32, 3]."""
+  rng = np.random.default_rng(sum(name.encode()))
+  return rng.integers(0, 256, (layout.records[name], 32, 32, 3), np.uint8)
+
+
+def members(layout):
+  """{name: content} of an archive that is right."""
+  found = {
+      f"{layout.folder}/{name}": b"".join(b"class%d\n" % i for i in range(n))
+      for name, n in layout.names.items()
+  }
+  for name in layout.records:
+    planes = images_of(layout, name).transpose(0, 3, 1, 2)
+    records = [labels_of(layout, name), planes.reshape(len(planes), -1)]
+    found[f"{layout.folder}/{name}"] = np.concatenate(records, 1).tobytes()
+  return found
+
+
+def tar_bytes(contents, extra=()):
+  """A tar file of plain files, then `extra` TarInfos."""
+  file = io.BytesIO()
+  with tarfile.open(fileobj=file, mode="w") as tar:
+    for name, content in contents.items():
+      info = tarfile.TarInfo(name)
+      info.size = len(content)
+      tar.addfile(info, io.BytesIO(content))
+    for info in extra:
+      tar.addfile(info)
+  return file.getvalue()
+
+
+def write(path, contents, extra=()):
+  path.write_bytes(gzip.compress(tar_bytes(contents, extra), 1))
+  return str(path)
+
+
+def info(name, kind, linkname=""):
+  found = tarfile.TarInfo(name)
+  found.type, found.linkname = kind, linkname
+  return found
+
+
+def refuses(path, *words):
+  with pytest.raises(errors.UserError) as raised:
+    script.inspect(str(path), SMALL)
+  message = str(raised.value)
+  assert "\n" not in message
+  for word in (str(path), *words):
+    assert word in message
+
+
+class TestInspect:
+  @pytest.mark.parametrize("layout", SMALL)
+  def test_accepts_the_official_layout_under_any_name(self, tmp_path, layout):
+    path = write(tmp_path / "any.name", members(layout))
+    assert script.inspect(path, SMALL) == layout
+
+  def test_accepts_the_folder_and_the_readme(self, tmp_path):
+    contents = {
+        **members(SMALL10),
+        "cifar-10-batches-bin/readme.html": b"<meta>",
+    }
+    extra = [info("cifar-10-batches-bin/", tarfile.DIRTYPE)]
+    path = write(tmp_path / "a", contents, extra)
+    assert script.inspect(path, SMALL) == SMALL10
+
+  def test_the_layouts_are_those_of_the_published_files(self):
+    def sizes(layout):
+      return {k: n * layout.record_bytes for k, n in layout.records.items()}
+
+    assert sizes(CIFAR10) == {
+        **{f"data_batch_{i}.bin": 30_730_000 for i in (1, 2, 3, 4, 5)},
+        "test_batch.bin": 30_730_000,
+    }
+    assert sizes(CIFAR100) == {"train.bin": 153_700_000, "test.bin": 30_740_000}
+    for layout in script.LAYOUTS:
+      builder = tfds.builder(layout.dataset)
+      assert layout.archive in builders.archive_names(builder)
+
+  def test_accepts_a_whole_archive(self, tmp_path):
+    # Of zeros, which compress fast.
+    contents = members(SMALL10) | {
+        f"{CIFAR10.folder}/{name}": bytes(count * CIFAR10.record_bytes)
+        for name, count in CIFAR10.records.items()
+    }
+    path = write(tmp_path / "a", contents)
+    assert script.inspect(path, script.LAYOUTS) == CIFAR10
+    refuses(path, "30730000 bytes")
+
+  @pytest.mark.parametrize("name", list(members(SMALL10)))
+  def test_missing_member(self, tmp_path, name):
+    contents = members(SMALL10)
+    del contents[name]
+    refuses(write(tmp_path / "a", contents), "lacks", name.split("/")[1])
+
+  @pytest.mark.parametrize(
+      "name",
+      [
+          "cifar-10-batches-bin/data_batch_6.bin",
+          "cifar-10-batches-bin/sub/test_batch.bin",
+          "cifar-10-batches-bin/../x",
+          "../x",
+          "/etc/x",
+          "/cifar-10-batches-bin/test_batch.bin",
+          "x",
+          "cifar-100-binary/test.bin",
+      ],
+  )
+  def test_unexpected_member(self, tmp_path, name):
+    contents = {**members(SMALL10), name: b"x"}
+    refuses(write(tmp_path / "a", contents), repr(name), "is not in")
+    contents = {name: b"x", **members(SMALL10)}
+    refuses(write(tmp_path / "b", contents))
+
+  def test_python_version_of_the_archive(self, tmp_path):
+    path = write(tmp_path / "a", {"cifar-10-batches-py/data_batch_1": b"x"})
+    refuses(path, "cifar-10-binary.tar.gz")
+
+  @pytest.mark.parametrize(
+      "kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE]
+  )
+  def test_links_and_devices(self, tmp_path, kind):
+    contents = members(SMALL10)
+    name = "cifar-10-batches-bin/test_batch.bin"
+    del contents[name]
+    extra = [info(name, kind, "cifar-10-batches-bin/data_batch_1.bin")]
+    refuses(write(tmp_path / "a", contents, extra), name, "not a plain file")
+
+  def test_the_folder_as_a_link(self, tmp_path):
+    extra = [info("cifar-10-batches-bin", tarfile.SYMTYPE, "/etc")]
+    refuses(write(tmp_path / "a", {}, extra), "cifar-10-batches-bin")
+
+  def test_a_member_twice(self, tmp_path):
+    tar = tar_bytes(members(SMALL10))[:-1024].rstrip(b"\0")
+    tar += bytes(-len(tar) % 512)
+    path = tmp_path / "a"
+    path.write_bytes(gzip.compress(tar + tar_bytes(members(SMALL10))))
+    refuses(path, "twice")
+
+  @pytest.mark.parametrize("change", [-1, 1, -3073, 3073])
+  def test_another_size(self, tmp_path, change):
+    contents = members(SMALL10)
+    name = "cifar-10-batches-bin/data_batch_3.bin"
+    content = contents[name] + bytes(3073)
+    contents[name] = content[: 4 * 3073 + change]
+    refuses(write(tmp_path / "a", contents), name, f"not {4 * 3073}")
+
+  @pytest.mark.parametrize(
+      "layout,name,byte,value",
+      [
+          (SMALL10, "test_batch.bin", 3073, 10),
+          (SMALL100, "train.bin", 3074 * 19, 20),
+          (SMALL100, "test.bin", 3074 * 5 + 1, 100),
+      ],
+  )
+  def test_label_out_of_range(self, tmp_path, layout, name, byte, value):
+    contents = members(layout)
+    content = bytearray(contents[f"{layout.folder}/{name}"])
+    content[byte] = value - 1
+    contents[f"{layout.folder}/{name}"] = bytes(content)
+    assert script.inspect(write(tmp_path / "a", contents), SMALL) == layout
+    content[byte] = value
+    contents[f"{layout.folder}/{name}"] = bytes(content)
+    refuses(write(tmp_path / "b", contents), name, f"label {value}")
+
+  @pytest.mark.parametrize("text", [b"", b"a\nb\n", b"x\n" * 10])
+  def test_wrong_class_names(self, tmp_path, text):
+    name = "cifar-10-batches-bin/batches.meta.txt"
+    contents = {**members(SMALL10), name: text}
+    refuses(write(tmp_path / "a", contents), name, "class names, not 10")
+
+  def test_a_huge_text(self, tmp_path):
+    name = "cifar-10-batches-bin/readme.html"
+    contents = {**members(SMALL10), name: bytes(100_000)}
+    refuses(write(tmp_path / "a", contents), name, "too many")
+
+  @pytest.mark.parametrize("keep", [0, 5, 100, 0.5, 0.999, -1])
+  def test_cut_off(self, tmp_path, keep):
+    path = tmp_path / "a"
+    write(path, members(SMALL10))
+    size = path.stat().st_size
+    os.truncate(path, keep % size if abs(keep) >= 1 else int(keep * size))
+    refuses(path, "gzip")
+
+  def test_changed_inside(self, tmp_path):
+    path = tmp_path / "a"
+    write(path, members(SMALL10))
+    content = bytearray(path.read_bytes())
+    content[-6] ^= 1  # In gzip's own checksum.
+    path.write_bytes(content)
+    refuses(path, "CRC")
+
+  def test_something_after_the_end(self, tmp_path):
+    path = tmp_path / "a"
+    tar = tar_bytes(members(SMALL10))
+    path.write_bytes(gzip.compress(tar + bytes(20_000) + b"x"))
+    refuses(path, "follows")
+
+  def test_other_kinds_of_files(self, tmp_path):
+    path = tmp_path / "a"
+    path.write_bytes(tar_bytes(members(SMALL10)))
+    refuses(path, "gzip")
+    path.write_bytes(gzip.compress(b"hello" * 1000))
+    refuses(path, "tar")
+    path.write_bytes(gzip.compress(tar_bytes({})))
+    refuses(path, "lacks any member")
+    refuses(tmp_path, "Is a directory")
+    refuses(tmp_path / "none", "No such file")
+
+
+@pytest.fixture
+def small(monkeypatch, tmp_path):
+  """Lets the script accept the small archives; returns one of CIFAR-10."""
+  monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+  monkeypatch.setattr(script, "LAYOUTS", SMALL)
+  return write(tmp_path / "small", members(SMALL10))
+
+
+def check_data(layout, data_dir):
+  dataset = data.load(layout.dataset, str(data_dir))
+  for split, is_test in ((dataset.train, False), (dataset.test, True)):
+    names = [n for n in layout.records if ("test" in n) == is_test]
+    expected = [
+        (image.tobytes(), label)
+        for name in names
+        for image, label in zip(
+            images_of(layout, name),
+            labels_of(layout, name)[:, -1].tolist(),
+            strict=True,
+        )
+    ]
+    found = zip(
+        [image.tobytes() for image in split.images],
+        split.labels.tolist(),
+        strict=True,
+    )
+    assert sorted(found) == sorted(expected)
+
+
+class TestMain:
+  def test_prepares_both_then_says_so(self, small, tmp_path, capsys):
+    try:
+      tensorflow_cpu.load()
+    except errors.UserError as e:
+      pytest.skip(str(e))
+    other = write(tmp_path / "other", members(SMALL100))
+    out = tmp_path / "new" / "out"
+    args = [
+        f"--archive={small}", f"--archive={other}", f"--data_dir={out}",
+    ]
+    assert script.main(args) == 0
+    notes = [
+        line for line in capsys.readouterr().out.splitlines() if "note" in line
+    ]
+    assert [small in notes[0], other in notes[1], len(notes)] == [True, True, 2]
+    check_data(SMALL10, out)
+    check_data(SMALL100, out)
+    assert sorted(os.listdir(out)) == ["cifar10", "cifar100"]
+
+    assert script.main(args) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert ["prepared already" in line for line in lines] == [True, True]
+    # The process goes on to expect the published files.
+    url_infos = tfds.builder("cifar10").url_infos
+    assert [x.size for x in url_infos.values()] == [170_052_171]
+
+  def test_published_file_needs_no_note(
+      self, small, tmp_path, capsys, monkeypatch
+  ):
+    builder = tfds.builder("cifar10")
+    (url,) = builder.url_infos
+    found = tfds.download.checksums.compute_url_info(small)
+    found.filename = CIFAR10.archive
+    monkeypatch.setitem(builder.url_infos, url, found)
+    monkeypatch.setattr(builders, "prepare", lambda *args, **kwargs: None)
+    assert script.main([f"--archive={small}", f"--data_dir={tmp_path}"]) == 0
+    assert capsys.readouterr() == ("", "")
+
+  def test_one_bad_archive_stops_all(self, small, tmp_path, capsys):
+    bad = tmp_path / "bad"
+    bad.write_bytes(b"hello")
+    out = tmp_path / "out"
+    args = [f"--archive={small}", f"--archive={bad}", f"--data_dir={out}"]
+    assert script.main(args) == 1
+    stdout, stderr = capsys.readouterr()
+    assert stdout == ""
+    assert stderr.startswith(f"error: {bad}: ")
+    assert stderr.count("\n") == 1
+    assert not out.exists()
+
+  @pytest.mark.parametrize(
+      "failure,code",
+      [
+          (KeyboardInterrupt(), 130),
+          (errors.UserError("no space"), 1),
+          (OSError(28, "No space left on device"), 1),
+      ],
+  )
+  def test_failure_leaves_nothing(
+      self, small, tmp_path, capsys, monkeypatch, failure, code
+  ):
+    out = tmp_path / "out"
+    seen = []
+
+    def prepare(builder, download_dir, manual_dir):
+      seen.append(os.path.dirname(manual_dir))
+      os.makedirs(download_dir)
+      pathlib.Path(download_dir, "half").write_text("x")
+      raise failure
+
+    monkeypatch.setattr(builders, "prepare", prepare)
+    assert script.main([f"--archive={small}", f"--data_dir={out}"]) == code
+    assert seen == [str(out)]  # In the file system that has the space.
+    assert os.listdir(out) == []
+    assert capsys.readouterr().err.count("\n") == 1
+
+  def test_place_that_cannot_be_written(self, small, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    out = tmp_path / "file" / "out"
+    assert script.main([f"--archive={small}", f"--data_dir={out}"]) == 1
+    assert str(out) in capsys.readouterr().err
+
+  def test_by_name(self, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    args = ["--dataset=digits", f"--data_dir={tmp_path}"]
+    assert script.main(args) == 0
+    assert len(data.load("digits", str(tmp_path)).test.labels) == 360
+    capsys.readouterr()
+    assert script.main(args) == 0
+    assert "digits is prepared already" in capsys.readouterr().out
+
+  @pytest.mark.parametrize(
+      "name", ["digit", "", "imdb_reviews", "cats_vs_dogs"]
+  )
+  def test_a_name_that_does_not_do(self, tmp_path, capsys, name):
+    assert script.main([f"--dataset={name}", f"--data_dir={tmp_path}"]) == 1
+    assert capsys.readouterr().err.splitlines()[-1].startswith("error: ")
+    assert os.listdir(tmp_path) == []
+
+  @pytest.mark.parametrize("args", [[], ["--dataset=digits", "--archive=x"]])
+  def test_exactly_one_source(self, args, capsys):
+    with pytest.raises(SystemExit) as raised:
+      script.main(args)
+    assert raised.value.code == 2
+    assert "usage" in capsys.readouterr().err

@@ -1,0 +1,344 @@
+"""The training and evaluation steps as pure functions."""
+
+import functools
+
+import flax
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from rescalevit_jax import augment
+from rescalevit_jax import models
+from rescalevit_jax import optimizer
+from rescalevit_jax import step
+
+SIZE = 8
+IMAGES = np.random.default_rng(0).integers(0, 256, (24, 8, 8, 3), np.uint8)
+LABELS = np.random.default_rng(1).integers(0, 3, 24).astype(np.int32)
+# 12 of the 24 images, in any order.
+BATCH = np.random.default_rng(2).permutation(24)[:12].astype(np.int32)
+WHOLE = augment.Augment(crop=False)
+CROPS = augment.Augment(flip=True)
+
+
+@functools.cache
+def model_of(norm, dropout_rate=0.0):
+  return models.create(
+    "ViT-B_16",
+    num_classes=3,
+    norm=norm,
+    image_size=SIZE,
+    patch_size=4,
+    hidden_size=16,
+    mlp_dim=32,
+    num_heads=2,
+    num_layers=1,
+    dropout_rate=dropout_rate,
+  )
+
+
+# Plain gradient descent at rate 1: the update is the gradient.
+DESCENT = optimizer.sgd(
+  optax.constant_schedule(1.0),
+  momentum=0.0,
+  weight_decay=0.0,
+  grad_norm_clip=0,
+)
+
+
+@functools.cache
+def scratch_of(norm):
+  return step.init_state(model_of(norm), DESCENT, SIZE, seed=0)
+
+
+@functools.cache
+def start_of(norm):
+  """Returns a state without the zeros of the start from scratch.
+
+  Normalizing a class token of zeros would magnify rounding errors.
+  """
+  rng = np.random.default_rng(3)
+  state = scratch_of(norm)
+
+  def add_noise(x):
+    return x + 0.2 * rng.standard_normal(x.shape).astype(np.float32)
+
+  return state.replace(params=jax.tree.map(add_noise, state.params))
+
+
+@functools.cache
+def train_step_of(norm, dropout_rate=0.0, settings=WHOLE, sgd=DESCENT):
+  train_step = functools.partial(
+    step.train_step,
+    model=model_of(norm, dropout_rate),
+    optimizer=sgd,
+    augment=settings,
+    image_size=SIZE,
+  )
+  return jax.jit(train_step)
+
+
+def train_once(norm="LN", indices=BATCH[None], state=None, seed=0, **kwargs):
+  state = start_of(norm) if state is None else state
+  train_step = train_step_of(norm, **kwargs)
+  return train_step(state, IMAGES, LABELS, indices, seed=seed)
+
+
+def gradient(state, norm="LN"):
+  return jax.tree.map(jnp.subtract, start_of(norm).params, state.params)
+
+
+def pixels(indices):
+  return IMAGES[indices].astype(np.float32) / 127.5 - 1
+
+
+def same(a, b):
+  return jax.tree.all(jax.tree.map(lambda x, y: bool((x == y).all()), a, b))
+
+
+def check_close(a, b, atol=1e-5):
+  close = functools.partial(np.testing.assert_allclose, atol=atol, rtol=1e-5)
+  jax.tree.map(close, a, b)
+
+
+# Initial state.
+
+
+def test_initial_state_depends_on_the_seed_only():
+  again = step.init_state(model_of("LN"), DESCENT, SIZE, seed=0)
+  other = step.init_state(model_of("LN"), DESCENT, SIZE, seed=1)
+  assert same(again, scratch_of("LN"))
+  assert not same(other.params, again.params)
+  assert again.step == 0
+  assert again.step.dtype == jnp.int32
+
+
+def test_initial_state_has_the_statistics_of_the_norm():
+  assert scratch_of("LN").batch_stats == {}
+  counts = flax.traverse_util.flatten_dict(
+    scratch_of("Rescale").batch_stats, sep="/"
+  )
+  assert all(counts[k] == 0 for k in counts if k.endswith("count"))
+
+
+# Training.
+
+
+def test_step_is_a_function_of_state_and_batch():
+  kwargs = dict(norm="Rescale", dropout_rate=0.3, settings=CROPS)
+  before = jax.tree.map(np.array, start_of("Rescale"))
+  first = train_once(**kwargs)
+  second = train_once(**kwargs)
+  assert same(first, second)
+  assert same(before, start_of("Rescale"))
+
+
+def test_step_counts():
+  state, _ = train_once()
+  assert state.step == 1
+  state, _ = train_once(state=state)
+  assert state.step == 2
+  assert state.step.dtype == jnp.int32
+
+
+@pytest.mark.parametrize("norm", ["LN", "BN"])
+def test_loss_and_gradient_are_those_of_the_images_asked_for(norm):
+  start = start_of(norm)
+
+  def loss(params):
+    logits, new = model_of(norm).apply(
+      {"params": params, "batch_stats": start.batch_stats},
+      pixels(BATCH),
+      train=True,
+      mutable=["batch_stats"],
+    )
+    log_probabilities = jax.nn.log_softmax(logits)
+    picked = log_probabilities[np.arange(12), LABELS[BATCH]]
+    return -picked.mean(), new.get("batch_stats", {})
+
+  (want, statistics), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(
+    start.params
+  )
+  state, metrics = train_once(norm)
+  assert set(metrics) == {"loss", "grad_norm"}
+  assert metrics["loss"] == pytest.approx(float(want), abs=1e-5)
+  norm_by_hand = np.sqrt(sum(np.sum(g**2) for g in jax.tree.leaves(grads)))
+  assert metrics["grad_norm"] == pytest.approx(norm_by_hand, rel=1e-4)
+  check_close(gradient(state, norm), grads)
+  check_close(state.batch_stats, statistics, atol=1e-6)
+
+
+def test_gradient_norm_is_the_one_before_clipping():
+  clipping = optimizer.sgd(
+    optax.constant_schedule(1.0),
+    momentum=0.0,
+    weight_decay=0.0,
+    grad_norm_clip=0.01,
+  )
+  state, metrics = train_once(sgd=clipping)
+  assert optax.global_norm(gradient(state)) == pytest.approx(0.01, rel=1e-3)
+  _, unclipped = train_once()
+  assert metrics["grad_norm"] == pytest.approx(float(unclipped["grad_norm"]))
+  assert metrics["grad_norm"] > 0.1
+
+
+def test_dropout_differs_between_seeds_and_steps():
+  losses = {
+    float(train_once(dropout_rate=0.3, seed=seed)[1]["loss"]) for seed in (0, 1)
+  }
+  later = start_of("LN").replace(step=jnp.int32(1))
+  losses.add(float(train_once(dropout_rate=0.3, state=later)[1]["loss"]))
+  assert len(losses) == 3
+  plain = [float(train_once(seed=seed)[1]["loss"]) for seed in (0, 1)]
+  assert plain[0] == plain[1]
+
+
+def test_crops_differ_between_seeds_steps_and_images():
+  losses = {
+    float(train_once(settings=CROPS, seed=seed)[1]["loss"]) for seed in (0, 1)
+  }
+  later = start_of("LN").replace(step=jnp.int32(1))
+  losses.add(float(train_once(settings=CROPS, state=later)[1]["loss"]))
+  # One image twelve times: its crops differ, so the loss is not that of one.
+  losses.add(float(train_once(indices=np.zeros((1, 12), np.int32))[1]["loss"]))
+  repeated = np.zeros((1, 12), np.int32)
+  losses.add(float(train_once(settings=CROPS, indices=repeated)[1]["loss"]))
+  assert len(losses) == 5
+
+
+@pytest.mark.parametrize("settings", [WHOLE, CROPS])
+def test_accumulation_gives_the_gradient_of_the_whole_batch(settings):
+  # With crops, too: an image's crop depends on its place in the batch.
+  whole, metrics = train_once(settings=settings)
+  parts, others = train_once(settings=settings, indices=BATCH.reshape(3, 4))
+  check_close(gradient(parts), gradient(whole))
+  check_close(others, metrics)
+  assert parts.step == 1
+
+
+@pytest.mark.parametrize("norm", ["BN", "Rescale"])
+def test_each_micro_batch_counts_in_the_statistics(norm):
+  start = start_of(norm)
+  statistics, losses = start.batch_stats, []
+  for indices in BATCH.reshape(3, 4):
+    loss, statistics = step.loss_fn(
+      start.params,
+      statistics,
+      pixels(indices),
+      LABELS[indices],
+      jax.random.key(0),
+      model=model_of(norm),
+    )
+    losses.append(loss)
+  state, metrics = train_once(norm, indices=BATCH.reshape(3, 4))
+  check_close(state.batch_stats, statistics, atol=1e-6)
+  assert metrics["loss"] == pytest.approx(np.mean(losses), abs=1e-5)
+  if norm == "Rescale":
+    block = state.batch_stats["Transformer"]["encoderblock_0"]
+    assert block["Rescale_2"]["count"] == 3
+
+
+def test_micro_batches_have_dropout_of_their_own():
+  # Two micro-batches of the same images, against one.
+  twice = np.stack([BATCH, BATCH])
+  once, _ = train_once(dropout_rate=0.3)
+  both, _ = train_once(dropout_rate=0.3, indices=twice)
+  other, _ = train_once(indices=twice)
+  check_close(gradient(other), gradient(train_once()[0]))
+  difference = jax.tree.map(jnp.subtract, gradient(both), gradient(once))
+  assert optax.global_norm(difference) > 1e-2
+
+
+def test_loss_that_is_not_finite_shows_in_the_metrics():
+  start = start_of("LN")
+  broken = start.replace(
+    params={**start.params, "cls": start.params["cls"] * jnp.nan}
+  )
+  state, metrics = train_once(state=broken)
+  assert not np.isfinite(metrics["loss"])
+  assert not np.isfinite(metrics["grad_norm"])
+  assert state.step == 1
+
+
+# Evaluation.
+
+
+@functools.partial(jax.jit, static_argnames=("model", "image_size"))
+def eval_step(*args, model, image_size):
+  return step.eval_step(*args, model=model, image_size=image_size)
+
+
+def evaluate(indices, mask, norm="BN", params=None):
+  start = start_of(norm)
+  return eval_step(
+    start.params if params is None else params,
+    start.batch_stats,
+    IMAGES,
+    LABELS,
+    np.asarray(indices, np.int32),
+    np.asarray(mask),
+    model=model_of(norm),
+    image_size=SIZE,
+  )
+
+
+def test_evaluation_sums_over_what_the_mask_lets_through():
+  indices, mask = np.arange(24), np.arange(24) % 2 == 0
+  start = start_of("BN")
+  logits = model_of("BN").apply(
+    {"params": start.params, "batch_stats": start.batch_stats},
+    pixels(indices),
+    train=False,
+  )
+  losses = -jax.nn.log_softmax(logits)[indices, LABELS]
+  correct = np.argmax(logits, axis=-1) == LABELS
+  assert 0 < correct[mask].sum() < correct.sum() < 24
+  got = evaluate(indices, mask)
+  assert set(got) == {"loss", "correct"}
+  assert got["loss"] == pytest.approx(float(losses[mask].sum()), rel=1e-5)
+  assert got["correct"] == correct[mask].sum()
+  assert got["loss"].dtype == jnp.float32
+  assert jnp.issubdtype(got["correct"].dtype, jnp.integer)
+  everything = evaluate(indices, np.ones(24, bool))
+  assert everything["loss"] == pytest.approx(float(losses.sum()), rel=1e-5)
+  assert everything["correct"] == correct.sum()
+
+
+def test_what_the_mask_hides_makes_no_difference():
+  mask = np.arange(24) % 2 == 0
+  other = np.where(mask, np.arange(24), 7)
+  assert same(evaluate(np.arange(24), mask), evaluate(other, mask))
+  nothing = evaluate(other, np.zeros(24, bool))
+  assert nothing["loss"] == 0
+  assert nothing["correct"] == 0
+
+
+def test_evaluation_resizes_images():
+  model = models.create(
+    "ViT-B_16",
+    num_classes=3,
+    image_size=12,
+    patch_size=4,
+    hidden_size=16,
+    mlp_dim=32,
+    num_heads=2,
+    num_layers=1,
+  )
+  state = step.init_state(model, DESCENT, 12, seed=0)
+  logits = model.apply(
+    {"params": state.params}, augment.prepare(IMAGES[BATCH], 12)
+  )
+  want = -jax.nn.log_softmax(logits)[np.arange(12), LABELS[BATCH]].sum()
+  got = eval_step(
+    state.params,
+    {},
+    IMAGES,
+    LABELS,
+    BATCH,
+    np.ones(12, bool),
+    model=model,
+    image_size=12,
+  )
+  assert got["loss"] == pytest.approx(float(want), rel=1e-5)

@@ -1,0 +1,49 @@
+import importlib.util
+import os
+import subprocess
+import sys
+
+import pytest
+
+PROGRAM = """
+import os, sys
+before = dict(os.environ)
+from rescalevit_jax import tensorflow_cpu
+assert "tensorflow" not in sys.modules
+tf = tensorflow_cpu.load()
+assert dict(os.environ) == before
+assert tf.config.get_visible_devices("GPU") == []
+assert int(tf.constant(1) + 1) == 2
+assert tensorflow_cpu.load() is tf
+"""
+
+
+def run(program, **environ):
+  return subprocess.run(
+      [sys.executable, "-c", program],
+      env={**os.environ, **environ},
+      capture_output=True,
+      text=True,
+      check=False,
+  )
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("tensorflow") is None, reason="no TensorFlow"
+)
+def test_load_is_quiet_and_leaves_no_trace():
+  result = run(PROGRAM)
+  assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+
+
+def test_a_missing_tensorflow_is_the_users_error(tmp_path):
+  (tmp_path / "tensorflow.py").write_text("raise ImportError('not\\nthere')")
+  result = run(
+      "from rescalevit_jax import errors, tensorflow_cpu\n"
+      "try:\n  tensorflow_cpu.load()\n"
+      "except errors.UserError as e:\n  print(e)\n",
+      PYTHONPATH=os.pathsep.join([str(tmp_path), *filter(None, sys.path)]),
+  )
+  assert result.stdout == (
+      "cannot import TensorFlow (not there): pip install tensorflow-cpu\n"
+  )

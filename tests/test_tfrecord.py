@@ -1,0 +1,91 @@
+import struct
+
+import numpy as np
+import pytest
+
+from rescalevit_jax import errors
+from rescalevit_jax import tensorflow_cpu
+from rescalevit_jax import tfrecord
+
+
+def crc32c(data):
+  """Bit by bit, from the polynomial."""
+  crc = 0xFFFFFFFF
+  for byte in data:
+    crc ^= byte
+    for _ in range(8):
+      crc = (crc >> 1) ^ (0x82F63B78 if crc & 1 else 0)
+  return crc ^ 0xFFFFFFFF
+
+
+def masked(crc):
+  return (((crc >> 15) | (crc << 17)) + 0xA282EAD8) & 0xFFFFFFFF
+
+
+def frame(record):
+  length = struct.pack("<Q", len(record))
+  return b"".join((
+      length,
+      struct.pack("<I", masked(crc32c(length))),
+      record,
+      struct.pack("<I", masked(crc32c(record))),
+  ))
+
+
+def random_records(count):
+  rng = np.random.default_rng(0)
+  return [rng.bytes(n) for n in rng.integers(4, 60, count)]
+
+
+def test_checksum_has_the_published_check_value():
+  assert crc32c(b"123456789") == 0xE3069283
+  found = tfrecord.masked_crc32c([memoryview(b"123456789")])
+  assert found.tolist() == [masked(0xE3069283)]
+
+
+def test_reads_all_records_in_order(tmp_path):
+  records = random_records(2500)
+  (tmp_path / "a").write_bytes(b"".join(map(frame, records)))
+  assert [bytes(r) for r in tfrecord.read(tmp_path / "a")] == records
+
+
+def test_reads_what_tensorflow_writes(tmp_path):
+  try:
+    tf = tensorflow_cpu.load()
+  except errors.UserError as e:
+    pytest.skip(str(e))
+  records = random_records(30)
+  with tf.io.TFRecordWriter(str(tmp_path / "a")) as writer:
+    for record in records:
+      writer.write(record)
+  assert [bytes(r) for r in tfrecord.read(tmp_path / "a")] == records
+
+
+def test_an_empty_file_has_no_records(tmp_path):
+  (tmp_path / "a").touch()
+  assert list(tfrecord.read(tmp_path / "a")) == []
+
+
+@pytest.mark.parametrize("cut", [1, 4, 5, 20, 47])
+def test_a_file_cut_off_is_an_error(tmp_path, cut):
+  file = b"".join(map(frame, (b"x" * 32, b"y" * 32)))
+  (tmp_path / "a").write_bytes(file[:-cut])
+  with pytest.raises(ValueError, match="cut off"):
+    list(tfrecord.read(tmp_path / "a"))
+
+
+def test_every_changed_bit_of_a_record_is_an_error(tmp_path):
+  file = b"".join(map(frame, (b"abcdef", b"ghijk", b"lmnop")))
+  start = len(frame(b"abcdef")) + 12
+  for bit in range(start * 8, (start + 5 + 4) * 8):
+    damaged = bytearray(file)
+    damaged[bit // 8] ^= 1 << bit % 8
+    (tmp_path / "a").write_bytes(damaged)
+    with pytest.raises(ValueError, match="checksum"):
+      list(tfrecord.read(tmp_path / "a"))
+
+
+def test_a_record_too_short_for_an_example_is_an_error(tmp_path):
+  (tmp_path / "a").write_bytes(frame(b"abcdef") + frame(b"abc"))
+  with pytest.raises(ValueError, match="3 bytes"):
+    list(tfrecord.read(tmp_path / "a"))
