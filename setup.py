@@ -54,7 +54,7 @@ setuptools.setup(
     f"tensorflow>=2.21; {_ELSEWHERE}",
   ],
   extras_require={
-    "test": ["pytest>=8.4", "pytest-xdist>=3.8", "ruff>=0.14"],
+    "test": ["pytest>=8.4", "pytest-xdist>=3.8", "ruff>=0.14", "scipy>=1.14"],
     "cuda12": ["jax[cuda12]"],
     "cuda13": ["jax[cuda13]"],
   },
