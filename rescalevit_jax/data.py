@@ -71,6 +71,7 @@ def load(name: str, data_dir: str | None) -> Dataset:
   if not builders.is_prepared(builder):
     builders.prepare(builder)
     builder = builders.open_builder(name, data_dir)
+  test_split = _test_split(builder)
   label = _features(builder)[1]
   class_names = label.names or [str(i) for i in range(label.num_classes)]
   if len(class_names) != label.num_classes:
@@ -82,7 +83,7 @@ def load(name: str, data_dir: str | None) -> Dataset:
   return Dataset(
     name=name,
     train=_load_split(builder, "train"),
-    test=_load_split(builder, _test_split(builder)),
+    test=_load_split(builder, test_split),
     num_classes=label.num_classes,
     class_names=tuple(class_names),
   )

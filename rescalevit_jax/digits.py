@@ -13,7 +13,7 @@ _SPLIT_SEED = 0
 class Digits(tfds.core.GeneratorBasedBuilder):
   """1,797 greyscale images of 8x8 pixels in 10 classes.
 
-  The first 1,437 are for training, the other 360 (20 % of each class, to one
+  1,437 are for training, the other 360 (20 % of each class, to one
   image) for testing: a split that is the same everywhere.
   """
 

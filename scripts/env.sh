@@ -84,9 +84,8 @@ ready() {
 # The environment can be installed into; otherwise it has to be made anew.
 usable() {
   [[ ! -e "$marker" ]] && right_python &&
-    [[ -z "$(objection "$venv/bin/python")" ]] &&
-    "$venv/bin/python" -c 'import pip, sys; assert sys.prefix != sys.base_prefix' \
-      2> /dev/null
+    [[ -f "$venv/pyvenv.cfg" && -z "$(objection "$venv/bin/python")" ]] &&
+    "$venv/bin/python" -c "import pip" 2> /dev/null
 }
 
 # Prints words, separated by commas or blanks, as a sorted list of each once.

@@ -14,4 +14,4 @@ cd "$root"
 .venv/bin/python -m ruff check .
 # Each process holds a JAX of its own: more than four cost more than they give.
 JAX_PLATFORMS="${JAX_PLATFORMS-cpu}" exec .venv/bin/python -m pytest \
-  --numprocesses=auto --maxprocesses=4 --dist=worksteal --durations=10 "$@"
+  --numprocesses=logical --maxprocesses=4 --dist=worksteal --durations=10 "$@"

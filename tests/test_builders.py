@@ -36,6 +36,9 @@ class TestOpen:
     assert "did you mean cifar10" in message
     assert len(message) < 300
 
+  def test_hints_at_any_data_set_of_tfds(self):
+    assert "did you mean mnist" in open_error("MNIST3")
+
   @pytest.mark.parametrize("name", ["", "../x", "no such", "a:b", "zzz/1"])
   def test_impossible_name(self, name):
     message = open_error(name)

@@ -6,6 +6,7 @@ import os
 import pathlib
 import sys
 import tarfile
+import zlib
 
 import numpy as np
 import pytest
@@ -137,6 +138,13 @@ class TestInspect:
     path = write(tmp_path / "a", contents)
     assert script.inspect(path, script.LAYOUTS) == CIFAR10
     refuses(path, "30730000 bytes")
+    # Damaged in the middle of a member, by a block of a kind that is none.
+    packer = zlib.compressobj(1, wbits=31)
+    half = packer.compress(tar_bytes(contents)[:40_000_000])
+    half += packer.flush(zlib.Z_FULL_FLUSH) + b"\xff"
+    (tmp_path / "a").write_bytes(half)
+    with pytest.raises(errors.UserError, match="decompressing"):
+      script.inspect(path, script.LAYOUTS)
 
   @pytest.mark.parametrize("name", list(members(SMALL10)))
   def test_missing_member(self, tmp_path, name):
@@ -154,6 +162,7 @@ class TestInspect:
           "/etc/x",
           "/cifar-10-batches-bin/test_batch.bin",
           "x",
+          "other/test_batch.bin",
           "cifar-100-binary/test.bin",
       ],
   )
@@ -233,19 +242,26 @@ class TestInspect:
     os.truncate(path, keep % size if abs(keep) >= 1 else int(keep * size))
     refuses(path, "gzip")
 
-  def test_changed_inside(self, tmp_path):
+  @pytest.mark.parametrize(
+      "where,word",
+      [(-6, "CRC"), (10, "invalid")],  # gzip's own checksum; the first block.
+  )
+  def test_changed_inside(self, tmp_path, where, word):
     path = tmp_path / "a"
     write(path, members(SMALL10))
     content = bytearray(path.read_bytes())
-    content[-6] ^= 1  # In gzip's own checksum.
+    content[where] ^= 0b110
     path.write_bytes(content)
-    refuses(path, "CRC")
+    refuses(path, word)
 
   def test_something_after_the_end(self, tmp_path):
     path = tmp_path / "a"
-    tar = tar_bytes(members(SMALL10))
-    path.write_bytes(gzip.compress(tar + bytes(20_000) + b"x"))
-    refuses(path, "follows")
+    tar = tar_bytes(members(SMALL10)) + bytes(20_000)  # As tar pads.
+    path.write_bytes(gzip.compress(tar))
+    assert script.inspect(str(path), SMALL) == SMALL10
+    for more in (b"x", bytes(100_000)):
+      path.write_bytes(gzip.compress(tar + more))
+      refuses(path, "follows")
 
   def test_other_kinds_of_files(self, tmp_path):
     path = tmp_path / "a"
