@@ -14,8 +14,14 @@ import numpy as np
 
 from rescalevit_jax import checkpoint
 from rescalevit_jax import config as config_lib
+from rescalevit_jax import errors
 from rescalevit_jax import sharding
 from rescalevit_jax import train
+from rescalevit_jax import writers
+
+
+def _missing():
+  raise errors.UserError("not needed here")
 
 
 def main(norm, folder, data_dir):
@@ -42,6 +48,7 @@ def main(norm, folder, data_dir):
     "num_heads": 2,
     "num_layers": 1,
   })
+  writers.tensorflow_cpu.load = _missing  # It would only take time.
   found = {}
   for devices in (1, 8):
     workdir = pathlib.Path(folder) / str(devices)
