@@ -9,10 +9,6 @@ def get_config():
   config.dataset = "digits"
   config.image_size = 8
   config.model_name = "ViT-XS_2"
-  config.model.hidden_size = 64
-  config.model.mlp_dim = 256
-  config.model.num_heads = 4
-  config.model.num_layers = 4
   config.model.norm = "Rescale"
   config.base_lr = 0.3
   config.warmup_steps = 100

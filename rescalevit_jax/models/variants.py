@@ -25,8 +25,8 @@ class Variant:
 # Ti to H: Dosovitskiy et al. 2021 (arXiv:2010.11929), Table 1, and Steiner et
 # al. 2022 (arXiv:2106.10270), Table 2. XS is ours, for small images on a CPU.
 VARIANTS = {
-  "ViT-XS_2": Variant(2, 96, 384, 3, 6),
-  "ViT-XS_4": Variant(4, 96, 384, 3, 6),
+  "ViT-XS_2": Variant(2, 64, 256, 4, 4),
+  "ViT-XS_4": Variant(4, 64, 256, 4, 4),
   "ViT-Ti_16": Variant(16, 192, 768, 3, 12),
   "ViT-S_16": Variant(16, 384, 1536, 6, 12),
   "ViT-B_16": Variant(16, 768, 3072, 12, 12),
