@@ -71,7 +71,7 @@ class Checkpoints:
       self._best.close()
 
   def latest_step(self) -> int | None:
-    """Returns the step that a run goes on from, or None for a new run."""
+    """Returns the step that a run would go on from, None if there is none."""
     return self._last.latest_step()
 
   def save(self, state: step_lib.TrainState, progress: Progress) -> None:
@@ -92,13 +92,11 @@ class Checkpoints:
       )
 
   def save_best(self, state: step_lib.TrainState, progress: Progress) -> None:
-    """Saves the best variables so far; a no-op if they are there.
+    """Saves the best variables so far.
 
     Raises:
       UserError: they, or those before them, cannot be written.
     """
-    if progress.step in self._best.all_steps():
-      return
     with _writing(self._best):
       self._best.save(
         progress.step,
@@ -111,7 +109,7 @@ class Checkpoints:
   def restore(
     self, like: step_lib.TrainState
   ) -> tuple[step_lib.TrainState, Progress]:
-    """Restores the latest state.
+    """Restores the latest state; forgets a best one that came after it.
 
     Args:
       like: a state of `jax.ShapeDtypeStruct`s with shardings.
@@ -124,9 +122,22 @@ class Checkpoints:
       optimizer=ocp.args.StandardRestore(_optimizer(like)),
       progress=ocp.args.JsonRestore(),
     )
-    found = _restore(self._last, args)
+    found = _restore(
+      self._last, lambda manager, step: manager.restore(step, args=args)
+    )
     state = step_lib.TrainState(**found["variables"], **found["optimizer"])
-    return state, Progress(**found["progress"])
+    progress = Progress(**found["progress"])
+    self.forget_best(after=progress.best_step)
+    if progress.best_step not in self._best.all_steps():
+      # A better one has replaced it, which the run will come to again.
+      progress.best_accuracy, progress.best_step = -1.0, 0
+    return state, progress
+
+  def forget_best(self, after: int) -> None:
+    """Deletes best variables of later steps: of a future that was cut off."""
+    for step in self._best.all_steps():
+      if step > after:
+        self._best.delete(step)
 
   def wait(self) -> None:
     """Waits until all is on disk; raises UserError if it cannot be."""
@@ -150,25 +161,36 @@ def load_variables(
   Raises:
     UserError: there is no checkpoint, or it is damaged.
   """
-  workdir = pathlib.Path(workdir)
   kind = {"best": "best", "latest": "last"}[which]
-  if not (workdir / "checkpoints" / kind).is_dir():
+  if not saved_steps(workdir, kind):
     raise errors.UserError(
-      f"{workdir}: no {which} checkpoint; --workdir must be the folder of a"
-      " run that has saved one"
+      f"{workdir}: no {which} checkpoint; --workdir must be the folder of a run"
+      " that has saved one"
     )
-  with _manager(workdir, kind, None, readonly=True) as manager:
-    step = manager.latest_step()
-    if step is None:
-      raise errors.UserError(f"{workdir}: no {which} checkpoint")
-    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+
+  def read(manager, step):
     like = jax.tree.map(
       lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
       manager.item_metadata(step)["variables"],
     )
     args = ocp.args.Composite(variables=ocp.args.StandardRestore(like))
-    variables = _restore(manager, args)["variables"]
+    return manager.restore(step, args=args)["variables"], step
+
+  with _manager(workdir, kind, None, readonly=True) as manager:
+    variables, step = _restore(manager, read)
   return variables["params"], variables["batch_stats"], step
+
+
+def saved_steps(workdir: pathlib.Path, kind: str) -> list[int]:
+  """Returns the steps whose checkpoints lie in a run's folder.
+
+  Args:
+    workdir: the run's folder, which need not exist.
+    kind: 'last' or 'best'.
+  """
+  folder = pathlib.Path(workdir) / "checkpoints" / kind
+  return sorted(int(p.name) for p in folder.glob("*") if p.name.isdecimal())
 
 
 def _manager(workdir, kind, keep, *, readonly=False):
@@ -209,16 +231,16 @@ def _writing(manager):
     ) from e
 
 
-def _restore(manager, args):
+def _restore(manager, read):
   step = manager.latest_step()
-  folder = manager.directory / str(step)
+  folder = pathlib.Path(manager.directory) / str(step)
   try:
-    checksums.verify(pathlib.Path(folder))
-    return manager.restore(step, args=args)
+    checksums.verify(folder)
+    return read(manager, step)
   except Exception as e:  # Orbax and tensorstore raise all sorts.
     raise errors.UserError(
       f"{folder}: the checkpoint is damaged or not of this model"
-      f" ({_reason(e)}); move it away to go on from the one before it"
+      f" ({_reason(e)}); move it away to use the one before it, if there is one"
     ) from e
 
 

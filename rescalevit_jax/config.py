@@ -102,7 +102,7 @@ KEYS = {
   "batch": _positive(128, "images an update"),
   "batch_eval": _positive(
     128,
-    "images an evaluation step; any value gives the same result",
+    "images an evaluation step; changes the result by rounding at most",
     resumable=True,
   ),
   "base_lr": _positive(0.05, "learning rate at the end of the warm-up"),
@@ -170,8 +170,8 @@ KEYS = {
   "augment.min_aspect": Key(
     0.75,
     "smallest width / height of a crop; the largest is its inverse",
-    "in (0, 1]",
-    lambda x: 0 < x <= 1,
+    "in [0.01, 1]",
+    lambda x: 0.01 <= x <= 1,
   ),
   "augment.flip": Key(False, "mirror half of the training images"),
 }
@@ -235,6 +235,8 @@ def validate(config: ml_collections.ConfigDict) -> None:
       raise errors.UserError(
         f"config: {name} is {value!r}, but must be of type {kind.__name__}"
       )
+    if value == "":
+      raise errors.UserError(f"config: {name} is empty")
     if key.accepts(value):
       continue
     if isinstance(key.valid, str):

@@ -131,6 +131,7 @@ def evaluate_run(
     UserError: the weights are not there or not of this config's model.
   """
   workdir = pathlib.Path(workdir)
+  experiment_lib.check_same_run(config, workdir)
   which = config.eval_weights
   if which == "pretrained":
     if config.pretrained_path is None:
@@ -149,7 +150,6 @@ def evaluate_run(
     params, batch_stats = state.params, state.batch_stats
     weights, step = config.pretrained_path, 0
   else:
-    experiment_lib.check_same_run(config, workdir)
     params, batch_stats, step = checkpoint.load_variables(workdir, which)
     experiment = experiment_lib.create(config)
     weights = f"{which} checkpoint"

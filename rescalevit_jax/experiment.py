@@ -105,20 +105,14 @@ def create(config: ml_collections.ConfigDict) -> Experiment:
   )
 
 
-def initial_state(
-  experiment: Experiment, checkpoints: checkpoint.Checkpoints
-) -> tuple[step_lib.TrainState, checkpoint.Progress]:
-  """Returns where the run begins: its last checkpoint, an .npz, or scratch."""
-  if (step := checkpoints.latest_step()) is not None:
-    _log.info("going on from the checkpoint of step %d", step)
-    return checkpoints.restore(experiment.abstract())
+def first_state(experiment: Experiment) -> step_lib.TrainState:
+  """Returns where a new run begins: an .npz if there is one, or scratch."""
   state = experiment.scratch()
   if experiment.config.pretrained_path is None:
     _log.info("starting from scratch, seed %d", experiment.config.seed)
-  else:
-    _log.info("starting from %s", experiment.config.pretrained_path)
-    state, _ = load_pretrained(experiment, state)
-  return state, checkpoint.Progress()
+    return state
+  _log.info("starting from %s", experiment.config.pretrained_path)
+  return load_pretrained(experiment, state)[0]
 
 
 def load_pretrained(
@@ -171,9 +165,21 @@ def read_config(workdir: pathlib.Path) -> ml_collections.ConfigDict | None:
 def check_same_run(
   config: ml_collections.ConfigDict, workdir: pathlib.Path
 ) -> None:
-  """Raises UserError if the folder holds a run of another config."""
+  """Raises UserError if the folder holds a run of another config.
+
+  A run that has saved nothing yet may change its config.
+  """
+  workdir = pathlib.Path(workdir)
+  saved = checkpoint.saved_steps(workdir, "last")
+  if not saved and not (workdir / "result.json").exists():
+    return
   old = read_config(workdir)
-  if old is not None and (keys := config_lib.differing_keys(old, config)):
+  if old is None:
+    raise errors.UserError(
+      f"{workdir}: holds a run without its config.json; choose another"
+      " --workdir"
+    )
+  if keys := config_lib.differing_keys(old, config):
     raise errors.UserError(
       f"{workdir}: holds a run of another config: {', '.join(keys)}; choose"
       " another --workdir or the old values"
@@ -184,10 +190,12 @@ def finished_result(workdir: pathlib.Path) -> dict | None:
   """Returns result.json of a finished run, or None."""
   path = pathlib.Path(workdir) / "result.json"
   try:
-    return json.loads(path.read_text(encoding="utf-8"))
+    result = json.loads(path.read_text(encoding="utf-8"))
+    result["last_accuracy"], result["best_accuracy"], result["best_step"]
+    return result
   except FileNotFoundError:
     return None
-  except ValueError as e:
+  except (KeyError, TypeError, ValueError) as e:
     raise errors.UserError(
       f"{path}: damaged ({e}); delete it, the run writes it again"
     ) from e

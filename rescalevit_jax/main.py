@@ -20,7 +20,7 @@ from typing import NoReturn
 
 from absl import app
 from absl import flags
-import ml_collections
+import jax
 from ml_collections import config_flags
 
 from rescalevit_jax import config as config_lib
@@ -28,6 +28,7 @@ from rescalevit_jax import errors
 from rescalevit_jax import evaluate
 from rescalevit_jax import experiment
 from rescalevit_jax import progress
+from rescalevit_jax import resumed
 from rescalevit_jax import train
 
 __doc__ += config_lib.describe("  {name} = {default}\n      {meaning}")
@@ -36,7 +37,7 @@ _CONFIG = config_flags.DEFINE_config_file(
   "config",
   None,
   "File with a function get_config(), such as configs/quickstart.py;"
-  " default: config.json of --workdir.",
+  " FILE:ARGS calls get_config(ARGS). Default: config.json of --workdir.",
 )
 _WORKDIR = flags.DEFINE_string(
   "workdir",
@@ -58,64 +59,86 @@ def main(argv: list[str]) -> None:
   if len(argv) > 1:
     _fail(f"unknown argument {argv[1]!r}: flags begin with --", code=2)
   progress.log_to_stderr()
+  config = _CONFIG.value
+  workdir = _WORKDIR.value or experiment.default_workdir(config)
+  if config.deterministic:  # Read when JAX starts the devices, below.
+    flag = "--xla_gpu_deterministic_ops=true"
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}"
   try:
-    config, workdir = _config_and_workdir()
-    if config.deterministic:  # Read when JAX starts the devices, below.
-      flag = "--xla_gpu_deterministic_ops=true"
-      os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}"
     if _MODE.value == "train":
-      train.train_and_evaluate(config, workdir)
+      train.train_and_evaluate(config, pathlib.Path(workdir))
     else:
       print(json.dumps(evaluate.evaluate_run(config, workdir)))
   except (errors.UserError, OSError) as e:
     _fail(str(e), code=1)
+  except jax.errors.JaxRuntimeError as e:
+    advice = ""
+    if "RESOURCE_EXHAUSTED" in str(e) or "emory" in str(e):
+      advice = ": try a smaller batch, or accum_steps and a smaller batch_eval"
+    _fail(f"{' '.join(str(e).split())[:300]}{advice}", code=1)
   except KeyboardInterrupt:
-    _fail("interrupted before the training began", code=130)
+    _fail("interrupted; a saved run goes on by the same command", code=130)
 
 
 def parse(argv: list[str]) -> list[str]:
   """Parses the command line; a mistake in it or in the config is one line."""
   try:
-    nones = {}  # The flags of ml_collections know no None.
-    for arg in argv[1:]:
-      key, _, value = arg.removeprefix("--config.").partition("=")
-      if arg.startswith("--config."):
-        config_lib.check_key(key)
-        if value == "None":
-          nones[key] = None
-          argv = [a for a in argv if a != arg]
+    argv, nones = _prepared(argv)
     rest = flags.FLAGS(argv)
-    if _CONFIG.value is not None:
-      _CONFIG.value.update_from_flattened_dict(nones)
-      config_lib.validate(_CONFIG.value)
-    elif flags.FLAGS["config"].present:
+    if _CONFIG.value is None:
       raise errors.UserError("--config: get_config() returns None")
+    _CONFIG.value.update_from_flattened_dict(nones)
+    config_lib.validate(_CONFIG.value)
     return rest
+  except SystemExit:  # After --help, which absl ends with an error's code.
+    sys.exit(0)
   except Exception as e:  # get_config() may raise anything.
-    where = ""
+    message, where = str(e), ""
     if not isinstance(e, (errors.UserError, flags.Error)):
       frame = traceback.extract_tb(e.__traceback__)[-1]
       where = f" ({type(e).__name__}, {frame.filename}:{frame.lineno})"
-    _fail(f"{e}{where}", code=2)
+    if "Traceback" in message:
+      message = message.splitlines()[-1]
+    _fail(message + where, code=2)
 
 
-def _config_and_workdir() -> tuple[ml_collections.ConfigDict, pathlib.Path]:
-  config, workdir = _CONFIG.value, _WORKDIR.value
-  if workdir is not None:
-    workdir = pathlib.Path(workdir)
-  if config is not None:
-    return config, workdir or experiment.default_workdir(config)
-  if workdir is None:
-    raise errors.UserError(
-      "no run: give --config, such as --config=configs/quickstart.py, or the"
-      " --workdir of a run; --help says more"
-    )
-  config = experiment.read_config(workdir)
-  if config is None:
-    raise errors.UserError(
-      f"{workdir}: no run there to go on with; give --config to begin one"
-    )
-  return config, workdir
+def _prepared(argv: list[str]) -> tuple[list[str], dict[str, None]]:
+  """Does what absl and ml_collections leave to us.
+
+  Returns:
+    The command line with --config, and the keys to be set to None.
+  """
+  argv, nones = list(argv), {}
+  given = [arg.lstrip("-").partition("=") for arg in argv]
+  names = [name for name, _, _ in given]
+  if any(name in ("help", "helpshort", "helpfull") for name in names):
+    return argv, nones
+  if "config" not in names:
+    workdir = None
+    if "workdir" in names:
+      i = names.index("workdir")
+      workdir = given[i][2] or (argv[i + 1] if i + 1 < len(argv) else "")
+    if not workdir:
+      raise errors.UserError(
+        "no run: give --config, such as --config=configs/quickstart.py, or the"
+        " --workdir of a run; --help says more"
+      )
+    resumed.get_config(workdir)  # Its errors, without ml_collections' words.
+    argv.insert(1, f"--config={resumed.__file__}:{workdir}")
+  result = argv[:1]
+  for i, arg in enumerate(argv[1:], start=1):
+    if not arg.startswith("--config."):
+      result.append(arg)
+      continue
+    key, equals, value = arg.removeprefix("--config.").partition("=")
+    config_lib.check_key(key)
+    if not equals and argv[i + 1 : i + 2] == ["None"]:
+      raise errors.UserError(f"write --config.{key}=None, with =")
+    if value == "None":
+      nones[key] = None
+    else:
+      result.append(arg)
+  return result, nones
 
 
 def _fail(message: str, code: int) -> NoReturn:

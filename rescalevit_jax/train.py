@@ -54,11 +54,18 @@ def train_and_evaluate(
     _log.info("%s: this run is finished: %s", workdir, _accuracies(result))
     return result
   experiment = experiment_lib.create(config)
+  state, progress = None, checkpoint.Progress()
+  if not checkpoint.saved_steps(workdir, "last"):
+    state = experiment_lib.first_state(experiment)
   with (
     checkpoint.Checkpoints(workdir, config.keep_checkpoints) as checkpoints,
     interrupt.Interrupt() as stop,
   ):
-    state, progress = experiment_lib.initial_state(experiment, checkpoints)
+    if state is None:
+      state, progress = checkpoints.restore(experiment.abstract())
+      _log.info("going on from the checkpoint of step %d", progress.step)
+    else:
+      checkpoints.forget_best(after=0)
     parameters = sum(x.size for x in jax.tree.leaves(state.params))
     writers.write_file(workdir / "config.json", config_lib.to_json(config))
     keep = functools.partial(_is_of_the_past, progress)
@@ -190,13 +197,7 @@ class Trainer:
     self._metrics = None
     loss, grad_norm = float(metrics["loss"]), float(metrics["grad_norm"])
     if not math.isfinite(loss + grad_norm):
-      self._checkpoints.wait()
-      last = self._checkpoints.latest_step()
-      raise errors.UserError(
-        f"step {step}: loss {loss}, gradient norm {grad_norm}: not finite; the"
-        f" last checkpoint is that of step {last}; try a smaller base_lr or"
-        " grad_norm_clip in a new --workdir"
-      )
+      self._fail(f"loss {loss}, gradient norm {grad_norm}")
     due = step % self._config.progress_every == 0
     quiet = time.monotonic() - self._timer.last_line
     if not due and quiet < _SECONDS_BETWEEN_LINES:
@@ -218,6 +219,16 @@ class Trainer:
           )
         },
       )
+      self._timer.restart()  # The first write imports TensorFlow.
+
+  def _fail(self, what):
+    self._checkpoints.wait()
+    last = self._checkpoints.latest_step()
+    raise errors.UserError(
+      f"step {self._progress.step}: {what}: not finite; the last checkpoint is"
+      f" that of step {last}; try a smaller base_lr or grad_norm_clip in a new"
+      " --workdir"
+    )
 
   def _lap(self, step):
     steps, seconds = self._timer.lap(step)
@@ -241,6 +252,8 @@ class Trainer:
     self._timer.restart()
     if result is None:
       return
+    if not math.isfinite(result.loss):
+      self._fail(f"test loss {result.loss}")
     self._writer.write(
       progress.step,
       {"test/loss": result.loss, "test/accuracy": result.accuracy},

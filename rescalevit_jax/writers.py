@@ -50,7 +50,8 @@ class MetricWriter:
   ):
     path = workdir / "metrics.jsonl"
     if path.exists():
-      lines = path.read_text(encoding="utf-8").splitlines()
+      text = path.read_text(encoding="utf-8", errors="replace")
+      lines = text.splitlines()
       kept = [
         line for line in lines if _is_whole(line) and keep(json.loads(line))
       ]

@@ -1,5 +1,7 @@
 """Checkpoints come back as they were, and damage is noticed."""
 
+import shutil
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -31,6 +33,7 @@ def test_state_and_progress_come_back(tmp_path):
   progress = checkpoint.Progress(step=7, best_accuracy=0.3, best_step=5)
   with checkpoint.Checkpoints(tmp_path, 2) as saved:
     assert saved.latest_step() is None
+    saved.save_best(state(0.05), checkpoint.Progress(step=5))
     saved.save(state(0.1), progress)
   with checkpoint.Checkpoints(tmp_path, 2) as saved:
     found, again = saved.restore(like(state(0)))
@@ -52,6 +55,42 @@ def test_a_saved_state_does_not_change_with_the_next_step(tmp_path):
       s = step(s)
   params, _, _ = checkpoint.load_variables(tmp_path, "latest")
   assert (params["head"]["kernel"] == 1.0).all()
+
+
+def test_a_best_one_of_a_future_that_was_cut_off_is_forgotten(tmp_path):
+  with checkpoint.Checkpoints(tmp_path, 1) as saved:
+    saved.save_best(state(0.5), checkpoint.Progress(step=5))
+    saved.save(
+      state(0.7), checkpoint.Progress(step=7, best_accuracy=0.4, best_step=5)
+    )
+    saved.save_best(state(1.0), checkpoint.Progress(step=10))
+  with checkpoint.Checkpoints(tmp_path, 1) as saved:
+    _, progress = saved.restore(like(state(0)))
+    # The one of step 5 has been replaced, so that the next one is the best.
+    assert (progress.best_accuracy, progress.best_step) == (-1, 0)
+    saved.save_best(state(0.9), checkpoint.Progress(step=9))
+    saved.wait()
+    saved.save_best(state(1.1), checkpoint.Progress(step=10))
+  params, _, step = checkpoint.load_variables(tmp_path, "best")
+  assert step == 10
+  np.testing.assert_array_equal(
+    params["head"]["kernel"], np.full((2, 3), 1.1, np.float32)
+  )
+
+
+@pytest.mark.parametrize(
+  "name", ["variables/_METADATA", "variables", "progress"]
+)
+def test_damage_is_noticed_in_reading_weights_too(tmp_path, name):
+  with checkpoint.Checkpoints(tmp_path, 1) as saved:
+    saved.save_best(state(0.1), checkpoint.Progress(step=7))
+  path = tmp_path / "checkpoints" / "best" / "7" / name
+  if path.is_dir():
+    shutil.rmtree(path)
+  else:
+    path.write_text(path.read_text() + "x")
+  with pytest.raises(errors.UserError, match="best/7.*damaged"):
+    checkpoint.load_variables(tmp_path, "best")
 
 
 def test_another_model_is_refused(tmp_path):

@@ -52,7 +52,7 @@ def test_default_is_valid_and_is_the_originals_recipe():
     ("momentum", 1.0, "[0, 1)"),
     ("seed", -1, "2^32"),
     ("augment.min_area", 0.0, "(0, 1]"),
-    ("augment.min_aspect", 1.5, "(0, 1]"),
+    ("augment.min_aspect", 1.5, "[0.01, 1]"),
     ("eval_weights", "newest", "latest"),
     ("warmup_steps", 30_000, "total_steps"),
   ],

@@ -86,6 +86,7 @@ def test_help_names_every_flag_and_key():
     ((), ["model.nrom=BN"], ["model.nrom", "model.norm"]),
     ((), ["modle.norm=BN"], ["modle.norm", "model.norm"]),
     ((), ["btach=3"], ["btach", "batch"]),
+    ((), ["pretrained_path="], ["pretrained_path is empty"]),
     ((), ["model=3"], ["model"]),
     ((), ["model.norm=layernorm"], ["model.norm", "valid: LN, BN"]),
     ((), ["model_name=ViT-B16"], ["ViT-B_16"]),
@@ -108,7 +109,7 @@ def test_mistakes_in_flags(args, keys, words, tiny, tmp_path):
   workdir = tmp_path / "run"
   done = run(f"--workdir={workdir}", *args, keys=[*tiny, *keys])
   assert_one_line_error(done, *words)
-  assert not workdir.exists() or not snapshot(workdir).get("config.json")
+  assert not workdir.exists()
 
 
 @pytest.mark.parametrize(
@@ -188,6 +189,30 @@ def test_eval_mode_prints_and_writes_the_result(finished):
   assert json.loads((finished / "eval.json").read_text()) == printed
 
 
+def test_keys_go_with_workdir_alone(finished, tmp_path):
+  workdir = tmp_path / "run"
+  shutil.copytree(finished, workdir)
+  keys = ("eval_weights=latest",)
+  done = run(f"--workdir={workdir}", "--mode=eval", config=None, keys=keys)
+  assert json.loads(done.stdout)["step"] == 12
+  keys = ("model.norm=BN",)
+  done = run("--workdir", str(workdir), config=None, keys=keys)
+  assert_one_line_error(done, "model.norm")
+
+
+def test_none_is_a_value(finished, digits_dir):
+  keys = [*TINY, f"tfds_data_dir={digits_dir}", "pretrained_path=None"]
+  done = run(f"--workdir={finished}", keys=keys)
+  assert done.returncode == 0 and "is finished" in done.stderr
+  done = run("--config.pretrained_path", "None")
+  assert_one_line_error(done, "--config.pretrained_path=None")
+
+
+def test_too_little_memory(tiny, tmp_path):
+  done = run(f"--workdir={tmp_path}", keys=[*tiny, "model.hidden_size=4000000"])
+  assert_one_line_error(done, "emory", "smaller batch")
+
+
 def test_eval_mode_without_a_checkpoint(tiny, tmp_path):
   done = run(f"--workdir={tmp_path}", "--mode=eval", keys=tiny)
   assert_one_line_error(done, "checkpoint")
@@ -214,11 +239,18 @@ def test_a_run_of_another_config_is_left_alone(finished, tiny):
   assert snapshot(finished) == before
 
 
-@pytest.mark.parametrize("name", ["config.json", "result.json"])
-def test_damaged_json(finished, tiny, tmp_path, name):
+@pytest.mark.parametrize(
+  "name, text",
+  [
+    ("config.json", '{"dataset": '),
+    ("result.json", '{"best_accuracy": '),
+    ("result.json", "{}"),
+  ],
+)
+def test_damaged_json(finished, tiny, tmp_path, name, text):
   workdir = tmp_path / "run"
   shutil.copytree(finished, workdir)
-  (workdir / name).write_text('{"dataset": ')
+  (workdir / name).write_text(text)
   assert_one_line_error(run(f"--workdir={workdir}", keys=tiny), name)
 
 

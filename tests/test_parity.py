@@ -396,8 +396,8 @@ def test_learning_rates_of_training(norm, source, run):
 
 @pytest.mark.parametrize("run", RUNS)
 def test_state_after_training(norm, source, run):
-  want = reference(norm, source).under(f"ref/train/{run}/final/")
   state = finished(norm, source, run)
+  want = reference(norm, source).under(f"ref/train/{run}/final/")
   statistics = {
     k.removeprefix("batch_stats/"): want.pop(k)
     for k in list(want)
@@ -409,9 +409,9 @@ def test_state_after_training(norm, source, run):
 
 @pytest.mark.parametrize("run", RUNS)
 def test_eval_logits_after_training(norm, source, run):
+  state = finished(norm, source, run)
   data = reference(norm, source)
   want = data[f"ref/train/{run}/eval_logits"]
-  state = finished(norm, source, run)
   variables = {"params": state.params, "batch_stats": state.batch_stats}
   logits, _ = forward_of(norm)(variables, data["ref/eval/images"])
   quantity = "final_logits_extra" if run == "extra" else "final_logits"

@@ -1,5 +1,6 @@
 """The loop: what a run writes, and that stopping it changes nothing."""
 
+import dataclasses
 import json
 import math
 
@@ -205,10 +206,7 @@ def test_a_pretrained_file_is_where_a_run_starts(tiny_config, tmp_path):
   path = tmp_path / "a.npz"
   pretrained.save(path, params, batch_stats)
   tiny_config.pretrained_path = str(path)
-  made = experiment.create(tiny_config)
-  with checkpoint.Checkpoints(tmp_path / "b", 1) as checkpoints:
-    state, progress = experiment.initial_state(made, checkpoints)
-  assert progress.step == 0
+  state = experiment.first_state(experiment.create(tiny_config))
   for x, y in zip(
     jax.tree.leaves((state.params, state.batch_stats)),
     jax.tree.leaves((params, batch_stats)),
@@ -219,6 +217,48 @@ def test_a_pretrained_file_is_where_a_run_starts(tiny_config, tmp_path):
   tiny_config.eval_weights = "pretrained"
   result = evaluate.evaluate_run(tiny_config, tmp_path / "b")
   assert result["accuracy"] == lines(tmp_path / "a")[-1]["test/accuracy"]
+
+
+def test_a_test_loss_that_is_not_finite_stops_the_run(
+  tiny_config, tmp_path, monkeypatch
+):
+  real = evaluate.Evaluator.__call__
+  results = iter([False, True])
+
+  def diverging(self, *args):
+    result = real(self, *args)
+    if next(results):
+      return dataclasses.replace(result, loss=float("nan"))
+    return result
+
+  monkeypatch.setattr(evaluate.Evaluator, "__call__", diverging)
+  with pytest.raises(errors.UserError, match="step 10: test loss nan.*step 8"):
+    train.train_and_evaluate(tiny_config, tmp_path)
+  assert [x["step"] for x in lines(tmp_path) if "test/loss" in x] == [5]
+  assert checkpoint.load_variables(tmp_path, "best")[2] == 5
+  assert checkpoint.load_variables(tmp_path, "latest")[2] == 8
+
+
+def test_a_folder_without_its_config_is_refused(tiny_config, tmp_path):
+  train.train_and_evaluate(tiny_config, tmp_path)
+  (tmp_path / "config.json").unlink()
+  with pytest.raises(errors.UserError, match=r"without its config\.json"):
+    train.train_and_evaluate(tiny_config, tmp_path)
+  (tmp_path / "result.json").unlink()
+  with pytest.raises(errors.UserError, match=r"without its config\.json"):
+    evaluate.evaluate_run(tiny_config, tmp_path)
+
+
+def test_a_run_that_saved_nothing_may_change_its_config(
+  tiny_config, tmp_path, stop_at
+):
+  stop_at(2)
+  with pytest.raises(InterruptedError):
+    train.train_and_evaluate(tiny_config, tmp_path)
+  tiny_config.seed = 5
+  train.train_and_evaluate(tiny_config, tmp_path)
+  assert json.loads((tmp_path / "config.json").read_text())["seed"] == 5
+  assert [x["step"] for x in lines(tmp_path)][:2] == [2, 4]
 
 
 @pytest.mark.parametrize("which, at", [("best", "best"), ("latest", "last")])

@@ -68,6 +68,9 @@ def create(
     variants.VARIANTS[name],
     **{k: v for k, v in sizes.items() if v is not None},
   )
+  for key, value in dataclasses.asdict(size).items():
+    if value < 1:
+      raise errors.UserError(f"model.{key}: is {value}, but must be > 0")
   if image_size % size.patch_size:
     raise errors.UserError(
       f"image_size: {image_size} is not divisible by the patch size"

@@ -159,6 +159,7 @@ class Rescale(Norm):
       return x + y
     skip = (self.block / (self.block + 1)) ** 0.5
     branch = self.scale * self.num_blocks**-0.5
+    x = x.astype(jnp.float32)  # Or bfloat16 would round `skip`.
     return (skip * x + branch * y).astype(self.dtype)
 
 
