@@ -20,20 +20,20 @@ def main(argv: Sequence[str] | None = None) -> int:
   parser.add_argument("--workdir", required=True, help="the run's folder")
   parser.add_argument("--output", required=True, help="the .npz to write")
   parser.add_argument(
-      "--checkpoint", choices=("best", "latest"), default="best"
+    "--checkpoint", choices=("best", "latest"), default="best"
   )
   parser.add_argument(
-      "--overwrite", action="store_true", help="replace an existing output"
+    "--overwrite", action="store_true", help="replace an existing output"
   )
   args = parser.parse_args(argv)
   try:
     if os.path.exists(args.output) and not args.overwrite:
       raise errors.UserError(
-          f"{args.output}: exists already; choose another --output or add"
-          " --overwrite"
+        f"{args.output}: exists already; choose another --output or add"
+        " --overwrite"
       )
     params, batch_stats, step = checkpoint.load_variables(
-        pathlib.Path(args.workdir), args.checkpoint
+      pathlib.Path(args.workdir), args.checkpoint
     )
     pretrained.save(args.output, params, batch_stats)
   except errors.UserError as e:

@@ -56,47 +56,47 @@ class Layout:
 
 
 LAYOUTS = (
-    Layout(
-        dataset="cifar10",
-        archive="cifar-10-binary.tar.gz",
-        folder="cifar-10-batches-bin",
-        records={
-            **{f"data_batch_{i}.bin": 10_000 for i in range(1, 6)},
-            "test_batch.bin": 10_000,
-        },
-        num_classes=(10,),
-        names={"batches.meta.txt": 10},
-        others=("readme.html",),
-    ),
-    Layout(
-        dataset="cifar100",
-        archive="cifar-100-binary.tar.gz",
-        folder="cifar-100-binary",
-        records={"train.bin": 50_000, "test.bin": 10_000},
-        num_classes=(20, 100),
-        names={"coarse_label_names.txt": 20, "fine_label_names.txt": 100},
-    ),
+  Layout(
+    dataset="cifar10",
+    archive="cifar-10-binary.tar.gz",
+    folder="cifar-10-batches-bin",
+    records={
+      **{f"data_batch_{i}.bin": 10_000 for i in range(1, 6)},
+      "test_batch.bin": 10_000,
+    },
+    num_classes=(10,),
+    names={"batches.meta.txt": 10},
+    others=("readme.html",),
+  ),
+  Layout(
+    dataset="cifar100",
+    archive="cifar-100-binary.tar.gz",
+    folder="cifar-100-binary",
+    records={"train.bin": 50_000, "test.bin": 10_000},
+    num_classes=(20, 100),
+    names={"coarse_label_names.txt": 20, "fine_label_names.txt": 100},
+  ),
 )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
   """Prepares data sets; returns the exit code."""
   parser = argparse.ArgumentParser(
-      description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
   what = parser.add_mutually_exclusive_group(required=True)
   what.add_argument("--dataset", help="cifar10, cifar100, digits, ...")
   what.add_argument(
-      "--archive",
-      action="append",
-      metavar="FILE",
-      help="official binary archive of CIFAR-10 or CIFAR-100, under any name;"
-      " can be repeated",
+    "--archive",
+    action="append",
+    metavar="FILE",
+    help="official binary archive of CIFAR-10 or CIFAR-100, under any name;"
+    " can be repeated",
   )
   parser.add_argument(
-      "--data_dir",
-      help="where prepared data sets lie; default: tfds' own,"
-      " ~/tensorflow_datasets",
+    "--data_dir",
+    help="where prepared data sets lie; default: tfds' own,"
+    " ~/tensorflow_datasets",
   )
   args = parser.parse_args(argv)
   try:
@@ -133,8 +133,8 @@ def inspect(path: str, layouts: Sequence[Layout]) -> Layout:
   """
   try:
     with (
-        gzip.open(path) as unzipped,
-        tarfile.open(fileobj=unzipped, mode="r|") as tar,
+      gzip.open(path) as unzipped,
+      tarfile.open(fileobj=unzipped, mode="r|") as tar,
     ):
       layout = _check_members(path, tar, layouts)
       # gzip compares its checksum at the end of the file only.
@@ -144,13 +144,13 @@ def inspect(path: str, layouts: Sequence[Layout]) -> Layout:
   except (OSError, EOFError, zlib.error, tarfile.TarError) as e:
     reason = getattr(e, "strerror", None) or " ".join(str(e).split())
     raise errors.UserError(
-        f"{path}: no intact gzip-compressed tar file ({reason}); bring"
-        f" {' or '.join(layout.archive for layout in layouts)} as published"
+      f"{path}: no intact gzip-compressed tar file ({reason}); bring"
+      f" {' or '.join(layout.archive for layout in layouts)} as published"
     ) from e
 
 
 def _check_members(
-    path: str, tar: tarfile.TarFile, layouts: Sequence[Layout]
+  path: str, tar: tarfile.TarFile, layouts: Sequence[Layout]
 ) -> Layout:
   layout, seen = None, set()
   for member in tar:
@@ -158,8 +158,8 @@ def _check_members(
     layout = layout or next((x for x in layouts if x.folder == folder), None)
     if layout is None or folder != layout.folder:
       raise errors.UserError(
-          f"{path}: has {member.name!r}, which is not in"
-          f" {' or '.join(x.archive for x in layouts)}"
+        f"{path}: has {member.name!r}, which is not in"
+        f" {' or '.join(x.archive for x in layouts)}"
       )
     if not name and member.isdir():
       continue
@@ -176,7 +176,7 @@ def _check_members(
   missing = [name for name in required if name not in seen]
   if missing or layout is None:
     raise errors.UserError(
-        f"{path}: lacks {', '.join(missing) or 'any member'}"
+      f"{path}: lacks {', '.join(missing) or 'any member'}"
     )
   return layout
 
@@ -192,7 +192,7 @@ def _check_content(what, tar, member, layout, name):
       largest = records[:, i].max()
       if largest >= num_classes:
         raise errors.UserError(
-            f"{what} has the label {largest}, not below {num_classes}"
+          f"{what} has the label {largest}, not below {num_classes}"
         )
     return
   if member.size > _MAX_TEXT:
@@ -202,7 +202,7 @@ def _check_content(what, tar, member, layout, name):
     found = len(set(text.split("\n")) - {""})
     if found != layout.names[name]:
       raise errors.UserError(
-          f"{what} has {found} class names, not {layout.names[name]}"
+        f"{what} has {found} class names, not {layout.names[name]}"
       )
 
 
@@ -214,7 +214,7 @@ def _prepare_by_name(name: str, data_dir: str | None) -> None:
 
 
 def _prepare_from_archive(
-    path: str, layout: Layout, data_dir: str | None
+  path: str, layout: Layout, data_dir: str | None
 ) -> None:
   """Lets tfds' builder take an archive instead of downloading it."""
   builder = builders.open_builder(layout.dataset, data_dir)
@@ -224,19 +224,19 @@ def _prepare_from_archive(
   try:
     root.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(
-        dir=root, prefix="prepare_data.", ignore_cleanup_errors=True
+      dir=root, prefix="prepare_data.", ignore_cleanup_errors=True
     ) as scratch:
       link = pathlib.Path(scratch, layout.archive)
       link.symlink_to(pathlib.Path(path).resolve())
       with _expected(builder, link):
         builders.prepare(
-            builder,
-            download_dir=os.path.join(scratch, "downloads"),
-            manual_dir=scratch,
+          builder,
+          download_dir=os.path.join(scratch, "downloads"),
+          manual_dir=scratch,
         )
   except OSError as e:
     raise errors.UserError(
-        f"cannot write to {root}: {e.strerror}; choose another --data_dir"
+      f"cannot write to {root}: {e.strerror}; choose another --data_dir"
     ) from e
 
 
@@ -248,8 +248,8 @@ def _expected(builder: tfds.core.DatasetBuilder, path: pathlib.Path):
   official, found = infos[url], tfds.download.checksums.compute_url_info(path)
   if found != official:
     print(
-        f"note: {path.resolve()} is not the published file (sha256"
-        f" {found.checksum}), but what is in it has the same layout"
+      f"note: {path.resolve()} is not the published file (sha256"
+      f" {found.checksum}), but what is in it has the same layout"
     )
   infos[url] = found
   try:

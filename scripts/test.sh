@@ -12,6 +12,7 @@ root="$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd -P)"
 bash "$root/scripts/env.sh" test
 cd "$root"
 .venv/bin/python -m ruff check .
+.venv/bin/python -m ruff format --check .
 # Each process holds a JAX of its own: more than four cost more than they give.
 JAX_PLATFORMS="${JAX_PLATFORMS-cpu}" exec .venv/bin/python -m pytest \
   --numprocesses=logical --maxprocesses=4 --dist=worksteal --durations=10 "$@"

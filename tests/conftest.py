@@ -41,7 +41,8 @@ def digits_dir(shared_dir) -> pathlib.Path:
 def tiny_config(digits_dir):
   """The config of a run on the digits that takes a second."""
   config = config_lib.default()
-  config.update({
+  config.update(
+    {
       "dataset": "digits",
       "tfds_data_dir": str(digits_dir),
       "model_name": "ViT-XS_2",
@@ -53,13 +54,16 @@ def tiny_config(digits_dir):
       "eval_every": 5,
       "progress_every": 2,
       "checkpoint_every": 4,
-  })
-  config.model.update({
+    }
+  )
+  config.model.update(
+    {
       "patch_size": 4,
       "hidden_size": 16,
       "mlp_dim": 32,
       "num_heads": 2,
       "num_layers": 2,
       "norm": "Rescale",
-  })
+    }
+  )
   return config

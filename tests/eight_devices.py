@@ -27,27 +27,31 @@ def _missing():
 def main(norm, folder, data_dir):
   assert jax.device_count() == 8
   config = config_lib.default()
-  config.update({
-    "dataset": "digits",
-    "tfds_data_dir": data_dir,
-    "model_name": "ViT-XS_2",
-    "image_size": 8,
-    "batch": 48,
-    "accum_steps": 2,
-    "batch_eval": 100,  # 360 images: neither 100 nor 8 divide the last batch.
-    "total_steps": 10,
-    "warmup_steps": 3,
-    "eval_every": 10,
-    "progress_every": 1,
-  })
-  config.model.update({
-    "norm": norm,
-    "patch_size": 4,
-    "hidden_size": 16,
-    "mlp_dim": 32,
-    "num_heads": 2,
-    "num_layers": 1,
-  })
+  config.update(
+    {
+      "dataset": "digits",
+      "tfds_data_dir": data_dir,
+      "model_name": "ViT-XS_2",
+      "image_size": 8,
+      "batch": 48,
+      "accum_steps": 2,
+      "batch_eval": 100,  # 360 images: neither 100 nor 8 divide the last batch.
+      "total_steps": 10,
+      "warmup_steps": 3,
+      "eval_every": 10,
+      "progress_every": 1,
+    }
+  )
+  config.model.update(
+    {
+      "norm": norm,
+      "patch_size": 4,
+      "hidden_size": 16,
+      "mlp_dim": 32,
+      "num_heads": 2,
+      "num_layers": 1,
+    }
+  )
   writers.tensorflow_cpu.load = _missing  # It would only take time.
   found = {}
   for devices in (1, 8):

@@ -32,19 +32,21 @@ class Fake(tfds.core.GeneratorBasedBuilder):
 
   def _info(self):
     return tfds.core.DatasetInfo(
-        builder=self,
-        features=tfds.features.FeaturesDict({
-            "image": tfds.features.Image(shape=self.SHAPE),
-            "label": tfds.features.ClassLabel(names=["a", "b", "c", "d"]),
-            "id": tfds.features.Text(),
-        }),
-        supervised_keys=self.KEYS,
+      builder=self,
+      features=tfds.features.FeaturesDict(
+        {
+          "image": tfds.features.Image(shape=self.SHAPE),
+          "label": tfds.features.ClassLabel(names=["a", "b", "c", "d"]),
+          "id": tfds.features.Text(),
+        }
+      ),
+      supervised_keys=self.KEYS,
     )
 
   def _split_generators(self, dl_manager):
     return {
-        split: self._generate_examples(split, count)
-        for split, count in self.COUNTS.items()
+      split: self._generate_examples(split, count)
+      for split, count in self.COUNTS.items()
     }
 
   def _generate_examples(self, split, count):
@@ -91,14 +93,16 @@ class FakeDeep(Fake):
 
   def _info(self):
     return tfds.core.DatasetInfo(
-        builder=self,
-        features=tfds.features.FeaturesDict({
-            "image": tfds.features.Image(
-                shape=(6, 5, 1), dtype=np.uint16, encoding_format="png"
-            ),
-            "label": tfds.features.ClassLabel(num_classes=4),
-        }),
-        supervised_keys=("image", "label"),
+      builder=self,
+      features=tfds.features.FeaturesDict(
+        {
+          "image": tfds.features.Image(
+            shape=(6, 5, 1), dtype=np.uint16, encoding_format="png"
+          ),
+          "label": tfds.features.ClassLabel(num_classes=4),
+        }
+      ),
+      supervised_keys=("image", "label"),
     )
 
 
@@ -107,12 +111,14 @@ class FakeNamedLate(Fake):
 
   def _info(self):
     return tfds.core.DatasetInfo(
-        builder=self,
-        features=tfds.features.FeaturesDict({
-            "image": tfds.features.Image(shape=self.SHAPE),
-            "label": tfds.features.ClassLabel(num_classes=4),
-        }),
-        supervised_keys=self.KEYS,
+      builder=self,
+      features=tfds.features.FeaturesDict(
+        {
+          "image": tfds.features.Image(shape=self.SHAPE),
+          "label": tfds.features.ClassLabel(num_classes=4),
+        }
+      ),
+      supervised_keys=self.KEYS,
     )
 
   def _split_generators(self, dl_manager):

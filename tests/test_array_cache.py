@@ -6,8 +6,8 @@ import pytest
 from rescalevit_jax import array_cache
 
 ARRAYS = {
-    "images": np.arange(600, dtype=np.uint8).reshape(10, 4, 5, 3),
-    "labels": np.arange(10, dtype=np.int32),
+  "images": np.arange(600, dtype=np.uint8).reshape(10, 4, 5, 3),
+  "labels": np.arange(10, dtype=np.int32),
 }
 
 
@@ -75,7 +75,7 @@ def test_a_place_that_cannot_be_written_is_no_error(tmp_path):
 
 
 def test_a_full_disk_leaves_the_old_file_and_nothing_else(
-    tmp_path, monkeypatch
+  tmp_path, monkeypatch
 ):
   path = tmp_path / "x.npz"
   array_cache.save(path, ARRAYS)

@@ -193,7 +193,7 @@ def server(monkeypatch):
 class TestDownload:
   @pytest.mark.parametrize("answer", ["half", "error"])
   def test_failure_midway_then_success(
-      self, server, tmp_path, monkeypatch, answer
+    self, server, tmp_path, monkeypatch, answer
   ):
     monkeypatch.setattr(Handler, "answer", answer)
     builder = builders.open_builder("fake_download", str(tmp_path))
@@ -207,7 +207,7 @@ class TestDownload:
     assert builders.is_prepared(builder)
 
   def test_other_downloads_end_with_the_first_failure(
-      self, server, tmp_path, monkeypatch
+    self, server, tmp_path, monkeypatch
   ):
     # Python waits for their threads before it ends.
     monkeypatch.setattr(Handler, "answer", "error")
@@ -227,7 +227,7 @@ class TestDownload:
 
   @pytest.mark.parametrize("name", ["cifar10", "cifar100"])
   def test_cifar_without_internet_names_the_script(
-      self, server, tmp_path, monkeypatch, name
+    self, server, tmp_path, monkeypatch, name
   ):
     for variable in ("https_proxy", "HTTPS_PROXY", "all_proxy", "ALL_PROXY"):
       monkeypatch.setenv(variable, "http://127.0.0.1:9")

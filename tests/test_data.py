@@ -16,18 +16,18 @@ from rescalevit_jax import errors
 from rescalevit_jax import tensorflow_cpu
 
 GOLDEN = [
-    # seed, step, batch, examples, indices
-    (0, 1, 5, 10, [3, 2, 1, 8, 6]),
-    (0, 2, 5, 10, [0, 7, 4, 5, 9]),
-    (0, 3, 5, 10, [7, 4, 5, 1, 9]),
-    (1, 1, 5, 10, [9, 2, 4, 7, 5]),
-    (7, 3, 4, 5, [4, 0, 4, 0]),
+  # seed, step, batch, examples, indices
+  (0, 1, 5, 10, [3, 2, 1, 8, 6]),
+  (0, 2, 5, 10, [0, 7, 4, 5, 9]),
+  (0, 3, 5, 10, [7, 4, 5, 1, 9]),
+  (1, 1, 5, 10, [9, 2, 4, 7, 5]),
+  (7, 3, 4, 5, [4, 0, 4, 0]),
 ]
 
 
 def stream(seed, batch, num_examples, steps):
   return np.concatenate(
-      [data.indices(seed, s, batch, num_examples) for s in range(1, steps + 1)]
+    [data.indices(seed, s, batch, num_examples) for s in range(1, steps + 1)]
   )
 
 
@@ -43,7 +43,7 @@ class TestIndices:
     for batch in (1, 7, 23, 57):
       steps = 300 // batch
       np.testing.assert_array_equal(
-          stream(3, batch, 20, steps), whole[: steps * batch]
+        stream(3, batch, 20, steps), whole[: steps * batch]
       )
 
   def test_depends_on_nothing_but_its_arguments(self):
@@ -60,16 +60,18 @@ class TestIndices:
     assert len({tuple(order) for order in orders}) == 10
 
   def test_orders_are_uniform(self):
-    where = np.array([
+    where = np.array(
+      [
         np.flatnonzero(data.indices(seed, 1, 10, 10) == 0)[0]
         for seed in range(2000)
-    ])
+      ]
+    )
     # 200 expected in each of the 10 places, with a deviation of 13.
     assert abs(np.bincount(where, minlength=10) - 200).max() < 60
 
   @pytest.mark.parametrize("seed,step,batch,num_examples,expected", GOLDEN)
   def test_orders_are_the_same_everywhere(
-      self, seed, step, batch, num_examples, expected
+    self, seed, step, batch, num_examples, expected
   ):
     found = data.indices(seed, step, batch, num_examples)
     assert found.dtype == np.int32
@@ -88,13 +90,13 @@ def prepared(tmp_path_factory):
   """A data_dir with all that the tests only read."""
   path = tmp_path_factory.mktemp("prepared")
   for name in (
-      "fake",
-      "fake_grey",
-      "fake_validation",
-      "fake_train_only",
-      "fake_test_only",
-      "fake_unlabelled",
-      "fake_wrong_size",
+    "fake",
+    "fake_grey",
+    "fake_validation",
+    "fake_train_only",
+    "fake_test_only",
+    "fake_unlabelled",
+    "fake_wrong_size",
   ):
     builders.prepare(builders.open_builder(name, str(path)))
   return str(path)
@@ -167,8 +169,8 @@ class TestLoad:
     builder = builders.open_builder("fake", str(tmp_path))
     # Several shards: tf.data would read them in turns.
     builder.download_and_prepare(
-        file_format="tfrecord",
-        download_config=tfds.download.DownloadConfig(num_shards=3),
+      file_format="tfrecord",
+      download_config=tfds.download.DownloadConfig(num_shards=3),
     )
     files = os.listdir(tmp_path / "fake" / "1.2.3")
     assert sum("train.tfrecord" in name for name in files) == 3
@@ -176,15 +178,15 @@ class TestLoad:
 
   def test_reads_without_tensorflow(self, prepared):
     program = (
-        "import sys, fake_data\nfrom rescalevit_jax import data\n"
-        f"data.load('fake', {prepared!r})\n"
-        "assert 'tensorflow' not in sys.modules"
+      "import sys, fake_data\nfrom rescalevit_jax import data\n"
+      f"data.load('fake', {prepared!r})\n"
+      "assert 'tensorflow' not in sys.modules"
     )
     here = str(pathlib.Path(__file__).parent)
     subprocess.run(
-        [sys.executable, "-c", program],
-        env=os.environ | {"PYTHONPATH": os.pathsep.join([here, *sys.path])},
-        check=True,
+      [sys.executable, "-c", program],
+      env=os.environ | {"PYTHONPATH": os.pathsep.join([here, *sys.path])},
+      check=True,
     )
 
 
@@ -209,10 +211,10 @@ class TestCache:
     refuses("fake", data_dir, "read again")
 
   @pytest.mark.parametrize(
-      "damage", ["cut", "shape", "images", "labels", "missing"]
+    "damage", ["cut", "shape", "images", "labels", "missing"]
   )
   def test_a_damaged_file_is_written_anew(
-      self, prepared, cache, no_records, damage
+    self, prepared, cache, no_records, damage
   ):
     first = data.load("fake", prepared)
     (path,) = cache.glob("rescalevit_jax/*/train.npz")
@@ -232,7 +234,7 @@ class TestCache:
     assert_equal(data.load("fake", prepared), first)
 
   def test_an_unwritable_cache_is_no_error(
-      self, prepared, monkeypatch, tmp_path
+    self, prepared, monkeypatch, tmp_path
   ):
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
@@ -274,7 +276,7 @@ class TestRefuses:
 
   @pytest.mark.parametrize("change,found", [(-1, "29 examples"), (1, "more")])
   def test_another_number_of_records(
-      self, prepared, monkeypatch, change, found
+    self, prepared, monkeypatch, change, found
   ):
     original = data._records
 

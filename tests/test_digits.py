@@ -17,14 +17,14 @@ def test_has_every_image_of_scikit_learn_once(digits_dir):
     grey = split.images[..., 0].reshape(-1, 64)
     for channel in (1, 2):
       np.testing.assert_array_equal(
-          split.images[..., channel].reshape(-1, 64), grey
+        split.images[..., channel].reshape(-1, 64), grey
       )
     found += zip(map(bytes, grey), split.labels.tolist(), strict=True)
   # From the 17 grey levels to bytes and back.
   expected = zip(
-      map(bytes, (images * 255 / 16).round().astype(np.uint8)),
-      labels.tolist(),
-      strict=True,
+    map(bytes, (images * 255 / 16).round().astype(np.uint8)),
+    labels.tolist(),
+    strict=True,
   )
   assert sorted(found) == sorted(expected)
 
@@ -36,7 +36,7 @@ def test_splits_have_the_documented_sizes(digits_dir):
   assert dataset.num_classes == 10
   assert dataset.class_names == tuple("0123456789")
   totals = np.bincount(
-      np.concatenate([dataset.train.labels, dataset.test.labels])
+    np.concatenate([dataset.train.labels, dataset.test.labels])
   )
   share = np.bincount(dataset.test.labels) / totals
   assert (abs(share - 0.2) * totals < 1).all()
@@ -46,7 +46,18 @@ def test_test_split_never_changes():
   labels = datasets.load_digits().target
   mask = digits.test_mask(labels)
   assert np.flatnonzero(mask)[:12].tolist() == [
-      3, 4, 10, 11, 13, 21, 24, 27, 28, 29, 30, 33,
+    3,
+    4,
+    10,
+    11,
+    13,
+    21,
+    24,
+    27,
+    28,
+    29,
+    30,
+    33,
   ]
   assert np.flatnonzero(mask).sum() == 313941
 
@@ -61,21 +72,21 @@ def test_test_split_is_mixed():
 def test_needs_no_tensorflow(tmp_path):
   (tmp_path / "tensorflow.py").write_text("raise ImportError('not there')")
   program = (
-      "from rescalevit_jax import data\n"
-      f"d = data.load('digits', {str(tmp_path / 'tfds')!r})\n"
-      "print(len(d.train.labels), len(d.test.labels))"
+    "from rescalevit_jax import data\n"
+    f"d = data.load('digits', {str(tmp_path / 'tfds')!r})\n"
+    "print(len(d.train.labels), len(d.test.labels))"
   )
   path = os.pathsep.join([str(tmp_path), *filter(None, sys.path)])
   result = subprocess.run(
-      [sys.executable, "-c", program],
-      env={
-          **os.environ,
-          "PYTHONPATH": path,
-          "XDG_CACHE_HOME": str(tmp_path / "cache"),
-      },
-      capture_output=True,
-      text=True,
-      check=False,
+    [sys.executable, "-c", program],
+    env={
+      **os.environ,
+      "PYTHONPATH": path,
+      "XDG_CACHE_HOME": str(tmp_path / "cache"),
+    },
+    capture_output=True,
+    text=True,
+    check=False,
   )
   assert result.returncode == 0, result.stderr
   assert result.stdout.splitlines()[-1] == "1437 360"

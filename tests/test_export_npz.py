@@ -29,8 +29,8 @@ def export(tmp_path, monkeypatch):
 
   def export(*flags, workdir="run"):
     return script.main(
-        [f"--workdir={tmp_path / workdir}", f"--output={tmp_path / 'a.npz'}"]
-        + list(flags)
+      [f"--workdir={tmp_path / workdir}", f"--output={tmp_path / 'a.npz'}"]
+      + list(flags)
     )
 
   return export
@@ -41,10 +41,10 @@ def test_export(which, export, tmp_path, capsys):
   flags = () if which == "best" else ("--checkpoint=latest",)
   assert export(*flags) == 0
   params, stats, _ = pretrained.load(
-      tmp_path / "a.npz", *trees.fresh("BN", seed=5)
+    tmp_path / "a.npz", *trees.fresh("BN", seed=5)
   )
   trees.same(
-      trees.flat(params, stats), trees.arrays("BN", seed=which == "latest")
+    trees.flat(params, stats), trees.arrays("BN", seed=which == "latest")
   )
   out = capsys.readouterr().out
   assert which in out and "7" in out and "a.npz" in out

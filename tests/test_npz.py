@@ -14,8 +14,8 @@ from rescalevit_jax import pretrained
 
 @pytest.mark.parametrize("numbering", ["old", "new"])
 @pytest.mark.parametrize(
-    "prefix",
-    ["", "params/", "opt/target/", "optimizer/target/", "a/b/"],
+  "prefix",
+  ["", "params/", "opt/target/", "optimizer/target/", "a/b/"],
 )
 def test_prefixes_and_numberings(numbering, prefix, tmp_path):
   saved = trees.arrays()
@@ -38,23 +38,23 @@ def test_one_key_in_both_numberings_is_an_error(tmp_path):
   key = trees.BLOCK + "MlpBlock_3/Dense_0/bias"
   new = key.replace("MlpBlock_3", "MlpBlock_0")
   trees.refuses(
-      trees.write(tmp_path, arrays | {new: arrays[key]}), key, new, "twice"
+    trees.write(tmp_path, arrays | {new: arrays[key]}), key, new, "twice"
   )
 
 
 @pytest.mark.parametrize(
-    "prefix, state",
-    [
-        ("params/", "opt/0/mu/"),
-        ("opt/target/", "opt/state/"),
-        ("weights/", "state/x"),
-    ],
+  "prefix, state",
+  [
+    ("params/", "opt/0/mu/"),
+    ("opt/target/", "opt/state/"),
+    ("weights/", "state/x"),
+  ],
 )
 def test_what_is_outside_the_prefix_is_dropped(prefix, state, tmp_path):
   saved = trees.arrays("BN")
   params = {
-      k if k in trees.stats_keys(saved) else prefix + k: v
-      for k, v in saved.items()
+    k if k in trees.stats_keys(saved) else prefix + k: v
+    for k, v in saved.items()
   }
   optimizer = {state + k: v for k, v in trees.arrays("LN", seed=2).items()}
   optimizer["step"] = np.array("never looked at")
@@ -74,10 +74,10 @@ def test_several_models_in_a_file_are_refused(tmp_path):
 def test_float_types_become_float32(dtype, tmp_path):
   saved = {k: v.astype(dtype) for k, v in trees.arrays().items()}
   params, stats, _ = pretrained.load(
-      trees.write(tmp_path, saved), *trees.fresh(seed=1)
+    trees.write(tmp_path, saved), *trees.fresh(seed=1)
   )
   trees.same(
-      trees.flat(params, stats), {k: v.astype("f4") for k, v in saved.items()}
+    trees.flat(params, stats), {k: v.astype("f4") for k, v in saved.items()}
   )
 
 
@@ -87,7 +87,7 @@ def test_bfloat16_is_converted_not_reinterpreted(tmp_path):
   assert np.load(path)["cls"].dtype == "V2"
   params, stats, _ = pretrained.load(path, *trees.fresh(seed=1))
   trees.same(
-      trees.flat(params, stats), {k: v.astype("f4") for k, v in saved.items()}
+    trees.flat(params, stats), {k: v.astype("f4") for k, v in saved.items()}
   )
 
 
@@ -112,14 +112,14 @@ def test_folder(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "content, part",
-    [
-        (b"", "empty"),
-        (b"<html>404</html>", "not a zip archive"),
-        (b"PK\x03\x04 and no more", "truncated"),
-        (b"\x80\x04K\x01.", "not a zip archive"),
-        (b"PK\x05\x06" + bytes(18), "not"),
-    ],
+  "content, part",
+  [
+    (b"", "empty"),
+    (b"<html>404</html>", "not a zip archive"),
+    (b"PK\x03\x04 and no more", "truncated"),
+    (b"\x80\x04K\x01.", "not a zip archive"),
+    (b"PK\x05\x06" + bytes(18), "not"),
+  ],
 )
 def test_other_content(content, part, tmp_path):
   path = tmp_path / "a.npz"
@@ -176,7 +176,7 @@ def test_array_stored_twice(tmp_path):
 
 def test_foreign_archives(tmp_path):
   trees.refuses(
-      trees.write(tmp_path, {"x": np.ones(3)}), "not a ViT checkpoint", "x"
+    trees.write(tmp_path, {"x": np.ones(3)}), "not a ViT checkpoint", "x"
   )
   trees.refuses(trees.write(tmp_path, {}), "not a ViT checkpoint")
   with zipfile.ZipFile(tmp_path / "torch.npz", "w") as z:
@@ -192,7 +192,7 @@ def test_saved_names_are_those_of_the_published_files(tmp_path):
   pretrained.save(tmp_path / "a.npz", *trees_like_google)
   with np.load(tmp_path / "a.npz", allow_pickle=False) as saved:
     assert {k: v.shape for k, v in saved.items()} == {
-        k: v.shape for k, v in parity.arrays("google.npz").items()
+      k: v.shape for k, v in parity.arrays("google.npz").items()
     }
 
 

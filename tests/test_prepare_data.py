@@ -32,10 +32,10 @@ script = load_script()
 CIFAR10, CIFAR100 = script.LAYOUTS
 # The official layouts, with few images.
 SMALL10 = dataclasses.replace(
-    CIFAR10, records={name: 4 for name in CIFAR10.records}
+  CIFAR10, records={name: 4 for name in CIFAR10.records}
 )
 SMALL100 = dataclasses.replace(
-    CIFAR100, records={"train.bin": 20, "test.bin": 6}
+  CIFAR100, records={"train.bin": 20, "test.bin": 6}
 )
 SMALL = (SMALL10, SMALL100)
 
@@ -45,7 +45,7 @@ def labels_of(layout, name):
   rng = np.random.default_rng(len(name))
   count = layout.records[name]
   return np.stack(
-      [rng.integers(0, n, count, np.uint8) for n in layout.num_classes], axis=1
+    [rng.integers(0, n, count, np.uint8) for n in layout.num_classes], axis=1
   )
 
 
@@ -58,8 +58,8 @@ def images_of(layout, name):
 def members(layout):
   """{name: content} of an archive that is right."""
   found = {
-      f"{layout.folder}/{name}": b"".join(b"class%d\n" % i for i in range(n))
-      for name, n in layout.names.items()
+    f"{layout.folder}/{name}": b"".join(b"class%d\n" % i for i in range(n))
+    for name, n in layout.names.items()
   }
   for name in layout.records:
     planes = images_of(layout, name).transpose(0, 3, 1, 2)
@@ -109,8 +109,8 @@ class TestInspect:
 
   def test_accepts_the_folder_and_the_readme(self, tmp_path):
     contents = {
-        **members(SMALL10),
-        "cifar-10-batches-bin/readme.html": b"<meta>",
+      **members(SMALL10),
+      "cifar-10-batches-bin/readme.html": b"<meta>",
     }
     extra = [info("cifar-10-batches-bin/", tarfile.DIRTYPE)]
     path = write(tmp_path / "a", contents, extra)
@@ -121,8 +121,8 @@ class TestInspect:
       return {k: n * layout.record_bytes for k, n in layout.records.items()}
 
     assert sizes(CIFAR10) == {
-        **{f"data_batch_{i}.bin": 30_730_000 for i in (1, 2, 3, 4, 5)},
-        "test_batch.bin": 30_730_000,
+      **{f"data_batch_{i}.bin": 30_730_000 for i in (1, 2, 3, 4, 5)},
+      "test_batch.bin": 30_730_000,
     }
     assert sizes(CIFAR100) == {"train.bin": 153_700_000, "test.bin": 30_740_000}
     for layout in script.LAYOUTS:
@@ -132,8 +132,8 @@ class TestInspect:
   def test_accepts_a_whole_archive(self, tmp_path):
     # Of zeros, which compress fast.
     contents = members(SMALL10) | {
-        f"{CIFAR10.folder}/{name}": bytes(count * CIFAR10.record_bytes)
-        for name, count in CIFAR10.records.items()
+      f"{CIFAR10.folder}/{name}": bytes(count * CIFAR10.record_bytes)
+      for name, count in CIFAR10.records.items()
     }
     path = write(tmp_path / "a", contents)
     assert script.inspect(path, script.LAYOUTS) == CIFAR10
@@ -153,18 +153,18 @@ class TestInspect:
     refuses(write(tmp_path / "a", contents), "lacks", name.split("/")[1])
 
   @pytest.mark.parametrize(
-      "name",
-      [
-          "cifar-10-batches-bin/data_batch_6.bin",
-          "cifar-10-batches-bin/sub/test_batch.bin",
-          "cifar-10-batches-bin/../x",
-          "../x",
-          "/etc/x",
-          "/cifar-10-batches-bin/test_batch.bin",
-          "x",
-          "other/test_batch.bin",
-          "cifar-100-binary/test.bin",
-      ],
+    "name",
+    [
+      "cifar-10-batches-bin/data_batch_6.bin",
+      "cifar-10-batches-bin/sub/test_batch.bin",
+      "cifar-10-batches-bin/../x",
+      "../x",
+      "/etc/x",
+      "/cifar-10-batches-bin/test_batch.bin",
+      "x",
+      "other/test_batch.bin",
+      "cifar-100-binary/test.bin",
+    ],
   )
   def test_unexpected_member(self, tmp_path, name):
     contents = {**members(SMALL10), name: b"x"}
@@ -177,7 +177,7 @@ class TestInspect:
     refuses(path, "cifar-10-binary.tar.gz")
 
   @pytest.mark.parametrize(
-      "kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE]
+    "kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE]
   )
   def test_links_and_devices(self, tmp_path, kind):
     contents = members(SMALL10)
@@ -206,12 +206,12 @@ class TestInspect:
     refuses(write(tmp_path / "a", contents), name, f"not {4 * 3073}")
 
   @pytest.mark.parametrize(
-      "layout,name,byte,value",
-      [
-          (SMALL10, "test_batch.bin", 3073, 10),
-          (SMALL100, "train.bin", 3074 * 19, 20),
-          (SMALL100, "test.bin", 3074 * 5 + 1, 100),
-      ],
+    "layout,name,byte,value",
+    [
+      (SMALL10, "test_batch.bin", 3073, 10),
+      (SMALL100, "train.bin", 3074 * 19, 20),
+      (SMALL100, "test.bin", 3074 * 5 + 1, 100),
+    ],
   )
   def test_label_out_of_range(self, tmp_path, layout, name, byte, value):
     contents = members(layout)
@@ -243,8 +243,8 @@ class TestInspect:
     refuses(path, "gzip")
 
   @pytest.mark.parametrize(
-      "where,word",
-      [(-6, "CRC"), (10, "invalid")],  # gzip's own checksum; the first block.
+    "where,word",
+    [(-6, "CRC"), (10, "invalid")],  # gzip's own checksum; the first block.
   )
   def test_changed_inside(self, tmp_path, where, word):
     path = tmp_path / "a"
@@ -288,18 +288,18 @@ def check_data(layout, data_dir):
   for split, is_test in ((dataset.train, False), (dataset.test, True)):
     names = [n for n in layout.records if ("test" in n) == is_test]
     expected = [
-        (image.tobytes(), label)
-        for name in names
-        for image, label in zip(
-            images_of(layout, name),
-            labels_of(layout, name)[:, -1].tolist(),
-            strict=True,
-        )
+      (image.tobytes(), label)
+      for name in names
+      for image, label in zip(
+        images_of(layout, name),
+        labels_of(layout, name)[:, -1].tolist(),
+        strict=True,
+      )
     ]
     found = zip(
-        [image.tobytes() for image in split.images],
-        split.labels.tolist(),
-        strict=True,
+      [image.tobytes() for image in split.images],
+      split.labels.tolist(),
+      strict=True,
     )
     assert sorted(found) == sorted(expected)
 
@@ -313,11 +313,13 @@ class TestMain:
     other = write(tmp_path / "other", members(SMALL100))
     out = tmp_path / "new" / "out"
     args = [
-        f"--archive={small}", f"--archive={other}", f"--data_dir={out}",
+      f"--archive={small}",
+      f"--archive={other}",
+      f"--data_dir={out}",
     ]
     assert script.main(args) == 0
     notes = [
-        line for line in capsys.readouterr().out.splitlines() if "note" in line
+      line for line in capsys.readouterr().out.splitlines() if "note" in line
     ]
     assert [small in notes[0], other in notes[1], len(notes)] == [True, True, 2]
     check_data(SMALL10, out)
@@ -332,7 +334,7 @@ class TestMain:
     assert [x.size for x in url_infos.values()] == [170_052_171]
 
   def test_published_file_needs_no_note(
-      self, small, tmp_path, capsys, monkeypatch
+    self, small, tmp_path, capsys, monkeypatch
   ):
     builder = tfds.builder("cifar10")
     (url,) = builder.url_infos
@@ -356,15 +358,15 @@ class TestMain:
     assert not out.exists()
 
   @pytest.mark.parametrize(
-      "failure,code",
-      [
-          (KeyboardInterrupt(), 130),
-          (errors.UserError("no space"), 1),
-          (OSError(28, "No space left on device"), 1),
-      ],
+    "failure,code",
+    [
+      (KeyboardInterrupt(), 130),
+      (errors.UserError("no space"), 1),
+      (OSError(28, "No space left on device"), 1),
+    ],
   )
   def test_failure_leaves_nothing(
-      self, small, tmp_path, capsys, monkeypatch, failure, code
+    self, small, tmp_path, capsys, monkeypatch, failure, code
   ):
     out = tmp_path / "out"
     seen = []
@@ -397,7 +399,7 @@ class TestMain:
     assert "digits is prepared already" in capsys.readouterr().out
 
   @pytest.mark.parametrize(
-      "name", ["digit", "", "imdb_reviews", "cats_vs_dogs"]
+    "name", ["digit", "", "imdb_reviews", "cats_vs_dogs"]
   )
   def test_a_name_that_does_not_do(self, tmp_path, capsys, name):
     assert script.main([f"--dataset={name}", f"--data_dir={tmp_path}"]) == 1

@@ -38,7 +38,7 @@ def test_jax_arrays_are_taken_as_targets(tmp_path):
   params, stats, _ = pretrained.load(trees.write(tmp_path, saved), *target)
   trees.same(trees.flat(params, stats), saved)
   assert all(
-      isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves((params, stats))
+    isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves((params, stats))
   )
 
 
@@ -46,16 +46,16 @@ def test_jax_arrays_are_taken_as_targets(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "case", ["other classes", "on request", "none in the file"]
+  "case", ["other classes", "on request", "none in the file"]
 )
 def test_head_starts_at_zeros(case, tmp_path):
   saved = trees.arrays(num_classes=5 if case == "other classes" else 3)
   if case == "none in the file":
     saved = {k: v for k, v in saved.items() if k not in trees.HEAD}
   params, _, report = pretrained.load(
-      trees.write(tmp_path, saved),
-      *trees.fresh(seed=1),
-      reinit_head=case == "on request",
+    trees.write(tmp_path, saved),
+    *trees.fresh(seed=1),
+    reinit_head=case == "on request",
   )
   assert params["head"]["kernel"].shape == (8, 3)
   assert params["head"]["kernel"].dtype == np.float32
@@ -64,9 +64,9 @@ def test_head_starts_at_zeros(case, tmp_path):
   assert set(report.reinitialized) == trees.HEAD
   assert trees.HEAD.isdisjoint(report.loaded + report.dropped + report.initial)
   reason = {
-      "other classes": "5 classes, the model's 3",
-      "on request": "as asked for",
-      "none in the file": "the file has none",
+    "other classes": "5 classes, the model's 3",
+    "on request": "as asked for",
+    "none in the file": "the file has none",
   }[case]
   assert any(reason in note for note in report.notes)
   assert reason in report.summary()
@@ -74,12 +74,12 @@ def test_head_starts_at_zeros(case, tmp_path):
 
 @pytest.mark.parametrize("classes", [3, 5])
 def test_pre_logits_that_the_model_lacks_are_dropped_with_the_head(
-    classes, tmp_path
+  classes, tmp_path
 ):
   # Its head was trained on tanh(pre_logits): on anything else it is wrong.
   saved = trees.arrays(num_classes=classes, representation_size=6)
   params, _, report = pretrained.load(
-      trees.write(tmp_path, saved), *trees.fresh(seed=1)
+    trees.write(tmp_path, saved), *trees.fresh(seed=1)
   )
   assert set(report.dropped) == {"pre_logits/kernel", "pre_logits/bias"}
   assert set(report.reinitialized) == trees.HEAD
@@ -92,15 +92,15 @@ def test_pre_logits_that_the_model_lacks_are_dropped_with_the_head(
 def test_pre_logits_that_the_model_has_are_loaded(classes, tmp_path):
   saved = trees.arrays(num_classes=classes, representation_size=6)
   params, _, report = pretrained.load(
-      trees.write(tmp_path, saved), *trees.fresh(seed=1, representation_size=6)
+    trees.write(tmp_path, saved), *trees.fresh(seed=1, representation_size=6)
   )
   kept = {"pre_logits/kernel", "pre_logits/bias"} | (
-      trees.HEAD if classes == 3 else set()
+    trees.HEAD if classes == 3 else set()
   )
   assert kept <= set(report.loaded)
   assert not report.dropped
   np.testing.assert_array_equal(
-      params["pre_logits"]["kernel"], saved["pre_logits/kernel"]
+    params["pre_logits"]["kernel"], saved["pre_logits/kernel"]
   )
   assert bool(params["head"]["kernel"].any()) == (classes == 3)
 
@@ -108,28 +108,28 @@ def test_pre_logits_that_the_model_has_are_loaded(classes, tmp_path):
 def test_pre_logits_that_the_file_lacks_are_an_error(tmp_path):
   target = trees.fresh(representation_size=8)
   trees.refuses(
-      trees.write(tmp_path, trees.arrays()),
-      "pre_logits/kernel",
-      "(8, 8)",
-      target=target,
+    trees.write(tmp_path, trees.arrays()),
+    "pre_logits/kernel",
+    "(8, 8)",
+    target=target,
   )
 
 
 @pytest.mark.parametrize("reinit_head", [False, True])
 @pytest.mark.parametrize(
-    "head, shown",
-    [
-        ({"head/kernel": (6, 3)}, ["head/kernel", "(6, 3)", "(8, 3)"]),
-        ({"head/kernel": (6, 5), "head/bias": (5,)}, ["(6, 5)", "(8, 3)"]),
-        ({"head/kernel": (8, 5)}, ["head/kernel", "(8, 5)", "(8, 3)"]),
-        ({"head/bias": (5,)}, ["head/bias", "(5,)", "(3,)"]),
-        ({"head/kernel": ()}, ["head/kernel", "()", "(8, 3)"]),
-        ({"head/bias": None}, ["head/bias", "missing", "(3,)"]),
-        ({"head/kernel": None}, ["head/kernel", "missing", "(8, 3)"]),
-    ],
+  "head, shown",
+  [
+    ({"head/kernel": (6, 3)}, ["head/kernel", "(6, 3)", "(8, 3)"]),
+    ({"head/kernel": (6, 5), "head/bias": (5,)}, ["(6, 5)", "(8, 3)"]),
+    ({"head/kernel": (8, 5)}, ["head/kernel", "(8, 5)", "(8, 3)"]),
+    ({"head/bias": (5,)}, ["head/bias", "(5,)", "(3,)"]),
+    ({"head/kernel": ()}, ["head/kernel", "()", "(8, 3)"]),
+    ({"head/bias": None}, ["head/bias", "missing", "(3,)"]),
+    ({"head/kernel": None}, ["head/kernel", "missing", "(8, 3)"]),
+  ],
 )
 def test_a_head_that_does_not_belong_here_is_an_error(
-    head, shown, reinit_head, tmp_path
+  head, shown, reinit_head, tmp_path
 ):
   arrays = trees.arrays()
   for key, shape in head.items():
@@ -143,16 +143,16 @@ def test_a_head_that_does_not_belong_here_is_an_error(
 
 
 @pytest.mark.parametrize(
-    "key",
-    [
-        "cls",
-        "embedding/bias",
-        trees.POSITIONS,
-        "Transformer/encoder_norm/scale",
-        trees.BLOCK + "LayerNorm_0/bias",
-        trees.BLOCK + "MlpBlock_3/Dense_1/kernel",
-        trees.BLOCK + "MultiHeadDotProductAttention_1/out/kernel",
-    ],
+  "key",
+  [
+    "cls",
+    "embedding/bias",
+    trees.POSITIONS,
+    "Transformer/encoder_norm/scale",
+    trees.BLOCK + "LayerNorm_0/bias",
+    trees.BLOCK + "MlpBlock_3/Dense_1/kernel",
+    trees.BLOCK + "MultiHeadDotProductAttention_1/out/kernel",
+  ],
 )
 @pytest.mark.parametrize("prefix", ["", "params/"])
 def test_missing_extra_and_misshapen_keys_are_errors(key, prefix, tmp_path):
@@ -166,41 +166,41 @@ def test_missing_extra_and_misshapen_keys_are_errors(key, prefix, tmp_path):
 
   trees.refuses(file(**{key: None}), key, "missing", str(ours))
   message = trees.refuses(
-      file(**{key: np.ones(theirs, "f4")}), key, str(theirs), str(ours)
+    file(**{key: np.ones(theirs, "f4")}), key, str(theirs), str(ours)
   )
   assert "does not fit the model" in message
   extra = key + "x"
   trees.refuses(
-      file(**{extra: np.ones(theirs, "f4")}), prefix + extra, str(theirs)
+    file(**{extra: np.ones(theirs, "f4")}), prefix + extra, str(theirs)
   )
 
 
 def test_of_many_mismatches_three_are_told(tmp_path):
   arrays = {
-      k: np.ones((7, *v.shape), "f4") if "Dense" in k else v
-      for k, v in trees.arrays().items()
+    k: np.ones((7, *v.shape), "f4") if "Dense" in k else v
+    for k, v in trees.arrays().items()
   }
   message = trees.refuses(
-      trees.write(tmp_path, arrays), "and 5 more", "(7, 8, 16)", "(8, 16)"
+    trees.write(tmp_path, arrays), "and 5 more", "(7, 8, 16)", "(8, 16)"
   )
   assert message.count("has shape") == 3
 
 
 @pytest.mark.parametrize(
-    "key, value, part",
-    [
-        ("cls", np.ones((1, 1, 8), np.int32), "int32"),
-        ("cls", np.ones((1, 1, 8), bool), "bool"),
-        ("cls", np.array("text"), "<U4"),
-        ("cls", np.ones((1, 1, 8), np.complex64), "complex64"),
-        ("cls", np.array(1.0), "()"),
-        ("embedding/kernel", np.array(1.0), "()"),
-        ("cls", np.full((1, 1, 8), np.nan, "f4"), "NaN"),
-        ("cls", np.full((1, 1, 8), 1e300), "infinite"),
-        (trees.POSITIONS, np.full((1, 17, 8), np.inf, "f4"), "infinite"),
-        (trees.POSITIONS, np.ones((1, 17, 8), np.int32), "int32"),
-        (trees.POSITIONS, np.array(1.0), "()"),
-    ],
+  "key, value, part",
+  [
+    ("cls", np.ones((1, 1, 8), np.int32), "int32"),
+    ("cls", np.ones((1, 1, 8), bool), "bool"),
+    ("cls", np.array("text"), "<U4"),
+    ("cls", np.ones((1, 1, 8), np.complex64), "complex64"),
+    ("cls", np.array(1.0), "()"),
+    ("embedding/kernel", np.array(1.0), "()"),
+    ("cls", np.full((1, 1, 8), np.nan, "f4"), "NaN"),
+    ("cls", np.full((1, 1, 8), 1e300), "infinite"),
+    (trees.POSITIONS, np.full((1, 17, 8), np.inf, "f4"), "infinite"),
+    (trees.POSITIONS, np.ones((1, 17, 8), np.int32), "int32"),
+    (trees.POSITIONS, np.array(1.0), "()"),
+  ],
 )
 def test_values_that_are_no_weights_are_errors(key, value, part, tmp_path):
   trees.refuses(trees.write(tmp_path, trees.arrays() | {key: value}), key, part)
@@ -210,11 +210,11 @@ def test_a_counter_must_be_a_whole_number(tmp_path):
   count = f"batch_stats/{trees.BLOCK}Rescale_0/count"
   arrays = trees.arrays("Rescale") | {count: np.array(8.0, np.float32)}
   trees.refuses(
-      trees.write(tmp_path, arrays),
-      count,
-      "float32",
-      "int32",
-      target=trees.fresh("Rescale"),
+    trees.write(tmp_path, arrays),
+    count,
+    "float32",
+    "int32",
+    target=trees.fresh("Rescale"),
   )
 
 
@@ -233,26 +233,26 @@ def test_ln_into_a_norm_with_the_same_places(norm, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "source, norm",
-    [
-        ("LN", "Rescale"),
-        ("BN", "Rescale"),
-        ("Rescale", "LN"),
-        ("Rescale", "BN"),
-    ],
+  "source, norm",
+  [
+    ("LN", "Rescale"),
+    ("BN", "Rescale"),
+    ("Rescale", "LN"),
+    ("Rescale", "BN"),
+  ],
 )
 def test_a_norm_with_other_places_keeps_its_initial_values(
-    source, norm, tmp_path
+  source, norm, tmp_path
 ):
   saved, target = trees.arrays(source), trees.arrays(norm, seed=1)
   params, stats, report = pretrained.load(
-      trees.write(tmp_path, saved), *trees.fresh(norm, seed=1)
+    trees.write(tmp_path, saved), *trees.fresh(norm, seed=1)
   )
   own = norm_keys(target)
   assert len(own) == {"LN": 10, "BN": 20, "Rescale": 14}[norm]
   trees.same(
-      trees.flat(params, stats),
-      {k: (target if k in own else saved)[k] for k in target},
+    trees.flat(params, stats),
+    {k: (target if k in own else saved)[k] for k in target},
   )
   assert set(report.initial) == own
   assert set(report.dropped) == norm_keys(saved)
@@ -263,7 +263,7 @@ def test_a_norm_with_other_places_keeps_its_initial_values(
 def test_values_left_initial_are_those_given(tmp_path):
   target = trees.fresh("Rescale", seed=1)
   params, stats, _ = pretrained.load(
-      trees.write(tmp_path, trees.arrays("LN")), *target
+    trees.write(tmp_path, trees.arrays("LN")), *target
   )
   block = "encoderblock_0"
   for got, given in zip((params, stats), target, strict=True):
@@ -275,13 +275,13 @@ def test_values_left_initial_are_those_given(tmp_path):
 def test_statistics_that_the_model_lacks_are_dropped(norm, tmp_path):
   saved = trees.arrays("BN")
   params, stats, report = pretrained.load(
-      trees.write(tmp_path, saved), *trees.fresh(norm, seed=1)
+    trees.write(tmp_path, saved), *trees.fresh(norm, seed=1)
   )
   assert stats == {}
   assert set(report.dropped) == trees.stats_keys(saved)
   trees.same(
-      trees.flat(params, {}),
-      {k: v for k, v in saved.items() if k not in report.dropped},
+    trees.flat(params, {}),
+    {k: v for k, v in saved.items() if k not in report.dropped},
   )
 
 
@@ -291,11 +291,11 @@ def test_a_part_of_the_statistics_is_an_error(norm, tmp_path):
   key = sorted(trees.stats_keys(saved))[3]
   shape = str(saved.pop(key).shape)
   trees.refuses(
-      trees.write(tmp_path, saved),
-      key,
-      "missing",
-      shape,
-      target=trees.fresh(norm, seed=1),
+    trees.write(tmp_path, saved),
+    key,
+    "missing",
+    shape,
+    target=trees.fresh(norm, seed=1),
   )
 
 
@@ -305,18 +305,18 @@ def test_a_part_of_the_norms_is_an_error(norm, tmp_path):
   for part in ("LayerNorm_0", "LayerNorm_2", "encoder_norm"):
     rest = {k: v for k, v in saved.items() if part not in k}
     trees.refuses(
-        trees.write(tmp_path, rest),
-        part,
-        "missing",
-        "(8,)",
-        target=trees.fresh(norm, seed=1),
+      trees.write(tmp_path, rest),
+      part,
+      "missing",
+      "(8,)",
+      target=trees.fresh(norm, seed=1),
     )
   none = {k: v for k, v in saved.items() if k not in norm_keys(saved)}
   trees.refuses(
-      trees.write(tmp_path, none),
-      "encoder_norm",
-      "missing",
-      target=trees.fresh(norm, seed=1),
+    trees.write(tmp_path, none),
+    "encoder_norm",
+    "missing",
+    target=trees.fresh(norm, seed=1),
   )
 
 
@@ -333,7 +333,7 @@ def test_a_norm_of_the_future_needs_no_entry_here(tmp_path):
   _, _, report = pretrained.load(trees.write(tmp_path, saved), params, {})
   assert set(report.dropped) == norm_keys(saved)
   assert set(report.initial) == {
-      k for k in trees.flat(params, {}) if "DyT" in k or "encoder_norm" in k
+    k for k in trees.flat(params, {}) if "DyT" in k or "encoder_norm" in k
   }
   path = trees.write(tmp_path, trees.flat(params, {}), "dyt.npz")
   got, _, report = pretrained.load(path, params, {})
@@ -348,11 +348,11 @@ def test_a_norm_of_the_future_needs_no_entry_here(tmp_path):
 def test_position_embedding_follows_the_grid(image_size, tokens, tmp_path):
   saved = trees.arrays()
   params, _, report = pretrained.load(
-      trees.write(tmp_path, saved), *trees.fresh(seed=1, image_size=image_size)
+    trees.write(tmp_path, saved), *trees.fresh(seed=1, image_size=image_size)
   )
   got = params["Transformer"]["posembed_input"]["pos_embedding"]
   np.testing.assert_array_equal(
-      got, pretrained.resize_pos_embedding(saved[trees.POSITIONS], tokens)
+    got, pretrained.resize_pos_embedding(saved[trees.POSITIONS], tokens)
   )
   assert got.dtype == np.float32
   assert report.resized == (trees.POSITIONS,)
@@ -364,11 +364,11 @@ def test_position_embedding_without_a_square_grid_is_an_error(tmp_path):
   arrays = trees.arrays()
   arrays[trees.POSITIONS] = np.ones((1, 7, 8), np.float32)
   trees.refuses(
-      trees.write(tmp_path, arrays),
-      trees.POSITIONS,
-      "(1, 7, 8)",
-      "(1, 5, 8)",
-      "square",
+    trees.write(tmp_path, arrays),
+    trees.POSITIONS,
+    "(1, 7, 8)",
+    "(1, 5, 8)",
+    "square",
   )
 
 
@@ -379,18 +379,18 @@ def test_resize_refuses_grids_that_are_not_square(old, new):
 
 
 @pytest.mark.parametrize(
-    "old, new", [(2, 9), (7, 5), (12, 14), (14, 24), (24, 7), (40, 39), (3, 1)]
+  "old, new", [(2, 9), (7, 5), (12, 14), (14, 24), (24, 7), (40, 39), (3, 1)]
 )
 def test_resize_equals_scipys_zoom(old, new):
   ndimage = pytest.importorskip("scipy.ndimage")
   pos = np.random.default_rng(0).normal(size=(1, 1 + old * old, 3))
   grid = ndimage.zoom(
-      pos[0, 1:].reshape(old, old, 3), (new / old, new / old, 1), order=1
+    pos[0, 1:].reshape(old, old, 3), (new / old, new / old, 1), order=1
   )
   got = pretrained.resize_pos_embedding(pos, 1 + new * new)
   assert got.dtype == np.float32
   np.testing.assert_allclose(
-      got[0, 1:].reshape(new, new, 3), grid, atol=1e-6, rtol=0
+    got[0, 1:].reshape(new, new, 3), grid, atol=1e-6, rtol=0
   )
   np.testing.assert_array_equal(got[0, 0], pos[0, 0].astype(np.float32))
 
@@ -416,28 +416,28 @@ def test_summary_puts_blocks_together(tmp_path):
   saved = trees.arrays("LN", num_classes=5, **sizes)
   extra = {f"opt/{i}/count": np.ones(1, "f4") for i in range(50)}
   path = trees.write(
-      tmp_path, {f"params/{k}": v for k, v in saved.items()} | extra
+    tmp_path, {f"params/{k}": v for k, v in saved.items()} | extra
   )
   *_, report = pretrained.load(
-      path, *trees.fresh("Rescale", image_size=12, seed=1, **sizes)
+    path, *trees.fresh("Rescale", image_size=12, seed=1, **sizes)
   )
   summary = report.summary()
   assert len(summary.splitlines()) < 60
   assert "encoderblock_1" not in summary
   block = "Transformer/encoderblock_*/"
   for part in (
-      f"loaded: {len(report.loaded)} arrays",
-      f"{block}MultiHeadDotProductAttention_1/query/{{bias,kernel}}",
-      "resized: 1 array\n",
-      trees.POSITIONS,
-      "set to zeros: 2 arrays",
-      "head/{bias,kernel}",
-      f"left at initial values: {24 * 7} arrays",
-      f"{block}Rescale_0/bias",
-      f"{block}Rescale_2/{{bias,scale}}",
-      f"batch_stats/{block}Rescale_0/{{count,init_mean}}",
-      f"dropped from the file: {24 * 4 + 2 + 50} arrays",
-      f"params/{block}LayerNorm_0/{{bias,scale}}",
-      "more",
+    f"loaded: {len(report.loaded)} arrays",
+    f"{block}MultiHeadDotProductAttention_1/query/{{bias,kernel}}",
+    "resized: 1 array\n",
+    trees.POSITIONS,
+    "set to zeros: 2 arrays",
+    "head/{bias,kernel}",
+    f"left at initial values: {24 * 7} arrays",
+    f"{block}Rescale_0/bias",
+    f"{block}Rescale_2/{{bias,scale}}",
+    f"batch_stats/{block}Rescale_0/{{count,init_mean}}",
+    f"dropped from the file: {24 * 4 + 2 + 50} arrays",
+    f"params/{block}LayerNorm_0/{{bias,scale}}",
+    "more",
   ):
     assert part in summary

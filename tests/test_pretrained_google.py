@@ -43,16 +43,16 @@ def old_numbering(key):
 
 
 @pytest.mark.parametrize(
-    "file, note, sizes",
-    [
-        ("google.npz", "10->5, image 32->48", dict(image_size=48)),
-        ("google_prelogits.npz", "50->5", dict(image_size=32)),
-        (
-            "google_prelogits.npz",
-            "50->5",
-            dict(image_size=32, representation_size=32),
-        ),
-    ],
+  "file, note, sizes",
+  [
+    ("google.npz", "10->5, image 32->48", dict(image_size=48)),
+    ("google_prelogits.npz", "50->5", dict(image_size=32)),
+    (
+      "google_prelogits.npz",
+      "50->5",
+      dict(image_size=32, representation_size=32),
+    ),
+  ],
 )
 def test_report_agrees_with_googles_loader(file, note, sizes, source):
   log = parity.table("google_load.json", source)
@@ -61,8 +61,8 @@ def test_report_agrees_with_googles_loader(file, note, sizes, source):
   target = trees.fresh(num_classes=5, seed=1, **trees.SMALL | sizes)
   params, _, report = pretrained.load(parity.path(file, source), *target)
   keys = {
-      kind: {old_numbering(k) for k in google[kind]}
-      for kind in ("kept_unchanged", "replaced_by_init", "resized", "dropped")
+    kind: {old_numbering(k) for k in google[kind]}
+    for kind in ("kept_unchanged", "replaced_by_init", "resized", "dropped")
   }
   assert set(report.loaded) == keys["kept_unchanged"]
   assert set(report.reinitialized) == keys["replaced_by_init"]
@@ -72,7 +72,7 @@ def test_report_agrees_with_googles_loader(file, note, sizes, source):
   got = trees.flat(params, {})
   saved = parity.arrays(file, source)
   trees.same(
-      {k: got[k] for k in report.loaded}, {k: saved[k] for k in report.loaded}
+    {k: got[k] for k in report.loaded}, {k: saved[k] for k in report.loaded}
   )
 
 
@@ -96,12 +96,12 @@ def test_googles_own_new_names_load(tmp_path, source):
 
 @pytest.mark.parametrize("norm", ["LN", "BN", "GN", "Rescale"])
 def test_the_originals_weights_and_statistics_load_whole(
-    norm, tmp_path, source
+  norm, tmp_path, source
 ):
   saved = {
-      k: v
-      for k, v in parity.arrays(f"{norm}.npz", source).items()
-      if not k.startswith("ref/")
+    k: v
+    for k, v in parity.arrays(f"{norm}.npz", source).items()
+    if not k.startswith("ref/")
   }
   target = trees.fresh(norm, num_classes=10, image_size=32, **trees.SMALL)
   *loaded, report = pretrained.load(trees.write(tmp_path, saved), *target)
@@ -113,48 +113,47 @@ def test_the_originals_weights_and_statistics_load_whole(
 def test_nothing_that_the_original_loads_is_lost(norm, source):
   original = parity.table("torch_load_from.json", source)[norm]
   target = trees.fresh(
-      norm, num_classes=10, image_size=32, seed=1, **trees.SMALL
+    norm, num_classes=10, image_size=32, seed=1, **trees.SMALL
   )
   *_, report = pretrained.load(
-      parity.path("google.npz", source), *target, reinit_head=True
+    parity.path("google.npz", source), *target, reinit_head=True
   )
   loaded, initial = grouped(report.loaded), grouped(report.initial)
   assert grouped(report.reinitialized) == set(original["zeroed"])
   assert loaded >= set(original["loaded"])
   # The original left more at its initial value, without a word.
   assert loaded | initial == (
-      set(original["loaded"]) | set(original["left_at_init"])
+    set(original["loaded"]) | set(original["left_at_init"])
   )
   assert initial == {
-      k for k in original["left_at_init"] if re.search("Rescale|batch_stats", k)
+    k for k in original["left_at_init"] if re.search("Rescale|batch_stats", k)
   }
   if norm == "LN":
     assert len(report.loaded) == original["n_loaded"]
 
 
 def outputs(
-    file, source, images, num_classes, head=None, gelu="tanh", **settings
+  file, source, images, num_classes, head=None, gelu="tanh", **settings
 ):
   """Loads a file as a run does; returns features, head inputs, logits."""
   settings = dict(
-      trees.SMALL,
-      num_classes=num_classes,
-      image_size=images.shape[1],
-      **settings,
+    trees.SMALL,
+    num_classes=num_classes,
+    image_size=images.shape[1],
+    **settings,
   )
   model = models.create("ViT-B_16", gelu=gelu, **settings)
   params, _, _ = pretrained.load(
-      parity.path(file, source), *trees.fresh(**settings)
+    parity.path(file, source), *trees.fresh(**settings)
   )
   if head is not None:
     assert not params["head"]["kernel"].any()
     params["head"] = dict(zip(("kernel", "bias"), head, strict=True))
   logits, state = model.apply(
-      {"params": params},
-      images,
-      capture_intermediates=lambda m, _: m.name
-      in ("Transformer", "pre_logits"),
-      mutable=["intermediates"],
+    {"params": params},
+    images,
+    capture_intermediates=lambda m, _: m.name in ("Transformer", "pre_logits"),
+    mutable=["intermediates"],
   )
   found = state["intermediates"]
   features = inputs = found["Transformer"]["__call__"][0][:, 0]
@@ -164,7 +163,7 @@ def outputs(
 
 
 @pytest.mark.parametrize(
-    "gelu, ref", [("tanh", "google"), ("erf", "google_erf")]
+  "gelu, ref", [("tanh", "google"), ("erf", "google_erf")]
 )
 def test_outputs(gelu, ref, source):
   stored = parity.arrays("google_ref.npz", source)
@@ -182,20 +181,20 @@ def test_position_embedding_of_larger_images(source):
   target = trees.fresh(num_classes=5, image_size=48, **trees.SMALL)
   params, _, _ = pretrained.load(parity.path("google.npz", source), *target)
   close(
-      params["Transformer"]["posembed_input"]["pos_embedding"],
-      parity.arrays("google_ref.npz", source)["google/resized_posemb"],
-      atol=1e-6,
+    params["Transformer"]["posembed_input"]["pos_embedding"],
+    parity.arrays("google_ref.npz", source)["google/resized_posemb"],
+    atol=1e-6,
   )
 
 
 @pytest.mark.parametrize(
-    "gelu, ref", [("tanh", "google"), ("erf", "google_erf")]
+  "gelu, ref", [("tanh", "google"), ("erf", "google_erf")]
 )
 def test_outputs_with_pre_logits(gelu, ref, source):
   stored = parity.arrays("google_prelogits_ref.npz", source)
   probe = stored["probe_head_kernel"], stored["probe_head_bias"]
   run = functools.partial(
-      outputs, "google_prelogits.npz", source, stored["images"], gelu=gelu
+    outputs, "google_prelogits.npz", source, stored["images"], gelu=gelu
   )
   features, inputs, logits = run(50, representation_size=32)
   close(features, stored[f"{ref}/features"])
@@ -207,13 +206,13 @@ def test_outputs_with_pre_logits(gelu, ref, source):
 
 
 @pytest.mark.parametrize(
-    "gelu, ref", [("tanh", "google"), ("erf", "google_erf")]
+  "gelu, ref", [("tanh", "google"), ("erf", "google_erf")]
 )
 def test_outputs_without_the_files_pre_logits(gelu, ref, source):
   stored = parity.arrays("google_prelogits_ref.npz", source)
   probe = stored["probe_head_kernel"], stored["probe_head_bias"]
   run = functools.partial(
-      outputs, "google_prelogits.npz", source, stored["images"], gelu=gelu
+    outputs, "google_prelogits.npz", source, stored["images"], gelu=gelu
   )
   _, inputs, logits = run(5, probe)
   close(inputs, stored[f"{ref}/drop_head_input"])

@@ -21,16 +21,16 @@ assert tensorflow_cpu.load() is tf
 
 def run(program, **environ):
   return subprocess.run(
-      [sys.executable, "-c", program],
-      env={**os.environ, **environ},
-      capture_output=True,
-      text=True,
-      check=False,
+    [sys.executable, "-c", program],
+    env={**os.environ, **environ},
+    capture_output=True,
+    text=True,
+    check=False,
   )
 
 
 @pytest.mark.skipif(
-    importlib.util.find_spec("tensorflow") is None, reason="no TensorFlow"
+  importlib.util.find_spec("tensorflow") is None, reason="no TensorFlow"
 )
 def test_load_is_quiet_and_leaves_no_trace():
   result = run(PROGRAM)
@@ -40,11 +40,11 @@ def test_load_is_quiet_and_leaves_no_trace():
 def test_a_missing_tensorflow_is_the_users_error(tmp_path):
   (tmp_path / "tensorflow.py").write_text("raise ImportError('not\\nthere')")
   result = run(
-      "from rescalevit_jax import errors, tensorflow_cpu\n"
-      "try:\n  tensorflow_cpu.load()\n"
-      "except errors.UserError as e:\n  print(e)\n",
-      PYTHONPATH=os.pathsep.join([str(tmp_path), *filter(None, sys.path)]),
+    "from rescalevit_jax import errors, tensorflow_cpu\n"
+    "try:\n  tensorflow_cpu.load()\n"
+    "except errors.UserError as e:\n  print(e)\n",
+    PYTHONPATH=os.pathsep.join([str(tmp_path), *filter(None, sys.path)]),
   )
   assert result.stdout == (
-      "cannot import TensorFlow (not there): pip install tensorflow-cpu\n"
+    "cannot import TensorFlow (not there): pip install tensorflow-cpu\n"
   )

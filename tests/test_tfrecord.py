@@ -24,12 +24,14 @@ def masked(crc):
 
 def frame(record):
   length = struct.pack("<Q", len(record))
-  return b"".join((
+  return b"".join(
+    (
       length,
       struct.pack("<I", masked(crc32c(length))),
       record,
       struct.pack("<I", masked(crc32c(record))),
-  ))
+    )
+  )
 
 
 def random_records(count):

@@ -136,6 +136,28 @@ def test_a_signal_during_evaluation_saves_and_evaluates_later(
   assert_same_run(tmp_path / "a", tmp_path / "b")
 
 
+def test_an_evaluation_made_up_for_is_written_once(
+  tiny_config, tmp_path, monkeypatch, stop_at
+):
+  train.train_and_evaluate(tiny_config, tmp_path / "a")
+  with monkeypatch.context() as patch:
+    patch.setattr(evaluate.Evaluator, "__call__", lambda *args: stop_now())
+    stop = interrupt.Interrupt()
+
+    def stop_now():
+      stop.requested = True
+
+    patch.setattr(train.interrupt, "Interrupt", lambda: stop)
+    train.train_and_evaluate(tiny_config, tmp_path / "b")
+  # Saved at step 5, unevaluated; evaluated now, and again after a crash.
+  stop_at(7)
+  with pytest.raises(InterruptedError):
+    train.train_and_evaluate(tiny_config, tmp_path / "b")
+  assert 5 in [x["step"] for x in lines(tmp_path / "b") if "test/loss" in x]
+  train.train_and_evaluate(tiny_config, tmp_path / "b")
+  assert_same_run(tmp_path / "a", tmp_path / "b")
+
+
 def test_a_finished_run_does_nothing_again(tiny_config, tmp_path, monkeypatch):
   result = train.train_and_evaluate(tiny_config, tmp_path)
   monkeypatch.setattr(data, "load", None)

@@ -15,15 +15,15 @@ from rescalevit_jax import pretrained
 TINY = dict(patch_size=4, hidden_size=8, mlp_dim=16, num_heads=2, num_layers=2)
 # The sizes of the reference numbers.
 SMALL = dict(
-    patch_size=8, hidden_size=32, mlp_dim=128, num_heads=4, num_layers=4
+  patch_size=8, hidden_size=32, mlp_dim=128, num_heads=4, num_layers=4
 )
 POSITIONS = "Transformer/posembed_input/pos_embedding"
 BLOCK = "Transformer/encoderblock_0/"
 HEAD = {"head/kernel", "head/bias"}
 NEW_NUMBERING = {
-    "MultiHeadDotProductAttention_1": "MultiHeadDotProductAttention_0",
-    "MlpBlock_3": "MlpBlock_0",
-    "LayerNorm_2": "LayerNorm_1",
+  "MultiHeadDotProductAttention_1": "MultiHeadDotProductAttention_0",
+  "MlpBlock_3": "MlpBlock_0",
+  "LayerNorm_2": "LayerNorm_1",
 }
 
 
@@ -37,7 +37,7 @@ def shapes(name, image_size, settings):
 
 
 def fresh(
-    norm="LN", num_classes=3, image_size=8, seed=0, name="ViT-B_16", **sizes
+  norm="LN", num_classes=3, image_size=8, seed=0, name="ViT-B_16", **sizes
 ):
   """Returns random `params` and `batch_stats` of a tiny model."""
   settings = dict(TINY, norm=norm, num_classes=num_classes) | sizes
