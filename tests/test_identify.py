@@ -15,7 +15,7 @@ def test_another_model_of_the_table_is_named(tmp_path):
   ours = trees.fresh(name="ViT-XS_4", norm="Rescale", **sizes)
   message = trees.refuses(
     trees.write(tmp_path, trees.flat(*theirs)),
-    "is a ViT-XS_2 checkpoint (patch 2, hidden 96, MLP 384, 3 heads, 6",
+    "is a ViT-XS_2 checkpoint (patch 2, hidden 64, MLP 256, 4 heads, 4",
     "the model is ViT-XS_4 (patch 4,",
     "choose --config.model_name=ViT-XS_2",
     target=ours,
