@@ -27,7 +27,7 @@ class Key:
     check: whether a value is valid; None if `valid` lists them or all are.
     optional: the type of a value that may also be None.
     resumable: whether a run may go on with another value: it does not change
-      the run's numbers.
+      the run's numbers, by more than rounding in the case of batch_eval.
   """
 
   default: Any
