@@ -32,6 +32,7 @@ setuptools.setup(
     "flax>=0.12",
     "jax>=0.10",
     "jaxlib>=0.10",
+    "matplotlib>=3.10",
     "ml_collections>=1.1",
     "numpy>=2.0",
     "optax>=0.2.8",
@@ -54,7 +55,17 @@ setuptools.setup(
     f"tensorflow>=2.21; {_ELSEWHERE}",
   ],
   extras_require={
-    "test": ["pytest>=8.4", "pytest-xdist>=3.8", "ruff>=0.14", "scipy>=1.14"],
+    # selenium drives Chromium, if there is one, to look at the report's page.
+    "test": [
+      "pytest>=8.4",
+      "pytest-xdist>=3.8",
+      "ruff>=0.14",
+      "scipy>=1.14",
+      "selenium>=4.30",
+      "submitit>=1.5",
+    ],
+    # Sweeps as Slurm arrays.
+    "slurm": ["submitit>=1.5"],
     "cuda12": ["jax[cuda12]"],
     "cuda13": ["jax[cuda13]"],
   },

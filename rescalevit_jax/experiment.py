@@ -1,7 +1,6 @@
 """What a config describes: data, model, optimizer, devices, first state."""
 
 import dataclasses
-import functools
 import json
 import logging
 import pathlib
@@ -22,6 +21,7 @@ from rescalevit_jax import pretrained
 from rescalevit_jax import progress as progress_lib
 from rescalevit_jax import sharding
 from rescalevit_jax import step as step_lib
+from rescalevit_jax.models import vit
 
 _log = logging.getLogger(__name__)
 
@@ -74,14 +74,7 @@ def create(config: ml_collections.ConfigDict) -> Experiment:
   mesh = sharding.create_mesh()
   sharding.check_batch(config.batch, config.accum_steps, mesh)
   progress_lib.warn_of_idle_gpu()
-  make_model = functools.partial(
-    models.create,
-    config.model_name,
-    image_size=config.image_size,
-    dtype=config.dtype,
-    **config.model,
-  )
-  make_model(num_classes=1)  # Its mistakes show before the data are read.
+  create_model(config, 1)  # Its mistakes show before the data are read.
   dataset = data.load(config.dataset, config.tfds_data_dir)
   rate = optimizer_lib.schedule(
     config.base_lr,
@@ -99,9 +92,26 @@ def create(config: ml_collections.ConfigDict) -> Experiment:
     config,
     mesh,
     dataset,
-    make_model(num_classes=dataset.num_classes),
+    create_model(config, dataset.num_classes),
     rate,
     optimizer,
+  )
+
+
+def create_model(
+  config: ml_collections.ConfigDict, num_classes: int
+) -> vit.VisionTransformer:
+  """Builds the model that a config describes.
+
+  Raises:
+    UserError: sizes that do not fit together.
+  """
+  return models.create(
+    config.model_name,
+    num_classes=num_classes,
+    image_size=config.image_size,
+    dtype=config.dtype,
+    **config.model,
   )
 
 

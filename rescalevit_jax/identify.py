@@ -23,7 +23,7 @@ def other_model(
   Returns:
     A line for the user, or None if the sizes are the same.
   """
-  theirs, ours = _sizes(file), _sizes(model)
+  theirs, ours = sizes(file), sizes(model)
   if all(None in (theirs[k], ours[k]) or theirs[k] == ours[k] for k in ours):
     return None
   name = _variant(theirs)
@@ -34,8 +34,12 @@ def other_model(
   )
 
 
-def _sizes(arrays: Mapping[str, Any]) -> dict[str, int | None]:
-  """Infers a Variant's fields; None for what the arrays do not agree on."""
+def sizes(arrays: Mapping[str, Any]) -> dict[str, int | None]:
+  """Infers a Variant's fields; None for what the arrays do not agree on.
+
+  Args:
+    arrays: anything with a shape, by key, in the old numbering.
+  """
 
   def edge(pattern, rank, axis):
     found = {

@@ -68,6 +68,10 @@ def train_and_evaluate(
       checkpoints.forget_best(after=0)
     parameters = sum(x.size for x in jax.tree.leaves(state.params))
     writers.write_file(workdir / "config.json", config_lib.to_json(config))
+    writers.write_file(
+      workdir / "class_names.json",
+      json.dumps(experiment.dataset.class_names, indent=2) + "\n",
+    )
     keep = functools.partial(_is_of_the_past, progress)
     with writers.MetricWriter(workdir, config, keep) as writer:
       trainer = Trainer(experiment, state, progress, checkpoints, writer)
