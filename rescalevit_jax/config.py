@@ -133,6 +133,12 @@ KEYS = {
   "keep_checkpoints": _positive(
     2, "how many of the last checkpoints to keep", resumable=True
   ),
+  "attention_images": Key(
+    False,
+    "attention pictures of the first test image to TensorBoard, at each"
+    " evaluation",
+    resumable=True,
+  ),
   "eval_weights": Key(
     "best",
     "what `--mode eval` evaluates: the `best` or `latest` checkpoint, or"

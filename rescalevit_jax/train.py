@@ -21,6 +21,7 @@ from rescalevit_jax import errors
 from rescalevit_jax import evaluate
 from rescalevit_jax import experiment as experiment_lib
 from rescalevit_jax import interrupt
+from rescalevit_jax import lock
 from rescalevit_jax import progress as progress_lib
 from rescalevit_jax import sharding
 from rescalevit_jax import step as step_lib
@@ -45,10 +46,15 @@ def train_and_evaluate(
 
   Raises:
     UserError: the config, the data, the weights or the folder do not do, or the
-      loss is not finite.
+      loss is not finite, or another process works on this run.
   """
   workdir = pathlib.Path(workdir)
   config_lib.validate(config)
+  with lock.hold(workdir):
+    return _train_and_evaluate(config, workdir)
+
+
+def _train_and_evaluate(config, workdir):
   experiment_lib.check_same_run(config, workdir)
   if (result := experiment_lib.finished_result(workdir)) is not None:
     _log.info("%s: this run is finished: %s", workdir, _accuracies(result))
@@ -113,6 +119,9 @@ class Trainer:
   ):
     config, mesh = experiment.config, experiment.mesh
     self._config = config
+    self._model = experiment.model
+    self._class_names = experiment.dataset.class_names
+    self._first_image = experiment.dataset.test.images[0]
     self._rate = experiment.rate
     self._state = state
     self._progress = progress
@@ -262,6 +271,8 @@ class Trainer:
       progress.step,
       {"test/loss": result.loss, "test/accuracy": result.accuracy},
     )
+    if self._config.attention_images:
+      self._draw_attention()
     progress.last_step = progress.step
     progress.last_accuracy, progress.last_loss = result.accuracy, result.loss
     progress.examples_evaluated = result.examples
@@ -278,6 +289,22 @@ class Trainer:
       progress.best_accuracy,
       progress.best_step,
     )
+
+  def _draw_attention(self):
+    # Not needed to train, nor matplotlib.
+    from rescalevit_jax import attention_plots
+    from rescalevit_jax import trained
+
+    model = trained.TrainedModel(
+      f"step {self._progress.step}",
+      self._model,
+      {"params": self._state.params, "batch_stats": self._state.batch_stats},
+      self._config.image_size,
+      self._class_names,
+    )
+    pictures = attention_plots.draw_all(model, self._first_image)
+    self._writer.write_images(self._progress.step, pictures)
+    self._timer.restart()
 
   def _save(self):
     progress = self._progress

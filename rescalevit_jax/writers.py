@@ -8,6 +8,7 @@ import pathlib
 from typing import Any
 
 import ml_collections
+import numpy as np
 
 from rescalevit_jax import config as config_lib
 from rescalevit_jax import errors
@@ -77,6 +78,10 @@ class MetricWriter:
     self._file.flush()
     self._board.write(step, {**scalars, **(timings or {})})
 
+  def write_images(self, step: int, images: Mapping[str, np.ndarray]) -> None:
+    """Writes pictures, uint8 [H, W, 3], to TensorBoard."""
+    self._board.write_images(step, images)
+
   def sync(self) -> None:
     """Makes sure that all lines are on disk, whatever happens next."""
     self._file.flush()
@@ -97,6 +102,10 @@ class _TensorBoard:
 
   def write(self, step, scalars):
     self._try(lambda writer: writer.write_scalars(step, scalars))
+
+  def write_images(self, step, images):
+    batches = {name: image[None] for name, image in images.items()}
+    self._try(lambda writer: writer.write_images(step, batches))
 
   def close(self):
     if self._writer is not None:

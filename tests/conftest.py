@@ -9,6 +9,7 @@ import pytest
 
 from rescalevit_jax import config as config_lib
 from rescalevit_jax import data
+from rescalevit_jax import train
 
 
 @pytest.fixture(scope="session")
@@ -37,9 +38,23 @@ def digits_dir(shared_dir) -> pathlib.Path:
   return path
 
 
+@pytest.fixture(scope="session")
+def tiny_run(digits_dir, shared_dir) -> pathlib.Path:
+  """The folder of a finished tiny run, trained once for all tests."""
+  with open(shared_dir / "tiny_run.lock", "w") as lock:
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    workdir = shared_dir / "tiny_run"
+    train.train_and_evaluate(_tiny_config(digits_dir), workdir)
+  return workdir
+
+
 @pytest.fixture
 def tiny_config(digits_dir):
   """The config of a run on the digits that takes a second."""
+  return _tiny_config(digits_dir)
+
+
+def _tiny_config(digits_dir):
   config = config_lib.default()
   config.update(
     {

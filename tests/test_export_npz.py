@@ -1,8 +1,8 @@
 """The script that writes a run's weights as an `.npz`."""
 
-import importlib.util
 import pathlib
 
+import programs
 import pytest
 import trees
 
@@ -10,15 +10,11 @@ from rescalevit_jax import checkpoint
 from rescalevit_jax import errors
 from rescalevit_jax import pretrained
 
-SCRIPT = pathlib.Path(__file__).parents[1] / "scripts" / "export_npz.py"
-
 
 @pytest.fixture
 def export(tmp_path, monkeypatch):
   """Runs the script on a run whose best and latest weights differ."""
-  spec = importlib.util.spec_from_file_location("export_npz", SCRIPT)
-  script = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(script)
+  script = programs.load("export_npz")
 
   def load_variables(workdir, which):
     if pathlib.Path(workdir) != tmp_path / "run":

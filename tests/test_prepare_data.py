@@ -1,14 +1,13 @@
 import dataclasses
 import gzip
-import importlib.util
 import io
 import os
 import pathlib
-import sys
 import tarfile
 import zlib
 
 import numpy as np
+import programs
 import pytest
 import tensorflow_datasets as tfds
 
@@ -17,18 +16,7 @@ from rescalevit_jax import data
 from rescalevit_jax import errors
 from rescalevit_jax import tensorflow_cpu
 
-_PATH = pathlib.Path(__file__).parents[1] / "scripts" / "prepare_data.py"
-
-
-def load_script():
-  spec = importlib.util.spec_from_file_location("prepare_data", _PATH)
-  module = importlib.util.module_from_spec(spec)
-  sys.modules["prepare_data"] = module
-  spec.loader.exec_module(module)
-  return module
-
-
-script = load_script()
+script = programs.load("prepare_data")
 CIFAR10, CIFAR100 = script.LAYOUTS
 # The official layouts, with few images.
 SMALL10 = dataclasses.replace(

@@ -1,0 +1,189 @@
+"""Curves of runs, and what all pictures share: colours, saving.
+
+Figures are made without pyplot, so that no window and no global state is
+needed.
+"""
+
+from collections.abc import Mapping, Sequence
+import io
+import pathlib
+
+import matplotlib
+from matplotlib import figure as figure_lib
+from matplotlib.backends import backend_agg
+import numpy as np
+
+from rescalevit_jax import config as config_lib
+from rescalevit_jax import errors
+from rescalevit_jax import published as published_lib
+from rescalevit_jax import runs as runs_lib
+from rescalevit_jax.models import norms
+
+# Okabe and Ito's palette (https://jfly.uni-koeln.de/color/), which colour-blind
+# readers can tell apart; markers tell the norms apart in grey.
+_COLORS = (
+  "#0072B2",
+  "#E69F00",
+  "#009E73",
+  "#D55E00",
+  "#CC79A7",
+  "#56B4E9",
+  "#000000",
+  "#F0E442",
+)
+_MARKERS = "osD^vP*X"
+_LINES = ("-", "--", ":", "-.")
+_FORMATS = (".png", ".svg")
+
+
+def norm_color(norm: str) -> str:
+  """Returns a norm's colour, the same in every picture, as '#rrggbb'."""
+  return _COLORS[list(norms.NORMS).index(norm) % len(_COLORS)]
+
+
+def save(figure: figure_lib.Figure, path: pathlib.Path) -> None:
+  """Writes a figure as PNG or SVG, as the path's suffix says.
+
+  The same figure gives the same bytes.
+
+  Raises:
+    UserError: another suffix, or the file cannot be written.
+  """
+  path = pathlib.Path(path)
+  if path.suffix not in _FORMATS:
+    raise errors.UserError(
+      f"{path}: must end in {' or '.join(_FORMATS)} to be written as a picture"
+    )
+  metadata = {"Date": None} if path.suffix == ".svg" else {}
+  try:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with matplotlib.rc_context({"svg.hashsalt": "rescalevit"}):
+      figure.savefig(path, dpi=150, metadata=metadata)
+  except OSError as e:
+    raise errors.UserError(f"{path}: cannot be written ({e.strerror})") from e
+
+
+def svg(figure: figure_lib.Figure) -> str:
+  """Returns a figure as an <svg> element, to be put into a page."""
+  text = io.StringIO()
+  with matplotlib.rc_context({"svg.hashsalt": "rescalevit"}):
+    figure.savefig(text, format="svg", metadata={"Date": None})
+  return text.getvalue()[text.getvalue().index("<svg") :]
+
+
+def pixels(figure: figure_lib.Figure) -> np.ndarray:
+  """Returns a figure as an image, uint8 [H, W, 3]."""
+  canvas = backend_agg.FigureCanvasAgg(figure)
+  canvas.draw()
+  return np.asarray(canvas.buffer_rgba())[..., :3]
+
+
+def curves(
+  runs: Sequence[runs_lib.Run],
+  published: Mapping[published_lib.Key, published_lib.Curve] | None = None,
+) -> figure_lib.Figure:
+  """Draws accuracy and loss over steps, all runs laid over each other.
+
+  Runs that differ only in the seed share colour, line and legend entry. Faint:
+  the training loss, and, dotted, the published curve of the same recipe.
+
+  Args:
+    runs: at least one.
+    published: curves of RescaleViT, from `published.read_curves`.
+  """
+  figure = figure_lib.Figure(figsize=(11, 4.2), layout="constrained")
+  accuracy, loss = figure.subplots(1, 2)
+  groups = _groups(runs)
+  used = {}
+  for label, members in groups.items():
+    norm = members[0].config.model.norm
+    style = {
+      "color": norm_color(norm),
+      "marker": _MARKERS[list(norms.NORMS).index(norm) % len(_MARKERS)],
+      "markersize": 4,
+      "linestyle": _LINES[used.get(norm, 0) % len(_LINES)],
+      "linewidth": 1.5,
+    }
+    used[norm] = used.get(norm, 0) + 1
+    if len(members) > 1:
+      label = f"{label}, {len(members)} runs"
+    for i, run in enumerate(members):
+      _draw_run(accuracy, loss, run, style, label if i == 0 else None)
+    key = published_lib.match(members[0].config)
+    if key in (published or {}):
+      _draw_published(accuracy, loss, published[key], style, label)
+  accuracy.set(xlabel="step", ylabel="test accuracy, %")
+  loss.set(xlabel="step", ylabel="loss: test, and training (faint)")
+  for axes in (accuracy, loss):
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+  figure.suptitle(_title(runs), fontsize="medium")
+  figure.legend(
+    *accuracy.get_legend_handles_labels(),
+    loc="outside lower center",
+    ncols=4,
+    frameon=False,
+  )
+  return figure
+
+
+def _draw_run(accuracy, loss, run, style, label):
+  steps, values = run.curve("test/accuracy")
+  every = max(1, len(steps) // 10)
+  accuracy.plot(
+    steps, [100 * v for v in values], **style, markevery=every, label=label
+  )
+  loss.plot(*run.curve("test/loss"), **style, markevery=every)
+  style = {**style, "marker": "", "linewidth": 0.8}
+  loss.plot(*run.curve("train/loss"), **style, alpha=0.35)
+
+
+def _draw_published(accuracy, loss, curve, style, label):
+  style = {"color": style["color"], "linestyle": ":", "alpha": 0.5}
+  accuracy.plot(
+    curve.steps,
+    [100 * a for a in curve.accuracy],
+    **style,
+    label=f"{label.partition(',')[0]}, published",
+  )
+  loss.plot(curve.steps, curve.loss, **style)
+
+
+def _groups(runs) -> dict[str, list[runs_lib.Run]]:
+  """Puts runs together that differ only in the seed, under a short name."""
+  flat = [config_lib.flatten(run.config) for run in runs]
+  varied = [
+    key
+    for key in config_lib.KEYS
+    if key not in ("model.norm", "seed")
+    and not config_lib.KEYS[key].resumable
+    and any(f[key] != flat[0][key] for f in flat)
+  ]
+  groups = {}
+  for run, values in zip(runs, flat, strict=True):
+    label = ", ".join(
+      [values["model.norm"], *(_describe(k, values[k]) for k in varied)]
+    )
+    groups.setdefault(label, []).append(run)
+  order = list(norms.NORMS)
+  return dict(
+    sorted(groups.items(), key=lambda g: order.index(g[1][0].config.model.norm))
+  )
+
+
+def _describe(key, value):
+  if key == "pretrained_path":
+    return f"from {pathlib.Path(value).name}" if value else "from scratch"
+  if key in ("dataset", "model_name"):
+    return value
+  return f"{key.rpartition('.')[2]}={value}"
+
+
+def _title(runs):
+  """What all the runs have in common."""
+  parts = []
+  for key in ("model_name", "dataset"):
+    values = {config_lib.flatten(run.config)[key] for run in runs}
+    if len(values) == 1:
+      parts += values
+  return " on ".join(parts)

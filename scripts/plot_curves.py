@@ -1,0 +1,60 @@
+"""Draws accuracy and loss over steps, of one run or of several.
+
+python scripts/plot_curves.py --workdir=runs/a --workdir=runs/b --output=a.png
+"""
+
+import argparse
+from collections.abc import Sequence
+import pathlib
+import sys
+
+from rescalevit_jax import errors
+from rescalevit_jax import plots
+from rescalevit_jax import progress
+from rescalevit_jax import published
+from rescalevit_jax import runs
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+  """Draws curves; returns the exit code."""
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  parser.add_argument(
+    "--workdir",
+    action="append",
+    required=True,
+    help="a run's folder, or one with several runs; repeatable",
+  )
+  parser.add_argument(
+    "--output",
+    action="append",
+    type=pathlib.Path,
+    help="the picture, .png or .svg; repeatable, default: curves.png and"
+    " curves.svg",
+  )
+  parser.add_argument(
+    "--published",
+    help="CSV of published curves, drawn faint beside runs of the same recipe;"
+    " columns: dataset, model, norm, pretrained, step, valid_loss,"
+    " valid_accuracy",
+  )
+  args = parser.parse_args(argv)
+  progress.log_to_stderr()
+  try:
+    found = [run for folder in args.workdir for run in runs.find(folder)]
+    curves = {}
+    if args.published is not None:
+      curves = published.read_curves(args.published)
+    figure = plots.curves(found, curves)
+    for path in args.output or map(pathlib.Path, ("curves.png", "curves.svg")):
+      plots.save(figure, path)
+      print(f"{path}: {len(found)} run{'s' * (len(found) > 1)}")
+  except (errors.UserError, OSError) as e:
+    print(f"error: {e}", file=sys.stderr)
+    return 1
+  return 0
+
+
+if __name__ == "__main__":
+  sys.exit(main())

@@ -1,0 +1,99 @@
+"""Pictures of attention: what is in which panel."""
+
+import numpy as np
+import pytest
+import tiny_model
+
+from rescalevit_jax import attention
+from rescalevit_jax import attention_plots
+from rescalevit_jax import errors
+from rescalevit_jax.models import norms
+
+
+@pytest.fixture(scope="module")
+def image():
+  return np.random.default_rng(1).integers(0, 256, (8, 8, 3), np.uint8)
+
+
+def axes(figure):
+  """All panels with something in them."""
+  return [ax for ax in figure.axes if ax.images]
+
+
+def maps_of(model, image):
+  return np.asarray(
+    attention.probabilities(model.model, model.variables, model.inputs([image]))
+  )[:, 0]
+
+
+def test_tokens_shows_head_0_of_the_original_blocks(image):
+  model = tiny_model.create(num_layers=8)
+  figure = attention_plots.draw("tokens", [model], image)
+  panels = axes(figure)
+  assert [ax.get_title() for ax in panels] == ["block 0", "block 3", "block 6"]
+  for ax, block in zip(panels, (0, 3, 6), strict=True):
+    np.testing.assert_array_equal(
+      ax.images[0].get_array(), maps_of(model, image)[block, 0]
+    )
+
+
+def test_heads_shows_every_head_of_the_block(image):
+  model = tiny_model.create()
+  panels = axes(attention_plots.draw("heads", [model], image, block=2))
+  assert [ax.get_title() for ax in panels] == ["head 0", "head 1"]
+  for head, ax in enumerate(panels):
+    np.testing.assert_array_equal(
+      ax.images[0].get_array(), maps_of(model, image)[2, head]
+    )
+
+
+def test_class_token_lies_over_the_image(image):
+  model = tiny_model.create()
+  panels = axes(attention_plots.draw("class_token", [model], image))
+  assert [ax.get_title() for ax in panels] == [
+    "image",
+    "block 0",
+    "block 1",
+    "block 2",
+  ]
+  np.testing.assert_allclose(
+    panels[0].images[0].get_array(), image / 255, atol=1e-6
+  )
+  for block, ax in enumerate(panels[1:]):
+    grey, overlay = ax.images
+    assert grey.get_extent() == overlay.get_extent()
+    expected = maps_of(model, image)[block].mean(0)[0, 1:].reshape(2, 2) * 5
+    np.testing.assert_allclose(overlay.get_array(), expected, rtol=1e-6)
+
+
+def test_rollout_is_that_of_the_class_token(image):
+  model = tiny_model.create()
+  panels = axes(attention_plots.draw("rollout", [model], image))
+  share = attention.rollout(maps_of(model, image))[0, 1:].reshape(2, 2)
+  np.testing.assert_allclose(
+    panels[1].images[1].get_array(), share / share.mean(), rtol=1e-6
+  )
+
+
+@pytest.mark.parametrize("kind", attention_plots.KINDS)
+def test_all_norms_side_by_side_on_one_scale(kind, image):
+  models = [tiny_model.create(norm) for norm in norms.NORMS]
+  figure = attention_plots.draw(kind, models, image)
+  maps = [i for ax in axes(figure) for i in ax.images if i.norm.vmax != 1]
+  assert len(maps) >= len(models)
+  assert len({(i.norm.vmin, i.norm.vmax) for i in maps}) == 1
+  titles = [f.get_suptitle() for f in figure.subfigs[0].subfigs]
+  assert titles == [f"{norm}\ntiny" for norm in norms.NORMS]
+
+
+def test_draws_all_kinds_as_pixels(image):
+  pictures = attention_plots.draw_all(tiny_model.create(), image)
+  assert set(pictures) == {f"attention/{k}" for k in attention_plots.KINDS}
+  for picture in pictures.values():
+    assert picture.dtype == np.uint8 and picture.shape[-1] == 3
+    assert picture.std() > 10
+
+
+def test_unknown_block_is_named(image):
+  with pytest.raises(errors.UserError, match="no block 3.* 0 to 2"):
+    attention_plots.draw("heads", [tiny_model.create()], image, block=3)

@@ -1,0 +1,99 @@
+"""The program that draws and measures attention."""
+
+import csv
+
+import numpy as np
+from PIL import Image
+import programs
+import pytest
+import tiny_model
+
+from rescalevit_jax import attention
+from rescalevit_jax import attention_plots
+from rescalevit_jax import data
+from rescalevit_jax import pretrained
+from rescalevit_jax import trained
+
+plot_attention = programs.load("plot_attention")
+
+
+def test_draws_and_measures_runs_and_files(
+  tiny_run, digits_dir, tmp_path, capsys
+):
+  model = tiny_model.create("GN")
+  npz = tmp_path / "gn.npz"
+  pretrained.save(npz, **model.variables)
+  code = plot_attention.main(
+    [
+      f"--workdir={tiny_run}",
+      f"--npz={npz}",
+      "--norm=GN",
+      "--index=3",
+      f"--output={tmp_path / 'out'}",
+    ]
+  )
+  assert code == 0
+  for kind in attention_plots.KINDS:
+    for suffix in ("png", "svg"):
+      assert (tmp_path / "out" / f"{kind}.{suffix}").stat().st_size > 2000
+  with open(tmp_path / "out" / "attention.csv", newline="") as f:
+    rows = list(csv.DictReader(f))
+  assert [(r["norm"], r["block"]) for r in rows] == [
+    ("Rescale", "0"),
+    ("Rescale", "1"),
+    ("GN", "0"),
+    ("GN", "1"),
+    ("GN", "2"),
+  ]
+  images = data.load("digits", str(digits_dir)).test.images
+  assert {r["images"] for r in rows} == {str(len(images))}
+  expected = attention.statistics(trained.load(tiny_run), images)
+  for row, entropy, diagonal, sparsity in zip(
+    rows[:2],
+    expected.entropy,
+    expected.diagonal,
+    expected.sparsity,
+    strict=True,
+  ):
+    assert float(row["entropy_nats"]) == pytest.approx(entropy)
+    assert float(row["diagonal_share"]) == pytest.approx(diagonal)
+    assert float(row["hoyer_sparsity"]) == pytest.approx(sparsity)
+  assert "entropy" in capsys.readouterr().out
+
+
+def test_takes_an_image_file_of_any_size(tiny_run, tmp_path):
+  picture = np.random.default_rng(0).integers(0, 256, (50, 30, 3), np.uint8)
+  Image.fromarray(picture).save(tmp_path / "a.png")
+  arguments = [f"--workdir={tiny_run}", "--no_statistics", "--kind=rollout"]
+  code = plot_attention.main(
+    [*arguments, f"--image={tmp_path / 'a.png'}", f"--output={tmp_path}"]
+  )
+  assert code == 0
+  assert sorted(p.name for p in tmp_path.iterdir()) == [
+    "a.png",
+    "rollout.png",
+    "rollout.svg",
+  ]
+
+
+@pytest.mark.parametrize(
+  ("flags", "words"),
+  [
+    ([], "give --workdir or --npz"),
+    (["--workdir={run}", "--index=360"], "0 to 359"),
+    (["--workdir={run}", "--index=-1"], "0 to 359"),
+    (["--workdir={run}", "--block=2"], "0 to 1"),
+    (["--workdir={run}", "--batch=0"], "--batch"),
+    (["--workdir={run}", "--image=nothing.png"], "nothing.png"),
+    (["--workdir=nowhere"], "no run there"),
+    (["--npz=nowhere.npz"], "nowhere.npz"),
+  ],
+)
+def test_mistakes_are_one_line(flags, words, tiny_run, tmp_path, capsys):
+  flags = [flag.format(run=tiny_run) for flag in flags]
+  assert plot_attention.main([*flags, f"--output={tmp_path / 'out'}"]) == 1
+  (line,) = [
+    x for x in capsys.readouterr().err.splitlines() if x.startswith("error: ")
+  ]
+  assert words in line
+  assert not (tmp_path / "out").exists()

@@ -1,0 +1,97 @@
+"""Curves, colours, files."""
+
+import pathlib
+
+import numpy as np
+import pytest
+
+from rescalevit_jax import config as config_lib
+from rescalevit_jax import errors
+from rescalevit_jax import plots
+from rescalevit_jax import published
+from rescalevit_jax import runs
+from rescalevit_jax.models import norms
+
+
+def run(norm, accuracies, seed=0, **keys):
+  config = config_lib.default()
+  config.model.norm = norm
+  config.seed = seed
+  config.update(keys)
+  metrics = []
+  for i, accuracy in enumerate(accuracies, start=1):
+    metrics += [
+      {"step": i, "train/loss": 3.0 / i},
+      {"step": i, "test/accuracy": accuracy, "test/loss": 2.0 / i},
+    ]
+  return runs.Run(pathlib.Path(f"{norm}-{seed}"), config, None, metrics)
+
+
+def test_norms_have_colours_of_their_own():
+  colors = {plots.norm_color(norm) for norm in norms.NORMS}
+  assert len(colors) == len(norms.NORMS)
+
+
+def test_curves_show_the_numbers():
+  figure = plots.curves([run("LN", [0.1, 0.3, 0.2])])
+  accuracy, loss = figure.axes
+  (line,) = accuracy.lines
+  np.testing.assert_allclose(line.get_ydata(), [10, 30, 20])
+  np.testing.assert_array_equal(line.get_xdata(), [1, 2, 3])
+  test, train = loss.lines
+  np.testing.assert_allclose(test.get_ydata(), [2, 1, 2 / 3])
+  np.testing.assert_allclose(train.get_ydata(), [3, 1.5, 1])
+  assert train.get_alpha() < 0.5
+
+
+def test_seeds_share_a_colour_and_a_legend_entry():
+  figure = plots.curves(
+    [run("Rescale", [0.1], 0), run("LN", [0.2]), run("Rescale", [0.3], 1)]
+  )
+  colors = [line.get_color() for line in figure.axes[0].lines]
+  assert colors == [plots.norm_color(n) for n in ("LN", "Rescale", "Rescale")]
+  (legend,) = figure.legends
+  labels = [text.get_text() for text in legend.get_texts()]
+  assert labels == ["LN", "Rescale, 2 runs"]
+  assert figure.get_suptitle() == "ViT-B_16 on cifar10"
+
+
+def test_what_differs_is_in_the_label_and_the_line():
+  figure = plots.curves([run("LN", [0.1]), run("LN", [0.2], base_lr=0.1)])
+  first, second = figure.axes[0].lines
+  assert first.get_color() == second.get_color()
+  assert first.get_linestyle() != second.get_linestyle()
+  assert first.get_label() == "LN, base_lr=0.05"
+  assert second.get_label() == "LN, base_lr=0.1"
+
+
+def test_published_curve_lies_faint_beside_a_run_of_its_recipe():
+  key = ("cifar10", "ViT-B_32", "LN", False)
+  curves = {key: published.Curve([100, 200], [2.0, 1.0], [0.3, 0.4])}
+  same = run("LN", [0.1], model_name="ViT-B_32")
+  other = run("LN", [0.1], model_name="ViT-B_32", base_lr=0.1)
+  ours, faint = plots.curves([same], curves).axes[0].lines
+  np.testing.assert_allclose(faint.get_ydata(), [30, 40])
+  assert faint.get_color() == ours.get_color()
+  assert faint.get_alpha() <= 0.5
+  assert faint.get_label() == "LN, published"
+  assert len(plots.curves([other], curves).axes[0].lines) == 1
+
+
+@pytest.mark.parametrize("suffix", [".png", ".svg"])
+def test_same_figure_same_bytes(tmp_path, suffix):
+  for name in ("a", "b"):
+    plots.save(plots.curves([run("LN", [0.1])]), tmp_path / f"{name}{suffix}")
+  first, second = (tmp_path / f"{n}{suffix}" for n in ("a", "b"))
+  assert first.read_bytes() == second.read_bytes()
+  assert first.stat().st_size > 5000
+
+
+def test_svg_is_an_element():
+  text = plots.svg(plots.curves([run("LN", [0.1])]))
+  assert text.startswith("<svg") and text.rstrip().endswith("</svg>")
+
+
+def test_other_suffixes_are_refused(tmp_path):
+  with pytest.raises(errors.UserError, match=r"\.png or \.svg"):
+    plots.save(plots.curves([run("LN", [0.1])]), tmp_path / "a.jpeg")
