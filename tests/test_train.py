@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import pytest
 
+from rescalevit_jax import attention_plots
 from rescalevit_jax import checkpoint
 from rescalevit_jax import data
 from rescalevit_jax import errors
@@ -321,3 +322,25 @@ def test_keeps_the_last_checkpoints_and_the_best(tiny_config, tmp_path):
 
   assert kept("last") == [8, 12]
   assert kept("best") == [result["best_step"]]
+
+
+def test_attention_pictures_go_to_tensorboard_and_change_nothing(
+  tiny_config, tmp_path
+):
+  train.train_and_evaluate(tiny_config, tmp_path / "without")
+  tiny_config.attention_images = True
+  train.train_and_evaluate(tiny_config, tmp_path / "with")
+  assert_same_run(tmp_path / "without", tmp_path / "with")
+  events = pytest.importorskip(
+    "tensorboard.backend.event_processing.event_accumulator"
+  )
+  board = events.EventAccumulator(str(tmp_path / "with"), {"tensors": 0})
+  board.Reload()
+  pictures = [tag for tag in board.Tags()["tensors"] if "attention/" in tag]
+  assert pictures == [f"attention/{kind}" for kind in attention_plots.KINDS]
+  for tag in pictures:
+    found = board.Tensors(tag)
+    assert [event.step for event in found] == [5, 10, 12]
+    images = [event.tensor_proto.string_val[2] for event in found]
+    assert all(image.startswith(b"\x89PNG") for image in images)
+    assert len(set(images)) == 3
