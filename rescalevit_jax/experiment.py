@@ -161,11 +161,9 @@ def read_config(workdir: pathlib.Path) -> ml_collections.ConfigDict | None:
   """Reads the config of the run in a folder; None if there is no run."""
   path = pathlib.Path(workdir) / "config.json"
   try:
-    text = path.read_text(encoding="utf-8")
+    return config_lib.from_json(path.read_text(encoding="utf-8"))
   except FileNotFoundError:
     return None
-  try:
-    return config_lib.from_json(text)
   except (KeyError, TypeError, ValueError) as e:
     raise errors.UserError(
       f"{path}: damaged ({e}); choose another --workdir"

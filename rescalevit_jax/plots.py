@@ -105,10 +105,9 @@ def curves(
       "linewidth": 1.5,
     }
     used[norm] = used.get(norm, 0) + 1
-    if len(members) > 1:
-      label = f"{label}, {len(members)} runs"
+    count = f", {len(members)} runs" if len(members) > 1 else ""
     for i, run in enumerate(members):
-      _draw_run(accuracy, loss, run, style, label if i == 0 else None)
+      _draw_run(accuracy, loss, run, style, None if i else label + count)
     key = published_lib.match(members[0].config)
     if key in (published or {}):
       _draw_published(accuracy, loss, published[key], style, label)
@@ -144,7 +143,7 @@ def _draw_published(accuracy, loss, curve, style, label):
     curve.steps,
     [100 * a for a in curve.accuracy],
     **style,
-    label=f"{label.partition(',')[0]}, published",
+    label=f"{label}, published",
   )
   loss.plot(curve.steps, curve.loss, **style)
 

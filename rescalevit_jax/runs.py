@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import logging
 import pathlib
 from typing import Any
 
@@ -10,8 +9,6 @@ import ml_collections
 
 from rescalevit_jax import errors
 from rescalevit_jax import experiment
-
-_log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,10 +55,11 @@ def read(workdir: str | pathlib.Path) -> Run:
   )
 
 
-def find(folder: str | pathlib.Path) -> list[Run]:
+def find(folder: str | pathlib.Path) -> tuple[list[Run], list[str]]:
   """Reads all runs in a folder and below it, in order of their paths.
 
-  What cannot be read is left out, with a warning.
+  Returns:
+    The runs, and a line for each that cannot be read.
 
   Raises:
     UserError: there is no such folder, or no run in it.
@@ -69,20 +67,21 @@ def find(folder: str | pathlib.Path) -> list[Run]:
   folder = pathlib.Path(folder)
   if not folder.is_dir():
     raise errors.UserError(f"{folder}: no such folder; give one with runs")
-  found = []
+  found, damaged = [], []
   for path in sorted(folder.rglob("config.json")):
     try:
       found.append(read(path.parent))
-    except errors.UserError as e:
-      _log.warning("left out: %s", e)
-  if not found:
+    except (errors.UserError, OSError) as e:
+      damaged.append(str(e))
+  if not found and not damaged:
     raise errors.UserError(f"{folder}: no runs there (no config.json)")
-  return found
+  return found, damaged
 
 
 def _metrics(workdir):
   try:
-    text = (workdir / "metrics.jsonl").read_text(encoding="utf-8")
+    # A character that is none is part of a damaged line, left out below.
+    text = (workdir / "metrics.jsonl").read_text("utf-8", errors="replace")
   except FileNotFoundError:
     return []
   lines = []

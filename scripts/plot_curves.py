@@ -10,7 +10,6 @@ import sys
 
 from rescalevit_jax import errors
 from rescalevit_jax import plots
-from rescalevit_jax import progress
 from rescalevit_jax import published
 from rescalevit_jax import runs
 
@@ -40,9 +39,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     " valid_accuracy",
   )
   args = parser.parse_args(argv)
-  progress.log_to_stderr()
   try:
-    found = [run for folder in args.workdir for run in runs.find(folder)]
+    found = []
+    for folder in args.workdir:
+      readable, damaged = runs.find(folder)
+      found += readable
+      for line in damaged:
+        print(f"left out: {line}", file=sys.stderr)
+    if not found:
+      raise errors.UserError("no run to draw: none can be read")
     curves = {}
     if args.published is not None:
       curves = published.read_curves(args.published)

@@ -1,7 +1,6 @@
 """Runs read back from their folders."""
 
 import json
-import logging
 
 import pytest
 
@@ -43,16 +42,25 @@ def test_a_run_that_has_only_begun(tmp_path):
   assert (run.step, run.result, run.metrics) == (0, None, [])
 
 
-def test_finds_runs_below_and_names_the_damaged(tmp_path, caplog):
+def test_finds_runs_below_and_names_the_damaged(tmp_path):
   write(tmp_path / "b")
   write(tmp_path / "deep" / "a")
   write(tmp_path / "bad")
   (tmp_path / "bad" / "result.json").write_text("{")
-  logging.getLogger("rescalevit_jax").propagate = True
-  with caplog.at_level(logging.WARNING):
-    found = runs.find(tmp_path)
+  write(tmp_path / "worse")
+  (tmp_path / "worse" / "config.json").write_bytes(b"\xff")
+  found, damaged = runs.find(tmp_path)
   assert [run.workdir.name for run in found] == ["b", "a"]
-  assert "bad" in caplog.text
+  assert len(damaged) == 2
+  assert "bad" in damaged[0] and "worse" in damaged[1]
+
+
+def test_a_line_of_metrics_that_is_no_text_is_left_out(tmp_path):
+  write(tmp_path / "a")
+  (tmp_path / "a" / "metrics.jsonl").write_bytes(
+    b'{"step": 1, "x": 1}\n\xff\xfe\n{"step": 2, "x": 3}\n'
+  )
+  assert runs.read(tmp_path / "a").curve("x") == ([1, 2], [1, 3])
 
 
 @pytest.mark.parametrize("name", ["", "nowhere"])

@@ -1,0 +1,160 @@
+"""All runs in a folder, grouped: those that differ only in the seed."""
+
+from collections.abc import Iterable
+import dataclasses
+import os
+import pathlib
+
+import ml_collections
+
+from rescalevit_jax import config as config_lib
+from rescalevit_jax import errors
+from rescalevit_jax import runs as runs_lib
+from rescalevit_jax.models import norms
+from rescalevit_jax.models import variants
+
+# Keys with a column, or a meaning, of their own.
+_NAMING = ("dataset", "model_name", "model.norm", "image_size", "seed")
+_NUMBERS = (
+  "best_accuracy",
+  "best_step",
+  "last_accuracy",
+  "last_step",
+  "last_loss",
+  "images_per_second",
+  "seconds",
+  "parameters",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Study:
+  """All runs in a folder.
+
+  Attributes:
+    folder: where they lie.
+    groups: the finished ones; those of a group differ only in the seed and in
+      keys that do not change a run's numbers.
+    unfinished: in order of their paths.
+    damaged: what could not be read, a line each that says why.
+    varied: the config keys in which the groups differ and that have no column
+      of their own.
+  """
+
+  folder: pathlib.Path
+  groups: tuple[tuple[runs_lib.Run, ...], ...]
+  unfinished: tuple[runs_lib.Run, ...]
+  damaged: tuple[str, ...]
+  varied: tuple[str, ...]
+
+  @property
+  def finished(self) -> tuple[runs_lib.Run, ...]:
+    return tuple(run for group in self.groups for run in group)
+
+  def name(self, run: runs_lib.Run) -> str:
+    """Returns a run's path below the study's folder."""
+    name = run.workdir.relative_to(self.folder).as_posix()
+    return self.folder.resolve().name if name == "." else name
+
+
+def collect(folder: str | os.PathLike[str]) -> Study:
+  """Reads all runs in a folder and below it, and groups them.
+
+  Raises:
+    UserError: there is no such folder, or no run in it.
+  """
+  folder = pathlib.Path(folder)
+  found, damaged = runs_lib.find(folder)
+  whole = []
+  for run in found:
+    try:
+      _check(run)
+      whole.append(run)
+    except errors.UserError as e:
+      damaged.append(str(e))
+  groups = _groups([run for run in whole if run.result is not None])
+  return Study(
+    folder,
+    groups,
+    tuple(run for run in whole if run.result is None),
+    tuple(sorted(line.removeprefix(f"{folder}{os.sep}") for line in damaged)),
+    varied_keys(group[0].config for group in groups),
+  )
+
+
+def pretrained(config: ml_collections.ConfigDict) -> str:
+  """Returns 'yes' or 'no'."""
+  return "no" if config.pretrained_path is None else "yes"
+
+
+def varied_keys(
+  configs: Iterable[ml_collections.ConfigDict],
+) -> tuple[str, ...]:
+  """Returns the keys of no column of their own in which configs differ."""
+  configs = list(configs)
+  flat = [config_lib.flatten(config) for config in configs]
+  varied = [k for k in _other_keys() if any(f[k] != flat[0][k] for f in flat)]
+  # Whether there is a file has a column. Which one follows from the model,
+  # unless there are several for one model.
+  files = {(f["model_name"], f["pretrained_path"]) for f in flat}
+  files = [model for model, file in files if file is not None]
+  if "pretrained_path" in varied and len(files) == len(set(files)):
+    varied.remove("pretrained_path")
+  return tuple(varied)
+
+
+def _check(run):
+  """Raises UserError unless the run's files have what the tables need."""
+  try:
+    config_lib.validate(run.config)
+  except errors.UserError as e:
+    raise errors.UserError(
+      f"{run.workdir / 'config.json'}: damaged, or of another version ({e})"
+    ) from e
+  if run.result is None:
+    return
+  for key in _NUMBERS:
+    value = run.result.get(key)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+      raise errors.UserError(
+        f"{run.workdir / 'result.json'}: damaged ({key} is {value!r}); delete"
+        " it, the run writes it again"
+      )
+
+
+def _groups(runs):
+  groups = {}
+  for run in runs:
+    values = config_lib.flatten(run.config)
+    key = tuple(
+      values[name]
+      for name, key in config_lib.KEYS.items()
+      if name != "seed" and not key.resumable
+    )
+    groups.setdefault(key, []).append(run)
+  ordered = sorted(groups.values(), key=lambda group: _order(group[0].config))
+  return tuple(
+    tuple(sorted(group, key=lambda run: (run.config.seed, run.workdir)))
+    for group in ordered
+  )
+
+
+def _order(config):
+  values = config_lib.flatten(config)
+  return (
+    config.dataset,
+    list(variants.VARIANTS).index(config.model_name),
+    list(norms.NORMS).index(config.model.norm),
+    pretrained(config),
+    config.image_size,
+    # None cannot be compared with a number.
+    [(values[k] is not None, values[k] or 0) for k in _other_keys()],
+  )
+
+
+def _other_keys():
+  return [
+    name
+    for name, key in config_lib.KEYS.items()
+    if name not in _NAMING and not key.resumable
+  ]

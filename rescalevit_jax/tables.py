@@ -1,0 +1,238 @@
+"""The outcome of many runs as tables: a row for all seeds of a recipe."""
+
+import collections
+from collections.abc import Callable, Sequence
+import csv
+import dataclasses
+import html
+import io
+import statistics
+from typing import Any
+
+from rescalevit_jax import config as config_lib
+from rescalevit_jax import published
+from rescalevit_jax import runs as runs_lib
+from rescalevit_jax import study as study_lib
+
+NOTHING = "–"
+
+
+@dataclasses.dataclass(frozen=True)
+class Column:
+  """A column of the table that people read.
+
+  Attributes:
+    heading: with the unit.
+    key: of the row's value, by which to sort.
+    text: from a row to what is shown.
+    numeric: whether the values are numbers.
+  """
+
+  heading: str
+  key: str
+  text: Callable[[dict[str, Any]], str]
+  numeric: bool = True
+
+
+def rows(study: study_lib.Study) -> list[dict[str, Any]]:
+  """Returns a row for each group, machine-readable.
+
+  Accuracies are fractions; None where there is no value, as with the standard
+  deviation of a single run.
+  """
+  return [_row(group, study.varied) for group in study.groups]
+
+
+def run_rows(study: study_lib.Study) -> list[dict[str, Any]]:
+  """Returns a row for each run that could be read, the finished ones first."""
+  runs = (*study.finished, *study.unfinished)
+  varied = study_lib.varied_keys(run.config for run in runs)
+  return [_run_row(study.name(run), run, varied) for run in runs]
+
+
+def columns(study: study_lib.Study) -> list[Column]:
+  """Returns the columns of the table that people read."""
+
+  def text(heading, key):
+    return Column(heading, key, lambda row: _plain(row[key]), numeric=False)
+
+  def number(heading, key, form):
+    return Column(
+      heading,
+      key,
+      lambda row: NOTHING if row[key] is None else form(row[key]),
+    )
+
+  def accuracy(heading, key):
+    return Column(
+      heading,
+      f"{key}_mean",
+      lambda row: _mean_and_sd(row[f"{key}_mean"], row[f"{key}_sd"]),
+    )
+
+  def percent(fraction):
+    return f"{100 * fraction:.1f}"
+
+  def difference(fraction):
+    text = f"{100 * fraction:+.1f}".replace("-", "−")
+    return "0.0" if text[1:] == "0.0" else text
+
+  result = [
+    text("data set", "dataset"),
+    text("model", "model"),
+    text("norm", "norm"),
+    text("pretrained", "pretrained"),
+    number("resolution", "resolution", str),
+  ]
+  for key in study.varied:
+    kind = config_lib.KEYS[key].optional or type(config_lib.KEYS[key].default)
+    column = text(key, key)
+    numeric = kind in (int, float)
+    result.append(dataclasses.replace(column, numeric=numeric))
+  result += [
+    number("runs (n)", "runs", str),
+    accuracy("best accuracy, %", "best_accuracy"),
+    accuracy("last accuracy, %", "last_accuracy"),
+    number("last test loss", "last_loss_mean", "{:.3f}".format),
+    number("minutes", "minutes_mean", _short),
+    number("images/s", "images_per_second_mean", _short),
+    number("parameters, M", "parameters", lambda x: _short(x / 1e6)),
+  ]
+  if any(
+    published.match(g[0].config) in published.FIGURES for g in study.groups
+  ):
+    result += [
+      number("published best, %", "published_best_accuracy", percent),
+      number("published last, %", "published_last_accuracy", percent),
+      number("difference, best", "best_accuracy_difference", difference),
+      number("difference, last", "last_accuracy_difference", difference),
+    ]
+  return result
+
+
+def markdown(columns: Sequence[Column], rows: Sequence[dict[str, Any]]) -> str:
+  """Returns the table in Markdown."""
+  lines = [
+    [escape_markdown(column.heading) for column in columns],
+    ["--:" if column.numeric else "---" for column in columns],
+    *(
+      [escape_markdown(column.text(row)) for column in columns] for row in rows
+    ),
+  ]
+  return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def escape_markdown(text: str) -> str:
+  """Escapes what Markdown would take for a cell's border or for HTML."""
+  text = html.escape(" ".join(text.split()), quote=False)
+  for character in "\\|`*":
+    text = text.replace(character, f"\\{character}")
+  return text
+
+
+def to_csv(rows: Sequence[dict[str, Any]]) -> str:
+  """Returns rows as CSV with full precision; what is None stays empty."""
+  text = io.StringIO()
+  if rows:
+    writer = csv.DictWriter(text, rows[0], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+  return text.getvalue()
+
+
+def devices(run: runs_lib.Run) -> str:
+  """Returns '1 x NVIDIA H100', of a finished run."""
+  counts = collections.Counter(run.result.get("devices", []))
+  return ", ".join(f"{n} x {kind}" for kind, n in counts.items()) or "unknown"
+
+
+def versions(run: runs_lib.Run) -> str:
+  """Returns 'python 3.11.2, jax 0.10.2, …', of a finished run."""
+  items = run.result.get("versions", {}).items()
+  return ", ".join(f"{name} {version}" for name, version in items) or "unknown"
+
+
+def left_out(study: study_lib.Study) -> list[tuple[str, list[str]]]:
+  """Returns titles and lines that name the runs that no mean contains."""
+  unfinished = [
+    f"{study.name(run)}: step {run.step} of {run.config.total_steps}"
+    for run in study.unfinished
+  ]
+  sections = [("Unfinished", unfinished), ("Damaged", list(study.damaged))]
+  return [(title, items) for title, items in sections if items]
+
+
+def _naming(config, varied):
+  values = config_lib.flatten(config)
+  return {
+    "dataset": config.dataset,
+    "model": config.model_name,
+    "norm": config.model.norm,
+    "pretrained": study_lib.pretrained(config),
+    "resolution": config.image_size,
+    **{key: values[key] for key in varied},
+  }
+
+
+def _row(group, varied):
+  config = group[0].config
+  row = _naming(config, varied) | {"runs": len(group)}
+
+  def add(name, values):
+    row[f"{name}_mean"] = statistics.fmean(values) if values else None
+    row[f"{name}_sd"] = statistics.stdev(values) if len(values) > 1 else None
+
+  for key in ("best_accuracy", "last_accuracy", "last_loss"):
+    add(key, [run.result[key] for run in group])
+  add("minutes", [run.result["seconds"] / 60 for run in group])
+  # Zero where nothing was measured, as in a run of very few steps.
+  speeds = [run.result["images_per_second"] for run in group]
+  add("images_per_second", [speed for speed in speeds if speed > 0])
+  row["parameters"] = group[0].result["parameters"]
+  figures = published.FIGURES.get(published.match(config))
+  for key in ("best_accuracy", "last_accuracy"):
+    theirs = getattr(figures, key, None)
+    row[f"published_{key}"] = theirs
+    row[f"{key}_difference"] = (
+      None if theirs is None else row[f"{key}_mean"] - theirs
+    )
+  row["published_minutes"] = getattr(figures, "minutes", None)
+  return row
+
+
+def _run_row(name, run, varied):
+  result = run.result or {}
+  finished = run.result is not None
+  return {
+    "run": name,
+    **_naming(run.config, varied),
+    "seed": run.config.seed,
+    "state": "finished" if finished else "unfinished",
+    "step": result.get("last_step", run.step),
+    "total_steps": run.config.total_steps,
+    **{
+      key: result.get(key)
+      for key in ("best_accuracy", "best_step", "last_accuracy", "last_loss")
+    },
+    "minutes": result["seconds"] / 60 if finished else None,
+    "images_per_second": result.get("images_per_second") or None,
+    "parameters": result.get("parameters"),
+    "devices": devices(run) if finished else None,
+    "versions": versions(run) if finished else None,
+  }
+
+
+def _plain(value):
+  return NOTHING if value is None else str(value)
+
+
+def _short(number):
+  return f"{number:.{2 if number < 10 else 1 if number < 1000 else 0}f}"
+
+
+def _mean_and_sd(mean, sd):
+  text = f"{100 * mean:.1f}"
+  if sd is None:
+    return text
+  sd *= 100
+  return f"{text} ± {sd:.{2 if sd < 1 else 1}f}"

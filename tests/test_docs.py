@@ -1,0 +1,62 @@
+"""docs/walkthrough.md, run as it stands."""
+
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+PAGE = ROOT / "docs" / "walkthrough.md"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, digits_dir):
+  """What a reader has in front of her, and what the page leaves there."""
+  folder = tmp_path_factory.mktemp("walkthrough")
+  for name in ("configs", "scripts"):
+    (folder / name).symlink_to(ROOT / name)
+  blocks = re.findall(
+    r"^```(bash|python)\n(.*?)^```$", PAGE.read_text(), re.MULTILINE | re.DOTALL
+  )
+  assert len(blocks) >= 6
+  environment = {
+    **os.environ,
+    "JAX_PLATFORMS": "cpu",
+    "PATH": f"{pathlib.Path(sys.executable).parent}:{os.environ['PATH']}",
+    "PYTHONPATH": str(ROOT),
+    "TFDS_DATA_DIR": str(digits_dir),
+  }
+  for language, text in blocks:
+    command = {
+      "bash": ["bash", "-euc", text],
+      "python": [sys.executable, "-c", text],
+    }[language]
+    done = subprocess.run(
+      command,
+      cwd=folder,
+      env=environment,
+      capture_output=True,
+      text=True,
+      timeout=600,
+      check=False,
+    )
+    assert done.returncode == 0, f"{text}\n{done.stdout}\n{done.stderr}"
+  return folder / "runs" / "walk"
+
+
+def test_leaves_what_it_says(folder):
+  assert (folder / "one" / "result.json").exists()
+  runs = [path.parent.name for path in folder.glob("norms/*/result.json")]
+  assert len(runs) == 4
+  table = (folder / "norms" / "report.md").read_text()
+  assert "| LN " in table and "| Rescale " in table
+  assert "<svg" in (folder / "norms" / "report.html").read_text()
+  for name in ("curves.png", "curves.svg", "attention/class_token.png"):
+    assert (folder / name).stat().st_size > 5000
+  lines = (folder / "attention" / "attention.csv").read_text().splitlines()
+  assert len(lines) == 1 + 2 * 4  # Two models of four blocks.
+  lines = (folder / "predictions.csv").read_text().splitlines()
+  assert len(lines) == 1 + 5

@@ -1,0 +1,140 @@
+"""The published figures, which configs they belong to, and their curves."""
+
+import pytest
+
+from rescalevit_jax import config as config_lib
+from rescalevit_jax import errors
+from rescalevit_jax import published
+
+HEADER = "dataset,model,norm,pretrained,step,valid_loss,valid_accuracy\n"
+
+
+def config(**changes):
+  result = config_lib.default()
+  changes = {key.replace("__", "."): value for key, value in changes.items()}
+  result.update_from_flattened_dict(changes)
+  return result
+
+
+def test_figures():
+  figures = published.FIGURES
+  assert len(figures) == 27
+  assert figures["cifar100", "ViT-B_16", "Rescale", False] == (
+    published.Figures(0.3609, 0.3554, 162.6, 200)
+  )
+  assert figures["cifar10", "ViT-L_16", "LN", True] == (
+    published.Figures(0.9899, 0.9899, 308.2, 200)
+  )
+  for key, run in figures.items():
+    dataset, model, norm, pretrained = key
+    changes = {"dataset": dataset, "model_name": model, "model__norm": norm}
+    changes["pretrained_path"] = "a.npz" if pretrained else None
+    changes["batch"] = 64 if model == "ViT-L_16" else 128
+    assert published.match(config(**changes)) == key
+    assert 0 < run.last_accuracy <= run.best_accuracy < 1
+    assert run.evaluations == 200
+
+
+@pytest.mark.parametrize("key", ["BN", "GN", "Rescale"])
+def test_runs_that_were_cut_off_have_no_figures(key):
+  assert ("cifar100", "ViT-L_16", key, False) not in published.FIGURES
+
+
+@pytest.mark.parametrize(
+  "changes",
+  [
+    {"seed": 7},
+    {"dtype": "float32"},
+    {"deterministic": True},
+    {"reinit_head": True},
+    {"tfds_data_dir": "/data", "batch_eval": 1000, "checkpoint_every": 7},
+  ],
+)
+def test_match_whatever_does_not_change_the_recipe(changes):
+  assert published.match(config(**changes)) == (
+    "cifar10",
+    "ViT-B_16",
+    "LN",
+    False,
+  )
+
+
+def test_match_tells_pretrained_from_scratch():
+  keys = {
+    published.match(config(pretrained_path=path))
+    for path in (None, "a.npz", "/b.npz")
+  }
+  assert keys == {
+    ("cifar10", "ViT-B_16", "LN", False),
+    ("cifar10", "ViT-B_16", "LN", True),
+  }
+
+
+@pytest.mark.parametrize(
+  "changes",
+  [
+    {"base_lr": 0.03},
+    {"total_steps": 10_000},
+    {"image_size": 384},
+    {"batch": 64},
+    {"batch": 128, "model_name": "ViT-L_16"},
+    {"model_name": "ViT-S_16"},
+    {"dataset": "digits"},
+    {"model__gelu": "tanh"},
+    {"model__hidden_size": 96},
+    {"augment__flip": True},
+    {"eval_every": 50},  # More evaluations, a higher best.
+  ],
+)
+def test_no_match_of_another_recipe(changes):
+  assert published.match(config(**changes)) is None
+
+
+def test_read_curves(tmp_path):
+  path = tmp_path / "curves.csv"
+  path.write_text(
+    "note,"
+    + HEADER
+    + "x,cifar10,ViT-B_32,LN,1,200,0.5,0.9\n"
+    + "x,cifar10,ViT-B_32,LN,0,100,2.5,0.25\n"
+    + "x,cifar10,ViT-B_32,LN,1,100,1.5,0.75\n"
+  )
+  assert published.read_curves(path) == {
+    ("cifar10", "ViT-B_32", "LN", True): published.Curve(
+      (100, 200), (1.5, 0.5), (0.75, 0.9)
+    ),
+    ("cifar10", "ViT-B_32", "LN", False): published.Curve(
+      (100,), (2.5,), (0.25,)
+    ),
+  }
+
+
+@pytest.mark.parametrize(
+  "text, words",
+  [
+    ("dataset,model,norm,step\n", ["line 1", "pretrained", "valid_loss"]),
+    ("", ["line 1"]),
+    ("a,b,LN,0,100,2,0.1\na,b,LN,0,x,2,0.1\n", ["line 3", "step", "'x'"]),
+    ("a,b,LN,0,100,nan,0.1\n", ["line 2", "valid_loss", "'nan'"]),
+    ("a,b,LN,0,100,2,57.1\n", ["line 2", "valid_accuracy", "'57.1'"]),
+    ("a,b,LN,yes,100,2,0.1\n", ["line 2", "pretrained", "'yes'"]),
+    ("a,b,LN,0,100\n", ["line 2", "valid_loss", "''"]),
+    ("a,b,LN,0,1,2,0.1\na,b,LN,0,1,2,0.1\n", ["line 3", "second", "1"]),
+  ],
+)
+def test_read_curves_names_what_is_wrong(text, words, tmp_path):
+  path = tmp_path / "curves.csv"
+  path.write_text(text if text[:7] in ("", "dataset") else HEADER + text)
+  with pytest.raises(errors.UserError) as e:
+    published.read_curves(path)
+  for word in [str(path), *words]:
+    assert word in str(e.value)
+
+
+@pytest.mark.parametrize("data", [None, b"\xff\xfe\x00PNG"])
+def test_read_curves_without_such_a_file(data, tmp_path):
+  path = tmp_path / "curves.csv"
+  if data is not None:
+    path.write_bytes(data)
+  with pytest.raises(errors.UserError, match=r"curves\.csv"):
+    published.read_curves(path)

@@ -1,0 +1,230 @@
+"""The report: what it writes, says and refuses."""
+
+import html
+import re
+import shutil
+import subprocess
+import sys
+
+import fake_runs
+import pytest
+
+from rescalevit_jax import progress
+from rescalevit_jax import report
+
+FILES = ("report.md", "report.csv", "runs.csv", "report.html")
+
+
+@pytest.fixture(autouse=True)
+def quiet(monkeypatch):
+  monkeypatch.setattr(progress, "log_to_stderr", lambda: None)
+
+
+@pytest.fixture
+def runs(tmp_path):
+  """Two seeds of one recipe, one of another, an open and a damaged run."""
+  folder = tmp_path / "runs"
+  fake_runs.write(folder / "a", {"seed": 0}, {"best_accuracy": 0.75})
+  fake_runs.write(folder / "b", {"seed": 1}, {"best_accuracy": 0.77})
+  other = {"model.norm": "BN", "model_name": "ViT-B_32"}
+  fake_runs.write(folder / "c", other, {"devices": ["cpu"]})
+  fake_runs.write(folder / "open <i> & co", {"seed": 3}, None)
+  damaged = fake_runs.write(folder / "bad $x <b>", {}, None)
+  (damaged / "config.json").write_text("<script>")
+  return folder
+
+
+@pytest.fixture(scope="module")
+def saved_runs(tmp_path_factory):
+  return tmp_path_factory.mktemp("saved")
+
+
+@pytest.fixture
+def digits_runs(saved_runs, tiny_config):
+  """Two norms, as they are before training."""
+  for norm in ("LN", "Rescale"):
+    workdir = saved_runs / f"{norm} $x$ & <co>"
+    if not workdir.exists():
+      tiny_config.model.norm = norm
+      fake_runs.write_with_checkpoint(workdir, tiny_config)
+  return saved_runs
+
+
+def test_files_and_output(runs, tmp_path, capsys):
+  out = tmp_path / "new" / "out"
+  assert report.main([str(runs), f"--output={out}", "--noattention"]) == 0
+  assert sorted(p.name for p in out.iterdir()) == sorted(FILES)
+  assert not any((runs / name).exists() for name in FILES)
+  printed = capsys.readouterr().out
+  table = (out / "report.md").read_text()
+  lines = [line for line in printed.splitlines() if line.startswith("|")]
+  assert len(lines) == 4 and "\n".join(lines) in table
+  assert "76.0 ± 1.4" in table
+  assert printed.splitlines()[-4:] == [str(out / name) for name in FILES]
+  page = (out / "report.html").read_text()
+  assert "76.0 ± 1.4" in page and page.count("<svg") == 2
+  assert "Attention" not in page
+
+
+def test_notes(runs, capsys):
+  assert report.main([str(runs), "--noattention"]) == 0
+  text = (runs / "report.md").read_text()
+  page = html.unescape((runs / "report.html").read_text())
+  for words in (
+    "3 finished runs of 2 recipes; 1 unfinished, 1 damaged.",
+    "peeks at the test set",
+    "best of 200 evaluations, one RTX 3090, fp16",
+    "Hardware: 2 x H100 (2 runs); 1 x cpu (1 run).",
+    "Software: python 3.11, jax 0.10.",
+  ):
+    assert words in text
+    assert words in page
+  assert "one seed" not in text
+
+
+def test_repeated_seeds_are_told(runs, capsys):
+  fake_runs.write(runs / "again", {"seed": 1}, {})
+  report.main([str(runs), "--noattention"])
+  text = (runs / "report.md").read_text()
+  assert "Runs with one seed, counted each by itself: a, again, b." in text
+
+
+def test_what_no_mean_contains_is_named_and_escaped(runs, capsys):
+  report.main([str(runs), "--noattention"])
+  for name in ("report.md", "report.html"):
+    text = (runs / name).read_text()
+    assert "open &lt;i&gt; &amp; co: step 300 of 20000" in text
+    assert "bad $x &lt;b&gt;/config.json: damaged" in text
+    assert "<i>" not in text and "<b>" not in text
+
+
+def test_published_curves(runs, tmp_path, capsys):
+  curves = tmp_path / "curves.csv"
+  curves.write_text(
+    "dataset,model,norm,pretrained,step,valid_loss,valid_accuracy\n"
+    "cifar10,ViT-B_32,BN,0,100,2.5,0.25\n"
+    "cifar10,ViT-B_32,BN,0,200,2.0,0.5\n"
+  )
+  without = report.main([str(runs), "--noattention"])
+  plain = (runs / "report.html").read_text()
+  given = report.main([str(runs), "--noattention", f"--published={curves}"])
+  assert without == given == 0
+  assert "BN, published" not in plain
+  assert "BN, published" in (runs / "report.html").read_text()
+
+
+def test_no_finished_run(tmp_path, capsys):
+  fake_runs.write(tmp_path / "a", {}, None)
+  assert report.main([str(tmp_path)]) == 0
+  assert "No finished run." in capsys.readouterr().out
+  assert "a: step 300 of 20000" in (tmp_path / "report.html").read_text()
+  assert (tmp_path / "report.csv").read_text() == ""
+
+
+@pytest.mark.parametrize("flags", [["--published=none.csv"], ["--output=x/y"]])
+def test_mistakes_are_one_line(flags, runs, tmp_path, monkeypatch, capsys):
+  monkeypatch.chdir(tmp_path)
+  (tmp_path / "x").write_text("a file")
+  assert report.main([str(runs), "--noattention", *flags]) == 1
+  captured = capsys.readouterr()
+  assert captured.err.startswith("error: ") and captured.err.count("\n") == 1
+  assert not captured.out
+
+
+def test_no_runs(tmp_path, capsys):
+  assert report.main([str(tmp_path / "none")]) == 1
+  assert str(tmp_path / "none") in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("index", ["-1", "x"])
+def test_index_is_a_number(index, runs, capsys):
+  with pytest.raises(SystemExit) as e:
+    report.main([str(runs), f"--index={index}"])
+  assert e.value.code == 2
+  assert "--index" in capsys.readouterr().err
+
+
+def test_attention_maps(digits_runs, tmp_path, capsys):
+  page, again, other = (
+    _page(digits_runs, tmp_path / str(i), index)
+    for i, index in enumerate((3, 3, 4))
+  )
+  assert page == again
+  pictures = [re.findall(r'src="data:.*?"', text) for text in (page, other)]
+  assert not set(pictures[0]) & set(pictures[1])
+  alts = re.findall(r'<img alt="([^"]*)" src="data:image/png;base64,', page)
+  assert len(alts) == 2
+  assert "rollout" not in alts[0] and "rollout" in alts[1]
+  for alt in map(html.unescape, alts):
+    assert "test image 3" in alt
+    assert "LN $x$ & <co>, Rescale $x$ & <co>" in alt
+  assert "No map" not in page
+
+
+def test_a_copy_of_the_runs_gives_the_same_files(runs, tmp_path, capsys):
+  copy = tmp_path / "copy" / "runs"
+  shutil.copytree(runs, copy)
+  report.main([str(runs), "--noattention"])
+  report.main([str(copy), "--noattention"])
+  for name in FILES:
+    assert (runs / name).read_bytes() == (copy / name).read_bytes()
+
+
+def test_runs_without_a_map_are_named(digits_runs, tiny_config, tmp_path):
+  runs = tmp_path / "runs"
+  shutil.copytree(digits_runs, runs)
+  (left, right) = sorted(runs.iterdir())
+  shutil.rmtree(left / "checkpoints")
+  page = html.unescape(_page(runs, tmp_path / "out", 0))
+  assert "No map of LN $x$ & <co>: no best checkpoint" in page
+  assert page.count("<img") == 2 and "best weights of Rescale $x$" in page
+  shutil.rmtree(right / "checkpoints")
+  page = html.unescape(_page(runs, tmp_path / "out", 0))
+  assert "No map of LN $x$ & <co>, Rescale $x$ & <co>: no best" in page
+  assert page.count("<img") == 0 and page.count("<svg") == 1
+
+
+def test_another_seed_stands_in(digits_runs, tmp_path):
+  runs = tmp_path / "runs"
+  shutil.copytree(digits_runs, runs)
+  run = next(p for p in runs.iterdir() if p.name.startswith("LN"))
+  # Of the same recipe, and first in order; but without its checkpoint.
+  shutil.copytree(run, runs / "A", ignore=lambda *_: {"checkpoints"})
+  page = html.unescape(_page(runs, tmp_path / "out", 0))
+  assert "best weights of LN $x$ & <co>, Rescale" in page
+  assert "No map" not in page
+
+
+@pytest.mark.parametrize("where", ["", "nowhere"])
+def test_maps_without_the_image(where, digits_runs, tmp_path):
+  runs = tmp_path / "runs"
+  shutil.copytree(digits_runs, runs)
+  for run in runs.iterdir():
+    path = run / "config.json"
+    text = path.read_text()
+    if where:
+      old = re.search(r'"tfds_data_dir": ".*"', text).group()
+      text = text.replace(old, f'"tfds_data_dir": "{tmp_path / where}"')
+    path.write_text(text)
+  page = html.unescape(_page(runs, tmp_path / "out", 10**6))
+  reason = "is not prepared in" if where else "no test image 1000000"
+  assert "No maps: " in page and reason in page
+  assert not (tmp_path / "nowhere").exists()
+  assert page.count("<img") == 0 and page.count("<svg") == 1
+
+
+def test_as_a_program(runs, tmp_path):
+  done = subprocess.run(
+    [sys.executable, "-m", "rescalevit_jax.report", runs, "--noattention"],
+    capture_output=True,
+    text=True,
+    check=False,
+  )
+  assert done.returncode == 0
+  assert done.stdout.startswith("| data set |")
+  assert "left out: " in done.stderr and "Traceback" not in done.stderr
+
+
+def _page(runs, out, index):
+  assert report.main([str(runs), f"--output={out}", f"--index={index}"]) == 0
+  return (out / "report.html").read_text()

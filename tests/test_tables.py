@@ -1,0 +1,185 @@
+"""The arithmetic of the tables, and how they show it."""
+
+import csv
+import io
+
+import fake_runs
+import pytest
+
+from rescalevit_jax import study as study_lib
+from rescalevit_jax import tables
+
+# Repeats the published ViT-B_32 with LN on cifar10: best 67.56, last 67.47.
+PUBLISHED = {"model_name": "ViT-B_32"}
+
+
+def read(text):
+  return list(csv.DictReader(io.StringIO(text)))
+
+
+def shown(study):
+  """Returns what the table shows: {heading: text} for each row."""
+  columns, rows = tables.columns(study), tables.rows(study)
+  return [{c.heading: c.text(row) for c in columns} for row in rows]
+
+
+@pytest.fixture
+def three(tmp_path):
+  """Three seeds of one recipe, and what is not to be counted."""
+  values = [
+    (0.60, 0.50, 1.0, 600, 100.0),
+    (0.64, 0.56, 1.3, 660, 0.0),  # Too short to measure its speed.
+    (0.65, 0.50, 1.6, 720, 400.0),
+  ]
+  for seed, (best, last, loss, seconds, speed) in enumerate(values):
+    result = {"best_accuracy": best, "last_accuracy": last}
+    result |= {"last_loss": loss, "seconds": seconds}
+    result |= {"images_per_second": speed}
+    fake_runs.write(tmp_path / f"{seed}", PUBLISHED | {"seed": seed}, result)
+  fake_runs.write(tmp_path / "open", PUBLISHED | {"seed": 3}, None)
+  return study_lib.collect(tmp_path)
+
+
+def test_means_and_deviations(three):
+  (row,) = tables.rows(three)
+  assert row["runs"] == 3
+  assert row["best_accuracy_mean"] == pytest.approx(0.63)
+  # Divided by n - 1: sqrt((0.03² + 0.01² + 0.02²) / 2).
+  assert row["best_accuracy_sd"] == pytest.approx(0.0264575131)
+  assert row["last_accuracy_mean"] == pytest.approx(0.52)
+  assert row["last_accuracy_sd"] == pytest.approx(0.0346410162)
+  assert row["last_loss_mean"] == pytest.approx(1.3)
+  assert row["minutes_mean"] == pytest.approx(11)
+  assert row["images_per_second_mean"] == pytest.approx(250)
+  assert row["parameters"] == 85_800_000
+
+
+def test_difference_from_the_published_run(three):
+  (row,) = tables.rows(three)
+  assert row["published_best_accuracy"] == 0.6756
+  assert row["published_last_accuracy"] == 0.6747
+  assert row["published_minutes"] == 68.5
+  assert row["best_accuracy_difference"] == pytest.approx(0.63 - 0.6756)
+  assert row["last_accuracy_difference"] == pytest.approx(0.52 - 0.6747)
+
+
+def test_what_is_shown(three):
+  assert shown(three) == [
+    {
+      "data set": "cifar10",
+      "model": "ViT-B_32",
+      "norm": "LN",
+      "pretrained": "no",
+      "resolution": "224",
+      "runs (n)": "3",
+      "best accuracy, %": "63.0 ± 2.6",
+      "last accuracy, %": "52.0 ± 3.5",
+      "last test loss": "1.300",
+      "minutes": "11.0",
+      "images/s": "250.0",
+      "parameters, M": "85.8",
+      "published best, %": "67.6",
+      "published last, %": "67.5",
+      "difference, best": "−4.6",
+      "difference, last": "−15.5",
+    }
+  ]
+
+
+def test_a_single_run_has_no_deviation(tmp_path):
+  speed = {"images_per_second": 0.0}
+  fake_runs.write(tmp_path / "a", {"total_steps": 1000}, speed)
+  study = study_lib.collect(tmp_path)
+  (row,) = tables.rows(study)
+  assert row["best_accuracy_mean"] == 0.5
+  assert row["best_accuracy_sd"] is None
+  assert row["images_per_second_mean"] is None
+  (line,) = shown(study)
+  assert line["best accuracy, %"] == "50.0"
+  assert line["images/s"] == tables.NOTHING
+  (line,) = read(tables.to_csv([row]))
+  assert line["best_accuracy_sd"] == line["images_per_second_mean"] == ""
+
+
+def test_equal_runs_have_a_deviation_of_zero(tmp_path):
+  for seed in (0, 1):
+    fake_runs.write(tmp_path / f"{seed}", {"seed": seed}, {})
+  (line,) = shown(study_lib.collect(tmp_path))
+  assert line["best accuracy, %"] == "50.0 ± 0.00"
+
+
+def test_published_columns_only_beside_a_published_recipe(tmp_path):
+  fake_runs.write(tmp_path / "a", PUBLISHED | {"base_lr": 0.1}, {})
+  study = study_lib.collect(tmp_path)
+  assert not any("published" in c.heading for c in tables.columns(study))
+  (row,) = tables.rows(study)
+  assert row["published_best_accuracy"] is None
+  assert row["best_accuracy_difference"] is None
+  fake_runs.write(tmp_path / "b", PUBLISHED, {"best_accuracy": 0.6758})
+  other, same = shown(study_lib.collect(tmp_path))[::-1]
+  assert other["published best, %"] == tables.NOTHING
+  assert other["difference, best"] == tables.NOTHING
+  assert same["difference, best"] == "0.0"
+
+
+def test_a_key_in_which_groups_differ_has_a_column(tmp_path):
+  for i, (rate, size) in enumerate([(0.05, None), (0.5, 96)]):
+    config = {"base_lr": rate, "model.hidden_size": size}
+    fake_runs.write(tmp_path / f"{i}", config, {})
+  study = study_lib.collect(tmp_path)
+  lines = shown(study)
+  assert [line["base_lr"] for line in lines] == ["0.05", "0.5"]
+  assert [line["model.hidden_size"] for line in lines] == [tables.NOTHING, "96"]
+  assert "batch" not in lines[0]
+  numeric = {c.heading: c.numeric for c in tables.columns(study)}
+  assert numeric["base_lr"] and not numeric["norm"]
+  written = read(tables.to_csv(tables.rows(study)))
+  assert [line["base_lr"] for line in written] == ["0.05", "0.5"]
+  assert [line["model.hidden_size"] for line in written] == ["", "96"]
+
+
+def test_csv_has_full_precision(tmp_path):
+  best = 0.12345678901234567
+  fake_runs.write(tmp_path / "a", {}, {"best_accuracy": best})
+  study = study_lib.collect(tmp_path)
+  (row,) = read(tables.to_csv(tables.rows(study)))
+  assert float(row["best_accuracy_mean"]) == best
+  (row,) = read(tables.to_csv(tables.run_rows(study)))
+  assert float(row["best_accuracy"]) == best
+
+
+def test_a_row_for_each_run(three):
+  rows = read(tables.to_csv(tables.run_rows(three)))
+  assert [row["run"] for row in rows] == ["0", "1", "2", "open"]
+  first, unfinished = rows[0], rows[-1]
+  assert first["state"] == "finished" and unfinished["state"] == "unfinished"
+  assert first["seed"] == "0" and unfinished["seed"] == "3"
+  assert first["best_accuracy"] == "0.6" and first["minutes"] == "10.0"
+  assert first["devices"] == "2 x H100"
+  assert first["versions"] == "python 3.11, jax 0.10"
+  assert first["step"] == "20000" and unfinished["step"] == "300"
+  assert unfinished["total_steps"] == "20000"
+  assert unfinished["best_accuracy"] == unfinished["minutes"] == ""
+
+
+def test_left_out(three, tmp_path):
+  (tmp_path / "bad").mkdir()
+  (tmp_path / "bad" / "config.json").write_text("?")
+  sections = dict(tables.left_out(study_lib.collect(tmp_path)))
+  assert sections["Unfinished"] == ["open: step 300 of 20000"]
+  assert sections["Damaged"][0].startswith("bad/config.json: ")
+  assert list(dict(tables.left_out(three))) == ["Unfinished"]
+
+
+def test_markdown(three):
+  columns, rows = tables.columns(three), tables.rows(three)
+  head, line, row = tables.markdown(columns, rows).splitlines()
+  assert head.startswith("| data set | model |")
+  assert line.startswith("| --- | --- | --- | --- | --: |")
+  assert row.startswith("| cifar10 | ViT-B_32 | LN | no | 224 | 3 | 63.0 ± 2.6")
+  assert len({text.count("|") for text in (head, line, row)}) == 1
+
+
+def test_markdown_takes_names_literally():
+  text = tables.escape_markdown("a|b <i> & `c`\nd")
+  assert text == "a\\|b &lt;i&gt; &amp; \\`c\\` d"
