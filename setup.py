@@ -67,6 +67,8 @@ setuptools.setup(
     ],
     # Sweeps as Slurm arrays.
     "slurm": ["submitit>=1.5"],
+    # A peer, to test exported weights with.
+    "timm": ["timm>=1.0", "torch>=2.6"],
     "cuda12": ["jax[cuda12]"],
     "cuda13": ["jax[cuda13]"],
   },

@@ -98,6 +98,9 @@ class Checkpoints:
       UserError: they, or those before them, cannot be written.
     """
     with _writing(self._best):
+      if jax.process_count() > 1:
+        # Orbax's barriers of two managers at a time get in each other's way.
+        self._last.wait_until_finished()
       self._best.save(
         progress.step,
         args=ocp.args.Composite(

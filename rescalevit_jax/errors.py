@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 import difflib
+import traceback
 
 
 class UserError(Exception):
@@ -27,3 +28,21 @@ def nearest(name: str, valid: Iterable[str]) -> str:
   if hint and len(valid) > 12:
     return hint
   return f"{hint} valid: {', '.join(valid)}".strip()
+
+
+def explain(error: Exception, expected: tuple[type[Exception], ...]) -> str:
+  """Returns what to say of an exception that a config file has led to.
+
+  Args:
+    error: it.
+    expected: types whose messages are for people; of others, the type and the
+      place are told as well.
+  """
+  message = str(error)
+  if "Traceback" in message:  # ml_collections quotes a whole one.
+    message = message.splitlines()[-1]
+  if isinstance(error, expected):
+    return message
+  frame = traceback.extract_tb(error.__traceback__)[-1]
+  kind = type(error).__name__
+  return f"{message} ({kind}, {frame.filename}:{frame.lineno})"

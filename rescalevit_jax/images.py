@@ -1,6 +1,7 @@
 """Image files of any size and kind, as a model takes them."""
 
 import os
+import pathlib
 
 import numpy as np
 from PIL import Image
@@ -8,55 +9,163 @@ from PIL import ImageOps
 
 from rescalevit_jax import errors
 
+# An image takes up to 14 bytes a pixel while it is read: 1.1 GB at this size.
+MAX_PIXELS = 80_000_000
+
+# Formats of which Pillow reads the header alone, or that other programs draw.
+_NOT_DRAWN = frozenset({"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"})
+
 Source = str | os.PathLike[str] | Image.Image | np.ndarray
 
 
-def read(path: str | os.PathLike[str]) -> Image.Image:
-  """Reads an image file as RGB.
+def find(folder: str | os.PathLike[str]) -> list[pathlib.Path]:
+  """Finds the files in a folder and below it that by their names are images.
 
-  Turned as its EXIF data say; transparent parts are put on white.
+  Hidden files and folders are left out, links to folders are not followed.
+
+  Returns:
+    The paths, sorted.
 
   Raises:
-    UserError: the file cannot be read as an image.
+    UserError: a folder cannot be listed.
   """
-  try:
-    with Image.open(path) as image:
-      return _rgb(image)
-  except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:
-    raise errors.UserError(f"{path}: cannot be read as an image ({e})") from e
+  Image.init()
+  suffixes = {
+    suffix
+    for suffix, kind in Image.registered_extensions().items()
+    if kind in Image.OPEN and kind not in _NOT_DRAWN
+  }
+
+  def fail(error):
+    raise errors.UserError(
+      f"{error.filename}: cannot be listed ({error.strerror})"
+    ) from error
+
+  found = []
+  for parent, folders, files in os.walk(folder, onerror=fail):
+    folders[:] = [name for name in folders if not name.startswith(".")]
+    found += [
+      path
+      for path in (pathlib.Path(parent, name) for name in files)
+      if path.suffix.lower() in suffixes
+      and not path.name.startswith(".")
+      and path.is_file()
+    ]
+  return sorted(found)
+
+
+def read(image: Source) -> Image.Image:
+  """Reads an image as 8-bit RGB.
+
+  Turned as its EXIF data say, the first one of an animation, transparent parts
+  on white; 16-bit greys are rounded to 8 bits.
+
+  Args:
+    image: a path, a Pillow image, which is not changed, or a uint8 array
+      [H, W, 3], [H, W, 1] or [H, W].
+
+  Raises:
+    UserError: it cannot be read as an image, or a file's has more than
+      `MAX_PIXELS` pixels.
+  """
+  if isinstance(image, str | os.PathLike):
+    try:
+      with Image.open(image) as opened:
+        if opened.width * opened.height > MAX_PIXELS:
+          raise ValueError(
+            f"{opened.width} x {opened.height} pixels are more than"
+            f" {MAX_PIXELS / 1e6:g} million; make it smaller"
+          )
+        return _rgb(opened)
+    except Exception as e:  # Pillow's decoders raise all sorts.
+      raise errors.UserError(
+        f"{os.fspath(image)}: cannot be read as an image ({_reason(e, image)})"
+      ) from e
+  if isinstance(image, Image.Image):
+    try:
+      return _rgb(image.copy())
+    except Exception as e:  # It may be of a file that is read only now.
+      raise errors.UserError(
+        f"a {image.mode} image cannot be converted ({_reason(e)})"
+      ) from e
+  return _from_array(np.asarray(image))
 
 
 def model_input(image: Source, size: int) -> np.ndarray:
   """Resizes an image as evaluation does.
 
   Args:
-    image: a path, a Pillow image, or a uint8 array [H, W, 3].
+    image: as `read` takes it.
     size: edge S of the result.
 
   Returns:
     [S, S, 3] float32 in [-1, 1].
 
   Raises:
-    UserError: the file cannot be read as an image.
+    UserError: it cannot be read as an image.
   """
-  if isinstance(image, np.ndarray):
-    image = Image.fromarray(image)
-  elif not isinstance(image, Image.Image):
-    image = read(image)
-  # Channel by channel in float32: Pillow would round the RGB image's pixels.
-  channels = [
-    channel.convert("F").resize((size, size), Image.Resampling.BILINEAR)
-    for channel in _rgb(image).split()
-  ]
-  return np.stack([np.asarray(c) for c in channels], -1) / np.float32(127.5) - 1
+  image = read(image)
+  x = np.empty((size, size, 3), np.float32)
+  for i in range(3):
+    # A channel in float32: Pillow would round the RGB image's pixels.
+    channel = image.getchannel(i).convert("F")
+    x[..., i] = channel.resize((size, size), Image.Resampling.BILINEAR)
+  return x / np.float32(127.5) - 1
 
 
 def _rgb(image):
-  image = ImageOps.exif_transpose(image)
-  if image.mode.startswith("I"):  # 16 bits a pixel.
-    image = image.convert("F").point(lambda x: x / 257).convert("L")
-  if image.has_transparency_data:
-    image = image.convert("RGBA")
-    white = Image.new("RGBA", image.size, "white")
-    image = Image.alpha_composite(white, image)
-  return image.convert("RGB")
+  """Converts an image, which may be changed."""
+  ImageOps.exif_transpose(image, in_place=True)
+  if image.mode.startswith("I"):
+    image = _eight_bits(image)
+  elif image.mode == "F":
+    raise ValueError("its pixels are floats; save it with 8 or 16 bits")
+  if not image.has_transparency_data:
+    return image.convert("RGB")
+  image = image.convert("RGBA")
+  white = Image.new("RGB", image.size, "white")
+  white.paste(image, mask=image.getchannel("A"))
+  return white
+
+
+def _eight_bits(image):
+  """From greys of 0 to 65535, which Pillow's own conversion would clip."""
+  greys = np.asarray(image)
+  if greys.min() < 0 or greys.max() > 65535:
+    raise ValueError(
+      f"its greys go from {greys.min()} to {greys.max()}; save it with 8 or"
+      " 16 bits"
+    )
+  greys = greys.astype(np.int32)
+  greys += 128
+  greys //= 257
+  return Image.fromarray(greys.astype(np.uint8))
+
+
+def _from_array(array):
+  if array.ndim == 3 and array.shape[2] == 1:
+    array = array[..., 0]
+  if (
+    array.dtype != np.uint8
+    or array.ndim not in (2, 3)
+    or (array.ndim == 3 and array.shape[2] != 3)
+    or not array.size
+  ):
+    raise errors.UserError(
+      f"an image array is {array.dtype} {list(array.shape)}: give uint8"
+      " [H, W, 3], or [H, W] for greys"
+    )
+  return Image.fromarray(array).convert("RGB")
+
+
+def _reason(error, path=None):
+  if isinstance(error, FileNotFoundError):
+    return "no such file"
+  if isinstance(error, IsADirectoryError):
+    return "this is a folder"
+  if isinstance(error, OSError) and error.strerror:
+    return error.strerror
+  if isinstance(error, Image.UnidentifiedImageError):
+    empty = path is not None and os.path.getsize(path) == 0
+    return "it is empty" if empty else "it is no image that Pillow knows"
+  return " ".join(str(error).split()).rstrip(".") or type(error).__name__

@@ -4,6 +4,9 @@ import logging
 import signal
 import threading
 
+import jax
+from jax.experimental import multihost_utils
+
 _log = logging.getLogger(__name__)
 
 
@@ -11,7 +14,9 @@ class Interrupt:
   """Whether somebody asked this process to stop.
 
   Used as a context manager around the training loop. The first signal is only
-  noted, for the loop to act on; the second one has its usual effect.
+  noted, for the loop to act on; the second one has its usual effect. Several
+  processes of one run stop after the same step: JAX has a handler of SIGTERM
+  for that, and tells all of them.
 
   Attributes:
     requested: whether a signal has come.
@@ -25,12 +30,18 @@ class Interrupt:
 
   def __enter__(self) -> "Interrupt":
     # Python lets only the main thread set handlers; elsewhere there are none.
-    if threading.current_thread() is threading.main_thread():
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    if in_main_thread and jax.process_count() == 1:
       self._previous = {s: signal.signal(s, self._handle) for s in self.SIGNALS}
     return self
 
   def __exit__(self, *exc_info):
     self._restore()
+
+  def look(self, step: int) -> None:
+    """Asks the other processes, if there are any; called once each step."""
+    if jax.process_count() > 1:
+      self.requested = multihost_utils.reached_preemption_sync_point(step)
 
   def _handle(self, number, frame):
     del frame

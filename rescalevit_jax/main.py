@@ -15,7 +15,6 @@ import json
 import os
 import pathlib
 import sys
-import traceback
 from typing import NoReturn
 
 from absl import app
@@ -29,6 +28,7 @@ from rescalevit_jax import evaluate
 from rescalevit_jax import experiment
 from rescalevit_jax import progress
 from rescalevit_jax import resumed
+from rescalevit_jax import sharding
 from rescalevit_jax import train
 
 __doc__ += config_lib.describe("  {name} = {default}\n      {meaning}")
@@ -65,6 +65,7 @@ def main(argv: list[str]) -> None:
     flag = "--xla_gpu_deterministic_ops=true"
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}"
   try:
+    sharding.join_processes()
     if _MODE.value == "train":
       train.train_and_evaluate(config, pathlib.Path(workdir))
     else:
@@ -93,13 +94,7 @@ def parse(argv: list[str]) -> list[str]:
   except SystemExit:  # After --help, which absl ends with an error's code.
     sys.exit(0)
   except Exception as e:  # get_config() may raise anything.
-    message, where = str(e), ""
-    if not isinstance(e, (errors.UserError, flags.Error)):
-      frame = traceback.extract_tb(e.__traceback__)[-1]
-      where = f" ({type(e).__name__}, {frame.filename}:{frame.lineno})"
-    if "Traceback" in message:
-      message = message.splitlines()[-1]
-    _fail(message + where, code=2)
+    _fail(errors.explain(e, (errors.UserError, flags.Error)), code=2)
 
 
 def _prepared(argv: list[str]) -> tuple[list[str], dict[str, None]]:

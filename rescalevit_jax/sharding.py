@@ -4,6 +4,7 @@ Data parallel: one axis, `data`, over all devices; batches are split along it,
 everything else is on every device.
 """
 
+import os
 from typing import Any
 
 import jax
@@ -13,6 +14,16 @@ from jax.sharding import PartitionSpec
 import numpy as np
 
 from rescalevit_jax import errors
+
+
+def join_processes() -> None:
+  """Joins the processes of one `srun`, if it started several, to one run.
+
+  Called before the devices are used. A job that Slurm started alone is left
+  alone, even if there is place for more in the allocation around it.
+  """
+  if int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
+    jax.distributed.initialize()
 
 
 def create_mesh() -> Mesh:

@@ -1,5 +1,6 @@
 """train_and_evaluate: the loop."""
 
+import contextlib
 import functools
 import importlib.metadata
 import json
@@ -7,6 +8,7 @@ import logging
 import math
 import pathlib
 import platform
+import tempfile
 import time
 from typing import Any
 
@@ -50,11 +52,26 @@ def train_and_evaluate(
   """
   workdir = pathlib.Path(workdir)
   config_lib.validate(config)
-  with lock.hold(workdir):
-    return _train_and_evaluate(config, workdir)
+  with _own_folder(workdir) as folder:
+    return _train_and_evaluate(config, workdir, folder)
 
 
-def _train_and_evaluate(config, workdir):
+@contextlib.contextmanager
+def _own_folder(workdir):
+  """Locks the run's folder; gives processes beside the first one another.
+
+  All of them do the same, and one is enough to write it down. Checkpoints are
+  written together: orbax shares them out.
+  """
+  if jax.process_index() == 0:
+    with lock.hold(workdir):
+      yield workdir
+  else:
+    with tempfile.TemporaryDirectory() as folder:
+      yield pathlib.Path(folder)
+
+
+def _train_and_evaluate(config, workdir, folder):
   experiment_lib.check_same_run(config, workdir)
   if (result := experiment_lib.finished_result(workdir)) is not None:
     _log.info("%s: this run is finished: %s", workdir, _accuracies(result))
@@ -73,13 +90,13 @@ def _train_and_evaluate(config, workdir):
     else:
       checkpoints.forget_best(after=0)
     parameters = sum(x.size for x in jax.tree.leaves(state.params))
-    writers.write_file(workdir / "config.json", config_lib.to_json(config))
+    writers.write_file(folder / "config.json", config_lib.to_json(config))
     writers.write_file(
-      workdir / "class_names.json",
+      folder / "class_names.json",
       json.dumps(experiment.dataset.class_names, indent=2) + "\n",
     )
     keep = functools.partial(_is_of_the_past, progress)
-    with writers.MetricWriter(workdir, config, keep) as writer:
+    with writers.MetricWriter(folder, config, keep) as writer:
       trainer = Trainer(experiment, state, progress, checkpoints, writer)
       del state  # The trainer gives it to the device's next step.
       finished = trainer.run(stop)
@@ -92,7 +109,7 @@ def _train_and_evaluate(config, workdir):
     return None
   result = _result(config, progress, parameters)
   writers.write_file(
-    workdir / "result.json", json.dumps(result, indent=2) + "\n"
+    folder / "result.json", json.dumps(result, indent=2) + "\n"
   )
   _log.info("finished: %s; see %s", _accuracies(result), workdir)
   return result
@@ -175,6 +192,7 @@ class Trainer:
     if progress.step < config.total_steps:
       _log.info("compiling the training step")
     while True:
+      stop.look(progress.step)
       if self._evaluation_is_due():
         self._evaluate(stop)
       at_end = progress.step == config.total_steps

@@ -2,11 +2,13 @@
 
 model = trained.load("runs/a")
 probabilities = model(["cat.png", "dog.jpeg"])
+names = model.top(probabilities[0])
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 import functools
 import json
+import math
 import os
 import pathlib
 from typing import Any
@@ -14,6 +16,7 @@ from typing import Any
 from flax import linen as nn
 import jax
 import numpy as np
+from PIL import Image
 
 from rescalevit_jax import checkpoint
 from rescalevit_jax import errors
@@ -34,7 +37,7 @@ class TrainedModel:
     model: a `VisionTransformer`.
     variables: the collections `params` and `batch_stats`.
     image_size: edge of the model's input, in pixels.
-    class_names: in the order of the probabilities.
+    class_names: in the order of the probabilities; none if there is no head.
   """
 
   def __init__(
@@ -52,43 +55,86 @@ class TrainedModel:
     self.class_names = tuple(class_names)
 
   def __call__(
-    self, images: Sequence[images_lib.Source], batch: int = 64
+    self, images: Iterable[images_lib.Source], batch: int = 64
   ) -> np.ndarray:
     """Classifies images of any size.
 
     Args:
-      images: M of them: paths, Pillow images, or uint8 arrays [H, W, 3].
+      images: M of them, each a path, a Pillow image, or a uint8 array
+        [H, W, 3], [H, W, 1] or [H, W].
       batch: images a step of the device.
 
     Returns:
       Probabilities [M, classes], float32; each row sums to 1.
 
     Raises:
-      UserError: a file cannot be read as an image.
+      UserError: one cannot be read as an image, or the model has no head.
     """
+    single = isinstance(images, str | os.PathLike | Image.Image)
+    # An array would be taken apart into its rows.
+    if single or getattr(images, "ndim", None) == 3:
+      raise errors.UserError(
+        "one image is given where several are expected: put it into a list"
+      )
+    images = list(images)
     batch = max(1, min(batch, len(images)))
-    rows = []
+    rows = [np.zeros((0, len(self.class_names)), np.float32)]
     for start in range(0, len(images), batch):
       x = self.inputs(images[start : start + batch])
-      # One shape, one compilation.
-      filled = np.concatenate([x, np.zeros((batch - len(x), *x.shape[1:]))])
-      rows.append(np.asarray(self._probabilities(self.variables, filled)))
-      rows[-1] = rows[-1][: len(x)]
-    return np.concatenate(
-      [np.zeros((0, len(self.class_names)), np.float32), *rows]
-    )
+      rows.append(self.probabilities(x, batch))
+    return np.concatenate(rows)
 
   def inputs(self, images: Sequence[images_lib.Source]) -> np.ndarray:
-    """Returns images as the model takes them, [M, S, S, 3] float32."""
+    """Returns images as the model takes them, [M, S, S, 3] float32.
+
+    Raises:
+      UserError: one cannot be read as an image.
+    """
     return np.stack(
       [images_lib.model_input(image, self.image_size) for image in images]
     )
 
+  def probabilities(self, inputs: np.ndarray, batch: int) -> np.ndarray:
+    """Classifies one batch of what `inputs` returns.
+
+    Args:
+      inputs: [M, S, S, 3] float32, M at most `batch`.
+      batch: images that the device computes; one number, one compilation.
+
+    Returns:
+      Probabilities [M, classes], float32.
+
+    Raises:
+      UserError: the model has no head.
+    """
+    if not self.class_names:
+      raise errors.UserError(
+        f"{self.name}: has no head, so that it knows no classes; fine-tune it"
+      )
+    filled = np.zeros((batch, *inputs.shape[1:]), np.float32)
+    filled[: len(inputs)] = inputs
+    return np.asarray(self._softmax(self.variables, filled))[: len(inputs)]
+
+  def top(
+    self, probabilities: np.ndarray, count: int = 5
+  ) -> list[tuple[str, float]]:
+    """Returns the most probable classes, the first one first.
+
+    Args:
+      probabilities: [classes], of one image.
+      count: how many at most.
+
+    Returns:
+      Class names with their probabilities.
+    """
+    order = np.argsort(-probabilities, kind="stable")[:count]
+    return [(self.class_names[i], float(probabilities[i])) for i in order]
+
   @functools.cached_property
-  def _probabilities(self):
+  def _softmax(self):
     return jax.jit(
       lambda variables, x: jax.nn.softmax(
-        self.model.apply(variables, x.astype(np.float32), train=False)
+        self.model.apply(variables, x, train=False)
       )
     )
 
@@ -125,13 +171,16 @@ def load_npz(
 ) -> TrainedModel:
   """Loads a checkpoint file; the arrays' shapes say which model it holds.
 
+  Its classes have no names there: they are called by their numbers.
+
   Args:
     path: an `.npz` of Google's, or one that `pretrained.save` wrote.
     norm: 'GN' has to be said; None: what the arrays' names say, else LN.
     gelu: 'erf' as in RescaleViT, 'tanh' as in Google's code.
 
   Raises:
-    UserError: the file cannot be read or holds no whole ViT.
+    UserError: the file cannot be read, holds no whole ViT, or one of another
+      norm.
   """
   path = pathlib.Path(path)
   arrays = npz.read(os.fspath(path)).arrays
@@ -139,28 +188,36 @@ def load_npz(
   positions = arrays.get("Transformer/posembed_input/pos_embedding")
   if None in sizes.values() or positions is None or positions.ndim != 3:
     raise errors.UserError(f"{path}: does not hold a whole Vision Transformer")
-  grid = round((positions.shape[1] - 1) ** 0.5)
-  num_classes = len(arrays.get("head/bias", [0]))
+  found = _norm(arrays)
+  norm = norm or found
+  image_size = math.isqrt(positions.shape[1]) * sizes["patch_size"]
+  num_classes = np.size(arrays.get("head/bias", ()))
   pre_logits = arrays.get("pre_logits/bias")
-  model = models.create(
-    next(iter(variants.VARIANTS)),
-    num_classes=num_classes,
-    norm=norm or _norm(arrays),
-    image_size=grid * sizes["patch_size"],
-    gelu=gelu,
-    representation_size=None if pre_logits is None else len(pre_logits),
-    dtype="auto",
-    **sizes,
-  )
-  image_size = grid * model.patch_size
+  try:
+    model = models.create(
+      next(iter(variants.VARIANTS)),
+      num_classes=num_classes or 1,
+      norm=norm,
+      image_size=image_size,
+      gelu=gelu,
+      representation_size=None if pre_logits is None else pre_logits.size,
+      dtype="auto",
+      **sizes,
+    )
+  except errors.UserError as e:
+    raise errors.UserError(f"{path}: {e}") from e
+  if norm != found and (norm, found) != ("GN", "LN"):
+    raise errors.UserError(f"{path}: holds a model with {found}, not {norm}")
   like = jax.eval_shape(
     functools.partial(model.init, train=False),
     jax.random.key(0),
     jax.ShapeDtypeStruct((1, image_size, image_size, 3), np.float32),
   )
-  params, batch_stats, _ = pretrained.load(
+  params, batch_stats, report = pretrained.load(
     path, like["params"], like.get("batch_stats", {})
   )
+  if report.initial:
+    raise errors.UserError(f"{path}: lacks {report.initial[0]}")
   return TrainedModel(
     path.stem,
     model,
@@ -174,9 +231,11 @@ def _class_names(workdir, num_classes):
   path = workdir / "class_names.json"
   try:
     names = json.loads(path.read_text(encoding="utf-8"))
+    if not all(isinstance(name, str) for name in names):
+      raise ValueError("not a list of names")
   except FileNotFoundError:
     return [str(i) for i in range(num_classes)]
-  except ValueError as e:
+  except (TypeError, ValueError) as e:
     raise errors.UserError(f"{path}: damaged ({e}); delete it") from e
   if len(names) != num_classes:
     raise errors.UserError(

@@ -40,12 +40,23 @@ def digits_dir(shared_dir) -> pathlib.Path:
 
 @pytest.fixture(scope="session")
 def tiny_run(digits_dir, shared_dir) -> pathlib.Path:
-  """The folder of a finished tiny run, trained once for all tests."""
+  """A finished run, trained once for all tests, which must not change it.
+
+  Its images are resized, from 8 to 12 pixels.
+  """
   with open(shared_dir / "tiny_run.lock", "w") as lock:
     fcntl.flock(lock, fcntl.LOCK_EX)
     workdir = shared_dir / "tiny_run"
-    train.train_and_evaluate(_tiny_config(digits_dir), workdir)
+    config = _tiny_config(digits_dir)
+    config.image_size = 12
+    train.train_and_evaluate(config, workdir)
   return workdir
+
+
+@pytest.fixture(scope="session")
+def test_digits(digits_dir) -> data.Split:
+  """The test split of the digits."""
+  return data.load("digits", str(digits_dir)).test
 
 
 @pytest.fixture

@@ -1,0 +1,119 @@
+"""Starts a run as a process of its own, and looks at how it is doing."""
+
+from collections.abc import Mapping, Sequence
+import contextlib
+import datetime
+import json
+import os
+import pathlib
+import shlex
+import signal
+import subprocess
+import sys
+
+from rescalevit_jax import checkpoint
+
+HEADER = "--- "  # Begins the line of a start in log.txt.
+
+_TAIL_BYTES = 16_384
+
+
+def start(
+  command: Sequence[str],
+  workdir: pathlib.Path,
+  environment: Mapping[str, str],
+) -> subprocess.Popen:
+  """Starts a run; what it says goes to WORKDIR/log.txt, after what is there.
+
+  The process is in a session of its own, so that Ctrl-C reaches it only through
+  its parent, and it does not outlive the parent: see `tied`.
+
+  Args:
+    command: the program with its arguments.
+    workdir: the run's folder; made if it is not there.
+    environment: variables to set besides this process's.
+  """
+  workdir.mkdir(parents=True, exist_ok=True)
+  now = datetime.datetime.now().isoformat(" ", "seconds")
+  with open(workdir / "log.txt", "a", encoding="utf-8") as log:
+    log.write(f"{HEADER}{now} {shlex.join(command)}\n")
+    log.flush()
+    tied = [sys.executable, "-m", "rescalevit_jax.tied", str(os.getpid())]
+    return subprocess.Popen(
+      [*tied, *command],
+      stdin=subprocess.DEVNULL,
+      stdout=log,
+      stderr=subprocess.STDOUT,
+      env={**os.environ, **environment},
+      start_new_session=True,
+    )
+
+
+def kill(process: subprocess.Popen) -> None:
+  """Ends a run at once, with all that it started."""
+  with contextlib.suppress(ProcessLookupError):
+    os.killpg(process.pid, signal.SIGKILL)
+
+
+def last_line(workdir: pathlib.Path) -> str:
+  """Returns the last line of a run's log, '' if there is none."""
+  lines = _tail(workdir / "log.txt")
+  return lines[-1] if lines else ""
+
+
+def failure(workdir: pathlib.Path, returncode: int | None) -> str:
+  """Says in a line why a run that has ended did not finish.
+
+  Args:
+    workdir: the run's folder.
+    returncode: of its process; None if it is not known.
+  """
+  line = last_line(workdir)
+  if line.startswith("error: "):
+    return line
+  if returncode == 0:
+    return "error: stopped by a signal; the same command goes on"
+  if returncode is None:
+    ended = "it ended before its end"
+  elif returncode < 0:
+    ended = f"killed by {signal.Signals(-returncode).name}"
+  else:
+    ended = f"ended with exit code {returncode}"
+  return f"error: {ended}; last line of its log: {line}"
+
+
+def saved_step(workdir: pathlib.Path) -> int:
+  """Returns the step that a run would go on from, 0 for the start."""
+  return max(checkpoint.saved_steps(workdir, "last"), default=0)
+
+
+def step_since(workdir: pathlib.Path, time: float) -> int:
+  """Returns the last step that a run has written metrics of.
+
+  Args:
+    workdir: the run's folder.
+    time: what was written before is left out, as of an earlier start; in
+      seconds since 1970.
+  """
+  path = workdir / "metrics.jsonl"
+  try:
+    if path.stat().st_mtime < time:
+      return 0
+  except FileNotFoundError:
+    return 0
+  for line in reversed(_tail(path)):
+    with contextlib.suppress(KeyError, TypeError, ValueError):
+      return json.loads(line)["step"]  # The last line may be half written.
+  return 0
+
+
+def _tail(path: pathlib.Path) -> list[str]:
+  """Returns the last lines of a file that may be long, without empty ones."""
+  try:
+    with open(path, "rb") as f:
+      size = f.seek(0, os.SEEK_END)
+      f.seek(max(0, size - _TAIL_BYTES))
+      text = f.read().decode(errors="replace")
+  except FileNotFoundError:
+    return []
+  return [line.strip() for line in text.splitlines() if line.strip()]

@@ -1,0 +1,80 @@
+"""One process at a time works on a run's folder."""
+
+from collections.abc import Iterator
+import contextlib
+import fcntl
+import os
+import pathlib
+import socket
+
+from rescalevit_jax import errors
+
+
+@contextlib.contextmanager
+def hold(workdir: str | pathlib.Path) -> Iterator[None]:
+  """Holds the lock of a run's folder, which is made if it is not there.
+
+  The lock is WORKDIR/.lock. The system releases it when the process ends,
+  however that happens, and programs that the process starts do not inherit it.
+  Afterwards the file is gone, and so is the folder if it was made here and
+  nothing was written to it.
+  Where the file system has no locks or cannot be written to, there is none: the
+  run itself says what it cannot write.
+
+  Args:
+    workdir: the run's folder.
+
+  Raises:
+    UserError: another process holds the lock.
+  """
+  workdir = pathlib.Path(workdir)
+  path = workdir / ".lock"
+  made = not workdir.exists()
+  descriptor = _acquire(path)
+  if descriptor is None:
+    yield
+    return
+  try:
+    yield
+  finally:
+    path.unlink(missing_ok=True)  # Still locked: `_acquire` counts on that.
+    os.close(descriptor)
+    if made:
+      with contextlib.suppress(OSError):  # Not empty, as a rule.
+        workdir.rmdir()
+
+
+def _acquire(path: pathlib.Path) -> int | None:
+  while True:
+    try:
+      path.parent.mkdir(parents=True, exist_ok=True)
+      descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    except FileNotFoundError:
+      continue  # Another process has just left, and its empty folder with it.
+    except OSError:
+      return None
+    try:
+      fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+      if _is_same_file(descriptor, path):
+        os.ftruncate(descriptor, 0)
+        os.write(descriptor, f"{socket.gethostname()} {os.getpid()}".encode())
+        return descriptor
+    except BlockingIOError as e:
+      host, _, pid = os.read(descriptor, 1000).decode().partition(" ")
+      os.close(descriptor)
+      raise errors.UserError(
+        f"{path.parent}: another process works on this run"
+        f" ({host or 'unknown host'}, process {pid or 'unknown'}); wait for its"
+        " end, or stop it, or choose another --workdir"
+      ) from e
+    except OSError:
+      os.close(descriptor)
+      return None
+    os.close(descriptor)  # Its last holder has just deleted the file.
+
+
+def _is_same_file(descriptor, path):
+  try:
+    return os.path.samestat(os.fstat(descriptor), os.stat(path))
+  except FileNotFoundError:
+    return False

@@ -1,0 +1,294 @@
+r"""Classifies image files with the model of a run.
+
+  python -m rescalevit_jax.predict --workdir=runs/a cat.png photos/
+  python -m rescalevit_jax.predict --workdir=runs/a photos/ --output=a.csv
+
+Of a folder, all files are taken that by their names are images, in folders
+below it, too. What cannot be read is named and skipped. From Python:
+
+  from rescalevit_jax import predict
+  model = predict.load("runs/a")
+  probabilities = model(["cat.png"])
+
+Exit code: 0 if every image was classified, 1 if not, 2 for a mistake on the
+command line.
+"""
+
+import argparse
+from collections.abc import Iterable, Iterator, Sequence
+import concurrent.futures
+import csv
+import io
+import itertools
+import json
+import logging
+import os
+import pathlib
+import sys
+import time
+import warnings
+
+import jax
+import numpy as np
+
+from rescalevit_jax import errors
+from rescalevit_jax import images as images_lib
+from rescalevit_jax import progress
+from rescalevit_jax import trained
+from rescalevit_jax import writers
+
+_log = logging.getLogger("rescalevit_jax.predict")  # Even as __main__.
+
+_SECONDS_BETWEEN_LINES = 10.0
+_WIDEST_NAME = 60  # Of those that stdout's columns make room for.
+
+Top = list[tuple[str, float]]
+
+load = trained.load
+
+
+def classify(
+  model: trained.TrainedModel,
+  files: Iterable[pathlib.Path],
+  batch: int = 64,
+) -> Iterator[tuple[pathlib.Path, np.ndarray | errors.UserError]]:
+  """Classifies files one batch after the other.
+
+  Threads read the next batch while the device computes; no more than two are in
+  memory.
+
+  Args:
+    model: of a run.
+    files: any number of them.
+    batch: images a step of the device.
+
+  Yields:
+    Each file, in their order, with its probabilities [classes], float32, or
+    with why it cannot be read.
+  """
+  pool = concurrent.futures.ThreadPoolExecutor(min(16, os.cpu_count() or 1))
+
+  def submit(paths):
+    return [
+      (path, pool.submit(images_lib.model_input, path, model.image_size))
+      for path in paths
+    ]
+
+  try:
+    ahead = []
+    # After the last batch, an empty one.
+    for paths in itertools.chain(_batches(files, batch), [[]]):
+      work, ahead = ahead, submit(paths)
+      yield from _results(model, work, batch)
+  finally:
+    pool.shutdown(cancel_futures=True)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+  """Classifies the files of the command line; returns the exit code."""
+  args = _parse(argv)
+  progress.log_to_stderr()
+  # What Pillow has to say of odd files; errors come as exceptions.
+  warnings.filterwarnings("ignore", module="PIL")
+  try:
+    return _run(args)
+  except BrokenPipeError:
+    # Nobody reads on, as after `| head`; at the exit Python flushes once more.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 1
+  except (errors.UserError, OSError) as e:
+    return _fail(str(e), 1)
+  except jax.errors.JaxRuntimeError as e:
+    full = "RESOURCE_EXHAUSTED" in str(e)
+    return _fail(str(e)[:300] + ": try a smaller --batch" * full, 1)
+  except KeyboardInterrupt:
+    return _fail("interrupted", 130)
+
+
+def _parse(argv):
+  parser = argparse.ArgumentParser(
+    prog="python -m rescalevit_jax.predict",
+    description=__doc__,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+  )
+  parser.add_argument("--workdir", required=True, help="the run's folder")
+  parser.add_argument(
+    "--checkpoint", choices=("best", "latest"), default="best"
+  )
+  parser.add_argument(
+    "--top",
+    type=_positive,
+    default=5,
+    metavar="N",
+    help="classes to name for each image (default: 5)",
+  )
+  parser.add_argument(
+    "--batch",
+    type=_positive,
+    default=64,
+    metavar="N",
+    help="images a step of the device (default: 64)",
+  )
+  parser.add_argument(
+    "--output",
+    type=pathlib.Path,
+    metavar="FILE",
+    help="a .csv or .json to write instead of lines on the terminal",
+  )
+  parser.add_argument(
+    "files", nargs="+", metavar="FILE", help="an image, or a folder of images"
+  )
+  return parser.parse_args(argv)
+
+
+def _positive(text):
+  if not text.isdecimal() or int(text) < 1:
+    raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+  return int(text)
+
+
+def _run(args):
+  if args.output is not None:
+    _check_output(args.output)
+  files = _find(args.files)
+  model = load(args.workdir, args.checkpoint)
+  progress.warn_of_idle_gpu()
+  names = [str(file)[:_WIDEST_NAME] for file in files]
+  widths = max(map(len, names)), max(map(len, model.class_names))
+  rows, skipped = [], 0
+  for file, result in _with_progress(model, files, args.batch):
+    if isinstance(result, errors.UserError):
+      skipped += 1
+      # UserErrors begin with the path.
+      print(f"skipped: {_one_line(str(result))}", file=sys.stderr, flush=True)
+      continue
+    top = model.top(result, args.top)
+    if args.output is None:
+      print(_line(str(file), top, *widths), flush=True)
+    else:
+      rows.append((_text(str(file)), top))
+  if args.output is not None:
+    count = min(args.top, len(model.class_names))
+    writers.write_file(args.output, _WRITERS[_suffix(args.output)](rows, count))
+    print(f"{args.output}: {len(rows)} images", flush=True)
+  if skipped:
+    return _fail(
+      f"{skipped} of {len(files)} files could not be classified, see above", 1
+    )
+  return 0
+
+
+def _check_output(path):
+  if _suffix(path) not in _WRITERS:
+    raise errors.UserError(
+      f"--output: {path} ends neither in .csv nor in .json"
+    )
+  if path.is_dir() or not os.access(path.parent, os.W_OK):
+    raise errors.UserError(
+      f"--output: {path} cannot be written; choose a file in a folder that"
+      " exists"
+    )
+
+
+def _suffix(path):
+  return path.suffix.lower()
+
+
+def _find(names):
+  files = []
+  for name in names:
+    path = pathlib.Path(name)
+    files += images_lib.find(path) if path.is_dir() else [path]
+  if not files:
+    raise errors.UserError(f"no images in {', '.join(names)}")
+  return files
+
+
+def _batches(files, batch):
+  files = iter(files)
+  while paths := list(itertools.islice(files, batch)):
+    yield paths
+
+
+def _results(model, work, batch):
+  inputs, found = [], []
+  for path, future in work:
+    try:
+      inputs.append(future.result())
+      found.append((path, None))
+    except errors.UserError as e:
+      found.append((path, e))
+  rows = iter(model.probabilities(np.stack(inputs), batch) if inputs else ())
+  for path, error in found:
+    yield path, error or next(rows)
+
+
+def _with_progress(model, files, batch):
+  """Yields what `classify` does; says now and then how far it is."""
+  batch = min(batch, len(files))
+  start = line = None
+  for done, found in enumerate(classify(model, files, batch), start=1):
+    yield found
+    now = time.monotonic()
+    if done == batch:  # What follows is without the compilation.
+      start = line = now
+    elif done > batch and now - line > _SECONDS_BETWEEN_LINES:
+      line = now
+      speed = (done - batch) / (now - start)
+      _log.info(
+        "image %d/%d  %.*f images/s  ETA %s",
+        done,
+        len(files),
+        0 if speed >= 10 else 2,
+        speed,
+        progress.duration((len(files) - done) / speed),
+      )
+
+
+def _line(name, top, name_width, class_width):
+  name = _one_line(_text(name))
+  classes = [f"{c:<{class_width}} {100 * p:5.1f} %" for c, p in top]
+  return "  ".join([f"{name:<{name_width}}", *classes])
+
+
+def _csv(rows: list[tuple[str, Top]], count: int) -> str:
+  text = io.StringIO()
+  writer = csv.writer(text, lineterminator="\n")
+  header = [[f"class_{i}", f"probability_{i}"] for i in range(1, count + 1)]
+  writer.writerow(["file", *itertools.chain(*header)])
+  for name, top in rows:
+    writer.writerow([name, *itertools.chain(*top)])
+  return text.getvalue()
+
+
+def _json(rows: list[tuple[str, Top]], count: int) -> str:
+  del count
+  objects = [
+    {
+      "file": name,
+      "top": [{"class": c, "probability": p} for c, p in top],
+    }
+    for name, top in rows
+  ]
+  return json.dumps(objects, indent=2, ensure_ascii=False) + "\n"
+
+
+_WRITERS = {".csv": _csv, ".json": _json}
+
+
+def _text(name):
+  """Makes a file's name writable that is not in the system's encoding."""
+  return name.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def _one_line(text):
+  return " ".join(text.splitlines())
+
+
+def _fail(message, code):
+  print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
+  return code
+
+
+if __name__ == "__main__":
+  sys.exit(main())

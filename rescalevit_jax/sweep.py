@@ -1,0 +1,289 @@
+r"""Runs a whole study: configs, and a grid of values for their keys.
+
+  python -m rescalevit_jax.sweep --config=configs/quickstart.py \
+      --grid model.norm=LN,BN,GN,Rescale --grid seed=0,1,2
+
+makes 12 runs, each a process of its own, in folders of runs/. It shows what is
+done, running and left; the same command again skips what is finished and goes
+on with the rest. Further examples:
+
+  ... --config=configs/vit_b16_ln.py --config=configs/vit_l16_rescale.py
+      several configs; the grid applies to each
+  ... --grid base_lr=0.1,0.3 --config.total_steps=500
+      keys of the grid vary, other keys are the same for all runs
+  ... --dry_run
+      prints a command for each run, starts nothing, writes nothing
+  ... --jobs=4
+      four runs at a time, which share the GPUs
+  ... --cluster=slurm --slurm_args timeout_min=600 \
+      --slurm_args slurm_partition=gpu --slurm_args gpus_per_node=1
+      one Slurm array, through submitit
+
+Exit code: 0 when finished or stopped by a signal, 1 when a run failed, 2 for a
+mistake on the command line. All config keys:
+python -m rescalevit_jax.main --help
+"""
+
+import argparse
+from collections.abc import Sequence
+import logging
+import pathlib
+import shlex
+import signal
+import sys
+from typing import NoReturn
+
+from rescalevit_jax import cluster
+from rescalevit_jax import data
+from rescalevit_jax import errors
+from rescalevit_jax import experiment
+from rescalevit_jax import grid
+from rescalevit_jax import launch
+from rescalevit_jax import progress
+from rescalevit_jax import schedule
+from rescalevit_jax import slots
+
+_log = logging.getLogger("rescalevit_jax.sweep")  # Not "__main__".
+
+
+def main(argv: Sequence[str]) -> int:
+  """Does what the command line says; returns the exit code."""
+  progress.log_to_stderr()
+  try:
+    options, runs = parse(argv)
+  except errors.UserError as e:
+    return _fail(e, code=2)
+  try:
+    done, left = split(runs)
+    if options.dry_run:
+      _print_commands(runs, done)
+      return 0
+    return _run(options, done, left)
+  except (errors.UserError, OSError) as e:
+    return _fail(e, code=1)
+  except KeyboardInterrupt:
+    return _fail("interrupted; the same command goes on", code=130)
+
+
+def parse(
+  argv: Sequence[str],
+) -> tuple[argparse.Namespace, list[grid.PlannedRun]]:
+  """Parses the command line and plans the runs.
+
+  Raises:
+    UserError: a flag, a config or a value does not do.
+  """
+  parser = _parser()
+  rest, settings = _split_settings(argv)
+  options, unknown = parser.parse_known_args(rest)
+  if unknown:
+    name = unknown[0].partition("=")[0]
+    names = [
+      option for action in parser._actions for option in action.option_strings
+    ]
+    raise errors.UserError(
+      f"unknown argument {name!r}; {errors.nearest(name, names)}"
+    )
+  if options.jobs is not None and options.jobs < 1:
+    raise errors.UserError(f"--jobs is {options.jobs}, but must be > 0")
+  if options.slurm_args and not options.cluster:
+    raise errors.UserError("--slurm_args needs --cluster=slurm")
+  options.slurm_args = cluster.parse_parameters(options.slurm_args)
+  runs = grid.plan(
+    options.config,
+    [grid.parse_axis(text) for text in options.grid],
+    [grid.parse_setting(text, "--config.KEY") for text in settings],
+    pathlib.Path(options.runs_dir),
+  )
+  for run in runs:
+    try:
+      schedule.work(run)
+    except errors.UserError as e:
+      raise errors.UserError(f"{run.workdir}: {e}") from e
+  return options, runs
+
+
+def split(
+  runs: Sequence[grid.PlannedRun],
+) -> tuple[list[grid.PlannedRun], list[grid.PlannedRun]]:
+  """Returns the finished runs and the others.
+
+  Raises:
+    UserError: a run's folder holds another run.
+  """
+  done, left = [], []
+  for run in runs:
+    try:
+      experiment.check_same_run(run.config, run.workdir)
+      result = experiment.finished_result(run.workdir)
+    except errors.UserError as e:
+      # Folders of a sweep are chosen by another flag than a run's.
+      message = str(e).replace("--workdir", "--runs_dir")
+      raise errors.UserError(message) from e
+    (left if result is None else done).append(run)
+  return done, left
+
+
+def _run(options, done, left):
+  _log.info(
+    "%d runs in %s, %d of them finished",
+    len(done) + len(left),
+    options.runs_dir,
+    len(done),
+  )
+  if not left:
+    return 0
+  if missing := _missing_weights(left):
+    raise errors.UserError(
+      f"no such file: {', '.join(missing)} (pretrained_path); put the weights"
+      " there or leave these runs out"
+    )
+  executor = None
+  if options.cluster:
+    executor = cluster.executor(
+      options.cluster,
+      pathlib.Path(options.runs_dir) / ".submitit",
+      options.slurm_args,
+      options.jobs,
+    )
+  # Here and now, for runs that start together would all prepare them.
+  for dataset in sorted(
+    {(r.config.dataset, r.config.tfds_data_dir) for r in left}, key=str
+  ):
+    data.load(*dataset)
+  if options.cluster == "slurm":
+    _submit(left, executor)
+    return 0
+  if options.cluster == "local":
+    for number in (signal.SIGTERM, signal.SIGHUP):
+      signal.signal(number, signal.default_int_handler)
+    failed = cluster.run_locally(left, executor, options.jobs or 1)
+    failures = [run for run, _ in failed]
+    done += [run for run in left if run not in failures]
+    outcome = schedule.Outcome(done, failed)
+  else:
+    places = slots.find(options.jobs)
+    outcome = schedule.Schedule(left, done, places).run()
+  outcome.log()
+  if outcome.killed:
+    return 130
+  return 1 if outcome.failed else 0
+
+
+def _submit(left, executor):
+  ids = cluster.submit_to_slurm(left, executor)
+  for run, job_id in zip(left, ids, strict=True):
+    print(f"{job_id}  {run.workdir}")
+  array = ids[0].partition("_")[0]
+  folder = left[0].workdir.parent
+  _log.info(
+    "watch them with `squeue --jobs=%s` and `tail %s`; stop them with `scancel"
+    " %s`; the same command with --dry_run says what is finished",
+    array,
+    folder / "*" / "log.txt",
+    array,
+  )
+
+
+def _missing_weights(runs):
+  paths = [
+    run.config.pretrained_path
+    for run in runs
+    if run.config.pretrained_path and not launch.saved_step(run.workdir)
+  ]
+  return [p for p in dict.fromkeys(paths) if not pathlib.Path(p).is_file()]
+
+
+def _print_commands(runs, done):
+  for run in runs:
+    print(shlex.join(run.command))
+  sys.stdout.flush()
+  for run in done:
+    _log.info("finished already: %s", run.workdir)
+  for path in _missing_weights([run for run in runs if run not in done]):
+    _log.info("missing: %s", path)
+
+
+class _Parser(argparse.ArgumentParser):
+  def error(self, message: str) -> NoReturn:
+    raise errors.UserError(message)
+
+
+def _parser():
+  parser = _Parser(
+    prog="python -m rescalevit_jax.sweep",
+    description=__doc__,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+    allow_abbrev=False,
+    epilog="--config.KEY=VALUE sets a key in all runs.",
+  )
+  parser.add_argument(
+    "--config",
+    action="append",
+    required=True,
+    metavar="FILE[:ARGS]",
+    help="a config file, as in rescalevit_jax.main; may be given again",
+  )
+  parser.add_argument(
+    "--grid",
+    action="append",
+    default=[],
+    metavar="KEY=VALUE,...",
+    help="a key and its values; may be given again, then every combination",
+  )
+  parser.add_argument(
+    "--runs_dir",
+    default="runs",
+    metavar="DIR",
+    help="where the runs' folders lie (default: runs)",
+  )
+  parser.add_argument(
+    "--jobs",
+    type=int,
+    metavar="N",
+    help="runs at a time (default: one a GPU, or one)",
+  )
+  parser.add_argument(
+    "--dry_run",
+    action="store_true",
+    help="print the commands of the runs, and do nothing",
+  )
+  parser.add_argument(
+    "--cluster",
+    choices=("slurm", "local"),
+    help="submit the runs through submitit, to Slurm or to this machine",
+  )
+  parser.add_argument(
+    "--slurm_args",
+    action="append",
+    default=[],
+    metavar="KEY=VALUE",
+    help="a parameter of submitit's AutoExecutor, such as timeout_min=600,"
+    " slurm_partition=gpu or gpus_per_node=1; may be given again",
+  )
+  return parser
+
+
+def _split_settings(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+  """Takes --config.KEY=VALUE and --config.KEY VALUE out of a command line."""
+  rest, settings = [], []
+  words = iter(argv)
+  for word in words:
+    if not word.startswith("--config."):
+      rest.append(word)
+      continue
+    setting = word.removeprefix("--config.")
+    if "=" not in setting:
+      value = next(words, None)
+      setting = setting if value is None else f"{setting}={value}"
+    settings.append(setting)
+  return rest, settings
+
+
+def _fail(message, code):
+  print("error: " + " ".join(str(message).split()), file=sys.stderr, flush=True)
+  return code
+
+
+if __name__ == "__main__":
+  sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,205 @@
+"""From flags to runs: names, values, mistakes."""
+
+import pathlib
+import shlex
+import subprocess
+import sys
+
+import pytest
+
+from rescalevit_jax import config as config_lib
+from rescalevit_jax import errors
+from rescalevit_jax import experiment
+from rescalevit_jax import grid
+from rescalevit_jax import sweep
+
+ROOT = pathlib.Path(__file__).parents[1]
+QUICKSTART = str(ROOT / "configs" / "quickstart.py")
+ORIGINAL = str(ROOT / "configs" / "original.py")
+
+
+def plan(*axes, configs=(QUICKSTART,), settings=(), runs_dir="runs"):
+  return grid.plan(
+    configs,
+    [grid.parse_axis(axis) for axis in axes],
+    [grid.parse_setting(s, "--config") for s in settings],
+    pathlib.Path(runs_dir),
+  )
+
+
+def names(runs):
+  return [run.workdir.name for run in runs]
+
+
+def test_every_combination_for_every_config():
+  runs = plan(
+    "model.norm=LN,Rescale",
+    "seed=0,1,2",
+    configs=(QUICKSTART, f"{ORIGINAL}:ViT-B_32,BN"),
+    settings=("base_lr=0.25", "tfds_data_dir=None"),
+  )
+  assert len(runs) == 12
+  assert [(r.config.model.norm, r.config.seed) for r in runs[:6]] == [
+    (norm, seed) for norm in ("LN", "Rescale") for seed in (0, 1, 2)
+  ]
+  assert {r.config.model_name for r in runs[6:]} == {"ViT-B_32"}
+  assert {r.config.base_lr for r in runs} == {0.25}
+  assert runs[0].reference == QUICKSTART
+  # As main names them.
+  for run in runs:
+    assert run.workdir == experiment.default_workdir(run.config)
+
+
+def test_a_config_alone_is_a_run():
+  (run,) = plan(runs_dir="elsewhere")
+  assert run.workdir == pathlib.Path(
+    "elsewhere/digits-ViT-XS_2-Rescale-scratch-seed0"
+  )
+
+
+def test_names_tell_every_key_of_the_grid():
+  start = "digits-ViT-XS_2-Rescale-scratch-seed"
+  assert names(plan("base_lr=0.1,1", "seed=3")) == [
+    f"{start}3-base_lr=0.1",
+    f"{start}3-base_lr=1.0",
+  ]
+  assert names(plan("augment.flip=True,False", "tfds_data_dir=/a/b,None")) == [
+    f"{start}0-augment.flip=True-tfds_data_dir=_a_b",
+    f"{start}0-augment.flip=True-tfds_data_dir=None",
+    f"{start}0-augment.flip=False-tfds_data_dir=_a_b",
+    f"{start}0-augment.flip=False-tfds_data_dir=None",
+  ]
+
+
+def test_names_tell_which_weights():
+  start = "digits-ViT-XS_2-Rescale-"
+  assert names(plan("pretrained_path=None,a/b.npz")) == [
+    f"{start}scratch-seed0",
+    f"{start}pretrained-seed0",
+  ]
+  assert names(plan("pretrained_path=a/b.npz,c.npz")) == [
+    f"{start}pretrained-seed0-pretrained_path=a_b.npz",
+    f"{start}pretrained-seed0-pretrained_path=c.npz",
+  ]
+
+
+def test_values_have_the_type_of_their_key():
+  (run,) = plan(
+    settings=(
+      "batch=8",
+      "base_lr=1",
+      "augment.crop=false",
+      "pretrained_path=7",
+      "model.patch_size=2",
+      "model.representation_size=None",
+    )
+  )
+  values = config_lib.flatten(run.config)
+  assert values["batch"] == 8
+  assert values["base_lr"] == 1.0 and isinstance(values["base_lr"], float)
+  assert values["augment.crop"] is False
+  assert values["pretrained_path"] == "7"
+  assert values["model.patch_size"] == 2
+  assert values["model.representation_size"] is None
+
+
+def test_the_command_makes_the_same_config():
+  """What main makes of the command, without training."""
+  settings = ("augment.flip=True", "pretrained_path=None", "base_lr=1")
+  (run,) = plan("model.norm=BN", settings=settings, runs_dir="a folder")
+  assert run.command[:3] == [sys.executable, "-m", "rescalevit_jax.main"]
+  assert f"--workdir={run.workdir}" in run.command
+  code = (
+    "import sys; from absl import flags;"
+    "from rescalevit_jax import config, main;"
+    "main.parse(['main', *sys.argv[1:]]);"
+    "print(config.to_json(flags.FLAGS.config))"
+  )
+  command = [sys.executable, "-c", code, *run.command[3:]]
+  done = subprocess.run(
+    shlex.join(command), shell=True, capture_output=True, text=True, cwd=ROOT
+  )
+  assert done.stdout.strip() == config_lib.to_json(run.config).strip(), done
+
+
+@pytest.mark.parametrize(
+  "axes, settings, words",
+  [
+    (["model.nrom=LN"], [], ["model.nrom", "model.norm"]),
+    (["model.norm=LN,Recsale"], [], ["Recsale", "Rescale"]),
+    (["seed=0,x"], [], ["seed", "'x'"]),
+    (["seed=0,-1"], [], ["seed is -1"]),
+    (["seed=0,None"], [], ["seed is None"]),
+    (["seed=0,1,0"], [], ["seed=0,1,0", "0 twice"]),
+    (["base_lr=0.1,0.10"], [], ["the same run", "0.10"]),
+    (["seed="], [], ["empty"]),
+    (["seed=0,,1"], [], ["empty"]),
+    (["seed"], [], ["KEY=VALUE"]),
+    (["seed=0", "seed=1"], [], ["seed is given twice"]),
+    (["seed=0,1"], ["seed=2"], ["seed is given twice"]),
+    ([], ["batch=2", "batch=3"], ["batch is given twice"]),
+    ([], ["btach=2"], ["btach", "batch"]),
+    ([], ["batch"], ["KEY=VALUE"]),
+    ([], ["batch=many"], ["batch", "many"]),
+    ([], ["warmup_steps=3000"], ["warmup_steps"]),
+  ],
+)
+def test_mistakes_in_keys_and_values(axes, settings, words):
+  with pytest.raises(errors.UserError) as e:
+    plan(*axes, settings=settings)
+  for word in words:
+    assert word in str(e.value), e.value
+
+
+def test_two_runs_in_one_folder_are_named(tmp_path):
+  other = tmp_path / "other.py"
+  text = pathlib.Path(QUICKSTART).read_text(encoding="utf-8")
+  other.write_text(text.replace("base_lr = 0.3", "base_lr = 0.2"))
+  with pytest.raises(errors.UserError) as e:
+    plan("seed=0,1", configs=(QUICKSTART, str(other)))
+  for word in (
+    f"--config={QUICKSTART} seed=0",
+    f"--config={other} seed=0",
+    "runs/digits-ViT-XS_2-Rescale-scratch-seed0",
+    "base_lr (0.3 and 0.2)",
+    "--grid",
+    "--runs_dir",
+  ):
+    assert word in str(e.value)
+
+
+@pytest.mark.parametrize(
+  "text, words",
+  [
+    (None, ["No such file"]),
+    ("def get_config(:\n", ["SyntaxError"]),
+    ("def get_config():\n  return 1 / 0\n", ["ZeroDivisionError", ":2"]),
+    ("def get_config(x):\n  return int(x)\n", ["get_config"]),
+    ("x = 1\n", ["get_config"]),
+    ("def get_config():\n  return None\n", ["None"]),
+  ],
+)
+def test_mistakes_in_a_config_file(text, words, tmp_path, capsys):
+  path = tmp_path / "config.py"
+  if text is not None:
+    path.write_text(text)
+  assert sweep.main([f"--config={path}"]) == 2
+  err = capsys.readouterr().err
+  assert err.startswith("error: ") and err.count("\n") == 1
+  for word in (str(path), *words):
+    assert word in err
+
+
+@pytest.mark.parametrize(
+  "reference, words",
+  [
+    ("ViT-B_16", ["MODEL,NORM"]),
+    ("ViT-B16,LN", ["ViT-B_16"]),
+    ("ViT-B_16,ln", ["LN"]),
+  ],
+)
+def test_mistakes_in_the_originals_runs(reference, words):
+  with pytest.raises(errors.UserError) as e:
+    plan(configs=(f"{ORIGINAL}:{reference}",))
+  for word in words:
+    assert word in str(e.value)

@@ -1,0 +1,404 @@
+"""Image files of all kinds, good and bad, as a model takes them."""
+
+import io
+import struct
+import zlib
+
+import numpy as np
+from PIL import Image
+import pytest
+
+from rescalevit_jax import augment
+from rescalevit_jax import errors
+from rescalevit_jax import images
+
+RNG = np.random.default_rng(0)
+GREY = RNG.integers(0, 256, (5, 7), dtype=np.uint8)
+COLOR = RNG.integers(0, 256, (5, 7, 3), dtype=np.uint8)
+ORIENTATION = 0x112
+TURNED = {
+  1: lambda x: x,
+  2: lambda x: x[:, ::-1],
+  3: lambda x: x[::-1, ::-1],
+  4: lambda x: x[::-1],
+  5: lambda x: x.swapaxes(0, 1),
+  6: lambda x: x.swapaxes(0, 1)[:, ::-1],
+  7: lambda x: x.swapaxes(0, 1)[::-1, ::-1],
+  8: lambda x: x.swapaxes(0, 1)[::-1],
+}
+
+
+def pixels(image):
+  result = images.read(image)
+  assert result.mode == "RGB"
+  return np.asarray(result)
+
+
+def saved(folder, image, name, **kwargs):
+  if isinstance(image, np.ndarray):
+    image = Image.fromarray(image)
+  image.save(folder / name, **kwargs)
+  return folder / name
+
+
+def rgb(grey):
+  return np.stack([grey] * 3, axis=-1)
+
+
+def refused(image, *words):
+  with pytest.raises(errors.UserError) as caught:
+    images.model_input(image, 4)
+  message = str(caught.value)
+  assert len(message.splitlines()) == 1
+  for word in words:
+    assert word in message
+  return message
+
+
+# What the pixels of each kind are.
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.bmp", "a.tiff", "a.ppm", "A.PNG"])
+def test_colors_are_kept(name, tmp_path):
+  np.testing.assert_array_equal(pixels(saved(tmp_path, COLOR, name)), COLOR)
+
+
+@pytest.mark.parametrize("name", ["a.jpg", "a.webp", "a.gif"])
+def test_lossy_files_are_near(name, tmp_path):
+  smooth = np.zeros((16, 24, 3), np.uint8) + np.array([200, 120, 40], np.uint8)
+  smooth[:, 12:] = 90
+  found = pixels(saved(tmp_path, smooth, name)).astype(int)
+  assert np.abs(found - smooth)[:, [2, -2]].max() < 8
+
+
+def test_greys_have_three_equal_channels(tmp_path):
+  found = pixels(saved(tmp_path, GREY, "a.png"))
+  np.testing.assert_array_equal(found, rgb(GREY))
+
+
+def test_one_bit_is_black_and_white(tmp_path):
+  bits = Image.fromarray(GREY > 100)
+  assert bits.mode == "1"
+  found = pixels(saved(tmp_path, bits, "a.png"))
+  np.testing.assert_array_equal(found, rgb((GREY > 100) * np.uint8(255)))
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.tiff"])
+def test_sixteen_bits_are_rounded_to_eight(name, tmp_path):
+  ramp = np.arange(65536, dtype=np.uint16).reshape(256, 256)
+  expected = np.round(ramp / 257).astype(np.uint8)
+  assert expected[0, 0] == 0 and expected[-1, -1] == 255
+  path = saved(tmp_path, ramp, name)
+  assert Image.open(path).mode == "I;16"
+  np.testing.assert_array_equal(pixels(path), rgb(expected))
+
+
+def test_other_sixteen_bits():
+  ramp = np.arange(0, 65536, 257, dtype=np.uint16).reshape(16, 16)
+  big = Image.frombytes("I;16B", (16, 16), ramp.astype(">u2").tobytes())
+  wide = Image.fromarray(ramp.astype(np.int32))
+  assert wide.mode == "I"
+  expected = rgb(np.arange(256, dtype=np.uint8).reshape(16, 16))
+  np.testing.assert_array_equal(pixels(big), expected)
+  np.testing.assert_array_equal(pixels(wide), expected)
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA"])
+def test_transparent_parts_are_put_on_white(mode, tmp_path):
+  image = np.zeros((1, 3, 4), np.uint8) + np.array([40, 40, 40, 0], np.uint8)
+  image[0, :, 3] = 0, 255, 128
+  image = Image.fromarray(image).convert(mode)
+  found = pixels(saved(tmp_path, image, "a.png"))
+  half = 40 * 128 / 255 + 255 * 127 / 255
+  np.testing.assert_allclose(found[0, :, 0], [255, 40, half], atol=0.5)
+  np.testing.assert_array_equal(found, rgb(found[..., 0]))
+
+
+@pytest.mark.parametrize(
+  "name, transparency",
+  [
+    ("a.png", None),
+    ("a.png", 1),
+    ("a.png", b"\xff\x00"),
+    ("a.gif", None),
+    ("a.gif", 1),
+  ],
+)
+def test_palettes(name, transparency, tmp_path):
+  image = Image.new("P", (2, 1))
+  image.putpalette([10, 20, 30, 40, 50, 60])
+  image.putpixel((1, 0), 1)
+  kwargs = {} if transparency is None else {"transparency": transparency}
+  found = pixels(saved(tmp_path, image, name, **kwargs))
+  second = [40, 50, 60] if transparency is None else [255, 255, 255]
+  assert found.tolist() == [[[10, 20, 30], second]]
+
+
+@pytest.mark.parametrize(
+  "image, transparency, expected",
+  [
+    (np.array([[[9, 8, 7], [1, 2, 3]]], np.uint8), (1, 2, 3), [9, 8, 7]),
+    (np.array([[9, 1]], np.uint8), 1, [9, 9, 9]),
+  ],
+)
+def test_a_color_that_stands_for_transparent(
+  image, transparency, expected, tmp_path
+):
+  path = saved(tmp_path, image, "a.png", transparency=transparency)
+  assert pixels(path).tolist() == [[expected, [255, 255, 255]]]
+
+
+def test_cmyk(tmp_path):
+  image = Image.new("CMYK", (16, 16), (255, 0, 0, 0))
+  path = saved(tmp_path, image, "a.jpg")
+  assert Image.open(path).mode == "CMYK"
+  cyan = np.array([0, 255, 255])
+  assert np.abs(pixels(path).astype(int) - cyan).max() < 6
+
+
+@pytest.mark.parametrize("orientation", TURNED)
+def test_images_are_turned_as_exif_says(orientation, tmp_path):
+  exif = Image.Exif()
+  exif[ORIENTATION] = orientation
+  path = saved(tmp_path, COLOR, "a.png", exif=exif)
+  expected = TURNED[orientation](COLOR)
+  np.testing.assert_array_equal(pixels(path), expected)
+
+
+@pytest.mark.parametrize("name", ["a.jpg", "a.webp", "a.tiff"])
+def test_exif_of_other_files(name, tmp_path):
+  image = np.zeros((32, 48, 3), np.uint8)
+  image[:16, :16] = 255
+  exif = Image.Exif()
+  exif[ORIENTATION] = 6
+  found = pixels(saved(tmp_path, image, name, exif=exif))
+  assert found.shape == (48, 32, 3)
+  assert found[8, 24].min() > 240 and found[8, 8].max() < 15
+
+
+def test_sixteen_bits_are_turned_too(tmp_path):
+  exif = Image.Exif()
+  exif[ORIENTATION] = 6
+  path = saved(tmp_path, GREY.astype(np.uint16) * 257, "a.png", exif=exif)
+  np.testing.assert_array_equal(pixels(path), TURNED[6](rgb(GREY)))
+
+
+@pytest.mark.parametrize("name", ["a.gif", "a.png", "a.webp"])
+def test_the_first_image_of_an_animation(name, tmp_path):
+  first, second = (Image.new("RGB", (8, 8), c) for c in ("red", "blue"))
+  kwargs = {"lossless": True} if name == "a.webp" else {}
+  path = saved(
+    tmp_path, first, name, save_all=True, append_images=[second], **kwargs
+  )
+  assert Image.open(path).n_frames == 2
+  assert pixels(path)[4, 4].tolist() == [255, 0, 0]
+
+
+@pytest.mark.parametrize("size", [(1, 1), (4000, 3000), (1, 500)])
+def test_any_size(size, tmp_path):
+  path = saved(tmp_path, Image.new("RGB", size, (0, 255, 51)), "a.png")
+  x = images.model_input(path, 6)
+  assert x.shape == (6, 6, 3) and x.dtype == np.float32
+  np.testing.assert_allclose(x[3, 4], [-1, 1, -0.6], atol=1e-6)
+
+
+# What evaluation sees.
+
+
+@pytest.mark.parametrize(
+  "shape, size",
+  [
+    ((8, 8), 8),
+    ((8, 8), 12),
+    ((32, 32), 224),
+    ((32, 32), 20),
+    ((45, 30), 16),
+    ((1, 1), 8),
+    ((1, 9), 4),
+    ((100, 3), 7),
+    ((250, 333), 32),
+  ],
+)
+def test_pixels_are_those_of_evaluation(shape, size):
+  image = RNG.integers(0, 256, (*shape, 3), dtype=np.uint8)
+  expected = np.asarray(augment.prepare(image[None], size))[0]
+  found = images.model_input(image, size)
+  # An 80th of a grey level: the weights of `prepare` are float32.
+  np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4)
+
+
+# From Python.
+
+
+def test_sources_are_alike(tmp_path):
+  path = saved(tmp_path, COLOR, "a.png")
+  for source in (path, str(path), Image.open(path), COLOR):
+    np.testing.assert_array_equal(pixels(source), COLOR)
+  for source in (GREY, GREY[..., None]):
+    np.testing.assert_array_equal(pixels(source), rgb(GREY))
+
+
+def test_a_given_image_is_not_changed():
+  exif = Image.Exif()
+  exif[ORIENTATION] = 6
+  file = io.BytesIO()
+  Image.fromarray(COLOR).save(file, "PNG", exif=exif)
+  image = Image.open(file)
+  np.testing.assert_array_equal(pixels(image), TURNED[6](COLOR))
+  assert image.getexif()[ORIENTATION] == 6
+  np.testing.assert_array_equal(np.asarray(image), COLOR)
+
+
+@pytest.mark.parametrize(
+  "array, words",
+  [
+    (COLOR.astype(np.float32), ("float32", "uint8")),
+    (COLOR.astype(np.int64), ("int64",)),
+    (COLOR[None], ("[1, 5, 7, 3]",)),
+    (COLOR.transpose(2, 0, 1), ("[3, 5, 7]", "[H, W, 3]")),
+    (COLOR[..., :2], ("[5, 7, 2]",)),
+    (COLOR[0, 0], ("[3]",)),
+    (COLOR[:0], ("[0, 7, 3]",)),
+    (None, ("object",)),
+  ],
+)
+def test_arrays_that_are_no_images(array, words):
+  refused(array, *words)
+
+
+@pytest.mark.parametrize(
+  "array",
+  [
+    GREY.astype(np.int32) * 1000,
+    GREY.astype(np.int32) - 200,
+    GREY.astype(np.float32),
+  ],
+)
+def test_greys_without_a_known_white_are_refused(array, tmp_path):
+  refused(Image.fromarray(array), "16 bits")
+  refused(saved(tmp_path, array, "a.tiff"), "a.tiff", "16 bits")
+
+
+def test_a_damaged_pillow_image(tmp_path):
+  path = saved(tmp_path, np.tile(COLOR, (20, 20, 1)), "a.jpg")
+  path.write_bytes(path.read_bytes()[:-500])
+  refused(Image.open(path), "truncated")
+
+
+# Bad files.
+
+
+def png(width, height):
+  """Returns the start of a PNG file that claims this size."""
+
+  def chunk(name, data):
+    check = zlib.crc32(name + data)
+    return struct.pack(">I", len(data)) + name + data + struct.pack(">I", check)
+
+  header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+  data = zlib.compress(bytes(100))
+  return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", data)
+
+
+def test_what_is_no_image(tmp_path):
+  def path(name, content):
+    (tmp_path / name).write_bytes(content)
+    return tmp_path / name
+
+  text = path("text.png", b"not an image")
+  assert str(text) in refused(text, "no image that Pillow knows")
+  refused(str(path("empty.png", b"")), "empty.png", "it is empty")
+  refused(tmp_path / "none.png", "none.png", "no such file")
+  (tmp_path / "folder.png").mkdir()
+  refused(tmp_path / "folder.png", "folder.png", "this is a folder")
+  (tmp_path / "loop.png").symlink_to(tmp_path / "loop.png")
+  refused(tmp_path / "loop.png", "loop.png", "symbolic links")
+  refused(tmp_path / ("x" * 300), "too long")
+
+
+def test_cut_off_files(tmp_path):
+  path = saved(tmp_path, np.tile(COLOR, (20, 20, 1)), "a.jpg")
+  path.write_bytes(path.read_bytes()[:-500])
+  refused(path, "a.jpg", "truncated")
+
+
+def test_no_permission(tmp_path, monkeypatch):
+  path = saved(tmp_path, COLOR, "a.png")
+
+  def refuse(path):
+    raise PermissionError(13, "Permission denied", str(path))
+
+  monkeypatch.setattr(Image, "open", refuse)
+  assert refused(path, "Permission denied").count("a.png") == 1
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+@pytest.mark.parametrize("edge", [8_950, 12_000, 60_000])
+def test_bombs_are_not_unpacked(edge, tmp_path):
+  (tmp_path / "bomb.png").write_bytes(png(edge, edge))
+  refused(tmp_path / "bomb.png", "bomb.png", "pixels")
+
+
+def test_the_limit_of_pixels(tmp_path, monkeypatch):
+  path = saved(tmp_path, COLOR, "a.png")
+  monkeypatch.setattr(images, "MAX_PIXELS", 35)
+  assert pixels(path).shape == (5, 7, 3)
+  monkeypatch.setattr(images, "MAX_PIXELS", 34)
+  refused(path, "7 x 5 pixels")
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+  "name", ["a.png", "a.jpg", "a.gif", "a.webp", "a.bmp", "a.tiff"]
+)
+def test_any_damage_is_one_line(name, tmp_path):
+  whole = saved(tmp_path, COLOR, name).read_bytes()
+  rng = np.random.default_rng(1)
+  path = tmp_path / f"bad{name}"
+  refusals = 0
+  for _ in range(100):
+    damaged = bytearray(whole[: rng.integers(1, len(whole) + 1)])
+    for place in rng.integers(0, len(damaged), 3):
+      damaged[place] = rng.integers(256)
+    path.write_bytes(damaged)
+    try:
+      images.model_input(path, 4)
+    except errors.UserError as e:
+      refusals += 1
+      assert str(path) in str(e) and len(str(e).splitlines()) == 1
+  assert refusals > 20
+
+
+# Folders.
+
+
+def test_find(tmp_path):
+  names = [
+    "b.JPG",
+    "a.png",
+    "sub/c.webp",
+    "sub/deep/d.tif",
+    "a/z.bmp",
+    ".hidden.png",
+    ".git/e.png",
+    "sub/.f/g.png",
+    "notes.txt",
+    "png",
+    "data.h5",
+    "film.mpg",
+    "page.eps",
+    "paper.pdf",
+  ]
+  for name in names:
+    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / name).touch()
+  (tmp_path / "folder.png").mkdir()
+  (tmp_path / "gone.png").symlink_to(tmp_path / "nowhere")
+  expected = ["a/z.bmp", "a.png", "b.JPG", "sub/c.webp", "sub/deep/d.tif"]
+  assert images.find(tmp_path) == [tmp_path / name for name in expected]
+  assert images.find(str(tmp_path / ".git")) == [tmp_path / ".git/e.png"]
+
+
+def test_find_where_nothing_can_be_listed(tmp_path):
+  with pytest.raises(errors.UserError, match="none: cannot be listed"):
+    images.find(tmp_path / "none")

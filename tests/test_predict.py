@@ -1,0 +1,404 @@
+"""Predictions on the command line and from Python."""
+
+import csv
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import threading
+
+import jax
+import numpy as np
+from PIL import Image
+import pytest
+
+from rescalevit_jax import errors
+from rescalevit_jax import images
+from rescalevit_jax import predict
+from rescalevit_jax import trained
+
+ROOT = pathlib.Path(__file__).parents[1]
+NAMES = ("red", "green, or so", "blue")
+
+
+class Colors:
+  """A model whose logits are the means of the color channels, times 2."""
+
+  def apply(self, variables, x, train):
+    return 2 * x.mean((1, 2))
+
+
+@pytest.fixture
+def colors(monkeypatch):
+  """Lets the command line find this model."""
+  model = trained.TrainedModel("colors", Colors(), {}, 4, NAMES)
+
+  def load(workdir, which):
+    if workdir != "run":
+      raise errors.UserError(f"{workdir}: no run there")
+    model.checkpoint = which
+    return model
+
+  monkeypatch.setattr(predict, "load", load)
+  return model
+
+
+@pytest.fixture
+def call(colors, tmp_path, monkeypatch, capsys):
+  """Runs the command; returns its code and the lines of stdout and stderr."""
+  monkeypatch.chdir(tmp_path)
+
+  def call(*args):
+    code = predict.main(["--workdir=run", *args])
+    captured = capsys.readouterr()
+    return code, captured.out.splitlines(), captured.err.splitlines()
+
+  return call
+
+
+@pytest.fixture
+def picture(tmp_path):
+  """Writes a picture of one color."""
+
+  def picture(name, color):
+    path = tmp_path / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (5, 6), color).save(path, "PNG")
+
+  return picture
+
+
+# What is printed and written.
+
+
+def test_lines_on_the_terminal(call, picture):
+  picture("a.png", "red")
+  picture("folder/longer.png", "blue")
+  picture("folder/blue", "blue")  # No image by its name.
+  code, out, err = call("a.png", "folder")
+  # Channels of 1 and -1, so that the logits are 2 and -2.
+  first, other = 100 * np.exp([2, -2]) / (np.exp(2) + 2 * np.exp(-2))
+  first, other = f" {first:.1f} %", f"  {other:.1f} %"
+  assert code == 0 and err == []
+  assert out == [
+    f"a.png              red          {first}  green, or so {other}"
+    f"  blue         {other}",
+    f"folder/longer.png  blue         {first}  red          {other}"
+    f"  green, or so {other}",
+  ]
+
+
+def test_a_named_file_is_tried_whatever_its_name(call, picture):
+  picture("photo", "red")
+  code, out, _ = call("photo", "--top=1")
+  assert code == 0 and out == ["photo  red           96.5 %"]
+
+
+def test_csv(call, picture):
+  picture("a,b.png", (0, 255, 0))
+  picture("c.png", "red")
+  code, out, err = call("a,b.png", "c.png", "--output=o.csv", "--top=2")
+  assert code == 0 and out == ["o.csv: 2 images"] and err == []
+  with open("o.csv", encoding="utf-8", newline="") as f:
+    header, *rows = csv.reader(f)
+  assert header == [
+    *("file", "class_1", "probability_1", "class_2", "probability_2")
+  ]
+  assert [row[:2] for row in rows] == [["a,b.png", NAMES[1]], ["c.png", "red"]]
+  assert float(rows[0][2]) == pytest.approx(0.9647, abs=1e-4)
+  assert float(rows[0][4]) == pytest.approx(0.0177, abs=1e-4)
+
+
+def test_json(call, picture):
+  picture("ä.png", "blue")
+  code, _, _ = call("ä.png", "--output=o.JSON")
+  assert code == 0
+  (found,) = json.loads(pathlib.Path("o.JSON").read_text(encoding="utf-8"))
+  assert found.keys() == {"file", "top"} and found["file"] == "ä.png"
+  assert [entry["class"] for entry in found["top"]] == ["blue", *NAMES[:2]]
+  total = sum(entry["probability"] for entry in found["top"])
+  assert total == pytest.approx(1, abs=1e-5)
+
+
+def test_more_classes_than_there_are(call, picture):
+  picture("a.png", "red")
+  assert call("a.png", "--top=99", "--output=o.csv")[0] == 0
+  header = pathlib.Path("o.csv").read_text().splitlines()[0]
+  assert header.endswith("class_3,probability_3")
+
+
+@pytest.mark.parametrize("name", ["o.csv", "o.json", None])
+def test_names_that_are_hard_to_write(name, call, picture):
+  bad = os.fsdecode(b"\xff.png")
+  picture(bad, "red")
+  picture("two\nlines.png", "red")
+  output = [f"--output={name}"] if name else []
+  code, out, err = call(bad, "two\nlines.png", *output)
+  assert code == 0 and err == []
+  if name is None:
+    assert len(out) == 2 and "two lines.png" in out[1]
+  else:
+    assert r"\udcff.png" in pathlib.Path(name).read_text().replace("\\\\", "\\")
+
+
+def test_the_checkpoint_asked_for(call, colors, picture):
+  picture("a.png", "red")
+  assert call("a.png")[0] == 0 and colors.checkpoint == "best"
+  assert call("a.png", "--checkpoint=latest")[0] == 0
+  assert colors.checkpoint == "latest"
+
+
+# Bad files.
+
+
+@pytest.mark.parametrize("output", [None, "o.json"])
+def test_bad_files_are_named_and_skipped(output, call, picture):
+  for i in range(5):
+    picture(f"in/{i}.png", "red")
+  pathlib.Path("in/1.png").write_text("no image")
+  pathlib.Path("in/3.png").write_text("")
+  args = [f"--output={output}"] if output else []
+  code, out, err = call("in", "none.png", "--batch=2", *args)
+  assert code == 1
+  starts = [
+    "skipped: in/1.png: cannot be read",
+    "skipped: in/3.png: cannot be read",
+    "skipped: none.png: cannot be read",
+    "error: 3 of 6 files could not be",
+  ]
+  assert len(err) == 4 and all(map(str.startswith, err, starts))
+  if output:
+    found = json.loads(pathlib.Path(output).read_text())
+    files = [entry["file"] for entry in found]
+  else:
+    files = [line.split()[0] for line in out]
+  assert files == ["in/0.png", "in/2.png", "in/4.png"]
+
+
+def test_only_bad_files(call):
+  pathlib.Path("a.png").write_text("no image")
+  code, out, err = call("a.png")
+  assert code == 1 and out == [] and len(err) == 2
+  assert call("a.png", "--output=o.csv")[0] == 1
+  assert len(pathlib.Path("o.csv").read_text().splitlines()) == 1
+
+
+def test_warnings_of_pillow_are_not_shown(call, picture, monkeypatch, recwarn):
+  picture("a.png", "red")
+  monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 20)
+  assert call("a.png")[0] == 0
+  assert not recwarn.list
+
+
+# Mistakes.
+
+
+@pytest.mark.parametrize(
+  "args, words",
+  [
+    (["in", "--output=o.txt"], ("o.txt", ".csv", ".json")),
+    (["in", "--output=none/o.csv"], ("none/o.csv", "folder")),
+    (["in", "--output=folder.csv"], ("folder.csv", "folder")),
+    (["folder.csv"], ("no images in folder.csv",)),
+  ],
+)
+def test_mistakes_are_found_before_the_work(
+  args, words, call, picture, monkeypatch
+):
+  picture("in/a.png", "red")
+  pathlib.Path("folder.csv").mkdir()
+  monkeypatch.setattr(predict, "load", None)
+  before = set(pathlib.Path().rglob("*"))
+  code, out, err = call(*args)
+  assert code == 1 and out == [] and len(err) == 1
+  assert err[0].startswith("error: ")
+  for word in words:
+    assert word in err[0]
+  assert set(pathlib.Path().rglob("*")) == before
+
+
+def test_no_run(call, picture):
+  picture("a.png", "red")
+  code, out, err = call("a.png", "--workdir=other")
+  assert (code, out, err) == (1, [], ["error: other: no run there"])
+
+
+@pytest.mark.parametrize(
+  "args",
+  [["--top=0", "a"], ["--batch=-1", "a"], ["--top=x", "a"], [], ["--x", "a"]],
+)
+def test_mistakes_on_the_command_line(args, call, capsys):
+  with pytest.raises(SystemExit) as caught:
+    call(*args)
+  assert caught.value.code == 2
+  assert "error: " in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_full_device(call, picture, colors, monkeypatch):
+  def full(*args):
+    raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of\nmemory")
+
+  monkeypatch.setattr(colors, "probabilities", full)
+  picture("a.png", "red")
+  code, _, err = call("a.png")
+  assert code == 1 and len(err) == 1
+  assert err[0].startswith("error: RESOURCE") and "smaller --batch" in err[0]
+
+
+def test_interrupted(call, picture, monkeypatch):
+  picture("a.png", "red")
+
+  def interrupt(*args):
+    raise KeyboardInterrupt
+
+  monkeypatch.setattr(images, "model_input", interrupt)
+  assert call("a.png", "--output=o.csv") == (130, [], ["error: interrupted"])
+  assert not pathlib.Path("o.csv").exists()
+
+
+# Long work.
+
+
+def test_at_most_two_batches_are_in_memory(colors, tmp_path, monkeypatch):
+  Image.new("RGB", (5, 6), "red").save(tmp_path / "a.png")
+  taken, read = [], []
+
+  def endless():
+    while True:
+      taken.append(tmp_path / "a.png")
+      yield taken[-1]
+
+  model_input = images.model_input
+
+  def counted(*args):
+    read.append(args)
+    return model_input(*args)
+
+  monkeypatch.setattr(images, "model_input", counted)
+  results = predict.classify(colors, endless(), batch=4)
+  for done in range(1, 30):
+    next(results)
+    batches = -(-done // 4)
+    assert len(taken) <= 4 * (batches + 1) and len(read) <= len(taken)
+  results.close()
+
+
+def test_the_next_batch_is_read_while_the_device_computes(
+  colors, tmp_path, monkeypatch
+):
+  for i in range(2):
+    Image.new("RGB", (2, 2)).save(tmp_path / f"{i}.png")
+  model_input, second = images.model_input, threading.Event()
+
+  def read(path, size):
+    if path.name == "1.png":
+      second.set()
+    return model_input(path, size)
+
+  def probabilities(inputs, batch):
+    assert second.wait(30)
+    return np.zeros((len(inputs), 3), np.float32)
+
+  monkeypatch.setattr(images, "model_input", read)
+  monkeypatch.setattr(colors, "probabilities", probabilities)
+  files = sorted(tmp_path.iterdir())
+  assert len(list(predict.classify(colors, files, batch=1))) == 2
+
+
+@pytest.mark.parametrize("count", [1, 4, 5, 8])
+def test_every_file_comes_once_in_order(count, colors, tmp_path):
+  for i in range(count):
+    Image.new("RGB", (2, 2), (0, 0, 50 * i)).save(tmp_path / f"{i}.png")
+  files = sorted(tmp_path.iterdir())
+  found = list(predict.classify(colors, files, batch=4))
+  assert [path for path, _ in found] == files
+  expected = colors(files)
+  np.testing.assert_allclose([row for _, row in found], expected, atol=1e-6)
+
+
+def test_progress(call, picture, monkeypatch):
+  for i in range(5):
+    picture(f"in/{i}.png", "red")
+  assert call("in", "--batch=2")[2] == []
+  monkeypatch.setattr(predict, "_SECONDS_BETWEEN_LINES", 0)
+  _, out, err = call("in", "--batch=2")
+  assert len(out) == 5
+  assert [line.split()[2] for line in err] == ["3/5", "4/5", "5/5"]
+  assert all("images/s  ETA" in line for line in err)
+
+
+# With a real run, in real processes.
+
+
+@pytest.fixture
+def digits(test_digits, tmp_path):
+  """Writes the test split as files; returns their labels, too."""
+  folder = tmp_path / "digits"
+  folder.mkdir()
+  for i, image in enumerate(test_digits.images):
+    Image.fromarray(image).save(folder / f"{i:03}.png")
+  return folder, test_digits.labels
+
+
+def process(run, *args, **kwargs):
+  env = {**os.environ, "JAX_PLATFORMS": "cpu"}
+  env.pop("PYTHONUNBUFFERED", None)  # It would hide what is left to flush.
+  return subprocess.Popen(
+    [sys.executable, "-m", "rescalevit_jax.predict", "--workdir", run, *args],
+    cwd=ROOT,
+    env=env,
+    stderr=subprocess.PIPE,
+    text=True,
+    **kwargs,
+  )
+
+
+def test_predictions_are_as_accurate_as_the_evaluation(
+  tiny_run, digits, tmp_path, capsys
+):
+  folder, labels = digits
+  output = tmp_path / "o.json"
+  args = ["--workdir", str(tiny_run), str(folder), "--output", str(output)]
+  assert predict.main(args) == 0
+  assert not capsys.readouterr().err
+  found = json.loads(output.read_text())
+  assert len(found) == 360
+  best = json.loads((tiny_run / "result.json").read_text())["best_accuracy"]
+  right = [int(x["top"][0]["class"]) for x in found] == labels
+  assert np.mean(right) == pytest.approx(best, abs=1e-9)
+  # Three lines of Python say the same.
+  model = predict.load(tiny_run)
+  probabilities = model(sorted(folder.iterdir()))
+  right = probabilities.argmax(axis=1) == labels
+  assert np.mean(right) == pytest.approx(best, abs=1e-9)
+
+
+@pytest.mark.parametrize("output", [False, True])
+def test_nobody_reads_on(output, tiny_run, digits, tmp_path):
+  read, write = os.pipe()
+  os.close(read)
+  args = [f"--output={tmp_path / 'o.csv'}"] if output else []
+  child = process(tiny_run, digits[0], *args, stdout=write)
+  os.close(write)
+  _, err = child.communicate(timeout=120)
+  assert err == "" and child.returncode == 1
+
+
+def test_control_c(tiny_run, digits, tmp_path):
+  many = [str(digits[0])] * 200
+  child = process(tiny_run, *many, "--batch=8", stdout=subprocess.PIPE)
+  child.stdout.readline()
+  child.send_signal(signal.SIGINT)
+  _, err = child.communicate(timeout=120)
+  assert child.returncode == 130
+  assert err == "error: interrupted\n"
+
+
+def test_importing_needs_no_tensorflow():
+  code = (
+    "import sys; from rescalevit_jax import predict;"
+    " assert not {'tensorflow', 'matplotlib'} & sys.modules.keys()"
+  )
+  subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

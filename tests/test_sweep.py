@@ -1,0 +1,435 @@
+"""Sweeps as a person meets them: real processes, real signals."""
+
+import fcntl
+import json
+import os
+import pathlib
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+
+import pytest
+import tiny_sweep
+
+from rescalevit_jax import lock
+from rescalevit_jax import schedule
+from rescalevit_jax import slots
+from rescalevit_jax import sweep
+
+CONFIG = f"--config={tiny_sweep.ROOT}/configs/quickstart.py"
+GRID = ("--grid=model.norm=LN,Rescale", "--grid=seed=0,1")
+NAMES = [
+  f"digits-ViT-XS_2-{norm}-scratch-seed{seed}"
+  for norm in ("LN", "Rescale")
+  for seed in (0, 1)
+]
+
+
+@pytest.fixture(scope="module")
+def tiny(digits_dir, shared_dir):
+  """What tiny_sweep.run needs besides flags."""
+  keys = (*tiny_sweep.KEYS, f"tfds_data_dir={digits_dir}")
+  return {"keys": keys, "env": tiny_sweep.environment(shared_dir)}
+
+
+@pytest.fixture(scope="module")
+def finished(tiny, shared_dir):
+  """The folder of a finished sweep of GRID, two runs at a time."""
+  runs_dir = shared_dir / "finished_sweep"
+  with open(shared_dir / "finished_sweep.lock", "w") as f:
+    fcntl.flock(f, fcntl.LOCK_EX)  # The workers share one.
+    if not (runs_dir / "stderr").exists():
+      done = tiny_sweep.run(runs_dir, *GRID, "--jobs=2", **tiny)
+      assert done.returncode == 0, done.stderr
+      runs_dir.joinpath("stderr").write_text(done.stderr)
+  return runs_dir
+
+
+def snapshot(folder):
+  return {
+    str(p): p.read_bytes() if p.is_file() else None
+    for p in pathlib.Path(folder).rglob("*")
+  }
+
+
+def assert_one_line_error(stderr, *words):
+  assert "Traceback" not in stderr
+  line = stderr.splitlines()[-1]
+  assert line.startswith("error: ") and stderr.count("error: ") == 1, stderr
+  for word in words:
+    assert word in line, line
+
+
+def assert_same_runs(a, b):
+  """Checks that two sweeps have the same numbers."""
+  assert sorted(p.name for p in a.glob("digits*")) == NAMES
+  for name in NAMES:
+    results = [
+      json.loads((x / name / "result.json").read_text()) for x in (a, b)
+    ]
+    for key in ("last_accuracy", "best_accuracy", "best_step", "last_loss"):
+      assert results[0][key] == results[1][key]
+    metrics = [(x / name / "metrics.jsonl").read_bytes() for x in (a, b)]
+    assert metrics[0] == metrics[1]
+    assert metrics[0].count(b"\n") == 24  # 20 of training, 4 of tests.
+
+
+def test_a_sweep_shows_what_is_done_and_left(finished):
+  stderr = (finished / "stderr").read_text()
+  assert "4 runs in" in stderr and "0 of them finished" in stderr
+  assert "0 of 4 done, 0 failed, 2 running, 2 left" in stderr  # At once.
+  assert re.search(r"[23] of 4 done, .* left, ETA \d+ ", stderr)
+  assert re.search(rf"  {NAMES[0]}: ", stderr)
+  assert stderr.splitlines()[-1].endswith(" 4 done, 0 failed")
+  for name in NAMES:
+    assert sorted(p.name for p in (finished / name).iterdir()) == [
+      "checkpoints",
+      "class_names.json",
+      "config.json",
+      "log.txt",
+      "metrics.jsonl",
+      "result.json",
+    ]
+    log = (finished / name / "log.txt").read_text()
+    assert log.startswith("--- 20") and "rescalevit_jax.main" in log
+    assert log.splitlines()[-1][9:].startswith("finished: test accuracy ")
+  one, two = [
+    json.loads((finished / name / "result.json").read_text())["last_loss"]
+    for name in NAMES[:2]
+  ]
+  assert one != two
+
+
+def test_finished_runs_are_skipped(finished, tiny):
+  before = snapshot(finished)
+  done = tiny_sweep.run(finished, *GRID, **tiny)
+  assert done.returncode == 0
+  assert "4 runs in" in done.stderr and "4 of them finished" in done.stderr
+  assert "starting" not in done.stderr
+  assert snapshot(finished) == before
+
+
+def test_a_sweep_killed_twice_goes_on(finished, tiny, tmp_path):
+  """SIGKILL leaves no process behind, and the same numbers at the end."""
+  runs_dir = tmp_path / "runs"
+  for name in (NAMES[0], NAMES[2]):
+    process = tiny_sweep.start(runs_dir, *GRID, "--jobs=2", **tiny)
+    tiny_sweep.wait_for(
+      lambda name=name: tiny_sweep.is_under_way(runs_dir / name), process
+    )
+    process.kill()
+    process.communicate()
+    tiny_sweep.wait_for(lambda: not tiny_sweep.processes_of(runs_dir))
+    assert len(list(runs_dir.glob("*/result.json"))) < 4
+  done = tiny_sweep.run(runs_dir, *GRID, "--jobs=2", **tiny)
+  assert done.returncode == 0, done.stderr
+  assert_same_runs(runs_dir, finished)
+  log = (runs_dir / NAMES[0] / "log.txt").read_text()
+  assert log.count("\n---") + 1 >= 2  # A line for each start.
+
+
+def test_a_signal_saves_and_stops(finished, tiny, tmp_path):
+  runs_dir = tmp_path / "runs"
+  shutil.copytree(finished / NAMES[0], runs_dir / NAMES[0])
+  shutil.copytree(finished / NAMES[3], runs_dir / NAMES[3])
+  process = tiny_sweep.start(runs_dir, *GRID, **tiny)
+  tiny_sweep.wait_for(
+    lambda: tiny_sweep.is_under_way(runs_dir / NAMES[1]), process
+  )
+  process.send_signal(signal.SIGINT)
+  _, stderr = process.communicate(timeout=120)
+  assert process.returncode == 0, stderr
+  assert "SIGINT: the runs save and stop" in stderr
+  assert "the same command goes on" in stderr.splitlines()[-1]
+  assert not tiny_sweep.processes_of(runs_dir)
+  assert not (runs_dir / NAMES[2]).exists()  # Not begun.
+  log = (runs_dir / NAMES[1] / "log.txt").read_text()
+  assert "SIGTERM: saving and stopping" in log
+  done = tiny_sweep.run(runs_dir, *GRID, **tiny)
+  assert done.returncode == 0, done.stderr
+  assert_same_runs(runs_dir, finished)
+  log = (runs_dir / NAMES[1] / "log.txt").read_text()
+  assert "going on from the checkpoint" in log or "is finished" in log
+
+
+def test_a_second_signal_kills(tiny, tmp_path):
+  runs_dir = tmp_path / "runs"
+  keys = (*tiny["keys"], "total_steps=100000", "checkpoint_every=100000")
+  keys = [k for k in keys if k not in ("total_steps=40", "checkpoint_every=8")]
+  process = tiny_sweep.start(runs_dir, keys=keys, env=tiny["env"])
+  (name,) = [NAMES[2]]
+  tiny_sweep.wait_for(lambda: tiny_sweep.is_under_way(runs_dir / name), process)
+  (run,) = tiny_sweep.processes_of(runs_dir / name)
+  os.kill(run, signal.SIGSTOP)  # A run that hangs.
+  process.send_signal(signal.SIGHUP)
+  for line in process.stderr:
+    if "once more" in line:
+      break
+  process.send_signal(signal.SIGHUP)
+  _, stderr = process.communicate(timeout=20)
+  assert process.returncode == 130
+  assert "1 left" in stderr
+  assert not tiny_sweep.processes_of(runs_dir)
+
+
+def test_a_failing_run_is_named_and_the_others_go_on(tiny, tmp_path):
+  done = tiny_sweep.run(
+    tmp_path, "--grid", "base_lr=1e30,0.1", "--config.seed", "5", **tiny
+  )
+  assert done.returncode == 1
+  start = f"{tmp_path}/digits-ViT-XS_2-Rescale-scratch-seed5-base_lr="
+  summary = done.stderr.splitlines()[-3:]
+  assert summary[0].endswith("1 done, 1 failed")
+  assert f"failed: {start}1e+30: error: step " in summary[1]
+  assert "not finite" in summary[1]
+  assert "the same command" in summary[2]
+  assert (tmp_path / f"{start}0.1" / "result.json").exists()
+  assert "Traceback" not in done.stderr
+
+
+def test_a_run_of_another_process_is_left_alone(finished, tiny, tmp_path):
+  for name in NAMES[:3]:
+    shutil.copytree(finished / name, tmp_path / name)
+  with lock.hold(tmp_path / NAMES[3]):
+    done = tiny_sweep.run(tmp_path, *GRID, **tiny)
+  assert done.returncode == 1
+  assert "error: " in done.stderr.splitlines()[-2]
+  assert "another process works on this run" in done.stderr.splitlines()[-2]
+
+
+def test_dry_run_prints_commands_and_writes_nothing(finished, tiny, tmp_path):
+  runs_dir = tmp_path / "a folder"
+  shutil.copytree(finished / NAMES[1], runs_dir / NAMES[1])
+  before = snapshot(tmp_path)
+  done = tiny_sweep.run(runs_dir, *GRID, "--dry_run", **tiny)
+  assert done.returncode == 0
+  assert snapshot(tmp_path) == before
+  commands = done.stdout.splitlines()
+  assert len(commands) == 4
+  assert f"finished already: {runs_dir / NAMES[1]}" in done.stderr
+  assert done.stderr.count("\n") == 1
+  for command, name in zip(commands, NAMES, strict=True):
+    words = shlex.split(command)
+    assert words[:3] == [sys.executable, "-m", "rescalevit_jax.main"]
+    assert f"--workdir={runs_dir / name}" in words
+
+
+@pytest.mark.parametrize(
+  "args, code, words",
+  [
+    (["--grid=model.nrom=LN"], 2, ["model.nrom", "model.norm"]),
+    (["--gird=seed=1"], 2, ["--gird", "--grid"]),
+    (["--jobs=0"], 2, ["--jobs is 0"]),
+    (["--jobs=two"], 2, ["--jobs", "two"]),
+    (["--slurm_args=a=1"], 2, ["--cluster"]),
+    (["--cluster=pbs"], 2, ["pbs", "slurm"]),
+    (["stray"], 2, ["stray"]),
+    (["--config.seed"], 2, ["seed", "KEY=VALUE"]),
+    (["--grid=image_size=8,9"], 2, ["image_size", "patch", "image_size=9"]),
+    (["--config.model.num_heads=5"], 2, ["heads"]),
+    (["--config.dataset=cifar11"], 1, ["cifar11", "cifar10"]),
+    (["--config.pretrained_path=a.npz"], 1, ["a.npz", "pretrained_path"]),
+  ],
+)
+def test_mistakes(args, code, words, tmp_path, capsys):
+  runs_dir = tmp_path / "runs"
+  flags = [CONFIG, f"--runs_dir={runs_dir}", *args]
+  assert sweep.main(flags) == code
+  assert_one_line_error(capsys.readouterr().err, *words)
+  assert not runs_dir.exists()
+
+
+def test_no_config(capsys):
+  assert sweep.main(["--grid=seed=0"]) == 2
+  assert_one_line_error(capsys.readouterr().err, "--config")
+
+
+def test_help_shows_flags_and_an_example(capsys):
+  with pytest.raises(SystemExit) as e:
+    sweep.main(["--help"])
+  assert not e.value.code
+  out = capsys.readouterr().out
+  for word in ("--grid model.norm=LN,BN,GN,Rescale", "--dry_run", "--cluster"):
+    assert word in out
+
+
+def test_all_missing_weights_are_named_before_anything_starts(
+  tmp_path, capsys, digits_dir
+):
+  (tmp_path / "there.npz").write_text("")
+  paths = ",".join(f"{tmp_path}/{x}.npz" for x in ("a", "there", "b"))
+  flags = [CONFIG, f"--runs_dir={tmp_path / 'runs'}"]
+  flags += [f"--grid=pretrained_path=None,{paths}", "--grid=seed=0,1"]
+  assert sweep.main(flags) == 1
+  err = capsys.readouterr().err
+  assert_one_line_error(err, f"{tmp_path}/a.npz, {tmp_path}/b.npz (")
+  assert "there.npz" not in err
+  assert not (tmp_path / "runs").exists()
+
+
+def test_a_folder_with_another_run_is_named(finished, tiny, capsys):
+  before = snapshot(finished)
+  flags = [CONFIG, f"--runs_dir={finished}", *GRID]
+  keys = [k.replace("warmup_steps=3", "warmup_steps=4") for k in tiny["keys"]]
+  flags += [f"--config.{k}" for k in keys]
+  assert sweep.main(flags) == 1
+  err = capsys.readouterr().err
+  assert_one_line_error(err, NAMES[0], "warmup_steps", "--runs_dir")
+  assert "--workdir" not in err
+  assert snapshot(finished) == before
+
+
+def test_planning_leaves_the_devices_alone(tmp_path, tiny):
+  """On a GPU the sweep would take the memory that its runs need."""
+  code = (
+    "import sys; from rescalevit_jax import sweep;"
+    "options, runs = sweep.parse(sys.argv[1:]); sweep.split(runs);"
+    "from jax._src import xla_bridge;"
+    "print(len(runs), xla_bridge.backends_are_initialized())"
+  )
+  done = subprocess.run(
+    [sys.executable, "-c", code, CONFIG, *GRID],
+    cwd=tiny_sweep.ROOT,
+    env=tiny["env"],
+    capture_output=True,
+    text=True,
+    check=False,
+  )
+  assert done.stdout.split() == ["4", "False"], done.stderr
+
+
+@pytest.mark.parametrize(
+  "count, jobs, visible, expected",
+  [
+    (4, None, None, ["0", "1", "2", "3"]),
+    (4, 2, None, ["0,1", "2,3"]),
+    (4, 1, None, ["0,1,2,3"]),
+    (8, 3, None, ["0,1", "2,3", "4,5"]),
+    (2, 2, "5,7", ["5", "7"]),
+    (2, 1, "GPU-a,GPU-b", ["GPU-a,GPU-b"]),
+  ],
+)
+def test_gpus_are_shared_out(count, jobs, visible, expected):
+  environment = {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}
+  places = slots.share_out("gpu", count, jobs, environment)
+  assert [p["CUDA_VISIBLE_DEVICES"] for p in places] == expected
+
+
+def test_other_devices_are_shared_out():
+  assert slots.share_out("cpu", 1, None, {}) == [{}]
+  assert slots.share_out("cpu", 1, 3, {}) == [{}, {}, {}]
+  assert slots.share_out("tpu", 4, None, {}) == [{}]
+  with pytest.raises(sweep.errors.UserError, match="there are 2 GPUs"):
+    slots.share_out("gpu", 2, 3, {})
+  with pytest.raises(sweep.errors.UserError, match="one process"):
+    slots.share_out("tpu", 4, 2, {})
+
+
+def test_runs_take_the_gpus_of_their_place(tmp_path, monkeypatch):
+  """The variables reach the processes, and each place has one run at a time."""
+  _, runs = sweep.parse(
+    [CONFIG, f"--runs_dir={tmp_path}"] + ["--grid=seed=0,1,2,3"]
+  )
+  code = (
+    "import os, pathlib, sys, time; f = pathlib.Path(sys.argv[1]);"
+    "gpu = f.parent / os.environ['CUDA_VISIBLE_DEVICES'];"
+    "gpu.mkdir(); time.sleep(0.3); gpu.rmdir();"
+    "(f / 'result.json').write_text('{}')"
+  )
+  monkeypatch.setattr(
+    type(runs[0]),
+    "command",
+    property(lambda self: [sys.executable, "-c", code, str(self.workdir)]),
+  )
+  places = [{"CUDA_VISIBLE_DEVICES": x} for x in ("5", "7")]
+  outcome = schedule.Schedule(runs, [], places).run()
+  assert not outcome.failed and len(outcome.done) == 4
+
+
+def test_eta_is_work_over_pace(tmp_path, monkeypatch):
+  _, runs = sweep.parse(
+    [CONFIG, f"--runs_dir={tmp_path}"]
+    + ["--grid=batch=64,128", "--config.total_steps=100"]
+    + ["--config.warmup_steps=0"]
+  )
+  assert schedule.work(runs[1]) == 2 * schedule.work(runs[0])
+  now = [0.0]
+  monkeypatch.setattr(schedule.time, "monotonic", lambda: now[0])
+  plan = schedule.Schedule(runs, [], [{}])
+  assert plan._eta() is None
+  workdir = runs[0].workdir
+  (workdir / "checkpoints" / "last" / "20").mkdir(parents=True)
+  running = schedule._Running(plan._waiting.pop(0), None, {}, 0.0, 20)
+  plan._running.append(running)
+  assert plan._eta() is None
+  lines = [json.dumps({"step": step}) for step in (20, 40)]
+  (workdir / "metrics.jsonl").write_text("\n".join(lines) + '\n{"ste')
+  now[0] = 10.0
+  # 20 steps in 10 s; 60 are left, and 100 of twice the work.
+  assert plan._eta() == pytest.approx(130.0)
+  running.started = 4e9  # The file is of an earlier start.
+  assert plan._eta() is None
+
+
+@pytest.mark.parametrize("dataset", ["cifar10", "cifar100"])
+def test_the_originals_study(dataset, tmp_path):
+  """The real scripts, in a root whose environment is ready."""
+  for name in ("configs", "rescalevit_jax"):
+    (tmp_path / name).symlink_to(tiny_sweep.ROOT / name)
+  (tmp_path / "scripts").mkdir()
+  (tmp_path / "scripts" / "env.sh").write_text("")
+  for path in (tiny_sweep.ROOT / "scripts").glob("*.sh"):
+    if path.name != "env.sh":
+      shutil.copy(path, tmp_path / "scripts")
+  python = tmp_path / ".venv" / "bin" / "python"
+  python.parent.mkdir(parents=True)
+  python.write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
+  python.chmod(0o755)
+  elsewhere = tmp_path / "elsewhere"
+  elsewhere.mkdir()
+
+  def study(*args, **env):
+    return subprocess.run(
+      ["bash", str(tmp_path / "scripts" / f"train_{dataset}.sh"), *args],
+      cwd=elsewhere,
+      env={**os.environ, **env},
+      capture_output=True,
+      text=True,
+      check=False,
+    )
+
+  done = study("--dry_run")
+  assert done.returncode == 0, done.stderr
+  commands = [shlex.split(line) for line in done.stdout.splitlines()]
+  found = []
+  for command in commands:
+    assert f"--config.dataset={dataset}" in command
+    _, (run,) = sweep.parse(
+      [x for x in command[3:] if not x.startswith("--workdir")]
+    )
+    config = run.config
+    assert f"--workdir={run.workdir}" in command
+    found.append((config.model_name, config.model.norm, config.pretrained_path))
+    assert config.dataset == dataset
+    assert config.batch == (64 if config.model_name == "ViT-L_16" else 128)
+    assert (config.total_steps, config.warmup_steps) == (20_000, 500)
+    assert (config.base_lr, config.decay_type) == (0.05, "cosine")
+    assert (config.image_size, config.seed) == (224, 0)
+  expected = []
+  for model in ("ViT-B_16", "ViT-B_32", "ViT-L_32", "ViT-L_16"):
+    expected.append((model, "LN", f"weights/{model}.npz"))
+    expected += [(model, norm, None) for norm in ("LN", "BN", "GN", "Rescale")]
+  assert found == expected
+  assert done.stderr.count("missing: weights/") == 4
+
+  # Relative to where the user is.
+  done = study("--grid=seed=0,1", WEIGHTS="my weights")
+  assert done.returncode == 1
+  where = elsewhere / "my weights"
+  assert_one_line_error(
+    done.stderr, f"{where}/ViT-B_16.npz", f"{where}/ViT-L_32.npz"
+  )
+  assert not (tmp_path / "runs").exists()

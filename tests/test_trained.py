@@ -1,0 +1,243 @@
+"""Trained models: read from runs and files, called with images."""
+
+import json
+import shutil
+
+import jax
+import numpy as np
+from PIL import Image
+import pytest
+import trees
+
+from rescalevit_jax import augment
+from rescalevit_jax import checkpoint
+from rescalevit_jax import errors
+from rescalevit_jax import models
+from rescalevit_jax import pretrained
+from rescalevit_jax import trained
+
+RNG = np.random.default_rng(0)
+IMAGES = RNG.integers(0, 256, (7, 10, 14, 3), dtype=np.uint8)
+
+
+@pytest.fixture
+def copied(tiny_run, tmp_path):
+  return shutil.copytree(tiny_run, tmp_path / "run")
+
+
+class Colors:
+  """A model whose logits are the means of the color channels."""
+
+  traces = 0
+
+  def apply(self, variables, x, train):
+    assert not train
+    self.traces += 1
+    return x.mean((1, 2)) * variables["params"]
+
+
+@pytest.fixture
+def colors():
+  names = ("red", "green", "blue")
+  return trained.TrainedModel("colors", Colors(), {"params": 3.0}, 4, names)
+
+
+# Calling.
+
+
+def test_probabilities_are_those_of_each_image(colors):
+  found = colors(list(IMAGES), batch=3)
+  assert found.shape == (7, 3) and found.dtype == np.float32
+  means = augment.prepare(IMAGES, 4).mean((1, 2))
+  np.testing.assert_allclose(found, jax.nn.softmax(3 * means), atol=1e-5)
+
+
+@pytest.mark.parametrize("batch", [1, 3, 7, 64])
+def test_any_batch_is_one_compilation(batch, colors):
+  found = colors(IMAGES, batch=batch)
+  assert colors.model.traces == 1
+  np.testing.assert_allclose(found[2:3], colors([IMAGES[2]]), atol=1e-6)
+
+
+def test_all_sources(colors, tmp_path):
+  for i, image in enumerate(IMAGES):
+    Image.fromarray(image).save(tmp_path / f"{i}.png")
+  expected = colors(IMAGES)
+  paths = sorted(tmp_path.iterdir())
+  np.testing.assert_array_equal(colors(paths), expected)
+  np.testing.assert_array_equal(colors(map(str, paths)), expected)
+  opened = [Image.open(path) for path in paths]
+  np.testing.assert_array_equal(colors(opened), expected)
+
+
+def test_no_images(colors):
+  assert colors([]).shape == (0, 3)
+
+
+def test_one_image_is_not_taken_for_several(colors, tmp_path):
+  Image.fromarray(IMAGES[0]).save(tmp_path / "a.png")
+  path = tmp_path / "a.png"
+  for image in (path, str(path), IMAGES[0], Image.fromarray(IMAGES[0])):
+    with pytest.raises(errors.UserError, match="put it into a list"):
+      colors(image)
+
+
+def test_a_bad_file_is_named(colors, tmp_path):
+  with pytest.raises(errors.UserError, match=r"none\.png.*no such file"):
+    colors([IMAGES[0], tmp_path / "none.png"])
+
+
+def test_top(colors):
+  row = np.array([0.2, 0.5, 0.3], np.float32)
+  found = colors.top(row)
+  assert [name for name, _ in found] == ["green", "blue", "red"]
+  assert found[0][1] == 0.5 and type(found[0][1]) is float
+  assert colors.top(row, 2) == found[:2]
+  # Of equals, the first one, as argmax has it.
+  assert colors.top(np.array([0.2, 0.4, 0.4]), 1) == [("green", 0.4)]
+
+
+# Runs.
+
+
+@pytest.mark.parametrize("which", ["best", "latest"])
+def test_a_run_is_as_accurate_as_its_result_says(which, tiny_run, test_digits):
+  model = trained.load(tiny_run, which)
+  result = json.loads((tiny_run / "result.json").read_text())
+  key = "best_accuracy" if which == "best" else "last_accuracy"
+  probabilities = model(test_digits.images, batch=100)
+  np.testing.assert_allclose(probabilities.sum(axis=1), 1, atol=1e-5)
+  right = probabilities.argmax(axis=1) == test_digits.labels
+  assert np.mean(right) == pytest.approx(result[key], abs=1e-9)
+  assert result["examples_evaluated"] == len(probabilities) == 360
+  assert model.name == "tiny_run" and model.image_size == 12
+  assert model.class_names == tuple("0123456789")
+
+
+def test_the_checkpoint_asked_for_is_read(copied):
+  best, last = (copied / "checkpoints" / k for k in ("best", "last"))
+  shutil.rmtree(best)
+  found = trained.load(copied, "latest").variables
+  params, _, _ = checkpoint.load_variables(copied, "latest")
+  jax.tree.map(np.testing.assert_array_equal, found["params"], params)
+  with pytest.raises(errors.UserError, match="no best checkpoint"):
+    trained.load(copied)
+  shutil.copytree(last, best)
+  shutil.rmtree(last)
+  assert trained.load(str(copied)).image_size == 12
+
+
+def test_class_names(copied):
+  path = copied / "class_names.json"
+  names = [f"class, {i}" for i in range(10)]
+  path.write_text(json.dumps(names))
+  assert trained.load(copied).class_names == tuple(names)
+  path.unlink()  # Of an older run.
+  assert trained.load(copied).class_names == tuple("0123456789")
+  for text in ("[", "3", json.dumps(list(range(10))), json.dumps(["a"] * 9)):
+    path.write_text(text)
+    with pytest.raises(errors.UserError, match=r"class_names\.json") as caught:
+      trained.load(copied)
+    assert "delete it" in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_what_is_no_run(tmp_path):
+  with pytest.raises(errors.UserError, match=r"nothing: no run there"):
+    trained.load(tmp_path / "nothing")
+
+
+# Files.
+
+
+def variables(norm, **kwargs):
+  params, stats = trees.fresh(norm, seed=3, **kwargs)
+  params["head"]["kernel"] *= 0.1  # All classes have some probability.
+  if norm == "BN":  # Variances are positive.
+    stats = jax.tree.map(lambda x: 1 + np.abs(x), stats)
+  return params, stats
+
+
+@pytest.mark.parametrize("norm", ["LN", "BN", "GN", "Rescale"])
+def test_a_file_of_each_norm(norm, tmp_path):
+  params, stats = variables(norm, image_size=12)
+  pretrained.save(tmp_path / "some.npz", params, stats)
+  said = {"norm": "GN"} if norm == "GN" else {}
+  model = trained.load_npz(tmp_path / "some.npz", **said)
+  assert model.name == "some" and model.image_size == 12
+  assert model.class_names == ("0", "1", "2")
+  assert model.model.norm == norm
+  expected = models.create(
+    "ViT-B_16", num_classes=3, norm=norm, image_size=12, **trees.TINY
+  ).apply({"params": params, "batch_stats": stats}, model.inputs(IMAGES))
+  expected = np.asarray(jax.nn.softmax(expected))
+  assert np.ptp(expected, axis=0).min() > 0.005  # Images tell them apart.
+  np.testing.assert_allclose(model(IMAGES), expected, atol=1e-5)
+
+
+def test_gelu(tmp_path):
+  pretrained.save(tmp_path / "a.npz", *variables("LN"))
+  found = [
+    trained.load_npz(tmp_path / "a.npz", gelu=gelu) for gelu in ("erf", "tanh")
+  ]
+  assert [model.model.gelu for model in found] == ["erf", "tanh"]
+
+
+def test_a_file_with_pre_logits(tmp_path):
+  params, stats = variables("LN", representation_size=6)
+  pretrained.save(tmp_path / "a.npz", params, stats)
+  model = trained.load_npz(tmp_path / "a.npz")
+  assert model.model.representation_size == 6
+  trees.same(trees.flat(**model.variables), trees.flat(params, stats))
+  assert model(IMAGES).shape == (7, 3)
+
+
+def test_a_file_without_a_head_shows_all_but_classes(tmp_path):
+  arrays = trees.arrays("LN")
+  kept = {k: v for k, v in arrays.items() if k not in trees.HEAD}
+  model = trained.load_npz(trees.write(tmp_path, kept))
+  assert model.class_names == ()
+  logits = model.model.apply(model.variables, model.inputs(IMAGES))
+  assert np.isfinite(logits).all()
+  with pytest.raises(errors.UserError, match="file: has no head"):
+    model(IMAGES)
+
+
+def without(arrays, word):
+  return {k: v for k, v in arrays.items() if word not in k}
+
+
+@pytest.mark.parametrize(
+  "arrays, words, kwargs",
+  [
+    ({"a": np.zeros(3)}, "not a ViT checkpoint", {}),
+    ({"embedding/kernel": np.zeros((4, 4, 3, 8))}, "whole Vision Tr", {}),
+    (without(trees.arrays(), "pos_embedding"), "whole Vision Tr", {}),
+    (without(trees.arrays(), "encoderblock"), "whole Vision Tr", {}),
+    (without(trees.arrays(), "_0/LayerNorm_0/bias"), "is missing", {}),
+    (without(trees.arrays(), "head/bias"), "head/", {}),
+    (without(trees.arrays("Rescale"), "init_mean"), "init_mean", {}),
+    (without(trees.arrays("Rescale"), "batch_stats"), "lacks batch_st", {}),
+    (trees.arrays("Rescale"), "Rescale, not GN", {"norm": "GN"}),
+    (trees.arrays("LN"), "LN, not BN", {"norm": "BN"}),
+    (trees.arrays("BN"), "BN, not LN", {"norm": "LN"}),
+    (trees.arrays("LN"), "unknown 'gn'; did you mean GN", {"norm": "gn"}),
+    (trees.arrays("LN"), "model.gelu: unknown", {"gelu": "relu"}),
+    (
+      trees.arrays("LN", hidden_size=6, num_heads=2),
+      "6 is not divisible by the 4 groups",
+      {"norm": "GN"},
+    ),
+  ],
+)
+def test_files_that_hold_no_such_model(arrays, words, kwargs, tmp_path):
+  path = trees.write(tmp_path, arrays)
+  with pytest.raises(errors.UserError) as caught:
+    trained.load_npz(path, **kwargs)
+  message = str(caught.value)
+  assert words in message and str(path) in message and "\n" not in message
+
+
+def test_a_file_that_is_none(tmp_path):
+  (tmp_path / "a.npz").write_text("hello")
+  with pytest.raises(errors.UserError, match=r"a\.npz: not a readable"):
+    trained.load_npz(tmp_path / "a.npz")

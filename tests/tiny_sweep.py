@@ -1,0 +1,104 @@
+"""Sweeps of tiny runs on the digits, as processes."""
+
+from collections.abc import Mapping, Sequence
+import os
+import pathlib
+import subprocess
+import sys
+import time
+
+ROOT = pathlib.Path(__file__).parents[1]
+KEYS = (
+  "model.patch_size=4",
+  "model.hidden_size=16",
+  "model.mlp_dim=32",
+  "model.num_heads=2",
+  "model.num_layers=1",
+  "batch=48",
+  "total_steps=40",
+  "warmup_steps=3",
+  "eval_every=10",
+  "progress_every=2",
+  "checkpoint_every=8",
+)
+
+
+def environment(folder: pathlib.Path) -> dict[str, str]:
+  """Returns the environment of processes that start fast.
+
+  They compile each step once for all of them, and that fast rather than well;
+  TensorFlow, which takes seconds, is as if it were not installed.
+  """
+  hidden = folder / "no_tensorflow"
+  hidden.mkdir(exist_ok=True)
+  (hidden / "tensorflow.py").write_text("raise ImportError('not here')\n")
+  return {
+    **os.environ,
+    "JAX_PLATFORMS": "cpu",
+    "JAX_COMPILATION_CACHE_DIR": str(folder / "jax_processes"),
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    "XLA_FLAGS": "--xla_backend_optimization_level=0",
+    "PYTHONPATH": os.pathsep.join([str(hidden), str(ROOT)]),
+  }
+
+
+def start(
+  runs_dir: pathlib.Path,
+  *args: str,
+  keys: Sequence[str],
+  env: Mapping[str, str],
+  config: str = "configs/quickstart.py",
+) -> subprocess.Popen:
+  return subprocess.Popen(
+    [
+      sys.executable,
+      "-m",
+      "rescalevit_jax.sweep",
+      *([f"--config={config}"] if config else []),
+      f"--runs_dir={runs_dir}",
+      *(f"--config.{key}" for key in keys),
+      *args,
+    ],
+    cwd=ROOT,
+    env=env,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    text=True,
+  )
+
+
+def run(runs_dir: pathlib.Path, *args: str, **kwargs):
+  """Returns what subprocess.run would."""
+  process = start(runs_dir, *args, **kwargs)
+  stdout, stderr = process.communicate(timeout=300)
+  return subprocess.CompletedProcess(
+    process.args, process.returncode, stdout, stderr
+  )
+
+
+def wait_for(condition, process: subprocess.Popen | None = None):
+  """Waits until a condition holds, while a process is running."""
+  deadline = time.monotonic() + 120
+  while not condition():
+    assert time.monotonic() < deadline
+    if process is not None and process.poll() is not None:
+      raise AssertionError(process.communicate())
+    time.sleep(0.02)
+
+
+def is_under_way(workdir: pathlib.Path) -> bool:
+  """Whether a run has begun to write metrics."""
+  path = workdir / "metrics.jsonl"
+  return path.exists() and path.stat().st_size > 0
+
+
+def processes_of(folder: pathlib.Path) -> list[int]:
+  """Returns the processes whose command line names a folder."""
+  found = []
+  for path in pathlib.Path("/proc").glob("[0-9]*/cmdline"):
+    try:
+      if os.fsencode(folder) in path.read_bytes():
+        found.append(int(path.parent.name))
+    except OSError:
+      continue  # Ended just now.
+  return found
