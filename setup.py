@@ -25,7 +25,7 @@ setuptools.setup(
   packages=setuptools.find_packages(
     include=["rescalevit_jax", "rescalevit_jax.*"]
   ),
-  package_data={"rescalevit_jax": ["report.html"]},
+  package_data={"rescalevit_jax.report": ["page.html"]},
   python_requires=">=3.11",
   install_requires=[
     "absl-py>=2.3",

@@ -11,10 +11,10 @@ import sys
 import pytest
 import tiny_sweep
 
-from rescalevit_jax import cluster
 from rescalevit_jax import config as config_lib
 from rescalevit_jax import errors
 from rescalevit_jax import sweep
+from rescalevit_jax.sweep import cluster
 
 pytest.importorskip("submitit")
 

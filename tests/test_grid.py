@@ -10,8 +10,8 @@ import pytest
 from rescalevit_jax import config as config_lib
 from rescalevit_jax import errors
 from rescalevit_jax import experiment
-from rescalevit_jax import grid
 from rescalevit_jax import sweep
+from rescalevit_jax.sweep import grid
 
 ROOT = pathlib.Path(__file__).parents[1]
 QUICKSTART = str(ROOT / "configs" / "quickstart.py")

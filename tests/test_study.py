@@ -4,7 +4,7 @@ import fake_runs
 import pytest
 
 from rescalevit_jax import errors
-from rescalevit_jax import study as study_lib
+from rescalevit_jax.report import study as study_lib
 
 
 def names(study):

@@ -15,9 +15,9 @@ import pytest
 import tiny_sweep
 
 from rescalevit_jax import lock
-from rescalevit_jax import schedule
-from rescalevit_jax import slots
 from rescalevit_jax import sweep
+from rescalevit_jax.sweep import schedule
+from rescalevit_jax.sweep import slots
 
 CONFIG = f"--config={tiny_sweep.ROOT}/configs/quickstart.py"
 GRID = ("--grid=model.norm=LN,Rescale", "--grid=seed=0,1")

@@ -6,8 +6,8 @@ import io
 import fake_runs
 import pytest
 
-from rescalevit_jax import study as study_lib
-from rescalevit_jax import tables
+from rescalevit_jax.report import study as study_lib
+from rescalevit_jax.report import tables
 
 # Repeats the published ViT-B_32 with LN on cifar10: best 67.56, last 67.47.
 PUBLISHED = {"model_name": "ViT-B_32"}

@@ -12,7 +12,7 @@ from typing import Any
 from rescalevit_jax import config as config_lib
 from rescalevit_jax import published
 from rescalevit_jax import runs as runs_lib
-from rescalevit_jax import study as study_lib
+from rescalevit_jax.report import study as study_lib
 
 NOTHING = "–"
 

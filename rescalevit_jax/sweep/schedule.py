@@ -10,10 +10,10 @@ import subprocess
 import time
 
 from rescalevit_jax import experiment
-from rescalevit_jax import grid
-from rescalevit_jax import launch
 from rescalevit_jax import progress
 from rescalevit_jax.models import flops
+from rescalevit_jax.sweep import grid
+from rescalevit_jax.sweep import launch
 
 _log = logging.getLogger(__name__)
 

@@ -16,8 +16,8 @@ import time
 from typing import Any
 
 from rescalevit_jax import errors
-from rescalevit_jax import grid
-from rescalevit_jax import launch
+from rescalevit_jax.sweep import grid
+from rescalevit_jax.sweep import launch
 
 _log = logging.getLogger(__name__)
 

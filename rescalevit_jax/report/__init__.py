@@ -10,6 +10,7 @@ network).
 import argparse
 import collections
 from collections.abc import Iterable, Sequence
+import logging
 import os
 import pathlib
 import sys
@@ -17,10 +18,12 @@ import sys
 from rescalevit_jax import errors
 from rescalevit_jax import progress
 from rescalevit_jax import published
-from rescalevit_jax import report_page
-from rescalevit_jax import study as study_lib
-from rescalevit_jax import tables
 from rescalevit_jax import writers
+from rescalevit_jax.report import page
+from rescalevit_jax.report import study as study_lib
+from rescalevit_jax.report import tables
+
+_log = logging.getLogger(__name__)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -91,6 +94,8 @@ def write(
     UserError: there is no such folder, or no run in it.
   """
   study = study_lib.collect(runs_dir)
+  for line in study.damaged:
+    _log.warning("left out: %s", line)
   output = pathlib.Path(output)
   output.mkdir(parents=True, exist_ok=True)
   columns, rows = tables.columns(study), tables.rows(study)
@@ -100,7 +105,7 @@ def write(
     "report.md": lambda: _markdown(study, table, notes),
     "report.csv": lambda: tables.to_csv(rows),
     "runs.csv": lambda: tables.to_csv(tables.run_rows(study)),
-    "report.html": lambda: report_page.render(
+    "report.html": lambda: page.render(
       study, columns, rows, notes, curves, index
     ),
   }
@@ -172,7 +177,3 @@ def _index(text):
   if index < 0:
     raise ValueError
   return index
-
-
-if __name__ == "__main__":
-  sys.exit(main())

@@ -1,6 +1,6 @@
 """Becomes another program, one that does not outlive its parent.
 
-  python -m rescalevit_jax.tied PARENT_PID PROGRAM [ARGUMENT]...
+  python -I tied.py PARENT_PID PROGRAM [ARGUMENT]...
 
 A sweep that is killed by SIGKILL cannot stop its runs. Had they no tie to it,
 they would go on while the sweep, started again, starts them once more. Linux

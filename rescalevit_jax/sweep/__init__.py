@@ -33,15 +33,15 @@ import signal
 import sys
 from typing import NoReturn
 
-from rescalevit_jax import cluster
 from rescalevit_jax import data
 from rescalevit_jax import errors
 from rescalevit_jax import experiment
-from rescalevit_jax import grid
-from rescalevit_jax import launch
 from rescalevit_jax import progress
-from rescalevit_jax import schedule
-from rescalevit_jax import slots
+from rescalevit_jax.sweep import cluster
+from rescalevit_jax.sweep import grid
+from rescalevit_jax.sweep import launch
+from rescalevit_jax.sweep import schedule
+from rescalevit_jax.sweep import slots
 
 _log = logging.getLogger("rescalevit_jax.sweep")  # Not "__main__".
 
@@ -283,7 +283,3 @@ def _split_settings(argv: Sequence[str]) -> tuple[list[str], list[str]]:
 def _fail(message, code):
   print("error: " + " ".join(str(message).split()), file=sys.stderr, flush=True)
   return code
-
-
-if __name__ == "__main__":
-  sys.exit(main(sys.argv[1:]))

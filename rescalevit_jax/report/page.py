@@ -20,9 +20,9 @@ from rescalevit_jax import errors
 from rescalevit_jax import plots
 from rescalevit_jax import published
 from rescalevit_jax import runs as runs_lib
-from rescalevit_jax import study as study_lib
-from rescalevit_jax import tables
 from rescalevit_jax import trained
+from rescalevit_jax.report import study as study_lib
+from rescalevit_jax.report import tables
 
 _log = logging.getLogger(__name__)
 
@@ -58,7 +58,7 @@ def render(
     parts += _attention(study, index)
   for title, items in tables.left_out(study):
     parts += [f"<h2>{_text(title)}</h2>", "<ul>", *_items(items), "</ul>"]
-  template = importlib.resources.files("rescalevit_jax") / "report.html"
+  template = importlib.resources.files("rescalevit_jax.report") / "page.html"
   return string.Template(template.read_text(encoding="utf-8")).substitute(
     notes="\n".join(_items(notes)), body="\n".join(parts)
   )

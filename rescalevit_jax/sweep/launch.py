@@ -12,6 +12,7 @@ import subprocess
 import sys
 
 from rescalevit_jax import checkpoint
+from rescalevit_jax.sweep import tied
 
 HEADER = "--- "  # Begins the line of a start in log.txt.
 
@@ -38,9 +39,10 @@ def start(
   with open(workdir / "log.txt", "a", encoding="utf-8") as log:
     log.write(f"{HEADER}{now} {shlex.join(command)}\n")
     log.flush()
-    tied = [sys.executable, "-m", "rescalevit_jax.tied", str(os.getpid())]
+    # By its path: as a module it would have to wait for the package's imports.
+    tie = [sys.executable, "-I", tied.__file__, str(os.getpid())]
     return subprocess.Popen(
-      [*tied, *command],
+      [*tie, *command],
       stdin=subprocess.DEVNULL,
       stdout=log,
       stderr=subprocess.STDOUT,
