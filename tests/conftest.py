@@ -3,6 +3,7 @@
 import fcntl
 import os
 import pathlib
+import signal
 
 import jax
 import pytest
@@ -10,6 +11,11 @@ import pytest
 from rescalevit_jax import config as config_lib
 from rescalevit_jax import data
 from rescalevit_jax import train
+
+# A shell that starts the tests in the background makes them ignore signals that
+# some of them send.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture(scope="session")

@@ -164,11 +164,11 @@ def test_a_second_signal_kills(tiny, tmp_path):
   tiny_sweep.wait_for(lambda: tiny_sweep.is_under_way(runs_dir / name), process)
   (run,) = tiny_sweep.processes_of(runs_dir / name)
   os.kill(run, signal.SIGSTOP)  # A run that hangs.
-  process.send_signal(signal.SIGHUP)
+  process.send_signal(signal.SIGTERM)
   for line in process.stderr:
     if "once more" in line:
       break
-  process.send_signal(signal.SIGHUP)
+  process.send_signal(signal.SIGTERM)
   _, stderr = process.communicate(timeout=20)
   assert process.returncode == 130
   assert "1 left" in stderr
