@@ -7,6 +7,7 @@ that what is brighter is more.
 from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 import math
+import textwrap
 
 import matplotlib
 from matplotlib import figure as figure_lib
@@ -158,7 +159,11 @@ def _figure(rows, kind):
   below = math.ceil(len(rows) / beside)
   size = 1.5 if columns * beside > 4 else 2.0  # Of a panel, in inches.
   width = max(4.0, size * columns * beside) + 1.0
-  height = below * ((size + 0.25) * lines + 0.45) + 0.3
+  # Letters of this size are some 0.085 inches wide.
+  letters = int((width - 1.0) / beside / 0.085)
+  names = [textwrap.wrap(model.name, letters) for model, _, _ in rows]
+  title = 0.3 + 0.15 * max(map(len, names))
+  height = below * ((size + 0.25) * lines + title) + 0.3
   figure = figure_lib.Figure(figsize=(width, height), layout="constrained")
   figure.suptitle(kind.title, fontsize="medium")
   left, right = figure.subfigures(1, 2, width_ratios=[width - 1.0, 1.0])
@@ -166,10 +171,14 @@ def _figure(rows, kind):
   # Without its few largest values, which would leave the rest dark.
   scale = matplotlib.colors.Normalize(0, np.percentile(every, 99.5))
   parts = left.subfigures(below, beside, squeeze=False).flat
-  for part, (model, _, _), row in zip(parts, rows, cells, strict=False):
+  for part, (model, _, _), name, row in zip(
+    parts, rows, names, cells, strict=False
+  ):
     norm = model.model.norm
     part.suptitle(
-      f"{norm}\n{model.name}", fontsize="small", color=plots.norm_color(norm)
+      plots.plain("\n".join([norm, *name])),
+      fontsize="small",
+      color=plots.norm_color(norm),
     )
     axes = list(part.subplots(lines, columns, squeeze=False).flat)
     for ax in axes:

@@ -164,7 +164,12 @@ def load_variables(
   Raises:
     UserError: there is no checkpoint, or it is damaged.
   """
-  kind = {"best": "best", "latest": "last"}[which]
+  kinds = {"best": "best", "latest": "last"}
+  if which not in kinds:
+    raise errors.UserError(
+      f"unknown checkpoint {which!r}; {errors.nearest(which, kinds)}"
+    )
+  kind = kinds[which]
   if not saved_steps(workdir, kind):
     raise errors.UserError(
       f"{workdir}: no {which} checkpoint; --workdir must be the folder of a run"

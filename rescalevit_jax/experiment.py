@@ -1,7 +1,6 @@
 """What a config describes: data, model, optimizer, devices, first state."""
 
 import dataclasses
-import json
 import logging
 import pathlib
 
@@ -157,17 +156,29 @@ def default_workdir(config: ml_collections.ConfigDict) -> pathlib.Path:
   )
 
 
-def read_config(workdir: pathlib.Path) -> ml_collections.ConfigDict | None:
+def read_config(
+  workdir: str | pathlib.Path,
+) -> ml_collections.ConfigDict | None:
   """Reads the config of the run in a folder; None if there is no run."""
   path = pathlib.Path(workdir) / "config.json"
   try:
     return config_lib.from_json(path.read_text(encoding="utf-8"))
   except FileNotFoundError:
     return None
-  except (KeyError, TypeError, ValueError) as e:
+  except (AttributeError, KeyError, TypeError, ValueError) as e:
     raise errors.UserError(
-      f"{path}: damaged ({e}); choose another --workdir"
+      f"{path}: damaged, or of another program ({e}); choose another --workdir"
     ) from e
+
+
+def require_config(workdir: str | pathlib.Path) -> ml_collections.ConfigDict:
+  """Does the same; raises UserError if there is no run."""
+  config = read_config(workdir)
+  if config is None:
+    raise errors.UserError(
+      f"{workdir}: no run there (no config.json); give the folder of a run"
+    )
+  return config
 
 
 def check_same_run(
@@ -192,18 +203,3 @@ def check_same_run(
       f"{workdir}: holds a run of another config: {', '.join(keys)}; choose"
       " another --workdir or the old values"
     )
-
-
-def finished_result(workdir: pathlib.Path) -> dict | None:
-  """Returns result.json of a finished run, or None."""
-  path = pathlib.Path(workdir) / "result.json"
-  try:
-    result = json.loads(path.read_text(encoding="utf-8"))
-    result["last_accuracy"], result["best_accuracy"], result["best_step"]
-    return result
-  except FileNotFoundError:
-    return None
-  except (KeyError, TypeError, ValueError) as e:
-    raise errors.UserError(
-      f"{path}: damaged ({e}); delete it, the run writes it again"
-    ) from e

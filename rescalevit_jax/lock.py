@@ -9,6 +9,8 @@ import socket
 
 from rescalevit_jax import errors
 
+_TRIES = 100
+
 
 @contextlib.contextmanager
 def hold(workdir: str | pathlib.Path) -> Iterator[None]:
@@ -45,9 +47,12 @@ def hold(workdir: str | pathlib.Path) -> Iterator[None]:
 
 
 def _acquire(path: pathlib.Path) -> int | None:
-  while True:
+  for _ in range(_TRIES):
     try:
       path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError:
+      return None
+    try:
       descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     except FileNotFoundError:
       continue  # Another process has just left, and its empty folder with it.
@@ -71,6 +76,7 @@ def _acquire(path: pathlib.Path) -> int | None:
       os.close(descriptor)
       return None
     os.close(descriptor)  # Its last holder has just deleted the file.
+  return None
 
 
 def _is_same_file(descriptor, path):

@@ -6,6 +6,7 @@ needed.
 
 from collections.abc import Mapping, Sequence
 import io
+import os
 import pathlib
 
 import matplotlib
@@ -17,6 +18,7 @@ from rescalevit_jax import config as config_lib
 from rescalevit_jax import errors
 from rescalevit_jax import published as published_lib
 from rescalevit_jax import runs as runs_lib
+from rescalevit_jax import writers
 from rescalevit_jax.models import norms
 
 # Okabe and Ito's palette (https://jfly.uni-koeln.de/color/), which colour-blind
@@ -32,13 +34,36 @@ _COLORS = (
   "#F0E442",
 )
 _MARKERS = "osD^vP*X"
-_LINES = ("-", "--", ":", "-.")
+# Dotted are the published ones.
+_LINES = (
+  "-",
+  "--",
+  "-.",
+  (0, (8, 2)),
+  (0, (3, 1, 1, 1, 1, 1)),
+  (0, (2, 1)),
+  (0, (8, 2, 2, 2, 2, 2)),
+  (0, (5, 4)),
+)
 _FORMATS = (".png", ".svg")
 
 
 def norm_color(norm: str) -> str:
   """Returns a norm's colour, the same in every picture, as '#rrggbb'."""
   return _COLORS[list(norms.NORMS).index(norm) % len(_COLORS)]
+
+
+def plain(text: str) -> str:
+  """Returns a text that matplotlib shows as it is: without formulas."""
+  return text.replace("$", r"\$")
+
+
+def check_suffix(path: str | os.PathLike[str]) -> None:
+  """Raises UserError unless a picture can be written under this name."""
+  if pathlib.Path(path).suffix.lower() not in _FORMATS:
+    raise errors.UserError(
+      f"{path}: must end in {' or '.join(_FORMATS)} to be written as a picture"
+    )
 
 
 def save(figure: figure_lib.Figure, path: pathlib.Path) -> None:
@@ -50,15 +75,15 @@ def save(figure: figure_lib.Figure, path: pathlib.Path) -> None:
     UserError: another suffix, or the file cannot be written.
   """
   path = pathlib.Path(path)
-  if path.suffix not in _FORMATS:
-    raise errors.UserError(
-      f"{path}: must end in {' or '.join(_FORMATS)} to be written as a picture"
-    )
-  metadata = {"Date": None} if path.suffix == ".svg" else {}
+  check_suffix(path)
+  kind = path.suffix.lower().removeprefix(".")
+  metadata = {"Date": None} if kind == "svg" else {}
+  picture = io.BytesIO()
+  with matplotlib.rc_context({"svg.hashsalt": "rescalevit"}):
+    figure.savefig(picture, format=kind, dpi=150, metadata=metadata)
   try:
     path.parent.mkdir(parents=True, exist_ok=True)
-    with matplotlib.rc_context({"svg.hashsalt": "rescalevit"}):
-      figure.savefig(path, dpi=150, metadata=metadata)
+    writers.write_file(path, picture.getvalue())
   except OSError as e:
     raise errors.UserError(f"{path}: cannot be written ({e.strerror})") from e
 
@@ -93,9 +118,8 @@ def curves(
   """
   figure = figure_lib.Figure(figsize=(11, 4.2), layout="constrained")
   accuracy, loss = figure.subplots(1, 2)
-  groups = _groups(runs)
   used = {}
-  for label, members in groups.items():
+  for label, members in _labelled(runs_lib.group(runs)):
     norm = members[0].config.model.norm
     style = {
       "color": norm_color(norm),
@@ -116,7 +140,7 @@ def curves(
   for axes in (accuracy, loss):
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
-  figure.suptitle(_title(runs), fontsize="medium")
+  figure.suptitle(plain(_title(runs)), fontsize="medium")
   figure.legend(
     *accuracy.get_legend_handles_labels(),
     loc="outside lower center",
@@ -148,34 +172,30 @@ def _draw_published(accuracy, loss, curve, style, label):
   loss.plot(curve.steps, curve.loss, **style)
 
 
-def _groups(runs) -> dict[str, list[runs_lib.Run]]:
-  """Puts runs together that differ only in the seed, under a short name."""
-  flat = [config_lib.flatten(run.config) for run in runs]
-  varied = [
-    key
-    for key in config_lib.KEYS
-    if key not in ("model.norm", "seed")
-    and not config_lib.KEYS[key].resumable
-    and any(f[key] != flat[0][key] for f in flat)
-  ]
-  groups = {}
-  for run, values in zip(runs, flat, strict=True):
-    label = ", ".join(
-      [values["model.norm"], *(_describe(k, values[k]) for k in varied)]
-    )
-    groups.setdefault(label, []).append(run)
+def _labelled(groups) -> list[tuple[str, tuple[runs_lib.Run, ...]]]:
+  """Gives each group a name of what tells it from the others, by norm."""
+  varied = runs_lib.varied_keys([group[0].config for group in groups])
+  varied = [key for key in varied if key != "model.norm"]
+  paths = {group[0].config.pretrained_path for group in groups} - {None}
+  short = len({pathlib.Path(path).name for path in paths}) == len(paths)
+  labelled = []
+  for group in groups:
+    values = config_lib.flatten(group[0].config)
+    parts = [values["model.norm"]]
+    for key in varied:
+      value = values[key]
+      if key == "pretrained_path":
+        name = pathlib.Path(value).name if value and short else value
+        parts.append(f"from {name}" if value else "from scratch")
+      elif key in ("dataset", "model_name"):
+        parts.append(value)
+      else:
+        parts.append(f"{key.rpartition('.')[2]}={value}")
+    labelled.append((plain(", ".join(parts)), group))
   order = list(norms.NORMS)
-  return dict(
-    sorted(groups.items(), key=lambda g: order.index(g[1][0].config.model.norm))
+  return sorted(
+    labelled, key=lambda item: order.index(item[1][0].config.model.norm)
   )
-
-
-def _describe(key, value):
-  if key == "pretrained_path":
-    return f"from {pathlib.Path(value).name}" if value else "from scratch"
-  if key in ("dataset", "model_name"):
-    return value
-  return f"{key.rpartition('.')[2]}={value}"
 
 
 def _title(runs):

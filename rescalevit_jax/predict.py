@@ -28,11 +28,11 @@ import sys
 import time
 import warnings
 
-import jax
 import numpy as np
 
 from rescalevit_jax import errors
 from rescalevit_jax import images as images_lib
+from rescalevit_jax import program
 from rescalevit_jax import progress
 from rescalevit_jax import trained
 from rescalevit_jax import writers
@@ -40,6 +40,8 @@ from rescalevit_jax import writers
 _log = logging.getLogger("rescalevit_jax.predict")  # Even as __main__.
 
 _SECONDS_BETWEEN_LINES = 10.0
+# Threads that read: each may need what an image of images.MAX_PIXELS takes.
+_READERS = min(4, os.cpu_count() or 1)
 _WIDEST_NAME = 60  # Of those that stdout's columns make room for.
 
 Top = list[tuple[str, float]]
@@ -66,7 +68,7 @@ def classify(
     Each file, in their order, with its probabilities [classes], float32, or
     with why it cannot be read.
   """
-  pool = concurrent.futures.ThreadPoolExecutor(min(16, os.cpu_count() or 1))
+  pool = concurrent.futures.ThreadPoolExecutor(_READERS)
 
   def submit(paths):
     return [
@@ -90,19 +92,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   progress.log_to_stderr()
   # What Pillow has to say of odd files; errors come as exceptions.
   warnings.filterwarnings("ignore", module="PIL")
-  try:
-    return _run(args)
-  except BrokenPipeError:
-    # Nobody reads on, as after `| head`; at the exit Python flushes once more.
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return 1
-  except (errors.UserError, OSError) as e:
-    return _fail(str(e), 1)
-  except jax.errors.JaxRuntimeError as e:
-    full = "RESOURCE_EXHAUSTED" in str(e)
-    return _fail(str(e)[:300] + ": try a smaller --batch" * full, 1)
-  except KeyboardInterrupt:
-    return _fail("interrupted", 130)
+  return program.run(lambda: _run(args))
 
 
 def _parse(argv):
@@ -172,8 +162,8 @@ def _run(args):
     writers.write_file(args.output, _WRITERS[_suffix(args.output)](rows, count))
     print(f"{args.output}: {len(rows)} images", flush=True)
   if skipped:
-    return _fail(
-      f"{skipped} of {len(files)} files could not be classified, see above", 1
+    return program.fail(
+      f"{skipped} of {len(files)} files could not be classified, see above"
     )
   return 0
 
@@ -198,9 +188,12 @@ def _find(names):
   files = []
   for name in names:
     path = pathlib.Path(name)
-    files += images_lib.find(path) if path.is_dir() else [path]
-  if not files:
-    raise errors.UserError(f"no images in {', '.join(names)}")
+    if not name:
+      raise errors.UserError("an empty name is given for a file")
+    found = images_lib.find(path) if path.is_dir() else [path]
+    if not found:
+      raise errors.UserError(f"no images in {name}")
+    files += found
   return files
 
 
@@ -283,11 +276,6 @@ def _text(name):
 
 def _one_line(text):
   return " ".join(text.splitlines())
-
-
-def _fail(message, code):
-  print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
-  return code
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import csv
 import dataclasses
 import math
 import os
+import pathlib
 
 import ml_collections
 
@@ -25,16 +26,14 @@ class Figures:
   """The outcome of a published run.
 
   Attributes:
-    best_accuracy: highest test accuracy of all evaluations, as a fraction.
+    best_accuracy: highest test accuracy of 200 evaluations, as a fraction.
     last_accuracy: test accuracy after the last step, as a fraction.
     minutes: on one RTX 3090.
-    evaluations: how many there were.
   """
 
   best_accuracy: float
   last_accuracy: float
   minutes: float
-  evaluations: int = 200
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,7 +126,8 @@ def match(config: ml_collections.ConfigDict) -> Key | None:
   """Returns the key of the published recipe that a config repeats, or None.
 
   Seed, dtype and determinism are free, and so are the keys that a run may go on
-  with. Not every key is in `FIGURES`: some runs were never finished.
+  with. Not every key is in `FIGURES`: some runs were never finished. Weights
+  are taken to be the published ones if the file has their name, MODEL.npz.
   """
   values, recipe = map(config_lib.flatten, (config, config_lib.default()))
   if any(
@@ -139,6 +139,9 @@ def match(config: ml_collections.ConfigDict) -> Key | None:
   if config.dataset not in _DATASETS:
     return None
   if config.batch != _BATCH.get(config.model_name):
+    return None
+  path = config.pretrained_path
+  if path is not None and pathlib.Path(path).name != f"{config.model_name}.npz":
     return None
   return (
     config.dataset,

@@ -1,14 +1,20 @@
-"""What lies in the folders of runs: configs, results and curves, read back."""
+"""What lies in the folders of runs, read back: configs, results, curves."""
 
+from collections.abc import Iterable, Iterator, Sequence
 import dataclasses
 import json
+import os
 import pathlib
 from typing import Any
 
 import ml_collections
 
+from rescalevit_jax import config as config_lib
 from rescalevit_jax import errors
 from rescalevit_jax import experiment
+from rescalevit_jax import result as result_lib
+
+_TAIL_BYTES = 16_384
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,21 +51,23 @@ def read(workdir: str | pathlib.Path) -> Run:
     UserError: there is no run, or a file of it is damaged.
   """
   workdir = pathlib.Path(workdir)
-  config = experiment.read_config(workdir)
-  if config is None:
+  config = experiment.require_config(workdir)
+  try:
+    config_lib.validate(config)
+  except errors.UserError as e:
     raise errors.UserError(
-      f"{workdir}: no run there (no config.json); give the folder of a run"
-    )
-  return Run(
-    workdir, config, experiment.finished_result(workdir), _metrics(workdir)
-  )
+      f"{workdir / 'config.json'}: damaged, or of another version ({e})"
+    ) from e
+  return Run(workdir, config, result_lib.read(workdir), _metrics(workdir))
 
 
 def find(folder: str | pathlib.Path) -> tuple[list[Run], list[str]]:
   """Reads all runs in a folder and below it, in order of their paths.
 
+  Links are followed, and each run is read once.
+
   Returns:
-    The runs, and a line for each that cannot be read.
+    The runs, and a line for each that cannot be read or failed before it began.
 
   Raises:
     UserError: there is no such folder, or no run in it.
@@ -68,14 +76,85 @@ def find(folder: str | pathlib.Path) -> tuple[list[Run], list[str]]:
   if not folder.is_dir():
     raise errors.UserError(f"{folder}: no such folder; give one with runs")
   found, damaged = [], []
-  for path in sorted(folder.rglob("config.json")):
+  for workdir, files in _folders(folder):
     try:
-      found.append(read(path.parent))
+      if "config.json" in files:
+        found.append(read(workdir))
+      elif "log.txt" in files:
+        damaged.append(f"{workdir}: not begun; {last_log_line(workdir)}")
     except (errors.UserError, OSError) as e:
       damaged.append(str(e))
   if not found and not damaged:
     raise errors.UserError(f"{folder}: no runs there (no config.json)")
-  return found, damaged
+  return sorted(found, key=lambda run: run.workdir), sorted(damaged)
+
+
+def group(runs: Iterable[Run]) -> list[tuple[Run, ...]]:
+  """Puts runs together that differ only in the seed.
+
+  And in keys that do not change a run's numbers.
+  """
+  groups = {}
+  for run in runs:
+    values = config_lib.flatten(run.config)
+    key = tuple(values[k] for k in _identifying_keys())
+    groups.setdefault(key, []).append(run)
+  return [
+    tuple(sorted(group, key=lambda run: (run.config.seed, run.workdir)))
+    for group in groups.values()
+  ]
+
+
+def varied_keys(configs: Sequence[ml_collections.ConfigDict]) -> list[str]:
+  """Returns the keys that change a run's numbers and in which configs differ.
+
+  The seed is not among them.
+  """
+  flat = [config_lib.flatten(config) for config in configs]
+  return [
+    key
+    for key in _identifying_keys()
+    if any(f[key] != flat[0][key] for f in flat)
+  ]
+
+
+def last_log_line(workdir: pathlib.Path) -> str:
+  """Returns the last line of log.txt, '' if there is none."""
+  lines = tail(workdir / "log.txt")
+  return lines[-1] if lines else ""
+
+
+def tail(path: pathlib.Path) -> list[str]:
+  """Returns the last lines of a file that may be long, without empty ones."""
+  try:
+    with open(path, "rb") as f:
+      size = f.seek(0, os.SEEK_END)
+      f.seek(max(0, size - _TAIL_BYTES))
+      text = f.read().decode(errors="replace")
+  except FileNotFoundError:
+    return []
+  return [line.strip() for line in text.splitlines() if line.strip()]
+
+
+def _identifying_keys():
+  return [
+    name
+    for name, key in config_lib.KEYS.items()
+    if name != "seed" and not key.resumable
+  ]
+
+
+def _folders(folder) -> Iterator[tuple[pathlib.Path, list[str]]]:
+  """Yields each folder once, with the names of its files."""
+  seen = set()
+  for parent, folders, files in os.walk(folder, followlinks=True):
+    real = os.path.realpath(parent)
+    folders[:] = sorted(set(folders) - {"checkpoints"})
+    if real in seen:
+      folders.clear()
+      continue
+    seen.add(real)
+    yield pathlib.Path(parent), files
 
 
 def _metrics(workdir):

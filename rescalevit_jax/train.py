@@ -2,12 +2,10 @@
 
 import contextlib
 import functools
-import importlib.metadata
 import json
 import logging
 import math
 import pathlib
-import platform
 import tempfile
 import time
 from typing import Any
@@ -25,6 +23,7 @@ from rescalevit_jax import experiment as experiment_lib
 from rescalevit_jax import interrupt
 from rescalevit_jax import lock
 from rescalevit_jax import progress as progress_lib
+from rescalevit_jax import result as result_lib
 from rescalevit_jax import sharding
 from rescalevit_jax import step as step_lib
 from rescalevit_jax import writers
@@ -73,8 +72,10 @@ def _own_folder(workdir):
 
 def _train_and_evaluate(config, workdir, folder):
   experiment_lib.check_same_run(config, workdir)
-  if (result := experiment_lib.finished_result(workdir)) is not None:
-    _log.info("%s: this run is finished: %s", workdir, _accuracies(result))
+  if (result := result_lib.read(workdir)) is not None:
+    _log.info(
+      "%s: this run is finished: %s", workdir, result_lib.accuracies(result)
+    )
     return result
   experiment = experiment_lib.create(config)
   state, progress = None, checkpoint.Progress()
@@ -107,11 +108,13 @@ def _train_and_evaluate(config, workdir, folder):
       config.total_steps,
     )
     return None
-  result = _result(config, progress, parameters)
+  result = result_lib.create(
+    progress, batch=config.batch, parameters=parameters
+  )
   writers.write_file(
     folder / "result.json", json.dumps(result, indent=2) + "\n"
   )
-  _log.info("finished: %s; see %s", _accuracies(result), workdir)
+  _log.info("finished: %s; see %s", result_lib.accuracies(result), workdir)
   return result
 
 
@@ -137,8 +140,7 @@ class Trainer:
     config, mesh = experiment.config, experiment.mesh
     self._config = config
     self._model = experiment.model
-    self._class_names = experiment.dataset.class_names
-    self._first_image = experiment.dataset.test.images[0]
+    self._dataset = experiment.dataset
     self._rate = experiment.rate
     self._state = state
     self._progress = progress
@@ -290,7 +292,8 @@ class Trainer:
       {"test/loss": result.loss, "test/accuracy": result.accuracy},
     )
     if self._config.attention_images:
-      self._draw_attention()
+      self._writer.write_images(progress.step, self._draw_attention)
+      self._timer.restart()
     progress.last_step = progress.step
     progress.last_accuracy, progress.last_loss = result.accuracy, result.loss
     progress.examples_evaluated = result.examples
@@ -318,11 +321,9 @@ class Trainer:
       self._model,
       {"params": self._state.params, "batch_stats": self._state.batch_stats},
       self._config.image_size,
-      self._class_names,
+      self._dataset.class_names,
     )
-    pictures = attention_plots.draw_all(model, self._first_image)
-    self._writer.write_images(self._progress.step, pictures)
-    self._timer.restart()
+    return attention_plots.draw_all(model, self._dataset.test.images[0])
 
   def _save(self):
     progress = self._progress
@@ -341,34 +342,3 @@ def _is_of_the_past(progress, line):
   if "test/loss" in line:
     return line["step"] <= progress.last_step
   return line["step"] <= progress.step
-
-
-def _result(config, progress, parameters):
-  return {
-    "best_accuracy": progress.best_accuracy,
-    "best_step": progress.best_step,
-    "last_accuracy": progress.last_accuracy,
-    "last_step": progress.last_step,
-    "last_loss": progress.last_loss,
-    "examples_evaluated": progress.examples_evaluated,
-    "images_per_second": progress_lib.images_per_second(
-      progress.timed_steps, progress.timed_seconds, config.batch
-    ),
-    "seconds": progress.seconds,
-    "parameters": parameters,
-    "versions": {
-      "python": platform.python_version(),
-      **{
-        name: importlib.metadata.version(name)
-        for name in ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint")
-      },
-    },
-    "devices": [str(d.device_kind) for d in jax.devices()],
-  }
-
-
-def _accuracies(result):
-  return (
-    f"test accuracy {result['last_accuracy']:.4f}, best"
-    f" {result['best_accuracy']:.4f} at step {result['best_step']}"
-  )

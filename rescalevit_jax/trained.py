@@ -150,11 +150,7 @@ def load(workdir: str | os.PathLike[str], which: str = "best") -> TrainedModel:
     UserError: there is no run, or no checkpoint yet, or it is damaged.
   """
   workdir = pathlib.Path(workdir)
-  config = experiment.read_config(workdir)
-  if config is None:
-    raise errors.UserError(
-      f"{workdir}: no run there (no config.json); give the folder of a run"
-    )
+  config = experiment.require_config(workdir)
   params, batch_stats, _ = checkpoint.load_variables(workdir, which)
   num_classes = len(params["head"]["bias"])
   return TrainedModel(
@@ -231,15 +227,17 @@ def _class_names(workdir, num_classes):
   path = workdir / "class_names.json"
   try:
     names = json.loads(path.read_text(encoding="utf-8"))
-    if not all(isinstance(name, str) for name in names):
-      raise ValueError("not a list of names")
   except FileNotFoundError:
     return [str(i) for i in range(num_classes)]
-  except (TypeError, ValueError) as e:
+  except ValueError as e:
     raise errors.UserError(f"{path}: damaged ({e}); delete it") from e
-  if len(names) != num_classes:
+  if (
+    not isinstance(names, list)
+    or not all(isinstance(name, str) for name in names)
+    or len(names) != num_classes
+  ):
     raise errors.UserError(
-      f"{path}: has {len(names)} names for {num_classes} classes; delete it"
+      f"{path}: is no list of {num_classes} names; delete it"
     )
   return names
 

@@ -17,12 +17,14 @@ from rescalevit_jax import tensorflow_cpu
 _log = logging.getLogger(__name__)
 
 
-def write_file(path: pathlib.Path, text: str) -> None:
+def write_file(path: pathlib.Path, content: str | bytes) -> None:
   """Writes a file to the side, then renames: never half of it is seen."""
   temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
   try:
-    with open(temporary, "w", encoding="utf-8") as f:
-      f.write(text)
+    if isinstance(content, str):
+      content = content.encode("utf-8")
+    with open(temporary, "wb") as f:
+      f.write(content)
       f.flush()
       os.fsync(f.fileno())
     os.replace(temporary, path)
@@ -78,9 +80,17 @@ class MetricWriter:
     self._file.flush()
     self._board.write(step, {**scalars, **(timings or {})})
 
-  def write_images(self, step: int, images: Mapping[str, np.ndarray]) -> None:
-    """Writes pictures, uint8 [H, W, 3], to TensorBoard."""
-    self._board.write_images(step, images)
+  def write_images(
+    self, step: int, draw: Callable[[], Mapping[str, np.ndarray]]
+  ) -> None:
+    """Writes pictures, uint8 [H, W, 3], to TensorBoard.
+
+    Args:
+      step: of the run.
+      draw: returns them by name; what it raises ends TensorBoard's files, not
+        the run.
+    """
+    self._board.write_images(step, draw)
 
   def sync(self) -> None:
     """Makes sure that all lines are on disk, whatever happens next."""
@@ -103,9 +113,12 @@ class _TensorBoard:
   def write(self, step, scalars):
     self._try(lambda writer: writer.write_scalars(step, scalars))
 
-  def write_images(self, step, images):
-    batches = {name: image[None] for name, image in images.items()}
-    self._try(lambda writer: writer.write_images(step, batches))
+  def write_images(self, step, draw):
+    def write(writer):
+      images = {name: image[None] for name, image in draw().items()}
+      writer.write_images(step, images)
+
+    self._try(write)
 
   def close(self):
     if self._writer is not None:

@@ -12,6 +12,7 @@ import sys
 from rescalevit_jax import checkpoint
 from rescalevit_jax import errors
 from rescalevit_jax import pretrained
+from rescalevit_jax import program
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -26,21 +27,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     "--overwrite", action="store_true", help="replace an existing output"
   )
   args = parser.parse_args(argv)
-  try:
-    if os.path.exists(args.output) and not args.overwrite:
-      raise errors.UserError(
-        f"{args.output}: exists already; choose another --output or add"
-        " --overwrite"
-      )
-    params, batch_stats, step = checkpoint.load_variables(
-      pathlib.Path(args.workdir), args.checkpoint
+  return program.run(lambda: _run(args))
+
+
+def _run(args):
+  if os.path.exists(args.output) and not args.overwrite:
+    raise errors.UserError(
+      f"{args.output}: exists already; choose another --output or add"
+      " --overwrite"
     )
-    pretrained.save(args.output, params, batch_stats)
-  except errors.UserError as e:
-    print(f"error: {e}", file=sys.stderr)
-    return 1
+  params, batch_stats, step = checkpoint.load_variables(
+    pathlib.Path(args.workdir), args.checkpoint
+  )
+  pretrained.save(args.output, params, batch_stats)
   print(f"{args.output}: the {args.checkpoint} weights, of step {step}")
-  return 0
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 python scripts/plot_attention.py --workdir=runs/a
 python scripts/plot_attention.py --workdir=runs/a --workdir=runs/b --index=7
-python scripts/plot_attention.py --npz=ViT-B_16.npz --image=cat.jpeg
+python scripts/plot_attention.py --npz=ViT-B_16.npz:tanh --image=cat.jpeg
 
 Writes four pictures, as PNG and SVG (tokens: each token to each token, head 0
 of blocks 0, 3, 6 and 9; heads: every head of one block; class_token: over the
@@ -14,6 +14,8 @@ test split, and writes them to attention.csv.
 import argparse
 from collections.abc import Sequence
 import csv
+import dataclasses
+import functools
 import io
 import logging
 import pathlib
@@ -24,7 +26,9 @@ from rescalevit_jax import attention_plots
 from rescalevit_jax import data
 from rescalevit_jax import errors
 from rescalevit_jax import experiment
+from rescalevit_jax import models as models_lib
 from rescalevit_jax import plots
+from rescalevit_jax import program
 from rescalevit_jax import progress
 from rescalevit_jax import trained
 from rescalevit_jax import writers
@@ -42,7 +46,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     "--workdir", action="append", default=[], help="a run's folder; repeatable"
   )
   parser.add_argument(
-    "--npz", action="append", default=[], help="a checkpoint file; repeatable"
+    "--npz",
+    action="append",
+    default=[],
+    metavar="FILE[:ARGS]",
+    help="a checkpoint file; repeatable. ARGS: GN, whose arrays look like LN's,"
+    " and tanh for Google's files, whose GELU is not erf; both: a.npz:GN,tanh",
   )
   parser.add_argument(
     "--checkpoint",
@@ -50,27 +59,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     default="best",
     help="of the runs; default: best",
   )
-  parser.add_argument(
-    "--norm",
-    choices=list(norms.NORMS),
-    help="of the .npz files; needed for GN only, whose arrays look like LN's",
-  )
-  parser.add_argument(
-    "--gelu",
-    choices=("erf", "tanh"),
-    default="erf",
-    help="of the .npz files; default: erf, Google's need tanh",
-  )
   picture = parser.add_mutually_exclusive_group()
   picture.add_argument("--image", help="an image file to look at")
   picture.add_argument(
     "--index", type=int, default=0, help="of a test image; default: 0"
   )
   parser.add_argument(
-    "--dataset", help="whose test split is used; default: the first run's"
+    "--dataset",
+    help="whose test split is used; default: each run's own, and the first"
+    " run's for the picture and for files",
   )
   parser.add_argument(
-    "--tfds_data_dir", help="where it lies; default: the first run's"
+    "--tfds_data_dir", help="where it lies; default: the runs' own"
   )
   parser.add_argument(
     "--kind",
@@ -86,7 +86,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     action="store_true",
     help="leave out the pass over the test split",
   )
-  parser.add_argument("--batch", type=int, default=64, help="images a step")
+  parser.add_argument(
+    "--batch", type=int, default=32, help="images a step; default: 32"
+  )
   parser.add_argument(
     "--output",
     type=pathlib.Path,
@@ -94,15 +96,27 @@ def main(argv: Sequence[str] | None = None) -> int:
   )
   args = parser.parse_args(argv)
   progress.log_to_stderr()
-  try:
-    _run(args)
-  except (errors.UserError, OSError) as e:
-    print(f"error: {e}", file=sys.stderr)
-    return 1
-  except KeyboardInterrupt:
-    print("error: interrupted", file=sys.stderr)
-    return 130
-  return 0
+  return program.run(lambda: _run(args))
+
+
+@dataclasses.dataclass(frozen=True)
+class Subject:
+  """A model to look at.
+
+  Attributes:
+    model: with its weights.
+    path: as given.
+    source: name and folder of its data set; None if it is not known.
+  """
+
+  model: trained.TrainedModel
+  path: str
+  source: tuple[str, str | None] | None
+
+  @functools.cached_property
+  def test_split(self) -> data.Split | None:
+    """Of its data set."""
+    return None if self.source is None else data.load(*self.source).test
 
 
 def _run(args):
@@ -110,25 +124,15 @@ def _run(args):
     raise errors.UserError("no model: give --workdir or --npz")
   if args.batch < 1:
     raise errors.UserError(f"--batch: is {args.batch}, but must be > 0")
-  models = [trained.load(x, args.checkpoint) for x in args.workdir]
-  models += [trained.load_npz(x, args.norm, args.gelu) for x in args.npz]
-  split = _test_split(args)
-  if args.image is not None:
-    image = args.image
-  elif split is None:
-    raise errors.UserError("no image: give --image FILE, or --dataset")
-  elif not 0 <= args.index < len(split.images):
-    raise errors.UserError(
-      f"--index: {args.index} is not in the test split, which has 0 to"
-      f" {len(split.images) - 1}"
-    )
-  else:
-    image = split.images[args.index]
+  subjects = _subjects(args)
+  image = args.image
+  if image is None:
+    image = _test_image(subjects[0], args.index)
   output = args.output
   if output is None:
-    folders = [*map(pathlib.Path, args.workdir)]
-    folders += [pathlib.Path(x).parent for x in args.npz]
-    output = folders[0] / "attention"
+    path = pathlib.Path(subjects[0].path)
+    output = (path if path.is_dir() else path.parent) / "attention"
+  models = [subject.model for subject in subjects]
   for kind in args.kind or attention_plots.KINDS:
     figure = attention_plots.draw(kind, models, image, args.block)
     for suffix in (".png", ".svg"):
@@ -136,40 +140,83 @@ def _run(args):
     _log.info("%s", output / f"{kind}.png")
   if args.no_statistics:
     return
-  if split is None:
-    raise errors.UserError(
-      "no test split to measure on: give --dataset, or --no_statistics"
+  measured = [subject for subject in subjects if subject.test_split is not None]
+  if len(measured) < len(subjects):
+    _log.warning("no statistics of files without --dataset")
+  if measured:
+    _measure(measured, args.batch, output / "attention.csv")
+
+
+def _subjects(args) -> list[Subject]:
+  sources = []
+  for workdir in args.workdir:
+    config = experiment.require_config(workdir)
+    sources.append(
+      (
+        args.dataset or config.dataset,
+        args.tfds_data_dir or config.tfds_data_dir,
+      )
     )
-  _measure(models, split, args.batch, output / "attention.csv")
+  first = (args.dataset, args.tfds_data_dir) if args.dataset else None
+  first = sources[0] if sources else first
+  subjects = [
+    Subject(trained.load(workdir, args.checkpoint), workdir, source)
+    for workdir, source in zip(args.workdir, sources, strict=True)
+  ]
+  for reference in args.npz:
+    path, _, words = reference.partition(":")
+    norm, gelu = None, "erf"
+    for word in filter(None, words.split(",")):
+      if word in norms.NORMS:
+        norm = word
+      elif word in models_lib.GELUS:
+        gelu = word
+      else:
+        valid = (*norms.NORMS, *models_lib.GELUS)
+        raise errors.UserError(
+          f"--npz: unknown {word!r}; {errors.nearest(word, valid)}"
+        )
+    model = trained.load_npz(path, norm, gelu)
+    if norm is None and model.model.norm == "LN":
+      _log.info("%s: taken for LN; write %s:GN if it is GN", path, path)
+    subjects.append(Subject(model, path, first))
+  names = [subject.model.name for subject in subjects]
+  for subject in subjects:
+    if names.count(subject.model.name) > 1:
+      subject.model.name = subject.path
+  return subjects
 
 
-def _test_split(args) -> data.Split | None:
-  """The test split, if it is needed and known."""
-  if args.image is not None and args.no_statistics:
-    return None
-  name, data_dir = args.dataset, args.tfds_data_dir
-  if args.workdir:
-    config = experiment.read_config(args.workdir[0])
-    name = name or config.dataset
-    data_dir = data_dir or config.tfds_data_dir
-  return None if name is None else data.load(name, data_dir).test
+def _test_image(subject, index):
+  split = subject.test_split
+  if split is None:
+    raise errors.UserError("no image: give --image FILE, or --dataset")
+  if not 0 <= index < len(split.images):
+    raise errors.UserError(
+      f"--index: {index} is not in the test split, which has 0 to"
+      f" {len(split.images) - 1}"
+    )
+  return split.images[index]
 
 
-def _measure(models, split, batch, path):
+def _measure(subjects, batch, path):
   rows = []
-  for model in models:
-    found = attention.statistics(model, split.images, batch)
+  for subject in subjects:
+    model, images = subject.model, subject.test_split.images
+    found = attention.statistics(model, images, batch)
     for block in range(len(found.entropy)):
       rows.append(
         {
           "model": model.name,
+          "path": subject.path,
           "norm": model.model.norm,
+          "dataset": subject.source[0],
+          "images": found.images,
+          "tokens": found.tokens,
           "block": block,
           "entropy_nats": found.entropy[block],
           "diagonal_share": found.diagonal[block],
           "hoyer_sparsity": found.sparsity[block],
-          "tokens": found.tokens,
-          "images": found.images,
         }
       )
   text = io.StringIO()
@@ -177,7 +224,7 @@ def _measure(models, split, batch, path):
   table.writeheader()
   table.writerows(rows)
   writers.write_file(path, text.getvalue())
-  width = max(len(model.name) for model in models)
+  width = max(len(subject.model.name) for subject in subjects)
   print(f"{'':{width}}  norm     block  entropy  diagonal  sparsity")
   for row in rows:
     print(
@@ -185,7 +232,7 @@ def _measure(models, split, batch, path):
       f"  {row['entropy_nats']:7.3f}  {row['diagonal_share']:8.4f}"
       f"  {row['hoyer_sparsity']:8.3f}"
     )
-  _log.info("%s: %d test images", path, len(split.images))
+  _log.info("%s", path)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import sys
 
 from rescalevit_jax import errors
 from rescalevit_jax import plots
+from rescalevit_jax import program
 from rescalevit_jax import published
 from rescalevit_jax import runs
 
@@ -39,26 +40,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     " valid_accuracy",
   )
   args = parser.parse_args(argv)
-  try:
-    found = []
-    for folder in args.workdir:
-      readable, damaged = runs.find(folder)
-      found += readable
-      for line in damaged:
-        print(f"left out: {line}", file=sys.stderr)
-    if not found:
-      raise errors.UserError("no run to draw: none can be read")
-    curves = {}
-    if args.published is not None:
-      curves = published.read_curves(args.published)
-    figure = plots.curves(found, curves)
-    for path in args.output or map(pathlib.Path, ("curves.png", "curves.svg")):
-      plots.save(figure, path)
-      print(f"{path}: {len(found)} run{'s' * (len(found) > 1)}")
-  except (errors.UserError, OSError) as e:
-    print(f"error: {e}", file=sys.stderr)
-    return 1
-  return 0
+  return program.run(lambda: _run(args))
+
+
+def _run(args):
+  outputs = args.output or [pathlib.Path(f"curves.{x}") for x in ("png", "svg")]
+  for path in outputs:
+    plots.check_suffix(path)
+  found = {}
+  for folder in args.workdir:
+    readable, damaged = runs.find(folder)
+    found |= {run.workdir.resolve(): run for run in readable}
+    for line in damaged:
+      print(f"left out: {line}", file=sys.stderr)
+  if not found:
+    raise errors.UserError("no run to draw: none can be read")
+  curves = {}
+  if args.published is not None:
+    curves = published.read_curves(args.published)
+  figure = plots.curves(list(found.values()), curves)
+  for path in outputs:
+    plots.save(figure, path)
+    print(f"{path}: {len(found)} run{'s' * (len(found) > 1)}")
 
 
 if __name__ == "__main__":

@@ -7,24 +7,22 @@
 # The flags go to rescalevit_jax.sweep: --dry_run, --jobs=4, --grid seed=0,1,2,
 # --config.dtype=bfloat16. WEIGHTS is the folder of Google's ImageNet-21k files
 # ViT-B_16.npz, ViT-B_32.npz, ViT-L_32.npz and ViT-L_16.npz; default: weights/.
+# Runs go to runs/ of the current folder, or where --runs_dir says.
 # PYTHON and EXTRAS: see scripts/env.sh.
 set -euo pipefail
 
 root="$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd -P)"
 dataset="${1:?usage: bash scripts/study.sh DATASET [FLAG]...}"
 weights="${WEIGHTS:-weights}"
-# What the user names is meant from where she is, not from the root.
-[[ -z "${WEIGHTS:-}" || "$weights" == /* ]] || weights="$PWD/$weights"
 
 configs=()
 for model in ViT-B_16 ViT-B_32 ViT-L_32 ViT-L_16; do
-  configs+=("--config=configs/original.py:$model,LN,$weights/$model.npz")
+  configs+=("--config=$root/configs/original.py:$model,LN,$weights/$model.npz")
   for norm in LN BN GN Rescale; do
-    configs+=("--config=configs/original.py:$model,$norm")
+    configs+=("--config=$root/configs/original.py:$model,$norm")
   done
 done
 
 bash "$root/scripts/env.sh"
-cd "$root"
-exec .venv/bin/python -m rescalevit_jax.sweep "${configs[@]}" \
+exec "$root/.venv/bin/python" -m rescalevit_jax.sweep "${configs[@]}" \
   --config.dataset="$dataset" "${@:2}"

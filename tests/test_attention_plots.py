@@ -1,5 +1,7 @@
 """Pictures of attention: what is in which panel."""
 
+import itertools
+
 import numpy as np
 import pytest
 import tiny_model
@@ -7,6 +9,7 @@ import tiny_model
 from rescalevit_jax import attention
 from rescalevit_jax import attention_plots
 from rescalevit_jax import errors
+from rescalevit_jax import plots
 from rescalevit_jax.models import norms
 
 
@@ -84,6 +87,22 @@ def test_all_norms_side_by_side_on_one_scale(kind, image):
   assert len({(i.norm.vmin, i.norm.vmax) for i in maps}) == 1
   titles = [f.get_suptitle() for f in figure.subfigs[0].subfigs]
   assert titles == [f"{norm}\ntiny" for norm in norms.NORMS]
+
+
+def test_long_and_odd_names_fit(image):
+  models = [tiny_model.create(norm) for norm in norms.NORMS]
+  for model in models:
+    model.name = "digits-ViT-XS_2-Rescale-scratch-seed0-base_lr=0.1-cost$^$"
+  figure = attention_plots.draw("rollout", models, image)
+  plots.pixels(figure)
+  renderer = figure.canvas.get_renderer()
+  boxes = [
+    part._suptitle.get_window_extent(renderer)
+    for part in figure.subfigs[0].subfigs
+  ]
+  for left, right in itertools.pairwise(boxes):
+    assert left.x1 < right.x0
+  assert boxes[0].x0 > 0
 
 
 def test_draws_all_kinds_as_pixels(image):

@@ -144,3 +144,23 @@ def test_a_file_system_without_locks(tmp_path, monkeypatch):
   with lock.hold(tmp_path / "file" / "run"):
     done.append(True)
   assert len(done) == 2
+
+
+@pytest.mark.parametrize("kind", ["no such place", "deleted folder", "link"])
+def test_a_folder_that_cannot_be_made_does_not_hang(
+  kind, tmp_path, monkeypatch
+):
+  workdir = {
+    "no such place": "/proc/nothing",
+    "deleted folder": "runs/a",
+    "link": str(tmp_path / "run"),
+  }[kind]
+  if kind == "deleted folder":
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+  if kind == "link":
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / ".lock").symlink_to(tmp_path / "missing" / "file")
+  with lock.hold(workdir):  # There is no lock; the run says what is wrong.
+    pass

@@ -1,6 +1,7 @@
 """The program that draws and measures attention."""
 
 import csv
+import shutil
 
 import numpy as np
 from PIL import Image
@@ -13,6 +14,7 @@ from rescalevit_jax import attention_plots
 from rescalevit_jax import data
 from rescalevit_jax import pretrained
 from rescalevit_jax import trained
+from rescalevit_jax.models import norms
 
 plot_attention = programs.load("plot_attention")
 
@@ -26,8 +28,7 @@ def test_draws_and_measures_runs_and_files(
   code = plot_attention.main(
     [
       f"--workdir={tiny_run}",
-      f"--npz={npz}",
-      "--norm=GN",
+      f"--npz={npz}:GN",
       "--index=3",
       f"--output={tmp_path / 'out'}",
     ]
@@ -76,6 +77,46 @@ def test_takes_an_image_file_of_any_size(tiny_run, tmp_path):
   ]
 
 
+def test_files_of_all_norms_side_by_side(digits_dir, tmp_path):
+  for norm in norms.NORMS:
+    variables = tiny_model.create(norm).variables
+    pretrained.save(tmp_path / f"{norm}.npz", **variables)
+  words = {"GN": ":GN", "Rescale": ":tanh"}
+  flags = [f"--npz={tmp_path}/{n}.npz{words.get(n, '')}" for n in norms.NORMS]
+  flags += ["--dataset=digits", f"--tfds_data_dir={digits_dir}"]
+  assert plot_attention.main([*flags, "--kind=rollout"]) == 0
+  with open(tmp_path / "attention" / "attention.csv", newline="") as f:
+    rows = list(csv.DictReader(f))
+  found = list(dict.fromkeys((r["model"], r["norm"]) for r in rows))
+  assert found == [(norm, norm) for norm in norms.NORMS]
+  images = data.load("digits", str(digits_dir)).test.images
+  tanh = trained.load_npz(tmp_path / "Rescale.npz", gelu="tanh")
+  expected = attention.statistics(tanh, images).entropy
+  found = [float(r["entropy_nats"]) for r in rows if r["norm"] == "Rescale"]
+  np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+
+def test_without_a_data_set_there_are_pictures_only(tmp_path, caplog):
+  pretrained.save(tmp_path / "a.npz", **tiny_model.create().variables)
+  Image.new("RGB", (9, 9), "red").save(tmp_path / "a.png")
+  flags = [f"--npz={tmp_path / 'a.npz'}", f"--image={tmp_path / 'a.png'}"]
+  assert plot_attention.main([*flags, "--kind=heads"]) == 0
+  names = sorted(p.name for p in (tmp_path / "attention").iterdir())
+  assert names == ["heads.png", "heads.svg"]
+
+
+def test_runs_of_one_name_are_told_apart(tiny_run, tmp_path):
+  copy = tmp_path / "tiny_run"
+  shutil.copytree(tiny_run, copy)
+  flags = [f"--workdir={tiny_run}", f"--workdir={copy}", "--kind=rollout"]
+  assert plot_attention.main([*flags, f"--output={tmp_path / 'o'}"]) == 0
+  with open(tmp_path / "o" / "attention.csv", newline="") as f:
+    rows = list(csv.DictReader(f))
+  names = list(dict.fromkeys(r["model"] for r in rows))
+  assert names == [str(tiny_run), str(copy)]
+  assert {r["dataset"] for r in rows} == {"digits"}
+
+
 @pytest.mark.parametrize(
   ("flags", "words"),
   [
@@ -87,6 +128,7 @@ def test_takes_an_image_file_of_any_size(tiny_run, tmp_path):
     (["--workdir={run}", "--image=nothing.png"], "nothing.png"),
     (["--workdir=nowhere"], "no run there"),
     (["--npz=nowhere.npz"], "nowhere.npz"),
+    (["--npz=nowhere.npz:RMS"], "unknown 'RMS'"),
   ],
 )
 def test_mistakes_are_one_line(flags, words, tiny_run, tmp_path, capsys):

@@ -14,6 +14,27 @@ def test_draws_all_runs_of_a_folder(tiny_run, tmp_path, capsys):
   assert capsys.readouterr().out == "".join(f"{p}: 1 run\n" for p in outputs)
 
 
+def test_a_run_named_twice_is_drawn_once(tiny_run, tmp_path, capsys):
+  flags = [f"--workdir={tiny_run}", f"--workdir={tiny_run.parent}/./tiny_run"]
+  assert plot_curves.main([*flags, f"--output={tmp_path / 'a.png'}"]) == 0
+  assert capsys.readouterr().out.endswith("a.png: 1 run\n")
+
+
+def test_nothing_is_drawn_if_one_output_does_not_do(tiny_run, tmp_path):
+  outputs = [f"--output={tmp_path / name}" for name in ("a.png", "a.PDF")]
+  assert plot_curves.main([f"--workdir={tiny_run}", *outputs]) == 1
+  assert not any(tmp_path.iterdir())
+
+
+def test_control_c_is_one_line(tiny_run, monkeypatch, capsys):
+  def interrupt(*args):
+    raise KeyboardInterrupt
+
+  monkeypatch.setattr(plot_curves.runs, "find", interrupt)
+  assert plot_curves.main([f"--workdir={tiny_run}"]) == 130
+  assert capsys.readouterr().err == "error: interrupted\n"
+
+
 @pytest.mark.parametrize(
   ("flags", "words"),
   [

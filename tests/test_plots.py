@@ -65,6 +65,29 @@ def test_what_differs_is_in_the_label_and_the_line():
   assert second.get_label() == "LN, base_lr=0.1"
 
 
+def test_many_groups_of_a_norm_have_lines_of_their_own():
+  rates = [0.01 * i for i in range(1, 9)]
+  figure = plots.curves([run("LN", [0.1], base_lr=rate) for rate in rates])
+  lines = figure.axes[0].lines
+  styles = {str(line._dash_pattern) for line in lines}
+  assert len(styles) == 8
+  assert ":" not in {line.get_linestyle() for line in lines}
+
+
+def test_files_of_one_name_are_told_apart():
+  paths = ("a/x.npz", "b/x.npz", None)
+  figure = plots.curves([run("LN", [0.1], pretrained_path=p) for p in paths])
+  labels = [line.get_label() for line in figure.axes[0].lines]
+  assert labels == ["LN, from a/x.npz", "LN, from b/x.npz", "LN, from scratch"]
+
+
+def test_names_are_no_formulas(tmp_path):
+  paths = ("cost$^$.npz", "b.npz")
+  figure = plots.curves([run("LN", [0.1], pretrained_path=p) for p in paths])
+  plots.save(figure, tmp_path / "a.PNG")
+  assert (tmp_path / "a.PNG").read_bytes().startswith(b"\x89PNG")
+
+
 def test_published_curve_lies_faint_beside_a_run_of_its_recipe():
   key = ("cifar10", "ViT-B_32", "LN", False)
   curves = {key: published.Curve([100, 200], [2.0, 1.0], [0.3, 0.4])}

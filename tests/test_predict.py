@@ -402,3 +402,22 @@ def test_importing_needs_no_tensorflow():
     " assert not {'tensorflow', 'matplotlib'} & sys.modules.keys()"
   )
   subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+def test_a_terminal_without_the_letters(tiny_run, tmp_path):
+  path = tmp_path / "ünï.png"
+  Image.new("RGB", (8, 8), "red").save(path)
+  child = subprocess.run(
+    [
+      sys.executable,
+      "-m",
+      "rescalevit_jax.predict",
+      f"--workdir={tiny_run}",
+      str(path),
+    ],
+    cwd=ROOT,
+    env={**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONIOENCODING": "ascii"},
+    capture_output=True,
+    check=False,
+  )
+  assert child.returncode == 0 and rb"\xfcn\xef.png" in child.stdout

@@ -1,5 +1,8 @@
 """The published figures, which configs they belong to, and their curves."""
 
+import csv
+import pathlib
+
 import pytest
 
 from rescalevit_jax import config as config_lib
@@ -20,24 +23,46 @@ def test_figures():
   figures = published.FIGURES
   assert len(figures) == 27
   assert figures["cifar100", "ViT-B_16", "Rescale", False] == (
-    published.Figures(0.3609, 0.3554, 162.6, 200)
+    published.Figures(0.3609, 0.3554, 162.6)
   )
   assert figures["cifar10", "ViT-L_16", "LN", True] == (
-    published.Figures(0.9899, 0.9899, 308.2, 200)
+    published.Figures(0.9899, 0.9899, 308.2)
   )
   for key, run in figures.items():
     dataset, model, norm, pretrained = key
     changes = {"dataset": dataset, "model_name": model, "model__norm": norm}
-    changes["pretrained_path"] = "a.npz" if pretrained else None
+    changes["pretrained_path"] = f"in21k/{model}.npz" if pretrained else None
     changes["batch"] = 64 if model == "ViT-L_16" else 128
     assert published.match(config(**changes)) == key
     assert 0 < run.last_accuracy <= run.best_accuracy < 1
-    assert run.evaluations == 200
+
+
+def test_all_figures_are_those_of_the_logs():
+  path = pathlib.Path(__file__).parents[2] / "shared" / "seed_results"
+  if not path.exists():
+    pytest.skip(f"needs {path / 'runs.csv'}")
+  with open(path / "runs.csv", newline="") as f:
+    whole = [r for r in csv.DictReader(f) if r["evaluations"] == "200"]
+  assert {
+    (r["dataset"], r["model"], r["norm"], r["pretrained"] == "True"): (
+      published.Figures(
+        float(r["best_accuracy_seen"]),
+        float(r["last_accuracy"]),
+        float(r["minutes_rtx3090"]),
+      )
+    )
+    for r in whole
+  } == published.FIGURES
 
 
 @pytest.mark.parametrize("key", ["BN", "GN", "Rescale"])
 def test_runs_that_were_cut_off_have_no_figures(key):
   assert ("cifar100", "ViT-L_16", key, False) not in published.FIGURES
+
+
+def test_weights_of_ones_own_are_not_the_published_ones():
+  assert published.match(config(pretrained_path="ViT-B_32.npz")) is None
+  assert published.match(config(pretrained_path="my_cifar100.npz")) is None
 
 
 @pytest.mark.parametrize(
@@ -62,7 +87,7 @@ def test_match_whatever_does_not_change_the_recipe(changes):
 def test_match_tells_pretrained_from_scratch():
   keys = {
     published.match(config(pretrained_path=path))
-    for path in (None, "a.npz", "/b.npz")
+    for path in (None, "ViT-B_16.npz", "/in21k/ViT-B_16.npz")
   }
   assert keys == {
     ("cifar10", "ViT-B_16", "LN", False),

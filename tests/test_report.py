@@ -52,7 +52,7 @@ def digits_runs(saved_runs, tiny_config):
 
 def test_files_and_output(runs, tmp_path, capsys):
   out = tmp_path / "new" / "out"
-  assert report.main([str(runs), f"--output={out}", "--noattention"]) == 0
+  assert report.main([str(runs), f"--output={out}", "--no_attention"]) == 0
   assert sorted(p.name for p in out.iterdir()) == sorted(FILES)
   assert not any((runs / name).exists() for name in FILES)
   printed = capsys.readouterr().out
@@ -67,7 +67,7 @@ def test_files_and_output(runs, tmp_path, capsys):
 
 
 def test_notes(runs, capsys):
-  assert report.main([str(runs), "--noattention"]) == 0
+  assert report.main([str(runs), "--no_attention"]) == 0
   text = (runs / "report.md").read_text()
   page = html.unescape((runs / "report.html").read_text())
   for words in (
@@ -84,13 +84,13 @@ def test_notes(runs, capsys):
 
 def test_repeated_seeds_are_told(runs, capsys):
   fake_runs.write(runs / "again", {"seed": 1}, {})
-  report.main([str(runs), "--noattention"])
+  report.main([str(runs), "--no_attention"])
   text = (runs / "report.md").read_text()
   assert "Runs with one seed, counted each by itself: a, again, b." in text
 
 
 def test_what_no_mean_contains_is_named_and_escaped(runs, capsys):
-  report.main([str(runs), "--noattention"])
+  report.main([str(runs), "--no_attention"])
   for name in ("report.md", "report.html"):
     text = (runs / name).read_text()
     assert "open &lt;i&gt; &amp; co: step 300 of 20000" in text
@@ -105,9 +105,9 @@ def test_published_curves(runs, tmp_path, capsys):
     "cifar10,ViT-B_32,BN,0,100,2.5,0.25\n"
     "cifar10,ViT-B_32,BN,0,200,2.0,0.5\n"
   )
-  without = report.main([str(runs), "--noattention"])
+  without = report.main([str(runs), "--no_attention"])
   plain = (runs / "report.html").read_text()
-  given = report.main([str(runs), "--noattention", f"--published={curves}"])
+  given = report.main([str(runs), "--no_attention", f"--published={curves}"])
   assert without == given == 0
   assert "BN, published" not in plain
   assert "BN, published" in (runs / "report.html").read_text()
@@ -125,7 +125,7 @@ def test_no_finished_run(tmp_path, capsys):
 def test_mistakes_are_one_line(flags, runs, tmp_path, monkeypatch, capsys):
   monkeypatch.chdir(tmp_path)
   (tmp_path / "x").write_text("a file")
-  assert report.main([str(runs), "--noattention", *flags]) == 1
+  assert report.main([str(runs), "--no_attention", *flags]) == 1
   captured = capsys.readouterr()
   assert captured.err.startswith("error: ") and captured.err.count("\n") == 1
   assert not captured.out
@@ -164,8 +164,8 @@ def test_attention_maps(digits_runs, tmp_path, capsys):
 def test_a_copy_of_the_runs_gives_the_same_files(runs, tmp_path, capsys):
   copy = tmp_path / "copy" / "runs"
   shutil.copytree(runs, copy)
-  report.main([str(runs), "--noattention"])
-  report.main([str(copy), "--noattention"])
+  report.main([str(runs), "--no_attention"])
+  report.main([str(copy), "--no_attention"])
   for name in FILES:
     assert (runs / name).read_bytes() == (copy / name).read_bytes()
 
@@ -215,7 +215,7 @@ def test_maps_without_the_image(where, digits_runs, tmp_path):
 
 def test_as_a_program(runs, tmp_path):
   done = subprocess.run(
-    [sys.executable, "-m", "rescalevit_jax.report", runs, "--noattention"],
+    [sys.executable, "-m", "rescalevit_jax.report", runs, "--no_attention"],
     capture_output=True,
     text=True,
     check=False,

@@ -55,6 +55,63 @@ def test_finds_runs_below_and_names_the_damaged(tmp_path):
   assert "bad" in damaged[0] and "worse" in damaged[1]
 
 
+@pytest.mark.parametrize(
+  "text", ["null", "[]", "1", '"a"', '{"model": "vit"}', '{"augment": []}', "{"]
+)
+def test_config_files_of_other_programs_are_named(tmp_path, text):
+  write(tmp_path / "a")
+  (tmp_path / "other").mkdir()
+  (tmp_path / "other" / "config.json").write_text(text)
+  found, damaged = runs.find(tmp_path)
+  assert len(found) == 1 and len(damaged) == 1
+  assert str(tmp_path / "other" / "config.json") in damaged[0]
+
+
+def test_a_norm_of_another_version_is_named(tmp_path):
+  write(tmp_path / "a")
+  path = tmp_path / "a" / "config.json"
+  path.write_text(path.read_text().replace('"LN"', '"RMS"'))
+  assert "RMS" in runs.find(tmp_path)[1][0]
+
+
+def test_a_run_that_failed_before_it_began_is_named(tmp_path):
+  write(tmp_path / "a")
+  (tmp_path / "b").mkdir()
+  (tmp_path / "b" / "log.txt").write_text("--- start\nerror: no weights\n")
+  assert runs.find(tmp_path)[1] == [
+    f"{tmp_path / 'b'}: not begun; error: no weights"
+  ]
+
+
+def test_links_are_followed_and_runs_read_once(tmp_path):
+  write(tmp_path / "elsewhere" / "a")
+  (tmp_path / "runs").mkdir()
+  (tmp_path / "runs" / "x").symlink_to(tmp_path / "elsewhere" / "a")
+  (tmp_path / "runs" / "y").symlink_to(tmp_path / "elsewhere" / "a")
+  (tmp_path / "runs" / "back").symlink_to(tmp_path / "runs")
+  found, damaged = runs.find(tmp_path / "runs")
+  assert [run.workdir.name for run in found] == ["x"] and not damaged
+
+
+def test_groups_differ_in_more_than_the_seed(tmp_path):
+  changes = [
+    {"seed": 1},
+    {"base_lr": 0.1},
+    {"seed": 0, "checkpoint_every": 7},
+    {"pretrained_path": "a/x.npz"},
+    {"pretrained_path": "b/x.npz"},
+  ]
+  found = []
+  for i, change in enumerate(changes):
+    config = config_lib.default()
+    config.update(change)
+    found.append(runs.Run(tmp_path / str(i), config, None, []))
+  names = [[run.workdir.name for run in group] for group in runs.group(found)]
+  assert names == [["2", "0"], ["1"], ["3"], ["4"]]
+  keys = runs.varied_keys([run.config for run in found])
+  assert keys == ["base_lr", "pretrained_path"]
+
+
 def test_a_line_of_metrics_that_is_no_text_is_left_out(tmp_path):
   write(tmp_path / "a")
   (tmp_path / "a" / "metrics.jsonl").write_bytes(

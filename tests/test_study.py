@@ -94,3 +94,12 @@ def test_no_runs(tmp_path):
     study_lib.collect(tmp_path)
   with pytest.raises(errors.UserError):
     study_lib.collect(tmp_path / "none")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), True, "1"])
+def test_a_result_that_is_no_number_is_damaged(tmp_path, value):
+  fake_runs.write(tmp_path / "a", {}, {"last_loss": value})
+  fake_runs.write(tmp_path / "b", {"seed": 1}, {})
+  study = study_lib.collect(tmp_path)
+  assert [run.workdir.name for run in study.finished] == ["b"]
+  assert "last_loss" in study.damaged[0]

@@ -7,6 +7,7 @@ import math
 import jax
 import numpy as np
 import pytest
+from tensorboard.backend.event_processing import event_accumulator
 
 from rescalevit_jax import attention_plots
 from rescalevit_jax import checkpoint
@@ -331,10 +332,9 @@ def test_attention_pictures_go_to_tensorboard_and_change_nothing(
   tiny_config.attention_images = True
   train.train_and_evaluate(tiny_config, tmp_path / "with")
   assert_same_run(tmp_path / "without", tmp_path / "with")
-  events = pytest.importorskip(
-    "tensorboard.backend.event_processing.event_accumulator"
+  board = event_accumulator.EventAccumulator(
+    str(tmp_path / "with"), {"tensors": 0}
   )
-  board = events.EventAccumulator(str(tmp_path / "with"), {"tensors": 0})
   board.Reload()
   pictures = [tag for tag in board.Tags()["tensors"] if "attention/" in tag]
   assert pictures == [f"attention/{kind}" for kind in attention_plots.KINDS]
@@ -344,3 +344,16 @@ def test_attention_pictures_go_to_tensorboard_and_change_nothing(
     images = [event.tensor_proto.string_val[2] for event in found]
     assert all(image.startswith(b"\x89PNG") for image in images)
     assert len(set(images)) == 3
+
+
+def test_a_picture_that_fails_does_not_end_the_run(
+  tiny_config, tmp_path, monkeypatch, caplog
+):
+  def fail(*args):
+    raise ValueError("no ink")
+
+  monkeypatch.setattr(attention_plots, "draw_all", fail)
+  tiny_config.attention_images = True
+  with caplog.at_level("WARNING", "rescalevit_jax"):
+    assert train.train_and_evaluate(tiny_config, tmp_path)["last_step"] == 12
+  assert "no ink" in caplog.text

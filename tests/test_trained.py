@@ -241,3 +241,15 @@ def test_a_file_that_is_none(tmp_path):
   (tmp_path / "a.npz").write_text("hello")
   with pytest.raises(errors.UserError, match=r"a\.npz: not a readable"):
     trained.load_npz(tmp_path / "a.npz")
+
+
+def test_an_unknown_checkpoint_is_named(tiny_run):
+  with pytest.raises(errors.UserError, match="'newest'.* best, latest"):
+    trained.load(tiny_run, "newest")
+
+
+@pytest.mark.parametrize("names", ["abcdefghij", None, {}])
+def test_class_names_are_a_list(copied, names):
+  (copied / "class_names.json").write_text(json.dumps(names))
+  with pytest.raises(errors.UserError, match=r"class_names\.json: is no list"):
+    trained.load(copied)

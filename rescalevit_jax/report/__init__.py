@@ -13,9 +13,8 @@ from collections.abc import Iterable, Sequence
 import logging
 import os
 import pathlib
-import sys
 
-from rescalevit_jax import errors
+from rescalevit_jax import program
 from rescalevit_jax import progress
 from rescalevit_jax import published
 from rescalevit_jax import writers
@@ -50,27 +49,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     help="the test image of the attention maps; default: 0",
   )
   parser.add_argument(
-    "--noattention",
+    "--no_attention",
     action="store_true",
     help="leave out the attention maps: no model is loaded",
   )
   args = parser.parse_args(argv)
   progress.log_to_stderr()
-  try:
-    curves = published.read_curves(args.published) if args.published else {}
-    table, paths = write(
-      args.runs_dir,
-      args.output or args.runs_dir,
-      curves,
-      None if args.noattention else args.index,
-    )
-  except (errors.UserError, OSError) as e:
-    print(f"error: {' '.join(str(e).split())}", file=sys.stderr)
-    return 1
+  return program.run(lambda: _run(args))
+
+
+def _run(args):
+  curves = published.read_curves(args.published) if args.published else {}
+  table, paths = write(
+    args.runs_dir,
+    args.output or args.runs_dir,
+    curves,
+    None if args.no_attention else args.index,
+  )
   print(table)
   for path in paths:
     print(path)
-  return 0
 
 
 def write(
@@ -137,7 +135,8 @@ def describe(study: study_lib.Study) -> list[str]:
     notes.append(
       "Published are the figures in the logs of RescaleViT: one run each, the"
       " best of 200 evaluations, one RTX 3090, fp16. Difference: our mean minus"
-      " the published figure, in percentage points."
+      " the published figure, in percentage points. A run from MODEL.npz is"
+      " taken to start from Google's ImageNet-21k weights, as RescaleViT's did."
     )
   for group in study.groups:
     seeds = [run.config.seed for run in group]
@@ -173,7 +172,6 @@ def _count(n, noun):
 
 
 def _index(text):
-  index = int(text)
-  if index < 0:
-    raise ValueError
-  return index
+  if not text.isdecimal():
+    raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0")
+  return int(text)

@@ -145,15 +145,16 @@ def _attention(study, index):
     yield "<h2>Attention</h2>"
   for title, groups in _sections(study):
     yield f"<h3>{_text(title)}</h3>"
-    models, names, reasons = [], [], {}
+    models, reasons = [], {}
     for i, group in enumerate(groups, start=1):
       _log.info("attention on %s: model %d of %d", title, i, len(groups))
       for run in group:
         try:
-          models.append(trained.load(run.workdir))
-          names.append(study.name(run))
+          model = trained.load(run.workdir)
+          model.name = study.name(run)
+          models.append(model)
           break
-        except errors.UserError as e:
+        except (errors.UserError, jax.errors.JaxRuntimeError) as e:
           reason = str(e).removeprefix(f"{run.workdir}: ")
       else:
         reasons.setdefault(reason, []).extend(map(study.name, group))
@@ -167,7 +168,7 @@ def _attention(study, index):
         _log.info("attention on %s: drawing %s", title, kind)
         figure = attention_plots.draw(kind, models, image)
         label = f"{what}; test image {index}, best weights of "
-        yield _picture(figure, label + ", ".join(names))
+        yield _picture(figure, label + ", ".join(m.name for m in models))
     except (errors.UserError, jax.errors.JaxRuntimeError) as e:
       yield _note(f"No maps: {e}")
 

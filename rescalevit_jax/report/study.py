@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 import dataclasses
+import math
 import os
 import pathlib
 
@@ -72,10 +73,13 @@ def collect(folder: str | os.PathLike[str]) -> Study:
       whole.append(run)
     except errors.UserError as e:
       damaged.append(str(e))
-  groups = _groups([run for run in whole if run.result is not None])
+  finished = [run for run in whole if run.result is not None]
+  groups = sorted(
+    runs_lib.group(finished), key=lambda group: _order(group[0].config)
+  )
   return Study(
     folder,
-    groups,
+    tuple(groups),
     tuple(run for run in whole if run.result is None),
     tuple(sorted(line.removeprefix(f"{folder}{os.sep}") for line in damaged)),
     varied_keys(group[0].config for group in groups),
@@ -92,11 +96,10 @@ def varied_keys(
 ) -> tuple[str, ...]:
   """Returns the keys of no column of their own in which configs differ."""
   configs = list(configs)
-  flat = [config_lib.flatten(config) for config in configs]
-  varied = [k for k in _other_keys() if any(f[k] != flat[0][k] for f in flat)]
+  varied = [k for k in runs_lib.varied_keys(configs) if k not in _NAMING]
   # Whether there is a file has a column. Which one follows from the model,
   # unless there are several for one model.
-  files = {(f["model_name"], f["pretrained_path"]) for f in flat}
+  files = {(c.model_name, c.pretrained_path) for c in configs}
   files = [model for model, file in files if file is not None]
   if "pretrained_path" in varied and len(files) == len(set(files)):
     varied.remove("pretrained_path")
@@ -105,42 +108,22 @@ def varied_keys(
 
 def _check(run):
   """Raises UserError unless the run's files have what the tables need."""
-  try:
-    config_lib.validate(run.config)
-  except errors.UserError as e:
-    raise errors.UserError(
-      f"{run.workdir / 'config.json'}: damaged, or of another version ({e})"
-    ) from e
   if run.result is None:
     return
   for key in _NUMBERS:
     value = run.result.get(key)
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if (
+      isinstance(value, bool)
+      or not isinstance(value, int | float)
+      or not math.isfinite(value)
+    ):
       raise errors.UserError(
         f"{run.workdir / 'result.json'}: damaged ({key} is {value!r}); delete"
         " it, the run writes it again"
       )
 
 
-def _groups(runs):
-  groups = {}
-  for run in runs:
-    values = config_lib.flatten(run.config)
-    key = tuple(
-      values[name]
-      for name, key in config_lib.KEYS.items()
-      if name != "seed" and not key.resumable
-    )
-    groups.setdefault(key, []).append(run)
-  ordered = sorted(groups.values(), key=lambda group: _order(group[0].config))
-  return tuple(
-    tuple(sorted(group, key=lambda run: (run.config.seed, run.workdir)))
-    for group in ordered
-  )
-
-
 def _order(config):
-  values = config_lib.flatten(config)
   return (
     config.dataset,
     list(variants.VARIANTS).index(config.model_name),
@@ -148,13 +131,9 @@ def _order(config):
     pretrained(config),
     config.image_size,
     # None cannot be compared with a number.
-    [(values[k] is not None, values[k] or 0) for k in _other_keys()],
+    [
+      (value is not None, value or 0)
+      for key, value in config_lib.flatten(config).items()
+      if key not in _NAMING and not config_lib.KEYS[key].resumable
+    ],
   )
-
-
-def _other_keys():
-  return [
-    name
-    for name, key in config_lib.KEYS.items()
-    if name not in _NAMING and not key.resumable
-  ]

@@ -154,11 +154,17 @@ def versions(run: runs_lib.Run) -> str:
 
 def left_out(study: study_lib.Study) -> list[tuple[str, list[str]]]:
   """Returns titles and lines that name the runs that no mean contains."""
-  unfinished = [
-    f"{study.name(run)}: step {run.step} of {run.config.total_steps}"
-    for run in study.unfinished
+  unfinished = []
+  for run in study.unfinished:
+    last = runs_lib.last_log_line(run.workdir)
+    unfinished.append(
+      f"{study.name(run)}: step {run.step} of {run.config.total_steps}"
+      + (f"; {last}" if last.startswith("error: ") else "")
+    )
+  sections = [
+    ("Unfinished", unfinished),
+    ("Damaged, or not begun", list(study.damaged)),
   ]
-  sections = [("Unfinished", unfinished), ("Damaged", list(study.damaged))]
   return [(title, items) for title, items in sections if items]
 
 

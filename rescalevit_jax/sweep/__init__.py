@@ -20,7 +20,7 @@ on with the rest. Further examples:
       one Slurm array, through submitit
 
 Exit code: 0 when finished or stopped by a signal, 1 when a run failed, 2 for a
-mistake on the command line. All config keys:
+mistake on the command line, 130 after a second signal. All config keys:
 python -m rescalevit_jax.main --help
 """
 
@@ -33,10 +33,13 @@ import signal
 import sys
 from typing import NoReturn
 
+from rescalevit_jax import config as config_lib
 from rescalevit_jax import data
 from rescalevit_jax import errors
 from rescalevit_jax import experiment
+from rescalevit_jax import program
 from rescalevit_jax import progress
+from rescalevit_jax import result as result_lib
 from rescalevit_jax.sweep import cluster
 from rescalevit_jax.sweep import grid
 from rescalevit_jax.sweep import launch
@@ -52,7 +55,7 @@ def main(argv: Sequence[str]) -> int:
   try:
     options, runs = parse(argv)
   except errors.UserError as e:
-    return _fail(e, code=2)
+    return program.fail(str(e), 2)
   try:
     done, left = split(runs)
     if options.dry_run:
@@ -60,9 +63,9 @@ def main(argv: Sequence[str]) -> int:
       return 0
     return _run(options, done, left)
   except (errors.UserError, OSError) as e:
-    return _fail(e, code=1)
+    return program.fail(str(e))
   except KeyboardInterrupt:
-    return _fail("interrupted; the same command goes on", code=130)
+    return program.fail("interrupted; the same command goes on", 130)
 
 
 def parse(
@@ -115,7 +118,7 @@ def split(
   for run in runs:
     try:
       experiment.check_same_run(run.config, run.workdir)
-      result = experiment.finished_result(run.workdir)
+      result = result_lib.read(run.workdir)
     except errors.UserError as e:
       # Folders of a sweep are chosen by another flag than a run's.
       message = str(e).replace("--workdir", "--runs_dir")
@@ -267,19 +270,18 @@ def _parser():
 def _split_settings(argv: Sequence[str]) -> tuple[list[str], list[str]]:
   """Takes --config.KEY=VALUE and --config.KEY VALUE out of a command line."""
   rest, settings = [], []
-  words = iter(argv)
-  for word in words:
+  words = list(argv)
+  while words:
+    word = words.pop(0)
     if not word.startswith("--config."):
       rest.append(word)
       continue
     setting = word.removeprefix("--config.")
     if "=" not in setting:
-      value = next(words, None)
-      setting = setting if value is None else f"{setting}={value}"
+      key = config_lib.KEYS.get(setting)
+      if key is not None and isinstance(key.default, bool):
+        setting += "=True"  # As in main; its value would be =False.
+      elif words and not words[0].startswith("--"):
+        setting += f"={words.pop(0)}"
     settings.append(setting)
   return rest, settings
-
-
-def _fail(message, code):
-  print("error: " + " ".join(str(message).split()), file=sys.stderr, flush=True)
-  return code

@@ -12,11 +12,10 @@ import subprocess
 import sys
 
 from rescalevit_jax import checkpoint
+from rescalevit_jax import runs
 from rescalevit_jax.sweep import tied
 
 HEADER = "--- "  # Begins the line of a start in log.txt.
-
-_TAIL_BYTES = 16_384
 
 
 def start(
@@ -57,12 +56,6 @@ def kill(process: subprocess.Popen) -> None:
     os.killpg(process.pid, signal.SIGKILL)
 
 
-def last_line(workdir: pathlib.Path) -> str:
-  """Returns the last line of a run's log, '' if there is none."""
-  lines = _tail(workdir / "log.txt")
-  return lines[-1] if lines else ""
-
-
 def failure(workdir: pathlib.Path, returncode: int | None) -> str:
   """Says in a line why a run that has ended did not finish.
 
@@ -70,7 +63,7 @@ def failure(workdir: pathlib.Path, returncode: int | None) -> str:
     workdir: the run's folder.
     returncode: of its process; None if it is not known.
   """
-  line = last_line(workdir)
+  line = runs.last_log_line(workdir)
   if line.startswith("error: "):
     return line
   if returncode == 0:
@@ -103,19 +96,7 @@ def step_since(workdir: pathlib.Path, time: float) -> int:
       return 0
   except FileNotFoundError:
     return 0
-  for line in reversed(_tail(path)):
+  for line in reversed(runs.tail(path)):
     with contextlib.suppress(KeyError, TypeError, ValueError):
       return json.loads(line)["step"]  # The last line may be half written.
   return 0
-
-
-def _tail(path: pathlib.Path) -> list[str]:
-  """Returns the last lines of a file that may be long, without empty ones."""
-  try:
-    with open(path, "rb") as f:
-      size = f.seek(0, os.SEEK_END)
-      f.seek(max(0, size - _TAIL_BYTES))
-      text = f.read().decode(errors="replace")
-  except FileNotFoundError:
-    return []
-  return [line.strip() for line in text.splitlines() if line.strip()]

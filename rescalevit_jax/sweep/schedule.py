@@ -11,6 +11,7 @@ import time
 
 from rescalevit_jax import experiment
 from rescalevit_jax import progress
+from rescalevit_jax import runs as runs_lib
 from rescalevit_jax.models import flops
 from rescalevit_jax.sweep import grid
 from rescalevit_jax.sweep import launch
@@ -214,7 +215,7 @@ class Schedule:
       f", ETA {progress.duration(eta)}" if eta is not None else "",
     )
     for running in self._running:
-      line = launch.last_line(running.run.workdir)
+      line = runs_lib.last_log_line(running.run.workdir)
       line = re.sub(r"^\d\d:\d\d:\d\d ", "", line)
       if line.startswith(launch.HEADER):
         line = "starting"
