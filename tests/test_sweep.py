@@ -428,8 +428,21 @@ def test_the_originals_study(dataset, tmp_path):
   # Relative to where the user is.
   done = study("--grid=seed=0,1", WEIGHTS="my weights")
   assert done.returncode == 1
-  where = elsewhere / "my weights"
   assert_one_line_error(
-    done.stderr, f"{where}/ViT-B_16.npz", f"{where}/ViT-L_32.npz"
+    done.stderr, "my weights/ViT-B_16.npz", "my weights/ViT-L_32.npz"
   )
-  assert not (tmp_path / "runs").exists()
+  assert not any(elsewhere.iterdir())
+
+
+@pytest.mark.parametrize(
+  ("argv", "settings"),
+  [
+    (["--config.seed", "5"], ["seed=5"]),
+    (["--config.seed=5", "x"], ["seed=5"]),
+    (["--config.deterministic", "--dry_run"], ["deterministic=True"]),
+    (["--config.deterministic", "x"], ["deterministic=True"]),
+    (["--config.seed", "--dry_run"], ["seed"]),
+  ],
+)
+def test_settings_are_written_as_for_main(argv, settings):
+  assert sweep._split_settings(argv)[1] == settings
