@@ -159,10 +159,11 @@ def _figure(rows, kind):
   below = math.ceil(len(rows) / beside)
   size = 1.5 if columns * beside > 4 else 2.0  # Of a panel, in inches.
   width = max(4.0, size * columns * beside) + 1.0
-  # Letters of this size are some 0.085 inches wide.
-  letters = int((width - 1.0) / beside / 0.085)
+  # Letters of this size are less than 0.08 inches wide.
+  letters = int((width - 1.0) / beside / 0.08)
   names = [textwrap.wrap(model.name, letters) for model, _, _ in rows]
-  title = 0.3 + 0.15 * max(map(len, names))
+  name_lines = max(map(len, names))
+  title = 0.3 + 0.15 * name_lines
   height = below * ((size + 0.25) * lines + title) + 0.3
   figure = figure_lib.Figure(figsize=(width, height), layout="constrained")
   figure.suptitle(kind.title, fontsize="medium")
@@ -176,7 +177,8 @@ def _figure(rows, kind):
   ):
     norm = model.model.norm
     part.suptitle(
-      plots.plain("\n".join([norm, *name])),
+      # Of the same height, so that the panels are level.
+      plots.plain("\n".join([norm, *name, *[""] * (name_lines - len(name))])),
       fontsize="small",
       color=plots.norm_color(norm),
     )
