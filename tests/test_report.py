@@ -117,7 +117,9 @@ def test_no_finished_run(tmp_path, capsys):
   fake_runs.write(tmp_path / "a", {}, None)
   assert report.main([str(tmp_path)]) == 0
   assert "No finished run." in capsys.readouterr().out
-  assert "a: step 300 of 20000" in (tmp_path / "report.html").read_text()
+  page = (tmp_path / "report.html").read_text()
+  assert "a: step 300 of 20000" in page
+  assert page.count("<svg") == 1  # How far it has come.
   assert (tmp_path / "report.csv").read_text() == ""
 
 

@@ -1,7 +1,7 @@
 """The report's page: one HTML file with table, curves and attention maps."""
 
 import base64
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 import html
 import importlib.resources
 import io
@@ -31,8 +31,6 @@ _MAPS = {
   "rollout": "Attention rollout, residual connections included",
 }
 _DPI = 110
-
-Group = tuple[runs_lib.Run, ...]
 
 
 def render(
@@ -114,24 +112,24 @@ def _class(column):
   return ' class="number"' if column.numeric else ""
 
 
-def _sections(study) -> Iterator[tuple[str, list[Group]]]:
-  """Yields titles and the groups whose pictures belong side by side."""
+def _sections(runs: Iterable[runs_lib.Run]) -> dict[str, list[runs_lib.Run]]:
+  """Returns, by title, the runs whose pictures belong side by side."""
   sections = {}
-  for group in study.groups:
-    config = group[0].config
+  for run in runs:
     title = (
-      f"{config.model_name} on {config.dataset},"
-      f" {config.image_size} x {config.image_size} pixels"
+      f"{run.config.model_name} on {run.config.dataset},"
+      f" {run.config.image_size} x {run.config.image_size} pixels"
     )
-    sections.setdefault(title, []).append(group)
-  yield from sections.items()
+    sections.setdefault(title, []).append(run)
+  return sections
 
 
 def _curves(study, curves):
-  if study.groups:
+  runs = [run for run in (*study.finished, *study.unfinished) if run.metrics]
+  if runs:
     yield "<h2>Curves</h2>"
-  for title, groups in _sections(study):
-    figure = plots.curves([run for group in groups for run in group], curves)
+  for title, members in _sections(runs).items():
+    figure = plots.curves(members, curves)
     label = f"Test accuracy and loss over training steps, {title}"
     yield (
       f'<figure><div role="img" aria-label="{_text(label)}">'
@@ -143,12 +141,13 @@ def _curves(study, curves):
 def _attention(study, index):
   if study.groups:
     yield "<h2>Attention</h2>"
-  for title, groups in _sections(study):
+  groups = {group[0].workdir: group for group in study.groups}
+  for title, firsts in _sections(g[0] for g in study.groups).items():
     yield f"<h3>{_text(title)}</h3>"
     models, reasons = [], {}
-    for i, group in enumerate(groups, start=1):
-      _log.info("attention on %s: model %d of %d", title, i, len(groups))
-      for run in group:
+    for i, first in enumerate(firsts, start=1):
+      _log.info("attention on %s: model %d of %d", title, i, len(firsts))
+      for run in groups[first.workdir]:
         try:
           model = trained.load(run.workdir)
           model.name = study.name(run)
@@ -157,13 +156,15 @@ def _attention(study, index):
         except (errors.UserError, jax.errors.JaxRuntimeError) as e:
           reason = str(e).removeprefix(f"{run.workdir}: ")
       else:
-        reasons.setdefault(reason, []).extend(map(study.name, group))
+        reasons.setdefault(reason, []).extend(
+          map(study.name, groups[first.workdir])
+        )
     for reason, runs in reasons.items():
       yield _note(f"No map of {', '.join(runs)}: {reason}")
     if not models:
       continue
     try:
-      image = _image(groups[0][0].config, index)
+      image = _image(firsts[0].config, index)
       for kind, what in _MAPS.items():
         _log.info("attention on %s: drawing %s", title, kind)
         figure = attention_plots.draw(kind, models, image)
