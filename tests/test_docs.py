@@ -13,7 +13,7 @@ PAGE = ROOT / "docs" / "walkthrough.md"
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory, digits_dir):
+def folder(tmp_path_factory, digits_dir, shared_dir):
   """What a reader has in front of her, and what the page leaves there."""
   folder = tmp_path_factory.mktemp("walkthrough")
   for name in ("configs", "scripts"):
@@ -25,6 +25,7 @@ def folder(tmp_path_factory, digits_dir):
   environment = {
     **os.environ,
     "JAX_PLATFORMS": "cpu",
+    "JAX_COMPILATION_CACHE_DIR": str(shared_dir / "jax"),
     "PATH": f"{pathlib.Path(sys.executable).parent}:{os.environ['PATH']}",
     "PYTHONPATH": str(ROOT),
     "TFDS_DATA_DIR": str(digits_dir),
