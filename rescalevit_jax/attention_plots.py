@@ -159,8 +159,8 @@ def _figure(rows, kind):
   below = math.ceil(len(rows) / beside)
   size = 1.5 if columns * beside > 4 else 2.0  # Of a panel, in inches.
   width = max(4.0, size * columns * beside) + 1.0
-  # Letters of this size are less than 0.08 inches wide.
-  letters = int((width - 1.0) / beside / 0.08)
+  # The widest letters of this size, W and @, are 0.12 inches wide.
+  letters = int((width - 1.0) / beside / 0.125)
   names = [textwrap.wrap(model.name, letters) for model, _, _ in rows]
   name_lines = max(map(len, names))
   title = 0.3 + 0.15 * name_lines

@@ -167,7 +167,7 @@ def read_config(
     return None
   except (AttributeError, KeyError, TypeError, ValueError) as e:
     raise errors.UserError(
-      f"{path}: damaged, or of another program ({e}); choose another --workdir"
+      f"{path}: damaged, or of another program ({e}); use another folder"
     ) from e
 
 

@@ -20,8 +20,8 @@ def hold(workdir: str | pathlib.Path) -> Iterator[None]:
   however that happens, and programs that the process starts do not inherit it.
   Afterwards the file is gone, and so is the folder if it was made here and
   nothing was written to it.
-  Where the file system has no locks or cannot be written to, there is none: the
-  run itself says what it cannot write.
+  Where the file system has no locks or cannot be written to, or the folder does
+  not stay, there is none: the run itself says what it cannot write.
 
   Args:
     workdir: the run's folder.

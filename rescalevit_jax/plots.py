@@ -54,7 +54,11 @@ def norm_color(norm: str) -> str:
 
 
 def plain(text: str) -> str:
-  """Returns a text that matplotlib shows as it is: without formulas."""
+  """Returns a text that matplotlib shows as it is.
+
+  Without formulas; bytes of a file's name that are no characters are escaped.
+  """
+  text = text.encode("utf-8", "backslashreplace").decode("utf-8")
   return text.replace("$", r"\$")
 
 

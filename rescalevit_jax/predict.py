@@ -140,7 +140,11 @@ def _positive(text):
 def _run(args):
   if args.output is not None:
     _check_output(args.output)
-  files = _find(args.files)
+  files, empty = _find(args.files)
+  for name in empty:
+    _skip(f"{name}: no images in this folder")
+  if not files:
+    raise errors.UserError("no images to classify")
   model = load(args.workdir, args.checkpoint)
   progress.warn_of_idle_gpu()
   names = [str(file)[:_WIDEST_NAME] for file in files]
@@ -149,8 +153,7 @@ def _run(args):
   for file, result in _with_progress(model, files, args.batch):
     if isinstance(result, errors.UserError):
       skipped += 1
-      # UserErrors begin with the path.
-      print(f"skipped: {_one_line(str(result))}", file=sys.stderr, flush=True)
+      _skip(str(result))  # UserErrors begin with the path.
       continue
     top = model.top(result, args.top)
     if args.output is None:
@@ -161,10 +164,11 @@ def _run(args):
     count = min(args.top, len(model.class_names))
     writers.write_file(args.output, _WRITERS[_suffix(args.output)](rows, count))
     print(f"{args.output}: {len(rows)} images", flush=True)
+  problems = [f"{len(empty)} folders have no images"] if empty else []
   if skipped:
-    return program.fail(
-      f"{skipped} of {len(files)} files could not be classified, see above"
-    )
+    problems.append(f"{skipped} of {len(files)} files could not be classified")
+  if problems:
+    return program.fail(f"{', '.join(problems)}, see above")
   return 0
 
 
@@ -185,16 +189,21 @@ def _suffix(path):
 
 
 def _find(names):
-  files = []
+  """Returns the files, and the folders that have none."""
+  files, empty = [], []
   for name in names:
     path = pathlib.Path(name)
     if not name:
       raise errors.UserError("an empty name is given for a file")
     found = images_lib.find(path) if path.is_dir() else [path]
-    if not found:
-      raise errors.UserError(f"no images in {name}")
     files += found
-  return files
+    if not found:
+      empty.append(name)
+  return files, empty
+
+
+def _skip(reason):
+  print(f"skipped: {_one_line(reason)}", file=sys.stderr, flush=True)
 
 
 def _batches(files, batch):

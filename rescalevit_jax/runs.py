@@ -14,6 +14,7 @@ from rescalevit_jax import errors
 from rescalevit_jax import experiment
 from rescalevit_jax import result as result_lib
 
+LOG_HEADER = "--- "  # Begins the line of a start in log.txt.
 _TAIL_BYTES = 16_384
 
 
@@ -40,8 +41,24 @@ class Run:
 
   def curve(self, name: str) -> tuple[list[int], list[float]]:
     """Returns the steps and values of a scalar, such as 'test/accuracy'."""
-    lines = [line for line in self.metrics if name in line]
+    lines = [x for x in self.metrics if isinstance(x.get(name), int | float)]
     return [line["step"] for line in lines], [line[name] for line in lines]
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+  """What there is in a folder.
+
+  Attributes:
+    runs: in order of their paths.
+    damaged: a line for each run or folder that cannot be read.
+    not_begun: a line for each run that a sweep started and that failed before
+      it had a config.
+  """
+
+  runs: list[Run]
+  damaged: list[str]
+  not_begun: list[str]
 
 
 def read(workdir: str | pathlib.Path) -> Run:
@@ -61,13 +78,10 @@ def read(workdir: str | pathlib.Path) -> Run:
   return Run(workdir, config, result_lib.read(workdir), _metrics(workdir))
 
 
-def find(folder: str | pathlib.Path) -> tuple[list[Run], list[str]]:
-  """Reads all runs in a folder and below it, in order of their paths.
+def find(folder: str | pathlib.Path) -> Found:
+  """Reads all runs in a folder and below it.
 
   Links are followed, and each run is read once.
-
-  Returns:
-    The runs, and a line for each that cannot be read or failed before it began.
 
   Raises:
     UserError: there is no such folder, or no run in it.
@@ -75,18 +89,21 @@ def find(folder: str | pathlib.Path) -> tuple[list[Run], list[str]]:
   folder = pathlib.Path(folder)
   if not folder.is_dir():
     raise errors.UserError(f"{folder}: no such folder; give one with runs")
-  found, damaged = [], []
-  for workdir, files in _folders(folder):
-    try:
-      if "config.json" in files:
-        found.append(read(workdir))
-      elif "log.txt" in files:
-        damaged.append(f"{workdir}: not begun; {last_log_line(workdir)}")
-    except (errors.UserError, OSError) as e:
-      damaged.append(str(e))
-  if not found and not damaged:
+  runs, damaged, not_begun = [], [], []
+  for workdir, files in _folders(folder, damaged):
+    if "config.json" in files:
+      try:
+        runs.append(read(workdir))
+      except (errors.UserError, OSError) as e:
+        damaged.append(str(e))
+    elif workdir != folder and _is_log(workdir / "log.txt"):
+      last = last_log_line(workdir)
+      reason = "" if last.startswith(LOG_HEADER) else f": {last}"
+      not_begun.append(f"{workdir}{reason}")
+  if not (runs or damaged or not_begun):
     raise errors.UserError(f"{folder}: no runs there (no config.json)")
-  return sorted(found, key=lambda run: run.workdir), sorted(damaged)
+  runs.sort(key=lambda run: run.workdir)
+  return Found(runs, sorted(damaged), sorted(not_begun))
 
 
 def group(runs: Iterable[Run]) -> list[tuple[Run, ...]]:
@@ -125,13 +142,16 @@ def last_log_line(workdir: pathlib.Path) -> str:
 
 
 def tail(path: pathlib.Path) -> list[str]:
-  """Returns the last lines of a file that may be long, without empty ones."""
+  """Returns the last lines of a file that may be long, without empty ones.
+
+  There are none if it cannot be read.
+  """
   try:
     with open(path, "rb") as f:
       size = f.seek(0, os.SEEK_END)
       f.seek(max(0, size - _TAIL_BYTES))
       text = f.read().decode(errors="replace")
-  except FileNotFoundError:
+  except OSError:
     return []
   return [line.strip() for line in text.splitlines() if line.strip()]
 
@@ -144,17 +164,39 @@ def _identifying_keys():
   ]
 
 
-def _folders(folder) -> Iterator[tuple[pathlib.Path, list[str]]]:
-  """Yields each folder once, with the names of its files."""
-  seen = set()
-  for parent, folders, files in os.walk(folder, followlinks=True):
-    real = os.path.realpath(parent)
-    folders[:] = sorted(set(folders) - {"checkpoints"})
-    if real in seen:
-      folders.clear()
-      continue
-    seen.add(real)
-    yield pathlib.Path(parent), files
+def _folders(
+  top: pathlib.Path, damaged: list[str]
+) -> Iterator[tuple[pathlib.Path, list[str]]]:
+  """Yields each folder once, with the names of its files.
+
+  Under a name without links where it has one; what cannot be listed is added to
+  `damaged`.
+  """
+
+  def note(error):
+    damaged.append(f"{error.filename}: cannot be listed ({error.strerror})")
+
+  seen, waiting = set(), [top]
+  while waiting:
+    for name, folders, files in os.walk(waiting.pop(0), onerror=note):
+      real = os.path.realpath(name)
+      folders[:] = sorted(set(folders) - {"checkpoints"})
+      if real in seen:
+        folders.clear()
+        continue
+      seen.add(real)
+      parent = pathlib.Path(name)
+      waiting += [p for p in map(parent.joinpath, folders) if p.is_symlink()]
+      yield parent, files
+
+
+def _is_log(path):
+  """Whether a sweep has written this file; others have logs, too."""
+  try:
+    with open(path, "rb") as f:
+      return f.read(len(LOG_HEADER)) == LOG_HEADER.encode()
+  except OSError:
+    return False
 
 
 def _metrics(workdir):

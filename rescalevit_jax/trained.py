@@ -14,6 +14,7 @@ import pathlib
 from typing import Any
 
 from flax import linen as nn
+from flax import traverse_util
 import jax
 import numpy as np
 from PIL import Image
@@ -147,16 +148,23 @@ def load(workdir: str | os.PathLike[str], which: str = "best") -> TrainedModel:
     which: 'best' or 'latest' checkpoint.
 
   Raises:
-    UserError: there is no run, or no checkpoint yet, or it is damaged.
+    UserError: there is no run, or no checkpoint yet, or it is damaged, or not
+      of the run's config.
   """
   workdir = pathlib.Path(workdir)
   config = experiment.require_config(workdir)
   params, batch_stats, _ = checkpoint.load_variables(workdir, which)
-  num_classes = len(params["head"]["bias"])
+  num_classes = np.size(params.get("head", {}).get("bias", ()))
+  model = experiment.create_model(config, num_classes)
+  variables = {"params": params, "batch_stats": batch_stats}
+  if problem := _difference(variables, _shapes(model, config.image_size)):
+    raise errors.UserError(
+      f"{workdir}: the checkpoint is not of the model in config.json: {problem}"
+    )
   return TrainedModel(
     workdir.resolve().name,
-    experiment.create_model(config, num_classes),
-    {"params": params, "batch_stats": batch_stats},
+    model,
+    variables,
     config.image_size,
     _class_names(workdir, num_classes),
   )
@@ -204,11 +212,7 @@ def load_npz(
     raise errors.UserError(f"{path}: {e}") from e
   if norm != found and (norm, found) != ("GN", "LN"):
     raise errors.UserError(f"{path}: holds a model with {found}, not {norm}")
-  like = jax.eval_shape(
-    functools.partial(model.init, train=False),
-    jax.random.key(0),
-    jax.ShapeDtypeStruct((1, image_size, image_size, 3), np.float32),
-  )
+  like = _shapes(model, image_size)
   params, batch_stats, report = pretrained.load(
     path, like["params"], like.get("batch_stats", {})
   )
@@ -221,6 +225,27 @@ def load_npz(
     image_size,
     [str(i) for i in range(num_classes)],
   )
+
+
+def _shapes(model, image_size):
+  """Returns a model's collections of variables, their shapes and types."""
+  return jax.eval_shape(
+    functools.partial(model.init, train=False),
+    jax.random.key(0),
+    jax.ShapeDtypeStruct((1, image_size, image_size, 3), np.float32),
+  )
+
+
+def _difference(variables, like):
+  """Names a variable whose shape differs; None if there is none."""
+  ours, theirs = (
+    {key: x.shape for key, x in traverse_util.flatten_dict(v, sep="/").items()}
+    for v in (variables, like)
+  )
+  for key in sorted(ours | theirs):
+    if ours.get(key) != theirs.get(key):
+      return f"{key} is {ours.get(key)} there, {theirs.get(key)} in the model"
+  return None
 
 
 def _class_names(workdir, num_classes):

@@ -18,11 +18,14 @@ _log = logging.getLogger(__name__)
 
 
 def write_file(path: pathlib.Path, content: str | bytes) -> None:
-  """Writes a file to the side, then renames: never half of it is seen."""
+  """Writes a file to the side, then renames: never half of it is seen.
+
+  Text as UTF-8; what is none, as in odd names of files, is escaped.
+  """
   temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
   try:
     if isinstance(content, str):
-      content = content.encode("utf-8")
+      content = content.encode("utf-8", "backslashreplace")
     with open(temporary, "wb") as f:
       f.write(content)
       f.flush()

@@ -113,10 +113,15 @@ class Subject:
   path: str
   source: tuple[str, str | None] | None
 
-  @functools.cached_property
+  @property
   def test_split(self) -> data.Split | None:
     """Of its data set."""
-    return None if self.source is None else data.load(*self.source).test
+    return None if self.source is None else _test_split(*self.source)
+
+
+@functools.cache
+def _test_split(dataset, folder):
+  return data.load(dataset, folder).test
 
 
 def _run(args):
@@ -164,27 +169,37 @@ def _subjects(args) -> list[Subject]:
     for workdir, source in zip(args.workdir, sources, strict=True)
   ]
   for reference in args.npz:
-    path, _, words = reference.partition(":")
-    norm, gelu = None, "erf"
-    for word in filter(None, words.split(",")):
-      if word in norms.NORMS:
-        norm = word
-      elif word in models_lib.GELUS:
-        gelu = word
-      else:
-        valid = (*norms.NORMS, *models_lib.GELUS)
-        raise errors.UserError(
-          f"--npz: unknown {word!r}; {errors.nearest(word, valid)}"
-        )
-    model = trained.load_npz(path, norm, gelu)
+    path, norm, gelu = _parse_reference(reference)
+    model = trained.load_npz(path, norm, gelu or "erf")
     if norm is None and model.model.norm == "LN":
       _log.info("%s: taken for LN; write %s:GN if it is GN", path, path)
     subjects.append(Subject(model, path, first))
   names = [subject.model.name for subject in subjects]
-  for subject in subjects:
+  given = [*args.workdir, *args.npz]
+  for subject, reference in zip(subjects, given, strict=True):
     if names.count(subject.model.name) > 1:
-      subject.model.name = subject.path
+      subject.model.name = reference
   return subjects
+
+
+def _parse_reference(reference: str) -> tuple[str, str | None, str | None]:
+  """Parses FILE[:ARGS] into the file, its norm and its GELU."""
+  path, colon, words = reference.rpartition(":")
+  if not colon or pathlib.Path(reference).is_file():
+    return reference, None, None
+  norm = gelu = None
+  for word in filter(None, words.split(",")):
+    if word in norms.NORMS and norm is None:
+      norm = word
+    elif word in models_lib.GELUS and gelu is None:
+      gelu = word
+    else:
+      valid = (*norms.NORMS, *models_lib.GELUS)
+      raise errors.UserError(
+        f"--npz: unknown or too many: {word!r} in {reference}; at most one norm"
+        f" and one GELU; {errors.nearest(word, valid)}"
+      )
+  return path, norm, gelu
 
 
 def _test_image(subject, index):
@@ -210,6 +225,7 @@ def _measure(subjects, batch, path):
           "model": model.name,
           "path": subject.path,
           "norm": model.model.norm,
+          "gelu": model.model.gelu,
           "dataset": subject.source[0],
           "images": found.images,
           "tokens": found.tokens,

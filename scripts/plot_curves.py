@@ -49,9 +49,9 @@ def _run(args):
     plots.check_suffix(path)
   found = {}
   for folder in args.workdir:
-    readable, damaged = runs.find(folder)
-    found |= {run.workdir.resolve(): run for run in readable}
-    for line in damaged:
+    there = runs.find(folder)
+    found |= {run.workdir.resolve(): run for run in there.runs}
+    for line in (*there.damaged, *there.not_begun):
       print(f"left out: {line}", file=sys.stderr)
   if not found:
     raise errors.UserError("no run to draw: none can be read")

@@ -14,6 +14,10 @@ set -euo pipefail
 root="$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd -P)"
 dataset="${1:?usage: bash scripts/study.sh DATASET [FLAG]...}"
 weights="${WEIGHTS:-weights}"
+if [[ $root == *:* ]]; then
+  echo "error: $root: a config's path may have no ':'; move this checkout" >&2
+  exit 1
+fi
 
 configs=()
 for model in ViT-B_16 ViT-B_32 ViT-L_32 ViT-L_16; do

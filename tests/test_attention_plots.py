@@ -89,10 +89,18 @@ def test_all_norms_side_by_side_on_one_scale(kind, image):
   assert titles == [f"{norm}\ntiny" for norm in norms.NORMS]
 
 
-def test_long_and_odd_names_fit(image):
+@pytest.mark.parametrize(
+  "name",
+  [
+    "digits-ViT-XS_2-Rescale-scratch-seed0-base_lr=0.1-cost$^$",
+    "W" * 70,
+    "a\udcff",
+  ],
+)
+def test_long_and_odd_names_fit(name, image):
   models = [tiny_model.create(norm) for norm in norms.NORMS]
   for model in models:
-    model.name = "digits-ViT-XS_2-Rescale-scratch-seed0-base_lr=0.1-cost$^$"
+    model.name = name
   figure = attention_plots.draw("rollout", models, image)
   plots.pixels(figure)
   renderer = figure.canvas.get_renderer()

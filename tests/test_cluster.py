@@ -87,9 +87,14 @@ def test_a_failing_job_is_named(tiny, tmp_path):
 
 
 def test_an_interrupted_local_sweep_leaves_no_process(tiny, tmp_path):
+  previous = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # As nohup does.
   process = tiny_sweep.start(tmp_path, "--cluster=local", **tiny)
+  signal.signal(signal.SIGHUP, previous)
   workdir = tmp_path / f"{NAME}0"
   tiny_sweep.wait_for(lambda: tiny_sweep.is_under_way(workdir), process)
+  process.send_signal(signal.SIGHUP)
+  with pytest.raises(subprocess.TimeoutExpired):
+    process.wait(timeout=1.5)
   process.send_signal(signal.SIGTERM)
   _, stderr = process.communicate(timeout=60)
   assert process.returncode == 130

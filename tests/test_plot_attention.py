@@ -96,13 +96,31 @@ def test_files_of_all_norms_side_by_side(digits_dir, tmp_path):
   np.testing.assert_allclose(found, expected, rtol=1e-6)
 
 
-def test_without_a_data_set_there_are_pictures_only(tmp_path, caplog):
+def test_without_a_data_set_there_are_pictures_only(tmp_path, capsys):
   pretrained.save(tmp_path / "a.npz", **tiny_model.create().variables)
   Image.new("RGB", (9, 9), "red").save(tmp_path / "a.png")
   flags = [f"--npz={tmp_path / 'a.npz'}", f"--image={tmp_path / 'a.png'}"]
   assert plot_attention.main([*flags, "--kind=heads"]) == 0
   names = sorted(p.name for p in (tmp_path / "attention").iterdir())
   assert names == ["heads.png", "heads.svg"]
+  assert "no statistics of files without --dataset" in capsys.readouterr().err
+
+
+def test_one_file_in_two_ways(digits_dir, tmp_path):
+  """Its name has a colon; the rows say how it was read."""
+  npz = tmp_path / "a:b.npz"
+  pretrained.save(npz, **tiny_model.create().variables)
+  flags = [f"--npz={npz}", f"--npz={npz}:tanh", f"--npz={npz}:LN,erf"]
+  flags += ["--dataset=digits", f"--tfds_data_dir={digits_dir}"]
+  assert plot_attention.main([*flags, "--kind=rollout"]) == 0
+  with open(tmp_path / "attention" / "attention.csv", newline="") as f:
+    rows = list(csv.DictReader(f))
+  found = list(dict.fromkeys((r["model"], r["path"], r["gelu"]) for r in rows))
+  assert found == [
+    (f"{npz}", f"{npz}", "erf"),
+    (f"{npz}:tanh", f"{npz}", "tanh"),
+    (f"{npz}:LN,erf", f"{npz}", "erf"),
+  ]
 
 
 def test_runs_of_one_name_are_told_apart(tiny_run, tmp_path):
@@ -128,7 +146,9 @@ def test_runs_of_one_name_are_told_apart(tiny_run, tmp_path):
     (["--workdir={run}", "--image=nothing.png"], "nothing.png"),
     (["--workdir=nowhere"], "no run there"),
     (["--npz=nowhere.npz"], "nowhere.npz"),
-    (["--npz=nowhere.npz:RMS"], "unknown 'RMS'"),
+    (["--npz=nowhere.npz:RMS"], "'RMS' in nowhere.npz:RMS"),
+    (["--npz=nowhere.npz:LN,GN"], "'GN' in nowhere.npz:LN,GN"),
+    (["--npz=nowhere.npz:erf,tanh"], "'tanh'"),
   ],
 )
 def test_mistakes_are_one_line(flags, words, tiny_run, tmp_path, capsys):

@@ -192,6 +192,18 @@ def test_warnings_of_pillow_are_not_shown(call, picture, monkeypatch, recwarn):
   assert not recwarn.list
 
 
+def test_an_empty_folder_is_named_and_the_rest_classified(call, picture):
+  picture("in/a.png", "red")
+  pathlib.Path("none").mkdir()
+  code, out, err = call("none", "in")
+  assert code == 1 and out[0].startswith("in/a.png") and len(out) == 1
+  assert err == [
+    "skipped: none: no images in this folder",
+    "error: 1 folders have no images, see above",
+  ]
+  assert call("none")[1:] == ([], [err[0], "error: no images to classify"])
+
+
 # Mistakes.
 
 
@@ -201,7 +213,6 @@ def test_warnings_of_pillow_are_not_shown(call, picture, monkeypatch, recwarn):
     (["in", "--output=o.txt"], ("o.txt", ".csv", ".json")),
     (["in", "--output=none/o.csv"], ("none/o.csv", "folder")),
     (["in", "--output=folder.csv"], ("folder.csv", "folder")),
-    (["folder.csv"], ("no images in folder.csv",)),
   ],
 )
 def test_mistakes_are_found_before_the_work(

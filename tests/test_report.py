@@ -1,6 +1,8 @@
 """The report: what it writes, says and refuses."""
 
 import html
+import os
+import pathlib
 import re
 import shutil
 import subprocess
@@ -71,7 +73,7 @@ def test_notes(runs, capsys):
   text = (runs / "report.md").read_text()
   page = html.unescape((runs / "report.html").read_text())
   for words in (
-    "3 finished runs of 2 recipes; 1 unfinished, 1 damaged.",
+    "3 finished runs of 2 recipes; 1 unfinished, 0 not begun, 1 damaged.",
     "peeks at the test set",
     "best of 200 evaluations, one RTX 3090, fp16",
     "Hardware: 2 x H100 (2 runs); 1 x cpu (1 run).",
@@ -96,6 +98,26 @@ def test_what_no_mean_contains_is_named_and_escaped(runs, capsys):
     assert "open &lt;i&gt; &amp; co: step 300 of 20000" in text
     assert "bad $x &lt;b&gt;/config.json: damaged" in text
     assert "<i>" not in text and "<b>" not in text
+
+
+def test_a_run_that_has_not_begun_is_not_damaged(runs, capsys):
+  (runs / "new").mkdir()
+  (runs / "new" / "log.txt").write_text("--- start\nerror: no weights\n")
+  report.main([str(runs), "--no_attention"])
+  for name in ("report.md", "report.html"):
+    text = (runs / name).read_text()
+    assert "1 unfinished, 1 not begun, 1 damaged." in text
+    assert "Not begun" in text and "new: error: no weights" in text
+
+
+def test_names_that_are_no_text(tmp_path, capsys):
+  runs = os.fsdecode(os.fsencode(tmp_path) + b"/runs \xff")
+  for i, name in enumerate((b"a\xfe", b"b\xfd")):
+    folder = pathlib.Path(runs, os.fsdecode(name))
+    fake_runs.write(folder, {"seed": i}, {} if i else None)
+  assert report.main([runs, "--no_attention"]) == 0
+  text = pathlib.Path(runs, "report.md").read_text()
+  assert r"a\udcfe: step 300" in text
 
 
 def test_published_curves(runs, tmp_path, capsys):

@@ -183,7 +183,7 @@ def test_text_sorts_as_text_from_the_keyboard(page):
 def test_pictures_are_drawn_and_described(page):
   svgs = page.find_elements("css selector", "figure [role=img] svg")
   images = page.find_elements("css selector", "figure img")
-  assert len(svgs) == 2 and len(images) == 2
+  assert len(svgs) == 3 and len(images) == 2
   for picture in svgs + images:
     assert picture.size["width"] > 300 and picture.size["height"] > 50
   for image in images:
@@ -193,7 +193,7 @@ def test_pictures_are_drawn_and_described(page):
     assert box.get_attribute("aria-label")
   figures = page.find_elements("css selector", "figure")
   captions = page.find_elements("css selector", "figure > figcaption")
-  assert len(captions) == len(figures) == 4
+  assert len(captions) == len(figures) == 5
 
 
 def test_norms_keep_their_colour(page):

@@ -1,6 +1,7 @@
 """Runs read back from their folders."""
 
 import json
+import os
 
 import pytest
 
@@ -49,9 +50,10 @@ def test_finds_runs_below_and_names_the_damaged(tmp_path):
   (tmp_path / "bad" / "result.json").write_text("{")
   write(tmp_path / "worse")
   (tmp_path / "worse" / "config.json").write_bytes(b"\xff")
-  found, damaged = runs.find(tmp_path)
-  assert [run.workdir.name for run in found] == ["b", "a"]
-  assert len(damaged) == 2
+  found = runs.find(tmp_path)
+  assert [run.workdir.name for run in found.runs] == ["b", "a"]
+  damaged = found.damaged
+  assert len(damaged) == 2 and not found.not_begun
   assert "bad" in damaged[0] and "worse" in damaged[1]
 
 
@@ -62,25 +64,37 @@ def test_config_files_of_other_programs_are_named(tmp_path, text):
   write(tmp_path / "a")
   (tmp_path / "other").mkdir()
   (tmp_path / "other" / "config.json").write_text(text)
-  found, damaged = runs.find(tmp_path)
-  assert len(found) == 1 and len(damaged) == 1
-  assert str(tmp_path / "other" / "config.json") in damaged[0]
+  found = runs.find(tmp_path)
+  assert len(found.runs) == 1 and len(found.damaged) == 1
+  assert str(tmp_path / "other" / "config.json") in found.damaged[0]
 
 
 def test_a_norm_of_another_version_is_named(tmp_path):
   write(tmp_path / "a")
   path = tmp_path / "a" / "config.json"
   path.write_text(path.read_text().replace('"LN"', '"RMS"'))
-  assert "RMS" in runs.find(tmp_path)[1][0]
+  assert "RMS" in runs.find(tmp_path).damaged[0]
 
 
 def test_a_run_that_failed_before_it_began_is_named(tmp_path):
   write(tmp_path / "a")
-  (tmp_path / "b").mkdir()
-  (tmp_path / "b" / "log.txt").write_text("--- start\nerror: no weights\n")
-  assert runs.find(tmp_path)[1] == [
-    f"{tmp_path / 'b'}: not begun; error: no weights"
+  for name, text in {
+    ".": "--- of another program",
+    "b": "--- start\nerror: no weights\n",
+    "c": "--- start\n",
+    "d": "a log of something else\n",
+  }.items():
+    (tmp_path / name).mkdir(exist_ok=True)
+    (tmp_path / name / "log.txt").write_text(text)
+  found = runs.find(tmp_path)
+  assert len(found.runs) == 1 and not found.damaged
+  assert found.not_begun == [
+    f"{tmp_path / 'b'}: error: no weights",
+    f"{tmp_path / 'c'}",
   ]
+  assert not runs.find(tmp_path / "a").not_begun
+  with pytest.raises(errors.UserError, match="no runs there"):
+    runs.find(tmp_path / "b")
 
 
 def test_links_are_followed_and_runs_read_once(tmp_path):
@@ -89,8 +103,29 @@ def test_links_are_followed_and_runs_read_once(tmp_path):
   (tmp_path / "runs" / "x").symlink_to(tmp_path / "elsewhere" / "a")
   (tmp_path / "runs" / "y").symlink_to(tmp_path / "elsewhere" / "a")
   (tmp_path / "runs" / "back").symlink_to(tmp_path / "runs")
-  found, damaged = runs.find(tmp_path / "runs")
-  assert [run.workdir.name for run in found] == ["x"] and not damaged
+  found = runs.find(tmp_path / "runs")
+  assert [run.workdir.name for run in found.runs] == ["x"]
+  assert not found.damaged
+
+
+def test_a_run_keeps_its_own_name(tmp_path):
+  write(tmp_path / "deep" / "run")
+  (tmp_path / "alias").symlink_to(tmp_path / "deep" / "run")
+  (run,) = runs.find(tmp_path).runs
+  assert run.workdir == tmp_path / "deep" / "run"
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root can list every folder")
+def test_a_folder_that_cannot_be_listed_is_named(tmp_path):
+  write(tmp_path / "a")
+  (tmp_path / "closed").mkdir(mode=0)
+  (line,) = runs.find(tmp_path).damaged
+  assert line.startswith(f"{tmp_path / 'closed'}: cannot be listed")
+
+
+def test_a_value_that_is_no_number_is_left_out_of_a_curve(tmp_path):
+  write(tmp_path / "a", ['{"step": 1, "x": null}\n', '{"step": 2, "x": 3}\n'])
+  assert runs.read(tmp_path / "a").curve("x") == ([2], [3])
 
 
 def test_groups_differ_in_more_than_the_seed(tmp_path):

@@ -96,6 +96,13 @@ def test_no_runs(tmp_path):
     study_lib.collect(tmp_path / "none")
 
 
+@pytest.mark.parametrize("key", ["devices", "versions"])
+def test_a_result_without_its_hardware_is_damaged(key, tmp_path):
+  fake_runs.write(tmp_path / "a", {}, {key: None})
+  study = study_lib.collect(tmp_path)
+  assert not study.finished and key in study.damaged[0]
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), True, "1"])
 def test_a_result_that_is_no_number_is_damaged(tmp_path, value):
   fake_runs.write(tmp_path / "a", {}, {"last_loss": value})

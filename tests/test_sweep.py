@@ -401,6 +401,17 @@ def test_the_originals_study(dataset, tmp_path):
       check=False,
     )
 
+  odd = tmp_path / "a:b"
+  shutil.copytree(tmp_path / "scripts", odd / "scripts")
+  done = subprocess.run(
+    ["bash", odd / "scripts" / f"train_{dataset}.sh", "--dry_run"],
+    capture_output=True,
+    text=True,
+    check=False,
+  )
+  assert done.returncode == 1
+  assert_one_line_error(done.stderr, str(odd), "':'")
+
   done = study("--dry_run")
   assert done.returncode == 0, done.stderr
   commands = [shlex.split(line) for line in done.stdout.splitlines()]

@@ -167,7 +167,7 @@ def test_left_out(three, tmp_path):
   (tmp_path / "bad" / "config.json").write_text("?")
   sections = dict(tables.left_out(study_lib.collect(tmp_path)))
   assert sections["Unfinished"] == ["open: step 300 of 20000"]
-  assert sections["Damaged, or not begun"][0].startswith("bad/config.json: ")
+  assert sections["Damaged"][0].startswith("bad/config.json: ")
   assert list(dict(tables.left_out(three))) == ["Unfinished"]
 
 

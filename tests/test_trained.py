@@ -127,6 +127,24 @@ def test_the_checkpoint_asked_for_is_read(copied):
   assert trained.load(str(copied)).image_size == 12
 
 
+@pytest.mark.parametrize(
+  ("old", "new", "words"),
+  [
+    ('"num_layers": 2', '"num_layers": 3', "is None there"),
+    ('"norm": "Rescale"', '"norm": "LN"', "Rescale_0"),
+    ('"image_size": 12', '"image_size": 24', "pos_embedding"),
+  ],
+)
+def test_a_config_of_another_model_is_named(old, new, words, copied):
+  path = copied / "config.json"
+  text = path.read_text()
+  assert old in text
+  path.write_text(text.replace(old, new))
+  with pytest.raises(errors.UserError, match="not of the model") as caught:
+    trained.load(copied)
+  assert words in str(caught.value) and "\n" not in str(caught.value)
+
+
 def test_class_names(copied):
   path = copied / "class_names.json"
   names = [f"class, {i}" for i in range(10)]

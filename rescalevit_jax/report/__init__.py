@@ -94,6 +94,8 @@ def write(
   study = study_lib.collect(runs_dir)
   for line in study.damaged:
     _log.warning("left out: %s", line)
+  for line in study.not_begun:
+    _log.warning("left out: not begun: %s", line)
   output = pathlib.Path(output)
   output.mkdir(parents=True, exist_ok=True)
   columns, rows = tables.columns(study), tables.rows(study)
@@ -115,10 +117,16 @@ def write(
 def describe(study: study_lib.Study) -> list[str]:
   """Returns what a reader of the table has to know, a sentence or two each."""
   finished = study.finished
+  others = {
+    "unfinished": study.unfinished,
+    "not begun": study.not_begun,
+    "damaged": study.damaged,
+  }
   notes = [
     f"{_count(len(finished), 'finished run')} of"
-    f" {_count(len(study.groups), 'recipe')};"
-    f" {len(study.unfinished)} unfinished, {len(study.damaged)} damaged.",
+    f" {_count(len(study.groups), 'recipe')}; "
+    + ", ".join(f"{len(runs)} {what}" for what, runs in others.items())
+    + "."
   ]
   if not finished:
     return notes

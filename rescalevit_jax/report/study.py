@@ -38,6 +38,7 @@ class Study:
       keys that do not change a run's numbers.
     unfinished: in order of their paths.
     damaged: what could not be read, a line each that says why.
+    not_begun: runs that failed before they had a config, a line each.
     varied: the config keys in which the groups differ and that have no column
       of their own.
   """
@@ -46,6 +47,7 @@ class Study:
   groups: tuple[tuple[runs_lib.Run, ...], ...]
   unfinished: tuple[runs_lib.Run, ...]
   damaged: tuple[str, ...]
+  not_begun: tuple[str, ...]
   varied: tuple[str, ...]
 
   @property
@@ -65,14 +67,20 @@ def collect(folder: str | os.PathLike[str]) -> Study:
     UserError: there is no such folder, or no run in it.
   """
   folder = pathlib.Path(folder)
-  found, damaged = runs_lib.find(folder)
-  whole = []
-  for run in found:
+  found = runs_lib.find(folder)
+  whole, damaged = [], list(found.damaged)
+  for run in found.runs:
     try:
       _check(run)
       whole.append(run)
     except errors.UserError as e:
       damaged.append(str(e))
+
+  def below(lines):
+    return tuple(
+      sorted(line.removeprefix(f"{folder}{os.sep}") for line in lines)
+    )
+
   finished = [run for run in whole if run.result is not None]
   groups = sorted(
     runs_lib.group(finished), key=lambda group: _order(group[0].config)
@@ -81,7 +89,8 @@ def collect(folder: str | os.PathLike[str]) -> Study:
     folder,
     tuple(groups),
     tuple(run for run in whole if run.result is None),
-    tuple(sorted(line.removeprefix(f"{folder}{os.sep}") for line in damaged)),
+    below(damaged),
+    below(found.not_begun),
     varied_keys(group[0].config for group in groups),
   )
 
@@ -110,17 +119,25 @@ def _check(run):
   """Raises UserError unless the run's files have what the tables need."""
   if run.result is None:
     return
-  for key in _NUMBERS:
+  for key, does in {
+    **dict.fromkeys(_NUMBERS, _is_number),
+    "devices": lambda value: isinstance(value, list),
+    "versions": lambda value: isinstance(value, dict),
+  }.items():
     value = run.result.get(key)
-    if (
-      isinstance(value, bool)
-      or not isinstance(value, int | float)
-      or not math.isfinite(value)
-    ):
+    if not does(value):
       raise errors.UserError(
         f"{run.workdir / 'result.json'}: damaged ({key} is {value!r}); delete"
         " it, the run writes it again"
       )
+
+
+def _is_number(value):
+  return (
+    isinstance(value, int | float)
+    and not isinstance(value, bool)
+    and math.isfinite(value)
+  )
 
 
 def _order(config):

@@ -142,13 +142,13 @@ def to_csv(rows: Sequence[dict[str, Any]]) -> str:
 
 def devices(run: runs_lib.Run) -> str:
   """Returns '1 x NVIDIA H100', of a finished run."""
-  counts = collections.Counter(run.result.get("devices", []))
+  counts = collections.Counter(map(str, run.result["devices"]))
   return ", ".join(f"{n} x {kind}" for kind, n in counts.items()) or "unknown"
 
 
 def versions(run: runs_lib.Run) -> str:
   """Returns 'python 3.11.2, jax 0.10.2, …', of a finished run."""
-  items = run.result.get("versions", {}).items()
+  items = run.result["versions"].items()
   return ", ".join(f"{name} {version}" for name, version in items) or "unknown"
 
 
@@ -163,7 +163,8 @@ def left_out(study: study_lib.Study) -> list[tuple[str, list[str]]]:
     )
   sections = [
     ("Unfinished", unfinished),
-    ("Damaged, or not begun", list(study.damaged)),
+    ("Not begun", list(study.not_begun)),
+    ("Damaged", list(study.damaged)),
   ]
   return [(title, items) for title, items in sections if items]
 

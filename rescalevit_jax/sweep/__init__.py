@@ -20,7 +20,8 @@ on with the rest. Further examples:
       one Slurm array, through submitit
 
 Exit code: 0 when finished or stopped by a signal, 1 when a run failed, 2 for a
-mistake on the command line, 130 after a second signal. All config keys:
+mistake on the command line, 130 after a second signal (with --cluster=local
+after the first: its runs go on from their last checkpoint). All config keys:
 python -m rescalevit_jax.main --help
 """
 
@@ -52,18 +53,20 @@ _log = logging.getLogger("rescalevit_jax.sweep")  # Not "__main__".
 def main(argv: Sequence[str]) -> int:
   """Does what the command line says; returns the exit code."""
   progress.log_to_stderr()
+  return program.run(lambda: _sweep(argv))
+
+
+def _sweep(argv):
   try:
     options, runs = parse(argv)
   except errors.UserError as e:
     return program.fail(str(e), 2)
+  done, left = split(runs)
+  if options.dry_run:
+    _print_commands(runs, done)
+    return 0
   try:
-    done, left = split(runs)
-    if options.dry_run:
-      _print_commands(runs, done)
-      return 0
     return _run(options, done, left)
-  except (errors.UserError, OSError) as e:
-    return program.fail(str(e))
   except KeyboardInterrupt:
     return program.fail("interrupted; the same command goes on", 130)
 
@@ -158,7 +161,7 @@ def _run(options, done, left):
     _submit(left, executor)
     return 0
   if options.cluster == "local":
-    for number in (signal.SIGTERM, signal.SIGHUP):
+    for number in schedule.stop_signals():
       signal.signal(number, signal.default_int_handler)
     failed = cluster.run_locally(left, executor, options.jobs or 1)
     failures = [run for run, _ in failed]

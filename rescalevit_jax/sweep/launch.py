@@ -15,8 +15,6 @@ from rescalevit_jax import checkpoint
 from rescalevit_jax import runs
 from rescalevit_jax.sweep import tied
 
-HEADER = "--- "  # Begins the line of a start in log.txt.
-
 
 def start(
   command: Sequence[str],
@@ -35,8 +33,10 @@ def start(
   """
   workdir.mkdir(parents=True, exist_ok=True)
   now = datetime.datetime.now().isoformat(" ", "seconds")
-  with open(workdir / "log.txt", "a", encoding="utf-8") as log:
-    log.write(f"{HEADER}{now} {shlex.join(command)}\n")
+  with open(
+    workdir / "log.txt", "a", encoding="utf-8", errors="backslashreplace"
+  ) as log:
+    log.write(f"{runs.LOG_HEADER}{now} {shlex.join(command)}\n")
     log.flush()
     # By its path: as a module it would have to wait for the package's imports.
     tie = [sys.executable, "-I", tied.__file__, str(os.getpid())]
@@ -71,10 +71,17 @@ def failure(workdir: pathlib.Path, returncode: int | None) -> str:
   if returncode is None:
     ended = "it ended before its end"
   elif returncode < 0:
-    ended = f"killed by {signal.Signals(-returncode).name}"
+    ended = f"killed by {_signal_name(-returncode)}"
   else:
     ended = f"ended with exit code {returncode}"
   return f"error: {ended}; last line of its log: {line}"
+
+
+def _signal_name(number):
+  try:
+    return signal.Signals(number).name
+  except ValueError:  # A real-time signal.
+    return f"signal {number}"
 
 
 def saved_step(workdir: pathlib.Path) -> int:

@@ -20,7 +20,6 @@ _log = logging.getLogger(__name__)
 
 _SECONDS_BETWEEN_LINES = 10.0
 _SECONDS_BETWEEN_LOOKS = 0.2
-_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 @dataclasses.dataclass
@@ -53,6 +52,13 @@ class Outcome:
       _log.info("failed: %s: %s", run.workdir, why)
     if self.left or self.failed:
       _log.info("the same command goes on with what is not done")
+
+
+def stop_signals() -> tuple[signal.Signals, ...]:
+  """Returns the signals that stop a sweep: SIGHUP unless nohup ignores it."""
+  if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+    return signal.SIGTERM, signal.SIGINT
+  return signal.SIGTERM, signal.SIGINT, signal.SIGHUP
 
 
 def work(run: grid.PlannedRun) -> float:
@@ -119,11 +125,7 @@ class Schedule:
     them at once.
     """
     previous = {
-      number: signal.signal(number, self._handle)
-      for number in _SIGNALS
-      # As nohup asks for it.
-      if signal.getsignal(number) is not signal.SIG_IGN
-      or number != signal.SIGHUP
+      number: signal.signal(number, self._handle) for number in stop_signals()
     }
     try:
       self._loop()
@@ -217,7 +219,7 @@ class Schedule:
     for running in self._running:
       line = runs_lib.last_log_line(running.run.workdir)
       line = re.sub(r"^\d\d:\d\d:\d\d ", "", line)
-      if line.startswith(launch.HEADER):
+      if line.startswith(runs_lib.LOG_HEADER):
         line = "starting"
       _log.info("  %s: %s", running.run.workdir.name, line[:160])
 
