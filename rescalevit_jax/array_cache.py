@@ -33,8 +33,13 @@ def folder(name: str, source: str | os.PathLike[str]) -> pathlib.Path:
   )
   key = repr((_DECODER, os.path.realpath(source), files))
   fingerprint = hashlib.sha256(key.encode()).hexdigest()[:16]
-  root = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-  return pathlib.Path(root, "rescalevit_jax", f"{name}-{fingerprint}")
+  return root() / f"{name}-{fingerprint}"
+
+
+def root() -> pathlib.Path:
+  """Returns this package's folder among the user's caches."""
+  caches = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+  return pathlib.Path(caches, "rescalevit_jax")
 
 
 def load(path: pathlib.Path) -> dict[str, np.ndarray] | None:

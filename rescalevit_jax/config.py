@@ -88,6 +88,18 @@ KEYS = {
     "start from scratch as RescaleViT (`torch`) or as Google's code",
     initializers.SCHEMES,
   ),
+  "model.attention": Key(
+    "auto",
+    "how attention is computed, by XLA or by cuDNN; changes the result by"
+    " rounding at most",
+    models.ATTENTIONS,
+    resumable=True,
+  ),
+  "model.remat": Key(
+    False,
+    "save memory: training computes each block's inside twice",
+    resumable=True,
+  ),
   "model.representation_size": _positive(
     None,
     "width of Google's `pre_logits` layer; None: no such layer",
@@ -139,6 +151,9 @@ KEYS = {
     " evaluation",
     resumable=True,
   ),
+  "profile_steps": _at_least(
+    0, 0, "steps to record into `profile/`; 0: none", resumable=True
+  ),
   "eval_weights": Key(
     "best",
     "what `--mode eval` evaluates: the `best` or `latest` checkpoint, or"
@@ -165,6 +180,12 @@ KEYS = {
   ),
   "deterministic": Key(
     False, "the same bits in each run on a GPU too, at some cost in speed"
+  ),
+  "sharding.fsdp": Key(
+    False,
+    "save memory on several devices: each keeps a part of parameters and"
+    " momenta",
+    resumable=True,
   ),
   "augment.crop": Key(True, "random crop (RandomResizedCrop) in training"),
   "augment.min_area": Key(

@@ -1,15 +1,20 @@
 """What a config describes: data, model, optimizer, devices, first state."""
 
+from collections.abc import Callable
 import dataclasses
+import functools
 import logging
 import pathlib
+from typing import Any
 
 from flax import linen as nn
 import jax
 from jax.sharding import Mesh
 import ml_collections
+import numpy as np
 import optax
 
+from rescalevit_jax import augment
 from rescalevit_jax import checkpoint
 from rescalevit_jax import config as config_lib
 from rescalevit_jax import data
@@ -47,19 +52,51 @@ class Experiment:
 
   def scratch(self) -> step_lib.TrainState:
     """Returns the state at step 0, on every device."""
-    return jax.jit(self._init, out_shardings=sharding.replicated(self.mesh))()
+    init = jax.jit(self._init, out_shardings=self.places())
+    return init(np.uint32(self.config.seed))
 
   def abstract(self) -> step_lib.TrainState:
     """Returns shapes, types and places of the state."""
-    everywhere = sharding.replicated(self.mesh)
     return jax.tree.map(
-      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere),
-      jax.eval_shape(self._init),
+      lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
+      jax.eval_shape(self._init, 0),
+      self.places(),
     )
 
-  def _init(self):
+  def places(self) -> step_lib.TrainState:
+    """Returns where the arrays of the state lie."""
+    state = jax.eval_shape(self._init, 0)
+    return sharding.place(state, self.mesh, self.config.sharding.fsdp)
+
+  def train_step(self) -> Callable[..., Any]:
+    """Returns `step.train_step`, compiled when it is first called.
+
+    Its arguments are the state, which is given away, and images, labels,
+    indices and seed. The seed is one of them, and not part of the program, so
+    that runs with other seeds find it compiled.
+    """
+    everywhere, places = sharding.replicated(self.mesh), self.places()
+    split = {}
+    if self.config.sharding.fsdp:
+      constrain = jax.lax.with_sharding_constraint
+      split["gather"] = lambda params: constrain(params, everywhere)
+      split["scatter"] = lambda grads: constrain(grads, places.params)
+    return jax.jit(
+      functools.partial(
+        step_lib.train_step,
+        model=self.model,
+        optimizer=self.optimizer,
+        augment=augment.Augment(**self.config.augment),
+        image_size=self.config.image_size,
+        **split,
+      ),
+      out_shardings=(places, everywhere),
+      donate_argnums=0,
+    )
+
+  def _init(self, seed):
     return step_lib.init_state(
-      self.model, self.optimizer, self.config.image_size, self.config.seed
+      self.model, self.optimizer, self.config.image_size, seed
     )
 
 
@@ -136,8 +173,9 @@ def load_pretrained(
     reinit_head=config.reinit_head,
   )
   _log.info("weights of %s\n%s", config.pretrained_path, report.summary())
-  params, batch_stats = sharding.put(
-    (params, batch_stats), sharding.replicated(experiment.mesh)
+  places = experiment.places()
+  params, batch_stats = jax.tree.map(
+    sharding.put, (params, batch_stats), (places.params, places.batch_stats)
   )
   return state.replace(params=params, batch_stats=batch_stats), report
 

@@ -22,6 +22,7 @@ from absl import flags
 import jax
 from ml_collections import config_flags
 
+from rescalevit_jax import compile_cache
 from rescalevit_jax import config as config_lib
 from rescalevit_jax import errors
 from rescalevit_jax import evaluate
@@ -64,6 +65,7 @@ def main(argv: list[str]) -> None:
   if config.deterministic:  # Read when JAX starts the devices, below.
     flag = "--xla_gpu_deterministic_ops=true"
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}"
+  compile_cache.enable()
   try:
     sharding.join_processes()
     if _MODE.value == "train":

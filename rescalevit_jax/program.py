@@ -6,6 +6,7 @@ import sys
 
 import jax
 
+from rescalevit_jax import compile_cache
 from rescalevit_jax import errors
 
 
@@ -21,6 +22,7 @@ def run(body: Callable[[], int | None]) -> int:
   if hasattr(sys.stdout, "reconfigure"):
     # Names of files may have characters that the terminal has not.
     sys.stdout.reconfigure(errors="backslashreplace")
+  compile_cache.enable()
   try:
     return body() or 0
   except BrokenPipeError:

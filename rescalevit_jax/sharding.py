@@ -1,9 +1,11 @@
 """The mesh and what lies where on it.
 
-Data parallel: one axis, `data`, over all devices; batches are split along it,
-everything else is on every device.
+Data parallel: one axis, `data`, over all devices; batches are split along it.
+Everything else is on every device, but for large parameters and momenta with
+`sharding.fsdp`.
 """
 
+import math
 import os
 from typing import Any
 
@@ -14,6 +16,8 @@ from jax.sharding import PartitionSpec
 import numpy as np
 
 from rescalevit_jax import errors
+
+_MIN_SPLIT = 2**14  # Elements of an array that is worth splitting.
 
 
 def join_processes() -> None:
@@ -39,6 +43,25 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def split(mesh: Mesh, axis: int = 0) -> NamedSharding:
   """Each device holds an equal part along an axis."""
   return NamedSharding(mesh, PartitionSpec(*[None] * axis, "data"))
+
+
+def place(tree: Any, mesh: Mesh, fsdp: bool) -> Any:
+  """Returns where the arrays of a state lie, as a tree of shardings.
+
+  Args:
+    tree: of arrays, or of anything with a shape.
+    mesh: the devices.
+    fsdp: whether each device holds an equal part of the large arrays, along
+      the longest axis that the devices divide; the rest lies everywhere.
+  """
+
+  def place_array(x):
+    divisible = [n if n % mesh.size == 0 else 0 for n in x.shape]
+    if not fsdp or math.prod(x.shape) < _MIN_SPLIT or not any(divisible):
+      return replicated(mesh)
+    return split(mesh, divisible.index(max(divisible)))
+
+  return jax.tree.map(place_array, tree)
 
 
 def put(tree: Any, sharding: NamedSharding) -> Any:

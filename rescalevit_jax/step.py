@@ -1,5 +1,6 @@
 """TrainState, train_step and eval_step: pure functions."""
 
+from collections.abc import Callable
 from typing import Any
 
 import flax
@@ -32,7 +33,7 @@ def init_state(
   model: nn.Module,
   optimizer: optax.GradientTransformation,
   image_size: int,
-  seed: int,
+  seed: int | jax.Array,
 ) -> TrainState:
   """Returns the state at step 0, from scratch."""
   images = jnp.zeros((1, image_size, image_size, 3))
@@ -50,12 +51,14 @@ def train_step(
   images: jax.Array,
   labels: jax.Array,
   indices: jax.Array,
+  seed: int | jax.Array,
   *,
   model: nn.Module,
   optimizer: optax.GradientTransformation,
   augment: augment_lib.Augment,
   image_size: int,
-  seed: int,
+  gather: Callable[[Any], Any] = lambda params: params,
+  scatter: Callable[[Any], Any] = lambda grads: grads,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
   """One update.
 
@@ -68,11 +71,13 @@ def train_step(
     labels: [M] int32.
     indices: [A, B] int32, the batch's places in the split, as A micro-batches
       whose gradients are averaged.
+    seed: of the run.
     model: a `VisionTransformer`.
     optimizer: of the parameters.
     augment: what happens to training images.
     image_size: edge of the model's input, in pixels.
-    seed: of the run.
+    gather: brings parameters, of which a device may hold a part, to all.
+    scatter: leaves each device its part of a gradient.
 
   Returns:
     The state after the update, and scalars: `loss` (mean over the batch, before
@@ -83,6 +88,8 @@ def train_step(
   crop_keys = jax.random.split(crop_key, indices.shape)
   dropout_keys = jax.random.split(dropout_key, len(indices))
 
+  params = gather(state.params)
+
   def micro_step(carry, micro_batch):
     batch_stats, sums = carry
     indices, crop_keys, dropout_key = micro_batch
@@ -90,13 +97,13 @@ def train_step(
       crop_keys, images[indices], image_size, augment
     )
     (loss, batch_stats), grads = jax.value_and_grad(loss_fn, has_aux=True)(
-      state.params, batch_stats, x, labels[indices], dropout_key, model=model
+      params, batch_stats, x, labels[indices], dropout_key, model=model
     )
     return (batch_stats, jax.tree.map(jnp.add, sums, (loss, grads))), None
 
   carry = (
     state.batch_stats,
-    (jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.params)),
+    (jnp.zeros(()), jax.tree.map(jnp.zeros_like, params)),
   )
   micro_batches = (indices, crop_keys, dropout_keys)
   if len(indices) == 1:  # No loop: the compiler sees one straight step.
@@ -105,7 +112,7 @@ def train_step(
     carry, _ = jax.lax.scan(micro_step, carry, micro_batches)
   batch_stats, sums = carry
   loss, grads = jax.tree.map(lambda x: x / len(indices), sums)
-  return update(state, loss, grads, batch_stats, optimizer=optimizer)
+  return update(state, loss, scatter(grads), batch_stats, optimizer=optimizer)
 
 
 def loss_fn(

@@ -12,8 +12,8 @@ from typing import Any
 
 import jax
 import ml_collections
+import numpy as np
 
-from rescalevit_jax import augment
 from rescalevit_jax import checkpoint
 from rescalevit_jax import config as config_lib
 from rescalevit_jax import data
@@ -22,6 +22,7 @@ from rescalevit_jax import evaluate
 from rescalevit_jax import experiment as experiment_lib
 from rescalevit_jax import interrupt
 from rescalevit_jax import lock
+from rescalevit_jax import profile
 from rescalevit_jax import progress as progress_lib
 from rescalevit_jax import result as result_lib
 from rescalevit_jax import sharding
@@ -31,6 +32,7 @@ from rescalevit_jax import writers
 _log = logging.getLogger(__name__)
 
 _SECONDS_BETWEEN_LINES = 10.0
+_WARM_UP_STEPS = 3  # Before a profile.
 
 
 def train_and_evaluate(
@@ -98,7 +100,9 @@ def _train_and_evaluate(config, workdir, folder):
     )
     keep = functools.partial(_is_of_the_past, progress)
     with writers.MetricWriter(folder, config, keep) as writer:
-      trainer = Trainer(experiment, state, progress, checkpoints, writer)
+      trainer = Trainer(
+        experiment, state, progress, checkpoints, writer, folder
+      )
       del state  # The trainer gives it to the device's next step.
       finished = trainer.run(stop)
   if not finished:
@@ -127,6 +131,7 @@ class Trainer:
     progress: what the run knows of itself, updated on the way.
     checkpoints: where the state is saved.
     writer: where the metrics go.
+    folder: for other files of the run.
   """
 
   def __init__(
@@ -136,6 +141,7 @@ class Trainer:
     progress: checkpoint.Progress,
     checkpoints: checkpoint.Checkpoints,
     writer: writers.MetricWriter,
+    folder: pathlib.Path,
   ):
     config, mesh = experiment.config, experiment.mesh
     self._config = config
@@ -160,18 +166,8 @@ class Trainer:
       mesh=mesh,
     )
     self._by_device = sharding.split(mesh, axis=1)
-    self._train_step = jax.jit(
-      functools.partial(
-        step_lib.train_step,
-        model=experiment.model,
-        optimizer=experiment.optimizer,
-        augment=augment.Augment(**config.augment),
-        image_size=config.image_size,
-        seed=config.seed,
-      ),
-      out_shardings=everywhere,
-      donate_argnums=0,
-    )
+    self._seed = np.uint32(config.seed)
+    self._train_step = experiment.train_step()
     progress_lib.warn_of_long_run(
       experiment.model,
       image_size=config.image_size,
@@ -182,6 +178,11 @@ class Trainer:
     )
     self._metrics = None  # Of the step that the device works on.
     self._first_step = progress.step + 1
+    self._profile = profile.Profile(
+      folder / "profile",
+      progress.step + 1 + _WARM_UP_STEPS,
+      config.profile_steps,
+    )
     self._seconds_before = progress.seconds
     self._started = time.monotonic()
     self._timer = progress_lib.Timer(
@@ -202,6 +203,7 @@ class Trainer:
       if stop.requested or at_end or due:
         self._save()
       if stop.requested or at_end:
+        self._profile.end(self._state)
         self._checkpoints.wait()
         return progress.last_step == config.total_steps
       self._step()
@@ -210,11 +212,15 @@ class Trainer:
     """Starts a step, then waits for the one before it and reports on that."""
     config, progress = self._config, self._progress
     step = progress.step + 1
+    self._profile.before(step, self._state)
     indices = data.indices(
       config.seed, step, config.batch, len(self._train[1])
     ).reshape(config.accum_steps, -1)
     self._state, metrics = self._train_step(
-      self._state, *self._train, sharding.put(indices, self._by_device)
+      self._state,
+      *self._train,
+      sharding.put(indices, self._by_device),
+      self._seed,
     )
     self._finish_step()
     progress.step, self._metrics = step, metrics

@@ -83,7 +83,7 @@ def train_step_of(norm, dropout_rate=0.0, settings=WHOLE, sgd=DESCENT):
 def train_once(norm="LN", indices=BATCH[None], state=None, seed=0, **kwargs):
   state = start_of(norm) if state is None else state
   train_step = train_step_of(norm, **kwargs)
-  return train_step(state, IMAGES, LABELS, indices, seed=seed)
+  return train_step(state, IMAGES, LABELS, indices, seed)
 
 
 def gradient(state, norm="LN"):

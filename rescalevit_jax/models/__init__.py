@@ -6,12 +6,14 @@ import jax
 import jax.numpy as jnp
 
 from rescalevit_jax import errors
+from rescalevit_jax.models import attention as attention_lib
 from rescalevit_jax.models import initializers
 from rescalevit_jax.models import norms
 from rescalevit_jax.models import variants
 from rescalevit_jax.models import vit
 
 GELUS = ("erf", "tanh")
+ATTENTIONS = attention_lib.IMPLEMENTATIONS
 DTYPES = ("auto", "float32", "bfloat16")
 
 
@@ -23,6 +25,8 @@ def create(
   image_size: int = 224,
   dropout_rate: float = 0.1,
   gelu: str = "erf",
+  attention: str = "auto",
+  remat: bool = False,
   init: str = "torch",
   representation_size: int | None = None,
   dtype: str = "float32",
@@ -37,6 +41,9 @@ def create(
     image_size: edge of the square images, in pixels.
     dropout_rate: after the embedding and twice in each MLP; attention has none.
     gelu: 'erf' as in RescaleViT or 'tanh' as in Google's code.
+    attention: 'xla', 'cudnn', or 'auto': see `attention.choose`.
+    remat: whether training computes each block's inside a second time instead
+      of keeping it in memory.
     init: 'torch' as in RescaleViT or 'google': see `initializers`.
     representation_size: width of Google's `pre_logits` layer, or None for none.
     dtype: of the computation: 'float32', 'bfloat16', or 'auto' (bfloat16 on
@@ -50,6 +57,7 @@ def create(
     (name, variants.VARIANTS, "model_name"),
     (norm, norms.NORMS, "model.norm"),
     (gelu, GELUS, "model.gelu"),
+    (attention, ATTENTIONS, "model.attention"),
     (init, initializers.SCHEMES, "model.init"),
     (dtype, DTYPES, "dtype"),
   ):
@@ -88,11 +96,20 @@ def create(
     )
   if dtype == "auto":
     dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+  if attention == "auto":
+    head_dim = size.hidden_size // size.num_heads
+    attention = attention_lib.choose(jnp.dtype(dtype), head_dim)
+  if attention == "cudnn" and jnp.dtype(dtype) != jnp.bfloat16:
+    raise errors.UserError(
+      f"model.attention: cudnn computes in bfloat16, but dtype is {dtype}"
+    )
   return vit.VisionTransformer(
     num_classes=num_classes,
     norm=norm,
     dropout_rate=dropout_rate,
     gelu=gelu,
+    attention=attention,
+    remat=remat,
     init_scheme=init,
     representation_size=representation_size,
     dtype=jnp.dtype(dtype),

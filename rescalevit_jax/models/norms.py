@@ -5,6 +5,7 @@ A norm is a class with two methods: calling it prepares the input of a branch
 add one, write a class and enter it in `NORMS`.
 """
 
+import functools
 from typing import Any, ClassVar
 
 import flax.linen as nn
@@ -55,21 +56,19 @@ class Affine(Norm):
     self.bias = self.param("bias", nn.initializers.zeros, (self.features,))
 
   def __call__(self, x, train):
-    x = x.astype(jnp.float32)
-    mean, var = self.statistics(x, train)
-    y = (x - mean) * jax.lax.rsqrt(var + EPSILON) * self.scale + self.bias
-    return y.astype(self.dtype)
+    y = self.normalize(x.astype(jnp.float32), train)
+    return (y * self.scale + self.bias).astype(self.dtype)
 
-  def statistics(self, x, train):
-    """Returns mean and biased variance of x [B, N, D], broadcastable to x."""
+  def normalize(self, x, train):
+    """Returns x [B, N, D], float32, with mean 0 and variance 1."""
     raise NotImplementedError
 
 
 class LayerNorm(Affine):
   """Over the channels of each token (Ba et al. 2016, arXiv:1607.06450)."""
 
-  def statistics(self, x, train):
-    return _moments(x, axis=-1)
+  def normalize(self, x, train):
+    return _normalize(x, (2,))[0]
 
 
 class GroupNorm(Affine):
@@ -77,13 +76,9 @@ class GroupNorm(Affine):
 
   GROUPS: ClassVar[int] = 4
 
-  def statistics(self, x, train):
-    batch, tokens, features = x.shape
-    groups = x.reshape(batch, tokens, self.GROUPS, features // self.GROUPS)
-    return tuple(
-      jnp.repeat(s[:, :, :, 0], features // self.GROUPS, axis=-1)
-      for s in _moments(groups, axis=(1, 3))
-    )
+  def normalize(self, x, train):
+    groups = x.reshape(*x.shape[:2], self.GROUPS, -1)
+    return _normalize(groups, (1, 3))[0].reshape(x.shape)
 
 
 class BatchNorm(Affine):
@@ -99,16 +94,17 @@ class BatchNorm(Affine):
     self.mean = self.variable("batch_stats", "mean", jnp.zeros, self.features)
     self.var = self.variable("batch_stats", "var", jnp.ones, self.features)
 
-  def statistics(self, x, train):
+  def normalize(self, x, train):
     if not train:
-      return self.mean.value, self.var.value
-    mean, var = _moments(x, axis=(0, 1))
+      scale = jax.lax.rsqrt(self.var.value + EPSILON)
+      return (x - self.mean.value) * scale
+    y, mean, var = _normalize(x, (0, 1))
     if not self.is_initializing():
       count = x.shape[0] * x.shape[1]
       unbiased = var[0, 0] * count / (count - 1)
       self.mean.value = 0.9 * self.mean.value + 0.1 * mean[0, 0]
       self.var.value = 0.9 * self.var.value + 0.1 * unbiased
-    return mean, var
+    return y
 
 
 class Rescale(Norm):
@@ -163,9 +159,37 @@ class Rescale(Norm):
     return (skip * x + branch * y).astype(self.dtype)
 
 
-def _moments(x, axis):
-  mean = x.mean(axis, keepdims=True)
-  return mean, jnp.square(x - mean).mean(axis, keepdims=True)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _normalize(x, axes):
+  """Returns x with mean 0 and variance 1 over axes, and both as they were.
+
+  The mean and the biased variance are statistics: no gradient goes through
+  them as results.
+  """
+  return _normalize_forward(x, axes)[0]
+
+
+def _normalize_forward(x, axes):
+  mean = x.mean(axes, keepdims=True)
+  var = jnp.square(x - mean).mean(axes, keepdims=True)
+  scale = jax.lax.rsqrt(var + EPSILON)
+  return ((x - mean) * scale, mean, var), (x, mean, scale)
+
+
+def _normalize_backward(axes, residuals, gradients):
+  # Ioffe & Szegedy 2015, section 3, put together: with y the result,
+  #   dx = scale * (dy - mean(dy) - y * mean(dy * y)).
+  # The compiler, left to itself, computes the residual stream's gradient anew
+  # in each of the parts.
+  x, mean, scale = residuals
+  dy, _, _ = gradients
+  y = (x - mean) * scale
+  dy_mean = dy.mean(axes, keepdims=True)
+  dy_y_mean = (dy * y).mean(axes, keepdims=True)
+  return (scale * (dy - dy_mean - y * dy_y_mean),)
+
+
+_normalize.defvjp(_normalize_forward, _normalize_backward)
 
 
 NORMS: dict[str, type[Norm]] = {

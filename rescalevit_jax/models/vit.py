@@ -13,6 +13,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from rescalevit_jax.models import attention
+from rescalevit_jax.models import dropout
 from rescalevit_jax.models import initializers
 from rescalevit_jax.models import norms
 
@@ -61,13 +63,14 @@ class PositionEmbedding(nn.Module):
 
 
 class MultiHeadAttention(nn.Module):
-  """Self-attention (Vaswani et al. 2017, eq. 1): [B, N, D] -> [B, N, D].
+  """Self-attention: [B, N, D] -> [B, N, D].
 
   The probabilities [B, h, N, N], float32, are sown as
   `intermediates/.../attention`.
   """
 
   num_heads: int
+  implementation: str
   scheme: initializers.Scheme
   dtype: Any
 
@@ -86,12 +89,10 @@ class MultiHeadAttention(nn.Module):
       )(x)
 
     query, key, value = project("query"), project("key"), project("value")
-    scores = jnp.einsum(
-      "bqhd,bkhd->bhqk", query, key, preferred_element_type=jnp.float32
-    )
-    attention = jax.nn.softmax(scores * head_dim**-0.5)
-    self.sow("intermediates", "attention", attention)
-    y = jnp.einsum("bhqk,bkhd->bqhd", attention.astype(self.dtype), value)
+    if self.is_mutable_collection("intermediates"):
+      maps = attention.probabilities(query, key)
+      self.sow("intermediates", "attention", maps)
+    y = attention.attend(query, key, value, self.implementation)
     return nn.DenseGeneral(
       features,
       axis=(-2, -1),
@@ -124,10 +125,20 @@ class Mlp(nn.Module):
 
     features = x.shape[-1]
     x = dense(self.mlp_dim, "Dense_0")(x)
-    x = nn.gelu(x, approximate=self.gelu == "tanh")
-    x = nn.Dropout(self.dropout_rate, deterministic=not train)(x)
+    x = nn.gelu(x) if self.gelu == "tanh" else gelu_erf(x)
+    x = dropout.Dropout(self.dropout_rate)(x, train)
     x = dense(features, "Dense_1")(x)
-    return nn.Dropout(self.dropout_rate, deterministic=not train)(x)
+    return dropout.Dropout(self.dropout_rate)(x, train)
+
+
+def gelu_erf(x: jax.Array) -> jax.Array:
+  """GELU, x Phi(x) (Hendrycks & Gimpel 2016), computed in float32.
+
+  Through erf: XLA's erfc, which flax's GELU takes, is slower on a CPU.
+  """
+  y = x.astype(jnp.float32)
+  y *= 0.5 * (1 + jax.lax.erf(y * 2**-0.5))
+  return y.astype(x.dtype)
 
 
 class EncoderBlock(nn.Module):
@@ -140,6 +151,7 @@ class EncoderBlock(nn.Module):
   norm: str
   dropout_rate: float
   gelu: str
+  attention: str
   scheme: initializers.Scheme
   dtype: Any
 
@@ -158,13 +170,14 @@ class EncoderBlock(nn.Module):
       )
 
     before_attention = norm(0, before_mlp=False)
-    attention = MultiHeadAttention(
+    self_attention = MultiHeadAttention(
       self.num_heads,
+      self.attention,
       self.scheme,
       self.dtype,
       name="MultiHeadDotProductAttention_1",
     )
-    x = before_attention.residual(x, attention(before_attention(x, train)))
+    x = before_attention.residual(x, self_attention(before_attention(x, train)))
 
     before_mlp = norm(2, before_mlp=True)
     mlp = Mlp(
@@ -187,15 +200,20 @@ class Encoder(nn.Module):
   norm: str
   dropout_rate: float
   gelu: str
+  attention: str
+  remat: bool
   scheme: initializers.Scheme
   dtype: Any
 
   @nn.compact
   def __call__(self, x, train):
     x = PositionEmbedding(self.scheme, name="posembed_input")(x)
-    x = nn.Dropout(self.dropout_rate, deterministic=not train)(x)
+    x = dropout.Dropout(self.dropout_rate)(x, train)
+    Block = EncoderBlock
+    if self.remat:
+      Block = nn.remat(EncoderBlock, static_argnums=2)  # `train`.
     for i in range(self.num_layers):
-      x = EncoderBlock(
+      x = Block(
         block=i + 1,
         num_blocks=self.num_layers,
         num_heads=self.num_heads,
@@ -203,6 +221,7 @@ class Encoder(nn.Module):
         norm=self.norm,
         dropout_rate=self.dropout_rate,
         gelu=self.gelu,
+        attention=self.attention,
         scheme=self.scheme,
         dtype=self.dtype,
         name=f"encoderblock_{i}",
@@ -234,6 +253,8 @@ class VisionTransformer(nn.Module):
   norm: str = "LN"
   dropout_rate: float = 0.1
   gelu: str = "erf"
+  attention: str = "xla"
+  remat: bool = False
   init_scheme: str = "torch"
   representation_size: int | None = None
   dtype: Any = jnp.float32
@@ -265,6 +286,8 @@ class VisionTransformer(nn.Module):
       norm=self.norm,
       dropout_rate=self.dropout_rate,
       gelu=self.gelu,
+      attention=self.attention,
+      remat=self.remat,
       scheme=scheme,
       dtype=self.dtype,
       name="Transformer",

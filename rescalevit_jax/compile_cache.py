@@ -1,0 +1,43 @@
+"""Compiled programs kept on disk, so that the next start need not compile.
+
+`${XDG_CACHE_HOME:-~/.cache}/rescalevit_jax/compiled-MACHINE/`, through JAX's
+persistent compilation cache. Everything in there can be deleted at any time.
+"""
+
+import hashlib
+import pathlib
+import platform
+
+import jax
+
+from rescalevit_jax import array_cache
+
+_MIN_SECONDS = 0.3  # Of a compilation that is worth a file.
+
+
+def enable() -> None:
+  """Switches the cache on, unless JAX_COMPILATION_CACHE_DIR names another.
+
+  Called before anything is compiled. JAX_ENABLE_COMPILATION_CACHE=false
+  switches it off.
+  """
+  if jax.config.jax_compilation_cache_dir:
+    return
+  folder = array_cache.root() / f"compiled-{_machine()}"
+  jax.config.update("jax_compilation_cache_dir", str(folder))
+  jax.config.update("jax_persistent_cache_min_compile_time_secs", _MIN_SECONDS)
+
+
+def _machine() -> str:
+  """Returns a name for this kind of processor.
+
+  What is compiled for one may be wrong for another; machines of a cluster often
+  share a home folder.
+  """
+  text = f"{platform.system()} {platform.machine()} {platform.processor()}"
+  info = pathlib.Path("/proc/cpuinfo")
+  if info.exists():
+    kinds = ("model name", "flags", "Features", "CPU part")
+    lines = info.read_text(errors="replace").splitlines()
+    text += "".join(sorted({x for x in lines if x.startswith(kinds)}))
+  return hashlib.sha256(text.encode()).hexdigest()[:12]

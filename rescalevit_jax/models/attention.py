@@ -1,0 +1,95 @@
+"""Scaled dot-product attention (Vaswani et al. 2017, eq. 1), two ways.
+
+Shapes: B images, N tokens, h heads of d channels.
+"""
+
+import jax
+import jax.numpy as jnp
+
+IMPLEMENTATIONS = ("auto", "xla", "cudnn")
+
+
+def choose(dtype: jnp.dtype, head_dim: int) -> str:
+  """Returns what 'auto' means here: 'cudnn' where it can be had, else 'xla'.
+
+  cuDNN's needs bfloat16; here also a GPU of NVIDIA's Hopper generation or newer
+  and heads of up to 128 channels, a multiple of 8.
+  """
+  device = jax.devices()[0]
+  suits = dtype == jnp.bfloat16 and head_dim <= 128 and head_dim % 8 == 0
+  if suits and device.platform == "gpu":
+    capability = getattr(device, "compute_capability", "0")
+    if float(capability) >= 9.0:
+      return "cudnn"
+  return "xla"
+
+
+def attend(
+  query: jax.Array, key: jax.Array, value: jax.Array, implementation: str
+) -> jax.Array:
+  """Returns softmax(query key^T / sqrt(d)) value, [B, N, h, d].
+
+  Args:
+    query: [B, N, h, d].
+    key: likewise.
+    value: likewise.
+    implementation: 'xla', or 'cudnn', which needs bfloat16.
+  """
+  if implementation == "cudnn":
+    return jax.nn.dot_product_attention(
+      query, key, value, implementation="cudnn"
+    )
+  return _attend(query, key, value)
+
+
+def probabilities(query: jax.Array, key: jax.Array) -> jax.Array:
+  """Returns softmax(query key^T / sqrt(d)), [B, h, N, N] float32."""
+  return jax.nn.softmax(_scores(query, key))
+
+
+def _scores(query, key):
+  return _product("bqhd,bkhd->bhqk", query * query.shape[-1] ** -0.5, key)
+
+
+def _product(subscripts, x, y):
+  return jnp.einsum(subscripts, x, y, preferred_element_type=jnp.float32)
+
+
+@jax.custom_vjp
+def _attend(query, key, value):
+  return _forward(query, key, value)[0]
+
+
+# Divides the products by the softmax's sum, not the N^2 probabilities. The
+# gradient, too, so that no more than the exponentials of [B, h, N, N] is kept:
+# with E = exp(S - max S), Z = sum E and Y = E V / Z,
+#
+#   dV = E^T (dY / Z),  dS = E * ((dY / Z) V^T - sum_d(dY * Y) / Z).
+
+
+def _forward(query, key, value):
+  scores = _scores(query, key)
+  weights = jnp.exp(scores - scores.max(axis=-1, keepdims=True))
+  total = weights.sum(axis=-1).swapaxes(1, 2)[..., None]  # [B, N, h, 1]
+  weights = weights.astype(value.dtype)
+  y = _product("bhqk,bkhd->bqhd", weights, value) / total
+  y = y.astype(value.dtype)
+  return y, (query, key, value, weights, total, y)
+
+
+def _backward(residuals, dy):
+  query, key, value, weights, total, y = residuals
+  dtype = value.dtype
+  dy = dy.astype(jnp.float32) / total
+  shift = (dy * y).sum(axis=-1).swapaxes(1, 2)[..., None]  # [B, h, N, 1]
+  dy = dy.astype(dtype)
+  dscores = weights * (_product("bqhd,bkhd->bhqk", dy, value) - shift)
+  dscores = (dscores * query.shape[-1] ** -0.5).astype(dtype)
+  return (
+    _product("bhqk,bkhd->bqhd", dscores, key).astype(dtype),
+    _product("bhqk,bqhd->bkhd", dscores, query).astype(dtype),
+    _product("bhqk,bqhd->bkhd", weights, dy).astype(dtype),
+  )
+
+
+_attend.defvjp(_forward, _backward)
