@@ -227,6 +227,8 @@ class Trainer:
     if step == self._first_step:
       jax.block_until_ready(metrics)
       self._timer.first_step_done(step)
+      seconds = time.monotonic() - self._started
+      _log.info("the first step is done after %.1f s", seconds)
 
   def _finish_step(self):
     """Waits for the metrics of the last step and reports on it."""

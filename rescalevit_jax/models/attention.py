@@ -65,6 +65,9 @@ def _attend(query, key, value):
 # with E = exp(S - max S), Z = sum E and Y = E V / Z,
 #
 #   dV = E^T (dY / Z),  dS = E * ((dY / Z) V^T - sum_d(dY * Y) / Z).
+#
+# The products come heads first: einsum, asked for [B, N, h, d], transposes the
+# small factors instead of the result, which is a fifth slower on a CPU.
 
 
 def _forward(query, key, value):
@@ -72,7 +75,7 @@ def _forward(query, key, value):
   weights = jnp.exp(scores - scores.max(axis=-1, keepdims=True))
   total = weights.sum(axis=-1).swapaxes(1, 2)[..., None]  # [B, N, h, 1]
   weights = weights.astype(value.dtype)
-  y = _product("bhqk,bkhd->bqhd", weights, value) / total
+  y = _product("bhqk,bkhd->bhqd", weights, value).swapaxes(1, 2) / total
   y = y.astype(value.dtype)
   return y, (query, key, value, weights, total, y)
 
@@ -85,11 +88,12 @@ def _backward(residuals, dy):
   dy = dy.astype(dtype)
   dscores = weights * (_product("bqhd,bkhd->bhqk", dy, value) - shift)
   dscores = (dscores * query.shape[-1] ** -0.5).astype(dtype)
-  return (
-    _product("bhqk,bkhd->bqhd", dscores, key).astype(dtype),
-    _product("bhqk,bqhd->bkhd", dscores, query).astype(dtype),
-    _product("bhqk,bqhd->bkhd", weights, dy).astype(dtype),
+  gradients = (
+    _product("bhqk,bkhd->bhqd", dscores, key),
+    _product("bhqk,bqhd->bhkd", dscores, query),
+    _product("bhqk,bqhd->bhkd", weights, dy),
   )
+  return tuple(g.swapaxes(1, 2).astype(dtype) for g in gradients)
 
 
 _attend.defvjp(_forward, _backward)

@@ -33,20 +33,22 @@ class Dropout(nn.Module):
     kept = _LEVELS - round(self.rate * _LEVELS)
     if not train or kept == _LEVELS:
       return x
-    mask = random_uint16(self.make_rng("dropout"), x.shape) < kept
+    mask = random_mask(self.make_rng("dropout"), x.shape, kept)
     return jnp.where(mask, x * (_LEVELS / kept), 0).astype(x.dtype)
 
 
-def random_uint16(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-  """Draws uniform integers below 2^16; a function of key and place alone.
+def random_mask(key: jax.Array, shape: tuple[int, ...], kept: int) -> jax.Array:
+  """Draws a mask; an element is a function of the key and its place alone.
 
   Args:
     key: a Threefry PRNG key.
-    shape: of the result, [..., D]; up to 2^32 rows.
+    shape: of the mask, [..., D]; up to 2^32 rows.
+    kept: an element is True with probability kept / 2^16.
 
   Returns:
-    uint32 of that shape: its 4 parts along the last axis are the 4 quarters of
-    the Threefry-2x32 blocks with the counters (row, column in the part).
+    bool of that shape: its 4 parts along the last axis are made of the 4
+    quarters of the Threefry-2x32 blocks with the counters (row, column in the
+    part).
   """
   *rows, features = shape
   part = (*rows, -(-features // 4))
@@ -57,7 +59,7 @@ def random_uint16(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
   column = jax.lax.broadcasted_iota(jnp.uint32, part, len(rows))
   x, y = threefry2x32(*jax.random.key_data(key), row, column)
   low = np.uint32(_LEVELS - 1)
-  quarters = [x & low, x >> 16, y & low, y >> 16]
+  quarters = [part < kept for part in (x & low, x >> 16, y & low, y >> 16)]
   return jnp.concatenate(quarters, axis=-1)[..., :features]
 
 

@@ -173,6 +173,10 @@ def _normalize_forward(x, axes):
   mean = x.mean(axes, keepdims=True)
   var = jnp.square(x - mean).mean(axes, keepdims=True)
   scale = jax.lax.rsqrt(var + EPSILON)
+  if jax.default_backend() == "cpu":
+    # XLA would compute both anew for each element (a third of the time of a
+    # small model's evaluation).
+    mean, scale = jax.lax.optimization_barrier((mean, scale))
   return ((x - mean) * scale, mean, var), (x, mean, scale)
 
 

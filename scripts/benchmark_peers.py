@@ -1,0 +1,218 @@
+"""What benchmark.py compares with: the same sizes and recipe, written by others.
+
+Each peer trains on one batch that lies on the device: SGD with momentum, clip
+by global norm, cross-entropy, dropout at the same places as ours.
+"""
+
+from collections.abc import Callable
+import contextlib
+from typing import Any
+
+from flax import linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from rescalevit_jax import models
+
+_CLASSES = 10
+
+
+class FlaxViT(nn.Module):
+  """A ViT as the documentation of flax.linen suggests it."""
+
+  sizes: Any
+  dropout_rate: float
+  dtype: Any
+
+  @nn.compact
+  def __call__(self, x, deterministic):
+    sizes, dtype = self.sizes, self.dtype
+
+    def drop(x):
+      return nn.Dropout(self.dropout_rate)(x, deterministic=deterministic)
+
+    patch = (sizes.patch_size, sizes.patch_size)
+    x = nn.Conv(sizes.hidden_size, patch, patch, "VALID", dtype=dtype)(x)
+    x = x.reshape(len(x), -1, sizes.hidden_size)
+    cls = self.param("cls", nn.initializers.zeros, (1, 1, sizes.hidden_size))
+    cls = jnp.tile(cls.astype(x.dtype), (len(x), 1, 1))
+    x = jnp.concatenate([cls, x], axis=1)
+    initializer = nn.initializers.normal(0.02)
+    x += self.param("pos", initializer, (1, *x.shape[1:])).astype(x.dtype)
+    x = drop(x)
+    for _ in range(sizes.num_layers):
+      y = nn.LayerNorm(dtype=dtype)(x)
+      x += nn.MultiHeadDotProductAttention(sizes.num_heads, dtype=dtype)(y)
+      y = nn.LayerNorm(dtype=dtype)(x)
+      y = nn.Dense(sizes.mlp_dim, dtype=dtype)(y)
+      y = drop(nn.gelu(y, approximate=False))
+      x += drop(nn.Dense(sizes.hidden_size, dtype=dtype)(y))
+    x = nn.LayerNorm(dtype=dtype)(x)[:, 0]
+    return nn.Dense(_CLASSES)(x.astype(jnp.float32))
+
+
+class FlaxPeer:
+  """flax.linen's layers under `jax.jit`.
+
+  Args:
+    config: of the run to compare with.
+  """
+
+  def __init__(self, config):
+    ours = _model(config)
+    self.batch = config.batch
+    self._model = FlaxViT(ours, config.model.dropout_rate, ours.dtype)
+    images, labels = _batch(config)
+    self._data = jnp.asarray(images), jnp.asarray(labels)
+    optimizer = optax.chain(
+      optax.clip_by_global_norm(config.grad_norm_clip or np.inf),
+      optax.sgd(config.base_lr, config.momentum),
+    )
+    self._params = self._model.init(jax.random.key(0), self._data[0], True)
+    self._opt_state = optimizer.init(self._params)
+    self._key = jax.random.key(1)
+
+    @jax.jit
+    def train_step(params, opt_state, images, labels, key):
+      key, next_key = jax.random.split(key)
+
+      def loss_fn(params):
+        logits = self._model.apply(params, images, False, rngs={"dropout": key})
+        return optax.softmax_cross_entropy_with_integer_labels(
+          logits, labels
+        ).mean()
+
+      loss, grads = jax.value_and_grad(loss_fn)(params)
+      updates, opt_state = optimizer.update(grads, opt_state, params)
+      return optax.apply_updates(params, updates), opt_state, loss, next_key
+
+    self._train_step = train_step
+    self._forward = jax.jit(
+      lambda params, x: self._model.apply(params, x, True)
+    )
+
+  def train(self, steps: int) -> None:
+    """Does so many steps and waits for their end."""
+    for _ in range(steps):
+      self._params, self._opt_state, loss, self._key = self._train_step(
+        self._params, self._opt_state, *self._data, self._key
+      )
+    jax.block_until_ready((self._params, loss))
+
+  def evaluate(self, batches: int) -> None:
+    """Classifies so many batches and waits for their end."""
+    for _ in range(batches):
+      logits = self._forward(self._params, self._data[0])
+    logits.block_until_ready()
+
+  def memory_bytes(self) -> int:
+    """Returns what a step takes of the device."""
+    import benchmark_worker
+
+    return benchmark_worker.memory(
+      self._train_step.lower(
+        self._params, self._opt_state, *self._data, self._key
+      ).compile()
+    )
+
+
+class TimmPeer:
+  """timm's VisionTransformer with torch.compile and its own attention.
+
+  bfloat16 by autocast where our dtype is that.
+
+  Args:
+    config: of the run to compare with.
+  """
+
+  def __init__(self, config):
+    from timm.models import vision_transformer
+    import torch
+
+    self._torch = torch
+    ours = _model(config)
+    self.batch = config.batch
+    self._device = "cuda" if jax.default_backend() == "gpu" else "cpu"
+    torch.manual_seed(0)
+    torch.set_float32_matmul_precision("high")
+    model = vision_transformer.VisionTransformer(
+      img_size=config.image_size,
+      patch_size=ours.patch_size,
+      num_classes=_CLASSES,
+      embed_dim=ours.hidden_size,
+      depth=ours.num_layers,
+      num_heads=ours.num_heads,
+      mlp_ratio=ours.mlp_dim / ours.hidden_size,
+      pos_drop_rate=config.model.dropout_rate,
+      proj_drop_rate=config.model.dropout_rate,
+    ).to(self._device)
+    self._model = torch.compile(model)
+    images, labels = _batch(config)
+    self._images = (
+      torch.from_numpy(images.transpose(0, 3, 1, 2).copy())
+      .to(self._device)
+      .contiguous()
+    )
+    self._labels = torch.from_numpy(labels).long().to(self._device)
+    self._optimizer = torch.optim.SGD(
+      model.parameters(), lr=config.base_lr, momentum=config.momentum
+    )
+    self._parameters = list(model.parameters())
+    self._clip = config.grad_norm_clip or float("inf")
+    self._autocast: Callable[[], Any] = contextlib.nullcontext
+    if ours.dtype == jnp.bfloat16:
+      self._autocast = lambda: torch.autocast(self._device, torch.bfloat16)
+
+  def train(self, steps: int) -> None:
+    """Does so many steps and waits for their end."""
+    torch = self._torch
+    self._model.train()
+    for _ in range(steps):
+      self._optimizer.zero_grad(set_to_none=True)
+      with self._autocast():
+        logits = self._model(self._images)
+        loss = torch.nn.functional.cross_entropy(logits, self._labels)
+      loss.backward()
+      torch.nn.utils.clip_grad_norm_(self._parameters, self._clip)
+      self._optimizer.step()
+    self._wait()
+
+  def evaluate(self, batches: int) -> None:
+    """Classifies so many batches and waits for their end."""
+    self._model.eval()
+    with self._torch.no_grad(), self._autocast():
+      for _ in range(batches):
+        self._model(self._images)
+    self._wait()
+
+  def memory_bytes(self) -> int | None:
+    """Returns what a step takes of the device; None on a CPU."""
+    if self._device == "cpu":
+      return None
+    return self._torch.cuda.max_memory_allocated()
+
+  def _wait(self):
+    if self._device == "cuda":
+      self._torch.cuda.synchronize()
+
+
+def _model(config):
+  return models.create(
+    config.model_name,
+    num_classes=_CLASSES,
+    image_size=config.image_size,
+    dtype=config.dtype,
+    **{**config.model, "norm": "LN"},
+  )
+
+
+def _batch(config):
+  rng = np.random.default_rng(0)
+  size = config.image_size
+  images = rng.standard_normal((config.batch, size, size, 3), np.float32)
+  return images, rng.integers(0, _CLASSES, config.batch, np.int32)
+
+
+PEERS = {"flax": FlaxPeer, "timm": TimmPeer}

@@ -1,0 +1,232 @@
+"""Measures one training program; started by benchmark.py, a process for each.
+
+Usage: python benchmark_worker.py SUBJECT CONFIG OPTIONS, the last two as JSON;
+the last line of the output is a JSON object.
+"""
+
+import json
+import statistics
+import sys
+import time
+
+import benchmark_peers
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rescalevit_jax import config as config_lib
+from rescalevit_jax import data
+from rescalevit_jax import evaluate
+from rescalevit_jax import experiment as experiment_lib
+from rescalevit_jax import sharding
+from rescalevit_jax import step as step_lib
+
+_LAP_SECONDS = 0.3  # Steps that are timed together take at least as long.
+
+
+def main(subject: str, config: str, options: str) -> None:
+  """Measures and prints."""
+  config = config_lib.from_json(config)
+  options = json.loads(options)
+  if subject == "ours":
+    result = measure_ours(config, options)
+  else:
+    result = measure_peer(benchmark_peers.PEERS[subject](config), options)
+  print(json.dumps(result), flush=True)
+
+
+def measure_ours(config, options) -> dict[str, float]:
+  """Measures this project: with real data, and with one resident batch."""
+  experiment = experiment_lib.create(config)
+  everywhere = sharding.replicated(experiment.mesh)
+  train = experiment.dataset.train
+  images, labels = sharding.put((train.images, train.labels), everywhere)
+  by_device = sharding.split(experiment.mesh, axis=1)
+  seed = np.uint32(config.seed)
+  state = experiment.scratch()
+
+  def indices(step):
+    found = data.indices(config.seed, step, config.batch, len(labels))
+    return sharding.put(found.reshape(config.accum_steps, -1), by_device)
+
+  start = time.perf_counter()
+  arguments = (state, images, labels, indices(1), seed)
+  compiled = experiment.train_step().lower(*arguments).compile()
+  seconds = time.perf_counter() - start
+
+  def run(steps):
+    # As `train.Trainer` does it: a step is started, then the metrics of the one
+    # before it are awaited.
+    nonlocal state
+    last = None
+    for step in range(1, steps + 1):
+      state, metrics = compiled(state, images, labels, indices(step), seed)
+      if last is not None:
+        jax.device_get(last)
+      last = metrics
+    jax.block_until_ready((state, metrics))
+
+  resident = _resident(experiment, by_device)
+  real_times, resident_times = time_laps([run, resident], options["seconds"])
+  test = experiment.dataset.test
+  count = min(len(test.labels), options["eval_images"])
+  evaluator = evaluate.Evaluator(
+    experiment.model,
+    *sharding.put((test.images[:count], test.labels[:count]), everywhere),
+    image_size=config.image_size,
+    batch=config.batch_eval,
+    mesh=experiment.mesh,
+  )
+
+  def evaluation(times):
+    for _ in range(times):
+      evaluator(state.params, state.batch_stats)
+
+  (eval_times,) = time_laps([evaluation], options["seconds"] / 3)
+  return {
+    **summary(real_times, config.batch),
+    "resident_step_seconds": statistics.median(resident_times),
+    "input_ratio": ratio(real_times, resident_times),
+    "eval_images_per_second": count / statistics.median(eval_times),
+    "compile_seconds": seconds,
+    "memory_bytes": memory(compiled),
+    "peak_flops_per_second": matmul_flops_per_second(experiment.model.dtype),
+  }
+
+
+def _resident(experiment, by_device):
+  """Returns a function that trains on one prepared batch, again and again."""
+  config, model = experiment.config, experiment.model
+  rng = np.random.default_rng(0)
+  size = config.image_size
+  shape = (config.accum_steps, config.batch // config.accum_steps)
+  images = rng.standard_normal((*shape, size, size, 3), np.float32)
+  labels = rng.integers(0, model.num_classes, shape, np.int32)
+  images, labels = sharding.put((images, labels), by_device)
+  state = experiment.scratch()
+
+  def step(state, images, labels):
+    key = jax.random.fold_in(jax.random.key(0), state.step)
+    gradient = jax.value_and_grad(step_lib.loss_fn, has_aux=True)
+
+    def micro_step(carry, micro_batch):
+      batch_stats, sums = carry
+      (loss, batch_stats), grads = gradient(
+        state.params, batch_stats, *micro_batch, key, model=model
+      )
+      return (batch_stats, jax.tree.map(jnp.add, sums, (loss, grads))), None
+
+    carry = (
+      state.batch_stats,
+      (jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.params)),
+    )
+    if len(labels) == 1:
+      carry, _ = micro_step(carry, (images[0], labels[0]))
+    else:
+      carry, _ = jax.lax.scan(micro_step, carry, (images, labels))
+    batch_stats, (loss, grads) = carry
+    return step_lib.update(
+      state, loss, grads, batch_stats, optimizer=experiment.optimizer
+    )
+
+  step = jax.jit(step, donate_argnums=0)
+
+  def run(steps):
+    nonlocal state
+    for _ in range(steps):
+      state, metrics = step(state, images, labels)
+    jax.block_until_ready((state, metrics))
+
+  return run
+
+
+def measure_peer(peer, options) -> dict[str, float]:
+  """Measures a peer, which trains on one resident batch."""
+  start = time.perf_counter()
+  peer.train(1)
+  seconds = time.perf_counter() - start
+  (times,) = time_laps([peer.train], options["seconds"])
+  (eval_times,) = time_laps([peer.evaluate], options["seconds"] / 3)
+  return {
+    **summary(times, peer.batch),
+    "eval_images_per_second": peer.batch / statistics.median(eval_times),
+    "compile_seconds": seconds,
+    "memory_bytes": peer.memory_bytes(),
+  }
+
+
+def time_laps(runs, seconds: float) -> list[list[float]]:
+  """Times functions in turn, so that a busy machine slows all of them.
+
+  Args:
+    runs: each does so many steps and waits for their end.
+    seconds: for all of them together.
+
+  Returns:
+    For each, the seconds a step of every lap.
+  """
+  steps = []
+  for run in runs:
+    run(2)  # Compiles and warms up.
+    start = time.perf_counter()
+    run(1)
+    single = time.perf_counter() - start
+    steps.append(max(1, round(_LAP_SECONDS / single)))
+  times = [[] for _ in runs]
+  end = time.perf_counter() + seconds
+  while time.perf_counter() < end or len(times[0]) < 5:
+    for run, count, found in zip(runs, steps, times, strict=True):
+      start = time.perf_counter()
+      run(count)
+      found.append((time.perf_counter() - start) / count)
+  return times
+
+
+def summary(times: list[float], batch: int) -> dict[str, float]:
+  """Returns median and spread (quartiles) of step times, and images/s."""
+  low, median, high = statistics.quantiles(times, n=4)
+  return {
+    "step_seconds": median,
+    "step_seconds_low": low,
+    "step_seconds_high": high,
+    "laps": len(times),
+    "images_per_second": batch / median,
+  }
+
+
+def ratio(a: list[float], b: list[float]) -> float:
+  """Returns the median of the laps' ratios: neighbours in time."""
+  return statistics.median(x / y for x, y in zip(a, b, strict=True))
+
+
+def memory(compiled) -> int:
+  """Returns what a step takes of a device: measured, or else as compiled."""
+  stats = jax.devices()[0].memory_stats() or {}
+  if "peak_bytes_in_use" in stats:
+    return stats["peak_bytes_in_use"]
+  found = compiled.memory_analysis()
+  return (
+    found.argument_size_in_bytes
+    + found.output_size_in_bytes
+    - found.alias_size_in_bytes
+    + found.temp_size_in_bytes
+  )
+
+
+def matmul_flops_per_second(dtype) -> float:
+  """Measures the speed of a large product of random matrices."""
+  size = 2048 if jax.default_backend() == "cpu" else 8192
+  x = jax.random.normal(jax.random.key(0), (size, size), dtype)
+  multiply = jax.jit(jnp.matmul)
+
+  def run(times):
+    for _ in range(times):
+      y = multiply(x, x)
+    y.block_until_ready()
+
+  (times,) = time_laps([run], 2.0)
+  return jax.device_count() * 2 * size**3 / min(times)
+
+
+if __name__ == "__main__":
+  main(*sys.argv[1:])
