@@ -1,4 +1,4 @@
-"""What benchmark.py compares with: the same sizes and recipe, written by others.
+"""What benchmark.py compares with: the same sizes and recipe, by others.
 
 Each peer trains on one batch that lies on the device: SGD with momentum, clip
 by global norm, cross-entropy, dropout at the same places as ours.

@@ -54,23 +54,27 @@ def main(norm, folder, data_dir):
   )
   writers.tensorflow_cpu.load = _missing  # It would only take time.
   found = {}
-  for devices in (1, 8):
-    workdir = pathlib.Path(folder) / str(devices)
+  sharding._MIN_SPLIT = 100  # Elements; the model is small.
+  for kind in ("one", "eight", "fsdp"):
+    workdir = pathlib.Path(folder) / kind
+    devices = 1 if kind == "one" else 8
+    config.sharding.fsdp = kind == "fsdp"
     mesh = Mesh(np.asarray(jax.devices()[:devices]), ("data",))
     sharding.create_mesh = lambda mesh=mesh: mesh
     train.train_and_evaluate(config, workdir)
     with open(workdir / "metrics.jsonl", encoding="utf-8") as f:
       lines = [json.loads(line) for line in f]
     params, batch_stats, _ = checkpoint.load_variables(workdir, "latest")
-    found[devices] = lines, jax.tree.leaves((params, batch_stats))
-  (lines_1, weights_1), (lines_8, weights_8) = found[1], found[8]
-  assert len(lines_1) == len(lines_8) == 11
-  for a, b in zip(lines_1, lines_8, strict=True):
-    assert a.keys() == b.keys()
-    for key in a:
-      np.testing.assert_allclose(a[key], b[key], rtol=2e-5, err_msg=key)
-  for a, b in zip(weights_1, weights_8, strict=True):
-    np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-6)
+    found[kind] = lines, jax.tree.leaves((params, batch_stats))
+  lines_1, weights_1 = found.pop("one")
+  assert len(lines_1) == 11
+  for lines_8, weights_8 in found.values():
+    for a, b in zip(lines_1, lines_8, strict=True):
+      assert a.keys() == b.keys()
+      for key in a:
+        np.testing.assert_allclose(a[key], b[key], rtol=2e-5, err_msg=key)
+    for a, b in zip(weights_1, weights_8, strict=True):
+      np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-6)
   print("equal")
 
 

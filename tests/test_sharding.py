@@ -1,5 +1,8 @@
 """Many devices give the numbers of one."""
 
+import itertools
+import json
+import math
 import os
 import pathlib
 import subprocess
@@ -16,8 +19,14 @@ from rescalevit_jax import sharding
 @pytest.mark.parametrize("norm", ["LN", "BN", "GN", "Rescale"])
 def test_eight_devices_train_as_one(norm, digits_dir, tmp_path):
   script = pathlib.Path(__file__).parent / "eight_devices.py"
-  done = subprocess.run(
-    [sys.executable, script, norm, tmp_path, digits_dir],
+  done = run_on_eight_devices(script, norm, tmp_path, digits_dir)
+  assert done.returncode == 0, done.stderr[-3000:]
+  assert done.stdout.endswith("equal\n")
+
+
+def run_on_eight_devices(*command):
+  return subprocess.run(
+    [sys.executable, *command],
     env={
       **os.environ,
       "JAX_PLATFORMS": "cpu",
@@ -28,8 +37,51 @@ def test_eight_devices_train_as_one(norm, digits_dir, tmp_path):
     timeout=500,
     check=False,
   )
+
+
+def collectives(fsdp, digits_dir):
+  script = pathlib.Path(__file__).parent / "collectives.py"
+  done = run_on_eight_devices(script, fsdp, digits_dir)
   assert done.returncode == 0, done.stderr[-3000:]
-  assert done.stdout.endswith("equal\n")
+  return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_a_step_sums_the_gradients_once_and_moves_nothing_else(digits_dir):
+  found = collectives("0", digits_dir)
+  (shapes,) = found.pop("all-reduce")
+  sizes = [math.prod(map(int, filter(None, s.split(",")))) for s in shapes]
+  # The gradient of every parameter, and the loss.
+  assert sum(sizes) == found.pop("parameters") + 1
+  del found["held"], found["shapes"]
+  assert not any(found.values())
+
+
+def test_fsdp_gathers_parameters_and_no_activations(digits_dir):
+  found = collectives("1", digits_dir)
+  assert found["all-gather"]
+  for shape in itertools.chain(*found["all-gather"]):
+    assert sorted(map(int, shape.split(","))) in found["shapes"]
+  assert not found["all-to-all"] and not found["collective-permute"]
+  whole = collectives("0", digits_dir)["held"]
+  assert found["held"] < 0.2 * whole  # Of parameters and momenta.
+
+
+@pytest.mark.parametrize(
+  "shape, fsdp, expected",
+  [
+    ((1024, 4096), True, (None, "data")),
+    ((4096, 1024), True, ("data",)),
+    ((1023, 64), True, (None, "data")),
+    ((1023, 65), True, ()),
+    ((4096,), True, ()),  # Too small to be worth it.
+    ((), True, ()),
+    ((1024, 4096), False, ()),
+  ],
+)
+def test_place(shape, fsdp, expected):
+  mesh = jax.sharding.AbstractMesh((8,), ("data",))
+  array = jax.ShapeDtypeStruct(shape, np.float32)
+  assert sharding.place(array, mesh, fsdp).spec == jax.P(*expected)
 
 
 def test_put_places_whole_arrays_and_parts():

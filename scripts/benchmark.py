@@ -1,0 +1,356 @@
+r"""Measures how fast training and evaluation are, and what a start takes.
+
+  python scripts/benchmark.py --config=configs/cifar_small.py \
+      --grid model.norm=LN,BN,GN,Rescale --peer
+  python scripts/benchmark.py --config=configs/vit_b16_ln.py \
+      --grid model_name=ViT-B_16,ViT-B_32,ViT-L_16,ViT-L_32 --peer
+
+Flags and grid are those of rescalevit_jax.sweep. --peer adds timm's
+VisionTransformer under torch.compile and a plain flax.linen ViT (pip install -e
+'.[timm]' for the former). Everything is measured in a process of its own, in
+turn, in several rounds, so that a busy machine slows all alike. Writes
+benchmark.md and benchmark.json, with the hardware and the versions.
+"""
+
+import argparse
+from collections.abc import Sequence
+import importlib.metadata
+import importlib.util
+import json
+import logging
+import os
+import pathlib
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+
+from rescalevit_jax import config as config_lib
+from rescalevit_jax import errors
+from rescalevit_jax import models
+from rescalevit_jax import program
+from rescalevit_jax import progress
+from rescalevit_jax import writers
+from rescalevit_jax.models import flops
+from rescalevit_jax.sweep import grid
+
+_log = logging.getLogger("rescalevit_jax.benchmark")
+
+_FOLDER = pathlib.Path(__file__).resolve().parent
+_PEERS = {"flax": "flax", "timm": "timm"}  # Subjects, and what they import.
+_PACKAGES = ("jax", "jaxlib", "flax", "optax", "torch", "timm")
+_FIRST_STEP = "the first step is done"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+  """Measures; returns the exit code."""
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  add = parser.add_argument
+  add("--config", action="append", required=True, metavar="FILE[:ARGS]")
+  add("--grid", action="append", default=[], metavar="KEY=VALUE,...")
+  add(
+    "--set",
+    action="append",
+    default=[],
+    metavar="KEY=VALUE",
+    help="a config key, the same in all; may be given again",
+  )
+  add("--peer", action="store_true", help="measure others' programs, too")
+  add("--rounds", type=int, default=3, help="default: 3")
+  add(
+    "--seconds",
+    type=float,
+    default=10.0,
+    help="of training measured in each round and process; default: 10",
+  )
+  add(
+    "--eval_images",
+    type=int,
+    default=10_000,
+    help="test images of an evaluation, at most; default: 10000",
+  )
+  add(
+    "--no_start",
+    action="store_true",
+    help="leave out the times from a program's start to its first step",
+  )
+  add(
+    "--output",
+    type=pathlib.Path,
+    default=pathlib.Path("benchmark"),
+    metavar="DIR",
+    help="folder of benchmark.md and benchmark.json; default: benchmark/",
+  )
+  args = parser.parse_args(argv)
+  progress.log_to_stderr()
+  return program.run(lambda: _run(args))
+
+
+def _run(args):
+  if args.rounds < 1 or args.seconds <= 0 or args.eval_images < 1:
+    raise errors.UserError("--rounds, --seconds, --eval_images: must be > 0")
+  runs = grid.plan(
+    args.config,
+    [grid.parse_axis(text) for text in args.grid],
+    [grid.parse_setting(text, "--set") for text in args.set],
+    pathlib.Path("runs"),
+  )
+  subjects = ["ours"]
+  if args.peer:
+    for name, package in _PEERS.items():
+      if importlib.util.find_spec(package) is None:
+        _log.warning("%s is not installed: left out", package)
+      else:
+        subjects.append(name)
+  entries = [
+    {"run": run, "subject": subject, "rounds": []}
+    for run in runs
+    # A peer has LayerNorm, whatever our norm: once for each model is enough.
+    for subject in (subjects if _is_first(run, runs) else ["ours"])
+  ]
+  load_before = os.getloadavg()
+  options = {"seconds": args.seconds, "eval_images": args.eval_images}
+  total, start = args.rounds * len(entries), time.monotonic()
+  for i in range(total):
+    entry = entries[i % len(entries)]
+    entry["rounds"].append(_measure(entry["run"], entry["subject"], options))
+    left = (time.monotonic() - start) / (i + 1) * (total - i - 1)
+    _log.info(
+      "%d/%d  %s %s: %.0f images/s  ETA %s",
+      i + 1,
+      total,
+      entry["run"].workdir.name,
+      entry["subject"],
+      entry["rounds"][-1]["images_per_second"],
+      progress.duration(left),
+    )
+  starts = []
+  if not args.no_start:
+    starts = [_measure_starts(run) for run in runs if _is_first(run, runs)]
+  report = {
+    "command": [pathlib.Path(sys.argv[0]).name, *sys.argv[1:]],
+    "machine": {**_machine(), "load_before": load_before},
+    "entries": [_entry(entry, entries) for entry in entries],
+    "starts": starts,
+  }
+  args.output.mkdir(parents=True, exist_ok=True)
+  text = _markdown(report)
+  writers.write_file(
+    args.output / "benchmark.json", json.dumps(report, indent=2) + "\n"
+  )
+  writers.write_file(args.output / "benchmark.md", text)
+  print(text)
+
+
+def _is_first(run, runs):
+  """Whether it is the first run of those that differ in the norm only."""
+
+  def key(run):
+    values = config_lib.flatten(run.config)
+    return {k: v for k, v in values.items() if k != "model.norm"}
+
+  return next(other for other in runs if key(other) == key(run)) is run
+
+
+def _measure(run, subject, options):
+  done = subprocess.run(
+    [
+      sys.executable,
+      str(_FOLDER / "benchmark_worker.py"),
+      subject,
+      config_lib.to_json(run.config),
+      json.dumps(options),
+    ],
+    capture_output=True,
+    text=True,
+    check=False,
+  )
+  try:
+    return json.loads(done.stdout.splitlines()[-1])
+  except (IndexError, ValueError) as e:
+    reason = (done.stderr.strip().splitlines() or ["it printed nothing"])[-1]
+    raise errors.UserError(f"{run.workdir.name}, {subject}: {reason}") from e
+
+
+def _measure_starts(run):
+  """Returns the seconds to the first step, without caches and with them."""
+  with tempfile.TemporaryDirectory() as folder:
+    seconds = []
+    for i in range(3):
+      seconds.append(_seconds_to_first_step(run, pathlib.Path(folder), i))
+      _log.info("start %d of %s: %.1f s", i, run.workdir.name, seconds[-1])
+  return {"run": run.workdir.name, "cold": seconds[0], "warm": seconds[1:]}
+
+
+def _seconds_to_first_step(run, folder, i):
+  command = [*run.command, f"--workdir={folder / str(i)}"]
+  environment = {**os.environ, "XDG_CACHE_HOME": str(folder / "cache")}
+  start = time.monotonic()
+  process = subprocess.Popen(
+    command,
+    stdout=subprocess.DEVNULL,
+    stderr=subprocess.PIPE,
+    text=True,
+    env=environment,
+  )
+  try:
+    lines = []
+    for line in process.stderr:
+      if _FIRST_STEP in line:
+        return time.monotonic() - start
+      lines.append(line.strip())
+  finally:
+    process.kill()
+    process.communicate()
+  reason = lines[-1] if lines else "it printed nothing"
+  raise errors.UserError(f"{run.workdir.name}: {reason}")
+
+
+def _entry(entry, entries):
+  """Returns medians over the rounds, and ratios to the peers of each round."""
+  rounds = entry["rounds"]
+  config = entry["run"].config
+  medians = {
+    key: statistics.median(r[key] for r in rounds)
+    for key, value in rounds[0].items()
+    if value is not None
+  }
+  speeds = [r["images_per_second"] for r in rounds]
+  found = {
+    "run": entry["run"].workdir.name,
+    "norm": config.model.norm if entry["subject"] == "ours" else "LN",
+    "model": config.model_name,
+    "image_size": config.image_size,
+    "batch": config.batch,
+    "dtype": config.dtype,
+    "subject": entry["subject"],
+    **medians,
+    "images_per_second_range": [min(speeds), max(speeds)],
+    "rounds": rounds,
+  }
+  if entry["subject"] != "ours":
+    return found
+  model = models.create(
+    config.model_name,
+    num_classes=10,
+    image_size=config.image_size,
+    **{**config.model, "attention": "xla"},
+  )
+  training = 3 * flops.forward_flops(model, config.image_size)
+  found["training_flops_per_image"] = training
+  found["peak_share"] = statistics.median(
+    training * r["images_per_second"] / r["peak_flops_per_second"]
+    for r in rounds
+  )
+  mine = config_lib.flatten(config)
+  for other in entries:
+    theirs = config_lib.flatten(other["run"].config)
+    same = all(mine[k] == theirs[k] for k in mine if k != "model.norm")
+    if same and other["subject"] != "ours":
+      found[f"ratio_to_{other['subject']}"] = _ratio(rounds, other["rounds"])
+    if same and other["subject"] == "ours" and theirs["model.norm"] == "LN":
+      found["ratio_to_LN"] = _ratio(rounds, other["rounds"])
+  return found
+
+
+def _ratio(ours, theirs):
+  return statistics.median(
+    a["images_per_second"] / b["images_per_second"]
+    for a, b in zip(ours, theirs, strict=True)
+  )
+
+
+def _machine():
+  # In a process of its own, for it takes hold of every GPU.
+  look = (
+    "import jax; print(jax.device_count(), 'x', jax.devices()[0].device_kind)"
+  )
+  done = subprocess.run(
+    [sys.executable, "-c", look], capture_output=True, text=True, check=True
+  )
+  kind = platform.processor() or platform.machine()
+  info = pathlib.Path("/proc/cpuinfo")
+  if info.exists():
+    lines = info.read_text(errors="replace").splitlines()
+    names = [x.partition(": ")[2] for x in lines if x.startswith("model name")]
+    kind = (names or [kind])[0]
+  versions = {"python": platform.python_version()}
+  for package in _PACKAGES:
+    if importlib.util.find_spec(package) is not None:
+      versions[package] = importlib.metadata.version(package)
+  return {
+    "devices": done.stdout.strip().splitlines()[-1],
+    "processor": kind,
+    "cores": len(os.sched_getaffinity(0)),
+    "versions": versions,
+  }
+
+
+def _markdown(report) -> str:
+  machine = report["machine"]
+  versions = ", ".join(f"{k} {v}" for k, v in machine["versions"].items())
+  lines = [
+    "# Benchmark",
+    "",
+    f"- Command: `{' '.join(report['command'])}`",
+    f"- Devices: {machine['devices']}; {machine['cores']} cores of"
+    f" {machine['processor']}; load before: {machine['load_before'][0]:.1f}",
+    f"- Versions: {versions}",
+    "- Medians over the rounds; in brackets the lowest and the highest round."
+    " A ratio is the median of the rounds' ratios of training images/s.",
+    "- Peak: a large matrix product of random numbers in the same type and"
+    " process. Arithmetic: the model's matrix products, 3 times those of a"
+    " forward pass. Real data / resident: a step with its data, crops"
+    " included, over one with a prepared batch that stays on the device. Peers"
+    " train on such a batch.",
+    "",
+    "| model | batch, dtype | program | training images/s | step, ms"
+    " (quartiles) | evaluation images/s | share of peak | real data / resident"
+    " | memory, GB | compilation, s | ours / LN | ours / flax | ours / timm |",
+    "|---|---|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
+  ]
+  for e in report["entries"]:
+    low, high = e["images_per_second_range"]
+    ours = e["subject"] == "ours"
+    cells = [
+      f"{e['model']} at {e['image_size']}",
+      f"{e['batch']}, {e['dtype']}",
+      f"ours, {e['norm']}" if ours else f"{e['subject']}, LN",
+      f"{e['images_per_second']:.0f} ({low:.0f}–{high:.0f})",
+      f"{1e3 * e['step_seconds']:.1f} ({1e3 * e['step_seconds_low']:.1f}–"
+      f"{1e3 * e['step_seconds_high']:.1f})",
+      f"{e['eval_images_per_second']:.0f}",
+      f"{100 * e['peak_share']:.0f} %" if ours else "",
+      _cell(e, "input_ratio", 1),
+      _cell(e, "memory_bytes", 1e-9),
+      f"{e['compile_seconds']:.1f}",
+      *(_cell(e, f"ratio_to_{what}", 1) for what in ("LN", "flax", "timm")),
+    ]
+    lines.append(f"| {' | '.join(cells)} |")
+  if report["starts"]:
+    lines += [
+      "",
+      "Seconds from a start to the first step, caches empty, then full:",
+      "",
+      "| run | first | second | third | second / first |",
+      "|---|--:|--:|--:|--:|",
+    ]
+  for start in report["starts"]:
+    second, third = start["warm"]
+    lines.append(
+      f"| {start['run']} | {start['cold']:.1f} | {second:.1f} | {third:.1f} |"
+      f" {second / start['cold']:.2f} |"
+    )
+  return "\n".join(lines) + "\n"
+
+
+def _cell(entry, key, factor):
+  return f"{factor * entry[key]:.2f}" if key in entry else ""
+
+
+if __name__ == "__main__":
+  sys.exit(main())
