@@ -1,0 +1,85 @@
+"""The benchmark runs, and says what it measured."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+
+import programs
+import pytest
+import tiny_sweep
+
+KEYS = tiny_sweep.KEYS
+
+
+def run(*args, env=None):
+  return subprocess.run(
+    [sys.executable, programs.FOLDER / "benchmark.py", *args],
+    env={**os.environ, "JAX_PLATFORMS": "cpu", **(env or {})},
+    cwd=tiny_sweep.ROOT,
+    capture_output=True,
+    text=True,
+    check=False,
+  )
+
+
+def test_measures_all(digits_dir, shared_dir, tmp_path):
+  done = run(
+    "--config=configs/quickstart.py",
+    "--grid=model.norm=LN,Rescale",
+    *(f"--set={key}" for key in (*KEYS, f"tfds_data_dir={digits_dir}")),
+    "--peer",
+    "--rounds=1",
+    "--seconds=0.5",
+    "--eval_images=100",
+    f"--output={tmp_path}",
+    env=tiny_sweep.environment(shared_dir),
+  )
+  assert done.returncode == 0, done.stderr
+  report = json.loads((tmp_path / "benchmark.json").read_text())
+  ours, flax = report["entries"][:2]
+  subjects = [(e["subject"], e["norm"]) for e in report["entries"]]
+  expected = [("ours", "LN"), ("flax", "LN"), ("ours", "Rescale")]
+  if importlib.util.find_spec("timm") is None:
+    assert "timm is not installed" in done.stderr
+  else:
+    expected.insert(2, ("timm", "LN"))
+  assert subjects == expected
+  # One block of width 16, MLP 32, patches of 4 x 4 in 8 x 8 pixels, 10 classes.
+  tokens = 5
+  forward = 2 * 4 * 48 * 16 + 2 * 16 * 10
+  forward += tokens * (8 * 16 * 16 + 4 * 16 * 32) + 4 * tokens**2 * 16
+  assert ours["training_flops_per_image"] == 3 * forward
+  share = 3 * forward * ours["images_per_second"]
+  share /= ours["rounds"][0]["peak_flops_per_second"]
+  assert ours["peak_share"] == pytest.approx(share)
+  assert ours["ratio_to_LN"] == 1
+  assert ours["ratio_to_flax"] == pytest.approx(
+    ours["images_per_second"] / flax["images_per_second"]
+  )
+  assert ours["images_per_second"] == pytest.approx(48 / ours["step_seconds"])
+  assert ours["memory_bytes"] > 0 and ours["eval_images_per_second"] > 0
+  (start,) = report["starts"]
+  assert len(start["warm"]) == 2 and min(start["warm"]) > 0
+  text = (tmp_path / "benchmark.md").read_text()
+  assert text == done.stdout.rstrip("\n") + "\n" or text in done.stdout
+  assert "| ours, Rescale |" in text and "ETA" in done.stderr
+
+
+@pytest.mark.parametrize(
+  "flags, words",
+  [
+    (["--grid=nrom=LN"], "nrom"),
+    (["--rounds=0"], "--rounds"),
+    (["--set=dataset=nothing", "--no_start"], "nothing"),
+  ],
+)
+def test_mistakes_are_one_line(flags, words, tmp_path):
+  done = run(
+    "--config=configs/quickstart.py", f"--output={tmp_path / 'o'}", *flags
+  )
+  assert done.returncode == 1
+  line = done.stderr.splitlines()[-1]
+  assert line.startswith("error: ") and words in line
+  assert "Traceback" not in done.stderr and not (tmp_path / "o").exists()

@@ -1,0 +1,88 @@
+"""Compiled programs are kept for the next start."""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import pytest
+
+from rescalevit_jax import compile_cache
+
+PROGRAM = """
+from rescalevit_jax import compile_cache
+import jax, jax.numpy as jnp
+compile_cache._MIN_SECONDS = 0
+compile_cache.enable()
+print(jax.jit(lambda x: jnp.sin(x) @ x)(jnp.ones((3, 3))))
+"""
+
+
+def run(cache, **env):
+  return subprocess.run(
+    [sys.executable, "-c", PROGRAM],
+    env={
+      **{k: v for k, v in os.environ.items() if not k.startswith("JAX_")},
+      "JAX_PLATFORMS": "cpu",
+      "XDG_CACHE_HOME": str(cache),
+      **env,
+    },
+    capture_output=True,
+    text=True,
+    check=True,
+  )
+
+
+def programs(folder):
+  return {
+    p: p.stat().st_mtime_ns
+    for p in folder.rglob("*")
+    if p.name.endswith("cache")
+  }
+
+
+def test_a_second_process_compiles_nothing(tmp_path):
+  first = run(tmp_path)
+  kept = programs(tmp_path)
+  assert kept
+  for path in kept:
+    (machine,) = path.relative_to(tmp_path / "rescalevit_jax").parts[:-1]
+    assert machine.startswith("compiled-")
+  second = run(tmp_path)
+  assert programs(tmp_path) == kept
+  assert first.stdout == second.stdout
+
+
+def test_a_folder_that_cannot_be_written_is_no_error(tmp_path):
+  (tmp_path / "file").write_text("")
+  done = run(tmp_path / "file")
+  assert "[" in done.stdout and "Traceback" not in done.stderr
+
+
+def test_the_users_own_folder_is_left(tmp_path):
+  run(tmp_path / "a", JAX_COMPILATION_CACHE_DIR=str(tmp_path / "b"))
+  assert not (tmp_path / "a").exists()
+
+
+def test_each_kind_of_processor_has_its_own(monkeypatch):
+  name = compile_cache._machine()
+  assert name == compile_cache._machine()
+  read = pathlib.Path.read_text
+  monkeypatch.setattr(
+    pathlib.Path,
+    "read_text",
+    lambda self, **kwargs: read(self, **kwargs).replace(
+      "flags\t\t:", "flags\t\t: x"
+    ),
+  )
+  if "flags\t\t:" not in read(pathlib.Path("/proc/cpuinfo")):
+    pytest.skip("this processor's flags have another name")
+  assert compile_cache._machine() != name
+
+
+def test_an_enabled_cache_stays(monkeypatch):
+  before = jax.config.jax_compilation_cache_dir
+  assert before  # That of the tests.
+  compile_cache.enable()
+  assert jax.config.jax_compilation_cache_dir == before

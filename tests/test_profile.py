@@ -1,0 +1,37 @@
+"""Profiles of some steps."""
+
+import gzip
+import json
+
+import pytest
+
+from rescalevit_jax import train
+
+
+def files(folder):
+  return sorted(p.name for p in folder.rglob("*") if p.is_file())
+
+
+def test_a_profile_shows_the_steps_and_changes_nothing(tiny_config, tmp_path):
+  plain = train.train_and_evaluate(tiny_config, tmp_path / "plain")
+  assert not (tmp_path / "plain" / "profile").exists()
+  tiny_config.profile_steps = 2
+  result = train.train_and_evaluate(tiny_config, tmp_path / "run")
+  assert result["last_loss"] == plain["last_loss"]
+  folder = tmp_path / "run" / "profile"
+  assert any(name.endswith(".xplane.pb") for name in files(folder))
+  (trace,) = folder.rglob("perfetto_trace.json.gz")
+  with gzip.open(trace, "rt") as f:
+    events = json.load(f)["traceEvents"]
+  calls = [e for e in events if "train_step" in e.get("name", "")]
+  assert calls
+
+
+@pytest.mark.parametrize("steps", [10**6])
+def test_a_profile_longer_than_the_run_ends_with_it(
+  steps, tiny_config, tmp_path
+):
+  tiny_config.profile_steps = steps
+  for _ in range(2):  # The second start finds the run finished.
+    train.train_and_evaluate(tiny_config, tmp_path)
+  assert any(n.endswith(".xplane.pb") for n in files(tmp_path / "profile"))
