@@ -12,7 +12,7 @@ import jax
 
 from rescalevit_jax import array_cache
 
-_MIN_SECONDS = 0.3  # Of a compilation that is worth a file.
+_MIN_SECONDS = 0.05  # Of a compilation that is worth a file.
 
 
 def enable() -> None:

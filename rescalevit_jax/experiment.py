@@ -59,14 +59,13 @@ class Experiment:
     """Returns shapes, types and places of the state."""
     return jax.tree.map(
       lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
-      jax.eval_shape(self._init, 0),
+      self._shapes,
       self.places(),
     )
 
   def places(self) -> step_lib.TrainState:
     """Returns where the arrays of the state lie."""
-    state = jax.eval_shape(self._init, 0)
-    return sharding.place(state, self.mesh, self.config.sharding.fsdp)
+    return sharding.place(self._shapes, self.mesh, self.config.sharding.fsdp)
 
   def train_step(self) -> Callable[..., Any]:
     """Returns `step.train_step`, compiled when it is first called.
@@ -93,6 +92,10 @@ class Experiment:
       out_shardings=(places, everywhere),
       donate_argnums=0,
     )
+
+  @functools.cached_property
+  def _shapes(self):
+    return jax.eval_shape(self._init, 0)
 
   def _init(self, seed):
     return step_lib.init_state(
@@ -142,12 +145,15 @@ def create_model(
   Raises:
     UserError: sizes that do not fit together.
   """
+  keys = dict(config.model)
+  if config.deterministic and keys["attention"] == "auto":
+    keys["attention"] = "xla"  # cuDNN's gradient adds up in any order.
   return models.create(
     config.model_name,
     num_classes=num_classes,
     image_size=config.image_size,
     dtype=config.dtype,
-    **config.model,
+    **keys,
   )
 
 

@@ -153,6 +153,7 @@ def load(workdir: str | os.PathLike[str], which: str = "best") -> TrainedModel:
   """
   workdir = pathlib.Path(workdir)
   config = experiment.require_config(workdir)
+  config.model.attention = "auto"  # The run's machine may not be this one.
   params, batch_stats, _ = checkpoint.load_variables(workdir, which)
   num_classes = np.size(params.get("head", {}).get("bias", ()))
   model = experiment.create_model(config, num_classes)

@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 from scipy import special
 
+from rescalevit_jax import config as config_lib
 from rescalevit_jax import errors
+from rescalevit_jax import experiment
 from rescalevit_jax import models
 from rescalevit_jax.models import attention
 from rescalevit_jax.models import dropout
@@ -105,9 +107,22 @@ def test_auto(device, dtype, head_dim, expected, monkeypatch):
   assert attention.choose(jnp.dtype(dtype), head_dim) == expected
 
 
-def test_cudnn_needs_bfloat16():
-  with pytest.raises(errors.UserError, match="cudnn computes in bfloat16"):
-    models.create("ViT-XS_4", num_classes=2, attention="cudnn")
+@pytest.mark.parametrize(
+  "backend, dtype", [("gpu", "float32"), ("cpu", "bfloat16")]
+)
+def test_cudnn_needs_a_gpu_and_bfloat16(backend, dtype, monkeypatch):
+  monkeypatch.setattr(jax, "default_backend", lambda: backend)
+  with pytest.raises(errors.UserError, match=f"{backend} and {dtype}"):
+    models.create("ViT-XS_4", num_classes=2, attention="cudnn", dtype=dtype)
+
+
+def test_a_deterministic_run_does_without_cudnn(monkeypatch):
+  monkeypatch.setattr(attention, "choose", lambda dtype, head_dim: "cudnn")
+  monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+  config = config_lib.default()
+  assert experiment.create_model(config, 2).attention == "cudnn"
+  config.deterministic = True
+  assert experiment.create_model(config, 2).attention == "xla"
 
 
 @pytest.mark.parametrize("norm", ["LN", "Rescale"])

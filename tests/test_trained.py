@@ -145,6 +145,14 @@ def test_a_config_of_another_model_is_named(old, new, words, copied):
   assert words in str(caught.value) and "\n" not in str(caught.value)
 
 
+def test_a_run_of_another_machine_can_be_used(copied):
+  path = copied / "config.json"
+  text = path.read_text()
+  assert '"attention": "auto"' in text
+  path.write_text(text.replace('"attention": "auto"', '"attention": "cudnn"'))
+  assert trained.load(copied).model.attention == "xla"
+
+
 def test_class_names(copied):
   path = copied / "class_names.json"
   names = [f"class, {i}" for i in range(10)]

@@ -99,9 +99,12 @@ def create(
   if attention == "auto":
     head_dim = size.hidden_size // size.num_heads
     attention = attention_lib.choose(jnp.dtype(dtype), head_dim)
-  if attention == "cudnn" and jnp.dtype(dtype) != jnp.bfloat16:
+  if attention == "cudnn" and (
+    jax.default_backend() != "gpu" or jnp.dtype(dtype) != jnp.bfloat16
+  ):
     raise errors.UserError(
-      f"model.attention: cudnn computes in bfloat16, but dtype is {dtype}"
+      "model.attention: cudnn needs a GPU and dtype bfloat16, but this is"
+      f" {jax.default_backend()} and {dtype}; choose auto"
     )
   return vit.VisionTransformer(
     num_classes=num_classes,
