@@ -132,7 +132,7 @@ def _run(args):
   if not args.no_start:
     starts = [_measure_starts(run) for run in runs if _is_first(run, runs)]
   report = {
-    "command": [pathlib.Path(sys.argv[0]).name, *sys.argv[1:]],
+    "command": _command(args),
     "machine": {**_machine(), "load_before": load_before},
     "entries": [_entry(entry, entries) for entry in entries],
     "starts": starts,
@@ -144,6 +144,22 @@ def _run(args):
   )
   writers.write_file(args.output / "benchmark.md", text)
   print(text)
+
+
+def _command(args):
+  """Returns what was asked for, but for where files lie."""
+  words = ["python scripts/benchmark.py"]
+  words += [f"--config={text}" for text in args.config]
+  words += [f"--grid={text}" for text in args.grid]
+  words += [
+    f"--set={text}"
+    for text in args.set
+    if not text.startswith("tfds_data_dir=")
+  ]
+  words += ["--peer"] * args.peer + ["--no_start"] * args.no_start
+  for name in ("rounds", "seconds", "eval_images"):
+    words.append(f"--{name}={getattr(args, name):g}")
+  return " ".join(words)
 
 
 def _is_first(run, runs):
@@ -217,7 +233,7 @@ def _entry(entry, entries):
   medians = {
     key: statistics.median(r[key] for r in rounds)
     for key, value in rounds[0].items()
-    if value is not None
+    if isinstance(value, int | float)
   }
   speeds = [r["images_per_second"] for r in rounds]
   found = {
@@ -226,7 +242,7 @@ def _entry(entry, entries):
     "model": config.model_name,
     "image_size": config.image_size,
     "batch": config.batch,
-    "dtype": config.dtype,
+    "dtype": rounds[0]["dtype"],
     "subject": entry["subject"],
     **medians,
     "images_per_second_range": [min(speeds), max(speeds)],
@@ -296,7 +312,7 @@ def _markdown(report) -> str:
   lines = [
     "# Benchmark",
     "",
-    f"- Command: `{' '.join(report['command'])}`",
+    f"- Command: `{report['command']}`",
     f"- Devices: {machine['devices']}; {machine['cores']} cores of"
     f" {machine['processor']}; load before: {machine['load_before'][0]:.1f}",
     f"- Versions: {versions}",

@@ -61,7 +61,7 @@ class FlaxPeer:
   """
 
   def __init__(self, config):
-    ours = _model(config)
+    ours = model_of(config)
     self.batch = config.batch
     self._model = FlaxViT(ours, config.model.dropout_rate, ours.dtype)
     images, labels = _batch(config)
@@ -132,7 +132,7 @@ class TimmPeer:
     import torch
 
     self._torch = torch
-    ours = _model(config)
+    ours = model_of(config)
     self.batch = config.batch
     self._device = "cuda" if jax.default_backend() == "gpu" else "cpu"
     torch.manual_seed(0)
@@ -198,7 +198,8 @@ class TimmPeer:
       self._torch.cuda.synchronize()
 
 
-def _model(config):
+def model_of(config: Any) -> nn.Module:
+  """Returns our model of a config, with LayerNorm: its sizes, its dtype."""
   return models.create(
     config.model_name,
     num_classes=_CLASSES,

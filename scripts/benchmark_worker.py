@@ -32,6 +32,7 @@ def main(subject: str, config: str, options: str) -> None:
     result = measure_ours(config, options)
   else:
     result = measure_peer(benchmark_peers.PEERS[subject](config), options)
+  result["dtype"] = benchmark_peers.model_of(config).dtype.name
   print(json.dumps(result), flush=True)
 
 

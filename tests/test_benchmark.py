@@ -54,7 +54,7 @@ def test_measures_all(digits_dir, shared_dir, tmp_path):
   share = 3 * forward * ours["images_per_second"]
   share /= ours["rounds"][0]["peak_flops_per_second"]
   assert ours["peak_share"] == pytest.approx(share)
-  assert ours["ratio_to_LN"] == 1
+  assert ours["ratio_to_LN"] == 1 and ours["dtype"] == "float32"
   assert ours["ratio_to_flax"] == pytest.approx(
     ours["images_per_second"] / flax["images_per_second"]
   )
@@ -63,6 +63,7 @@ def test_measures_all(digits_dir, shared_dir, tmp_path):
   (start,) = report["starts"]
   assert len(start["warm"]) == 2 and min(start["warm"]) > 0
   text = (tmp_path / "benchmark.md").read_text()
+  assert str(tmp_path) not in text and str(digits_dir) not in text
   assert text == done.stdout.rstrip("\n") + "\n" or text in done.stdout
   assert "| ours, Rescale |" in text and "ETA" in done.stderr
 
