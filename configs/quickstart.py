@@ -1,4 +1,4 @@
-"""Handwritten digits with a small ViT and no norm: two minutes on a CPU."""
+"""Handwritten digits with a small ViT and no norm: a minute on a CPU."""
 
 from rescalevit_jax import config as config_lib
 

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Trains a small Vision Transformer with the norm Rescale on scikit-learn's
-# handwritten digits: about two minutes on four CPU cores, after an installation
+# handwritten digits: about a minute on four CPU cores, after an installation
 # into .venv that happens once.
 #
 # Usage: bash scripts/quickstart.sh [FLAG]...
