@@ -146,8 +146,13 @@ def create_model(
     UserError: sizes that do not fit together.
   """
   keys = dict(config.model)
-  if config.deterministic and keys["attention"] == "auto":
-    keys["attention"] = "xla"  # cuDNN's gradient adds up in any order.
+  if config.deterministic:  # cuDNN's gradient adds up in any order.
+    if keys["attention"] == "cudnn":
+      raise errors.UserError(
+        "config: model.attention is 'cudnn', which is not deterministic;"
+        " choose auto"
+      )
+    keys["attention"] = "xla"
   return models.create(
     config.model_name,
     num_classes=num_classes,

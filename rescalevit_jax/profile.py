@@ -19,6 +19,8 @@ class Profile:
   """
 
   def __init__(self, folder: pathlib.Path, first_step: int, steps: int):
+    if steps:
+      folder.mkdir(parents=True, exist_ok=True)  # It fails now or never.
     self._folder = folder
     self._steps = range(first_step, first_step + steps)
     self._running = False

@@ -21,6 +21,7 @@ import logging
 import os
 import pathlib
 import platform
+import signal
 import statistics
 import subprocess
 import sys
@@ -87,11 +88,13 @@ def main(argv: Sequence[str] | None = None) -> int:
   )
   args = parser.parse_args(argv)
   progress.log_to_stderr()
+  # So that the process that measures just now ends with this one.
+  signal.signal(signal.SIGTERM, signal.default_int_handler)
   return program.run(lambda: _run(args))
 
 
 def _run(args):
-  if args.rounds < 1 or args.seconds <= 0 or args.eval_images < 1:
+  if args.rounds < 1 or not args.seconds > 0 or args.eval_images < 1:
     raise errors.UserError("--rounds, --seconds, --eval_images: must be > 0")
   runs = grid.plan(
     args.config,
@@ -112,6 +115,7 @@ def _run(args):
     # A peer has LayerNorm, whatever our norm: once for each model is enough.
     for subject in (subjects if _is_first(run, runs) else ["ours"])
   ]
+  args.output.mkdir(parents=True, exist_ok=True)  # It fails now or never.
   load_before = os.getloadavg()
   options = {"seconds": args.seconds, "eval_images": args.eval_images}
   total, start = args.rounds * len(entries), time.monotonic()
@@ -137,7 +141,6 @@ def _run(args):
     "entries": [_entry(entry, entries) for entry in entries],
     "starts": starts,
   }
-  args.output.mkdir(parents=True, exist_ok=True)
   text = _markdown(report)
   writers.write_file(
     args.output / "benchmark.json", json.dumps(report, indent=2) + "\n"
@@ -181,6 +184,7 @@ def _measure(run, subject, options):
       config_lib.to_json(run.config),
       json.dumps(options),
     ],
+    env=_environment(),
     capture_output=True,
     text=True,
     check=False,
@@ -190,6 +194,15 @@ def _measure(run, subject, options):
   except (IndexError, ValueError) as e:
     reason = (done.stderr.strip().splitlines() or ["it printed nothing"])[-1]
     raise errors.UserError(f"{run.workdir.name}, {subject}: {reason}") from e
+
+
+def _environment():
+  """Returns the variables of what is measured: one GPU, as peers have it."""
+  environment = dict(os.environ)
+  environment.pop("JAX_COMPILATION_CACHE_DIR", None)
+  gpus = environment.get("CUDA_VISIBLE_DEVICES") or "0"
+  environment["CUDA_VISIBLE_DEVICES"] = gpus.partition(",")[0]
+  return environment
 
 
 def _measure_starts(run):
@@ -204,7 +217,7 @@ def _measure_starts(run):
 
 def _seconds_to_first_step(run, folder, i):
   command = [*run.command, f"--workdir={folder / str(i)}"]
-  environment = {**os.environ, "XDG_CACHE_HOME": str(folder / "cache")}
+  environment = {**_environment(), "XDG_CACHE_HOME": str(folder / "cache")}
   start = time.monotonic()
   process = subprocess.Popen(
     command,
@@ -286,7 +299,11 @@ def _machine():
     "import jax; print(jax.device_count(), 'x', jax.devices()[0].device_kind)"
   )
   done = subprocess.run(
-    [sys.executable, "-c", look], capture_output=True, text=True, check=True
+    [sys.executable, "-c", look],
+    env=_environment(),
+    capture_output=True,
+    text=True,
+    check=True,
   )
   kind = platform.processor() or platform.machine()
   info = pathlib.Path("/proc/cpuinfo")
@@ -322,7 +339,8 @@ def _markdown(report) -> str:
     " process. Arithmetic: the model's matrix products, 3 times those of a"
     " forward pass. Real data / resident: a step with its data, crops"
     " included, over one with a prepared batch that stays on the device. Peers"
-    " train on such a batch.",
+    " train on such a batch, and classify it for evaluation, where ours goes"
+    " through the test split. Compilation: of a peer, with its first step.",
     "",
     "| model | batch, dtype | program | training images/s | step, ms"
     " (quartiles) | evaluation images/s | share of peak | real data / resident"

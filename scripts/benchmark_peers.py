@@ -148,6 +148,9 @@ class TimmPeer:
       pos_drop_rate=config.model.dropout_rate,
       proj_drop_rate=config.model.dropout_rate,
     ).to(self._device)
+    for block in model.blocks:
+      # timm's rate holds for attention's output, too; ours has none there.
+      block.attn.proj_drop = torch.nn.Identity()
     self._model = torch.compile(model)
     images, labels = _batch(config)
     self._images = (

@@ -230,4 +230,7 @@ def matmul_flops_per_second(dtype) -> float:
 
 
 if __name__ == "__main__":
-  main(*sys.argv[1:])
+  try:
+    main(*sys.argv[1:])
+  except Exception as e:  # To be told by benchmark.py, in a line.
+    sys.exit(f"{type(e).__name__}: {' '.join(str(e).split())[:300]}")

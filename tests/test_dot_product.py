@@ -123,6 +123,30 @@ def test_a_deterministic_run_does_without_cudnn(monkeypatch):
   assert experiment.create_model(config, 2).attention == "cudnn"
   config.deterministic = True
   assert experiment.create_model(config, 2).attention == "xla"
+  config.model.attention = "cudnn"
+  with pytest.raises(errors.UserError, match="not deterministic"):
+    experiment.create_model(config, 2)
+
+
+@pytest.mark.parametrize("norm", ["LN", "Rescale"])
+def test_a_bfloat16_model_trains_on_this_machine(norm):
+  images = draw((4, 32, 32, 3), 0)
+  gradients = []
+  for dtype in ("float32", "bfloat16"):
+    model = models.create(
+      "ViT-XS_4", num_classes=3, norm=norm, image_size=32, dtype=dtype
+    )
+    variables = model.init(jax.random.key(0), images)
+
+    def loss(params, model=model, variables=variables):
+      variables = {**variables, "params": params}
+      return jnp.square(model.apply(variables, images)).sum()
+
+    found = jax.jit(jax.grad(loss))(variables["params"])
+    leaves = jax.tree.leaves(found)
+    gradients.append(np.concatenate([np.ravel(x) for x in leaves]))
+  exact, rough = gradients
+  assert np.linalg.norm(rough - exact) < 0.05 * np.linalg.norm(exact)
 
 
 @pytest.mark.parametrize("norm", ["LN", "Rescale"])
@@ -218,6 +242,10 @@ def test_dropout_keeps_the_mean():
   assert values[0] == 0 and values[1] == pytest.approx(1 / 0.9, rel=4e-3)
   assert np.asarray(y, np.float32).mean() == pytest.approx(1, abs=5e-3)
   np.testing.assert_array_equal(layer.apply({}, x, False), x)
+  # Almost all, by a key of another kind.
+  rngs = {"dropout": jax.random.key(0, impl="rbg")}
+  y = dropout.Dropout(0.9999999).apply({}, x, True, rngs=rngs)
+  assert np.isfinite(np.asarray(y, np.float32)).all() and not y.all()
   # A rate that rounds to nothing needs no key.
   np.testing.assert_array_equal(dropout.Dropout(1e-6).apply({}, x, True), x)
 

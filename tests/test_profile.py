@@ -27,11 +27,16 @@ def test_a_profile_shows_the_steps_and_changes_nothing(tiny_config, tmp_path):
   assert calls
 
 
-@pytest.mark.parametrize("steps", [10**6])
-def test_a_profile_longer_than_the_run_ends_with_it(
-  steps, tiny_config, tmp_path
-):
-  tiny_config.profile_steps = steps
+def test_a_folder_that_cannot_be_made_is_told_at_once(tiny_config, tmp_path):
+  (tmp_path / "profile").write_text("")
+  tiny_config.profile_steps = 2
+  with pytest.raises(OSError, match="profile"):
+    train.train_and_evaluate(tiny_config, tmp_path)
+  assert not (tmp_path / "metrics.jsonl").read_text()
+
+
+def test_a_profile_longer_than_the_run_ends_with_it(tiny_config, tmp_path):
+  tiny_config.profile_steps = 10**6
   for _ in range(2):  # The second start finds the run finished.
     train.train_and_evaluate(tiny_config, tmp_path)
   assert any(n.endswith(".xplane.pb") for n in files(tmp_path / "profile"))

@@ -1,5 +1,8 @@
 """Scaled dot-product attention (Vaswani et al. 2017, eq. 1), two ways.
 
+The gradient is written out, so that forward-mode differentiation works over it
+(`jax.jvp` of `jax.grad`), not without it.
+
 Shapes: B images, N tokens, h heads of d channels.
 """
 
@@ -52,6 +55,9 @@ def _scores(query, key):
 
 
 def _product(subscripts, x, y):
+  if jax.default_backend() == "cpu":
+    # XLA has not all products of bfloat16 with float32 sums there.
+    x, y = x.astype(jnp.float32), y.astype(jnp.float32)
   return jnp.einsum(subscripts, x, y, preferred_element_type=jnp.float32)
 
 

@@ -30,7 +30,7 @@ class Dropout(nn.Module):
   @nn.compact
   def __call__(self, x: jax.Array, train: bool) -> jax.Array:
     """Returns x [..., D], with dropout in training (rng `dropout`)."""
-    kept = _LEVELS - round(self.rate * _LEVELS)
+    kept = max(1, _LEVELS - round(self.rate * _LEVELS))
     if not train or kept == _LEVELS:
       return x
     mask = random_mask(self.make_rng("dropout"), x.shape, kept)
@@ -41,7 +41,7 @@ def random_mask(key: jax.Array, shape: tuple[int, ...], kept: int) -> jax.Array:
   """Draws a mask; an element is a function of the key and its place alone.
 
   Args:
-    key: a Threefry PRNG key.
+    key: a PRNG key.
     shape: of the mask, [..., D]; up to 2^32 rows.
     kept: an element is True with probability kept / 2^16.
 
@@ -57,7 +57,8 @@ def random_mask(key: jax.Array, shape: tuple[int, ...], kept: int) -> jax.Array:
     stride = np.uint32(math.prod(rows[axis + 1 :]))
     row += stride * jax.lax.broadcasted_iota(jnp.uint32, part, axis)
   column = jax.lax.broadcasted_iota(jnp.uint32, part, len(rows))
-  x, y = threefry2x32(*jax.random.key_data(key), row, column)
+  key0, key1 = jax.random.bits(key, (2,), jnp.uint32)
+  x, y = threefry2x32(key0, key1, row, column)
   low = np.uint32(_LEVELS - 1)
   quarters = [part < kept for part in (x & low, x >> 16, y & low, y >> 16)]
   return jnp.concatenate(quarters, axis=-1)[..., :features]
