@@ -18,12 +18,12 @@ def choose(dtype: jnp.dtype, head_dim: int) -> str:
   cuDNN's needs bfloat16; here also a GPU of NVIDIA's Hopper generation or newer
   and heads of up to 128 channels, a multiple of 8.
   """
+  if dtype != jnp.bfloat16 or head_dim > 128 or head_dim % 8:
+    return "xla"  # Without a look at the devices, which would start them.
   device = jax.devices()[0]
-  suits = dtype == jnp.bfloat16 and head_dim <= 128 and head_dim % 8 == 0
-  if suits and device.platform == "gpu":
-    capability = getattr(device, "compute_capability", "0")
-    if float(capability) >= 9.0:
-      return "cudnn"
+  capability = getattr(device, "compute_capability", None) or "0"
+  if device.platform == "gpu" and float(capability) >= 9.0:
+    return "cudnn"
   return "xla"
 
 
