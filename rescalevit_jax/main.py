@@ -27,9 +27,9 @@ from rescalevit_jax import config as config_lib
 from rescalevit_jax import errors
 from rescalevit_jax import evaluate
 from rescalevit_jax import experiment
+from rescalevit_jax import processes
 from rescalevit_jax import progress
 from rescalevit_jax import resumed
-from rescalevit_jax import sharding
 from rescalevit_jax import train
 
 __doc__ += config_lib.describe("  {name} = {default}\n      {meaning}")
@@ -53,6 +53,22 @@ _MODE = flags.DEFINE_enum(
   "Train, with evaluations on the way, or only evaluate"
   " (--config.eval_weights says what).",
 )
+_COORDINATOR = flags.DEFINE_string(
+  "coordinator",
+  None,
+  "HOST:PORT of process 0, for a run of several processes that neither srun,"
+  " mpirun nor Kubernetes started.",
+)
+_NUM_PROCESSES = flags.DEFINE_integer(
+  "num_processes",
+  None,
+  "How many processes work on this run; 1: this one alone, whatever started"
+  " it.",
+  lower_bound=1,
+)
+_PROCESS_ID = flags.DEFINE_integer(
+  "process_id", None, "Which of them this is, from 0 on.", lower_bound=0
+)
 
 
 def main(argv: list[str]) -> None:
@@ -67,7 +83,7 @@ def main(argv: list[str]) -> None:
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}"
   compile_cache.enable()
   try:
-    sharding.join_processes()
+    processes.join(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
     if _MODE.value == "train":
       train.train_and_evaluate(config, pathlib.Path(workdir))
     else:

@@ -1,14 +1,25 @@
-"""One run by several processes, as `srun` starts them."""
+"""One run by several processes, here as on several machines."""
 
+import json
 import os
 import signal
 import subprocess
 import sys
+import time
 
+import jax
+import many_processes
+import networks
+import numpy as np
 import pytest
 import tiny_sweep
 
+from rescalevit_jax import checkpoint
+from rescalevit_jax import errors
+from rescalevit_jax import processes as processes_lib
 from rescalevit_jax import runs
+
+DEVICES = 8  # Of all processes together.
 
 
 def start(workdir, env, keys):
@@ -42,12 +53,6 @@ def start(workdir, env, keys):
   return processes
 
 
-def finish(processes):
-  logs = [p.communicate(timeout=200)[1] for p in processes]
-  assert [p.returncode for p in processes] == [0, 0], logs
-  return logs
-
-
 def test_two_processes_train_stop_and_go_on(digits_dir, shared_dir, tmp_path):
   env = tiny_sweep.environment(shared_dir)
   keys = [*tiny_sweep.KEYS, f"tfds_data_dir={digits_dir}"]
@@ -55,9 +60,9 @@ def test_two_processes_train_stop_and_go_on(digits_dir, shared_dir, tmp_path):
   processes = start(together, env, keys)
   tiny_sweep.wait_for(lambda: tiny_sweep.is_under_way(together), processes[0])
   processes[1].send_signal(signal.SIGTERM)  # One of them is enough.
-  logs = finish(processes)
+  logs = many_processes.finish(processes)
   assert all("stopped at step" in log for log in logs), logs
-  logs = finish(start(together, env, keys))
+  logs = many_processes.finish(start(together, env, keys))
   assert all("going on from the checkpoint" in log for log in logs), logs
   assert sorted(p.name for p in together.iterdir()) == [
     "checkpoints",
@@ -87,3 +92,157 @@ def test_two_processes_train_stop_and_go_on(digits_dir, shared_dir, tmp_path):
     steps, losses = a.curve(name)
     assert steps == b.curve(name)[0]
     assert losses == pytest.approx(b.curve(name)[1], rel=1e-3)
+
+
+@pytest.fixture(scope="module")
+def setting(digits_dir, shared_dir):
+  """Environment and config of runs on eight devices."""
+  keys = [
+    *tiny_sweep.KEYS,
+    f"tfds_data_dir={digits_dir}",
+    "model.norm=BN",
+    "accum_steps=2",
+    "batch=96",
+    "progress_every=1",
+  ]
+  return tiny_sweep.environment(shared_dir), keys
+
+
+@pytest.fixture(scope="module")
+def alone(setting, tmp_path_factory):
+  """What one process makes of it."""
+  workdir = tmp_path_factory.mktemp("alone")
+  run(workdir, setting, 1)
+  return workdir
+
+
+def run(workdir, setting, count, extra=(), **kwargs):
+  many_processes.finish(launch(workdir, setting, count, extra, **kwargs))
+
+
+def launch(workdir, setting, count, extra=(), **kwargs):
+  env, keys = setting
+  devices = DEVICES // count
+  return many_processes.start(
+    workdir, env, [*keys, *extra], count, devices=devices, **kwargs
+  )
+
+
+def stop_on_the_way(workdir, setting, count, steps, extra=()):
+  """Starts processes, and stops them when they have done some steps more."""
+
+  def lines():
+    path = workdir / "metrics.jsonl"
+    return len(path.read_text().splitlines()) if path.exists() else 0
+
+  before = lines()
+  processes = launch(workdir, setting, count, extra)
+  tiny_sweep.wait_for(lambda: lines() >= before + steps, processes[0])
+  processes[-1].send_signal(signal.SIGTERM)
+  logs = many_processes.finish(processes)
+  assert all("stopped at step" in log for log in logs), logs
+
+
+def assert_same_numbers(a, b):
+  lines = []
+  for workdir in (a, b):
+    with open(workdir / "metrics.jsonl", encoding="utf-8") as f:
+      lines.append([json.loads(line) for line in f])
+  for x, y in zip(*lines, strict=True):
+    assert x.keys() == y.keys()
+    for key in x:
+      np.testing.assert_allclose(x[key], y[key], rtol=1e-4, err_msg=key)
+  leaves = [
+    jax.tree.leaves(checkpoint.load_variables(workdir, "latest")[:2])
+    for workdir in (a, b)
+  ]
+  for x, y in zip(*leaves, strict=True):
+    np.testing.assert_allclose(x, y, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("counts", [(4, 1, 2), (1, 4), (2, 4)])
+def test_any_number_of_processes_goes_on(setting, alone, tmp_path, counts):
+  """Each count goes on from the checkpoint of the one before it."""
+  *first, last = counts
+  for count in first:
+    stop_on_the_way(tmp_path, setting, count, steps=8)
+  # Those of the last count read the images from disk, each its own.
+  run(tmp_path, setting, last, ["data.source=streaming"])
+  assert_same_numbers(alone, tmp_path)
+
+
+def test_processes_on_hosts_of_their_own(setting, alone, tmp_path):
+  try:
+    with networks.hosts(2) as commands:
+      run(
+        tmp_path,
+        setting,
+        2,
+        ["sharding.fsdp=True"],
+        commands=commands,
+        address=networks.address(0),
+      )
+  except PermissionError as e:
+    pytest.skip(f"network namespaces cannot be made here: {e}")
+  assert_same_numbers(alone, tmp_path)
+
+
+@pytest.mark.parametrize("victim", [0, 2])
+def test_the_others_stop_when_one_is_killed(setting, alone, tmp_path, victim):
+  processes = launch(tmp_path, setting, 4, ["checkpoint_every=4"])
+  saved = tmp_path / "checkpoints" / "last"
+  tiny_sweep.wait_for(lambda: list(saved.glob("[0-9]*/SHA*")), processes[0])
+  processes[victim].kill()
+  start = time.monotonic()
+  logs = many_processes.finish(processes, well=False)
+  assert time.monotonic() - start < 60
+  for i, (process, log) in enumerate(zip(processes, logs, strict=True)):
+    if i != victim:
+      assert process.returncode != 0
+      if victim:
+        assert f"{victim} is missing" in log.splitlines()[-1], log
+      else:  # JAX's own words.
+        assert "leader task" in log, log
+  run(tmp_path, setting, 4)
+  assert_same_numbers(alone, tmp_path)
+
+
+@pytest.mark.parametrize(
+  "environment, expected",
+  [
+    ({}, False),
+    ({"SLURM_NTASKS": "4", "SLURM_STEP_NUM_TASKS": "1"}, False),
+    ({"SLURM_STEP_NUM_TASKS": "4"}, True),
+    ({"OMPI_COMM_WORLD_SIZE": "1"}, False),
+    ({"OMPI_COMM_WORLD_SIZE": "2"}, True),
+    ({"KUBERNETES_SERVICE_HOST": "10.0.0.1"}, False),
+    (
+      {"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "0"},
+      True,
+    ),
+  ],
+)
+def test_processes_started_together_are_joined(
+  monkeypatch, environment, expected
+):
+  for name in os.environ:
+    if name.startswith(("SLURM_", "OMPI_", "KUBERNETES_", "JOB_")):
+      monkeypatch.delenv(name)
+  for name, value in environment.items():
+    monkeypatch.setenv(name, value)
+  joined = []
+  monkeypatch.setattr(
+    jax.distributed, "initialize", lambda *args, **kwargs: joined.append(args)
+  )
+  monkeypatch.setattr(processes_lib, "_watch", lambda *args: None)
+  processes_lib.join()
+  assert bool(joined) == expected
+  processes_lib.join(num_processes=1)
+  assert len(joined) == expected
+  processes_lib.join("host:1", 2, 1)
+  assert joined[-1] == ("host:1", 2, 1)
+
+
+def test_half_of_the_flags_are_refused():
+  with pytest.raises(errors.UserError, match="--num_processes"):
+    processes_lib.join("localhost:1")

@@ -1,0 +1,121 @@
+"""The processes of one run, on one machine or on many."""
+
+import itertools
+import logging
+import os
+import sys
+import threading
+import time
+
+import jax
+from jax._src import distributed
+from jax.experimental import multihost_utils
+
+from rescalevit_jax import errors
+
+_log = logging.getLogger(__name__)
+
+_SECONDS_BETWEEN_BEATS = 2.0
+_SILENCE = 30.0  # Seconds, after which a process is taken for dead.
+# When JAX ends this process if the watch below does not, or cannot.
+_JAX_SILENCE = 50
+_BEATS = "rescalevit_jax/beats"
+
+
+def join(
+  coordinator: str | None = None,
+  num_processes: int | None = None,
+  process_id: int | None = None,
+) -> None:
+  """Joins the processes of one run; called before the devices are used.
+
+  What is not given comes from the environment, as JAX finds it: of the tasks of
+  one `srun`, of Open MPI's `mpirun`, of an indexed job of Kubernetes. A process
+  that was started alone stays alone, even if there is place for more in the
+  allocation around it.
+
+  Args:
+    coordinator: HOST:PORT of process 0, which must be free there.
+    num_processes: how many there are; 1 leaves this one alone.
+    process_id: which one this is, from 0 on.
+
+  Raises:
+    UserError: something is missing or wrong, or the others do not come.
+  """
+  given = (coordinator, num_processes, process_id)
+  if num_processes == 1 or (given == (None,) * 3 and not _started_together()):
+    return
+  try:
+    jax.distributed.initialize(
+      coordinator,
+      num_processes,
+      process_id,
+      heartbeat_timeout_seconds=_JAX_SILENCE,
+    )
+  except (RuntimeError, TypeError, ValueError) as e:
+    reason = " ".join(str(e).split())[:300]
+    raise errors.UserError(
+      f"cannot join the processes of this run ({reason}); give --coordinator,"
+      " --num_processes and --process_id to each of them"
+    ) from e
+  state = distributed.global_state
+  _log.info(
+    "process %d of %d; process 0, their leader, is at %s",
+    state.process_id,
+    state.num_processes,
+    state.coordinator_address,
+  )
+  threading.Thread(
+    target=_watch,
+    args=(state.client, state.process_id, state.num_processes),
+    daemon=True,
+  ).start()
+
+
+def wait_for_all(what: str) -> None:
+  """Waits until all processes have come to the place in the code that is named.
+
+  Does nothing where there is only one.
+  """
+  if jax.process_count() > 1:
+    multihost_utils.sync_global_devices(what)
+
+
+def _watch(client, index, count):
+  """Ends this process with an error when another one falls silent.
+
+  A step waits for all of them, without end if one is dead.
+  """
+  beats, heard = {}, dict.fromkeys(range(count), time.monotonic())
+  for beat in itertools.count():
+    try:
+      client.key_value_set(f"{_BEATS}/{index}", str(beat), allow_overwrite=True)
+      found = client.key_value_dir_get(_BEATS)
+    except jax.errors.JaxRuntimeError:
+      return  # Process 0 is gone, or all is over: JAX ends what is left.
+    for key, other in found:
+      if beats.get(key) != other:
+        beats[key] = other
+        heard[int(key.rpartition("/")[2])] = time.monotonic()
+    silent = [i for i in heard if time.monotonic() - heard[i] > _SILENCE]
+    if silent:
+      if index == 0:  # Where the beats are, which others still read.
+        time.sleep(2 * _SECONDS_BETWEEN_BEATS)
+      names = ", ".join(map(str, silent))
+      print(
+        f"error: of {count} processes, {names} is missing: silent for"
+        f" {_SILENCE:.0f} s; see its own log, then start all of them again: the"
+        " run goes on from its last checkpoint",
+        file=sys.stderr,
+        flush=True,
+      )
+      os._exit(1)
+    time.sleep(_SECONDS_BETWEEN_BEATS)
+
+
+def _started_together():
+  several = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")
+  if any(int(os.environ.get(name, "1")) > 1 for name in several):
+    return True
+  kubernetes = ("KUBERNETES_SERVICE_HOST", "JOB_COMPLETION_INDEX")
+  return all(name in os.environ for name in kubernetes)

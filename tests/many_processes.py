@@ -1,0 +1,72 @@
+"""One run by several processes, each with devices of its own."""
+
+from collections.abc import Mapping, Sequence
+import pathlib
+import socket
+import subprocess
+import sys
+
+import tiny_sweep
+
+
+def start(
+  workdir: pathlib.Path,
+  env: Mapping[str, str],
+  keys: Sequence[str],
+  count: int,
+  *,
+  devices: int,
+  commands: Sequence[Sequence[str]] = (),
+  address: str = "127.0.0.1",
+) -> list[subprocess.Popen]:
+  """Starts the processes of a run.
+
+  Args:
+    workdir: of the run.
+    env: of all of them.
+    keys: of the config, KEY=VALUE.
+    count: of the processes.
+    devices: of each.
+    commands: what to put before each one's command.
+    address: of the first.
+  """
+  flags = f"{env['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"
+  with socket.socket() as s:
+    s.bind(("", 0))
+    port = s.getsockname()[1]
+  return [
+    subprocess.Popen(
+      [
+        *(commands[i] if commands else ()),
+        sys.executable,
+        "-m",
+        "rescalevit_jax.main",
+        "--config=configs/quickstart.py",
+        f"--workdir={workdir}",
+        f"--coordinator={address}:{port}",
+        f"--num_processes={count}",
+        f"--process_id={i}",
+        *(f"--config.{key}" for key in keys),
+      ],
+      cwd=tiny_sweep.ROOT,
+      env={**env, "XLA_FLAGS": flags},
+      stderr=subprocess.PIPE,
+      text=True,
+    )
+    for i in range(count)
+  ]
+
+
+def finish(
+  processes: Sequence[subprocess.Popen], well: bool = True
+) -> list[str]:
+  """Waits for the processes' ends; returns what they wrote to stderr.
+
+  Args:
+    processes: of a run.
+    well: whether all of them must end without an error.
+  """
+  logs = [p.communicate(timeout=200)[1] for p in processes]
+  if well:
+    assert not any(p.returncode for p in processes), "\n".join(logs)
+  return logs

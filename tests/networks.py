@@ -1,0 +1,68 @@
+"""Hosts of their own for the processes of one run, on this machine.
+
+Each is a network namespace of Linux with an address and a name, at one bridge;
+making them takes root's rights.
+"""
+
+from collections.abc import Iterator
+import contextlib
+import os
+import pathlib
+import subprocess
+
+_SUBNET = "10.213.7"
+
+
+@contextlib.contextmanager
+def hosts(count: int) -> Iterator[list[list[str]]]:
+  """Makes hosts, reachable as `address(i)`, and removes them afterwards.
+
+  Yields:
+    For each host, what to put before a command to run it there.
+
+  Raises:
+    PermissionError: this user may not.
+  """
+  prefix = f"rv{os.getpid() % 10_000}"
+  names = [f"{prefix}-{i}" for i in range(count)]
+  with contextlib.ExitStack() as stack:
+    _ip("link", "add", prefix, "type", "bridge")
+    stack.callback(_ip, "link", "del", prefix)
+    _ip("link", "set", prefix, "up")
+    for i, name in enumerate(names):
+      _ip("netns", "add", name)
+      stack.callback(_ip, "netns", "del", name)
+      inside = ("netns", "exec", name, "ip")
+      _ip(
+        "link", "add", f"{name}b", "type", "veth", "peer", "eth0", "netns", name
+      )
+      _ip("link", "set", f"{name}b", "master", prefix, "up")
+      _ip(*inside, "addr", "add", f"{address(i)}/24", "dev", "eth0")
+      _ip(*inside, "link", "set", "eth0", "up")
+      _ip(*inside, "link", "set", "lo", "up")
+      # Laid over /etc/hosts by `ip netns exec`: gloo looks its own name up.
+      table = pathlib.Path("/etc/netns", name, "hosts")
+      table.parent.mkdir(parents=True)
+      stack.callback(table.parent.rmdir)
+      table.write_text(
+        "".join(f"{address(j)} {names[j]}\n" for j in range(count))
+        + "127.0.0.1 localhost\n"
+      )
+      stack.callback(table.unlink)
+    yield [
+      ["ip", "netns", "exec", name, "unshare", "--uts", "sh", "-c"]
+      + [f'hostname {name} && exec "$@"', "sh"]
+      for name in names
+    ]
+
+
+def address(host: int) -> str:
+  """Returns a host's address."""
+  return f"{_SUBNET}.{host + 1}"
+
+
+def _ip(*args):
+  try:
+    subprocess.run(["ip", *args], check=True, capture_output=True)
+  except (OSError, subprocess.CalledProcessError) as e:
+    raise PermissionError(f"ip {' '.join(args)}: {e}") from e
