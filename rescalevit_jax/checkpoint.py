@@ -2,14 +2,17 @@
 
   checkpoints/last/STEP/{variables,optimizer,progress}
   checkpoints/best/STEP/{variables,progress}
+  checkpoints/damaged/{last,best}-STEP    out of a resumed run's way
 
 `variables` holds the collections `params` and `batch_stats`. A checkpoint is
-written to a temporary folder and renamed, so that what has its final name is
-whole.
+written to a temporary folder and renamed, so that what has its final name was
+whole; sums of its files tell whether it still is.
 """
 
 import contextlib
 import dataclasses
+import itertools
+import logging
 import pathlib
 from typing import Any
 
@@ -19,6 +22,8 @@ import orbax.checkpoint as ocp
 from rescalevit_jax import checksums
 from rescalevit_jax import errors
 from rescalevit_jax import step as step_lib
+
+_log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass
@@ -118,7 +123,7 @@ class Checkpoints:
       like: a state of `jax.ShapeDtypeStruct`s with shardings.
 
     Raises:
-      UserError: the checkpoint is damaged or of another model.
+      UserError: the checkpoint cannot be read or is of another model.
     """
     args = ocp.args.Composite(
       variables=ocp.args.StandardRestore(_variables(like)),
@@ -130,10 +135,18 @@ class Checkpoints:
     )
     state = step_lib.TrainState(**found["variables"], **found["optimizer"])
     progress = Progress(**found["progress"])
+    best = self._best.all_steps()
     self.forget_best(after=progress.best_step)
-    if progress.best_step not in self._best.all_steps():
-      # A better one has replaced it, which the run will come to again.
-      progress.best_accuracy, progress.best_step = -1.0, 0
+    if any(step > progress.best_step for step in best):
+      if progress.best_step not in best:
+        # A better one has replaced it, which the run will come to again.
+        progress.best_accuracy, progress.best_step = -1.0, 0
+    elif progress.best_step not in (0, *best):
+      _log.warning(
+        "the weights of the best step so far, %d, are lost; those of the next"
+        " better one will be kept",
+        progress.best_step,
+      )
     return state, progress
 
   def forget_best(self, after: int) -> None:
@@ -147,6 +160,49 @@ class Checkpoints:
     with _writing(self._last):
       self._best.wait_until_finished()
       self._last.wait_until_finished()
+
+
+def pass_over_damaged(workdir: pathlib.Path) -> None:
+  """Moves damaged checkpoints away, so that the newest one is whole.
+
+  Args:
+    workdir: the run's folder.
+
+  Raises:
+    UserError: there are checkpoints to go on from, but none is whole.
+  """
+  damaged = {kind: _newest_damaged(workdir, kind) for kind in ("last", "best")}
+  if damaged["last"] and len(damaged["last"]) == len(
+    saved_steps(workdir, "last")
+  ):
+    raise errors.UserError(
+      f"{'; '.join(damaged['last'].values())}: no checkpoint of this run is"
+      " whole; bring a copy of one back, or begin anew in another --workdir"
+    )
+  for kind, reasons in damaged.items():
+    for step, reason in reasons.items():
+      folder = pathlib.Path(workdir) / "checkpoints"
+      away = _unused(folder / "damaged" / f"{kind}-{step}")
+      away.parent.mkdir(exist_ok=True)
+      (folder / kind / str(step)).rename(away)
+      _log.warning("%s; passed over and moved to %s", reason, away)
+
+
+def _newest_damaged(workdir, kind):
+  """Returns {step: what is wrong} of those newer than the newest whole one."""
+  damaged = {}
+  for step in reversed(saved_steps(workdir, kind)):
+    try:
+      checksums.verify(pathlib.Path(workdir) / "checkpoints" / kind / str(step))
+      break
+    except errors.UserError as e:
+      damaged[step] = str(e)
+  return damaged
+
+
+def _unused(path):
+  names = (path.with_name(f"{path.name}-{i}") for i in itertools.count(2))
+  return next(p for p in itertools.chain([path], names) if not p.exists())
 
 
 def load_variables(
@@ -178,6 +234,7 @@ def load_variables(
   sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
 
   def read(manager, step):
+    checksums.verify(pathlib.Path(manager.directory) / str(step))
     like = jax.tree.map(
       lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
       manager.item_metadata(step)["variables"],
@@ -243,12 +300,11 @@ def _restore(manager, read):
   step = manager.latest_step()
   folder = pathlib.Path(manager.directory) / str(step)
   try:
-    checksums.verify(folder)
     return read(manager, step)
   except Exception as e:  # Orbax and tensorstore raise all sorts.
     raise errors.UserError(
       f"{folder}: the checkpoint is damaged or not of this model"
-      f" ({_reason(e)}); move it away to use the one before it, if there is one"
+      f" ({_reason(e)}); move it away to use another one, if there is one"
     ) from e
 
 

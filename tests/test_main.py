@@ -10,10 +10,13 @@ import subprocess
 import sys
 import time
 
+import jax
 import numpy as np
 import pytest
 
+from rescalevit_jax import checkpoint
 from rescalevit_jax import config as config_lib
+from rescalevit_jax.models import norms
 
 ROOT = pathlib.Path(__file__).parents[1]
 TINY = (
@@ -254,17 +257,43 @@ def test_damaged_json(finished, tiny, tmp_path, name, text):
   assert_one_line_error(run(f"--workdir={workdir}", keys=tiny), name)
 
 
-def test_a_damaged_checkpoint(finished, tiny, tmp_path):
+def damage(checkpoint):
+  for path in checkpoint.rglob("*"):
+    if path.is_file() and "ocdbt" in str(path):
+      path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def test_damaged_checkpoints(finished, tiny, tmp_path):
   workdir = tmp_path / "run"
   shutil.copytree(finished, workdir)
   (workdir / "result.json").unlink()
-  for path in (workdir / "checkpoints" / "last" / "12").rglob("*"):
-    if path.is_file() and "ocdbt" in str(path):
-      path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-  before = snapshot(workdir / "checkpoints")
+  last = workdir / "checkpoints" / "last"
+  damage(last / "12")
+  spare = shutil.copytree(workdir, tmp_path / "spare")
   done = run(f"--workdir={workdir}", keys=tiny)
-  assert_one_line_error(done, "checkpoints/last/12", "damaged")
-  assert snapshot(workdir / "checkpoints") == before
+  assert done.returncode == 0, done.stderr
+  assert f"{last}/12" in done.stderr and "passed over" in done.stderr
+  assert "going on from the checkpoint of step 8" in done.stderr
+  metrics = (finished / "metrics.jsonl").read_bytes()
+  assert (workdir / "metrics.jsonl").read_bytes() == metrics
+  damage(spare / "checkpoints" / "last" / "8")
+  before = snapshot(spare / "checkpoints")
+  done = run(f"--workdir={spare}", keys=tiny)
+  assert_one_line_error(done, "last/12", "last/8", "no checkpoint of this run")
+  assert snapshot(spare / "checkpoints") == before
+
+
+@pytest.mark.parametrize("norm", norms.NORMS)
+def test_a_seed_gives_the_same_bits_in_new_processes(tiny, tmp_path, norm):
+  found = []
+  for name in ("a", "b"):
+    keys = [*tiny, f"model.norm={norm}", "total_steps=6", "seed=3"]
+    done = run(f"--workdir={tmp_path / name}", keys=keys)
+    assert done.returncode == 0, done.stderr
+    weights = checkpoint.load_variables(tmp_path / name, "latest")[:2]
+    leaves = [x.tobytes() for x in jax.tree.leaves(jax.device_get(weights))]
+    found.append(((tmp_path / name / "metrics.jsonl").read_bytes(), leaves))
+  assert found[0] == found[1]
 
 
 def test_a_full_disk(finished, tiny, tmp_path):

@@ -1,0 +1,184 @@
+"""A run goes on from its newest checkpoint that is whole, and says so."""
+
+import itertools
+import json
+import logging
+import os
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+from rescalevit_jax import checkpoint
+from rescalevit_jax import errors
+from rescalevit_jax import train
+
+
+def _truncate(path):
+  os.truncate(path, 0)
+
+
+def _halve(path):
+  os.truncate(path, path.stat().st_size // 2)
+
+
+def _flip(path):
+  content = bytearray(path.read_bytes())
+  content[len(content) // 2] ^= 8
+  path.write_bytes(content)
+
+
+DAMAGES = (os.unlink, _truncate, _halve, _flip)
+
+
+@pytest.fixture(scope="module")
+def whole(digits_dir, tmp_path_factory):
+  """A finished run, and one that was killed after step 11 of 12.
+
+  The second one has the checkpoints of steps 4 and 8, and the best one.
+  """
+  import conftest
+
+  folder = tmp_path_factory.mktemp("whole")
+  config = conftest._tiny_config(digits_dir)
+  train.train_and_evaluate(config, folder / "finished")
+  real = train.Trainer._step
+  with pytest.MonkeyPatch.context() as patch:
+
+    def step(self, *batch):
+      real(self, *batch)
+      if self._progress.step == 11:
+        raise InterruptedError
+
+    patch.setattr(train.Trainer, "_step", step)
+    with pytest.raises(InterruptedError):
+      train.train_and_evaluate(config, folder / "killed")
+  assert checkpoint.saved_steps(folder / "killed", "last") == [4, 8]
+  return folder
+
+
+@pytest.fixture
+def killed(whole, tmp_path):
+  """A copy of the second one, to be damaged."""
+  return shutil.copytree(whole / "killed", tmp_path / "killed")
+
+
+def files_of(folder):
+  return sorted(p for p in folder.rglob("*") if p.is_file())
+
+
+def assert_finishes_as_ever(config, killed, whole):
+  train.train_and_evaluate(config, killed)
+  finished = whole / "finished"
+  for name in ("metrics.jsonl", "config.json"):
+    assert (killed / name).read_bytes() == (finished / name).read_bytes()
+  results = [
+    json.loads((folder / "result.json").read_text())
+    for folder in (killed, finished)
+  ]
+  for result in results:
+    del result["seconds"], result["images_per_second"]
+  assert results[0] == results[1]
+  for which in ("latest", "best"):
+    a, b = (
+      jax.tree.leaves(checkpoint.load_variables(folder, which))
+      for folder in (killed, finished)
+    )
+    for x, y in zip(a, b, strict=True):
+      np.testing.assert_array_equal(x, y)
+
+
+def test_every_file_is_missed(killed, caplog, tmp_path):
+  """Whichever file is damaged, and however, the checkpoint is passed over."""
+  newest = killed / "checkpoints" / "last" / "8"
+  spare = shutil.copytree(newest, tmp_path / "spare")
+  unnoticed = set()
+  for file, damage in zip(
+    files_of(newest), itertools.cycle(DAMAGES), strict=False
+  ):
+    if not file.stat().st_size:
+      damage = os.unlink
+    damage(file)
+    caplog.clear()
+    with caplog.at_level(logging.WARNING):
+      checkpoint.pass_over_damaged(killed)
+    if checkpoint.saved_steps(killed, "last") == [4, 8]:
+      unnoticed.add(file.name)
+      shutil.rmtree(newest)
+    else:
+      assert checkpoint.saved_steps(killed, "last") == [4]
+      assert str(newest) in caplog.text and "passed over" in caplog.text
+    shutil.copytree(spare, newest)
+  # They have times and versions, which nothing reads.
+  assert unnoticed <= {"_CHECKPOINT_METADATA", "commit_success.txt"}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize(
+  "name",
+  [
+    "SHA256SUMS",
+    "_CHECKPOINT_METADATA",
+    "commit_success.txt",
+    "progress/metadata",
+  ],
+)
+def test_the_run_is_the_same_in_the_end(
+  tiny_config, whole, killed, damage, name
+):
+  newest = killed / "checkpoints" / "last" / "8"
+  damage(newest / name)
+  assert_finishes_as_ever(tiny_config, killed, whole)
+
+
+def test_a_folder_that_is_a_file_is_passed_over(tiny_config, whole, killed):
+  newest = killed / "checkpoints" / "last" / "8"
+  shutil.rmtree(newest)
+  newest.write_text("")
+  assert_finishes_as_ever(tiny_config, killed, whole)
+
+
+def test_an_unfinished_save_is_no_checkpoint(tiny_config, whole, killed):
+  folder = killed / "checkpoints" / "last"
+  unfinished = folder / "12.orbax-checkpoint-tmp"
+  shutil.copytree(folder / "8", unfinished)
+  (unfinished / "SHA256SUMS").unlink()
+  assert_finishes_as_ever(tiny_config, killed, whole)
+  assert not unfinished.exists()
+
+
+def test_damaged_ones_are_kept_aside_under_names_of_their_own(
+  tiny_config, whole, killed
+):
+  for _ in range(2):
+    newest = killed / "checkpoints" / "last" / "8"
+    _flip(files_of(newest / "variables")[0])
+    checkpoint.pass_over_damaged(killed)
+    shutil.copytree(whole / "killed" / "checkpoints" / "last" / "8", newest)
+  names = {p.name for p in (killed / "checkpoints" / "damaged").iterdir()}
+  assert names == {"last-8", "last-8-2"}
+
+
+def test_without_a_whole_one_the_run_does_not_begin_again(tiny_config, killed):
+  for step in ("4", "8"):
+    _flip(files_of(killed / "checkpoints" / "last" / step / "optimizer")[0])
+  before = {p: p.read_bytes() for p in files_of(killed)}
+  with pytest.raises(errors.UserError, match="last/8/.*last/4/.*no checkpoint"):
+    train.train_and_evaluate(tiny_config, killed)
+  assert {p: p.read_bytes() for p in files_of(killed)} == before
+
+
+def test_a_damaged_best_one_is_passed_over_too(
+  tiny_config, whole, killed, caplog
+):
+  (best,) = (killed / "checkpoints" / "best").iterdir()
+  _flip(files_of(best / "variables")[0])
+  with caplog.at_level(logging.WARNING):
+    result = train.train_and_evaluate(tiny_config, killed)
+  assert f"{best}/variables" in caplog.text and "passed over" in caplog.text
+  lines = (killed / "metrics.jsonl").read_bytes()
+  assert lines == (whole / "finished" / "metrics.jsonl").read_bytes()
+  expected = json.loads((whole / "finished" / "result.json").read_text())
+  assert result["best_accuracy"] == expected["best_accuracy"]
+  assert result["best_step"] == expected["best_step"]
