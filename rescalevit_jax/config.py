@@ -64,13 +64,29 @@ KEYS = {
   "dataset": Key(
     "cifar10",
     "`cifar10`, `cifar100`, `digits` (comes with the package), or another"
-    " tfds data set of images of one size",
+    " tfds data set of images with one label each",
   ),
   "tfds_data_dir": Key(
     None,
     "where prepared data sets lie; None: `~/tensorflow_datasets`",
     optional=str,
     resumable=True,
+  ),
+  "data.source": Key(
+    "auto",
+    "where images are during the run: on the devices (`resident`) or on disk"
+    " (`streaming`); `auto`: on disk if they take more than `data.max_gb`",
+    ("auto", "resident", "streaming"),
+    resumable=True,
+  ),
+  "data.max_gb": _positive(
+    4.0, "what images may take of a device, in 10^9 bytes", resumable=True
+  ),
+  "data.image_size": _positive(
+    None,
+    "edge that images are resized to as they are read, for data sets whose"
+    " images differ in size; None: they stay as they are",
+    optional=int,
   ),
   "model_name": Key("ViT-B_16", "size of the model", variants.VARIANTS),
   "model.norm": Key("LN", "the norm", norms.NORMS),

@@ -1,27 +1,27 @@
 """From tfds to arrays, and from (seed, step) to the indices of a batch."""
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 import dataclasses
 import functools
-import io
 import logging
+import math
+import threading
 
 import numpy as np
-from PIL import Image
 import tensorflow_datasets as tfds
 
 from rescalevit_jax import array_cache
 from rescalevit_jax import builders
 from rescalevit_jax import errors
-from rescalevit_jax import tfrecord
+from rescalevit_jax import records
 
 _log = logging.getLogger(__name__)
-_READ_AHEAD = 1000  # Records.
+_sorting = threading.Lock()
 
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-  """Images with their labels.
+  """Images with their labels, in memory.
 
   Attributes:
     images: uint8 [N, H, W, 3].
@@ -31,10 +31,17 @@ class Split:
   images: np.ndarray
   labels: np.ndarray
 
+  def __len__(self) -> int:
+    return len(self.labels)
+
+  def read(self, indices: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    """Returns images and labels of some places."""
+    return self.images[indices], self.labels[indices]
+
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
-  """An image classification data set in memory.
+  """An image classification data set.
 
   Attributes:
     name: as it was asked for.
@@ -45,34 +52,47 @@ class Dataset:
   """
 
   name: str
-  train: Split
-  test: Split
+  train: Split | records.StreamedSplit
+  test: Split | records.StreamedSplit
   num_classes: int
   class_names: tuple[str, ...]
 
 
-def load(name: str, data_dir: str | None) -> Dataset:
-  """Reads a data set, after preparing it if that was not done before.
+def load(
+  name: str,
+  data_dir: str | None,
+  *,
+  source: str = "auto",
+  max_gb: float = 4.0,
+  image_size: int | None = None,
+) -> Dataset:
+  """Opens a data set, after preparing it if that was not done before.
 
-  The arrays and their order do not depend on the format of the prepared files
-  (array_record or tfrecord). They are kept on disk, see `array_cache`.
+  The images and their order depend neither on the format of the prepared files
+  (array_record or tfrecord) nor on `source`.
 
   Args:
-    name: 'cifar10', 'cifar100', 'digits', or another tfds data set with images
-      of one size and one label each; greyscale becomes three equal channels.
+    name: 'cifar10', 'cifar100', 'digits', or another tfds data set of images
+      with one label each; greyscale becomes three equal channels.
     data_dir: where prepared data sets lie; None for tfds' own place.
+    source: 'resident': all images are read now, and kept on disk as arrays, see
+      `array_cache`; 'streaming': they are read when they are needed; 'auto':
+      the first if they take at most `max_gb`.
+    max_gb: 10^9 bytes.
+    image_size: edge that images are resized to as they are read; None: they
+      stay as they are, and must have one size.
 
   Raises:
     UserError: there is no such data set, it does not suit, it cannot be
       prepared, or its files are damaged.
   """
   builder = builders.open_builder(name, data_dir)
-  check_features(builder)
+  records.check_features(builder, any_size=image_size is not None)
   if not builders.is_prepared(builder):
     builders.prepare(builder)
     builder = builders.open_builder(name, data_dir)
-  test_split = _test_split(builder)
-  label = _features(builder)[1]
+  splits = ("train", _test_split(builder))
+  label = records.features(builder)[1]
   class_names = label.names or [str(i) for i in range(label.num_classes)]
   if len(class_names) != label.num_classes:
     raise errors.UserError(
@@ -80,44 +100,14 @@ def load(name: str, data_dir: str | None) -> Dataset:
       f" of {label.num_classes}; remove this folder to prepare the data set"
       " anew"
     )
-  return Dataset(
-    name=name,
-    train=_load_split(builder, "train"),
-    test=_load_split(builder, test_split),
-    num_classes=label.num_classes,
-    class_names=tuple(class_names),
-  )
-
-
-def check_features(builder: tfds.core.DatasetBuilder) -> None:
-  """Checks that a data set has images of one size, with one label each.
-
-  Args:
-    builder: of the data set, which need not be prepared.
-
-  Raises:
-    UserError: it does not suit.
-  """
-  image, label = _features(builder)
-  if not (
-    isinstance(image, tfds.features.Image)
-    and isinstance(label, tfds.features.ClassLabel)
-  ):
-    raise errors.UserError(
-      f"data set {builder.name} has no pair of an image and a class label:"
-      " choose an image classification data set"
-    )
-  if None in image.shape:
-    raise errors.UserError(
-      f"the images of {builder.name} differ in size: choose a data set with"
-      " images of one size, such as imagenet_resized/64x64"
-    )
-  if image.shape[-1] not in (1, 3) or image.np_dtype != np.uint8:
-    raise errors.UserError(
-      f"the images of {builder.name} are {image.np_dtype.__name__}"
-      f" {list(image.shape)}: choose a data set with uint8 images of 1 or 3"
-      " channels"
-    )
+  if source == "auto":
+    images = sum(builder.info.splits[split].num_examples for split in splits)
+    shape = records.Decoder(builder, image_size).shape
+    fits = images * math.prod(shape) <= max_gb * 1e9
+    source = "resident" if fits else "streaming"
+  read = records.StreamedSplit if source == "streaming" else _load_split
+  train, test = (read(builder, split, image_size) for split in splits)
+  return Dataset(name, train, test, label.num_classes, tuple(class_names))
 
 
 def indices(seed: int, step: int, batch: int, num_examples: int) -> np.ndarray:
@@ -137,9 +127,13 @@ def indices(seed: int, step: int, batch: int, num_examples: int) -> np.ndarray:
   """
   start = (step - 1) * batch
   epochs = range(start // num_examples, (start + batch - 1) // num_examples + 1)
-  stream = np.concatenate([_order(seed, e, num_examples) for e in epochs])
-  offset = start % num_examples
-  return stream[offset : offset + batch]
+  parts = []
+  for epoch in epochs:
+    with _sorting:  # Threads that read ahead all come to a new epoch.
+      order = _order(seed, epoch, num_examples)
+    first = start - epoch * num_examples
+    parts.append(order[max(first, 0) : first + batch])
+  return np.concatenate(parts)
 
 
 @functools.lru_cache(maxsize=2)
@@ -149,17 +143,6 @@ def _order(seed: int, epoch: int, num_examples: int) -> np.ndarray:
   bits = np.random.PCG64(np.random.SeedSequence([seed, epoch]))
   order = np.argsort(bits.random_raw(num_examples), kind="stable")
   return order.astype(np.int32)
-
-
-def _features(builder):
-  """Returns the features of the image and of the label; None for no such."""
-  keys = builder.info.supervised_keys
-  if not isinstance(keys, tuple) or len(keys) != 2:
-    return None, None
-  features = dict(builder.info.features.items())
-  return tuple(
-    features.get(key) if isinstance(key, str) else None for key in keys
-  )
 
 
 def _test_split(builder):
@@ -173,27 +156,31 @@ def _test_split(builder):
   )
 
 
-def _load_split(builder: tfds.core.DatasetBuilder, split: str) -> Split:
+def _load_split(
+  builder: tfds.core.DatasetBuilder, split: str, image_size: int | None
+) -> Split:
   """Reads a split from the cache or, failing that, from its records."""
-  image, label = _features(builder)
+  decode = records.Decoder(builder, image_size)
+  num_classes = records.features(builder)[1].num_classes
   count = builder.info.splits[split].num_examples
   name = builder.info.full_name.replace("/", "-")
-  path = array_cache.folder(name, builder.data_dir) / f"{split}.npz"
+  size = "" if image_size is None else f"-{image_size}"
+  path = array_cache.folder(name, builder.data_dir) / f"{split}{size}.npz"
   arrays = array_cache.load(path)
   if arrays is not None:
     cached = Split(arrays.get("images"), arrays.get("labels"))
-    if _is_sound(cached, (count, *image.shape[:2], 3), label.num_classes):
+    if _is_sound(cached, (count, *decode.shape), num_classes):
       return cached
   _log.info("reading %s %s: %s images ...", builder.name, split, f"{count:,}")
   try:
-    result = _decode(builder, split, count)
+    result = _decode_all(records.read_all(builder, split), decode, count)
   except Exception as e:  # Damaged files raise all sorts.
     reason = " ".join(str(e).split())[:200] or type(e).__name__
     raise errors.UserError(
       f"{builder.data_dir}: damaged, cannot read {split} ({reason}); remove"
       " this folder to prepare the data set anew"
     ) from e
-  if not _is_sound(result, result.images.shape, label.num_classes):
+  if not _is_sound(result, result.images.shape, num_classes):
     raise errors.UserError(
       f"{builder.name} has examples without a label in its split {split}:"
       " choose a data set whose train and test images are all labelled"
@@ -213,45 +200,15 @@ def _is_sound(split, shape, num_classes):
   )
 
 
-def _decode(builder: tfds.core.DatasetBuilder, split: str, count: int) -> Split:
-  features = builder.info.features
-  image_key, label_key = builder.info.supervised_keys
-  # Leaves other features alone, and images to Pillow: tfds would take OpenCV
-  # where it is installed, whose JPEG decoder differs.
-  features = tfds.features.FeaturesDict(
-    {key: features[key] for key in (image_key, label_key)}
-  )
-  decoders = {image_key: tfds.decode.SkipDecoding()}
-  images = np.empty((count, *features[image_key].shape[:2], 3), np.uint8)
+def _decode_all(found, decode, count):
+  images = np.empty((count, *decode.shape), np.uint8)
   labels = np.empty(count, np.int32)
-  found = 0
-  for record in _records(builder, split):
-    if found == count:
+  done = 0
+  for record in found:
+    if done == count:
       raise ValueError(f"more than {count} examples")
-    example = features.deserialize_example_np(record, decoders=decoders)
-    with Image.open(io.BytesIO(example[image_key])) as image:
-      pixels = np.asarray(image.convert("RGB"))
-    if pixels.shape != images.shape[1:]:
-      raise ValueError(f"example {found} is an image {list(pixels.shape)}")
-    images[found] = pixels
-    labels[found] = example[label_key]
-    found += 1
-  if found < count:
-    raise ValueError(f"{found} examples instead of {count}")
+    images[done], labels[done] = decode(record)
+    done += 1
+  if done < count:
+    raise ValueError(f"{done} examples instead of {count}")
   return Split(images, labels)
-
-
-def _records(
-  builder: tfds.core.DatasetBuilder, split: str
-) -> Iterator[bytes | memoryview]:
-  """Yields the serialised examples of a split in the order of its shards."""
-  if builder.info.file_format.value == "tfrecord":
-    for path in builder.info.splits[split].filepaths:
-      yield from tfrecord.read(path)
-    return
-  source = builder.as_data_source(
-    split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES
-  )
-  for start in range(0, len(source), _READ_AHEAD):
-    stop = min(start + _READ_AHEAD, len(source))
-    yield from source.__getitems__(list(range(start, stop)))

@@ -18,6 +18,7 @@ import numpy as np
 from rescalevit_jax import checkpoint
 from rescalevit_jax import errors
 from rescalevit_jax import experiment as experiment_lib
+from rescalevit_jax import feed
 from rescalevit_jax import sharding
 from rescalevit_jax import step as step_lib
 from rescalevit_jax import writers
@@ -47,8 +48,7 @@ class Evaluator:
 
   Args:
     model: a `VisionTransformer`.
-    images: [M, H, W, 3] uint8, replicated on the mesh.
-    labels: [M] int32, likewise.
+    images: the split.
     image_size: edge of the model's input, in pixels.
     batch: images a step; the last batch, and one that the devices cannot share
       equally, is filled up with images that do not count.
@@ -58,21 +58,16 @@ class Evaluator:
   def __init__(
     self,
     model: nn.Module,
-    images: jax.Array,
-    labels: jax.Array,
+    images: feed.Feed,
     *,
     image_size: int,
     batch: int,
     mesh: Mesh,
   ):
-    self._images, self._labels = images, labels
+    self._images = images
     batch = min(batch, len(images))
-    batch = -(-batch // mesh.size) * mesh.size
-    by_device = sharding.split(mesh)
-    self._batches = [
-      sharding.put(_filled(start, len(images), batch), by_device)
-      for start in range(0, len(images), batch)
-    ]
+    self._batch = -(-batch // mesh.size) * mesh.size
+    self._by_device = sharding.split(mesh)
     self._step = jax.jit(
       functools.partial(step_lib.eval_step, model=model, image_size=image_size),
       out_shardings=sharding.replicated(mesh),
@@ -87,25 +82,21 @@ class Evaluator:
     """Returns the result, or None if `stopped` became true on the way."""
     sums = []
     start = line = time.monotonic()
-    for i, (indices, mask) in enumerate(self._batches):
-      if stopped():
-        return None
-      if i >= 2:  # The device has one batch more to work on.
-        jax.block_until_ready(sums[i - 2])
-      if time.monotonic() - line > _SECONDS_BETWEEN_LINES:
-        line = time.monotonic()
-        left = (line - start) / max(1, i - 1) * (len(self._batches) - i + 1)
-        _log.info(
-          "evaluating: batch %d of %d, %.0f s left",
-          i,
-          len(self._batches),
-          left,
-        )
-      sums.append(
-        self._step(
-          params, batch_stats, self._images, self._labels, indices, mask
-        )
-      )
+    numbers = range(-(-len(self._images) // self._batch))
+    with self._images.batches(self._places, numbers) as batches:
+      for i in numbers:
+        if stopped():
+          return None
+        if i >= 2:  # The device has one batch more to work on.
+          jax.block_until_ready(sums[i - 2])
+        if time.monotonic() - line > _SECONDS_BETWEEN_LINES:
+          line = time.monotonic()
+          left = (line - start) / max(1, i - 1) * (len(numbers) - i + 1)
+          _log.info(
+            "evaluating: batch %d of %d, %.0f s left", i, len(numbers), left
+          )
+        mask = sharding.put(self._mask(i), self._by_device)
+        sums.append(self._step(params, batch_stats, *next(batches), mask))
     sums = jax.device_get(sums)
     examples = len(self._images)
     return Result(
@@ -113,6 +104,17 @@ class Evaluator:
       accuracy=sum(int(s["correct"]) for s in sums) / examples,
       examples=examples,
     )
+
+  def _places(self, number):
+    """Places of the examples of a batch, int32 [B]; the last one is filled."""
+    first = number * self._batch
+    places = np.arange(first, first + self._batch, dtype=np.int32)
+    return np.minimum(places, len(self._images) - 1)
+
+  def _mask(self, number):
+    """Which of them count, bool [B]."""
+    left = len(self._images) - number * self._batch
+    return np.arange(self._batch) < left
 
 
 def evaluate_run(
@@ -154,10 +156,9 @@ def evaluate_run(
     experiment = experiment_lib.create(config)
     weights = f"{which} checkpoint"
   everywhere = sharding.replicated(experiment.mesh)
-  dataset = experiment.dataset
   evaluator = Evaluator(
     experiment.model,
-    *sharding.put((dataset.test.images, dataset.test.labels), everywhere),
+    feed.Feed(experiment.dataset.test, experiment.mesh),
     image_size=config.image_size,
     batch=config.batch_eval,
     mesh=experiment.mesh,
@@ -172,9 +173,3 @@ def evaluate_run(
   workdir.mkdir(parents=True, exist_ok=True)
   writers.write_file(workdir / "eval.json", json.dumps(result, indent=2) + "\n")
   return result
-
-
-def _filled(start, total, batch):
-  """Places [batch] int32 of a batch, and which of them count, [batch] bool."""
-  places = np.arange(start, start + batch, dtype=np.int32)
-  return np.minimum(places, total - 1), places < total

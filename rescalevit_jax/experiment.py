@@ -70,9 +70,9 @@ class Experiment:
   def train_step(self) -> Callable[..., Any]:
     """Returns `step.train_step`, compiled when it is first called.
 
-    Its arguments are the state, which is given away, and images, labels,
-    indices and seed. The seed is one of them, and not part of the program, so
-    that runs with other seeds find it compiled.
+    Its arguments are the state, which is given away, and images, labels and
+    seed. The seed is one of them, and not part of the program, so that runs
+    with other seeds find it compiled.
     """
     everywhere, places = sharding.replicated(self.mesh), self.places()
     split = {}
@@ -114,7 +114,7 @@ def create(config: ml_collections.ConfigDict) -> Experiment:
   sharding.check_batch(config.batch, config.accum_steps, mesh)
   progress_lib.warn_of_idle_gpu()
   create_model(config, 1)  # Its mistakes show before the data are read.
-  dataset = data.load(config.dataset, config.tfds_data_dir)
+  dataset = data.load(config.dataset, config.tfds_data_dir, **config.data)
   rate = optimizer_lib.schedule(
     config.base_lr,
     config.warmup_steps,

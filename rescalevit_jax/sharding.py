@@ -6,7 +6,6 @@ Everything else is on every device, but for large parameters and momenta with
 """
 
 import math
-import os
 from typing import Any
 
 import jax
@@ -18,16 +17,6 @@ import numpy as np
 from rescalevit_jax import errors
 
 _MIN_SPLIT = 2**14  # Elements of an array that is worth splitting.
-
-
-def join_processes() -> None:
-  """Joins the processes of one `srun`, if it started several, to one run.
-
-  Called before the devices are used. A job that Slurm started alone is left
-  alone, even if there is place for more in the allocation around it.
-  """
-  if int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
-    jax.distributed.initialize()
 
 
 def create_mesh() -> Mesh:
@@ -72,6 +61,21 @@ def put(tree: Any, sharding: NamedSharding) -> Any:
     return jax.make_array_from_callback(x.shape, sharding, lambda i: x[i])
 
   return jax.tree.map(put_array, tree)
+
+
+def own_part(x: np.ndarray, place: NamedSharding) -> np.ndarray:
+  """Returns the part of an array that this process' devices hold.
+
+  Args:
+    x: the whole array.
+    place: split along at most one axis, in the order of the processes.
+  """
+  parts = place.addressable_devices_indices_map(x.shape).values()
+  own = []
+  for size, *slices in zip(x.shape, *parts, strict=True):
+    bounds = [part.indices(size) for part in slices]
+    own.append(slice(min(b[0] for b in bounds), max(b[1] for b in bounds)))
+  return x[tuple(own)]
 
 
 def check_batch(batch: int, accum_steps: int, mesh: Mesh) -> None:

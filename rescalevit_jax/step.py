@@ -50,7 +50,6 @@ def train_step(
   state: TrainState,
   images: jax.Array,
   labels: jax.Array,
-  indices: jax.Array,
   seed: int | jax.Array,
   *,
   model: nn.Module,
@@ -67,10 +66,9 @@ def train_step(
 
   Args:
     state: the state before the update.
-    images: [M, H, W, 3] uint8, the whole training split.
-    labels: [M] int32.
-    indices: [A, B] int32, the batch's places in the split, as A micro-batches
-      whose gradients are averaged.
+    images: [A, B, H, W, 3] uint8, the batch as A micro-batches, whose gradients
+      are averaged.
+    labels: [A, B] int32.
     seed: of the run.
     model: a `VisionTransformer`.
     optimizer: of the parameters.
@@ -85,19 +83,17 @@ def train_step(
   """
   key = jax.random.fold_in(jax.random.key(seed), state.step + 1)
   crop_key, dropout_key = jax.random.split(key)
-  crop_keys = jax.random.split(crop_key, indices.shape)
-  dropout_keys = jax.random.split(dropout_key, len(indices))
+  crop_keys = jax.random.split(crop_key, labels.shape)
+  dropout_keys = jax.random.split(dropout_key, len(labels))
 
   params = gather(state.params)
 
   def micro_step(carry, micro_batch):
     batch_stats, sums = carry
-    indices, crop_keys, dropout_key = micro_batch
-    x = augment_lib.prepare_random(
-      crop_keys, images[indices], image_size, augment
-    )
+    images, labels, crop_keys, dropout_key = micro_batch
+    x = augment_lib.prepare_random(crop_keys, images, image_size, augment)
     (loss, batch_stats), grads = jax.value_and_grad(loss_fn, has_aux=True)(
-      params, batch_stats, x, labels[indices], dropout_key, model=model
+      params, batch_stats, x, labels, dropout_key, model=model
     )
     return (batch_stats, jax.tree.map(jnp.add, sums, (loss, grads))), None
 
@@ -105,13 +101,13 @@ def train_step(
     state.batch_stats,
     (jnp.zeros(()), jax.tree.map(jnp.zeros_like, params)),
   )
-  micro_batches = (indices, crop_keys, dropout_keys)
-  if len(indices) == 1:  # No loop: the compiler sees one straight step.
+  micro_batches = (images, labels, crop_keys, dropout_keys)
+  if len(labels) == 1:  # No loop: the compiler sees one straight step.
     carry, _ = micro_step(carry, jax.tree.map(lambda x: x[0], micro_batches))
   else:
     carry, _ = jax.lax.scan(micro_step, carry, micro_batches)
   batch_stats, sums = carry
-  loss, grads = jax.tree.map(lambda x: x / len(indices), sums)
+  loss, grads = jax.tree.map(lambda x: x / len(labels), sums)
   return update(state, loss, scatter(grads), batch_stats, optimizer=optimizer)
 
 
@@ -172,7 +168,6 @@ def eval_step(
   batch_stats: Any,
   images: jax.Array,
   labels: jax.Array,
-  indices: jax.Array,
   mask: jax.Array,
   *,
   model: nn.Module,
@@ -183,9 +178,8 @@ def eval_step(
   Args:
     params: the parameters.
     batch_stats: the statistics.
-    images: [M, H, W, 3] uint8, the whole split.
-    labels: [M] int32.
-    indices: [B] int32, the batch's places in the split.
+    images: [B, H, W, 3] uint8.
+    labels: [B] int32.
     mask: [B] bool, False where the batch is only filled up.
     model: a `VisionTransformer`.
     image_size: edge of the model's input, in pixels.
@@ -193,13 +187,12 @@ def eval_step(
   Returns:
     `loss` ([] float32) and `correct` ([] int32), summed over the examples.
   """
-  x = augment_lib.prepare(images[indices], image_size)
+  x = augment_lib.prepare(images, image_size)
   logits = model.apply(
     {"params": params, "batch_stats": batch_stats}, x, train=False
   )
-  y = labels[indices]
-  loss = optax.softmax_cross_entropy_with_integer_labels(logits, y)
+  loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
   return {
     "loss": jnp.where(mask, loss, 0.0).sum(),
-    "correct": (mask & (logits.argmax(-1) == y)).sum(),
+    "correct": (mask & (logits.argmax(-1) == labels)).sum(),
   }

@@ -20,12 +20,13 @@ from rescalevit_jax import data
 from rescalevit_jax import errors
 from rescalevit_jax import evaluate
 from rescalevit_jax import experiment as experiment_lib
+from rescalevit_jax import feed
 from rescalevit_jax import interrupt
 from rescalevit_jax import lock
+from rescalevit_jax import processes
 from rescalevit_jax import profile
 from rescalevit_jax import progress as progress_lib
 from rescalevit_jax import result as result_lib
-from rescalevit_jax import sharding
 from rescalevit_jax import step as step_lib
 from rescalevit_jax import writers
 
@@ -79,6 +80,9 @@ def _train_and_evaluate(config, workdir, folder):
       "%s: this run is finished: %s", workdir, result_lib.accuracies(result)
     )
     return result
+  if jax.process_index() == 0:
+    checkpoint.pass_over_damaged(workdir)
+  processes.wait_for_all("checkpoints looked at")
   experiment = experiment_lib.create(config)
   state, progress = None, checkpoint.Progress()
   if not checkpoint.saved_steps(workdir, "last"):
@@ -153,19 +157,15 @@ class Trainer:
     self._checkpoints = checkpoints
     self._writer = writer
 
-    everywhere = sharding.replicated(mesh)
     dataset = experiment.dataset
-    self._train = sharding.put(
-      (dataset.train.images, dataset.train.labels), everywhere
-    )
+    self._train = feed.Feed(dataset.train, mesh)
     self._evaluator = evaluate.Evaluator(
       experiment.model,
-      *sharding.put((dataset.test.images, dataset.test.labels), everywhere),
+      feed.Feed(dataset.test, mesh),
       image_size=config.image_size,
       batch=config.batch_eval,
       mesh=mesh,
     )
-    self._by_device = sharding.split(mesh, axis=1)
     self._seed = np.uint32(config.seed)
     self._train_step = experiment.train_step()
     progress_lib.warn_of_long_run(
@@ -173,7 +173,7 @@ class Trainer:
       image_size=config.image_size,
       batch=config.batch,
       steps=config.total_steps - progress.step,
-      eval_images=len(dataset.test.labels),
+      eval_images=len(dataset.test),
       evaluations=-(-(config.total_steps - progress.step) // config.eval_every),
     )
     self._metrics = None  # Of the step that the device works on.
@@ -194,6 +194,12 @@ class Trainer:
     config, progress = self._config, self._progress
     if progress.step < config.total_steps:
       _log.info("compiling the training step")
+    steps = range(progress.step + 1, config.total_steps + 1)
+    with self._train.batches(self._indices, steps) as batches:
+      return self._loop(stop, batches)
+
+  def _loop(self, stop, batches):
+    config, progress = self._config, self._progress
     while True:
       stop.look(progress.step)
       if self._evaluation_is_due():
@@ -206,21 +212,21 @@ class Trainer:
         self._profile.end(self._state)
         self._checkpoints.wait()
         return progress.last_step == config.total_steps
-      self._step()
+      self._step(*next(batches))
 
-  def _step(self):
+  def _indices(self, step):
+    """Returns the places of a step's images, int32 [A, B]."""
+    config = self._config
+    indices = data.indices(config.seed, step, config.batch, len(self._train))
+    return indices.reshape(config.accum_steps, -1)
+
+  def _step(self, images, labels):
     """Starts a step, then waits for the one before it and reports on that."""
-    config, progress = self._config, self._progress
+    progress = self._progress
     step = progress.step + 1
     self._profile.before(step, self._state)
-    indices = data.indices(
-      config.seed, step, config.batch, len(self._train[1])
-    ).reshape(config.accum_steps, -1)
     self._state, metrics = self._train_step(
-      self._state,
-      *self._train,
-      sharding.put(indices, self._by_device),
-      self._seed,
+      self._state, images, labels, self._seed
     )
     self._finish_step()
     progress.step, self._metrics = step, metrics

@@ -18,6 +18,7 @@ from rescalevit_jax import config as config_lib
 from rescalevit_jax import data
 from rescalevit_jax import evaluate
 from rescalevit_jax import experiment as experiment_lib
+from rescalevit_jax import feed
 from rescalevit_jax import sharding
 from rescalevit_jax import step as step_lib
 
@@ -39,20 +40,20 @@ def main(subject: str, config: str, options: str) -> None:
 def measure_ours(config, options) -> dict[str, float]:
   """Measures this project: with real data, and with one resident batch."""
   experiment = experiment_lib.create(config)
-  everywhere = sharding.replicated(experiment.mesh)
-  train = experiment.dataset.train
-  images, labels = sharding.put((train.images, train.labels), everywhere)
+  train = feed.Feed(experiment.dataset.train, experiment.mesh)
   by_device = sharding.split(experiment.mesh, axis=1)
   seed = np.uint32(config.seed)
   state = experiment.scratch()
 
   def indices(step):
-    found = data.indices(config.seed, step, config.batch, len(labels))
-    return sharding.put(found.reshape(config.accum_steps, -1), by_device)
+    found = data.indices(config.seed, step, config.batch, len(train))
+    return found.reshape(config.accum_steps, -1)
 
+  with train.batches(indices, range(1, 2)) as batches:
+    images, labels = next(batches)
   start = time.perf_counter()
-  arguments = (state, images, labels, indices(1), seed)
-  compiled = experiment.train_step().lower(*arguments).compile()
+  step = experiment.train_step().lower(state, images, labels, seed)
+  compiled = step.compile()
   seconds = time.perf_counter() - start
 
   def run(steps):
@@ -60,20 +61,22 @@ def measure_ours(config, options) -> dict[str, float]:
     # before it are awaited.
     nonlocal state
     last = None
-    for step in range(1, steps + 1):
-      state, metrics = compiled(state, images, labels, indices(step), seed)
-      if last is not None:
-        jax.device_get(last)
-      last = metrics
+    with train.batches(indices, range(1, steps + 1)) as batches:
+      for images, labels in batches:
+        state, metrics = compiled(state, images, labels, seed)
+        if last is not None:
+          jax.device_get(last)
+        last = metrics
     jax.block_until_ready((state, metrics))
 
   resident = _resident(experiment, by_device)
   real_times, resident_times = time_laps([run, resident], options["seconds"])
   test = experiment.dataset.test
-  count = min(len(test.labels), options["eval_images"])
+  count = min(len(test), options["eval_images"])
+  test = data.Split(*test.read(range(count)))
   evaluator = evaluate.Evaluator(
     experiment.model,
-    *sharding.put((test.images[:count], test.labels[:count]), everywhere),
+    feed.Feed(test, experiment.mesh),
     image_size=config.image_size,
     batch=config.batch_eval,
     mesh=experiment.mesh,

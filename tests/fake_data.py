@@ -79,6 +79,14 @@ class FakeTestOnly(Fake):
 class FakeVariable(Fake):
   SHAPE = (None, None, 3)
 
+  def example(self, split, i):
+    pixels = image(split, i, (4 + i % 3, 9 - i % 5, 3))
+    return {
+      "image": Image.fromarray(pixels),
+      "label": label(i),
+      "id": str(i),
+    }
+
 
 class FakeUnpaired(Fake):
   KEYS = None

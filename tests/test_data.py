@@ -13,6 +13,7 @@ import tensorflow_datasets as tfds
 from rescalevit_jax import builders
 from rescalevit_jax import data
 from rescalevit_jax import errors
+from rescalevit_jax import records
 from rescalevit_jax import tensorflow_cpu
 
 GOLDEN = [
@@ -193,10 +194,10 @@ class TestLoad:
 class TestCache:
   @pytest.fixture
   def no_records(self, monkeypatch):
-    def records(builder, split):
+    def fail(builder, split):
       raise AssertionError("read again")
 
-    return lambda: monkeypatch.setattr(data, "_records", records)
+    return lambda: monkeypatch.setattr(records, "read_all", fail)
 
   def test_second_start_reads_no_records(self, prepared, no_records):
     first = data.load("fake", prepared)
@@ -243,7 +244,7 @@ class TestCache:
 
 class TestRefuses:
   def test_images_of_several_sizes(self, tmp_path):
-    refuses("fake_variable", str(tmp_path), "fake_variable", "differ in size")
+    refuses("fake_variable", str(tmp_path), "differ in size", "data.image_size")
     assert os.listdir(tmp_path) == []  # Said before anything is prepared.
 
   @pytest.mark.parametrize("name", ["fake_unpaired", "fake_image_to_text"])
@@ -278,13 +279,13 @@ class TestRefuses:
   def test_another_number_of_records(
     self, prepared, monkeypatch, change, found
   ):
-    original = data._records
+    original = records.read_all
 
-    def records(builder, split):
+    def read_all(builder, split):
       whole = list(original(builder, split))
       return whole[:change] if change < 0 else whole + whole[:change]
 
-    monkeypatch.setattr(data, "_records", records)
+    monkeypatch.setattr(records, "read_all", read_all)
     refuses("fake", prepared, found, "damaged")
 
   @pytest.mark.parametrize("size", [0, 20_000, 100_000])

@@ -6,7 +6,9 @@ import optax
 import pytest
 
 from rescalevit_jax import augment
+from rescalevit_jax import data
 from rescalevit_jax import evaluate
+from rescalevit_jax import feed
 from rescalevit_jax import models
 from rescalevit_jax import sharding
 
@@ -38,7 +40,7 @@ def test_any_batch_counts_every_example_once(setting, batch):
   mesh = sharding.create_mesh()
   result = evaluate.Evaluator(
     model,
-    *sharding.put((images, labels), sharding.replicated(mesh)),
+    feed.Feed(data.Split(images, labels), mesh),
     image_size=8,
     batch=batch,
     mesh=mesh,
@@ -54,7 +56,7 @@ def test_it_stops_when_asked(setting):
   mesh = sharding.create_mesh()
   evaluator = evaluate.Evaluator(
     model,
-    *sharding.put((images, labels), sharding.replicated(mesh)),
+    feed.Feed(data.Split(images, labels), mesh),
     image_size=8,
     batch=5,
     mesh=mesh,

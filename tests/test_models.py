@@ -542,9 +542,8 @@ def test_new_norm_is_one_class_and_one_entry(monkeypatch):
   )
   state, metrics = jax.jit(train_step)(
     state,
-    jax.random.randint(jax.random.key(0), (4, 8, 8, 3), 0, 256, jnp.uint8),
-    jnp.array([0, 1, 2, 0]),
-    jnp.arange(4)[None],
+    jax.random.randint(jax.random.key(0), (1, 4, 8, 8, 3), 0, 256, jnp.uint8),
+    jnp.array([[0, 1, 2, 0]]),
   )
   assert np.isfinite(metrics["loss"])
   assert flatten(state.params)[alpha] != before[alpha]

@@ -228,9 +228,8 @@ def train_step_of(norm):
     )
     return step.train_step(
       state,
-      images,
-      labels,
-      jnp.arange(len(images))[None],
+      images[None],
+      labels[None],
       model=model_of(norm),
       optimizer=sgd,
       augment=augment.Augment(crop=False),

@@ -83,7 +83,7 @@ def train_step_of(norm, dropout_rate=0.0, settings=WHOLE, sgd=DESCENT):
 def train_once(norm="LN", indices=BATCH[None], state=None, seed=0, **kwargs):
   state = start_of(norm) if state is None else state
   train_step = train_step_of(norm, **kwargs)
-  return train_step(state, IMAGES, LABELS, indices, seed)
+  return train_step(state, IMAGES[indices], LABELS[indices], seed)
 
 
 def gradient(state, norm="LN"):
@@ -275,9 +275,8 @@ def evaluate(indices, mask, norm="BN", params=None):
   return eval_step(
     start.params if params is None else params,
     start.batch_stats,
-    IMAGES,
-    LABELS,
-    np.asarray(indices, np.int32),
+    IMAGES[indices],
+    LABELS[indices],
     np.asarray(mask),
     model=model_of(norm),
     image_size=SIZE,
@@ -334,9 +333,8 @@ def test_evaluation_resizes_images():
   got = eval_step(
     state.params,
     {},
-    IMAGES,
-    LABELS,
-    BATCH,
+    IMAGES[BATCH],
+    LABELS[BATCH],
     np.ones(12, bool),
     model=model,
     image_size=12,

@@ -47,8 +47,8 @@ def stop_at(monkeypatch):
     real = train.Trainer._step
     left = [times]
 
-    def stopping(self):
-      real(self)
+    def stopping(self, *batch):
+      real(self, *batch)
       if self._progress.step == step_number and left[0]:
         left[0] -= 1
         raise InterruptedError

@@ -187,7 +187,8 @@ def _image(config, index) -> np.ndarray:
       f"the data set {config.dataset} is not prepared in"
       f" {builder.data_dir_root}"
     )
-  images = data.load(config.dataset, config.tfds_data_dir).test.images
+  dataset = data.load(config.dataset, config.tfds_data_dir, **config.data)
+  images = dataset.test.images
   if index >= len(images):
     raise errors.UserError(
       f"{config.dataset} has no test image {index}, only {len(images)} of them"

@@ -1,0 +1,163 @@
+"""A streamed split gives the batches of a resident one, and costs no memory."""
+
+import threading
+
+import fake_data
+import jax
+import numpy as np
+from PIL import Image
+import pytest
+
+from rescalevit_jax import builders
+from rescalevit_jax import checkpoint
+from rescalevit_jax import data
+from rescalevit_jax import errors
+from rescalevit_jax import feed
+from rescalevit_jax import records
+from rescalevit_jax import sharding
+from rescalevit_jax import train
+
+
+@pytest.fixture
+def streamed(digits_dir):
+  return data.load("digits", str(digits_dir), source="streaming").train
+
+
+@pytest.fixture
+def resident(digits_dir):
+  return data.load("digits", str(digits_dir), source="resident").train
+
+
+def plan(step):
+  return data.indices(0, step, 48, 1437).reshape(3, 16)
+
+
+def batches(split, numbers, plan=plan):
+  with feed.Feed(split, sharding.create_mesh()).batches(plan, numbers) as found:
+    return [jax.device_get(batch) for batch in found]
+
+
+# Of steps 28 to 32, which lie on both sides of an epoch's end.
+@pytest.mark.parametrize("numbers", [range(1, 4), range(28, 33), range(5, 5)])
+def test_both_feeds_give_the_same_batches(resident, streamed, numbers):
+  found, expected = batches(streamed, numbers), batches(resident, numbers)
+  assert len(found) == len(expected) == len(numbers)
+  for step, got, want in zip(numbers, found, expected, strict=True):
+    for x, y in zip(got, want, strict=True):
+      assert x.dtype == y.dtype
+      np.testing.assert_array_equal(x, y)
+    np.testing.assert_array_equal(want[0], resident.images[plan(step)])
+    np.testing.assert_array_equal(want[1], resident.labels[plan(step)])
+
+
+def test_a_streamed_batch_is_read_without_those_before_it(
+  streamed, monkeypatch
+):
+  wanted = []
+  real = records.StreamedSplit.read
+
+  def read(self, indices):
+    wanted.append(sorted(indices))
+    return real(self, indices)
+
+  monkeypatch.setattr(records.StreamedSplit, "read", read)
+  numbers = range(10**9, 10**9 + 3)
+  assert len(batches(streamed, numbers)) == 3
+  assert sorted(wanted) == sorted(sorted(plan(i).ravel()) for i in numbers)
+
+
+def test_leaving_early_ends_the_threads(streamed):
+  before = threading.active_count()
+  mesh = sharding.create_mesh()
+  with feed.Feed(streamed, mesh).batches(plan, range(1, 10**6)) as found:
+    next(found)
+    assert threading.active_count() > before
+  for thread in threading.enumerate():
+    if thread is not threading.main_thread() and not thread.daemon:
+      thread.join(10)
+  assert threading.active_count() <= before
+
+
+def test_a_record_that_cannot_be_read_is_one_line(streamed, monkeypatch):
+  def fail(self, record):
+    raise ValueError("first line\nsecond line")
+
+  monkeypatch.setattr(records.Decoder, "__call__", fail)
+  with pytest.raises(errors.UserError, match="train: cannot be read .*first"):
+    batches(streamed, range(1, 3))
+
+
+def test_a_streamed_split_looks_like_an_array_of_images(resident, streamed):
+  assert len(streamed) == len(resident) == len(streamed.images)
+  assert streamed.shape == resident.images.shape[1:]
+  np.testing.assert_array_equal(streamed.images[7], resident.images[7])
+  np.testing.assert_array_equal(streamed.images[-1], resident.images[-1])
+  np.testing.assert_array_equal(streamed.images[1430:], resident.images[1430:])
+  with pytest.raises(IndexError):
+    streamed.images[1437]
+
+
+@pytest.mark.parametrize("norm", ["LN", "Rescale"])
+def test_a_data_set_too_large_for_memory_trains_the_same(
+  tiny_config, tmp_path, norm
+):
+  tiny_config.model.norm = norm
+  tiny_config.accum_steps = 3
+  train.train_and_evaluate(tiny_config, tmp_path / "resident")
+  tiny_config.data.max_gb = 1e-4  # The digits take 0.3 MB.
+  train.train_and_evaluate(tiny_config, tmp_path / "streaming")
+  lines = [
+    (tmp_path / kind / "metrics.jsonl").read_bytes()
+    for kind in ("resident", "streaming")
+  ]
+  assert lines[0] == lines[1]
+  weights = [
+    jax.tree.leaves(checkpoint.load_variables(tmp_path / kind, "latest")[:2])
+    for kind in ("resident", "streaming")
+  ]
+  for x, y in zip(*weights, strict=True):
+    np.testing.assert_array_equal(x, y)
+
+
+def test_the_limit_decides(digits_dir):
+  kinds = [
+    type(data.load("digits", str(digits_dir), max_gb=max_gb).test)
+    for max_gb in (3.4e-4, 3.5e-4)  # 1797 images of 8 x 8 x 3 bytes.
+  ]
+  assert kinds == [records.StreamedSplit, data.Split]
+
+
+def test_images_of_any_size_are_resized_as_they_are_read(tmp_path, monkeypatch):
+  monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+  read = [
+    data.load("fake_variable", str(tmp_path), source=source, image_size=6)
+    for source in ("streaming", "resident", "resident")  # Read, then kept.
+  ]
+  for split in ("train", "test"):
+    first, *others = (getattr(dataset, split) for dataset in read)
+    images, labels = first.read(range(len(first)))
+    assert images.shape == (len(first), 6, 6, 3)
+    for other in others:
+      np.testing.assert_array_equal(images, other.images)
+      np.testing.assert_array_equal(labels, other.labels)
+  # The first pixel, which tells the images apart, is not resized away where
+  # nothing is resized: image 3 has 4 x 6 pixels.
+  whole = fake_data.image("test", 3, (4, 6, 3))
+  want = np.asarray(Image.fromarray(whole).resize((6, 6), Image.BILINEAR))
+  found = read[0].test.images[:]
+  assert (found == want).all(axis=(1, 2, 3)).sum() == 1
+
+
+def test_tfrecord_files_are_refused_to_streaming(tmp_path):
+  builder = builders.open_builder("fake", str(tmp_path))
+  builder.download_and_prepare(file_format="tfrecord")
+  with pytest.raises(errors.UserError, match="tfrecord.*data.max_gb"):
+    data.load("fake", str(tmp_path), source="streaming")
+  data.load("fake", str(tmp_path))
+
+
+def test_own_part_is_what_the_devices_of_a_process_hold():
+  mesh = sharding.create_mesh()
+  x = np.arange(6 * mesh.size).reshape(3, -1)
+  place = sharding.split(mesh, axis=1)
+  np.testing.assert_array_equal(sharding.own_part(x, place), x)
