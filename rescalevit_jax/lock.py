@@ -61,8 +61,9 @@ def _acquire(path: pathlib.Path) -> int | None:
     try:
       fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
       if _is_same_file(descriptor, path):
-        os.ftruncate(descriptor, 0)
-        os.write(descriptor, f"{socket.gethostname()} {os.getpid()}".encode())
+        with contextlib.suppress(OSError):  # A full disk can be locked too.
+          os.ftruncate(descriptor, 0)
+          os.write(descriptor, f"{socket.gethostname()} {os.getpid()}".encode())
         return descriptor
     except BlockingIOError as e:
       host, _, pid = os.read(descriptor, 1000).decode().partition(" ")

@@ -1,5 +1,6 @@
 """Two processes never work on one run."""
 
+import errno
 import fcntl
 import os
 import signal
@@ -144,6 +145,17 @@ def test_a_file_system_without_locks(tmp_path, monkeypatch):
   with lock.hold(tmp_path / "file" / "run"):
     done.append(True)
   assert len(done) == 2
+
+
+def test_a_full_disk_is_locked_too(tmp_path, monkeypatch):
+  def write(descriptor, text):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+  monkeypatch.setattr(os, "write", write)
+  with lock.hold(tmp_path):
+    with pytest.raises(errors.UserError, match="unknown host"):
+      with lock.hold(tmp_path):
+        pass
 
 
 @pytest.mark.parametrize("kind", ["no such place", "deleted folder", "link"])
