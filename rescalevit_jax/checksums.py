@@ -4,6 +4,7 @@ The file of sums has the form of the command sha256sum, which can check it too.
 """
 
 import hashlib
+import os
 import pathlib
 
 from rescalevit_jax import errors
@@ -12,13 +13,21 @@ NAME = "SHA256SUMS"
 
 
 def write(folder: pathlib.Path) -> None:
-  """Writes the sums of all files in the folders of a folder."""
+  """Writes the sums of all files in the folders of a folder.
+
+  Then all of it is on the disk, whatever happens to the machine: the folder can
+  be given the name by which others know that it is whole.
+  """
   lines = [
     f"{_sum(path)}  {path.relative_to(folder).as_posix()}\n"
     for path in sorted(folder.glob("*/**/*"))
     if path.is_file()
   ]
   (folder / NAME).write_text("".join(lines), encoding="utf-8")
+  for path in folder.glob("**/*"):
+    if path.is_file():
+      with open(path, "rb") as f:
+        os.fsync(f.fileno())
 
 
 def verify(folder: pathlib.Path) -> None:
