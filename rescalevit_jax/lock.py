@@ -39,7 +39,8 @@ def hold(workdir: str | pathlib.Path) -> Iterator[None]:
   try:
     yield
   finally:
-    path.unlink(missing_ok=True)  # Still locked: `_acquire` counts on that.
+    with contextlib.suppress(OSError):  # As on a disk that became read-only.
+      path.unlink()  # Still locked: `_acquire` counts on that.
     os.close(descriptor)
     if made:
       with contextlib.suppress(OSError):  # Not empty, as a rule.
@@ -74,6 +75,9 @@ def _acquire(path: pathlib.Path) -> int | None:
         " end, or stop it, or choose another --workdir"
       ) from e
     except OSError:
+      if not os.fstat(descriptor).st_size:  # Nobody's: made just now.
+        with contextlib.suppress(OSError):
+          path.unlink()
       os.close(descriptor)
       return None
     os.close(descriptor)  # Its last holder has just deleted the file.
