@@ -97,6 +97,7 @@ def _train_and_evaluate(config, workdir, folder):
     else:
       checkpoints.forget_best(after=0)
     parameters = sum(x.size for x in jax.tree.leaves(state.params))
+    writers.remove_torn(folder)
     writers.write_file(folder / "config.json", config_lib.to_json(config))
     writers.write_file(
       folder / "class_names.json",

@@ -35,6 +35,12 @@ def write_file(path: pathlib.Path, content: str | bytes) -> None:
     temporary.unlink(missing_ok=True)
 
 
+def remove_torn(folder: pathlib.Path) -> None:
+  """Removes what killed processes left of files that they were writing."""
+  for path in folder.glob(".*.tmp"):
+    path.unlink(missing_ok=True)
+
+
 class MetricWriter:
   """Writes scalars to metrics.jsonl and TensorBoard.
 
