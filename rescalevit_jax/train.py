@@ -342,12 +342,12 @@ class Trainer:
 
   def _save(self):
     progress = self._progress
+    self._finish_step()
+    self._writer.sync()
     if progress.step == self._checkpoints.latest_step():
       return
-    self._finish_step()
     self._lap(progress.step)
     progress.seconds = self._seconds_before + time.monotonic() - self._started
-    self._writer.sync()
     self._checkpoints.save(self._state, progress)
     self._timer.restart()
 
