@@ -1,0 +1,140 @@
+"""A full day of training in small: memory and open files must stay level.
+
+  PYTHONPATH=.:tests python tests/faults/full_day.py --checkpoints=2000
+
+One process writes a checkpoint every ten steps and a line of metrics every
+step, to TensorBoard too, and evaluates every hundred; what the system says of
+its memory, open files and threads is printed on the way.
+"""
+
+import argparse
+from collections.abc import Mapping, Sequence
+import dataclasses
+import os
+import pathlib
+import statistics
+import tempfile
+import time
+
+import tiny_sweep
+import trials
+
+from rescalevit_jax import checkpoint
+from rescalevit_jax import data
+
+_STEPS = 10  # A checkpoint.
+# How much more at the end than after the first third.
+_MORE_MEMORY = 0.05
+_MORE_FILES = 2
+_MORE_THREADS = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+  """What a process has at a moment.
+
+  Attributes:
+    checkpoints: written so far.
+    memory: resident, in MiB.
+    files: open ones.
+    threads: running or not.
+  """
+
+  checkpoints: int
+  memory: float
+  files: int
+  threads: int
+
+
+def watch(
+  folder: pathlib.Path,
+  data_dir: pathlib.Path,
+  checkpoints: int,
+  env: Mapping[str, str],
+) -> list[Sample]:
+  """Trains, and looks at the process twenty times.
+
+  Raises:
+    AssertionError: memory, open files or threads grow, or the run fails.
+  """
+  steps = checkpoints * _STEPS
+  keys = (
+    *tiny_sweep.KEYS,
+    f"tfds_data_dir={data_dir}",
+    f"total_steps={steps}",
+    f"checkpoint_every={_STEPS}",
+    "progress_every=1",
+    "eval_every=100",
+  )
+  trial = trials.Trial(folder / "run", folder / "log", keys, env)
+  process = trial.start()
+  samples = []
+  try:
+    for i in range(1, 20):
+      wanted = checkpoints * i // 20
+      while process.poll() is None and _written(trial) < wanted:
+        time.sleep(0.05)
+      samples.append(_look(process.pid, _written(trial)))
+      print(*dataclasses.astuple(samples[-1]), flush=True)
+    assert process.wait() == 0, trial.said()
+  finally:
+    process.kill()
+    process.wait()
+  assert trial.metrics().count(b"train/loss") == steps
+  _check_level(samples)
+  return samples
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+  """Trains as long as told and says what it took."""
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  parser.add_argument("--checkpoints", type=int, default=2000)
+  args = parser.parse_args(argv)
+  start = time.monotonic()
+  with tempfile.TemporaryDirectory() as folder:
+    folder = pathlib.Path(folder)
+    data_dir = folder / "tfds"
+    data.load("digits", str(data_dir))
+    env = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    print("checkpoints, MiB, open files, threads")
+    watch(folder, data_dir, args.checkpoints, env)
+  print(f"level; {time.monotonic() - start:.0f} s")
+
+
+def _written(trial):
+  return max(checkpoint.saved_steps(trial.workdir, "last"), default=0) // _STEPS
+
+
+def _look(pid, checkpoints):
+  process = pathlib.Path("/proc", str(pid))
+  status = dict(
+    line.split(":", 1) for line in (process / "status").read_text().splitlines()
+  )
+  return Sample(
+    checkpoints,
+    round(int(status["VmRSS"].split()[0]) / 1024, 1),
+    len(os.listdir(process / "fd")),
+    int(status["Threads"]),
+  )
+
+
+def _check_level(samples):
+  """Compares medians: garbage and checkpoints under way come and go."""
+  third = len(samples) // 3
+  middle, end = (
+    {
+      name: statistics.median(getattr(sample, name) for sample in part)
+      for name in ("memory", "files", "threads")
+    }
+    for part in (samples[third : 2 * third], samples[-third:])
+  )
+  print("middle", middle, "end", end)
+  assert end["memory"] <= middle["memory"] * (1 + _MORE_MEMORY)
+  assert end["files"] <= middle["files"] + _MORE_FILES
+  assert end["threads"] <= middle["threads"] + _MORE_THREADS
+
+
+if __name__ == "__main__":
+  main()

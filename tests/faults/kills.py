@@ -1,0 +1,283 @@
+r"""Kills training at random moments; the run must come out the same.
+
+  PYTHONPATH=.:tests python tests/faults/kills.py --kills=160 --seed=0
+
+Processes are stopped (SIGSTOP), looked at and then killed, so that it is known
+in which phase they died. Only kills of a living process count. After each one
+the folder must be sane, and the exit code the documented one; the run is
+started again and killed again, and in the end compared with an uninterrupted
+one: parameters, optimizer and metrics.jsonl must be the same, bit for bit.
+"""
+
+import argparse
+import collections
+from collections.abc import Sequence
+import dataclasses
+import json
+import os
+import pathlib
+import random
+import shutil
+import signal
+import tempfile
+import time
+
+import tiny_sweep
+import trials
+
+from rescalevit_jax import data
+
+# Norm and accum_steps; a few kills take the first ones only.
+KINDS = [
+  ("Rescale", 1),
+  ("BN", 3),
+  ("LN", 3),
+  ("GN", 1),
+  ("Rescale", 3),
+  ("BN", 1),
+  ("LN", 1),
+  ("GN", 3),
+]
+PHASES = (
+  "start-up",
+  "compilation",
+  "training",
+  "evaluation",
+  "checkpoint",
+  "end",
+)
+# Seconds that a kill comes after the beginning of its phase, at most. One that
+# is meant for no phase comes at any time after the start.
+_DELAYS = {
+  "start-up": 3.0,
+  "compilation": 1.0,
+  "training": 0.05,
+  "evaluation": 0.05,
+  "checkpoint": 0.1,
+  "end": 0.5,
+  None: 6.0,
+}
+_SIGNALS = (
+  ("KILL",),
+  ("KILL",),
+  ("TERM",),
+  ("INT",),
+  ("TERM", "TERM"),
+  ("INT", "INT"),
+  ("TERM", "KILL"),
+)
+_CAUGHT = "once more to stop at once"
+
+
+@dataclasses.dataclass(frozen=True)
+class Kill:
+  """A kill of a living process.
+
+  Attributes:
+    norm: of the model.
+    accum_steps: of the training.
+    phase: what the process was doing.
+    signals: what it got; the second one came while it was saving.
+  """
+
+  norm: str
+  accum_steps: int
+  phase: str
+  signals: str
+
+
+class Killer:
+  """Kills runs of one kind.
+
+  Args:
+    folder: for the runs.
+    data_dir: where the digits are prepared.
+    norm: of the model.
+    accum_steps: of the training.
+    rng: says when and how.
+  """
+
+  def __init__(
+    self,
+    folder: pathlib.Path,
+    data_dir: pathlib.Path,
+    norm: str,
+    accum_steps: int,
+    rng: random.Random,
+  ):
+    self._folder, self._rng = folder, rng
+    self._kind = norm, accum_steps
+    self._keys = (
+      *trials.KEYS,
+      f"tfds_data_dir={data_dir}",
+      f"model.norm={norm}",
+      f"accum_steps={accum_steps}",
+    )
+    self._env = tiny_sweep.environment(folder)
+    self._whole = self._trial("whole")
+    self._whole.finish()
+    self._aims = []
+
+  def kill(self, number: int) -> list[Kill]:
+    """Kills and compares until so many kills are done."""
+    kills = []
+    while len(kills) < number:
+      trial = self._trial(f"killed{len(kills)}")
+      while len(kills) < number and not self._is_finished(trial):
+        if kill := self._kill(trial):
+          kills.append(kill)
+          print(*dataclasses.astuple(kill), flush=True)
+        trials.check_sane(trial, self._whole)
+      trial.finish()
+      trials.check_same(trial, self._whole)
+      shutil.rmtree(trial.workdir)
+    return kills
+
+  def _trial(self, name):
+    name = "-".join([*map(str, self._kind), name])
+    folder = self._folder
+    return trials.Trial(
+      folder / name, folder / f"{name}.log", self._keys, self._env
+    )
+
+  def _is_finished(self, trial):
+    return (trial.workdir / "result.json").exists()
+
+  def _kill(self, trial):
+    """Starts a run and kills it; None if it came to its end before that."""
+    if not self._aims:  # Each phase in turn, and one kill at any time.
+      self._aims = [*PHASES, None]
+      self._rng.shuffle(self._aims)
+    aim, signals = self._aims.pop(), self._rng.choice(_SIGNALS)
+    lines = trial.metrics().count(b"\n") + self._rng.randrange(6)
+    env = {}
+    if aim == "compilation":
+      env["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(dir=self._folder)
+    process = trial.start(**env)
+    try:
+      return self._kill_process(trial, process, aim, lines, signals)
+    finally:
+      process.kill()
+      process.wait()
+
+  def _kill_process(self, trial, process, aim, lines, signals):
+    def begins():
+      if aim in (None, "start-up", "compilation", "end"):
+        return aim is None or _phase(trial) == aim
+      enough = trial.metrics().count(b"\n") >= lines
+      return enough and _phase(trial) == aim
+
+    trials.wait_for(begins, process)
+    time.sleep(self._rng.uniform(0, _DELAYS[aim]))
+    if not trials.freeze(process):
+      assert process.wait() == 0, trial.said()
+      return None
+    phase = _phase(trial)
+    sent = [signals[0]]
+    _send(process, signals[0])
+    for name in signals[1:]:
+      if trials.wait_for(lambda: _CAUGHT in trial.said(), process):
+        trials.wait_for(
+          lambda: _temporary(trial) or "stopped at" in trial.said(), process
+        )
+        time.sleep(self._rng.uniform(0, 0.1))
+      if trials.freeze(process):
+        _send(process, name)
+        sent.append(name)
+    _check_exit(process.wait(timeout=120), phase, sent, trial.said())
+    return Kill(*self._kind, phase, "+".join(sent))
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+  """Kills as often as told and says how."""
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  parser.add_argument("--kills", type=int, default=160)
+  parser.add_argument("--seed", type=int, default=0)
+  args = parser.parse_args(argv)
+  # A shell's background jobs ignore it, and so would the runs.
+  signal.signal(signal.SIGINT, signal.default_int_handler)
+  start = time.monotonic()
+  kills = []
+  with tempfile.TemporaryDirectory() as folder:
+    folder = pathlib.Path(folder)
+    os.environ["XDG_CACHE_HOME"] = str(folder / "cache")
+    data.load("digits", str(folder / "tfds"))
+    rng = random.Random(args.seed)
+    for i, (norm, accum_steps) in enumerate(KINDS):
+      killer = Killer(folder, folder / "tfds", norm, accum_steps, rng)
+      share = args.kills * (i + 1) // len(KINDS) - len(kills)
+      kills += killer.kill(share)
+  print(_table(kills))
+  print(
+    f"{len(kills)} kills, seed {args.seed}, {time.monotonic() - start:.0f} s:"
+    " all runs the same as uninterrupted ones"
+  )
+
+
+def _table(kills):
+  count = collections.Counter
+  kinds = count(f"{k.norm}, accum_steps {k.accum_steps}" for k in kills)
+  lines = [f"{number:4d}  {kind}" for kind, number in kinds.items()]
+  signals = sorted({k.signals for k in kills})
+  by = count((k.phase, k.signals) for k in kills)
+  lines.append(f"{'':12}" + "".join(f"{s:>11}" for s in [*signals, "all"]))
+  for phase in PHASES:
+    row = [by[phase, s] for s in signals]
+    lines.append(f"{phase:12}" + "".join(f"{n:11d}" for n in [*row, sum(row)]))
+  return "\n".join(lines)
+
+
+def _phase(trial):
+  """Returns what a run's process is doing, by what it has written."""
+  log = trial.said()
+  at_end = f"going on from the checkpoint of step {trials.TOTAL_STEPS}\n" in log
+  if not at_end and "compiling the training step" not in log:
+    return "start-up"
+  lines = trial.metrics().splitlines(keepends=True)
+  last = {"step": 0}
+  if lines := [line for line in lines if line.endswith(b"\n")]:
+    last = json.loads(lines[-1])
+  step, tested = last["step"], "test/loss" in last
+  if tested and step == trials.TOTAL_STEPS:
+    return "end"
+  due = step % trials.EVAL_EVERY == 0 or step == trials.TOTAL_STEPS
+  if step and due and not tested:
+    return "evaluation"
+  if _temporary(trial):
+    return "checkpoint"
+  if "the first step is done" not in log:
+    return "compilation"
+  return "training"
+
+
+def _temporary(trial):
+  """Whether a checkpoint is being written."""
+  folder = trial.workdir / "checkpoints"
+  return any(folder.glob("*/*.orbax-checkpoint-tmp"))
+
+
+def _send(process, name):
+  process.send_signal(getattr(signal, f"SIG{name}"))
+  process.send_signal(signal.SIGCONT)
+
+
+def _check_exit(code, phase, sent, log):
+  """Checks the exit code of a process that was killed."""
+  said = code, phase, sent, log
+  noted = phase not in ("start-up", "end") and sent[0] != "KILL"
+  if sent[-1] == "KILL":
+    assert code == -signal.SIGKILL, said
+  elif noted and len(sent) == 1:
+    assert code == 0, said
+    assert "stopped at step" in log or "finished" in log, said
+  elif sent[-1] == "TERM":
+    assert code in (0, -signal.SIGTERM), said
+  else:  # Python itself ends by the signal where `main` is not yet there.
+    assert code in (0, 130, -signal.SIGINT), said
+  assert phase == "start-up" or "Traceback" not in log, said
+
+
+if __name__ == "__main__":
+  main()

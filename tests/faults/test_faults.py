@@ -1,0 +1,250 @@
+"""Faults of machines and people: a run goes on, or stops with one line."""
+
+import contextlib
+import dataclasses
+import errno
+import os
+import pathlib
+import shutil
+import signal
+import subprocess
+
+import pytest
+import tiny_sweep
+import trials
+
+# What a process imports before all else.
+NO_LOCKS = """
+import fcntl
+def flock(descriptor, operation):
+  raise OSError({}, "no locks here")
+fcntl.flock = flock
+"""
+# Killed when all of a file is written, but not yet under its name.
+KILLED_WRITING = """
+import os, signal
+def replace(source, target, replace=os.replace):
+  if os.path.basename(target) == {!r}:
+    os.kill(os.getpid(), signal.SIGKILL)
+  replace(source, target)
+os.replace = replace
+"""
+# Set back by a day for each byte of a file.
+CLOCK = """
+import os, time
+def turned(clock, day):
+  return lambda: clock() - day * os.path.getsize({!r})
+time.time = turned(time.time, 86400)
+time.time_ns = turned(time.time_ns, 86400 * 10**9)
+"""
+
+
+@pytest.fixture(scope="module")
+def whole(digits_dir, tmp_path_factory):
+  """A run to which nothing happened."""
+  folder = tmp_path_factory.mktemp("whole")
+  keys = (*trials.KEYS, f"tfds_data_dir={digits_dir}")
+  env = tiny_sweep.environment(folder)
+  trial = trials.Trial(folder / "run", folder / "log", keys, env)
+  trial.finish()
+  return trial
+
+
+@pytest.fixture
+def trial(whole, tmp_path):
+  """The same run, in a folder that something may be mounted on."""
+  (tmp_path / "disk").mkdir()
+  return dataclasses.replace(
+    whole, workdir=tmp_path / "disk" / "run", log=tmp_path / "log"
+  )
+
+
+@pytest.fixture
+def mount(tmp_path):
+  """Mounts something on that folder."""
+  disk = tmp_path / "disk"
+
+  def run(*args):
+    done = subprocess.run(
+      ["mount", *args, disk], capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+      pytest.skip(f"nothing can be mounted here: {done.stderr.strip()}")
+
+  yield run
+  subprocess.run(["umount", "--lazy", disk], check=False, capture_output=True)
+
+
+@contextlib.contextmanager
+def frozen(trial, process, lines):
+  """Stops a process when it has written so many lines of metrics."""
+  trial.wait_for_lines(lines, process)
+  assert trials.freeze(process), trial.said()
+  try:
+    yield
+  finally:
+    process.send_signal(signal.SIGCONT)
+
+
+def kill(process):
+  process.kill()
+  process.wait()
+
+
+def fill(disk: pathlib.Path, room: int = 0) -> pathlib.Path:
+  """Fills a disk but for so many bytes; returns the file to delete."""
+  path = disk / "filler"
+  with open(path, "wb", buffering=0) as f:
+    with contextlib.suppress(OSError):
+      while f.write(bytes(4096)):
+        pass
+    os.truncate(path, max(0, path.stat().st_size - room))
+  return path
+
+
+def sitecustomize(folder, code, env):
+  """Returns variables with which Python runs some code at its start."""
+  folder.mkdir()
+  (folder / "sitecustomize.py").write_text(code)
+  return {"PYTHONPATH": os.pathsep.join([str(folder), env["PYTHONPATH"]])}
+
+
+@pytest.mark.parametrize(
+  "name", ["config.json", "metrics.jsonl", "result.json"]
+)
+def test_a_kill_while_a_file_is_written(trial, whole, tmp_path, name):
+  process = trial.start()
+  with frozen(trial, process, 10):
+    kill(process)
+  code = KILLED_WRITING.format(name)
+  process = trial.start(**sitecustomize(tmp_path / "site", code, trial.env))
+  assert process.wait() == -signal.SIGKILL, trial.said()
+  trials.check_sane(trial, whole)
+  trial.finish()
+  trials.check_same(trial, whole)
+
+
+@pytest.mark.parametrize("room", [0, 8192, 65536, 262144])
+def test_a_disk_that_is_full_at_the_start(trial, whole, mount, room):
+  mount("-t", "tmpfs", "-o", "size=4m", "tmpfs")
+  filler = fill(trial.workdir.parent, room)
+  assert "No space left" in trial.fail()
+  trials.check_sane(trial, whole)
+  filler.unlink()
+  trial.finish()
+  trials.check_same(trial, whole)
+
+
+@pytest.mark.parametrize("lines", [1, 10, 32])
+def test_a_disk_that_fills_up(trial, whole, mount, lines):
+  """With 32 lines all is done but the last checkpoint and result.json."""
+  mount("-t", "tmpfs", "-o", "size=4m", "tmpfs")
+  process = trial.start()
+  with frozen(trial, process, lines):
+    filler = fill(trial.workdir.parent)
+  assert "No space left" in trial.error(process)
+  trials.check_sane(trial, whole)
+  assert "No space left" in trial.fail()
+  trials.check_sane(trial, whole)
+  filler.unlink()
+  trial.finish()
+  trials.check_same(trial, whole)
+
+
+def test_a_disk_that_is_read_only_at_the_start(trial, whole, mount):
+  mount("-t", "tmpfs", "-o", "ro", "tmpfs")
+  assert "Read-only file system" in trial.fail()
+  mount("-o", "remount,rw")
+  process = trial.start()
+  trial.wait_for_lines(10, process)
+  kill(process)
+  mount("-o", "remount,ro")
+  assert "Read-only file system" in trial.fail()
+  trials.check_sane(trial, whole)
+  mount("-o", "remount,rw")
+  trial.finish()
+  trials.check_same(trial, whole)
+
+
+def test_a_disk_that_becomes_read_only(trial, whole, mount, tmp_path):
+  """As ext4 does after an error; what is not on the disk by then is lost."""
+  image = tmp_path / "image"
+  with open(image, "wb") as f:
+    f.truncate(16 * 2**20)
+  try:
+    subprocess.run(["mkfs.ext4", "-q", image], check=True)
+  except (OSError, subprocess.CalledProcessError) as e:
+    pytest.skip(f"no ext4 here: {e}")
+  mount("-o", "loop", image)
+  process = trial.start()
+  with frozen(trial, process, 10):
+    mount("-o", "remount,abort")
+  assert "Read-only file system" in trial.error(process)
+  subprocess.run(["umount", trial.workdir.parent], check=True)
+  mount("-o", "loop", image)
+  trials.check_sane(trial, whole)
+  trial.finish()
+  trials.check_same(trial, whole)
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS])
+def test_a_file_system_without_locks(trial, whole, tmp_path, number):
+  code = NO_LOCKS.format(number)
+  process = trial.start(**sitecustomize(tmp_path / "site", code, trial.env))
+  assert process.wait() == 0, trial.said()
+  trials.check_same(trial, whole)
+
+
+def test_event_files_that_cannot_be_written(trial, whole):
+  env = {"PYTHONPATH": str(tiny_sweep.ROOT)}  # With TensorFlow.
+  process = trial.start(**env)
+  with frozen(trial, process, 5):
+    for path in trial.workdir.glob("events.out.tfevents*"):
+      done = subprocess.run(
+        ["chattr", "+i", path], capture_output=True, text=True, check=False
+      )
+  try:
+    if done.returncode:
+      pytest.skip(f"no file can be made immutable here: {done.stderr.strip()}")
+    assert process.wait() == 0, trial.said()
+    assert trial.said().count("no TensorBoard files from here on") == 1
+    trials.check_same(trial, whole)
+  finally:
+    kill(process)
+    subprocess.run(["chattr", "-i", path], check=False, capture_output=True)
+
+
+def test_a_clock_that_is_set_back(trial, whole, tmp_path):
+  days = tmp_path / "days"
+  days.write_text("")
+  env = sitecustomize(tmp_path / "site", CLOCK.format(str(days)), trial.env)
+  process = trial.start(**env)
+  with frozen(trial, process, 10):
+    days.write_text("1")
+  trial.wait_for_lines(20, process)
+  kill(process)
+  days.write_text("12")
+  process = trial.start(**env)
+  assert process.wait() == 0, trial.said()
+  trials.check_same(trial, whole)
+
+
+def test_two_processes_on_one_run(trial, whole, tmp_path):
+  first = trial.start()
+  second = dataclasses.replace(trial, log=tmp_path / "second")
+  with frozen(trial, first, 5):
+    message = second.fail()
+  assert "another process works on this run" in message
+  assert f"process {first.pid})" in message
+  assert first.wait() == 0, trial.said()
+  trials.check_same(trial, whole)
+
+
+def test_a_compiled_program_that_is_torn(trial, whole, tmp_path):
+  compiled = tmp_path / "compiled"
+  shutil.copytree(trial.env["JAX_COMPILATION_CACHE_DIR"], compiled)
+  for path in compiled.iterdir():  # As a kill leaves the one being written.
+    os.truncate(path, path.stat().st_size // 2)
+  process = trial.start(JAX_COMPILATION_CACHE_DIR=str(compiled))
+  assert process.wait() == 0, trial.said()
+  trials.check_same(trial, whole)

@@ -1,0 +1,9 @@
+"""Memory and open files stay level; `full_day.py` does this at length."""
+
+import full_day
+import tiny_sweep
+
+
+def test_a_long_run_takes_no_more_than_a_short_one(digits_dir, tmp_path):
+  env = tiny_sweep.environment(tmp_path)
+  full_day.watch(tmp_path, digits_dir, 60, env)

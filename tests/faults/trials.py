@@ -1,0 +1,178 @@
+"""Training as a process of its own, and what must hold of its folder."""
+
+from collections.abc import Callable, Mapping
+import dataclasses
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import tiny_sweep
+
+from rescalevit_jax import checkpoint
+from rescalevit_jax import checksums
+
+TOTAL_STEPS = 24
+EVAL_EVERY = 3
+# A line a step; evaluations and checkpoints take most of the time.
+KEYS = (
+  *tiny_sweep.KEYS,
+  f"total_steps={TOTAL_STEPS}",
+  f"eval_every={EVAL_EVERY}",
+  "progress_every=1",
+  "checkpoint_every=2",
+  "batch_eval=5",
+)
+# All else in result.json repeats.
+_TIMES = ("seconds", "images_per_second")
+
+
+@dataclasses.dataclass(frozen=True)
+class Trial:
+  """A run that is started again and again.
+
+  Attributes:
+    workdir: its folder.
+    log: a file for what its last process says.
+    keys: of its config.
+    env: the environment of its processes.
+  """
+
+  workdir: pathlib.Path
+  log: pathlib.Path
+  keys: tuple[str, ...]
+  env: Mapping[str, str]
+
+  def start(self, **env: str) -> subprocess.Popen:
+    with open(self.log, "wb") as log:
+      return subprocess.Popen(
+        [
+          sys.executable,
+          "-m",
+          "rescalevit_jax.main",
+          "--config=configs/quickstart.py",
+          f"--workdir={self.workdir}",
+          *(f"--config.{key}" for key in self.keys),
+        ],
+        cwd=tiny_sweep.ROOT,
+        env={**self.env, **env},
+        stderr=log,
+      )
+
+  def finish(self) -> None:
+    """Starts it and lets it come to its end."""
+    code = self.start().wait(timeout=300)
+    assert code == 0, (code, self.said())
+
+  def fail(self) -> str:
+    """Starts it, and returns the one line by which it says what is wrong."""
+    return self.error(self.start())
+
+  def error(self, process: subprocess.Popen) -> str:
+    """Returns the line in which a process says why it ends."""
+    code, log = process.wait(timeout=300), self.said()
+    errors = [x for x in log.splitlines() if x.startswith("error: ")]
+    assert code == 1, (code, log)
+    assert len(errors) == 1 and log.splitlines()[-1] == errors[0], log
+    assert "Traceback" not in log, log
+    return errors[0]
+
+  def said(self) -> str:
+    """Returns what the last process has said so far."""
+    return self.log.read_text()
+
+  def metrics(self) -> bytes:
+    """Returns what is in metrics.jsonl; nothing if it is not there."""
+    try:
+      return (self.workdir / "metrics.jsonl").read_bytes()
+    except FileNotFoundError:
+      return b""
+
+  def wait_for_lines(self, number: int, process: subprocess.Popen) -> None:
+    """Waits until a process has written so many lines of metrics."""
+    wait_for(lambda: self.metrics().count(b"\n") >= number, process)
+
+
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen) -> bool:
+  """Waits until a condition holds; False if the process ended before that."""
+  deadline = time.monotonic() + 120
+  while not condition():
+    assert time.monotonic() < deadline
+    if process.poll() is not None:
+      return False
+    time.sleep(0.002)
+  return True
+
+
+def freeze(process: subprocess.Popen) -> bool:
+  """Stops a process; False if it has ended."""
+  process.send_signal(signal.SIGSTOP)
+  if process.returncode is not None:
+    return False
+  how = os.WSTOPPED | os.WEXITED | os.WNOWAIT
+  return os.waitid(os.P_PID, process.pid, how).si_code == os.CLD_STOPPED
+
+
+def check_sane(trial: Trial, whole: Trial) -> None:
+  """Checks what lies in a run's folder at a moment of its life.
+
+  Args:
+    trial: the run; no process works on it.
+    whole: the same, finished without a fault.
+  """
+  for name in ("config.json", "class_names.json", "result.json"):
+    path = trial.workdir / name
+    assert not path.exists() or json.loads(path.read_text())
+  # So no step is missing, or there twice, and only the last line can be torn.
+  assert whole.metrics().startswith(trial.metrics()), trial.metrics()
+  for kind in ("last", "best"):
+    if steps := checkpoint.saved_steps(trial.workdir, kind):
+      checksums.verify(_folder(trial, kind, steps[-1]))
+
+
+def check_same(trial: Trial, whole: Trial) -> None:
+  """Checks that a finished run is the same as another, bit for bit."""
+  names = [
+    sorted(p.name for p in x.workdir.iterdir() if "tfevents" not in p.name)
+    for x in (trial, whole)
+  ]
+  assert names[0] == names[1]
+  assert trial.metrics() == whole.metrics()
+  for name in ("config.json", "class_names.json", "result.json"):
+    a, b = (json.loads((x.workdir / name).read_text()) for x in (trial, whole))
+    assert _without_times(a) == _without_times(b)
+  for kind in ("last", "best"):
+    a, b = (checkpoint.saved_steps(x.workdir, kind)[-1] for x in (trial, whole))
+    assert a == b
+    a, b = (_folder(x, kind, a) for x in (trial, whole))
+    for item in ("variables", "optimizer") if kind == "last" else ["variables"]:
+      _check_same_arrays(a / item, b / item)
+
+
+def _check_same_arrays(a, b):
+  with ocp.StandardCheckpointer() as checkpointer:
+    a, b = (
+      jax.tree_util.tree_leaves_with_path(checkpointer.restore(x))
+      for x in (a, b)
+    )
+  assert len(a) > 1
+  for (path_a, x), (path_b, y) in zip(a, b, strict=True):
+    assert path_a == path_b and x.dtype == y.dtype and x.shape == y.shape
+    assert np.asarray(x).tobytes() == np.asarray(y).tobytes(), path_a
+
+
+def _folder(trial, kind, step):
+  return trial.workdir / "checkpoints" / kind / str(step)
+
+
+def _without_times(values: Any) -> Any:
+  if not isinstance(values, dict):
+    return values
+  return {k: v for k, v in values.items() if k not in _TIMES}
