@@ -23,8 +23,12 @@ from rescalevit_jax import checkpoint
 from rescalevit_jax import data
 
 _STEPS = 10  # A checkpoint.
-# How much more at the end than after the first third.
-_MORE_MEMORY = 0.05
+# How much more in the last third than in the one before: MiB, and MiB for each
+# checkpoint between them. Tensorstore 0.1.86 loses 0.07 MiB of its counters at
+# each, which orbax asks for, and TensorFlow 2.21 4 KiB at a line of metrics; a
+# state of this model that is kept would be 0.3 MiB.
+_MORE_MEMORY = 10
+_MORE_A_CHECKPOINT = 0.2
 _MORE_FILES = 2
 _MORE_THREADS = 4
 
@@ -60,6 +64,8 @@ def watch(
   steps = checkpoints * _STEPS
   keys = (
     *tiny_sweep.KEYS,
+    "model.hidden_size=64",
+    "model.mlp_dim=128",
     f"tfds_data_dir={data_dir}",
     f"total_steps={steps}",
     f"checkpoint_every={_STEPS}",
@@ -126,14 +132,16 @@ def _check_level(samples):
   middle, end = (
     {
       name: statistics.median(getattr(sample, name) for sample in part)
-      for name in ("memory", "files", "threads")
+      for name in ("checkpoints", "memory", "files", "threads")
     }
     for part in (samples[third : 2 * third], samples[-third:])
   )
   print("middle", middle, "end", end)
-  assert end["memory"] <= middle["memory"] * (1 + _MORE_MEMORY)
-  assert end["files"] <= middle["files"] + _MORE_FILES
-  assert end["threads"] <= middle["threads"] + _MORE_THREADS
+  more = {name: end[name] - middle[name] for name in end}
+  allowed = _MORE_MEMORY + _MORE_A_CHECKPOINT * more["checkpoints"]
+  assert more["memory"] <= allowed, more
+  assert more["files"] <= _MORE_FILES, more
+  assert more["threads"] <= _MORE_THREADS, more
 
 
 if __name__ == "__main__":

@@ -109,9 +109,7 @@ def sitecustomize(folder, code, env):
   return {"PYTHONPATH": os.pathsep.join([str(folder), env["PYTHONPATH"]])}
 
 
-@pytest.mark.parametrize(
-  "name", ["config.json", "metrics.jsonl", "result.json"]
-)
+@pytest.mark.parametrize("name", ["metrics.jsonl", "result.json"])
 def test_a_kill_while_a_file_is_written(trial, whole, tmp_path, name):
   process = trial.start()
   with frozen(trial, process, 10):
@@ -124,7 +122,7 @@ def test_a_kill_while_a_file_is_written(trial, whole, tmp_path, name):
   trials.check_same(trial, whole)
 
 
-@pytest.mark.parametrize("room", [0, 8192, 65536, 262144])
+@pytest.mark.parametrize("room", [0, 65536])
 def test_a_disk_that_is_full_at_the_start(trial, whole, mount, room):
   mount("-t", "tmpfs", "-o", "size=4m", "tmpfs")
   filler = fill(trial.workdir.parent, room)
@@ -135,7 +133,7 @@ def test_a_disk_that_is_full_at_the_start(trial, whole, mount, room):
   trials.check_same(trial, whole)
 
 
-@pytest.mark.parametrize("lines", [1, 10, 32])
+@pytest.mark.parametrize("lines", [10, 32])
 def test_a_disk_that_fills_up(trial, whole, mount, lines):
   """With 32 lines all is done but the last checkpoint and result.json."""
   mount("-t", "tmpfs", "-o", "size=4m", "tmpfs")
@@ -179,7 +177,8 @@ def test_a_disk_that_becomes_read_only(trial, whole, mount, tmp_path):
   process = trial.start()
   with frozen(trial, process, 10):
     mount("-o", "remount,abort")
-  assert "Read-only file system" in trial.error(process)
+  message = trial.error(process)
+  assert "Read-only file system" in message and ".lock" not in message
   subprocess.run(["umount", trial.workdir.parent], check=True)
   mount("-o", "loop", image)
   trials.check_sane(trial, whole)
@@ -187,9 +186,8 @@ def test_a_disk_that_becomes_read_only(trial, whole, mount, tmp_path):
   trials.check_same(trial, whole)
 
 
-@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS])
-def test_a_file_system_without_locks(trial, whole, tmp_path, number):
-  code = NO_LOCKS.format(number)
+def test_a_file_system_without_locks(trial, whole, tmp_path):
+  code = NO_LOCKS.format(errno.ENOLCK)
   process = trial.start(**sitecustomize(tmp_path / "site", code, trial.env))
   assert process.wait() == 0, trial.said()
   trials.check_same(trial, whole)
