@@ -180,6 +180,9 @@ KEYS = {
   "pretrained_path": Key(
     None, "`.npz` to start from; None: from scratch", optional=str
   ),
+  "pretrained_allow_nonfinite": Key(
+    False, "start from an `.npz` even if it holds NaN or infinite weights"
+  ),
   "reinit_head": Key(
     False, "start with a head of zeros even where the `.npz` has one"
   ),

@@ -28,6 +28,8 @@ from rescalevit_jax import step as step_lib
 from rescalevit_jax.models import vit
 
 _log = logging.getLogger(__name__)
+# RecursionError: of thousands of nested brackets.
+_DAMAGE = (AttributeError, KeyError, RecursionError, TypeError, ValueError)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,6 +184,7 @@ def load_pretrained(
     state.params,
     state.batch_stats,
     reinit_head=config.reinit_head,
+    allow_nonfinite=config.pretrained_allow_nonfinite,
   )
   _log.info("weights of %s\n%s", config.pretrained_path, report.summary())
   places = experiment.places()
@@ -214,7 +217,7 @@ def read_config(
     return config_lib.from_json(path.read_text(encoding="utf-8"))
   except FileNotFoundError:
     return None
-  except (AttributeError, KeyError, TypeError, ValueError) as e:
+  except _DAMAGE as e:
     raise errors.UserError(
       f"{path}: damaged, or of another program ({e}); use another folder"
     ) from e

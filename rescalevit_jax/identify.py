@@ -50,7 +50,8 @@ def sizes(arrays: Mapping[str, Any]) -> dict[str, int | None]:
     return found.pop() if len(found) == 1 else None
 
   block = r"Transformer/encoderblock_\d+/"
-  blocks = [int(b[2]) for b in map(npz.BLOCK.fullmatch, arrays) if b]
+  blocks = {int(b[2]) for b in map(npz.BLOCK.fullmatch, arrays) if b}
+  whole = bool(blocks) and max(blocks) == len(blocks) - 1
   return {
     "patch_size": edge("embedding/kernel", 4, 0),
     "hidden_size": edge("cls|embedding/(kernel|bias)", 1, -1),
@@ -58,7 +59,7 @@ def sizes(arrays: Mapping[str, Any]) -> dict[str, int | None]:
     "num_heads": edge(
       block + "MultiHeadDotProductAttention_1/query/kernel", 3, 1
     ),
-    "num_layers": max(blocks) + 1 if blocks else None,
+    "num_layers": len(blocks) if whole else None,
   }
 
 

@@ -3,11 +3,16 @@
 The keys are the paths of a parameter tree joined with '/', in the numbering of
 the published checkpoints; statistics are under `batch_stats/`. Which of them a
 model takes is `pretrained`'s affair.
+
+A file may come from anywhere. What it says of itself is checked before it is
+believed: no pickles, no sizes that the data do not have, bounded memory.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 import contextlib
 import dataclasses
+import io
+import math
 import os
 import re
 from typing import Any
@@ -20,8 +25,16 @@ from rescalevit_jax import errors
 
 STATS = "batch_stats/"
 BLOCK = re.compile(r"(Transformer/encoderblock_(\d+)/)([^/]+)(/.*)")
+# Beside several times the weights' own size: a head of 21,843 classes, a larger
+# grid of positions.
+SLACK = 1 << 30
+
+# zipfile reads an archive's list of members at once; this is room for 30,000.
+_LONGEST_READ = 1 << 22
+_LONGEST_NAME = 255
 
 _PREFIXES = ("", "params/", "opt/target/", "optimizer/target/")
+_BFLOAT16 = np.dtype("V2")  # What numpy makes of a saved bfloat16.
 # Newer checkpoints count the modules of a block class by class.
 _OLD_NUMBERING = {
   "LayerNorm_1": "LayerNorm_2",
@@ -47,18 +60,26 @@ class Checkpoint:
   outside: tuple[str, ...]
 
 
-def read(path: str) -> Checkpoint:
+def read(path: str, max_bytes: int | None = None) -> Checkpoint:
   """Reads a checkpoint; see `pretrained.load` for what it may look like.
 
+  Args:
+    path: of the file.
+    max_bytes: how much the arrays may take, each counted as stored or as
+      float32, whichever is larger. Half as much again is needed at most while
+      one is converted. None: four times the file's size and `SLACK`.
+
   Raises:
-    UserError: the file is missing, damaged, or not a ViT checkpoint.
+    UserError: the file is missing, damaged, too large, or not a ViT checkpoint.
   """
-  with _open(path) as npz:
-    if len(set(npz.files)) < len(npz.files):
-      raise errors.UserError(f"{path}: holds several arrays of one name")
-    prefix = _prefix(path, npz.files)
+  with _open(path) as file, _archive(path, file) as archive:
+    if max_bytes is None:
+      max_bytes = 4 * os.fstat(file.fileno()).st_size + SLACK
+    members = _members(path, archive)
+    prefix = _prefix(path, members)
     arrays, names, outside = {}, {}, []
-    for name in npz.files:
+    left = max_bytes
+    for name, member in members.items():
       if not name.startswith((prefix, STATS)):
         outside.append(name)
         continue
@@ -69,7 +90,17 @@ def read(path: str) -> Checkpoint:
           f"{path}: holds {key} twice, as {names[key]} and {name}"
         )
       names[key] = name
-      arrays[key] = _member(path, npz, name)
+      with _explained(path, name), archive.open(member) as stream:
+        size = _check_header(stream, member)
+        left -= size
+        if left >= 0:
+          arrays[key] = _array(stream)
+      if left < 0:
+        raise errors.UserError(
+          f"{path}: {name} would take the arrays beyond"
+          f" {max_bytes / 2**30:.1f} GiB, more than such a model's file can"
+          " have; get the right file"
+        )
   return Checkpoint(arrays, names, tuple(outside))
 
 
@@ -95,7 +126,18 @@ def write(path: str, arrays: Mapping[str, Any]) -> None:
       os.remove(partial)
 
 
-def _open(path: str) -> np.lib.npyio.NpzFile:
+class _File(io.BufferedReader):
+  """A file of which only small pieces can be read at once."""
+
+  def read(self, size: int | None = -1) -> bytes:
+    if size is None or size < 0:  # zipfile, where it looks for the end.
+      size = _LONGEST_READ
+    if size > _LONGEST_READ:
+      raise ValueError(f"{size} bytes at once, such as for its list of members")
+    return super().read(size)
+
+
+def _open(path: str) -> io.BufferedReader:
   if not os.path.exists(path):
     raise errors.UserError(
       f"{path}: no such file; give the path of an .npz checkpoint"
@@ -105,41 +147,91 @@ def _open(path: str) -> np.lib.npyio.NpzFile:
     raise errors.UserError(
       f"{path}: this is {kind}; give the path of an .npz checkpoint"
     )
-  try:
-    with open(path, "rb") as f:
-      start = f.read(6)
+  with _explained(path):
+    return _File(io.FileIO(path))
+
+
+def _archive(path: str, file: io.BufferedReader) -> zipfile.ZipFile:
+  with _explained(path):
+    start = file.read(6)
     if not start:
       raise ValueError("it is empty")
     if start == b"\x93NUMPY":
       raise ValueError("it is a single array (.npy)")
-    if not zipfile.is_zipfile(path):
+    if not zipfile.is_zipfile(file):
       cut = start.startswith(b"PK")
       raise ValueError("it is truncated" if cut else "it is not a zip archive")
-    return np.load(path, allow_pickle=False)
-  except Exception as e:  # A damaged archive can fail in a dozen ways.
-    raise errors.UserError(
-      f"{path}: not a readable .npz ({_one_line(e)}); get the file again"
-    ) from e
+    return zipfile.ZipFile(file)
 
 
-def _member(path: str, npz: np.lib.npyio.NpzFile, name: str) -> np.ndarray:
+@contextlib.contextmanager
+def _explained(path: str, name: str | None = None) -> Iterator[None]:
+  """Turns what a damaged archive can fail with, a dozen ways, into a line."""
+  what = f"{path}: {name} cannot be read"
+  if name is None:
+    what = f"{path}: not a readable .npz"
   try:
-    array = npz[name]
-    if not isinstance(array, np.ndarray):
-      raise ValueError("it is not an array")
-  except Exception as e:  # As above, and pickled objects.
+    yield
+  except Exception as e:
     raise errors.UserError(
-      f"{path}: {name} cannot be read ({_one_line(e)}); get the file again"
+      f"{what} ({_one_line(e)}); get the file again"
     ) from e
-  if array.dtype == np.dtype("V2"):  # What numpy makes of a saved bfloat16.
-    array = array.view(ml_dtypes.bfloat16)
-  elif array.dtype.kind in "iu":
-    return array
-  elif array.dtype.kind != "f":
-    raise errors.UserError(
-      f"{path}: {name} has dtype {array.dtype}, but weights are numbers"
+
+
+def _members(path: str, archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]:
+  """Returns an archive's members by their names as keys."""
+  members = {}
+  for member in archive.infolist():
+    name = member.filename.removesuffix(".npy")
+    if len(name) > _LONGEST_NAME or not name.isprintable():
+      raise errors.UserError(
+        f"{path}: holds {name[:40]!r}..., which is no array's name; get the"
+        " file again"
+      )
+    if name in members:
+      raise errors.UserError(f"{path}: holds several arrays of one name")
+    members[name] = member
+  return members
+
+
+def _check_header(stream: zipfile.ZipExtFile, member: zipfile.ZipInfo) -> int:
+  """Checks what a member says of itself, before anything of it is allocated.
+
+  Returns:
+    The bytes of the array, or of the float32 one made of it if that is larger.
+
+  Raises:
+    ValueError: it is no array of numbers, or of another size.
+  """
+  if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+    raise ValueError("it is packed in a way that numpy does not use")
+  try:
+    version = np.lib.format.read_magic(stream)
+  except ValueError as e:
+    raise ValueError("it is not an array") from e
+  if version != (1, 0):  # Others are for long headers, which weights have not.
+    raise ValueError(f"it is of version {version} of numpy's format")
+  shape, _, dtype = np.lib.format.read_array_header_1_0(stream)
+  if dtype.kind not in "fiu" and dtype != _BFLOAT16:
+    raise ValueError(f"its dtype is {dtype}, but weights are numbers")
+  count = math.prod(shape)
+  size = stream.tell() + count * dtype.itemsize
+  if min(shape, default=0) < 0 or size != member.file_size:
+    raise ValueError(
+      f"it has {member.file_size} bytes, but {size} as an array {list(shape)}"
     )
-  with np.errstate(over="ignore"):  # The loader refuses infinite values.
+  return count * max(dtype.itemsize, 4)
+
+
+def _array(stream: zipfile.ZipExtFile) -> np.ndarray:
+  """Reads an array whose header is good; floats become float32."""
+  stream.seek(0)
+  array = np.lib.format.read_array(stream, allow_pickle=False)
+  if array.dtype == _BFLOAT16:
+    array = array.view(ml_dtypes.bfloat16)
+  elif array.dtype.kind != "f":
+    return array
+  with np.errstate(over="ignore"):  # The loader looks for infinite values.
     return array.astype(np.float32, copy=False)
 
 

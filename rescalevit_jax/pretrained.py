@@ -69,15 +69,18 @@ def load(
   batch_stats: Mapping[str, Any],
   *,
   reinit_head: bool = False,
+  allow_nonfinite: bool = False,
 ) -> tuple[dict[str, Any], dict[str, Any], Report]:
   """Puts a checkpoint's weights into a freshly initialized model's trees.
 
   Args:
     path: an `.npz` in Google's naming, old or new numbering, all keys possibly
-      behind a prefix such as `params/`; or a file that `save` wrote.
+      behind a prefix such as `params/`; or a file that `save` wrote. Its arrays
+      may take four times the model's bytes and `npz.SLACK`.
     params: nested dict; of its leaves only `shape` and `dtype` are used.
     batch_stats: the same for the statistics; may be empty.
     reinit_head: sets the head to zeros even if the file's would fit.
+    allow_nonfinite: takes weights that are NaN or infinite.
 
   Returns:
     New trees of the same structure and shapes, and the report. Loaded leaves
@@ -88,8 +91,9 @@ def load(
     UserError: the file cannot be read or is not this model's.
   """
   path = os.fspath(path)
-  checkpoint = npz.read(path)
-  file, model = checkpoint.arrays, _flatten(params, batch_stats)
+  model = _flatten(params, batch_stats)
+  checkpoint = npz.read(path, max_bytes=4 * _bytes(model) + npz.SLACK)
+  file = checkpoint.arrays
 
   initial, dropped, notes = _unshared_norms(file, model)
   if not model.keys() & set(_PRE_LOGITS):
@@ -109,7 +113,7 @@ def load(
       problems.append(f"{key} is missing, the model's shape is {leaf.shape}")
     else:
       try:
-        values[key] = _fit(key, file[key], leaf)
+        values[key] = _fit(key, file[key], leaf, allow_nonfinite)
       except ValueError as e:
         problems.append(f"{key} {e}")
   problems += [
@@ -283,14 +287,26 @@ def _why_new_head(file, model, dropped, reinit_head) -> str | None:
   return None
 
 
-def _fit(key: str, value: np.ndarray, leaf: Any) -> np.ndarray:
+def _bytes(model: Mapping[str, Any]) -> int:
+  return sum(
+    math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize
+    for leaf in model.values()
+  )
+
+
+def _fit(
+  key: str, value: np.ndarray, leaf: Any, allow_nonfinite: bool
+) -> np.ndarray:
   """Returns value in leaf's shape and type; ValueError if it does not fit."""
   integer = np.issubdtype(leaf.dtype, np.integer)
   dtype = np.dtype(leaf.dtype if integer else np.float32)
   if integer == (value.dtype.kind == "f"):
     raise ValueError(f"has dtype {value.dtype}, the model's is {dtype}")
-  if not np.isfinite(value).all():
-    raise ValueError("holds NaN or infinite values")
+  if not (allow_nonfinite or np.isfinite(value).all()):
+    raise ValueError(
+      "holds NaN or infinite values, which"
+      " --config.pretrained_allow_nonfinite=True would take"
+    )
   if value.shape != leaf.shape:
     mismatch = f"has shape {value.shape}, the model's is {leaf.shape}"
     grid_only = value.ndim == 3 and value.shape[::2] == leaf.shape[::2]
