@@ -15,7 +15,6 @@ import signal
 import sys
 import tarfile
 import tempfile
-import zlib
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -26,6 +25,7 @@ from rescalevit_jax import records
 
 _PIXELS = 3 * 32 * 32  # Bytes of a record after its labels.
 _MAX_TEXT = 1 << 16  # Bytes; the official texts have less than 2 KB.
+_MAX_HEADERS = 1 << 18  # Bytes between the contents of two members.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +53,13 @@ class Layout:
   @property
   def record_bytes(self) -> int:
     return len(self.num_classes) + _PIXELS
+
+  @property
+  def max_bytes(self) -> int:
+    """What the archive cannot be larger than, packed or not."""
+    files = len(self.records) + len(self.names) + len(self.others)
+    records = sum(self.records.values()) * self.record_bytes
+    return records + files * (_MAX_TEXT + _MAX_HEADERS)
 
 
 LAYOUTS = (
@@ -116,8 +123,34 @@ def main(argv: Sequence[str] | None = None) -> int:
   return 0
 
 
+class _Ration:
+  """A file of which only so much is read as what is looked for can have.
+
+  A few bytes of gzip may stand for gigabytes, and tarfile reads some headers
+  whole.
+  """
+
+  def __init__(self, file: gzip.GzipFile):
+    self._file = file
+    self.grant(0)
+
+  def grant(self, size: int) -> None:
+    """Grants a member's content of this size, or none, and headers."""
+    self._left = size + _MAX_HEADERS
+
+  def read(self, size: int) -> bytes:
+    content = self._file.read(size)
+    self._left -= len(content)
+    if self._left < 0:
+      raise ValueError("more in one place than belongs there")
+    return content
+
+
 def inspect(path: str, layouts: Sequence[Layout]) -> Layout:
   """Checks that an archive is exactly one of the official ones, inside.
+
+  An archive may come from anywhere: nothing is written, and memory is needed
+  for no more than twice the largest file of records and a few MB.
 
   Args:
     path: of the archive.
@@ -132,16 +165,19 @@ def inspect(path: str, layouts: Sequence[Layout]) -> Layout:
       out of range.
   """
   try:
-    with (
-      gzip.open(path) as unzipped,
-      tarfile.open(fileobj=unzipped, mode="r|") as tar,
-    ):
-      layout = _check_members(path, tar, layouts)
+    if os.path.getsize(path) > max(layout.max_bytes for layout in layouts):
+      raise ValueError("it is larger than any of them")
+    with gzip.open(path) as unzipped:
+      ration = _Ration(unzipped)
+      with tarfile.open(fileobj=ration, mode="r|") as tar:
+        layout = _check_members(path, ration, tar, layouts)
       # gzip compares its checksum at the end of the file only.
       if any(unzipped.read(_MAX_TEXT)) or unzipped.read(1):
         raise errors.UserError(f"{path}: something follows the tar file")
       return layout
-  except (OSError, EOFError, zlib.error, tarfile.TarError) as e:
+  except errors.UserError:
+    raise
+  except Exception as e:  # A damaged archive can fail in a dozen ways.
     reason = getattr(e, "strerror", None) or " ".join(str(e).split())
     raise errors.UserError(
       f"{path}: no intact gzip-compressed tar file ({reason}); bring"
@@ -150,28 +186,31 @@ def inspect(path: str, layouts: Sequence[Layout]) -> Layout:
 
 
 def _check_members(
-  path: str, tar: tarfile.TarFile, layouts: Sequence[Layout]
+  path: str, ration: _Ration, tar: tarfile.TarFile, layouts: Sequence[Layout]
 ) -> Layout:
   layout, seen = None, set()
-  for member in tar:
+  while member := tar.next():
     folder, _, name = member.name.partition("/")
     layout = layout or next((x for x in layouts if x.folder == folder), None)
     if layout is None or folder != layout.folder:
       raise errors.UserError(
-        f"{path}: has {member.name!r}, which is not in"
+        f"{path}: has {member.name[:99]!r}, which is not in"
         f" {' or '.join(x.archive for x in layouts)}"
       )
-    if not name and member.isdir():
-      continue
-    what = f"{path}: {member.name!r}"
-    if name not in (*layout.records, *layout.names, *layout.others):
-      raise errors.UserError(f"{what} is not in {layout.archive}")
+    what = f"{path}: {member.name[:99]!r}"
     if name in seen:
       raise errors.UserError(f"{what} is there twice")
     seen.add(name)
-    if member.type not in (tarfile.REGTYPE, tarfile.AREGTYPE):
+    if not name and member.isdir():
+      continue
+    if name not in (*layout.records, *layout.names, *layout.others):
+      raise errors.UserError(f"{what} is not in {layout.archive}")
+    plain = member.type in (tarfile.REGTYPE, tarfile.AREGTYPE)
+    if not plain or member.issparse():
       raise errors.UserError(f"{what} is a link or not a plain file")
+    ration.grant(member.size)
     _check_content(what, tar, member, layout, name)
+    ration.grant(0)
   required = (*layout.records, *layout.names) if layout else ()
   missing = [name for name in required if name not in seen]
   if missing or layout is None:
@@ -195,7 +234,7 @@ def _check_content(what, tar, member, layout, name):
           f"{what} has the label {largest}, not below {num_classes}"
         )
     return
-  if member.size > _MAX_TEXT:
+  if not 0 <= member.size <= _MAX_TEXT:
     raise errors.UserError(f"{what} has {member.size} bytes, too many")
   if name in layout.names:
     text = tar.extractfile(member).read().decode("ascii", "replace")
