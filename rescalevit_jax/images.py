@@ -6,14 +6,16 @@ import pathlib
 import numpy as np
 from PIL import Image
 from PIL import ImageOps
+from PIL import TiffImagePlugin
 
 from rescalevit_jax import errors
 
 # An image takes up to 14 bytes a pixel while it is read: 1.1 GB at this size.
 MAX_PIXELS = 80_000_000
 
-# Formats of which Pillow reads the header alone, or that other programs draw.
-_NOT_DRAWN = frozenset({"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"})
+# Only these: of others, Pillow reads the header alone, calls other programs (a
+# file of EPS is one for Ghostscript), or can be made to take any time or memory.
+FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 
 Source = str | os.PathLike[str] | Image.Image | np.ndarray
 
@@ -29,11 +31,11 @@ def find(folder: str | os.PathLike[str]) -> list[pathlib.Path]:
   Raises:
     UserError: a folder cannot be listed.
   """
-  Image.init()
+  formats = _formats()
   suffixes = {
     suffix
     for suffix, kind in Image.registered_extensions().items()
-    if kind in Image.OPEN and kind not in _NOT_DRAWN
+    if kind in formats
   }
 
   def fail(error):
@@ -65,17 +67,13 @@ def read(image: Source) -> Image.Image:
       [H, W, 3], [H, W, 1] or [H, W].
 
   Raises:
-    UserError: it cannot be read as an image, or a file's has more than
-      `MAX_PIXELS` pixels.
+    UserError: it cannot be read as an image, or a file is of none of `FORMATS`
+      or has more than `MAX_PIXELS` pixels.
   """
   if isinstance(image, str | os.PathLike):
     try:
-      with Image.open(image) as opened:
-        if opened.width * opened.height > MAX_PIXELS:
-          raise ValueError(
-            f"{opened.width} x {opened.height} pixels are more than"
-            f" {MAX_PIXELS / 1e6:g} million; make it smaller"
-          )
+      with Image.open(image, formats=_formats()) as opened:
+        _check_size(opened)
         return _rgb(opened)
     except Exception as e:  # Pillow's decoders raise all sorts.
       raise errors.UserError(
@@ -111,6 +109,25 @@ def model_input(image: Source, size: int) -> np.ndarray:
     channel = image.getchannel(i).convert("F")
     x[..., i] = channel.resize((size, size), Image.Resampling.BILINEAR)
   return x / np.float32(127.5) - 1
+
+
+def _formats():
+  Image.init()
+  # Pillow may have been built without the libraries of some.
+  return [name for name in FORMATS if name in Image.OPEN]
+
+
+def _check_size(image):
+  sizes = [image.size]
+  if image.format == "TIFF":  # A tile may be larger than its image.
+    tags = (TiffImagePlugin.TILEWIDTH, TiffImagePlugin.TILELENGTH)
+    sizes.append(tuple(image.tag_v2.get(tag, 0) for tag in tags))
+  for width, height in sizes:
+    if width * height > MAX_PIXELS:
+      raise ValueError(
+        f"{width} x {height} pixels are more than {MAX_PIXELS / 1e6:g} million;"
+        " make it smaller"
+      )
 
 
 def _rgb(image):

@@ -325,7 +325,7 @@ def test_cut_off_files(tmp_path):
 def test_no_permission(tmp_path, monkeypatch):
   path = saved(tmp_path, COLOR, "a.png")
 
-  def refuse(path):
+  def refuse(path, formats):
     raise PermissionError(13, "Permission denied", str(path))
 
   monkeypatch.setattr(Image, "open", refuse)
