@@ -46,7 +46,8 @@ setuptools.setup(
     # Linux only and the other two not at all.
     "array_record>=0.8.1",
     "importlib_resources>=6.5",
-    "Pillow>=11",
+    # Older ones can be made to fill the memory by the tags of a small file.
+    "Pillow>=13",
     # clu.metric_writers imports both without declaring them, and
     # tensorflow_datasets prepares CIFAR through TensorFlow. TensorFlow never
     # computes here, so that the build without GPU libraries will do; it has
@@ -58,6 +59,7 @@ setuptools.setup(
   extras_require={
     # selenium drives Chromium, if there is one, to look at the report's page.
     "test": [
+      "hypothesis>=6.150",
       "pytest>=8.4",
       "pytest-xdist>=3.8",
       "ruff>=0.14",
@@ -65,6 +67,8 @@ setuptools.setup(
       "selenium>=4.30",
       "submitit>=1.5",
     ],
+    # tests/fuzz, guided by what of the code an input reaches. Linux only.
+    "fuzz": ["atheris>=3.0; sys_platform == 'linux'"],
     # Sweeps as Slurm arrays.
     "slurm": ["submitit>=1.5"],
     # A peer, to test exported weights with.

@@ -59,7 +59,7 @@ def read(workdir: str | pathlib.Path) -> dict[str, Any] | None:
     return result
   except FileNotFoundError:
     return None
-  except (KeyError, TypeError, ValueError) as e:
+  except (KeyError, RecursionError, TypeError, ValueError) as e:
     raise errors.UserError(
       f"{path}: damaged ({e}); delete it, the run writes it again"
     ) from e

@@ -210,7 +210,7 @@ def _metrics(workdir):
     try:
       value = json.loads(line)
       value["step"]
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, RecursionError, TypeError, ValueError):
       continue  # Being written just now, or cut off.
     lines.append(value)
   return lines

@@ -255,7 +255,7 @@ def _class_names(workdir, num_classes):
     names = json.loads(path.read_text(encoding="utf-8"))
   except FileNotFoundError:
     return [str(i) for i in range(num_classes)]
-  except ValueError as e:
+  except (RecursionError, ValueError) as e:
     raise errors.UserError(f"{path}: damaged ({e}); delete it") from e
   if (
     not isinstance(names, list)

@@ -164,5 +164,5 @@ class _TensorBoard:
 def _is_whole(line):
   try:
     return "step" in json.loads(line)
-  except (ValueError, TypeError):
+  except (RecursionError, TypeError, ValueError):
     return False  # Cut off when the process was killed.
