@@ -13,8 +13,8 @@ from rescalevit_jax import errors
 # An image takes up to 14 bytes a pixel while it is read: 1.1 GB at this size.
 MAX_PIXELS = 80_000_000
 
-# Only these: of others, Pillow reads the header alone, calls other programs (a
-# file of EPS is one for Ghostscript), or can be made to take any time or memory.
+# Only these: of others, Pillow reads the header alone, calls other programs
+# (EPS is one for Ghostscript), or can be made to take any time or memory.
 FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 
 Source = str | os.PathLike[str] | Image.Image | np.ndarray

@@ -268,4 +268,5 @@ def _old_numbering(key: str) -> str:
 
 
 def _one_line(error: Exception) -> str:
-  return " ".join(str(error).split()) or type(error).__name__
+  # numpy quotes a whole header.
+  return " ".join(str(error).split())[:200] or type(error).__name__

@@ -104,8 +104,6 @@ def step_since(workdir: pathlib.Path, time: float) -> int:
   except FileNotFoundError:
     return 0
   for line in reversed(runs.tail(path)):
-    with contextlib.suppress(
-      KeyError, RecursionError, TypeError, ValueError
-    ):
+    with contextlib.suppress(KeyError, RecursionError, TypeError, ValueError):
       return json.loads(line)["step"]  # The last line may be half written.
   return 0

@@ -1,0 +1,104 @@
+"""What may come of an input: success, or one line for the person.
+
+And in time, within bounded memory, nothing written elsewhere, no process begun.
+"""
+
+import os
+import pathlib
+import re
+import resource
+import sys
+import time
+import types
+
+from rescalevit_jax import errors
+
+SECONDS = 10.0
+# Address space beyond what the process has. The limits of the code under test
+# that are larger are made smaller by the targets.
+BYTES = 1 << 30
+
+_WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
+_FORBIDDEN = re.compile(
+  r"os\.(exec|fork|posix_spawn|spawn|system|startfile|mkdir|rename|remove|rmdir"
+  r"|link|symlink|truncate|chmod|chown)|subprocess\.|shutil\.|socket\.connect"
+  r"|pickle\."
+)
+_watched: pathlib.Path | None = None  # The one folder for writing.
+_forbidden: list[str] = []
+
+
+class Guilty(AssertionError):
+  """An input has done what none may."""
+
+
+def judge(
+  target: types.ModuleType, content: bytes, folder: pathlib.Path
+) -> str:
+  """Lets a target read a file.
+
+  Args:
+    target: a module as the package's docstring says.
+    content: of the file.
+    folder: for it, under the name `input`.
+
+  Returns:
+    'read', or the message's words without names and numbers.
+
+  Raises:
+    Guilty: saying of what.
+  """
+  global _watched
+  path = folder / "input"
+  path.write_bytes(content)
+  _forbidden.clear()
+  soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+  pages = int(pathlib.Path("/proc/self/statm").read_text().split()[0])
+  limit = pages * resource.getpagesize() + BYTES
+  error = None
+  begin = time.monotonic()
+  try:
+    resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
+    _watched = folder
+    target.run(path)
+  except Exception as e:
+    error = e
+  finally:
+    _watched = None
+    resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+  seconds = time.monotonic() - begin
+  if seconds > SECONDS:
+    raise Guilty(f"took {seconds:.1f} s")
+  if _forbidden:
+    raise Guilty(f"did what no reader may: {_forbidden[0]}")
+  if error is None:
+    return "read"
+  if not isinstance(error, errors.UserError):
+    raise Guilty(f"not a UserError: {type(error).__name__}: {error}") from error
+  cause = error
+  while cause is not None:
+    if isinstance(cause, MemoryError):
+      raise Guilty(f"asked for more than {BYTES} bytes") from error
+    cause = cause.__cause__ or cause.__context__
+  message = str(error)
+  if len(message.splitlines()) != 1 or len(message) > 2000:
+    raise Guilty(f"not one line of moderate length: {message!r:.3000}")
+  message = message.replace(str(folder), "")
+  return re.sub(r"'[^']*'|\"[^\"]*\"|-?\d[\w.]*", "#", message)[:100]
+
+
+def _audit(event, args):
+  if _watched is None:
+    return
+  if event == "open":
+    path, _, flags = args
+    inside = isinstance(path, str) and path.startswith(f"{_watched}/")
+    if isinstance(flags, int) and flags & _WRITES and not inside:
+      _forbidden.append(f"open {path!r} for writing")
+  elif _FORBIDDEN.match(event):
+    if not any(str(arg).startswith(f"{_watched}/") for arg in args[:1]):
+      _forbidden.append(f"{event}{args!r}")
+
+
+sys.dont_write_bytecode = True  # What is imported late would be compiled.
+sys.addaudithook(_audit)

@@ -1,0 +1,30 @@
+"""Hostile input, a little of it; `python tests/fuzz` tries millions."""
+
+from fuzz import archive
+from fuzz import choices
+from fuzz import flags
+from fuzz import image
+from fuzz import judge
+from fuzz import npz
+import hypothesis
+from hypothesis import strategies as st
+import pytest
+
+TARGETS = (archive, flags, image, npz)
+
+
+@pytest.mark.parametrize("target", TARGETS, ids=lambda t: t.__name__)
+def test_any_input_is_read_or_refused_in_one_line(target, tmp_path):
+  outcomes = set()
+
+  @hypothesis.settings(
+    max_examples=400, deadline=None, database=None, derandomize=True
+  )
+  @hypothesis.given(st.binary(max_size=200))
+  def check(data):
+    content = target.build(choices.Choices(data))
+    outcomes.add(judge.judge(target, content, tmp_path))
+
+  check()
+  # It has come past the first checks, by many ways.
+  assert "read" in outcomes and len(outcomes) > 15, outcomes
