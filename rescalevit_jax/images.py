@@ -1,4 +1,4 @@
-"""Image files of any size and kind, as a model takes them."""
+"""Image files, of any size that memory has room for, as a model takes them."""
 
 import os
 import pathlib

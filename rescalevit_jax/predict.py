@@ -4,7 +4,8 @@ r"""Classifies image files with the model of a run.
   python -m rescalevit_jax.predict --workdir=runs/a photos/ --output=a.csv
 
 Of a folder, all files are taken that by their names are images, in folders
-below it, too. What cannot be read is named and skipped. From Python:
+below it, too: AVIF, BMP, GIF, JPEG, PNG, PPM, TIFF, WebP. What cannot be read
+is named and skipped. From Python:
 
   from rescalevit_jax import predict
   model = predict.load("runs/a")

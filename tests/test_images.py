@@ -2,8 +2,10 @@
 
 import io
 import struct
+import subprocess
 import zlib
 
+from fuzz import image as fuzzed
 import numpy as np
 from PIL import Image
 import pytest
@@ -337,6 +339,34 @@ def test_no_permission(tmp_path, monkeypatch):
 def test_bombs_are_not_unpacked(edge, tmp_path):
   (tmp_path / "bomb.png").write_bytes(png(edge, edge))
   refused(tmp_path / "bomb.png", "bomb.png", "pixels")
+
+
+@pytest.mark.parametrize("edge", [9_000, 60_000])
+def test_bombs_in_the_tiles_of_a_small_image(edge, tmp_path):
+  path = tmp_path / "bomb.tiff"
+  pixels = zlib.compress(bytes(10_000_000))
+  path.write_bytes(fuzzed.tiled(edge, 8, pixels))
+  with Image.open(path) as opened:
+    assert opened.size == (16, 16)
+  refused(path, f"{edge} x {edge} pixels are more than 80 million")
+  path.write_bytes(fuzzed.tiled(32, 8, zlib.compress(bytes(range(256)) * 4)))
+  assert pixels_of_tile(path) == [0, 15]
+
+
+def pixels_of_tile(path):
+  return pixels(path)[0, [0, 15], 0].tolist()
+
+
+def test_other_formats_are_no_images(tmp_path, monkeypatch):
+  image = Image.fromarray(COLOR)
+  image.save(tmp_path / "a.ico")
+  image.save(tmp_path / "b.tga")
+  image.save(tmp_path / "c.eps")
+  called = []
+  monkeypatch.setattr(subprocess, "check_call", called.append)
+  for path in sorted(tmp_path.iterdir()):
+    refused(path.rename(path.with_suffix(".png")), "no image that")
+  assert not called  # Pillow has Ghostscript draw an .eps.
 
 
 def test_the_limit_of_pixels(tmp_path, monkeypatch):

@@ -1,5 +1,7 @@
 """Files of checkpoints: names, types, damage, writing."""
 
+import io
+import tracemalloc
 import zipfile
 
 import ml_dtypes
@@ -9,7 +11,9 @@ import pytest
 import trees
 
 from rescalevit_jax import errors
+from rescalevit_jax import npz
 from rescalevit_jax import pretrained
+from rescalevit_jax import trained
 
 
 @pytest.mark.parametrize("numbering", ["old", "new"])
@@ -182,6 +186,116 @@ def test_foreign_archives(tmp_path):
   with zipfile.ZipFile(tmp_path / "torch.npz", "w") as z:
     z.writestr("archive/data.pkl", b"\x80\x02.")
   trees.refuses(tmp_path / "torch.npz", "not a ViT checkpoint", "data.pkl")
+
+
+# Files that mean harm; tests/fuzz has more.
+
+
+def claim(shape, dtype="<f4"):
+  """Returns the start of an .npy file of this shape."""
+  file = io.BytesIO()
+  header = {"shape": shape, "fortran_order": False, "descr": dtype}
+  np.lib.format.write_array_header_1_0(file, header)
+  return file.getvalue()
+
+
+def add(path, content, name="cls.npy", method=zipfile.ZIP_DEFLATED):
+  """Replaces or adds a member."""
+  arrays = trees.arrays()
+  arrays.pop(name.removesuffix(".npy"), None)
+  trees.write(path.parent, arrays, path.name)
+  with zipfile.ZipFile(path, "a", method) as z:
+    z.writestr(name, content)
+
+
+@pytest.mark.parametrize(
+  "shape, dtype",
+  [
+    ((2**40,), "<f4"),
+    ((2**62, 4), "<f4"),
+    ((2**32, 2**32), "<f4"),
+    ((-1,), "<f4"),
+    ((1,), "<f2147483647"),
+    ((1,), "<f4"),  # More follows.
+  ],
+)
+def test_a_size_that_the_data_do_not_have(shape, dtype, tmp_path):
+  content = claim(shape, dtype) + bytes(32)
+  add(tmp_path / "a.npz", content)
+  tracemalloc.start()
+  try:
+    trees.refuses(tmp_path / "a.npz", "cls cannot be read")
+    assert tracemalloc.get_traced_memory()[1] < 10e6
+  finally:
+    tracemalloc.stop()
+
+
+def test_a_bomb_is_not_unpacked(tmp_path, monkeypatch):
+  monkeypatch.setattr(npz, "SLACK", 1 << 20)
+  add(tmp_path / "a.npz", claim((1 << 24,)) + bytes(1 << 26), "head/x.npy")
+  assert (tmp_path / "a.npz").stat().st_size < 1 << 17
+  tracemalloc.start()
+  try:
+    trees.refuses(tmp_path / "a.npz", "head/x would take", "0.0 GiB")
+    with pytest.raises(errors.UserError, match="head/x would take"):
+      trained.load_npz(tmp_path / "a.npz")
+    assert tracemalloc.get_traced_memory()[1] < 10e6
+  finally:
+    tracemalloc.stop()
+
+
+def test_many_small_arrays_count_together(tmp_path, monkeypatch):
+  monkeypatch.setattr(npz, "SLACK", 1 << 16)
+  arrays = trees.arrays()
+  arrays |= {f"head/{i}": np.zeros(1 << 10, "f4") for i in range(100)}
+  trees.refuses(trees.write(tmp_path, arrays), "would take")
+  # Each byte of this one becomes four.
+  arrays = trees.arrays() | {"head/x": np.zeros(1 << 15, "f2")}
+  trees.refuses(trees.write(tmp_path, arrays), "would take")
+
+
+def test_a_much_larger_head_fits(tmp_path):
+  saved = trees.arrays(num_classes=21_843)
+  saved = {k: v.astype("f8") for k, v in saved.items()}
+  *_, report = pretrained.load(
+    trees.write(tmp_path, saved), *trees.fresh(seed=1)
+  )
+  assert set(report.reinitialized) == trees.HEAD
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_what_numpy_does_not_write_is_not_unpacked(method, tmp_path):
+  add(tmp_path / "a.npz", claim((8,)) + bytes(32), method=method)
+  trees.refuses(tmp_path / "a.npz", "cls", "packed in a way")
+
+
+def test_a_header_of_any_length_is_not_read(tmp_path):
+  header = b"\x93NUMPY\2\0\xff\xff\xff\x7f" + bytes(100)
+  add(tmp_path / "a.npz", header)
+  trees.refuses(tmp_path / "a.npz", "cls", "version (2, 0)")
+
+
+@pytest.mark.parametrize("name", ["a\nb", "\x1b[2J", "x" * 300])
+def test_names_that_no_array_has(name, tmp_path):
+  add(tmp_path / "a.npz", b"", name)
+  assert len(trees.refuses(tmp_path / "a.npz", "no array's name")) < 400
+
+
+def test_a_million_members_are_not_listed(tmp_path, monkeypatch):
+  monkeypatch.setattr(npz, "_LONGEST_READ", 1 << 16)
+  arrays = {f"opt/{i}": np.zeros(1) for i in range(2000)}
+  path = trees.write(tmp_path, trees.arrays() | arrays)
+  trees.refuses(path, "list of members")
+
+
+def test_layers_that_are_not_there_are_not_made(tmp_path):
+  arrays = trees.arrays()
+  key = "Transformer/encoderblock_1/MlpBlock_3/Dense_0/bias"
+  arrays[key.replace("_1/", "_999999999/")] = arrays.pop(key)
+  path = trees.write(tmp_path, arrays)
+  trees.refuses(path, key)
+  with pytest.raises(errors.UserError, match="whole Vision Transformer"):
+    trained.load_npz(path)
 
 
 # Writing.

@@ -4,6 +4,7 @@ import io
 import os
 import pathlib
 import tarfile
+import tracemalloc
 import zlib
 
 import numpy as np
@@ -250,6 +251,64 @@ class TestInspect:
     for more in (b"x", bytes(100_000)):
       path.write_bytes(gzip.compress(tar + more))
       refuses(path, "follows")
+
+  def test_endless_zeros(self, tmp_path):
+    path = tmp_path / "a"
+    packer = zlib.compressobj(9, wbits=31)
+    content = packer.compress(tar_bytes({}))
+    for _ in range(200):
+      content += packer.compress(bytes(1 << 20))
+    path.write_bytes(content + packer.flush())
+    refuses(path)
+
+  @pytest.mark.parametrize("kind", [b"x", b"g", b"L", b"K"])
+  def test_a_header_of_any_size(self, tmp_path, kind):
+    # A record of five bytes becomes an object of many.
+    content = b"5 a=\n" * 10_000_000
+    extra = info("x", kind)
+    extra.size = len(content)
+    path = tmp_path / "a"
+    path.write_bytes(gzip.compress(extra.tobuf() + content, 1))
+    path.write_bytes(path.read_bytes()[:70_000])  # Within the size allowed.
+    tracemalloc.start()
+    try:
+      refuses(path, "belongs")
+      assert tracemalloc.get_traced_memory()[1] < 20e6
+    finally:
+      tracemalloc.stop()
+
+  def test_a_sparse_file(self, tmp_path):
+    # Of whose map tarfile looks for ever for the first byte.
+    name = "cifar-10-batches-bin/test_batch.bin"
+    size = 4 * 3073
+    sparse = tarfile.TarInfo(name)
+    sparse.size = size
+    sparse.pax_headers = {
+      "GNU.sparse.map": f"{size},1,1,1",
+      "GNU.sparse.size": str(size),
+    }
+    path = tmp_path / "a"
+    path.write_bytes(
+      gzip.compress(sparse.tobuf(tarfile.PAX_FORMAT) + bytes(20_480))
+    )
+    refuses(path, name, "not a plain file")
+
+  def test_one_folder_again_and_again(self, tmp_path):
+    folder = info("cifar-10-batches-bin", tarfile.DIRTYPE)
+    refuses(write(tmp_path / "a", {}, [folder] * 3), "twice")
+
+  def test_a_file_larger_than_any(self, tmp_path):
+    # As of a name in gzip's header, of any length.
+    path = tmp_path / "a"
+    path.write_bytes(b"\x1f\x8b\x08\x08\0\0\0\0\0\3")
+    os.truncate(path, 1 << 30)
+    refuses(path, "larger than any of them")
+
+  def test_a_long_name_is_cut_short(self, tmp_path):
+    path = write(tmp_path / "a", {"x" * 60_000: b""})
+    with pytest.raises(errors.UserError) as raised:
+      script.inspect(path, SMALL)
+    assert len(str(raised.value)) < 1000
 
   def test_other_kinds_of_files(self, tmp_path):
     path = tmp_path / "a"

@@ -206,6 +206,16 @@ def test_values_that_are_no_weights_are_errors(key, value, part, tmp_path):
   trees.refuses(trees.write(tmp_path, trees.arrays() | {key: value}), key, part)
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_weights_that_are_no_numbers_are_taken_if_asked_for(value, tmp_path):
+  saved = trees.arrays()
+  saved["cls"][0, 0, 3] = value
+  path = trees.write(tmp_path, saved)
+  trees.refuses(path, "cls", "--config.pretrained_allow_nonfinite=True")
+  loaded = pretrained.load(path, *trees.fresh(seed=1), allow_nonfinite=True)
+  trees.same(trees.flat(*loaded[:2]), saved)
+
+
 def test_a_counter_must_be_a_whole_number(tmp_path):
   count = f"batch_stats/{trees.BLOCK}Rescale_0/count"
   arrays = trees.arrays("Rescale") | {count: np.array(8.0, np.float32)}

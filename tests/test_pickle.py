@@ -1,0 +1,288 @@
+"""A pickle may run anything: none is loaded, wherever one lies."""
+
+import ast
+import contextlib
+import gzip
+import io
+import pathlib
+import pickle
+import shutil
+import tarfile
+import zipfile
+
+import numpy as np
+import programs
+import pytest
+import test_tfrecord
+import trees
+
+from rescalevit_jax import array_cache
+from rescalevit_jax import checkpoint
+from rescalevit_jax import checksums
+from rescalevit_jax import data
+from rescalevit_jax import errors
+from rescalevit_jax import experiment
+from rescalevit_jax import images
+from rescalevit_jax import main
+from rescalevit_jax import pretrained
+from rescalevit_jax import published
+from rescalevit_jax import runs
+from rescalevit_jax import tfrecord
+from rescalevit_jax import trained
+from rescalevit_jax import writers
+from rescalevit_jax.sweep import launch
+
+ROOT = pathlib.Path(__file__).parents[1]
+PROTOCOLS = (0, pickle.HIGHEST_PROTOCOL)  # Text, and binary.
+
+
+class Bomb:
+  """An object whose pickle makes a file when it is loaded."""
+
+  def __init__(self, marker: pathlib.Path):
+    self._marker = str(marker)
+
+  def __reduce__(self):
+    return open, (self._marker, "w")
+
+
+@pytest.fixture
+def bomb(tmp_path):
+  marker = tmp_path / "it went off"
+  yield Bomb(marker)
+  assert not marker.exists()
+
+
+@pytest.fixture(params=PROTOCOLS)
+def pickled(request, bomb):
+  return pickle.dumps(bomb, request.param)
+
+
+@contextlib.contextmanager
+def refused_or_ignored():
+  try:
+    yield
+  except errors.UserError as e:
+    assert len(str(e).splitlines()) == 1
+
+
+def refused(function, *args):
+  with pytest.raises(errors.UserError) as caught:
+    function(*args)
+  assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_the_bomb_works(protocol, tmp_path):
+  pickle.loads(pickle.dumps(Bomb(tmp_path / "marker"), protocol)).close()
+  assert (tmp_path / "marker").exists()
+
+
+# Files of arrays.
+
+
+@pytest.mark.parametrize("place", ["file", "member", "object", "npy", "fields"])
+def test_weights(place, bomb, pickled, tmp_path):
+  path = tmp_path / "a.npz"
+  arrays = trees.arrays()
+  if place == "object":
+    arrays["cls"] = np.array([bomb], object)
+  elif place == "fields":
+    arrays["cls"] = np.array([(1.0, bomb)], "f4,O")
+  trees.write(tmp_path, arrays, path.name)
+  if place == "file":
+    path.write_bytes(pickled)
+  elif place == "npy":
+    with open(path, "wb") as f:
+      np.save(f, np.array([bomb], object))
+  elif place == "member":
+    del arrays["cls"]
+    trees.write(tmp_path, arrays, path.name)
+    with zipfile.ZipFile(path, "a") as z:
+      z.writestr("cls.npy", pickled)
+  refused(pretrained.load, path, *trees.fresh(seed=1))
+  refused(trained.load_npz, path)
+
+
+@pytest.mark.parametrize("place", ["file", "object"])
+def test_cache_of_arrays(place, bomb, pickled, tmp_path):
+  path = tmp_path / "a.npz"
+  np.savez(path, images=np.array([bomb], object), labels=np.zeros(1))
+  if place == "file":
+    path.write_bytes(pickled)
+  assert array_cache.load(path) is None
+
+
+# Folders of runs.
+
+
+@pytest.mark.parametrize(
+  "name", ["config.json", "metrics.jsonl", "result.json", "class_names.json"]
+)
+def test_files_of_a_run(name, pickled, tiny_run, tmp_path):
+  run = shutil.copytree(tiny_run, tmp_path / "run")
+  assert (run / name).exists()
+  (run / name).write_bytes(pickled)
+  assert runs.find(tmp_path)
+  with refused_or_ignored():
+    assert runs.read(run).metrics or name == "metrics.jsonl"
+  with refused_or_ignored():
+    trained.load(run)
+  assert launch.step_since(run, 0) == 0 or name != "metrics.jsonl"
+  if name == "metrics.jsonl":
+    config = experiment.read_config(run)
+    with writers.MetricWriter(run, config, lambda line: True):
+      pass
+    assert (run / name).read_text() == ""
+  if name == "config.json":
+    refused(main._prepared, ["main.py", f"--workdir={run}"])
+
+
+@pytest.mark.parametrize("kind", ["best", "last"])
+def test_checkpoints(kind, pickled, tiny_run, tmp_path):
+  step = checkpoint.saved_steps(tiny_run, kind)[-1]
+  place = pathlib.Path("checkpoints", kind, str(step))
+  names = [
+    path.relative_to(tiny_run)
+    for path in (tiny_run / place).rglob("*")
+    if path.is_file()
+  ]
+  assert len(names) > 5
+  run = shutil.copytree(tiny_run, tmp_path / "run")
+  for name in names:
+    content = (run / name).read_bytes()
+    (run / name).write_bytes(pickled)
+    if (run / name).name != checksums.NAME:
+      refused(checksums.verify, run / place)
+      checksums.write(run / place)  # As whoever plants it would.
+    with refused_or_ignored():
+      trained.load(run, {"best": "best", "last": "latest"}[kind])
+    (run / name).write_bytes(content)
+    checksums.write(run / place)
+
+
+def test_table_of_published_curves(pickled, tmp_path):
+  (tmp_path / "a.csv").write_bytes(pickled)
+  refused(published.read_curves, tmp_path / "a.csv")
+
+
+# Images and data sets.
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.jpg", "a.tiff", "a.pkl"])
+def test_images(name, pickled, tmp_path):
+  (tmp_path / name).write_bytes(pickled)
+  refused(images.read, tmp_path / name)
+
+
+def archive(folder, members):
+  with tarfile.open(folder / "a.tar.gz", "w:gz") as tar:
+    for name, content in members.items():
+      info = tarfile.TarInfo(name)
+      info.size = len(content)
+      tar.addfile(info, io.BytesIO(content))
+  return str(folder / "a.tar.gz")
+
+
+def test_archives(pickled, tmp_path, capsys):
+  script = programs.load("prepare_data")
+  path = tmp_path / "cifar-10-binary.tar.gz"
+  layout = script.LAYOUTS[0]
+  size = layout.records["test_batch.bin"] * layout.record_bytes
+  for content in (pickled, gzip.compress(pickled)):
+    path.write_bytes(content)
+    refused(script.inspect, str(path), script.LAYOUTS)
+  for name, content in (
+    # The python version of the data set consists of pickles.
+    ("cifar-10-batches-py/data_batch_1", pickled),
+    ("cifar-10-batches-bin/data_batch_1", pickled),
+    ("cifar-10-batches-bin/test_batch.bin", pickled.ljust(size, b"\0")),
+    ("cifar-10-batches-bin/batches.meta.txt", pickled),
+  ):
+    path = archive(tmp_path, {name: content})
+    out = tmp_path / "out"
+    assert script.main([f"--archive={path}", f"--data_dir={out}"]) == 1
+    assert capsys.readouterr().err.count("\n") == 1
+    assert not out.exists()
+
+
+def test_prepared_data_sets(pickled, digits_dir, tmp_path, monkeypatch):
+  monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+  good = data.load("digits", str(digits_dir))
+  files = [p for p in (digits_dir / "digits").rglob("*") if p.is_file()]
+  assert {"dataset_info.json", "features.json"} < {p.name for p in files}
+  for i, path in enumerate(files):
+    folder = tmp_path / str(i)
+    shutil.copytree(digits_dir / "digits", folder / "digits")
+    (folder / path.relative_to(digits_dir)).write_bytes(pickled)
+    with refused_or_ignored():
+      found = data.load("digits", str(folder))
+      np.testing.assert_array_equal(found.test.images, good.test.images)
+    shutil.rmtree(folder)
+  for path in (tmp_path / "cache").rglob("*.npz"):
+    path.write_bytes(pickled)
+  found = data.load("digits", str(digits_dir))
+  np.testing.assert_array_equal(found.test.images, good.test.images)
+
+
+def test_records(pickled, tmp_path):
+  path = tmp_path / "a.tfrecord"
+  path.write_bytes(pickled)
+  with pytest.raises(ValueError):
+    list(tfrecord.read(path))
+  path.write_bytes(test_tfrecord.frame(pickled))
+  assert [bytes(record) for record in tfrecord.read(path)] == [pickled]
+
+
+# The code.
+
+
+def test_no_module_can_load_a_pickle_or_run_text():
+  files = [
+    path
+    for folder in ("rescalevit_jax", "scripts", "configs")
+    for path in (ROOT / folder).rglob("*.py")
+  ]
+  assert len(files) > 40
+  for path in files:
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+      assert not faults(node), f"{path}:{node.lineno}"
+
+
+LOADERS = {
+  *("pickle", "_pickle", "cPickle", "dill", "cloudpickle", "shelve"),
+  *("marshal", "joblib", "jsonpickle"),
+}
+
+
+def faults(node):
+  """Whether a node of a program's tree could run what a file says."""
+  if isinstance(node, ast.Import):
+    return {alias.name.partition(".")[0] for alias in node.names} & LOADERS
+  if isinstance(node, ast.ImportFrom):
+    return (node.module or "").partition(".")[0] in LOADERS
+  if isinstance(node, ast.Name):
+    return node.id in ("eval", "exec", "__import__")
+  if isinstance(node, ast.Attribute):
+    return node.attr in LOADERS
+  if isinstance(node, ast.keyword) and node.arg == "allow_pickle":
+    return not (isinstance(node.value, ast.Constant) and not node.value.value)
+  return False
+
+
+@pytest.mark.parametrize(
+  "text",
+  [
+    "import pickle",
+    "import os, dill as d",
+    "from cloudpickle import loads",
+    "import joblib.numpy_pickle",
+    "eval('1')",
+    "run = exec",
+    "np.load(path, allow_pickle=True)",
+    "np.load(path, allow_pickle=flag)",
+    "np.compat.pickle.load(f)",
+  ],
+)
+def test_such_a_module_would_be_found(text):
+  assert any(map(faults, ast.walk(ast.parse(text))))
