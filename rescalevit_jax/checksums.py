@@ -44,6 +44,9 @@ def verify(folder: pathlib.Path) -> None:
   except (OSError, ValueError) as e:
     raise errors.UserError(f"{folder / NAME}: missing or damaged") from e
   for expected, name in sums:
+    # Not of files elsewhere, such as one without an end in /dev.
+    if not (folder / name).resolve().is_relative_to(folder.resolve()):
+      raise errors.UserError(f"{folder / NAME}: names {name!r}, elsewhere")
     try:
       if _sum(folder / name) != expected:
         raise errors.UserError(f"{folder / name}: damaged, its SHA-256 differs")

@@ -11,7 +11,9 @@ from PIL import TiffImagePlugin
 from rescalevit_jax import errors
 
 # An image takes up to 14 bytes a pixel while it is read: 1.1 GB at this size.
+# A file of AVIF or WebP is in memory, too; 16 bits of 4 channels are 0.64 GB.
 MAX_PIXELS = 80_000_000
+MAX_BYTES = 1_000_000_000
 
 # Only these: of others, Pillow reads the header alone, calls other programs
 # (EPS is one for Ghostscript), or can be made to take any time or memory.
@@ -68,10 +70,12 @@ def read(image: Source) -> Image.Image:
 
   Raises:
     UserError: it cannot be read as an image, or a file is of none of `FORMATS`
-      or has more than `MAX_PIXELS` pixels.
+      or has more than `MAX_PIXELS` pixels or `MAX_BYTES`.
   """
   if isinstance(image, str | os.PathLike):
     try:
+      if os.path.getsize(image) > MAX_BYTES:
+        raise ValueError(f"it is larger than {MAX_BYTES / 1e9:g} GB")
       with Image.open(image, formats=_formats()) as opened:
         _check_size(opened)
         return _rgb(opened)

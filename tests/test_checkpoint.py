@@ -129,6 +129,16 @@ def test_every_flipped_bit_is_noticed(tmp_path):
     checksums.verify(folder)
 
 
+@pytest.mark.parametrize("name", ["/dev/zero", "../b", "link"])
+def test_sums_of_files_elsewhere_are_not_computed(name, tmp_path):
+  folder = tmp_path / "a"
+  folder.mkdir()
+  (folder / "link").symlink_to("/dev/zero")
+  (folder / checksums.NAME).write_text(f"{'0' * 64}  {name}\n")
+  with pytest.raises(errors.UserError, match=f"names '{name}', elsewhere"):
+    checksums.verify(folder)
+
+
 def test_no_checkpoint_is_an_error_that_says_so(tmp_path):
   with pytest.raises(errors.UserError, match="no best checkpoint"):
     checkpoint.load_variables(tmp_path, "best")

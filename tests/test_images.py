@@ -1,6 +1,7 @@
 """Image files of all kinds, good and bad, as a model takes them."""
 
 import io
+import os
 import struct
 import subprocess
 import zlib
@@ -339,6 +340,13 @@ def test_no_permission(tmp_path, monkeypatch):
 def test_bombs_are_not_unpacked(edge, tmp_path):
   (tmp_path / "bomb.png").write_bytes(png(edge, edge))
   refused(tmp_path / "bomb.png", "bomb.png", "pixels")
+
+
+def test_the_limit_of_bytes(tmp_path):
+  # Of a file that Pillow would read whole.
+  path = saved(tmp_path, COLOR, "a.webp")
+  os.truncate(path, images.MAX_BYTES + 1)
+  refused(path, "a.webp", "larger than 1 GB")
 
 
 @pytest.mark.parametrize("edge", [9_000, 60_000])
