@@ -1,7 +1,10 @@
 """Image files, of any size that memory has room for, as a model takes them."""
 
+import io
+import mmap
 import os
 import pathlib
+import re
 
 import numpy as np
 from PIL import Image
@@ -14,6 +17,9 @@ from rescalevit_jax import errors
 # A file of AVIF or WebP is in memory, too; 16 bits of 4 channels are 0.64 GB.
 MAX_PIXELS = 80_000_000
 MAX_BYTES = 1_000_000_000
+# Each goes through all pixels of a JPEG file, however little it says: 10 s at
+# this number. What other programs write has about ten.
+_MAX_SCANS = 2000
 
 # Only these: of others, Pillow reads the header alone, calls other programs
 # (EPS is one for Ghostscript), or can be made to take any time or memory.
@@ -74,10 +80,13 @@ def read(image: Source) -> Image.Image:
   """
   if isinstance(image, str | os.PathLike):
     try:
-      if os.path.getsize(image) > MAX_BYTES:
-        raise ValueError(f"it is larger than {MAX_BYTES / 1e9:g} GB")
-      with Image.open(image, formats=_formats()) as opened:
+      with (
+        _File(io.FileIO(image)) as file,
+        Image.open(file, formats=_formats()) as opened,
+      ):
         _check_size(opened)
+        if opened.format in ("JPEG", "MPO"):
+          _check_scans(file)
         return _rgb(opened)
     except Exception as e:  # Pillow's decoders raise all sorts.
       raise errors.UserError(
@@ -115,6 +124,29 @@ def model_input(image: Source, size: int) -> np.ndarray:
   return x / np.float32(127.5) - 1
 
 
+class _File(io.BufferedReader):
+  """A file of which no more is read than it has, and that a few times only.
+
+  Pillow asks for as many bytes as a file says, and Python allocates them first.
+  """
+
+  def __init__(self, raw: io.FileIO):
+    super().__init__(raw)
+    self._size = os.fstat(raw.fileno()).st_size
+    if self._size > MAX_BYTES:
+      raise ValueError(f"it is larger than {MAX_BYTES / 1e9:g} GB")
+    self._left = 16 * self._size + (1 << 26)
+
+  def read(self, size: int | None = -1) -> bytes:
+    if size is None or size < 0:
+      size = self._size
+    content = super().read(min(size, self._size))
+    self._left -= len(content)
+    if self._left < 0:
+      raise ValueError("its parts are one and the same, over and over")
+    return content
+
+
 def _formats():
   Image.init()
   # Pillow may have been built without the libraries of some.
@@ -132,6 +164,12 @@ def _check_size(image):
         f"{width} x {height} pixels are more than {MAX_PIXELS / 1e6:g} million;"
         " make it smaller"
       )
+
+
+def _check_scans(file):
+  with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+    if sum(1 for _ in re.finditer(b"\xff\xda", content)) > _MAX_SCANS:
+      raise ValueError(f"it has more than {_MAX_SCANS} scans; save it anew")
 
 
 def _rgb(image):

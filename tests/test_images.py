@@ -4,6 +4,7 @@ import io
 import os
 import struct
 import subprocess
+import tracemalloc
 import zlib
 
 from fuzz import image as fuzzed
@@ -342,11 +343,50 @@ def test_bombs_are_not_unpacked(edge, tmp_path):
   refused(tmp_path / "bomb.png", "bomb.png", "pixels")
 
 
+def test_a_picture_drawn_over_and_over(tmp_path):
+  path = saved(tmp_path, COLOR, "a.jpg", progressive=True)
+  content = path.read_bytes()
+  scan = content[content.rindex(b"\xff\xda") : -2]
+  path.write_bytes(content[:-2] + 100 * scan + content[-2:])
+  assert pixels(path).shape == (5, 7, 3)
+  path.write_bytes(content[:-2] + 2000 * scan + content[-2:])
+  refused(path, "a.jpg", "more than 2000 scans")
+
+
 def test_the_limit_of_bytes(tmp_path):
   # Of a file that Pillow would read whole.
   path = saved(tmp_path, COLOR, "a.webp")
   os.truncate(path, images.MAX_BYTES + 1)
   refused(path, "a.webp", "larger than 1 GB")
+
+
+def test_a_chunk_longer_than_its_file(tmp_path):
+  path = saved(tmp_path, COLOR, "a.png")
+  content = path.read_bytes()
+  where = content.index(b"IDAT") - 4
+  path.write_bytes(content[:where] + b"\xff\xff" + content[where + 2 :])
+  tracemalloc.start()
+  try:
+    images.read(path)
+    assert tracemalloc.get_traced_memory()[1] < 10e6
+  finally:
+    tracemalloc.stop()
+
+
+def test_strips_that_are_all_the_same(tmp_path):
+  # Each of which would have Pillow read 64 kB.
+  count, start = 20_000, 8
+  pixels = bytes(1 << 16)
+  offsets = np.full(count, start, np.uint32).tobytes()
+  tags = {
+    **{256: (4, 1), 257: (4, count), 258: (4, 8), 259: (4, 1), 262: (4, 1)},
+    **{277: (4, 1), 278: (4, 1), 273: (4, start + len(pixels))},
+  }
+  content = bytearray(fuzzed.tiff(tags, pixels + offsets))
+  where = content.index(struct.pack("<HHLL", 273, 4, 1, start + len(pixels)))
+  struct.pack_into("<L", content, where + 4, count)
+  (tmp_path / "a.tiff").write_bytes(content)
+  refused(tmp_path / "a.tiff", "over and over")
 
 
 @pytest.mark.parametrize("edge", [9_000, 60_000])

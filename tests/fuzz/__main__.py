@@ -32,8 +32,10 @@ except ImportError:
 
 _TARGETS = ("npz", "archive", "image", "flags")
 _LONGEST = 256  # Bytes of an input's choices.
+_SLOW = 1.0  # Seconds from which an input is kept.
 _HANGS = 60.0  # Seconds until an input is said never to end.
 _BYTES = 256 << 20  # Of memory, in use, more than after the first inputs.
+_ADDRESSES = 8 << 30  # Bytes.
 _WARM_UP = 200
 # Whose branches guide atheris.
 _GUIDES = (
@@ -84,6 +86,8 @@ def _start(target: str, inputs: int, seed: int) -> dict | None:
     with contextlib.suppress(FileNotFoundError):
       result = json.loads(pathlib.Path(folder, "result").read_text())
       if done.returncode == 0:
+        if result["longest"] > _SLOW:
+          shutil.copy(f"{folder}/slowest", f"{target}-slowest")
         return result
     kept = f"{target}-finding"
     shutil.copy(f"{folder}/input", kept)
@@ -107,6 +111,9 @@ def _modules(target):
 
 def _work(name: str, inputs: int, seed: int, folder: pathlib.Path) -> None:
   """Fuzzes a target and leaves `result` in the folder; ends the process."""
+  # Whoever invents inputs shall not fill the memory either.
+  hard = resource.getrlimit(resource.RLIMIT_AS)[1]
+  resource.setrlimit(resource.RLIMIT_AS, (_ADDRESSES, hard))
   guided = contextlib.nullcontext()
   if atheris:
     guided = atheris.instrument_imports(include=_GUIDES)
@@ -125,7 +132,9 @@ def _work(name: str, inputs: int, seed: int, folder: pathlib.Path) -> None:
     start = time.monotonic()
     try:
       outcome = judge.judge(target, target.build(choices.Choices(data)), folder)
-      longest = max(longest, time.monotonic() - start)
+      if (seconds := time.monotonic() - start) > longest:
+        longest = seconds
+        shutil.copy(folder / "input", folder / "slowest")
       if count == _WARM_UP:
         first_bytes = used()
       elif count > _WARM_UP and used() - first_bytes > _BYTES:
@@ -162,7 +171,7 @@ def _work(name: str, inputs: int, seed: int, folder: pathlib.Path) -> None:
 
 def _guided(check: Callable[[bytes], bool], seed: int) -> None:
   options = (f"-max_len={_LONGEST}", f"-seed={seed}", "-len_control=10")
-  quiet = ("-verbosity=0", "-handle_alrm=0", "-timeout=0", "-rss_limit_mb=0")
+  quiet = ("-verbosity=0", "-timeout=0", "-rss_limit_mb=0")
   # atheris sees to it that no input returns anything.
   atheris.Setup([sys.argv[0], *options, *quiet], lambda data: check(data) and 0)
   atheris.Fuzz()

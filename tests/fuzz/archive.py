@@ -107,7 +107,7 @@ def build(choices: choices_lib.Choices) -> bytes:
   while choices:
     kind = choices.below(4)
     if kind == 0:  # A name of the file, or more that gzip's header can have.
-      packed = bytearray(packed)
+      packed = bytearray(packed.ljust(10, b"\0"))
       packed[3] = choices.below(64)
       packed[10:10] = choices.word()
       packed = bytes(packed)
