@@ -128,6 +128,7 @@ class _File(io.BufferedReader):
   """A file of which no more is read than it has, and that a few times only.
 
   Pillow asks for as many bytes as a file says, and Python allocates them first.
+  Time is then linear in the file's size: 1 s a MB at worst, for a damaged GIF.
   """
 
   def __init__(self, raw: io.FileIO):
