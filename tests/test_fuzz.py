@@ -28,6 +28,7 @@ def test_any_input_is_read_or_refused_in_one_line(target, tmp_path):
     content = target.build(choices.Choices(data))
     outcomes.add(judge.judge(target, content, tmp_path))
 
-  check()
+  with judge.limited():
+    check()
   # It has come past the first checks, by many ways.
   assert "read" in outcomes and len(outcomes) > 15, outcomes

@@ -103,7 +103,7 @@ def build(choices: choices_lib.Choices) -> bytes:
   """Returns an image file."""
   content = choices.pick(_GOOD)
   chunks = content.startswith(b"\x89PNG") and choices.below(8)
-  while choices and len(content) < 1 << 20:
+  while choices and len(content) < 1 << 16:
     if choices.below(4):
       content = choices_lib.edit(content, choices)
     elif content.startswith(b"II*"):
