@@ -43,6 +43,15 @@ def test_a_run_that_has_only_begun(tmp_path):
   assert (run.step, run.result, run.metrics) == (0, None, [])
 
 
+@pytest.mark.parametrize("name", ["config.json", "result.json"])
+def test_thousands_of_brackets_are_damage(name, tmp_path):
+  write(tmp_path / "a", ['{"step": 1}\n', "[" * 100_000, '\n{"step": 2}\n'])
+  assert runs.read(tmp_path / "a").step == 2
+  (tmp_path / "a" / name).write_text("[" * 100_000)
+  (line,) = runs.find(tmp_path).damaged
+  assert name in line and "damaged" in line and len(line.splitlines()) == 1
+
+
 def test_finds_runs_below_and_names_the_damaged(tmp_path):
   write(tmp_path / "b")
   write(tmp_path / "deep" / "a")

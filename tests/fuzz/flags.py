@@ -130,7 +130,10 @@ def run(path: pathlib.Path) -> None:
   finally:
     sys.argv, main._fail = argv, fail
   config = main._CONFIG.value
-  config_lib.validate(config)
+  try:
+    config_lib.validate(config)
+  except errors.UserError as e:
+    raise AssertionError("a config that is not valid") from e
   again = config_lib.from_json(config_lib.to_json(config))
   assert config_lib.flatten(again) == config_lib.flatten(config)
   workdir = experiment.default_workdir(config)
