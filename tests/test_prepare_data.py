@@ -278,7 +278,7 @@ class TestInspect:
       tracemalloc.stop()
 
   def test_a_sparse_file(self, tmp_path):
-    # Of whose map tarfile looks for ever for the first byte.
+    # Of which tarfile makes up all but two bytes.
     name = "cifar-10-batches-bin/test_batch.bin"
     size = 4 * 3073
     sparse = tarfile.TarInfo(name)
