@@ -160,6 +160,8 @@ def _check_size(image):
     tags = (TiffImagePlugin.TILEWIDTH, TiffImagePlugin.TILELENGTH)
     sizes.append(tuple(image.tag_v2.get(tag, 0) for tag in tags))
   for width, height in sizes:
+    if not isinstance(width, int) or not isinstance(height, int):
+      raise ValueError("its tiles are of no size")  # But bytes, or several.
     if width * height > MAX_PIXELS:
       raise ValueError(
         f"{width} x {height} pixels are more than {MAX_PIXELS / 1e6:g} million;"

@@ -401,6 +401,16 @@ def test_bombs_in_the_tiles_of_a_small_image(edge, tmp_path):
   assert pixels_of_tile(path) == [0, 15]
 
 
+def test_a_tile_whose_size_is_no_number(tmp_path):
+  # As Python has it, bytes times a number are a lot of bytes.
+  content = fuzzed.tiled(16, 8, zlib.compress(bytes(256)))
+  width = struct.pack("<HHLL", 322, 4, 1, 16)
+  assert width in content
+  content = content.replace(width, struct.pack("<HHLL", 322, 7, 1, 16))
+  (tmp_path / "a.tiff").write_bytes(content)
+  refused(tmp_path / "a.tiff", "of no size")
+
+
 def pixels_of_tile(path):
   return pixels(path)[0, [0, 15], 0].tolist()
 
