@@ -89,14 +89,14 @@ def _start(target: str, options: Sequence[str]) -> dict | None:
     # libtiff and libFuzzer have a lot to say.
     with open(f"{folder}/stderr", "wb") as log:
       done = subprocess.run(command, stderr=log, env=environment, check=False)
-    with contextlib.suppress(FileNotFoundError):
+    if done.returncode == 0:
       result = json.loads(pathlib.Path(folder, "result").read_text())
-      if done.returncode == 0:
-        if result["longest"] > _SLOW:
-          shutil.copy(f"{folder}/slowest", f"{target}-slowest")
-        return result
+      if result["longest"] > _SLOW:
+        shutil.copy(f"{folder}/slowest", f"{target}-slowest")
+      return result
     kept = f"{target}-finding"
-    shutil.copy(f"{folder}/input", kept)
+    with contextlib.suppress(FileNotFoundError):  # It failed before the first.
+      shutil.copy(f"{folder}/input", kept)
     said = pathlib.Path(folder, "stderr").read_text(errors="replace")
     print(f"{target}: exit code {done.returncode}, see {kept}\n{said[-3000:]}")
     return None
