@@ -94,7 +94,8 @@ def judge(
   if len(message.splitlines()) != 1 or len(message) > 2000:
     raise Guilty(f"not one line of moderate length: {message!r:.3000}")
   message = message.replace(str(folder), "")
-  return re.sub(r"'[^']*'|\"[^\"]*\"|-?\d[\w.]*", "#", message)[:100]
+  names = r"'[^']*'|\"[^\"]*\"|\S*/\S*|-?\d[\w.]*"
+  return re.sub(names, "#", message)[:100]
 
 
 def _audit(event, args):
