@@ -31,6 +31,7 @@ setuptools.setup(
     "absl-py>=2.3",
     "clu>=0.0.12",
     "flax>=0.12",
+    "grain>=0.2.15",
     "jax>=0.10",
     "jaxlib>=0.10",
     "matplotlib>=3.10",
