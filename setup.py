@@ -30,10 +30,10 @@ setuptools.setup(
   install_requires=[
     "absl-py>=2.3",
     "clu>=0.0.12",
-    "flax>=0.12",
+    "flax>=0.12.2",
     "grain>=0.2.15",
-    "jax>=0.10",
-    "jaxlib>=0.10",
+    "jax>=0.10.2",
+    "jaxlib>=0.10.2",
     "matplotlib>=3.10",
     "ml_collections>=1.1",
     "numpy>=2.0",
@@ -64,14 +64,14 @@ setuptools.setup(
       "pytest>=8.4",
       "pytest-xdist>=3.8",
       "ruff>=0.14",
-      "scipy>=1.14",
+      "scipy>=1.14.1",
       "selenium>=4.30",
-      "submitit>=1.5",
+      "submitit>=1.5.4",
     ],
     # tests/fuzz, guided by what of the code an input reaches. Linux only.
     "fuzz": ["atheris>=3.0; sys_platform == 'linux'"],
     # Sweeps as Slurm arrays.
-    "slurm": ["submitit>=1.5"],
+    "slurm": ["submitit>=1.5.4"],
     # A peer, to test exported weights with.
     "timm": ["timm>=1.0", "torch>=2.6"],
     "cuda12": ["jax[cuda12]"],
