@@ -146,9 +146,7 @@ def _reason(error):
   if isinstance(error, OSError) and error.strerror:
     where = f": {error.filename}" if error.filename else ""
     return error.strerror + where
-  text = " ".join(str(error).split()) or type(error).__name__
-  # tfds puts its own words first, and the cause last.
-  return text if len(text) <= 300 else f"{text[:100]} ... {text[-200:]}"
+  return errors.brief(error)
 
 
 @contextlib.contextmanager

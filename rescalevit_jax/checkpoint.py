@@ -291,8 +291,8 @@ def _writing(manager):
     yield
   except Exception as e:  # Orbax and tensorstore raise all sorts.
     raise errors.UserError(
-      f"{manager.directory}: cannot write the checkpoint ({_reason(e)}); free"
-      " some space or mend the folder, then start the same command again"
+      f"{manager.directory}: cannot write the checkpoint ({errors.brief(e)});"
+      " free some space or mend the folder, then start the same command again"
     ) from e
 
 
@@ -304,14 +304,8 @@ def _restore(manager, read):
   except Exception as e:  # Orbax and tensorstore raise all sorts.
     raise errors.UserError(
       f"{folder}: the checkpoint is damaged or not of this model"
-      f" ({_reason(e)}); move it away to use another one, if there is one"
+      f" ({errors.brief(e)}); move it away to use another one, if there is one"
     ) from e
-
-
-def _reason(error):
-  text = " ".join(str(error).split())
-  # Tensorstore repeats paths; the cause comes last.
-  return text if len(text) < 300 else f"{text[:100]} ... {text[-200:]}"
 
 
 def _variables(state):

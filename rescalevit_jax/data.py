@@ -175,10 +175,9 @@ def _load_split(
   try:
     result = _decode_all(records.read_all(builder, split), decode, count)
   except Exception as e:  # Damaged files raise all sorts.
-    reason = " ".join(str(e).split())[:200] or type(e).__name__
     raise errors.UserError(
-      f"{builder.data_dir}: damaged, cannot read {split} ({reason}); remove"
-      " this folder to prepare the data set anew"
+      f"{builder.data_dir}: damaged, cannot read {split} ({errors.brief(e)});"
+      " remove this folder to prepare the data set anew"
     ) from e
   if not _is_sound(result, result.images.shape, num_classes):
     raise errors.UserError(

@@ -30,6 +30,15 @@ def nearest(name: str, valid: Iterable[str]) -> str:
   return f"{hint} valid: {', '.join(valid)}".strip()
 
 
+def brief(error: Exception) -> str:
+  """Returns an exception's message as one line of moderate length.
+
+  Libraries put their own words and long paths first, and the cause last.
+  """
+  text = " ".join(str(error).split()) or type(error).__name__
+  return text if len(text) <= 300 else f"{text[:100]} ... {text[-200:]}"
+
+
 def explain(error: Exception, expected: tuple[type[Exception], ...]) -> str:
   """Returns what to say of an exception that a config file has led to.
 

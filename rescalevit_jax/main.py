@@ -6,8 +6,9 @@ r"""Trains or evaluates a Vision Transformer, with a norm or without one.
   python -m rescalevit_jax.main --workdir=runs/a --mode=eval
 
 The same command again goes on where the run stopped; --workdir alone is enough
-for that. Exit code: 0 when finished or stopped by a signal, 1 after an error, 2
-for a mistake on the command line. Config keys, set by --config.KEY=VALUE:
+for that. Exit code: 0 when finished, or saved and stopped by a signal, 1 after
+an error, 2 for a mistake on the command line, 130 after a second Ctrl-C. Config
+keys, set by --config.KEY=VALUE:
 
 """
 

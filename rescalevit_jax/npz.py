@@ -174,7 +174,7 @@ def _explained(path: str, name: str | None = None) -> Iterator[None]:
     yield
   except Exception as e:
     raise errors.UserError(
-      f"{what} ({_one_line(e)}); get the file again"
+      f"{what} ({errors.brief(e)}); get the file again"
     ) from e
 
 
@@ -265,8 +265,3 @@ def _old_numbering(key: str) -> str:
     return key
   block, _, slot, rest = match.groups()
   return block + _OLD_NUMBERING.get(slot, slot) + rest
-
-
-def _one_line(error: Exception) -> str:
-  # numpy quotes a whole header.
-  return " ".join(str(error).split())[:200] or type(error).__name__

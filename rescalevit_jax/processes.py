@@ -53,10 +53,9 @@ def join(
       heartbeat_timeout_seconds=_JAX_SILENCE,
     )
   except (RuntimeError, TypeError, ValueError) as e:
-    reason = " ".join(str(e).split())[:300]
     raise errors.UserError(
-      f"cannot join the processes of this run ({reason}); give --coordinator,"
-      " --num_processes and --process_id to each of them"
+      f"cannot join the processes of this run ({errors.brief(e)}); give"
+      " --coordinator, --num_processes and --process_id to each of them"
     ) from e
   state = distributed.global_state
   _log.info(

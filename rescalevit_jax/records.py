@@ -175,10 +175,9 @@ class StreamedSplit:
       if not ((labels >= 0) & (labels < self._num_classes)).all():
         raise ValueError("an example has no label")
     except Exception as e:  # Damaged files raise all sorts.
-      reason = " ".join(str(e).split())[:200] or type(e).__name__
       raise errors.UserError(
-        f"{self._where}: cannot be read ({reason}); remove this folder to"
-        " prepare the data set anew, or choose another one"
+        f"{self._where}: cannot be read ({errors.brief(e)}); remove this folder"
+        " to prepare the data set anew, or choose another one"
       ) from e
     return images, labels
 

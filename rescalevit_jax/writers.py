@@ -142,8 +142,7 @@ class _TensorBoard:
       action(self._writer)
     except Exception as e:  # TensorFlow raises all sorts.
       self._works = False
-      reason = " ".join(str(e).split())[:200]
-      _log.warning("no TensorBoard files from here on: %s", reason)
+      _log.warning("no TensorBoard files from here on: %s", errors.brief(e))
 
   def _create(self):
     tensorflow_cpu.load()

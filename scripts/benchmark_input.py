@@ -33,6 +33,7 @@ from rescalevit_jax import program
 from rescalevit_jax import progress
 from rescalevit_jax import records
 from rescalevit_jax import sharding
+from rescalevit_jax import tensorflow_cpu
 from rescalevit_jax import writers
 
 _STEPS = 200  # Whose time is measured, at each of several places.
@@ -62,6 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(args):
   progress.log_to_stderr()
+  tensorflow_cpu.load()  # Which tfds imports; quietly.
   grown = []
   for count in args.records:
     with tempfile.TemporaryDirectory(dir=args.scratch) as folder:
