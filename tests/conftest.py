@@ -1,6 +1,7 @@
 """What several test modules share: the digits, prepared once, and tiny runs."""
 
 import fcntl
+import logging
 import os
 import pathlib
 import signal
@@ -30,6 +31,19 @@ def compile_cache(shared_dir):
   """Compiles a step once for all tests: most of their time is XLA's."""
   jax.config.update("jax_compilation_cache_dir", str(shared_dir / "jax"))
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+@pytest.fixture(autouse=True)
+def package_log():
+  """Undoes what a program that a test calls does to the log of the package.
+
+  It goes to stderr, which after the test is a closed file, and past caplog.
+  """
+  log = logging.getLogger("rescalevit_jax")
+  handlers, level, propagate = log.handlers, log.level, log.propagate
+  yield
+  log.handlers, log.propagate = handlers, propagate
+  log.setLevel(level)
 
 
 @pytest.fixture(scope="session")
