@@ -17,8 +17,9 @@ _log = logging.getLogger(__name__)
 
 _SECONDS_BETWEEN_BEATS = 2.0
 _SILENCE = 30.0  # Seconds, after which a process is taken for dead.
-# When JAX ends this process if the watch below does not, or cannot.
-_JAX_SILENCE = 50
+# When JAX ends this process if the watch below does not, or cannot. JAX's own
+# beats are half of this apart: it can come as soon as that after a death.
+_JAX_SILENCE = 100
 _BEATS = "rescalevit_jax/beats"
 
 
