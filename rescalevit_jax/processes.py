@@ -1,5 +1,6 @@
 """The processes of one run, on one machine or on many."""
 
+import atexit
 import itertools
 import logging
 import os
@@ -16,6 +17,7 @@ from rescalevit_jax import errors
 _log = logging.getLogger(__name__)
 
 _SECONDS_BETWEEN_BEATS = 2.0
+_SECONDS_TO_END = 10.0
 _SILENCE = 30.0  # Seconds, after which a process is taken for dead.
 # When JAX ends this process if the watch below does not, or cannot. JAX's own
 # beats are half of this apart: it can come as soon as that after a death.
@@ -65,11 +67,19 @@ def join(
     state.num_processes,
     state.coordinator_address,
   )
-  threading.Thread(
+  ended = threading.Event()
+  watch = threading.Thread(
     target=_watch,
-    args=(state.client, state.process_id, state.num_processes),
+    args=(state.client, state.process_id, state.num_processes, ended),
     daemon=True,
-  ).start()
+  )
+  watch.start()
+
+  # Python ends threads by force, which aborts the process if one is in JAX.
+  @atexit.register
+  def end_watch():
+    ended.set()
+    watch.join(_SECONDS_TO_END)
 
 
 def wait_for_all(what: str) -> None:
@@ -81,7 +91,7 @@ def wait_for_all(what: str) -> None:
     multihost_utils.sync_global_devices(what)
 
 
-def _watch(client, index, count):
+def _watch(client, index, count, ended):
   """Ends this process with an error when another one falls silent.
 
   A step waits for all of them, without end if one is dead.
@@ -110,7 +120,8 @@ def _watch(client, index, count):
         flush=True,
       )
       os._exit(1)
-    time.sleep(_SECONDS_BETWEEN_BEATS)
+    if ended.wait(_SECONDS_BETWEEN_BEATS):
+      return
 
 
 def _started_together():

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -246,3 +247,28 @@ def test_processes_started_together_are_joined(
 def test_half_of_the_flags_are_refused():
   with pytest.raises(errors.UserError, match="--num_processes"):
     processes_lib.join("localhost:1")
+
+
+def test_a_watch_that_never_rests_does_not_abort_the_end():
+  program = """
+import sys
+from rescalevit_jax import processes
+processes._SECONDS_BETWEEN_BEATS = 0.0
+processes.join(sys.argv[1], 2, int(sys.argv[2]))
+processes.wait_for_all("both are there")
+"""
+  with socket.socket() as s:
+    s.bind(("", 0))
+    address = f"127.0.0.1:{s.getsockname()[1]}"
+  both = [
+    subprocess.Popen(
+      [sys.executable, "-c", program, address, str(i)],
+      cwd=tiny_sweep.ROOT,
+      env={**os.environ, "JAX_PLATFORMS": "cpu"},
+      stderr=subprocess.PIPE,
+      text=True,
+    )
+    for i in range(2)
+  ]
+  logs = [process.communicate(timeout=120)[1] for process in both]
+  assert [process.returncode for process in both] == [0, 0], logs
