@@ -1,8 +1,10 @@
 """The processes of one run, on one machine or on many."""
 
 import atexit
+import contextlib
 import itertools
 import logging
+import math
 import os
 import sys
 import threading
@@ -23,6 +25,7 @@ _SILENCE = 30.0  # Seconds, after which a process is taken for dead.
 # beats are half of this apart: it can come as soon as that after a death.
 _JAX_SILENCE = 100
 _BEATS = "rescalevit_jax/beats"
+_END = "end"
 
 
 def join(
@@ -106,7 +109,8 @@ def _watch(client, index, count, ended):
     for key, other in found:
       if beats.get(key) != other:
         beats[key] = other
-        heard[int(key.rpartition("/")[2])] = time.monotonic()
+        now = math.inf if other == _END else time.monotonic()
+        heard[int(key.rpartition("/")[2])] = now
     silent = [i for i in heard if time.monotonic() - heard[i] > _SILENCE]
     if silent:
       if index == 0:  # Where the beats are, which others still read.
@@ -121,7 +125,10 @@ def _watch(client, index, count, ended):
       )
       os._exit(1)
     if ended.wait(_SECONDS_BETWEEN_BEATS):
-      return
+      break
+  with contextlib.suppress(jax.errors.JaxRuntimeError):
+    # Others may take their time.
+    client.key_value_set(f"{_BEATS}/{index}", _END, allow_overwrite=True)
 
 
 def _started_together():

@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 
 import jax
@@ -272,3 +273,47 @@ processes.wait_for_all("both are there")
   ]
   logs = [process.communicate(timeout=120)[1] for process in both]
   assert [process.returncode for process in both] == [0, 0], logs
+
+
+class FakeClient:
+  """Keeps keys as JAX's service does, for processes that never beat again."""
+
+  def __init__(self, beats):
+    self._values = {f"{processes_lib._BEATS}/{i}": b for i, b in beats.items()}
+
+  def key_value_set(self, key, value, allow_overwrite):
+    assert allow_overwrite
+    self._values[key] = value
+
+  def key_value_dir_get(self, folder):
+    assert folder == processes_lib._BEATS
+    return list(self._values.items())
+
+
+@pytest.mark.parametrize(
+  "beats, missing",
+  [({1: "7"}, "1"), ({1: processes_lib._END}, None), ({}, "1")],
+)
+def test_only_those_that_did_not_end_are_missing(
+  monkeypatch, capsys, beats, missing
+):
+  class Exit(BaseException):
+    pass
+
+  def leave(code):
+    assert code == 1
+    raise Exit
+
+  monkeypatch.setattr(processes_lib, "_SILENCE", 0.1)
+  monkeypatch.setattr(processes_lib, "_SECONDS_BETWEEN_BEATS", 0.01)
+  monkeypatch.setattr(processes_lib.os, "_exit", leave)
+  ended = threading.Event()
+  timer = threading.Timer(0.5, ended.set)
+  timer.start()
+  try:
+    processes_lib._watch(FakeClient(beats), 0, 2, ended)
+    assert missing is None
+  except Exit:
+    assert f"of 2 processes, {missing} is missing" in capsys.readouterr().err
+    assert missing is not None
+  timer.cancel()
