@@ -64,6 +64,7 @@ class Checkpoints:
   """
 
   def __init__(self, workdir: pathlib.Path, keep: int = 1):
+    self._workdir = pathlib.Path(workdir)
     self._last = _manager(workdir, "last", keep)
     self._best = _manager(workdir, "best", 1)
 
@@ -135,18 +136,19 @@ class Checkpoints:
     )
     state = step_lib.TrainState(**found["variables"], **found["optimizer"])
     progress = Progress(**found["progress"])
-    best = self._best.all_steps()
     self.forget_best(after=progress.best_step)
-    if any(step > progress.best_step for step in best):
-      if progress.best_step not in best:
-        # A better one has replaced it, which the run will come to again.
-        progress.best_accuracy, progress.best_step = -1.0, 0
-    elif progress.best_step not in (0, *best):
+    best = progress.best_step
+    if best in (0, *self._best.all_steps()):
+      return state, progress
+    if list(_damaged(self._workdir).glob(f"best-{best}*")):
       _log.warning(
         "the weights of the best step so far, %d, are lost; those of the next"
         " better one will be kept",
-        progress.best_step,
+        best,
       )
+    else:
+      # A better one has replaced it, which the run will come to again.
+      progress.best_accuracy, progress.best_step = -1.0, 0
     return state, progress
 
   def forget_best(self, after: int) -> None:
@@ -181,10 +183,9 @@ def pass_over_damaged(workdir: pathlib.Path) -> None:
     )
   for kind, reasons in damaged.items():
     for step, reason in reasons.items():
-      folder = pathlib.Path(workdir) / "checkpoints"
-      away = _unused(folder / "damaged" / f"{kind}-{step}")
+      away = _unused(_damaged(workdir) / f"{kind}-{step}")
       away.parent.mkdir(exist_ok=True)
-      (folder / kind / str(step)).rename(away)
+      (away.parents[1] / kind / str(step)).rename(away)
       _log.warning("%s; passed over and moved to %s", reason, away)
 
 
@@ -200,6 +201,10 @@ def _newest_damaged(workdir, kind):
   return damaged
 
 
+def _damaged(workdir):
+  return pathlib.Path(workdir) / "checkpoints" / "damaged"
+
+
 def _unused(path):
   names = (path.with_name(f"{path.name}-{i}") for i in itertools.count(2))
   return next(p for p in itertools.chain([path], names) if not p.exists())
@@ -208,7 +213,7 @@ def _unused(path):
 def load_variables(
   workdir: pathlib.Path, which: str
 ) -> tuple[dict[str, Any], dict[str, Any], int]:
-  """Reads a run's weights, whatever its model, onto the first device.
+  """Reads a run's weights, whatever its model, onto the first own device.
 
   Args:
     workdir: the run's folder.
@@ -231,7 +236,7 @@ def load_variables(
       f"{workdir}: no {which} checkpoint; --workdir must be the folder of a run"
       " that has saved one"
     )
-  sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
 
   def read(manager, step):
     checksums.verify(pathlib.Path(manager.directory) / str(step))

@@ -127,7 +127,7 @@ def evaluate_run(
     workdir: the run's folder.
 
   Returns:
-    What is written to eval.json: weights, step, loss, accuracy, examples.
+    What process 0 writes to eval.json: weights, step, loss, accuracy, examples.
 
   Raises:
     UserError: the weights are not there or not of this config's model.
@@ -149,13 +149,18 @@ def evaluate_run(
         f"{config.pretrained_path}: cannot be evaluated as it is: it has no"
         f" {untrained[0]} for this model and data set"
       )
-    params, batch_stats = state.params, state.batch_stats
+    gather = jax.jit(
+      lambda tree: tree, out_shardings=sharding.replicated(experiment.mesh)
+    )
+    params, batch_stats = gather((state.params, state.batch_stats))
     weights, step = config.pretrained_path, 0
   else:
-    params, batch_stats, step = checkpoint.load_variables(workdir, which)
+    *variables, step = checkpoint.load_variables(workdir, which)
     experiment = experiment_lib.create(config)
+    params, batch_stats = sharding.put(
+      variables, sharding.replicated(experiment.mesh)
+    )
     weights = f"{which} checkpoint"
-  everywhere = sharding.replicated(experiment.mesh)
   evaluator = Evaluator(
     experiment.model,
     feed.Feed(experiment.dataset.test, experiment.mesh),
@@ -166,10 +171,11 @@ def evaluate_run(
   result = {
     "weights": weights,
     "step": step,
-    **dataclasses.asdict(
-      evaluator(*sharding.put((params, batch_stats), everywhere))
-    ),
+    **dataclasses.asdict(evaluator(params, batch_stats)),
   }
-  workdir.mkdir(parents=True, exist_ok=True)
-  writers.write_file(workdir / "eval.json", json.dumps(result, indent=2) + "\n")
+  if jax.process_index() == 0:
+    workdir.mkdir(parents=True, exist_ok=True)
+    writers.write_file(
+      workdir / "eval.json", json.dumps(result, indent=2) + "\n"
+    )
   return result

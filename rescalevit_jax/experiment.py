@@ -116,7 +116,7 @@ def create(config: ml_collections.ConfigDict) -> Experiment:
   sharding.check_batch(config.batch, config.accum_steps, mesh)
   progress_lib.warn_of_idle_gpu()
   create_model(config, 1)  # Its mistakes show before the data are read.
-  dataset = data.load(config.dataset, config.tfds_data_dir, **config.data)
+  dataset = load_dataset(config)
   rate = optimizer_lib.schedule(
     config.base_lr,
     config.warmup_steps,
@@ -137,6 +137,11 @@ def create(config: ml_collections.ConfigDict) -> Experiment:
     rate,
     optimizer,
   )
+
+
+def load_dataset(config: ml_collections.ConfigDict) -> data.Dataset:
+  """Opens a run's data set; see `data.load`."""
+  return data.load(config.dataset, config.tfds_data_dir, **config.data)
 
 
 def create_model(

@@ -88,7 +88,9 @@ def main(argv: list[str]) -> None:
     if _MODE.value == "train":
       train.train_and_evaluate(config, pathlib.Path(workdir))
     else:
-      print(json.dumps(evaluate.evaluate_run(config, workdir)))
+      result = evaluate.evaluate_run(config, workdir)
+      if jax.process_index() == 0:
+        print(json.dumps(result))
   except (errors.UserError, OSError) as e:
     _fail(str(e), code=1)
   except jax.errors.JaxRuntimeError as e:

@@ -6,6 +6,8 @@ import itertools
 import logging
 import math
 import os
+import re
+import socket
 import sys
 import threading
 import time
@@ -45,12 +47,16 @@ def join(
     num_processes: how many there are; 1 leaves this one alone.
     process_id: which one this is, from 0 on.
 
+  If the others do not come within five minutes, JAX aborts this process.
+
   Raises:
-    UserError: something is missing or wrong, or the others do not come.
+    UserError: something is missing or wrong.
   """
   given = (coordinator, num_processes, process_id)
   if num_processes == 1 or (given == (None,) * 3 and not _started_together()):
     return
+  if coordinator is not None:
+    _check_address(coordinator, process_id)
   try:
     jax.distributed.initialize(
       coordinator,
@@ -83,6 +89,27 @@ def join(
   def end_watch():
     ended.set()
     watch.join(_SECONDS_TO_END)
+
+
+def _check_address(coordinator, process_id):
+  """Raises UserError where JAX would crash."""
+  match = re.fullmatch(r"(.+):(\d{1,5})", coordinator)
+  if not match or not 0 < int(match[2]) < 2**16:
+    raise errors.UserError(
+      f"--coordinator: is {coordinator!r}, but must be HOST:PORT, such as"
+      " node0:12345"
+    )
+  try:
+    socket.getaddrinfo(match[1].strip("[]"), None)
+    if process_id == 0:
+      with socket.socket() as s:
+        s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        s.bind(("", int(match[2])))
+  except OSError as e:
+    raise errors.UserError(
+      f"--coordinator: {coordinator} cannot be used ({e.strerror}); give a host"
+      " that all know, and a port that is free there"
+    ) from e
 
 
 def wait_for_all(what: str) -> None:

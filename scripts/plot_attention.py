@@ -20,6 +20,7 @@ import io
 import logging
 import pathlib
 import sys
+from typing import Any
 
 from rescalevit_jax import attention
 from rescalevit_jax import attention_plots
@@ -106,12 +107,13 @@ class Subject:
   Attributes:
     model: with its weights.
     path: as given.
-    source: name and folder of its data set; None if it is not known.
+    source: name, folder and `data` keys of its data set; None if it is not
+      known.
   """
 
   model: trained.TrainedModel
   path: str
-  source: tuple[str, str | None] | None
+  source: tuple[str, str | None, tuple[tuple[str, Any], ...]] | None
 
   @property
   def test_split(self) -> data.Split | None:
@@ -120,8 +122,8 @@ class Subject:
 
 
 @functools.cache
-def _test_split(dataset, folder):
-  return data.load(dataset, folder).test
+def _test_split(dataset, folder, keys):
+  return data.load(dataset, folder, **dict(keys)).test
 
 
 def _run(args):
@@ -160,9 +162,10 @@ def _subjects(args) -> list[Subject]:
       (
         args.dataset or config.dataset,
         args.tfds_data_dir or config.tfds_data_dir,
+        tuple(config.data.items()),
       )
     )
-  first = (args.dataset, args.tfds_data_dir) if args.dataset else None
+  first = (args.dataset, args.tfds_data_dir, ()) if args.dataset else None
   first = sources[0] if sources else first
   subjects = [
     Subject(trained.load(workdir, args.checkpoint), workdir, source)

@@ -8,13 +8,23 @@ import sys
 
 import tiny_sweep
 
+_STARTED = []
+
+
+def kill_all() -> None:
+  """Ends what a test has left running."""
+  for process in _STARTED:
+    process.kill()
+    process.communicate()
+  _STARTED.clear()
+
 
 def start(
   workdir: pathlib.Path,
   env: Mapping[str, str],
   keys: Sequence[str],
   count: int,
-  *,
+  *args: str,
   devices: int,
   commands: Sequence[Sequence[str]] = (),
   address: str = "127.0.0.1",
@@ -26,6 +36,7 @@ def start(
     env: of all of them.
     keys: of the config, KEY=VALUE.
     count: of the processes.
+    *args: of the command line, beside the usual ones.
     devices: of each.
     commands: what to put before each one's command.
     address: of the first.
@@ -34,7 +45,7 @@ def start(
   with socket.socket() as s:
     s.bind(("", 0))
     port = s.getsockname()[1]
-  return [
+  processes = [
     subprocess.Popen(
       [
         *(commands[i] if commands else ()),
@@ -47,14 +58,18 @@ def start(
         f"--num_processes={count}",
         f"--process_id={i}",
         *(f"--config.{key}" for key in keys),
+        *args,
       ],
       cwd=tiny_sweep.ROOT,
       env={**env, "XLA_FLAGS": flags},
+      stdout=subprocess.PIPE,
       stderr=subprocess.PIPE,
       text=True,
     )
     for i in range(count)
   ]
+  _STARTED.extend(processes)
+  return processes
 
 
 def finish(
@@ -66,7 +81,7 @@ def finish(
     processes: of a run.
     well: whether all of them must end without an error.
   """
-  logs = [p.communicate(timeout=200)[1] for p in processes]
+  logs = [p.communicate(timeout=600)[1] for p in processes]
   if well:
     assert not any(p.returncode for p in processes), "\n".join(logs)
   return logs

@@ -42,8 +42,10 @@ def hosts(count: int) -> Iterator[list[list[str]]]:
       _ip(*inside, "link", "set", "lo", "up")
       # Laid over /etc/hosts by `ip netns exec`: gloo looks its own name up.
       table = pathlib.Path("/etc/netns", name, "hosts")
-      table.parent.mkdir(parents=True)
-      stack.callback(table.parent.rmdir)
+      for folder in (table.parents[1], table.parent):
+        if not folder.exists():
+          folder.mkdir()
+          stack.callback(folder.rmdir)
       table.write_text(
         "".join(f"{address(j)} {names[j]}\n" for j in range(count))
         + "127.0.0.1 localhost\n"
@@ -63,6 +65,10 @@ def address(host: int) -> str:
 
 def _ip(*args):
   try:
-    subprocess.run(["ip", *args], check=True, capture_output=True)
-  except (OSError, subprocess.CalledProcessError) as e:
-    raise PermissionError(f"ip {' '.join(args)}: {e}") from e
+    subprocess.run(["ip", *args], check=True, capture_output=True, text=True)
+  except FileNotFoundError as e:
+    raise PermissionError("the program ip is missing") from e
+  except subprocess.CalledProcessError as e:
+    if "not permitted" in e.stderr or "denied" in e.stderr:
+      raise PermissionError(f"ip {' '.join(args)}: {e.stderr}") from e
+    raise

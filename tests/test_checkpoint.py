@@ -68,6 +68,10 @@ def test_a_best_one_of_a_future_that_was_cut_off_is_forgotten(tmp_path):
     _, progress = saved.restore(like(state(0)))
     # The one of step 5 has been replaced, so that the next one is the best.
     assert (progress.best_accuracy, progress.best_step) == (-1, 0)
+  with checkpoint.Checkpoints(tmp_path, 1) as saved:
+    # Killed again before there was one.
+    _, progress = saved.restore(like(state(0)))
+    assert (progress.best_accuracy, progress.best_step) == (-1, 0)
     saved.save_best(state(0.9), checkpoint.Progress(step=9))
     saved.wait()
     saved.save_best(state(1.1), checkpoint.Progress(step=10))

@@ -61,3 +61,13 @@ def test_leaves_what_it_says(folder):
   assert len(lines) == 1 + 2 * 4  # Two models of four blocks.
   lines = (folder / "predictions.csv").read_text().splitlines()
   assert len(lines) == 1 + 5
+
+
+@pytest.mark.parametrize(
+  "page", [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))], ids=str
+)
+def test_links_lead_somewhere(page):
+  targets = re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text())
+  for target in targets:
+    if not target.startswith("https://"):
+      assert (page.parent / target).exists(), target

@@ -156,8 +156,18 @@ def test_tfrecord_files_are_refused_to_streaming(tmp_path):
   data.load("fake", str(tmp_path))
 
 
+class Half:
+  """A place of which this process has the devices 2 and 3 of 4."""
+
+  def addressable_devices_indices_map(self, shape):
+    part = shape[1] // 4
+    return {i: (slice(None), slice(part * i, part * (i + 1))) for i in (3, 2)}
+
+
 def test_own_part_is_what_the_devices_of_a_process_hold():
   mesh = sharding.create_mesh()
-  x = np.arange(6 * mesh.size).reshape(3, -1)
+  x = np.arange(24 * mesh.size).reshape(3, -1)
   place = sharding.split(mesh, axis=1)
   np.testing.assert_array_equal(sharding.own_part(x, place), x)
+  half = x.shape[1] // 2
+  np.testing.assert_array_equal(sharding.own_part(x, Half()), x[:, half:])

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -118,6 +119,12 @@ def alone(setting, tmp_path_factory):
   return workdir
 
 
+@pytest.fixture(autouse=True)
+def none_is_left():
+  yield
+  many_processes.kill_all()
+
+
 def run(workdir, setting, count, extra=(), **kwargs):
   many_processes.finish(launch(workdir, setting, count, extra, **kwargs))
 
@@ -169,6 +176,19 @@ def test_any_number_of_processes_goes_on(setting, alone, tmp_path):
   # The last ones read the images from disk, each its own.
   run(tmp_path, setting, 4, ["data.source=streaming"])
   assert_same_numbers(alone, tmp_path)
+
+
+def test_two_processes_evaluate_together(setting, alone, tmp_path):
+  env, keys = setting
+  workdir = shutil.copytree(alone, tmp_path / "run")
+  many_processes.finish(
+    many_processes.start(workdir, env, keys, 2, "--mode=eval", devices=4)
+  )
+  found = json.loads((workdir / "eval.json").read_text())
+  result = json.loads((alone / "result.json").read_text())
+  assert found["examples"] == result["examples_evaluated"]
+  assert found["step"] == result["best_step"]
+  assert found["accuracy"] == pytest.approx(result["best_accuracy"], abs=0.01)
 
 
 def test_processes_on_hosts_of_their_own(setting, alone, tmp_path):
@@ -240,13 +260,32 @@ def test_processes_started_together_are_joined(
   assert bool(joined) == expected
   processes_lib.join(num_processes=1)
   assert len(joined) == expected
-  processes_lib.join("host:1", 2, 1)
-  assert joined[-1] == ("host:1", 2, 1)
+  processes_lib.join("localhost:1", 2, 1)
+  assert joined[-1] == ("localhost:1", 2, 1)
 
 
-def test_half_of_the_flags_are_refused():
-  with pytest.raises(errors.UserError, match="--num_processes"):
-    processes_lib.join("localhost:1")
+@pytest.mark.parametrize(
+  "args, words",
+  [
+    (("localhost:1",), "--num_processes"),
+    (("localhost", 2, 0), "HOST:PORT"),
+    (("localhost:port", 2, 0), "HOST:PORT"),
+    (("localhost:70000", 2, 0), "HOST:PORT"),
+    (("no-such-host.invalid:1", 2, 1), "cannot be used"),
+  ],
+)
+def test_mistakes_in_joining_are_one_line(args, words):
+  with pytest.raises(errors.UserError, match=words):
+    processes_lib.join(*args)
+
+
+def test_a_port_that_is_taken_is_one_line():
+  with socket.socket() as s:
+    s.bind(("", 0))
+    s.listen()
+    address = f"localhost:{s.getsockname()[1]}"
+    with pytest.raises(errors.UserError, match="a port that is free"):
+      processes_lib.join(address, 2, 0)
 
 
 def test_a_watch_that_never_rests_does_not_abort_the_end():

@@ -78,7 +78,7 @@ def run(runs_dir: pathlib.Path, *args: str, **kwargs):
 
 def wait_for(condition, process: subprocess.Popen | None = None):
   """Waits until a condition holds, while a process is running."""
-  deadline = time.monotonic() + 120
+  deadline = time.monotonic() + 300
   while not condition():
     assert time.monotonic() < deadline
     if process is not None and process.poll() is not None:

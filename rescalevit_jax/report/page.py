@@ -15,8 +15,8 @@ import numpy as np
 
 from rescalevit_jax import attention_plots
 from rescalevit_jax import builders
-from rescalevit_jax import data
 from rescalevit_jax import errors
+from rescalevit_jax import experiment
 from rescalevit_jax import plots
 from rescalevit_jax import published
 from rescalevit_jax import runs as runs_lib
@@ -187,8 +187,7 @@ def _image(config, index) -> np.ndarray:
       f"the data set {config.dataset} is not prepared in"
       f" {builder.data_dir_root}"
     )
-  dataset = data.load(config.dataset, config.tfds_data_dir, **config.data)
-  images = dataset.test.images
+  images = experiment.load_dataset(config).test.images
   if index >= len(images):
     raise errors.UserError(
       f"{config.dataset} has no test image {index}, only {len(images)} of them"

@@ -35,7 +35,6 @@ import sys
 from typing import NoReturn
 
 from rescalevit_jax import config as config_lib
-from rescalevit_jax import data
 from rescalevit_jax import errors
 from rescalevit_jax import experiment
 from rescalevit_jax import program
@@ -153,10 +152,12 @@ def _run(options, done, left):
       options.jobs,
     )
   # Here and now, for runs that start together would all prepare them.
-  for dataset in sorted(
-    {(r.config.dataset, r.config.tfds_data_dir) for r in left}, key=str
-  ):
-    data.load(*dataset)
+  datasets = {
+    (r.config.dataset, r.config.tfds_data_dir, *r.config.data.values()): r
+    for r in left
+  }
+  for run in datasets.values():
+    experiment.load_dataset(run.config)
   if options.cluster == "slurm":
     _submit(left, executor)
     return 0
