@@ -90,6 +90,23 @@ KEYS = {
   ),
   "model_name": Key("ViT-B_16", "size of the model", variants.VARIANTS),
   "model.norm": Key("LN", "the norm", norms.NORMS),
+  "model.residual": Key(
+    "auto",
+    "how a branch joins the stream; `auto`: `original` with Rescale, `plain`"
+    " with all other norms",
+    models.RESIDUALS,
+  ),
+  "model.residual_c": _positive(
+    None,
+    "c of `residual=rescale`; None: twice the encoder blocks",
+    optional=float,
+  ),
+  "model.qk_norm": Key(False, "RMSNorm of each head's queries and keys"),
+  "model.sigma_reparam": Key(
+    False,
+    "the linear layers of the blocks learn their largest singular value"
+    " (sigmaReparam)",
+  ),
   "model.dropout_rate": Key(
     0.1,
     "dropout after the embedding and in the MLP",
@@ -101,7 +118,8 @@ KEYS = {
   ),
   "model.init": Key(
     "torch",
-    "start from scratch as RescaleViT (`torch`) or as Google's code",
+    "start from scratch as RescaleViT (`torch`), as Google's code, or with"
+    " tokens and layers of unit variance (`unit`)",
     initializers.SCHEMES,
   ),
   "model.attention": Key(
@@ -182,6 +200,12 @@ KEYS = {
   ),
   "pretrained_allow_nonfinite": Key(
     False, "start from an `.npz` even if it holds NaN or infinite weights"
+  ),
+  "calibration": Key(
+    "auto",
+    "norms that start from statistics of the first 8 training batches: Cal"
+    " (`auto`), Cal, DyT and Derf (`all`), or none",
+    ("auto", "all", "none"),
   ),
   "reinit_head": Key(
     False, "start with a head of zeros even where the `.npz` has one"

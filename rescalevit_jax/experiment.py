@@ -15,16 +15,19 @@ import numpy as np
 import optax
 
 from rescalevit_jax import augment
+from rescalevit_jax import calibrate
 from rescalevit_jax import checkpoint
 from rescalevit_jax import config as config_lib
 from rescalevit_jax import data
 from rescalevit_jax import errors
+from rescalevit_jax import feed
 from rescalevit_jax import models
 from rescalevit_jax import optimizer as optimizer_lib
 from rescalevit_jax import pretrained
 from rescalevit_jax import progress as progress_lib
 from rescalevit_jax import sharding
 from rescalevit_jax import step as step_lib
+from rescalevit_jax.models import norms
 from rescalevit_jax.models import vit
 
 _log = logging.getLogger(__name__)
@@ -69,6 +72,19 @@ class Experiment:
     """Returns where the arrays of the state lie."""
     return sharding.place(self._shapes, self.mesh, self.config.sharding.fsdp)
 
+  @functools.cached_property
+  def train_feed(self) -> feed.Feed:
+    """The training split."""
+    return feed.Feed(self.dataset.train, self.mesh)
+
+  def train_places(self, step: int) -> np.ndarray:
+    """Returns the places of a step's images in that split, int32 [A, B]."""
+    config = self.config
+    places = data.indices(
+      config.seed, step, config.batch, len(self.dataset.train)
+    )
+    return places.reshape(config.accum_steps, -1)
+
   def train_step(self) -> Callable[..., Any]:
     """Returns `step.train_step`, compiled when it is first called.
 
@@ -87,13 +103,31 @@ class Experiment:
         step_lib.train_step,
         model=self.model,
         optimizer=self.optimizer,
-        augment=augment.Augment(**self.config.augment),
+        augment=self._augment,
         image_size=self.config.image_size,
         **split,
       ),
       out_shardings=(places, everywhere),
       donate_argnums=0,
     )
+
+  def calibrated(self, state: step_lib.TrainState) -> step_lib.TrainState:
+    """Returns a state at step 0 with its norms calibrated; see `calibrate`."""
+    steps = range(1, calibrate.BATCHES + 1)
+    with self.train_feed.batches(self.train_places, steps) as batches:
+      return calibrate.calibrate(
+        state,
+        batches,
+        np.uint32(self.config.seed),
+        model=self.model,
+        augment=self._augment,
+        image_size=self.config.image_size,
+        places=self.places(),
+      )
+
+  @property
+  def _augment(self):
+    return augment.Augment(**self.config.augment)
 
   @functools.cached_property
   def _shapes(self):
@@ -170,13 +204,24 @@ def create_model(
 
 
 def first_state(experiment: Experiment) -> step_lib.TrainState:
-  """Returns where a new run begins: an .npz if there is one, or scratch."""
-  state = experiment.scratch()
-  if experiment.config.pretrained_path is None:
-    _log.info("starting from scratch, seed %d", experiment.config.seed)
+  """Returns where a new run begins: an .npz if there is one, or scratch.
+
+  Norms that need it are calibrated, but for those that the file brought.
+  """
+  config, state = experiment.config, experiment.scratch()
+  calibrated = (
+    config.calibration in norms.NORMS[config.model.norm].CALIBRATED_BY
+  )
+  if config.pretrained_path is None:
+    _log.info("starting from scratch, seed %d", config.seed)
+  else:
+    _log.info("starting from %s", config.pretrained_path)
+    state, report = load_pretrained(experiment, state)
+    calibrated &= any(key.endswith("/alpha") for key in report.initial)
+  if not calibrated:
     return state
-  _log.info("starting from %s", experiment.config.pretrained_path)
-  return load_pretrained(experiment, state)[0]
+  _log.info("calibrating by the first %d training batches", calibrate.BATCHES)
+  return experiment.calibrated(state)
 
 
 def load_pretrained(

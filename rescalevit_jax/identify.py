@@ -1,4 +1,4 @@
-"""Which model a set of weights belongs to, told by the shapes."""
+"""Which model a set of weights belongs to, told by names and shapes."""
 
 from collections.abc import Mapping
 import dataclasses
@@ -6,7 +6,63 @@ import re
 from typing import Any
 
 from rescalevit_jax import npz
+from rescalevit_jax.models import norms
+from rescalevit_jax.models import residuals
 from rescalevit_jax.models import variants
+
+# Which keys a model has besides a plain one's, by what asks for them. Rescale's
+# own residual has its parameter beside the norm's.
+_RESIDUALS = {R.SLOT: name for name, R in residuals.RESIDUALS.items() if R.SLOT}
+OPTIONS = {
+  "residual": re.compile(rf".*/({'|'.join(_RESIDUALS)})_\d/scale"),
+  "in_mlp": re.compile(rf".*/MlpBlock_3/{norms.IN_MLP}/.*"),
+  "qk_norm": re.compile(r".*/(query|key)_norm/.*"),
+  "sigma_reparam": re.compile(r".*/(gamma|singular_vector)"),
+}
+
+
+def option(key: str) -> str | None:
+  """Returns which of `OPTIONS` a key belongs to; None if it is none's."""
+  for name, pattern in OPTIONS.items():
+    if pattern.fullmatch(key):
+      return name
+  return None
+
+
+def settings(arrays: Mapping[str, Any]) -> dict[str, Any]:
+  """Infers the arguments of `models.create` that change a block's arrays.
+
+  GN's are LN's, so that it is not told from it, and no array shows c of the
+  residual `rescale`.
+
+  Args:
+    arrays: by key, in the old numbering.
+  """
+  found = {option(key) for key in arrays}
+  residual = "plain"
+  for key in arrays:
+    if match := OPTIONS["residual"].fullmatch(key):
+      residual = _RESIDUALS[match[1]]
+  return {
+    "norm": norm(arrays),
+    "residual": residual,
+    "qk_norm": "qk_norm" in found,
+    "sigma_reparam": "sigma_reparam" in found,
+  }
+
+
+def norm(arrays: Mapping[str, Any]) -> str:
+  """Infers the norm from the keys; see `settings`."""
+  plain = [key for key in arrays if option(key) is None]
+  slots = {match[3] for match in map(npz.BLOCK.fullmatch, plain) if match}
+  for name, Norm in norms.NORMS.items():
+    if Norm.SLOT != norms.Norm.SLOT and f"{Norm.SLOT}_0" in slots:
+      return name
+  if f"{norms.Norm.SLOT}_0" not in slots:
+    return "Identity"
+  if any(option(key) == "in_mlp" for key in arrays):
+    return "BN2"
+  return "BN" if any(key.startswith(npz.STATS) for key in plain) else "LN"
 
 
 def other_model(

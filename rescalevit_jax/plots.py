@@ -22,7 +22,8 @@ from rescalevit_jax import writers
 from rescalevit_jax.models import norms
 
 # Okabe and Ito's palette (https://jfly.uni-koeln.de/color/), which colour-blind
-# readers can tell apart; markers tell the norms apart in grey.
+# readers can tell apart, and two of Paul Tol's; markers tell the norms apart in
+# grey.
 _COLORS = (
   "#0072B2",
   "#E69F00",
@@ -32,8 +33,10 @@ _COLORS = (
   "#56B4E9",
   "#000000",
   "#F0E442",
+  "#882255",
+  "#777777",
 )
-_MARKERS = "osD^vP*X"
+_MARKERS = "osD^vP*X<>"
 # Dotted are the published ones.
 _LINES = (
   "-",

@@ -2,8 +2,8 @@
 
 The tree, flattened with '/', has the keys of Google's published `.npz` files,
 so a file and a tree are compared key by key. Loading is strict: what may differ
-(the head, `pre_logits`, the grid of the position embedding, the norm) is
-reported, anything else is an error.
+(the head, `pre_logits`, the grid of the position embedding, the norm, and what
+`identify.OPTIONS` lists) is reported, anything else is an error.
 """
 
 import collections
@@ -96,6 +96,9 @@ def load(
   file = checkpoint.arrays
 
   initial, dropped, notes = _unshared_norms(file, model)
+  more_initial, more_dropped = _unshared_options(file, model)
+  initial |= more_initial
+  dropped |= more_dropped
   if not model.keys() & set(_PRE_LOGITS):
     dropped |= file.keys() & set(_PRE_LOGITS)
   zeros = set()
@@ -231,6 +234,8 @@ def _unflatten(values):
 
 def _norm_slot(key: str) -> str | None:
   """Returns 'LayerNorm_0', 'encoder_norm', ...; None if key is no norm's."""
+  if identify.option(key) is not None:
+    return None
   if key.startswith(f"Transformer/{_FINAL_NORM}/"):
     return _FINAL_NORM
   block = npz.BLOCK.fullmatch(key)
@@ -264,12 +269,34 @@ def _unshared_norms(file, model) -> tuple[set[str], set[str], list[str]]:
       f" ({', '.join(sorted(slots)) or 'none'})"
     )
   ours, theirs = (
-    {key for key in keys if key.startswith(npz.STATS)} for keys in (model, file)
+    {key for key in keys if _is_statistic(key)} for keys in (model, file)
   )
   if not ours & theirs:
     initial |= ours
     dropped |= theirs
   return initial, dropped, notes
+
+
+def _is_statistic(key: str) -> bool:
+  return key.startswith(npz.STATS) and identify.option(key) is None
+
+
+def _unshared_options(file, model) -> tuple[set[str], set[str]]:
+  """Finds the keys of options that only one side has, or each in its own way.
+
+  Returns:
+    The model's keys to leave initial, and the file's keys to drop.
+  """
+  initial, dropped = set(), set()
+  for name in identify.OPTIONS:
+    ours, theirs = (
+      {key for key in keys if identify.option(key) == name}
+      for keys in (model, file)
+    )
+    if not ours & theirs:
+      initial |= ours
+      dropped |= theirs
+  return initial, dropped
 
 
 def _why_new_head(file, model, dropped, reinit_head) -> str | None:

@@ -81,11 +81,7 @@ def train_step(
     The state after the update, and scalars: `loss` (mean over the batch, before
     the update) and `grad_norm` (global norm before clipping).
   """
-  key = jax.random.fold_in(jax.random.key(seed), state.step + 1)
-  crop_key, dropout_key = jax.random.split(key)
-  crop_keys = jax.random.split(crop_key, labels.shape)
-  dropout_keys = jax.random.split(dropout_key, len(labels))
-
+  crop_keys, dropout_keys = random_keys(seed, state.step + 1, labels.shape)
   params = gather(state.params)
 
   def micro_step(carry, micro_batch):
@@ -109,6 +105,16 @@ def train_step(
   batch_stats, sums = carry
   loss, grads = jax.tree.map(lambda x: x / len(labels), sums)
   return update(state, loss, scatter(grads), batch_stats, optimizer=optimizer)
+
+
+def random_keys(
+  seed: int | jax.Array, step: int | jax.Array, shape: tuple[int, int]
+) -> tuple[jax.Array, jax.Array]:
+  """Returns the keys of a step's crops, [A, B], and of its dropout, [A]."""
+  key = jax.random.fold_in(jax.random.key(seed), step)
+  crop_key, dropout_key = jax.random.split(key)
+  crop_keys = jax.random.split(crop_key, shape)
+  return crop_keys, jax.random.split(dropout_key, shape[0])
 
 
 def loss_fn(

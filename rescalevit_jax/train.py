@@ -16,7 +16,6 @@ import numpy as np
 
 from rescalevit_jax import checkpoint
 from rescalevit_jax import config as config_lib
-from rescalevit_jax import data
 from rescalevit_jax import errors
 from rescalevit_jax import evaluate
 from rescalevit_jax import experiment as experiment_lib
@@ -159,7 +158,8 @@ class Trainer:
     self._writer = writer
 
     dataset = experiment.dataset
-    self._train = feed.Feed(dataset.train, mesh)
+    self._train = experiment.train_feed
+    self._train_places = experiment.train_places
     self._evaluator = evaluate.Evaluator(
       experiment.model,
       feed.Feed(dataset.test, mesh),
@@ -196,7 +196,7 @@ class Trainer:
     if progress.step < config.total_steps:
       _log.info("compiling the training step")
     steps = range(progress.step + 1, config.total_steps + 1)
-    with self._train.batches(self._indices, steps) as batches:
+    with self._train.batches(self._train_places, steps) as batches:
       return self._loop(stop, batches)
 
   def _loop(self, stop, batches):
@@ -214,12 +214,6 @@ class Trainer:
         self._checkpoints.wait()
         return progress.last_step == config.total_steps
       self._step(*next(batches))
-
-  def _indices(self, step):
-    """Returns the places of a step's images, int32 [A, B]."""
-    config = self._config
-    indices = data.indices(config.seed, step, config.batch, len(self._train))
-    return indices.reshape(config.accum_steps, -1)
 
   def _step(self, images, labels):
     """Starts a step, then waits for the one before it and reports on that."""

@@ -172,7 +172,10 @@ def load(workdir: str | os.PathLike[str], which: str = "best") -> TrainedModel:
 
 
 def load_npz(
-  path: str | os.PathLike[str], norm: str | None = None, gelu: str = "erf"
+  path: str | os.PathLike[str],
+  norm: str | None = None,
+  gelu: str = "erf",
+  residual_c: float | None = None,
 ) -> TrainedModel:
   """Loads a checkpoint file; the arrays' shapes say which model it holds.
 
@@ -182,6 +185,7 @@ def load_npz(
     path: an `.npz` of Google's, or one that `pretrained.save` wrote.
     norm: 'GN' has to be said; None: what the arrays' names say, else LN.
     gelu: 'erf' as in RescaleViT, 'tanh' as in Google's code.
+    residual_c: has to be said where it was not None.
 
   Raises:
     UserError: the file cannot be read, holds no whole ViT, or one of another
@@ -193,8 +197,8 @@ def load_npz(
   positions = arrays.get("Transformer/posembed_input/pos_embedding")
   if None in sizes.values() or positions is None or positions.ndim != 3:
     raise errors.UserError(f"{path}: does not hold a whole Vision Transformer")
-  found = _norm(arrays)
-  norm = norm or found
+  found = identify.settings(arrays)
+  norm = norm or found["norm"]
   image_size = math.isqrt(positions.shape[1]) * sizes["patch_size"]
   num_classes = np.size(arrays.get("head/bias", ()))
   pre_logits = arrays.get("pre_logits/bias")
@@ -202,17 +206,20 @@ def load_npz(
     model = models.create(
       next(iter(variants.VARIANTS)),
       num_classes=num_classes or 1,
-      norm=norm,
       image_size=image_size,
       gelu=gelu,
       representation_size=None if pre_logits is None else pre_logits.size,
+      residual_c=residual_c,
       dtype="auto",
+      **found | {"norm": norm},
       **sizes,
     )
   except errors.UserError as e:
     raise errors.UserError(f"{path}: {e}") from e
-  if norm != found and (norm, found) != ("GN", "LN"):
-    raise errors.UserError(f"{path}: holds a model with {found}, not {norm}")
+  if norm != found["norm"] and (norm, found["norm"]) != ("GN", "LN"):
+    raise errors.UserError(
+      f"{path}: holds a model with {found['norm']}, not {norm}"
+    )
   like = _shapes(model, image_size)
   params, batch_stats, report = pretrained.load(
     path, like["params"], like.get("batch_stats", {})
@@ -266,9 +273,3 @@ def _class_names(workdir, num_classes):
       f"{path}: is no list of {num_classes} names; delete it"
     )
   return names
-
-
-def _norm(arrays):
-  if any("/Rescale_0/" in key for key in arrays):
-    return "Rescale"
-  return "BN" if any(key.startswith(npz.STATS) for key in arrays) else "LN"

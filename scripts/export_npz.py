@@ -11,6 +11,7 @@ import sys
 
 from rescalevit_jax import checkpoint
 from rescalevit_jax import errors
+from rescalevit_jax import fold
 from rescalevit_jax import pretrained
 from rescalevit_jax import program
 
@@ -26,6 +27,11 @@ def main(argv: Sequence[str] | None = None) -> int:
   parser.add_argument(
     "--overwrite", action="store_true", help="replace an existing output"
   )
+  parser.add_argument(
+    "--fold",
+    action="store_true",
+    help="put the norm (Cal, Rescale) into the layers after it",
+  )
   args = parser.parse_args(argv)
   return program.run(lambda: _run(args))
 
@@ -39,8 +45,11 @@ def _run(args):
   params, batch_stats, step = checkpoint.load_variables(
     pathlib.Path(args.workdir), args.checkpoint
   )
+  if args.fold:
+    params, batch_stats = fold.fold(params, batch_stats)
   pretrained.save(args.output, params, batch_stats)
-  print(f"{args.output}: the {args.checkpoint} weights, of step {step}")
+  folded = ", without its norm" if args.fold else ""
+  print(f"{args.output}: the {args.checkpoint} weights, of step {step}{folded}")
 
 
 if __name__ == "__main__":

@@ -12,8 +12,8 @@ from rescalevit_jax import errors
 from rescalevit_jax import experiment
 from rescalevit_jax import models
 from rescalevit_jax.models import attention
+from rescalevit_jax.models import branches
 from rescalevit_jax.models import dropout
-from rescalevit_jax.models import vit
 
 
 def draw(shape, seed, dtype=np.float32):
@@ -255,8 +255,10 @@ def test_dropout_keeps_the_mean():
 def test_gelu_is_exact():
   x = np.linspace(-12, 12, 10_001, dtype=np.float32)
   exact = x * special.ndtr(x.astype(np.float64))
-  np.testing.assert_allclose(vit.gelu_erf(jnp.asarray(x)), exact, atol=2e-6)
-  rough = vit.gelu_erf(jnp.asarray(x, jnp.bfloat16))
+  np.testing.assert_allclose(
+    branches.gelu_erf(jnp.asarray(x)), exact, atol=2e-6
+  )
+  rough = branches.gelu_erf(jnp.asarray(x, jnp.bfloat16))
   assert rough.dtype == jnp.bfloat16
   given = np.asarray(jnp.asarray(x, jnp.bfloat16), np.float64)
   np.testing.assert_allclose(

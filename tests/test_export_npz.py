@@ -46,6 +46,23 @@ def test_export(which, export, tmp_path, capsys):
   assert which in out and "7" in out and "a.npz" in out
 
 
+def test_fold_refuses_what_it_cannot_fold(export, tmp_path, capsys):
+  assert export("--fold") == 1
+  error = capsys.readouterr().err
+  assert error.count("\n") == 1 and "BN does not fold" in error
+  assert not (tmp_path / "a.npz").exists()
+
+
+def test_fold(export, tmp_path, monkeypatch, capsys):
+  monkeypatch.setattr(
+    checkpoint, "load_variables", lambda *_: (*trees.fresh("Cal"), 7)
+  )
+  assert export("--fold") == 0
+  _, _, report = pretrained.load(tmp_path / "a.npz", *trees.fresh("Identity"))
+  assert not report.initial and not report.dropped
+  assert "without its norm" in capsys.readouterr().out
+
+
 def test_export_keeps_an_existing_file(export, tmp_path, capsys):
   path = tmp_path / "a.npz"
   path.write_bytes(b"precious")

@@ -97,7 +97,7 @@ def test_a_streamed_split_looks_like_an_array_of_images(resident, streamed):
     streamed.images[1437]
 
 
-@pytest.mark.parametrize("norm", ["LN", "Rescale"])
+@pytest.mark.parametrize("norm", ["LN", "Rescale", "Cal"])
 def test_a_data_set_too_large_for_memory_trains_the_same(
   tiny_config, tmp_path, norm
 ):

@@ -17,7 +17,7 @@ from rescalevit_jax import step
 from rescalevit_jax.models import norms
 from rescalevit_jax.models import variants
 
-NORMS = ("LN", "BN", "GN", "Rescale")
+NORMS = tuple(norms.NORMS)
 TINY = dict(
   num_classes=3,
   image_size=8,
@@ -47,7 +47,7 @@ def random_variables(model):
 
   def fill(path, x):
     name = jax.tree_util.keystr(path, simple=True, separator="/")
-    if name.startswith("batch_stats"):
+    if name.startswith("batch_stats") and not name.endswith("vector"):
       return jnp.full(x.shape, name.endswith("var"), x.dtype)
     mean = name.endswith("scale")
     return jnp.asarray(mean + 0.2 * rng.standard_normal(x.shape), x.dtype)
@@ -154,20 +154,41 @@ def expected_names(norm):
       "MlpBlock_3/Dense_1",
     ):
       params |= {f"{block}/{layer}/kernel", f"{block}/{layer}/bias"}
+    if norm == "BN2":
+      slots.append(f"{block}/MlpBlock_3/BatchNorm_1")
     if norm == "Rescale":
-      params |= {f"{block}/Rescale_0/bias", f"{block}/Rescale_2/bias"}
       params |= {f"{block}/Rescale_2/scale"}
-      for slot in (f"{block}/Rescale_0", f"{block}/Rescale_2"):
-        statistics |= {f"{slot}/init_mean", f"{slot}/count"}
-    else:
-      slots += [f"{block}/LayerNorm_0", f"{block}/LayerNorm_2"]
+    slots += [f"{block}/{SLOTS.get(norm, 'LayerNorm')}_{n}" for n in (0, 2)]
+  if norm == "Identity":
+    return params, statistics
   if norm != "Rescale":
     slots.append("Transformer/encoder_norm")
   for slot in slots:
-    params |= {f"{slot}/scale", f"{slot}/bias"}
-    if norm == "BN":
-      statistics |= {f"{slot}/mean", f"{slot}/var"}
+    params |= {f"{slot}/{name}" for name in PARAMS.get(norm, ("scale", "bias"))}
+    statistics |= {f"{slot}/{name}" for name in STATISTICS.get(norm, ())}
   return params, statistics
+
+
+SLOTS = {
+  "Rescale": "Rescale",
+  "RMS": "RMSNorm",
+  "DyT": "DyT",
+  "Derf": "Derf",
+  "Cal": "Cal",
+}
+PARAMS = {
+  "Rescale": ("bias",),
+  "RMS": ("scale",),
+  "DyT": ("alpha", "scale", "bias"),
+  "Derf": ("alpha", "shift", "scale", "bias"),
+  "Cal": ("alpha", "scale", "bias"),
+}
+STATISTICS = {
+  "BN": ("mean", "var"),
+  "BN2": ("mean", "var"),
+  "Rescale": ("init_mean", "count"),
+  "Cal": ("init_mean",),
+}
 
 
 @pytest.mark.parametrize("norm", NORMS)
@@ -285,9 +306,7 @@ def test_bfloat16_keeps_variables_and_logits_float32(norm):
 @pytest.mark.parametrize("norm", ["BN", "Rescale"])
 def test_bfloat16_statistics_are_float32_means(norm):
   # Means of values that bfloat16 does not tell apart.
-  module = norms.NORMS[norm](
-    features=2, block=1, num_blocks=2, dtype=jnp.bfloat16
-  )
+  module = norms.NORMS[norm](features=2, dtype=jnp.bfloat16)
   x = jnp.array([[[1.0, 256.0], [1.0, 258.0], [1.0078125, 258.0]]])
   x = x.astype(jnp.bfloat16)
   variables = module.init(jax.random.key(0), x, False)
@@ -362,10 +381,13 @@ def test_dropout_is_thrice_and_never_in_attention():
   assert (np.asarray(attention["__call__"][0]) != 0).all()
 
 
-@pytest.mark.parametrize("norm", ["BN", "Rescale"])
-def test_evaluation_never_changes_statistics(norm):
-  variables = variables_of(norm)
-  model = tiny(norm=norm)
+@pytest.mark.parametrize(
+  "norm, options",
+  [("BN", {}), ("Rescale", {}), ("BN2", {}), ("LN", {"sigma_reparam": True})],
+)
+def test_evaluation_never_changes_statistics(norm, options):
+  model = tiny(norm=norm, **options)
+  variables = random_variables(model)
   _, new = model.apply(
     variables, images(), train=False, mutable=["batch_stats"]
   )
@@ -397,7 +419,115 @@ def test_initializing_leaves_statistics_untouched(norm):
     assert (np.asarray(x) == (1 if name.endswith("var") else 0)).all(), name
 
 
-# Norms.
+# Norms and other parts.
+
+
+@pytest.mark.parametrize(
+  "kwargs",
+  [
+    *({"norm": norm} for norm in NORMS),
+    {"residual": "original"},
+    {"norm": "Cal", "residual": "rescale"},
+    {"norm": "Rescale", "residual": "skipinit"},
+    {"residual": "layerscale"},
+    {"qk_norm": True},
+    {"sigma_reparam": True},
+    {"norm": "BN2", "sigma_reparam": True, "qk_norm": True},
+  ],
+)
+def test_recomputing_changes_nothing(kwargs):
+  """And every parameter has a gradient."""
+  model, again = (tiny(remat=remat, **kwargs) for remat in (False, True))
+  variables = random_variables(model)
+
+  def loss(model, params):
+    collections = {**variables, "params": params}
+    logits, new = model.apply(
+      collections,
+      images(),
+      train=True,
+      mutable=["batch_stats"],
+      rngs={"dropout": jax.random.key(0)},
+    )
+    return jnp.square(logits).sum(), new
+
+  grad = jax.jit(jax.grad(loss, argnums=1, has_aux=True), static_argnums=0)
+  found = grad(model, variables["params"])
+  jax.tree.map(
+    functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5),
+    found,
+    grad(again, variables["params"]),
+  )
+  without = {k for k, g in flatten(found[0]).items() if not np.any(g)}
+  assert not without
+
+
+def test_batch_norm_in_the_mlp_is_before_the_gelu():
+  model = tiny(norm="BN2", dropout_rate=0.0)
+  _, seen = model.apply(
+    model.init(jax.random.key(0), images()),
+    images(),
+    train=True,
+    mutable=["batch_stats", "intermediates"],
+    capture_intermediates=True,
+  )
+  seen = seen["intermediates"]["Transformer"]["encoderblock_1"]["MlpBlock_3"]
+  hidden = seen["BatchNorm_1"]["__call__"][0]
+  np.testing.assert_allclose(hidden.mean((0, 1)), 0, atol=1e-5)
+  np.testing.assert_allclose(hidden.std((0, 1)), 1, atol=1e-2)
+
+
+def test_queries_and_keys_are_normalized_head_by_head():
+  model = tiny(qk_norm=True)
+  variables = random_variables(model)
+  _, seen = model.apply(variables, images(), capture_intermediates=True)
+  name = "MultiHeadDotProductAttention_1"
+  part = seen["intermediates"]["Transformer"]["encoderblock_0"][name]
+  params = variables["params"]["Transformer"]["encoderblock_0"][name]
+  found = []
+  for kind in ("query", "key"):
+    x = np.asarray(part[kind]["__call__"][0], np.float64)
+    x = x / np.sqrt(np.square(x).mean(-1, keepdims=True) + 1e-6)
+    scale = params[f"{kind}_norm"]["scale"]
+    assert scale.shape == (8,)
+    found.append(x * scale)
+  scores = np.einsum("bqhd,bkhd->bhqk", *found) / 8**0.5
+  want = jax.nn.softmax(scores)
+  np.testing.assert_allclose(part["attention"][0], want, atol=1e-5)
+
+
+def test_unit_initialization_has_variance_1():
+  """Of tokens, if pixels are uniform, and behind each linear layer."""
+  model = models.create(
+    "ViT-B_16",
+    num_classes=1000,
+    norm="LN",
+    init="unit",
+    image_size=32,
+    patch_size=4,
+    hidden_size=256,
+    mlp_dim=512,
+    num_heads=4,
+    num_layers=1,
+  )
+  rng = np.random.default_rng(0)
+  x = rng.uniform(-1, 1, (8, 32, 32, 3))
+  variables = jax.jit(model.init)(jax.random.key(0), x)
+  _, seen = model.apply(variables, x, capture_intermediates=True)
+  seen = seen["intermediates"]
+  block = seen["Transformer"]["encoderblock_0"]
+  found = {
+    "tokens": seen["Transformer"]["posembed_input"],
+    "query": block["MultiHeadDotProductAttention_1"]["query"],
+    "value": block["MultiHeadDotProductAttention_1"]["value"],
+    "hidden": block["MlpBlock_3"]["Dense_0"],
+    "head": seen["head"],
+  }
+  for name, part in found.items():
+    variance = np.square(part["__call__"][0]).mean()
+    assert variance == pytest.approx(1, rel=0.15), name
+  tokens = found["tokens"]["__call__"][0]
+  assert np.square(tokens[0, 0]).mean() == pytest.approx(1, rel=0.3)
 
 
 def test_group_norm_is_of_each_image():
@@ -412,7 +542,7 @@ def test_group_norm_is_of_each_image():
 
 
 def test_group_norm_is_over_all_tokens_and_consecutive_channels():
-  module = norms.GroupNorm(features=8, block=1, num_blocks=1)
+  module = norms.GroupNorm(features=8)
   x = jax.random.normal(jax.random.key(0), (2, 5, 8)) * 3 + 1
   x = x * jnp.arange(1, 9)
   y = module.apply(module.init(jax.random.key(0), x, True), x, True)
@@ -424,7 +554,7 @@ def test_group_norm_is_over_all_tokens_and_consecutive_channels():
 
 
 def test_layer_norm_is_of_each_token():
-  module = norms.LayerNorm(features=8, block=1, num_blocks=1)
+  module = norms.LayerNorm(features=8)
   x = jax.random.normal(jax.random.key(0), (2, 5, 8)) * 3 + 1
   y = module.apply(module.init(jax.random.key(0), x, True), x, True)
   np.testing.assert_allclose(y.mean(-1), 0, atol=1e-5)
@@ -462,7 +592,7 @@ def test_batch_norm_depends_on_the_other_images_in_training_only():
 
 
 def test_rescale_calibrates_eight_times_then_freezes():
-  module = norms.Rescale(features=3, block=1, num_blocks=1)
+  module = norms.Rescale(features=3)
   x = jax.random.normal(jax.random.key(0), (10, 2, 5, 3)) + 1
   variables = module.init(jax.random.key(0), x[0], False)
   variables["params"]["bias"] = jnp.array([1.0, 2.0, 3.0])
@@ -476,27 +606,8 @@ def test_rescale_calibrates_eight_times_then_freezes():
     assert variables["batch_stats"]["count"] == min(i + 1, 8)
 
 
-def test_rescale_scales_the_residual_of_the_mlp_only():
-  x, y = jnp.full((1, 1, 2), 3.0), jnp.full((1, 1, 2), 5.0)
-
-  def residual(scale, **kwargs):
-    module = norms.Rescale(features=2, num_blocks=9, **kwargs)
-    variables = module.init(jax.random.key(0), x, False)
-    if kwargs["before_mlp"]:
-      variables["params"]["scale"] = jnp.array([scale])
-    return module.apply(variables, x, y, method="residual")
-
-  np.testing.assert_allclose(residual(2.0, block=1, before_mlp=False), 8.0)
-  # sqrt(k / (k + 1)) x + scale L^(-1/2) y
-  np.testing.assert_allclose(
-    residual(2.0, block=3, before_mlp=True),
-    0.75**0.5 * 3 + 2 / 3 * 5,
-    rtol=1e-6,
-  )
-
-
 def test_rescale_has_no_gradient_through_its_mean():
-  module = norms.Rescale(features=3, block=1, num_blocks=1)
+  module = norms.Rescale(features=3)
   x = jax.random.normal(jax.random.key(0), (2, 5, 3))
   variables = module.init(jax.random.key(0), x, False)
 

@@ -8,13 +8,14 @@ import pytest
 import trees
 
 from rescalevit_jax import pretrained
+from rescalevit_jax.models import norms
 
 
 def norm_keys(arrays):
   return {k for k in arrays if re.search("Norm_|encoder_norm|Rescale_", k)}
 
 
-@pytest.mark.parametrize("norm", ["LN", "BN", "GN", "Rescale"])
+@pytest.mark.parametrize("norm", norms.NORMS)
 def test_round_trip_is_exact(norm, tmp_path):
   saved = trees.fresh(norm, seed=3)
   path = tmp_path / "a.npz"
@@ -23,7 +24,7 @@ def test_round_trip_is_exact(norm, tmp_path):
   trees.same(trees.flat(params, stats), trees.flat(*saved))
   assert set(report.loaded) == trees.flat(*saved).keys()
   assert report == pretrained.Report(loaded=report.loaded)
-  assert bool(stats) == (norm in ("BN", "Rescale"))
+  assert bool(stats) == (norm in ("BN", "Rescale", "Cal", "BN2"))
 
 
 def test_the_given_trees_are_not_changed(tmp_path):
@@ -349,6 +350,65 @@ def test_a_norm_of_the_future_needs_no_entry_here(tmp_path):
   got, _, report = pretrained.load(path, params, {})
   trees.same(trees.flat(got, {}), trees.flat(params, {}))
   assert not report.initial and not report.dropped
+
+
+# What a model has besides.
+
+
+EVERYTHING = dict(residual="skipinit", qk_norm=True, sigma_reparam=True)
+
+
+@pytest.mark.parametrize(
+  "norm, options",
+  [
+    ("LN", {}),
+    ("Cal", EVERYTHING),
+    ("BN", EVERYTHING),
+    ("BN2", {}),
+    ("Identity", EVERYTHING),
+    ("LN", {"residual": "original"}),
+  ],
+)
+@pytest.mark.parametrize("source", ["LN", "LN with everything", "BN"])
+def test_weights_of_a_plain_model_fit_any_other_and_back(
+  norm, options, source, tmp_path
+):
+  given = EVERYTHING if source == "LN with everything" else {}
+  path = trees.write(tmp_path, trees.arrays(source[:2], **given))
+  target = trees.fresh(norm, seed=1, **options)
+  params, stats, report = pretrained.load(path, *target)
+  for kind in ("SkipInit_2/scale", "query_norm/scale", "gamma"):
+    both = given == options == EVERYTHING
+    assert any(kind in key for key in report.loaded) == both
+  assert any("Dense_0/kernel" in key for key in report.loaded)
+  trees.same(
+    {k: x for k, x in trees.flat(params, stats).items() if k in report.initial},
+    {k: x for k, x in trees.flat(*target).items() if k in report.initial},
+  )
+  back = trees.write(tmp_path, trees.flat(*target), "back.npz")
+  plain = trees.fresh("LN", seed=2)
+  if norm != "Identity":
+    _, _, report = pretrained.load(back, *plain)
+    assert all("Norm" in k or "norm" in k for k in report.initial)
+
+
+def test_another_residual_starts_anew(tmp_path):
+  path = trees.write(tmp_path, trees.arrays("Cal", residual="layerscale"))
+  target = trees.fresh("Cal", residual="rescale", seed=1)
+  *_, report = pretrained.load(path, *target)
+  assert len(report.initial) == len(report.dropped) == 4
+  assert all("RescaleNet" in key for key in report.initial)
+  assert all("LayerScale" in key for key in report.dropped)
+
+
+def test_a_part_of_a_residual_is_an_error(tmp_path):
+  saved = trees.arrays(residual="skipinit")
+  key = trees.BLOCK + "SkipInit_2/scale"
+  del saved[key]
+  target = trees.fresh(residual="skipinit")
+  trees.refuses(
+    trees.write(tmp_path, saved), key, "missing", "(1,)", target=target
+  )
 
 
 # The position embedding.

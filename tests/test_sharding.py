@@ -16,7 +16,7 @@ from rescalevit_jax import errors
 from rescalevit_jax import sharding
 
 
-@pytest.mark.parametrize("norm", ["LN", "BN", "GN", "Rescale"])
+@pytest.mark.parametrize("norm", ["LN", "BN", "GN", "Rescale", "Cal"])
 def test_eight_devices_train_as_one(norm, digits_dir, tmp_path):
   script = pathlib.Path(__file__).parent / "eight_devices.py"
   done = run_on_eight_devices(script, norm, tmp_path, digits_dir)

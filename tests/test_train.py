@@ -92,10 +92,25 @@ def test_a_run_writes_what_the_design_says(tiny_config, tmp_path):
   assert best[2] == result["best_step"]
 
 
-@pytest.mark.parametrize("norm", ["LN", "BN", "GN", "Rescale"])
-def test_a_resumed_run_is_the_same_run(tiny_config, tmp_path, stop_at, norm):
+@pytest.mark.parametrize(
+  "norm, options",
+  [
+    ("LN", {}),
+    ("BN", {}),
+    ("GN", {}),
+    ("Rescale", {}),
+    ("Cal", {"residual": "rescale", "sigma_reparam": True}),
+    ("Derf", {"residual": "skipinit", "qk_norm": True}),
+    ("BN2", {"residual": "layerscale", "init": "unit"}),
+  ],
+)
+def test_a_resumed_run_is_the_same_run(
+  tiny_config, tmp_path, stop_at, norm, options
+):
   tiny_config.model.norm = norm
-  tiny_config.accum_steps = 3 if norm in ("BN", "Rescale") else 1
+  tiny_config.model.update(options)
+  tiny_config.calibration = "all"
+  tiny_config.accum_steps = 1 if norm in ("LN", "GN", "Derf") else 3
   train.train_and_evaluate(tiny_config, tmp_path / "a")
   for step_number in (3, 7, 11):  # Before the first checkpoint, too.
     stop_at(step_number)

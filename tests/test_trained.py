@@ -15,6 +15,7 @@ from rescalevit_jax import errors
 from rescalevit_jax import models
 from rescalevit_jax import pretrained
 from rescalevit_jax import trained
+from rescalevit_jax.models import norms
 
 RNG = np.random.default_rng(0)
 IMAGES = RNG.integers(0, 256, (7, 10, 14, 3), dtype=np.uint8)
@@ -198,6 +199,36 @@ def test_a_file_of_each_norm(norm, tmp_path):
   expected = np.asarray(jax.nn.softmax(expected))
   assert np.ptp(expected, axis=0).min() > 0.005  # Images tell them apart.
   np.testing.assert_allclose(model(IMAGES), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+  "norm, options",
+  [
+    *((norm, {}) for norm in norms.NORMS),
+    ("Cal", {"residual": "rescale", "sigma_reparam": True}),
+    ("Rescale", {"residual": "rescale", "qk_norm": True}),
+    ("LN", {"residual": "original", "sigma_reparam": True}),
+    ("Identity", {"residual": "skipinit"}),
+    ("BN", {"residual": "layerscale", "sigma_reparam": True}),
+  ],
+)
+def test_a_file_tells_its_model(norm, options, tmp_path):
+  params, stats = trees.fresh(norm, seed=3, **options)
+  pretrained.save(tmp_path / "a.npz", params, stats)
+  model = trained.load_npz(
+    tmp_path / "a.npz", norm="GN" if norm == "GN" else None
+  )
+  want = models.create(
+    "ViT-B_16", num_classes=3, image_size=8, norm=norm, **trees.TINY, **options
+  )
+  assert model.model == want
+  trees.same(trees.flat(**model.variables), trees.flat(params, stats))
+
+
+def test_c_of_a_residual_has_to_be_said(tmp_path):
+  pretrained.save(tmp_path / "a.npz", *trees.fresh(residual="rescale"))
+  model = trained.load_npz(tmp_path / "a.npz", residual_c=3.0)
+  assert model.model.residual_c == 3.0
 
 
 def test_gelu(tmp_path):

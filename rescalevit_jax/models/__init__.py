@@ -9,11 +9,13 @@ from rescalevit_jax import errors
 from rescalevit_jax.models import attention as attention_lib
 from rescalevit_jax.models import initializers
 from rescalevit_jax.models import norms
+from rescalevit_jax.models import residuals
 from rescalevit_jax.models import variants
 from rescalevit_jax.models import vit
 
 GELUS = ("erf", "tanh")
 ATTENTIONS = attention_lib.IMPLEMENTATIONS
+RESIDUALS = ("auto", *residuals.RESIDUALS)
 DTYPES = ("auto", "float32", "bfloat16")
 
 
@@ -22,6 +24,10 @@ def create(
   *,
   num_classes: int,
   norm: str = "LN",
+  residual: str = "auto",
+  residual_c: float | None = None,
+  qk_norm: bool = False,
+  sigma_reparam: bool = False,
   image_size: int = 224,
   dropout_rate: float = 0.1,
   gelu: str = "erf",
@@ -38,13 +44,19 @@ def create(
     name: a key of `variants.VARIANTS`, such as 'ViT-B_16'.
     num_classes: width of the head.
     norm: a key of `norms.NORMS`.
+    residual: a key of `residuals.RESIDUALS`, or 'auto': `original` with
+      Rescale, `plain` with all others.
+    residual_c: c of the residual `rescale`; None: twice the encoder blocks.
+    qk_norm: whether queries and keys are normalized: see `branches`.
+    sigma_reparam: whether the linear layers of the blocks learn their largest
+      singular value: see `sigma`.
     image_size: edge of the square images, in pixels.
     dropout_rate: after the embedding and twice in each MLP; attention has none.
     gelu: 'erf' as in RescaleViT or 'tanh' as in Google's code.
     attention: 'xla', 'cudnn', or 'auto': see `attention.choose`.
     remat: whether training computes each block's inside a second time instead
       of keeping it in memory.
-    init: 'torch' as in RescaleViT or 'google': see `initializers`.
+    init: 'torch' as in RescaleViT, 'google', 'unit': see `initializers`.
     representation_size: width of Google's `pre_logits` layer, or None for none.
     dtype: of the computation: 'float32', 'bfloat16', or 'auto' (bfloat16 on
       GPU and TPU). Parameters, norm statistics, softmax and logits are float32.
@@ -56,6 +68,7 @@ def create(
   for value, valid, what in (
     (name, variants.VARIANTS, "model_name"),
     (norm, norms.NORMS, "model.norm"),
+    (residual, RESIDUALS, "model.residual"),
     (gelu, GELUS, "model.gelu"),
     (attention, ATTENTIONS, "model.attention"),
     (init, initializers.SCHEMES, "model.init"),
@@ -94,6 +107,8 @@ def create(
       f"model.hidden_size: {size.hidden_size} is not divisible by the"
       f" {norms.GroupNorm.GROUPS} groups of GN"
     )
+  if residual == "auto":
+    residual = norms.NORMS[norm].RESIDUAL
   if dtype == "auto":
     dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
   if attention == "auto":
@@ -109,6 +124,10 @@ def create(
   return vit.VisionTransformer(
     num_classes=num_classes,
     norm=norm,
+    residual=residual,
+    residual_c=residual_c,
+    qk_norm=qk_norm,
+    sigma_reparam=sigma_reparam,
     dropout_rate=dropout_rate,
     gelu=gelu,
     attention=attention,

@@ -1,8 +1,9 @@
 """How a model starts from scratch.
 
-Two schemes: `torch`, what RescaleViT gets from PyTorch's defaults, and
-`google`, that of Google's ViT code. Class token (0), norms (scale 1, bias 0)
-and MLP (Xavier uniform, biases normal 1e-6) are alike in both.
+Three schemes: `torch`, what RescaleViT gets from PyTorch's defaults; `google`,
+that of Google's ViT code; and `unit`, in which tokens have variance 1 and the
+linear layers keep it. Class token (0) and MLP (Xavier uniform, biases normal
+1e-6) are alike in the first two, and norms (scale 1, bias 0) in all.
 """
 
 from collections.abc import Callable
@@ -30,6 +31,7 @@ class Scheme:
   attention_bias: Callable[[int], Initializer]
   head_kernel: Initializer
   head_bias: Callable[[int], Initializer]
+  cls: Initializer = nn.initializers.zeros
   mlp_kernel: Initializer = nn.initializers.xavier_uniform()
   mlp_bias: Initializer = nn.initializers.normal(stddev=1e-6)
 
@@ -53,6 +55,11 @@ def _uniform(fan_in):
 # default of Linear and Conv2d.
 _TORCH_KERNEL = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
+# Half of a token's variance is its position's, half its content's. Pixels count
+# as uniform in [-1, 1], variance 1/3.
+_HALF = nn.initializers.normal(stddev=0.5**0.5)
+_HALF_OF_PIXELS = nn.initializers.variance_scaling(3 / 2, "fan_in", "normal")
+
 SCHEMES = {
   "torch": Scheme(
     patch_kernel=_TORCH_KERNEL,
@@ -71,5 +78,18 @@ SCHEMES = {
     attention_bias=_zeros,
     head_kernel=nn.initializers.zeros,
     head_bias=_zeros,
+  ),
+  # Linear layers: variance 1 / fan_in (LeCun et al. 1998, section 4.6).
+  "unit": Scheme(
+    cls=_HALF,
+    patch_kernel=_HALF_OF_PIXELS,
+    patch_bias=_zeros,
+    position=_HALF,
+    attention_kernel=nn.initializers.lecun_normal(),
+    attention_bias=_zeros,
+    head_kernel=nn.initializers.lecun_normal(),
+    head_bias=_zeros,
+    mlp_kernel=nn.initializers.lecun_normal(),
+    mlp_bias=nn.initializers.zeros,
   ),
 }

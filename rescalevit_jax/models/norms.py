@@ -1,18 +1,25 @@
 """Every norm behind one name.
 
-A norm is a class with two methods: calling it prepares the input of a branch
-(attention or MLP), and `residual` joins the branch's output to the stream. To
-add one, write a class and enter it in `NORMS`.
+A norm prepares the input of a branch (attention or MLP) or of the head. To add
+one, write a class and enter it in `NORMS`. How a branch's output joins the
+stream is another choice: see `residuals`.
 """
 
-import functools
 from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-EPSILON = 1e-6
+from rescalevit_jax.models import statistics
+
+EPSILON = statistics.EPSILON
+# The collection of what a calibration has measured so far. Where it is mutable,
+# norms that can be calibrated are: see `Pointwise`.
+CALIBRATION = "calibration"
+
+IN_MLP = "BatchNorm_1"  # The name of a norm inside the MLP.
 
 
 class Norm(nn.Module):
@@ -20,17 +27,10 @@ class Norm(nn.Module):
 
   Attributes:
     features: channels D.
-    block: number of the encoder block, from 1.
-    num_blocks: encoder blocks in all.
-    before_mlp: whether the place is before the MLP (or before attention, or,
-      for the final norm, before the head).
     dtype: of the output; statistics are float32 whatever it is.
   """
 
   features: int
-  block: int
-  num_blocks: int
-  before_mlp: bool = False
   dtype: Any = jnp.float32
 
   # Parameters are named SLOT_0 before attention and SLOT_2 before the MLP, the
@@ -38,14 +38,31 @@ class Norm(nn.Module):
   SLOT: ClassVar[str] = "LayerNorm"
   # Whether one more norm, `encoder_norm`, follows the last block.
   FINAL: ClassVar[bool] = True
+  # Whether one more norm is inside the MLP, before its GELU.
+  IN_MLP: ClassVar[bool] = False
+  # What model.residual=auto is with this norm.
+  RESIDUAL: ClassVar[str] = "plain"
+  # The values of the config key `calibration` that have it calibrated.
+  CALIBRATED_BY: ClassVar[tuple[str, ...]] = ()
 
   def __call__(self, x: jax.Array, train: bool) -> jax.Array:
     """Maps the stream [B, N, D] to a branch's input [B, N, D]."""
     raise NotImplementedError
 
-  def residual(self, x: jax.Array, y: jax.Array) -> jax.Array:
-    """Joins the stream x [B, N, D] and a branch's output y [B, N, D]."""
-    return x + y
+  @staticmethod
+  def as_linear(params: Any, batch_stats: Any) -> tuple[Any, Any] | None:
+    """Returns what the norm is in evaluation, if that is a linear function.
+
+    Args:
+      params: of one place, numpy arrays by name.
+      batch_stats: the same place's.
+
+    Returns:
+      Factor and shift, [D] each, or None: it depends on the input's statistics
+      or is curved.
+    """
+    del params, batch_stats
+    return None
 
 
 class Affine(Norm):
@@ -68,7 +85,7 @@ class LayerNorm(Affine):
   """Over the channels of each token (Ba et al. 2016, arXiv:1607.06450)."""
 
   def normalize(self, x, train):
-    return _normalize(x, (2,))[0]
+    return statistics.normalize(x, (2,))[0]
 
 
 class GroupNorm(Affine):
@@ -78,7 +95,7 @@ class GroupNorm(Affine):
 
   def normalize(self, x, train):
     groups = x.reshape(*x.shape[:2], self.GROUPS, -1)
-    return _normalize(groups, (1, 3))[0].reshape(x.shape)
+    return statistics.normalize(groups, (1, 3))[0].reshape(x.shape)
 
 
 class BatchNorm(Affine):
@@ -98,7 +115,7 @@ class BatchNorm(Affine):
     if not train:
       scale = jax.lax.rsqrt(self.var.value + EPSILON)
       return (x - self.mean.value) * scale
-    y, mean, var = _normalize(x, (0, 1))
+    y, mean, var = statistics.normalize(x, (0, 1))
     if not self.is_initializing():
       count = x.shape[0] * x.shape[1]
       unbiased = var[0, 0] * count / (count - 1)
@@ -107,28 +124,159 @@ class BatchNorm(Affine):
     return y
 
 
+class BatchNorm2(BatchNorm):
+  """BatchNorm with one more in the MLP, between its first layer and the GELU.
+
+  Yao et al. 2021 (ICCV Workshops, Leveraging Batch Normalization for Vision
+  Transformers), section 3.2: without it the MLP's hidden layer is unnormalized
+  and training is unstable.
+  """
+
+  IN_MLP: ClassVar[bool] = True
+
+
+class RMSNorm(Norm):
+  """Divides each token by the root mean square of its channels, then scales.
+
+  Zhang & Sennrich 2019 (arXiv:1910.07467), eq. 4: LayerNorm without the mean
+  and the bias.
+  """
+
+  SLOT: ClassVar[str] = "RMSNorm"
+
+  @nn.compact
+  def __call__(self, x, train):
+    scale = self.param("scale", nn.initializers.ones, (self.features,))
+    x = x.astype(jnp.float32)
+    y, _, _ = statistics.normalize(x, (x.ndim - 1,), False)
+    return (y * scale).astype(self.dtype)
+
+
+class Pointwise(Norm):
+  """A learned function of each number, whatever the others are.
+
+    y = scale * f(alpha * x) + bias
+
+  with one alpha a place, and scale and bias for each channel. There are no
+  statistics at run time. A calibration, before the first step, sets alpha to
+  1 / RMS of the place's input, so that f's argument has the size that a
+  normalized one has. It is a forward pass in which the collection `calibration`
+  is mutable and each place is calibrated as it is met, so that the next ones
+  see its output; further passes average over their batches.
+  """
+
+  ALPHA: ClassVar[float]  # Where alpha starts without a calibration.
+  CALIBRATED_BY: ClassVar[tuple[str, ...]] = ("all",)
+
+  @nn.compact
+  def __call__(self, x, train):
+    alpha = self.param("alpha", nn.initializers.constant(self.ALPHA), (1,))
+    scale = self.param("scale", nn.initializers.ones, (self.features,))
+    bias = self.param("bias", nn.initializers.zeros, (self.features,))
+    x = self.centered(x.astype(jnp.float32))
+    if self.is_calibrating():
+      square = self.average("square", jnp.square(x).mean())
+      alpha = jax.lax.rsqrt(jnp.maximum(square, EPSILON**2))[None]
+      self.put_variable("params", "alpha", alpha)
+    return (self.function(alpha * x) * scale + bias).astype(self.dtype)
+
+  def centered(self, x):
+    """Returns x [B, N, D] with what is taken away before alpha."""
+    return x
+
+  def function(self, x):
+    """Applies f to alpha * x, [B, N, D]."""
+    raise NotImplementedError
+
+  def is_calibrating(self):
+    """Whether this pass is a calibration."""
+    mutable = self.is_mutable_collection(CALIBRATION)
+    return mutable and not self.is_initializing()
+
+  def average(self, name, value):
+    """Returns the mean of value over the passes of a calibration so far."""
+    count = self.variable(CALIBRATION, f"{name}_count", jnp.zeros, ())
+    mean = self.variable(CALIBRATION, name, jnp.zeros, value.shape)
+    count.value += 1
+    mean.value += (value - mean.value) / count.value
+    return mean.value
+
+
+class DyT(Pointwise):
+  """Dynamic tanh: scale * tanh(alpha * x) + bias.
+
+  Zhu et al. 2025 (CVPR, arXiv:2503.10622), eq. 4, with their alpha of 0.5.
+  """
+
+  SLOT: ClassVar[str] = "DyT"
+  ALPHA: ClassVar[float] = 0.5
+
+  def function(self, x):
+    return jnp.tanh(x)
+
+
+class Derf(Pointwise):
+  """Dynamic erf: scale * erf(alpha * x + shift) + bias.
+
+  Chen et al. 2025 (Stronger Normalization-Free Transformers): DyT's successor,
+  with their start of alpha 0.5 and shift 0, one of each a place.
+  """
+
+  SLOT: ClassVar[str] = "Derf"
+  ALPHA: ClassVar[float] = 0.5
+
+  def function(self, x):
+    shift = self.param("shift", nn.initializers.zeros, (1,))
+    return jax.lax.erf(x + shift)
+
+
+class Cal(Pointwise):
+  """Calibrated, then linear: scale * alpha * (x - init_mean) + bias. Ours.
+
+  A calibration sets init_mean to the mean of each channel and alpha to 1 / std
+  of all numbers about these means, so that the place starts as a norm would on
+  average. init_mean stays; alpha, scale and bias are learned. In evaluation and
+  in training it is a linear map: `fold` puts it into the layer that follows.
+  """
+
+  SLOT: ClassVar[str] = "Cal"
+  ALPHA: ClassVar[float] = 1.0
+  CALIBRATED_BY: ClassVar[tuple[str, ...]] = ("auto", "all")
+
+  def centered(self, x):
+    mean = self.variable("batch_stats", "init_mean", jnp.zeros, self.features)
+    if self.is_calibrating():
+      mean.value = self.average("mean", x.mean((0, 1)))
+    return x - mean.value
+
+  def function(self, x):
+    return x
+
+  @staticmethod
+  def as_linear(params, batch_stats):
+    factor = params["alpha"] * params["scale"]
+    return factor, params["bias"] - factor * batch_stats["init_mean"]
+
+
 class Rescale(Norm):
-  """No normalization: a shift per channel and a scaled residual.
+  """No normalization: a shift per channel, x + bias - init_mean.
 
   RescaleNet (Shao et al. 2020, NeurIPS) as RescaleViT applies it. Before each
   branch the channels are centred by the mean over batch and tokens, averaged
   over the first 8 training batches and then frozen, and shifted by a learned
-  bias, which counts 0.01-fold until then. Only the MLP's residual is scaled:
-  with k the number of the block of L,
-
-    x = sqrt(k / (k + 1)) * x + scale * L^(-1/2) * MLP(x + bias - init_mean)
+  bias, which counts 0.01-fold until then. The residual that goes with it is
+  `residuals.Original`.
 
   Evaluation never changes the calibration (RescaleViT's does).
   """
 
   SLOT: ClassVar[str] = "Rescale"
   FINAL: ClassVar[bool] = False
+  RESIDUAL: ClassVar[str] = "original"
   CALIBRATION_BATCHES: ClassVar[int] = 8
 
   def setup(self):
     self.bias = self.param("bias", nn.initializers.zeros, (self.features,))
-    if self.before_mlp:
-      self.scale = self.param("scale", nn.initializers.ones, (1,))
     self.init_mean = self.variable(
       "batch_stats", "init_mean", jnp.zeros, self.features
     )
@@ -150,50 +298,21 @@ class Rescale(Norm):
     bias = jnp.where(calibrating, 0.01, 1.0) * self.bias
     return (x + (bias - init_mean)).astype(self.dtype)
 
-  def residual(self, x, y):
-    if not self.before_mlp:
-      return x + y
-    skip = (self.block / (self.block + 1)) ** 0.5
-    branch = self.scale * self.num_blocks**-0.5
-    x = x.astype(jnp.float32)  # Or bfloat16 would round `skip`.
-    return (skip * x + branch * y).astype(self.dtype)
+  @staticmethod
+  def as_linear(params, batch_stats):
+    calibrating = batch_stats["count"] < Rescale.CALIBRATION_BATCHES
+    bias = np.where(calibrating, 0.01, 1.0) * params["bias"]
+    return np.ones_like(bias), bias - batch_stats["init_mean"]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def _normalize(x, axes):
-  """Returns x with mean 0 and variance 1 over axes, and both as they were.
+class Identity(Norm):
+  """No norm at all: what is left of one that was folded into the next layer."""
 
-  The mean and the biased variance are statistics: no gradient goes through
-  them as results.
-  """
-  return _normalize_forward(x, axes)[0]
+  SLOT: ClassVar[str] = "Identity"
+  FINAL: ClassVar[bool] = False
 
-
-def _normalize_forward(x, axes):
-  mean = x.mean(axes, keepdims=True)
-  var = jnp.square(x - mean).mean(axes, keepdims=True)
-  scale = jax.lax.rsqrt(var + EPSILON)
-  if jax.default_backend() == "cpu":
-    # XLA would compute both anew for each element (a third of the time of a
-    # small model's evaluation).
-    mean, scale = jax.lax.optimization_barrier((mean, scale))
-  return ((x - mean) * scale, mean, var), (x, mean, scale)
-
-
-def _normalize_backward(axes, residuals, gradients):
-  # Ioffe & Szegedy 2015, section 3, put together: with y the result,
-  #   dx = scale * (dy - mean(dy) - y * mean(dy * y)).
-  # The compiler, left to itself, computes the residual stream's gradient anew
-  # in each of the parts.
-  x, mean, scale = residuals
-  dy, _, _ = gradients
-  y = (x - mean) * scale
-  dy_mean = dy.mean(axes, keepdims=True)
-  dy_y_mean = (dy * y).mean(axes, keepdims=True)
-  return (scale * (dy - dy_mean - y * dy_y_mean),)
-
-
-_normalize.defvjp(_normalize_forward, _normalize_backward)
+  def __call__(self, x, train):
+    return x
 
 
 NORMS: dict[str, type[Norm]] = {
@@ -201,4 +320,10 @@ NORMS: dict[str, type[Norm]] = {
   "BN": BatchNorm,
   "GN": GroupNorm,
   "Rescale": Rescale,
+  "RMS": RMSNorm,
+  "DyT": DyT,
+  "Derf": Derf,
+  "Cal": Cal,
+  "BN2": BatchNorm2,
+  "Identity": Identity,
 }

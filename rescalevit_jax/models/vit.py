@@ -3,8 +3,7 @@
 Modules and parameters have the names of Google's published checkpoints, so
 that the parameter tree, flattened with '/', is the checkpoint format.
 
-Shapes: B images, H by W pixels, N tokens (the class token first), D channels,
-h heads of D/h channels.
+Shapes: B images, H by W pixels, N tokens (the class token first), D channels.
 """
 
 from typing import Any
@@ -13,10 +12,13 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from rescalevit_jax.models import attention
+from rescalevit_jax.models import branches
 from rescalevit_jax.models import dropout
 from rescalevit_jax.models import initializers
 from rescalevit_jax.models import norms
+from rescalevit_jax.models import residuals
+
+IN_MLP = "BatchNorm_1"  # The name of a norm inside the MLP.
 
 
 class PatchEmbedding(nn.Module):
@@ -62,85 +64,6 @@ class PositionEmbedding(nn.Module):
     return x + pos.astype(x.dtype)
 
 
-class MultiHeadAttention(nn.Module):
-  """Self-attention: [B, N, D] -> [B, N, D].
-
-  The probabilities [B, h, N, N], float32, are sown as
-  `intermediates/.../attention`.
-  """
-
-  num_heads: int
-  implementation: str
-  scheme: initializers.Scheme
-  dtype: Any
-
-  @nn.compact
-  def __call__(self, x):
-    features = x.shape[-1]
-    head_dim = features // self.num_heads
-
-    def project(name):
-      return nn.DenseGeneral(
-        (self.num_heads, head_dim),
-        kernel_init=self.scheme.attention_kernel,
-        bias_init=self.scheme.attention_bias(features),
-        dtype=self.dtype,
-        name=name,
-      )(x)
-
-    query, key, value = project("query"), project("key"), project("value")
-    if self.is_mutable_collection("intermediates"):
-      maps = attention.probabilities(query, key)
-      self.sow("intermediates", "attention", maps)
-    y = attention.attend(query, key, value, self.implementation)
-    return nn.DenseGeneral(
-      features,
-      axis=(-2, -1),
-      kernel_init=self.scheme.attention_kernel,
-      bias_init=self.scheme.attention_bias(features),
-      dtype=self.dtype,
-      name="out",
-    )(y)
-
-
-class Mlp(nn.Module):
-  """Two linear layers with a GELU between: [B, N, D] -> [B, N, D]."""
-
-  mlp_dim: int
-  dropout_rate: float
-  gelu: str
-  scheme: initializers.Scheme
-  dtype: Any
-
-  @nn.compact
-  def __call__(self, x, train):
-    def dense(features, name):
-      return nn.Dense(
-        features,
-        kernel_init=self.scheme.mlp_kernel,
-        bias_init=self.scheme.mlp_bias,
-        dtype=self.dtype,
-        name=name,
-      )
-
-    features = x.shape[-1]
-    x = dense(self.mlp_dim, "Dense_0")(x)
-    x = nn.gelu(x) if self.gelu == "tanh" else gelu_erf(x)
-    x = dropout.Dropout(self.dropout_rate)(x, train)
-    x = dense(features, "Dense_1")(x)
-    return dropout.Dropout(self.dropout_rate)(x, train)
-
-
-def gelu_erf(x: jax.Array) -> jax.Array:
-  """GELU, x Phi(x) (Hendrycks & Gimpel 2016), computed in float32.
-
-  Through erf: XLA's erfc, which flax's GELU takes, is slower on a CPU.
-  """
-  y = x.astype(jnp.float32)
-  y *= 0.5 * (1 + jax.lax.erf(y * 2**-0.5))
-  return y.astype(x.dtype)
-
-
 class EncoderBlock(nn.Module):
   """Pre-norm attention, then pre-norm MLP: [B, N, D] -> [B, N, D]."""
 
@@ -149,6 +72,10 @@ class EncoderBlock(nn.Module):
   num_heads: int
   mlp_dim: int
   norm: str
+  residual: str
+  residual_c: float | None
+  qk_norm: bool
+  sigma_reparam: bool
   dropout_rate: float
   gelu: str
   attention: str
@@ -157,38 +84,49 @@ class EncoderBlock(nn.Module):
 
   @nn.compact
   def __call__(self, x, train):
-    Norm = norms.NORMS[self.norm]
-
-    def norm(number, before_mlp):
-      return Norm(
-        features=x.shape[-1],
-        block=self.block,
-        num_blocks=self.num_blocks,
-        before_mlp=before_mlp,
-        dtype=self.dtype,
-        name=f"{Norm.SLOT}_{number}",
-      )
-
-    before_attention = norm(0, before_mlp=False)
-    self_attention = MultiHeadAttention(
+    attention = branches.MultiHeadAttention(
       self.num_heads,
+      self.qk_norm,
+      self.sigma_reparam,
       self.attention,
       self.scheme,
       self.dtype,
       name="MultiHeadDotProductAttention_1",
     )
-    x = before_attention.residual(x, self_attention(before_attention(x, train)))
+    norm, join = self._place(0, x.shape[-1])
+    x = join(x, attention(norm(x, train), train))
 
-    before_mlp = norm(2, before_mlp=True)
-    mlp = Mlp(
+    mlp = branches.Mlp(
       self.mlp_dim,
+      self.norm,
+      self.sigma_reparam,
       self.dropout_rate,
       self.gelu,
       self.scheme,
       self.dtype,
       name="MlpBlock_3",
     )
-    return before_mlp.residual(x, mlp(before_mlp(x, train), train))
+    norm, join = self._place(2, x.shape[-1])
+    return join(x, mlp(norm(x, train), train))
+
+  def _place(self, number, features):
+    """Returns the norm before a branch and the residual after it."""
+    Norm = norms.NORMS[self.norm]
+    Residual = residuals.RESIDUALS[self.residual]
+    shared = Residual.SLOT == Norm.SLOT  # RescaleViT's names: one module.
+    unnamed = shared or Residual.SLOT is None
+    norm = Norm(features, self.dtype, name=f"{Norm.SLOT}_{number}")
+    join = Residual(
+      features,
+      branch=2 * self.block - (number == 0),
+      num_blocks=self.num_blocks,
+      c=self.residual_c,
+      dtype=self.dtype,
+      name=None if unnamed else f"{Residual.SLOT}_{number}",
+    )
+    if shared:
+      nn.share_scope(join, norm)
+    return norm, join
 
 
 class Encoder(nn.Module):
@@ -198,6 +136,10 @@ class Encoder(nn.Module):
   num_heads: int
   mlp_dim: int
   norm: str
+  residual: str
+  residual_c: float | None
+  qk_norm: bool
+  sigma_reparam: bool
   dropout_rate: float
   gelu: str
   attention: str
@@ -219,6 +161,10 @@ class Encoder(nn.Module):
         num_heads=self.num_heads,
         mlp_dim=self.mlp_dim,
         norm=self.norm,
+        residual=self.residual,
+        residual_c=self.residual_c,
+        qk_norm=self.qk_norm,
+        sigma_reparam=self.sigma_reparam,
         dropout_rate=self.dropout_rate,
         gelu=self.gelu,
         attention=self.attention,
@@ -228,13 +174,7 @@ class Encoder(nn.Module):
       )(x, train)
     Norm = norms.NORMS[self.norm]
     if Norm.FINAL:
-      x = Norm(
-        features=x.shape[-1],
-        block=self.num_layers + 1,
-        num_blocks=self.num_layers,
-        dtype=self.dtype,
-        name="encoder_norm",
-      )(x, train)
+      x = Norm(x.shape[-1], self.dtype, name="encoder_norm")(x, train)
     return x
 
 
@@ -251,6 +191,10 @@ class VisionTransformer(nn.Module):
   num_heads: int
   num_layers: int
   norm: str = "LN"
+  residual: str = "plain"
+  residual_c: float | None = None
+  qk_norm: bool = False
+  sigma_reparam: bool = False
   dropout_rate: float = 0.1
   gelu: str = "erf"
   attention: str = "xla"
@@ -266,7 +210,8 @@ class VisionTransformer(nn.Module):
     Args:
       images: [B, H, W, 3] float32 in [-1, 1].
       train: whether dropout is on (needs the rng `dropout`) and statistics are
-        those of the batch (BN and Rescale change `batch_stats`).
+        those of the batch (BN, BN2, Rescale and `sigma_reparam` change
+        `batch_stats`).
 
     Returns:
       Logits [B, num_classes], float32.
@@ -275,15 +220,18 @@ class VisionTransformer(nn.Module):
     x = PatchEmbedding(
       self.patch_size, self.hidden_size, scheme, self.dtype, name="embedding"
     )(images)
-    cls = self.param(
-      "cls", nn.initializers.zeros, (1, 1, self.hidden_size)
-    ).astype(self.dtype)
+    cls = self.param("cls", scheme.cls, (1, 1, self.hidden_size))
+    cls = cls.astype(self.dtype)
     x = jnp.concatenate([jnp.tile(cls, (len(x), 1, 1)), x], axis=1)
     x = Encoder(
       num_layers=self.num_layers,
       num_heads=self.num_heads,
       mlp_dim=self.mlp_dim,
       norm=self.norm,
+      residual=self.residual,
+      residual_c=self.residual_c,
+      qk_norm=self.qk_norm,
+      sigma_reparam=self.sigma_reparam,
       dropout_rate=self.dropout_rate,
       gelu=self.gelu,
       attention=self.attention,

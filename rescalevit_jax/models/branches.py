@@ -1,0 +1,118 @@
+"""The two branches of an encoder block: attention and MLP.
+
+Shapes: B images, N tokens, D channels, h heads of D/h channels.
+"""
+
+import functools
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from rescalevit_jax.models import attention
+from rescalevit_jax.models import dropout
+from rescalevit_jax.models import initializers
+from rescalevit_jax.models import norms
+from rescalevit_jax.models import sigma
+
+
+class MultiHeadAttention(nn.Module):
+  """Self-attention: [B, N, D] -> [B, N, D].
+
+  The probabilities [B, h, N, N], float32, are sown as
+  `intermediates/.../attention`.
+
+  With `qk_norm`, each head's queries and keys pass through an RMSNorm of their
+  own, whose scale [D/h] the heads share, as in ViT-22B (Dehghani et al. 2023,
+  arXiv:2302.05442, section 2: LayerNorm without bias and centering).
+  """
+
+  num_heads: int
+  qk_norm: bool
+  sigma_reparam: bool
+  implementation: str
+  scheme: initializers.Scheme
+  dtype: Any
+
+  @nn.compact
+  def __call__(self, x, train):
+    features = x.shape[-1]
+    head_dim = features // self.num_heads
+    Linear = nn.DenseGeneral
+    if self.sigma_reparam:
+      Linear = functools.partial(sigma.SigmaLinear, train=train)
+
+    def project(name):
+      return Linear(
+        (self.num_heads, head_dim),
+        kernel_init=self.scheme.attention_kernel,
+        bias_init=self.scheme.attention_bias(features),
+        dtype=self.dtype,
+        name=name,
+      )(x)
+
+    query, key, value = project("query"), project("key"), project("value")
+    if self.qk_norm:
+      normalize = functools.partial(norms.RMSNorm, head_dim, self.dtype)
+      query = normalize(name="query_norm")(query, train)
+      key = normalize(name="key_norm")(key, train)
+    if self.is_mutable_collection("intermediates"):
+      maps = attention.probabilities(query, key)
+      self.sow("intermediates", "attention", maps)
+    y = attention.attend(query, key, value, self.implementation)
+    return Linear(
+      features,
+      axis=(-2, -1),
+      kernel_init=self.scheme.attention_kernel,
+      bias_init=self.scheme.attention_bias(features),
+      dtype=self.dtype,
+      name="out",
+    )(y)
+
+
+class Mlp(nn.Module):
+  """Two linear layers with a GELU between: [B, N, D] -> [B, N, D]."""
+
+  mlp_dim: int
+  norm: str
+  sigma_reparam: bool
+  dropout_rate: float
+  gelu: str
+  scheme: initializers.Scheme
+  dtype: Any
+
+  @nn.compact
+  def __call__(self, x, train):
+    Linear = nn.Dense
+    if self.sigma_reparam:
+      Linear = functools.partial(sigma.SigmaLinear, train=train)
+
+    def dense(features, name):
+      return Linear(
+        features,
+        kernel_init=self.scheme.mlp_kernel,
+        bias_init=self.scheme.mlp_bias,
+        dtype=self.dtype,
+        name=name,
+      )
+
+    features = x.shape[-1]
+    x = dense(self.mlp_dim, "Dense_0")(x)
+    Norm = norms.NORMS[self.norm]
+    if Norm.IN_MLP:
+      x = Norm(self.mlp_dim, self.dtype, name=norms.IN_MLP)(x, train)
+    x = nn.gelu(x) if self.gelu == "tanh" else gelu_erf(x)
+    x = dropout.Dropout(self.dropout_rate)(x, train)
+    x = dense(features, "Dense_1")(x)
+    return dropout.Dropout(self.dropout_rate)(x, train)
+
+
+def gelu_erf(x: jax.Array) -> jax.Array:
+  """GELU, x Phi(x) (Hendrycks & Gimpel 2016), computed in float32.
+
+  Through erf: XLA's erfc, which flax's GELU takes, is slower on a CPU.
+  """
+  y = x.astype(jnp.float32)
+  y *= 0.5 * (1 + jax.lax.erf(y * 2**-0.5))
+  return y.astype(x.dtype)

@@ -1,0 +1,54 @@
+"""Linear layers that learn their largest singular value."""
+
+import math
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+_FIRST_ITERATIONS = 16
+
+
+class SigmaLinear(nn.DenseGeneral):
+  """A linear layer with the kernel gamma / sigma(W) * W.
+
+  sigmaReparam (Zhai et al. 2023, arXiv:2303.06296), eq. 3: sigma(W) is the
+  largest singular value of the parameter `kernel` as a matrix [inputs,
+  outputs], and gamma is learned, from 1. sigma(W) = |W v|, where v is improved
+  by one step of power iteration in each training pass and kept in
+  `batch_stats`. v counts as a constant in the gradient, as there: sigma's is
+  then that of u^T W v, u = W v / |W v|.
+
+  Attributes:
+    train: whether this is a training pass.
+  """
+
+  train: bool = False
+
+  def param(self, name: str, *args: Any, **kwargs: Any) -> Any:
+    """Returns a parameter; of the kernel, what takes its place."""
+    value = super().param(name, *args, **kwargs)
+    return self._reparametrized(value) if name == "kernel" else value
+
+  def _reparametrized(self, kernel):
+    inputs = 1 if isinstance(self.axis, int) else len(self.axis)
+    matrix = kernel.reshape(math.prod(kernel.shape[:inputs]), -1)
+
+    def first():
+      v = jax.random.normal(self.make_rng("params"), matrix.shape[1:])
+      for _ in range(_FIRST_ITERATIONS):
+        v = _improved(matrix, v)
+      return v
+
+    v = self.variable("batch_stats", "singular_vector", first)
+    if self.train and not self.is_initializing():
+      v.value = _improved(matrix, v.value)
+    gamma = self.param("gamma", nn.initializers.ones, (1,))
+    return kernel * (gamma / jnp.linalg.norm(matrix @ v.value))
+
+
+def _improved(matrix, v):
+  """One step of power iteration on W^T W, v [outputs]."""
+  v = jax.lax.stop_gradient(matrix.T @ (matrix @ v))
+  return v / jnp.linalg.norm(v)

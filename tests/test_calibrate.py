@@ -1,0 +1,136 @@
+"""Calibration: what it measures, and of which batches."""
+
+import jax
+import numpy as np
+import pytest
+
+from rescalevit_jax import augment
+from rescalevit_jax import data
+from rescalevit_jax import experiment
+from rescalevit_jax import pretrained
+from rescalevit_jax import step
+from rescalevit_jax.models import norms
+
+PLACE = ("Transformer", "encoderblock_0", "Cal_0")
+
+
+def first_state(config):
+  return experiment.first_state(experiment.create(config))
+
+
+def at(tree, *path):
+  for name in path:
+    tree = tree[name]
+  return np.asarray(tree)
+
+
+def different(a, b):
+  """Names the leaves in which two trees differ."""
+  pairs = zip(
+    jax.tree_util.tree_leaves_with_path(a), jax.tree.leaves(b), strict=True
+  )
+  return {
+    jax.tree_util.keystr(path, simple=True, separator="/")
+    for (path, x), y in pairs
+    if not np.array_equal(x, y)
+  }
+
+
+def test_only_alpha_and_the_means_are_set(tiny_config):
+  tiny_config.model.norm = "Cal"
+  state = first_state(tiny_config)
+  scratch = experiment.create(tiny_config).scratch()
+  changed = different(
+    (state.params, state.batch_stats, state.opt_state),
+    (scratch.params, scratch.batch_stats, scratch.opt_state),
+  )
+  assert {key.rpartition("/")[2] for key in changed} == {"alpha", "init_mean"}
+  assert len(changed) == 2 * (2 * 2 + 1)
+  assert state.step == 0
+
+
+@pytest.mark.parametrize("accum_steps", [1, 3])
+def test_the_batches_are_the_first_eight_as_training_sees_them(
+  tiny_config, accum_steps
+):
+  tiny_config.model.norm = "Cal"
+  tiny_config.model.dropout_rate = 0.0
+  tiny_config.accum_steps = accum_steps
+  tiny_config.augment.flip = True
+  parts = experiment.create(tiny_config)
+  state = experiment.first_state(parts)
+  # The input of the first place needs no calibration of others.
+  split, seen = parts.dataset.train, []
+  for number in range(1, 9):
+    places = data.indices(tiny_config.seed, number, 48, len(split))
+    crop_keys, _ = step.random_keys(0, number, (accum_steps, 48 // accum_steps))
+    x = augment.prepare_random(
+      crop_keys.reshape(-1),
+      split.images[places],
+      8,
+      augment.Augment(**tiny_config.augment),
+    )
+    _, found = parts.model.apply(
+      {"params": state.params, "batch_stats": state.batch_stats},
+      x,
+      capture_intermediates=lambda module, _: module.name == "posembed_input",
+    )
+    found = found["intermediates"]["Transformer"]["posembed_input"]["__call__"]
+    seen.append(np.asarray(found[0]))
+  mean = np.mean(seen, axis=(0, 1, 2))
+  np.testing.assert_allclose(
+    at(state.batch_stats, *PLACE, "init_mean"), mean, rtol=1e-4, atol=1e-6
+  )
+  alpha = 1 / np.std(np.asarray(seen) - mean)
+  found = at(state.params, *PLACE, "alpha")
+  np.testing.assert_allclose(found, [alpha], rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+  "norm, calibration, calibrated",
+  [
+    ("Cal", "auto", True),
+    ("Cal", "none", False),
+    ("DyT", "auto", False),
+    ("DyT", "all", True),
+    ("Derf", "all", True),
+    ("LN", "all", False),
+  ],
+)
+def test_the_key_says_which_norms(tiny_config, norm, calibration, calibrated):
+  tiny_config.model.norm = norm
+  tiny_config.calibration = calibration
+  state = first_state(tiny_config)
+  scratch = experiment.create(tiny_config).scratch()
+  assert bool(different(state.params, scratch.params)) == calibrated
+
+
+def test_a_file_is_calibrated_but_for_what_it_brought(tiny_config, tmp_path):
+  tiny_config.model.norm = "Cal"
+  brought = first_state(tiny_config)
+  pretrained.save(tmp_path / "a.npz", brought.params, brought.batch_stats)
+  tiny_config.seed = 1
+  tiny_config.pretrained_path = str(tmp_path / "a.npz")
+  state = first_state(tiny_config)
+  assert not different(state.params, brought.params)
+  assert not different(state.batch_stats, brought.batch_stats)
+
+  tiny_config.model.norm = "LN"
+  tiny_config.pretrained_path = None
+  plain = first_state(tiny_config)
+  pretrained.save(tmp_path / "b.npz", plain.params, plain.batch_stats)
+  tiny_config.model.norm = "Cal"
+  tiny_config.pretrained_path = str(tmp_path / "b.npz")
+  state = first_state(tiny_config)
+  assert at(state.params, *PLACE, "alpha") != 1
+  kernel = ("embedding", "kernel")
+  np.testing.assert_array_equal(
+    at(state.params, *kernel), at(plain.params, *kernel)
+  )
+
+
+def test_the_collection_is_not_part_of_a_model(tiny_config):
+  tiny_config.model.norm = "Cal"
+  model = experiment.create_model(tiny_config, 10)
+  found = model.init(jax.random.key(0), np.zeros((1, 8, 8, 3)))
+  assert norms.CALIBRATION not in found

@@ -1,0 +1,69 @@
+"""Folding a norm into the next layer changes nothing but the norm."""
+
+import jax
+import numpy as np
+import pytest
+import trees
+
+from rescalevit_jax import errors
+from rescalevit_jax import fold
+from rescalevit_jax import models
+from rescalevit_jax import pretrained
+from rescalevit_jax import trained
+
+
+def small(x):
+  """Weights of a size that keeps the logits apart and finite."""
+  return x if np.issubdtype(x.dtype, np.integer) else 0.5 * x
+
+
+@pytest.mark.parametrize(
+  "norm, residual, options",
+  [
+    ("Cal", "plain", {"representation_size": 6}),
+    ("Cal", "rescale", {"sigma_reparam": True}),
+    ("Cal", "original", {"qk_norm": True}),
+    ("Rescale", "original", {}),
+    ("Rescale", "layerscale", {}),
+  ],
+)
+def test_the_folded_model_computes_the_same(norm, residual, options, tmp_path):
+  params, stats = jax.tree.map(
+    small, trees.fresh(norm, residual=residual, seed=9, **options)
+  )
+  if "pre_logits" in params:  # Or its tanh would be saturated.
+    params["pre_logits"]["kernel"] *= 0.1
+  x = np.random.default_rng(0).uniform(-1, 1, (5, 8, 8, 3)).astype(np.float32)
+  model = models.create(
+    "ViT-B_16",
+    num_classes=3,
+    image_size=8,
+    norm=norm,
+    residual=residual,
+    **trees.TINY,
+    **options,
+  )
+  want = model.apply({"params": params, "batch_stats": stats}, x)
+
+  before = trees.flat(params, stats)
+  pretrained.save(tmp_path / "a.npz", *fold.fold(params, stats))
+  trees.same(trees.flat(params, stats), before)
+  folded = trained.load_npz(tmp_path / "a.npz")
+  assert folded.model.norm == "Identity"
+  assert folded.model.residual == residual
+  assert not folded.model.sigma_reparam
+  found = folded.model.apply(folded.variables, x)
+  # Images make a far greater difference.
+  error = np.abs(found - want).max()
+  assert error < 1e-4 * np.abs(want).max()
+  assert error < 0.03 * np.ptp(want, axis=0).min()
+  names = trees.flat(*trees.fresh("Identity", residual=residual))
+  assert names.keys() <= trees.flat(**folded.variables).keys()
+
+
+@pytest.mark.parametrize(
+  "norm", ["LN", "BN", "GN", "RMS", "DyT", "Derf", "BN2"]
+)
+def test_a_norm_that_does_not_fold(norm):
+  with pytest.raises(errors.UserError, match=r"does not fold.*Rescale, Cal"):
+    fold.fold(*trees.fresh(norm))

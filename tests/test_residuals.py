@@ -1,0 +1,144 @@
+"""Residuals by hand, and with every norm."""
+
+import functools
+
+import flax
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rescalevit_jax import models
+from rescalevit_jax.models import norms
+from rescalevit_jax.models import residuals
+
+X, Y = np.random.default_rng(0).normal(size=(2, 2, 3, 4)).astype(np.float32)
+
+
+def joined(kind, scale=None, **kwargs):
+  module = residuals.RESIDUALS[kind](4, **kwargs)
+  variables = module.init(jax.random.key(0), X, Y)
+  if scale is not None:
+    variables = {"params": {"scale": jnp.array(scale)}}
+  return module.apply(variables, X, Y)
+
+
+def close(found, want):
+  np.testing.assert_allclose(found, want, rtol=1e-5, atol=1e-6)
+
+
+def test_plain_adds():
+  close(joined("plain", branch=3, num_blocks=9), X + Y)
+
+
+def test_the_original_scales_the_residual_of_the_mlp_only():
+  close(joined("original", branch=5, num_blocks=9), X + Y)
+  # Branch 6 is the MLP of block 3: sqrt(k / (k + 1)) x + scale L^(-1/2) y.
+  found = joined("original", [2.0], branch=6, num_blocks=9)
+  close(found, 0.75**0.5 * X + 2 / 3 * Y)
+
+
+@pytest.mark.parametrize(
+  "branch, c, skip, weight",
+  [
+    (1, None, 18 / 19, 1 / 19),
+    (18, None, 35 / 36, 1 / 36),
+    (1, 1.0, 1 / 2, 1 / 2),
+    (5, 0.5, 4.5 / 5.5, 1 / 5.5),
+  ],
+)
+def test_rescale_is_that_of_the_paper_on_every_branch(branch, c, skip, weight):
+  assert skip + weight == pytest.approx(1)  # Of the variance.
+  kwargs = dict(branch=branch, num_blocks=9, c=c)
+  close(joined("rescale", **kwargs), skip**0.5 * X + weight**0.5 * Y)
+  found = joined("rescale", [3.0], **kwargs)
+  close(found, skip**0.5 * X + 3 * weight**0.5 * Y)
+
+
+def test_skipinit_starts_without_the_branch():
+  close(joined("skipinit", branch=1, num_blocks=2), X)
+  close(joined("skipinit", [0.3], branch=1, num_blocks=2), X + 0.3 * Y)
+
+
+@pytest.mark.parametrize(
+  "blocks, start", [(12, 0.1), (18, 0.1), (19, 1e-5), (24, 1e-5), (25, 1e-6)]
+)
+def test_layerscale_starts_by_depth(blocks, start):
+  module = residuals.LayerScale(4, branch=1, num_blocks=blocks)
+  scale = module.init(jax.random.key(0), X, Y)["params"]["scale"]
+  np.testing.assert_allclose(scale, np.full(4, start), rtol=1e-6)
+  scale = [0.1, 0.2, 0.3, 0.4]
+  found = joined("layerscale", scale, branch=1, num_blocks=blocks)
+  close(found, X + np.array(scale) * Y)
+
+
+@pytest.mark.parametrize("kind", residuals.RESIDUALS)
+def test_bfloat16_rounds_once(kind):
+  module = residuals.RESIDUALS[kind](
+    4, branch=4, num_blocks=9, dtype=jnp.bfloat16
+  )
+  x, y = jnp.asarray(X, jnp.bfloat16), jnp.asarray(Y, jnp.bfloat16)
+  variables = module.init(jax.random.key(0), x, y)
+  found = module.apply(variables, x, y)
+  assert found.dtype == jnp.bfloat16
+  whole = residuals.RESIDUALS[kind](4, branch=4, num_blocks=9)
+  want = whole.apply(variables, x.astype(jnp.float32), y.astype(jnp.float32))
+  assert (found == want.astype(jnp.bfloat16)).all()
+
+
+def shapes(norm, residual):
+  model = models.create(
+    "ViT-XS_4", num_classes=3, norm=norm, residual=residual, image_size=8
+  )
+  found = jax.eval_shape(
+    functools.partial(model.init, train=False),
+    jax.random.key(0),
+    jnp.zeros((1, 8, 8, 3)),
+  )
+  block = found["params"]["Transformer"]["encoderblock_1"]
+  return flax.traverse_util.flatten_dict(block, sep="/")
+
+
+@pytest.mark.parametrize("norm", norms.NORMS)
+@pytest.mark.parametrize("kind", ["auto", *residuals.RESIDUALS])
+def test_every_norm_takes_every_residual(norm, kind):
+  """Names are a contract; `original` with Rescale has RescaleViT's."""
+  found, without = shapes(norm, kind), shapes(norm, "plain")
+  want = {
+    "plain": {},
+    "original": {"Rescale_2/scale": (1,)},
+    "rescale": {"RescaleNet_0/scale": (1,), "RescaleNet_2/scale": (1,)},
+    "skipinit": {"SkipInit_0/scale": (1,), "SkipInit_2/scale": (1,)},
+    "layerscale": {"LayerScale_0/scale": (64,), "LayerScale_2/scale": (64,)},
+  }
+  want["auto"] = want["original" if norm == "Rescale" else "plain"]
+  added = {k: x.shape for k, x in found.items() if k not in without}
+  assert added == want[kind]
+  assert without.keys() <= found.keys()
+
+
+def test_each_branch_has_its_number():
+  """In a model whose branches give 1: the residual alone makes the output."""
+  model = models.create(
+    "ViT-XS_4",
+    num_classes=64,
+    norm="Identity",
+    residual="rescale",
+    residual_c=2.0,
+    image_size=8,
+    num_layers=2,
+  )
+  start = model.init(jax.random.key(0), jnp.zeros((1, 8, 8, 3)))
+  params = jax.tree.map(jnp.zeros_like, start)["params"]
+  for i in range(2):
+    block = params["Transformer"][f"encoderblock_{i}"]
+    block["MultiHeadDotProductAttention_1"]["out"]["bias"] += 1
+    block["MlpBlock_3"]["Dense_1"]["bias"] += 1
+    for slot in ("RescaleNet_0", "RescaleNet_2"):
+      block[slot]["scale"] += 1
+  params["head"]["kernel"] = jnp.eye(64)
+  logits = model.apply({"params": params}, jnp.zeros((1, 8, 8, 3)))
+  want = 0.0
+  for k in (1, 2, 3, 4):
+    want = ((k + 1) / (k + 2)) ** 0.5 * want + (k + 2) ** -0.5
+  close(logits, np.full((1, 64), want))
