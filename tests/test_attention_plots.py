@@ -86,6 +86,7 @@ def test_all_norms_side_by_side_on_one_scale(kind, image):
   assert len(maps) >= len(models)
   assert len({(i.norm.vmin, i.norm.vmax) for i in maps}) == 1
   titles = [f.get_suptitle() for f in figure.subfigs[0].subfigs]
+  titles = list(filter(None, titles))  # The last row may have room left.
   assert titles == [f"{norm}\ntiny" for norm in norms.NORMS]
 
 
@@ -98,7 +99,7 @@ def test_all_norms_side_by_side_on_one_scale(kind, image):
   ],
 )
 def test_long_and_odd_names_fit(name, image):
-  models = [tiny_model.create(norm) for norm in norms.NORMS]
+  models = [tiny_model.create(norm) for norm in ("LN", "BN", "GN", "Rescale")]
   for model in models:
     model.name = name
   figure = attention_plots.draw("rollout", models, image)

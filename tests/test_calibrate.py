@@ -129,6 +129,16 @@ def test_a_file_is_calibrated_but_for_what_it_brought(tiny_config, tmp_path):
   )
 
 
+def test_recomputing_changes_nothing(tiny_config):
+  tiny_config.model.norm = "Cal"
+  tiny_config.model.sigma_reparam = True
+  state = first_state(tiny_config)
+  tiny_config.model.remat = True
+  again = first_state(tiny_config)
+  for x, y in zip(jax.tree.leaves(state), jax.tree.leaves(again), strict=True):
+    np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6)
+
+
 def test_the_collection_is_not_part_of_a_model(tiny_config):
   tiny_config.model.norm = "Cal"
   model = experiment.create_model(tiny_config, 10)

@@ -76,6 +76,8 @@ def flatten(tree):
     (dict(norm="ln"), "norm: unknown 'ln'; did you mean LN"),
     (dict(gelu="tan"), "gelu: unknown 'tan'; did you mean tanh"),
     (dict(gelu=True), "gelu: unknown True; .*erf, tanh"),
+    (dict(residual="rescal"), "residual: unknown 'rescal'; .*rescale"),
+    (dict(residual_c=0.0), "residual_c: is 0.0, but must be > 0"),
     (dict(init="googel"), "init: unknown 'googel'; did you mean google"),
     (dict(dtype="float16"), "dtype: unknown 'float16'; did you mean .*float32"),
     (dict(hiden_size=16), "unknown argument 'hiden_size'; .*hidden_size"),

@@ -92,6 +92,10 @@ def create(
   for key, value in dataclasses.asdict(size).items():
     if value < 1:
       raise errors.UserError(f"model.{key}: is {value}, but must be > 0")
+  if residual_c is not None and residual_c <= 0:
+    raise errors.UserError(
+      f"model.residual_c: is {residual_c}, but must be > 0"
+    )
   if image_size % size.patch_size:
     raise errors.UserError(
       f"image_size: {image_size} is not divisible by the patch size"

@@ -127,9 +127,9 @@ class BatchNorm(Affine):
 class BatchNorm2(BatchNorm):
   """BatchNorm with one more in the MLP, between its first layer and the GELU.
 
-  Yao et al. 2021 (ICCV Workshops, Leveraging Batch Normalization for Vision
-  Transformers), section 3.2: without it the MLP's hidden layer is unnormalized
-  and training is unstable.
+  Yao et al. 2021 (Leveraging Batch Normalization for Vision Transformers, ICCV
+  Workshops): without it the MLP's hidden layer is unnormalized, and training
+  crashes at times.
   """
 
   IN_MLP: ClassVar[bool] = True
@@ -205,7 +205,7 @@ class Pointwise(Norm):
 class DyT(Pointwise):
   """Dynamic tanh: scale * tanh(alpha * x) + bias.
 
-  Zhu et al. 2025 (CVPR, arXiv:2503.10622), eq. 4, with their alpha of 0.5.
+  Zhu et al. 2025 (CVPR, arXiv:2503.10622), with their first alpha of 0.5.
   """
 
   SLOT: ClassVar[str] = "DyT"
@@ -218,8 +218,8 @@ class DyT(Pointwise):
 class Derf(Pointwise):
   """Dynamic erf: scale * erf(alpha * x + shift) + bias.
 
-  Chen et al. 2025 (Stronger Normalization-Free Transformers): DyT's successor,
-  with their start of alpha 0.5 and shift 0, one of each a place.
+  Chen et al. 2025 (arXiv:2512.10938), DyT's successor, with their start: alpha
+  0.5 and shift 0, one of each a place.
   """
 
   SLOT: ClassVar[str] = "Derf"

@@ -81,7 +81,7 @@ class Rescale(Residual):
 class SkipInit(Residual):
   """x + scale * branch(x), one learned scale a branch, from 0.
 
-  De & Smith 2020 (arXiv:2002.10444), section 3.2: a network starts as the
+  De & Smith 2020 (NeurIPS, arXiv:2002.10444): the network starts as the
   identity.
   """
 

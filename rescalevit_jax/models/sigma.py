@@ -13,12 +13,12 @@ _FIRST_ITERATIONS = 16
 class SigmaLinear(nn.DenseGeneral):
   """A linear layer with the kernel gamma / sigma(W) * W.
 
-  sigmaReparam (Zhai et al. 2023, arXiv:2303.06296), eq. 3: sigma(W) is the
-  largest singular value of the parameter `kernel` as a matrix [inputs,
-  outputs], and gamma is learned, from 1. sigma(W) = |W v|, where v is improved
-  by one step of power iteration in each training pass and kept in
-  `batch_stats`. v counts as a constant in the gradient, as there: sigma's is
-  then that of u^T W v, u = W v / |W v|.
+  sigmaReparam (Zhai et al. 2023, arXiv:2303.06296): sigma(W) is the largest
+  singular value of the parameter `kernel` as a matrix [inputs, outputs], and
+  gamma is learned, from 1. sigma(W) = |W v|, where v is improved by one step of
+  power iteration in each training pass and kept in `batch_stats`. v counts as a
+  constant in the gradient, as there: sigma's is then that of u^T W v with u =
+  W v / |W v|.
 
   Attributes:
     train: whether this is a training pass.
