@@ -19,7 +19,7 @@ class TrainState:
   Attributes:
     step: [] int32, steps done.
     params: the model's parameters, float32.
-    batch_stats: the norms' statistics, empty for LN and GN.
+    batch_stats: statistics of norms and layers; empty where there are none.
     opt_state: the optimizer's state.
   """
 
