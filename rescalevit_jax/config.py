@@ -11,6 +11,7 @@ from ml_collections import config_dict
 
 from rescalevit_jax import errors
 from rescalevit_jax import models
+from rescalevit_jax import optimizer
 from rescalevit_jax.models import initializers
 from rescalevit_jax.models import norms
 from rescalevit_jax.models import variants
@@ -53,6 +54,10 @@ def _at_least(low: int, default: Any, meaning: str, **kwargs) -> Key:
   return Key(
     default, meaning, f">= {low}", lambda x: low <= x < math.inf, **kwargs
   )
+
+
+def _below_one(default: float, meaning: str, **kwargs) -> Key:
+  return Key(default, meaning, "in [0, 1)", lambda x: 0 <= x < 1, **kwargs)
 
 
 def _size(meaning: str) -> Key:
@@ -107,11 +112,8 @@ KEYS = {
     "the linear layers of the blocks learn their largest singular value"
     " (sigmaReparam)",
   ),
-  "model.dropout_rate": Key(
-    0.1,
-    "dropout after the embedding and in the MLP",
-    "in [0, 1)",
-    lambda x: 0 <= x < 1,
+  "model.dropout_rate": _below_one(
+    0.1, "dropout after the embedding and in the MLP"
   ),
   "model.gelu": Key(
     "erf", "`erf` as RescaleViT, `tanh` as Google's code", models.GELUS
@@ -157,10 +159,27 @@ KEYS = {
     "cosine", "decay of the learning rate to 0", ("cosine", "linear")
   ),
   "total_steps": _positive(20_000, "updates of the run"),
-  "momentum": Key(0.9, "momentum of SGD", "in [0, 1)", lambda x: 0 <= x < 1),
-  "weight_decay": _at_least(0, 0.0, "coupled weight decay of all parameters"),
+  "optimizer": Key(
+    "sgd",
+    "`muon`: Muon for the blocks' kernels, AdamW for the rest",
+    optimizer.OPTIMIZERS,
+  ),
+  "momentum": _below_one(0.9, "momentum of SGD and Muon, beta_1 of AdamW"),
+  "adam_b2": _below_one(0.999, "beta_2 of AdamW"),
+  "weight_decay": _at_least(
+    0,
+    0.0,
+    "coupled weight decay of all parameters with SGD; decoupled one of kernels"
+    " with AdamW and Muon",
+  ),
   "grad_norm_clip": _at_least(
     0, 1.0, "largest global norm of a gradient; 0: any"
+  ),
+  "agc": _at_least(
+    0,
+    0.0,
+    "adaptive gradient clipping: largest norm of a unit's gradient over that"
+    " of its weights; 0: any",
   ),
   "accum_steps": _positive(
     1, "micro-batches an update; each has `batch / accum_steps` images"

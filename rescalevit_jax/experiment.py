@@ -157,11 +157,14 @@ def create(config: ml_collections.ConfigDict) -> Experiment:
     config.total_steps,
     config.decay_type,
   )
-  optimizer = optimizer_lib.sgd(
+  optimizer = optimizer_lib.create(
+    config.optimizer,
     rate,
     momentum=config.momentum,
+    adam_b2=config.adam_b2,
     weight_decay=config.weight_decay,
     grad_norm_clip=config.grad_norm_clip,
+    agc=config.agc,
   )
   return Experiment(
     config,

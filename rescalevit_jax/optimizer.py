@@ -1,6 +1,19 @@
-"""Schedule, clipping, weight decay and SGD, as the original applies them."""
+"""Schedule, clipping, weight decay and the optimizers: SGD, AdamW, Muon.
 
+The defaults, SGD and the clipping by global norm, are the original's.
+"""
+
+import math
+from typing import Any
+
+import jax
 import optax
+
+OPTIMIZERS = ("sgd", "adamw", "muon")
+
+# Of the least norm that adaptive gradient clipping grants to weights, so that
+# those which start at 0 can move (Brock et al. 2021, section 4.1).
+_LEAST_NORM = 1e-3
 
 
 def schedule(
@@ -33,6 +46,46 @@ def schedule(
   return lambda count: rate(count + 1)
 
 
+def create(
+  name: str,
+  learning_rate: optax.Schedule,
+  *,
+  momentum: float,
+  adam_b2: float,
+  weight_decay: float,
+  grad_norm_clip: float,
+  agc: float,
+) -> optax.GradientTransformation:
+  """Returns an optimizer by its name, one of `OPTIMIZERS`.
+
+  Args:
+    name: 'sgd', 'adamw' or 'muon'; see the functions of this module.
+    learning_rate: from the number of steps already done.
+    momentum: of SGD and Muon; AdamW's beta_1.
+    adam_b2: AdamW's beta_2.
+    weight_decay: SGD's is coupled and holds for all parameters; that of the
+      others is decoupled and holds for kernels.
+    grad_norm_clip: largest global norm of a gradient; 0: any.
+    agc: adaptive gradient clipping before that; 0: none.
+  """
+  if name == "sgd":
+    optimizer = sgd(
+      learning_rate,
+      momentum=momentum,
+      weight_decay=weight_decay,
+      grad_norm_clip=grad_norm_clip,
+    )
+  else:
+    direction = adam if name == "adamw" else muon
+    optimizer = optax.chain(
+      _clip(grad_norm_clip),
+      direction(momentum, adam_b2),
+      optax.add_decayed_weights(weight_decay, _are_kernels),
+      optax.scale_by_learning_rate(learning_rate),
+    )
+  return optax.chain(clip_adaptively(agc), optimizer) if agc else optimizer
+
+
 def sgd(
   learning_rate: optax.Schedule,
   *,
@@ -46,12 +99,125 @@ def sgd(
   it is not subject to the clipping by global norm. A `grad_norm_clip` of 0 is
   none.
   """
-  clip = optax.identity()
-  if grad_norm_clip > 0:
-    clip = optax.clip_by_global_norm(grad_norm_clip)
   return optax.chain(
-    clip,
+    _clip(grad_norm_clip),
     optax.add_decayed_weights(weight_decay),
     optax.trace(momentum),
     optax.scale_by_learning_rate(learning_rate),
   )
+
+
+def adam(b1: float, b2: float) -> optax.GradientTransformation:
+  """AdamW's direction (Kingma & Ba 2015; Loshchilov & Hutter 2019).
+
+  At step t, with m and v the running means of gradients g and of their squares:
+
+    m = b1 m + (1 - b1) g;  v = b2 v + (1 - b2) g^2
+    direction = m / (1 - b1^t) / (sqrt(v / (1 - b2^t)) + 1e-8)
+
+  `create` adds weight_decay * p to it and multiplies both by the rate, as
+  PyTorch does. Only kernels decay: not biases, norms' parameters, class token
+  and positions.
+  """
+  return optax.scale_by_adam(b1, b2)
+
+
+def muon(momentum: float, b2: float) -> optax.GradientTransformation:
+  """Muon's direction for the blocks' kernels, AdamW's for all else.
+
+  Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon) takes the nearest
+  semi-orthogonal matrix to the gradient's running mean with Nesterov's look
+  ahead, by five Newton-Schulz iterations. A kernel is a matrix from all its
+  inputs to all its outputs: those of attention are seen as [D, D]. Times
+  0.2 sqrt(max(inputs, outputs)), an update is of AdamW's size, so that one
+  learning rate and weight decay do for both (Liu et al. 2025,
+  arXiv:2502.16982, section 2.2).
+  """
+
+  def labels(params):
+    def label(path, _):
+      in_block = path[0].key == "Transformer" and _is_kernel(path)
+      return "muon" if in_block else "adam"
+
+    return jax.tree_util.tree_map_with_path(label, params)
+
+  def dimension_numbers(params):
+    def numbers(path, x):
+      inputs = _inputs(path, x)
+      return optax.contrib.MuonDimensionNumbers(
+        tuple(range(inputs)), tuple(range(inputs, x.ndim))
+      )
+
+    return jax.tree_util.tree_map_with_path(numbers, params)
+
+  def scale(updates, _):
+    def scale_one(path, x):
+      inputs = math.prod(x.shape[: _inputs(path, x)])
+      return 0.2 * max(inputs, x.size // inputs) ** 0.5 * x
+
+    return jax.tree_util.tree_map_with_path(scale_one, updates)
+
+  orthogonal = optax.contrib.scale_by_muon(
+    beta=momentum, weight_dimension_numbers=dimension_numbers
+  )
+  return optax.partition(
+    {
+      "muon": optax.chain(orthogonal, optax.stateless(scale)),
+      "adam": adam(momentum, b2),
+    },
+    labels,
+  )
+
+
+def clip_adaptively(clipping: float) -> optax.GradientTransformation:
+  """Adaptive gradient clipping, AGC (Brock et al. 2021, arXiv:2102.06171).
+
+  Equation 3: with w the weights of one unit and g their gradient,
+
+    g = g * min(1, clipping * max(|w|, 1e-3) / |g|)
+
+  A unit is what makes one output of a kernel, or any other parameter as a
+  whole. The head is not clipped (section 4.1).
+  """
+  clip = optax.adaptive_grad_clip(clipping, eps=_LEAST_NORM, axis=0)
+
+  def matrices(tree):
+    def matrix(path, x):
+      inputs = _inputs(path, x) if _is_kernel(path) else x.ndim
+      return x.reshape(math.prod(x.shape[:inputs]), -1)
+
+    return jax.tree_util.tree_map_with_path(matrix, tree)
+
+  def update(grads, state, params):
+    clipped, state = clip.update(matrices(grads), state, matrices(params))
+    clipped = jax.tree.map(lambda x, g: x.reshape(g.shape), clipped, grads)
+    if "head" in grads:
+      clipped["head"] = grads["head"]
+    return clipped, state
+
+  return optax.GradientTransformation(clip.init, update)
+
+
+def _clip(grad_norm_clip):
+  if grad_norm_clip > 0:
+    return optax.clip_by_global_norm(grad_norm_clip)
+  return optax.identity()
+
+
+def _are_kernels(params: Any) -> Any:
+  return jax.tree_util.tree_map_with_path(
+    lambda path, _: _is_kernel(path), params
+  )
+
+
+def _is_kernel(path):
+  return path[-1].key == "kernel"
+
+
+def _inputs(path, kernel):
+  """Returns how many of a kernel's axes, the first ones, are its inputs'.
+
+  Those of query, key and value are [D, h, D/h], all others [..., outputs].
+  """
+  to_heads = path[-2].key in ("query", "key", "value")
+  return 1 if to_heads else kernel.ndim - 1

@@ -15,6 +15,7 @@ def test_default_is_valid_and_is_the_originals_recipe():
   assert (config.total_steps, config.batch) == (20_000, 128)
   assert (config.momentum, config.weight_decay) == (0.9, 0.0)
   assert config.grad_norm_clip == 1.0
+  assert (config.optimizer, config.agc) == ("sgd", 0.0)
   assert config.eval_every == 100
   assert config.augment.to_dict() == {
     "crop": True,
@@ -52,6 +53,9 @@ def test_default_is_valid_and_is_the_originals_recipe():
     ("eval_every", 0, "> 0"),
     ("weight_decay", -0.1, ">= 0"),
     ("grad_norm_clip", -1.0, ">= 0"),
+    ("optimizer", "adam", "did you mean adamw"),
+    ("adam_b2", 1.0, "[0, 1)"),
+    ("agc", -0.1, ">= 0"),
     ("momentum", 1.0, "[0, 1)"),
     ("seed", -1, "2^32"),
     ("augment.min_area", 0.0, "(0, 1]"),

@@ -1,5 +1,6 @@
-"""The schedule and SGD against arithmetic by hand."""
+"""The schedule and the optimizers against arithmetic by hand."""
 
+import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -126,3 +127,158 @@ def test_clip_of_zero_is_none():
   (got,) = steps_of([huge], momentum=0.9, weight_decay=0.0, grad_norm_clip=0)
   for k, v in PARAMS.items():
     np.testing.assert_allclose(got[k], v - 1e5, rtol=1e-6)
+
+
+# AdamW, Muon and adaptive clipping, on parameters named as the model's.
+
+BLOCK = "Transformer/encoderblock_0"
+ATTENTION = f"{BLOCK}/MultiHeadDotProductAttention_1"
+SHAPES = {
+  "cls": (1, 1, 4),
+  "embedding/kernel": (2, 2, 3, 4),
+  "embedding/bias": (4,),
+  "Transformer/posembed_input/pos_embedding": (1, 3, 4),
+  f"{BLOCK}/LayerNorm_0/scale": (4,),
+  f"{ATTENTION}/query/kernel": (4, 2, 2),
+  f"{ATTENTION}/query/bias": (2, 2),
+  f"{ATTENTION}/out/kernel": (2, 2, 4),
+  f"{BLOCK}/MlpBlock_3/Dense_0/kernel": (4, 6),
+  f"{BLOCK}/MlpBlock_3/Dense_1/kernel": (6, 4),
+  "head/kernel": (4, 3),
+  "head/bias": (3,),
+}
+KERNELS = {k for k in SHAPES if k.endswith("kernel")}
+MATRICES = {k: v for k, v in SHAPES.items() if k in KERNELS and BLOCK in k}
+# What is summed over in a kernel's product.
+INPUTS = {k: -1 for k in KERNELS} | {f"{ATTENTION}/query/kernel": 1}
+
+
+def random_tree(seed, size=1.0):
+  rng = np.random.default_rng(seed)
+  return {k: size * rng.standard_normal(v) for k, v in SHAPES.items()}
+
+
+def matrix(name, x):
+  return x.reshape(np.prod(x.shape[: INPUTS[name]]), -1)
+
+
+def last_params(params, gradients, name, **kwargs):
+  """Returns the parameters, flat, after updates with rates 0.1, 0.2, ..."""
+  kwargs = (
+    dict(
+      momentum=0.9, adam_b2=0.99, weight_decay=0.0, grad_norm_clip=0, agc=0.0
+    )
+    | kwargs
+  )
+  made = optimizer.create(name, lambda count: 0.1 * (count + 1), **kwargs)
+  params = flax.traverse_util.unflatten_dict(params, sep="/")
+  params = jax.tree.map(jnp.float32, params)
+  state = made.init(params)
+  for grads in gradients:
+    grads = flax.traverse_util.unflatten_dict(grads, sep="/")
+    updates, state = jax.jit(made.update)(grads, state, params)
+    params = jax.tree.map(jnp.add, params, updates)
+  return flax.traverse_util.flatten_dict(params, sep="/")
+
+
+def adam_by_hand(gradients, b1, b2):
+  """Yields one parameter's directions."""
+  m = v = 0.0
+  for t, g in enumerate(gradients, start=1):
+    m, v = b1 * m + (1 - b1) * g, b2 * v + (1 - b2) * g**2
+    yield m / (1 - b1**t) / (np.sqrt(v / (1 - b2**t)) + 1e-8)
+
+
+def muon_by_hand(gradients, beta):
+  """Yields the directions of one matrix [inputs, outputs]."""
+  m = 0.0
+  for t, g in enumerate(gradients, start=1):
+    m = beta * m + (1 - beta) * g
+    ahead = beta * m / (1 - beta ** (t + 1)) + (1 - beta) * g / (1 - beta**t)
+    x = ahead / np.linalg.norm(ahead)
+    for _ in range(5):
+      xxt = x @ x.T
+      x = 3.4445 * x + (-4.7750 * xxt + 2.0315 * xxt @ xxt) @ x
+    yield 0.2 * np.sqrt(max(g.shape)) * x
+
+
+def check_all(got, want):
+  assert got.keys() == want.keys()
+  for k in want:
+    np.testing.assert_allclose(got[k], want[k], rtol=1e-4, atol=1e-5, err_msg=k)
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+@pytest.mark.parametrize("grad_norm_clip", [0, 1.0])
+def test_adamw_and_muon_by_hand(name, grad_norm_clip):
+  params = random_tree(0)
+  gradients = [random_tree(n, size) for n, size in ((1, 3.0), (2, 0.01))]
+  got = last_params(
+    params, gradients, name, weight_decay=0.3, grad_norm_clip=grad_norm_clip
+  )
+  norms = [np.sqrt(sum((x**2).sum() for x in g.values())) for g in gradients]
+  assert norms[1] < 1 < norms[0]
+  factor = 1 / norms[0] if grad_norm_clip else 1.0
+  want = {}
+  for k, p in params.items():
+    clipped = [gradients[0][k] * factor, gradients[1][k]]
+    if name == "muon" and k in MATRICES:
+      directions = muon_by_hand([matrix(k, g) for g in clipped], 0.9)
+    else:
+      directions = adam_by_hand(clipped, 0.9, 0.99)
+    decay = 0.3 if k in KERNELS else 0.0
+    for rate, direction in zip((0.1, 0.2), directions, strict=True):
+      p = p - rate * (direction.reshape(p.shape) + decay * p)
+    want[k] = p
+  check_all(got, want)
+
+
+def test_muon_moves_every_direction_of_a_matrix_alike():
+  tall, wide = np.random.default_rng(0).standard_normal((2, 6, 4))
+  for g in (tall, wide.T):
+    (direction,) = muon_by_hand([g], 0.9)
+    values = np.linalg.svd(direction, compute_uv=False)
+    assert 0.6 < values.min() / (0.2 * 6**0.5)
+    assert values.max() / (0.2 * 6**0.5) < 1.3
+    assert np.linalg.cond(g) > 2
+
+
+def test_adaptive_clipping_by_hand():
+  params, grads = random_tree(0), random_tree(1)
+  params["cls"] = np.zeros(SHAPES["cls"])
+  quiet = f"{ATTENTION}/out/kernel"
+  grads[quiet] *= 1e-3
+  got = last_params(params, [grads], "sgd", agc=0.1)
+  want = {}
+  for k, p in params.items():
+    g = grads[k]
+    if not k.startswith("head"):
+      shape = matrix(k, g).shape if k in KERNELS else (g.size, 1)
+      w, g = p.reshape(shape), g.reshape(shape)
+      for unit in range(shape[1]):
+        limit = 0.1 * max(np.linalg.norm(w[:, unit]), 1e-3)
+        g[:, unit] *= min(1, limit / np.linalg.norm(g[:, unit]))
+    want[k] = p - 0.1 * g.reshape(p.shape)
+  check_all(got, want)
+  moved = np.linalg.norm(got["cls"])
+  assert moved == pytest.approx(0.1 * 0.1 * 1e-3, rel=1e-4)
+  np.testing.assert_allclose(  # Too small to be clipped.
+    got[quiet], params[quiet] - 0.1 * grads[quiet], rtol=1e-6
+  )
+
+
+def test_without_adaptive_clipping_sgd_is_the_originals():
+  made = optimizer.create(
+    "sgd",
+    lambda count: 0.1,
+    momentum=0.9,
+    adam_b2=0.99,
+    weight_decay=0.1,
+    grad_norm_clip=1.0,
+    agc=0.0,
+  )
+  sgd = optimizer.sgd(
+    lambda count: 0.1, momentum=0.9, weight_decay=0.1, grad_norm_clip=1.0
+  )
+  states = [jax.tree.structure(x.init(PARAMS)) for x in (made, sgd)]
+  assert states[0] == states[1]  # Or old checkpoints would not load.
