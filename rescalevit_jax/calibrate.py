@@ -90,7 +90,9 @@ def measure(
   Returns:
     The first three with this batch taken into account.
   """
-  crop_keys, dropout_keys = step_lib.random_keys(seed, step, images.shape[:2])
+  crop_keys, dropout_keys, _ = step_lib.random_keys(
+    seed, step, images.shape[:2]
+  )
 
   def micro_step(collections, micro_batch):
     images, crop_keys, dropout_key = micro_batch

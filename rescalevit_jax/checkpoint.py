@@ -4,9 +4,11 @@
   checkpoints/best/STEP/{variables,progress}
   checkpoints/damaged/{last,best}-STEP    out of a resumed run's way
 
-`variables` holds the collections `params` and `batch_stats`. A checkpoint is
-written to a temporary folder and renamed, so that what has its final name was
-whole; sums of its files tell whether it still is.
+`variables` holds the collections `params` and `batch_stats` as they are
+evaluated; where those are averages over the steps, `optimizer` has the ones
+that training goes on with. A checkpoint is written to a temporary folder and
+renamed, so that what has its final name was whole; sums of its files tell
+whether it still is.
 """
 
 import contextlib
@@ -91,7 +93,7 @@ class Checkpoints:
       self._last.save(
         progress.step,
         args=ocp.args.Composite(
-          variables=ocp.args.StandardSave(_variables(state)),
+          variables=ocp.args.StandardSave(state.evaluated),
           optimizer=ocp.args.StandardSave(_optimizer(state)),
           progress=ocp.args.JsonSave(dataclasses.asdict(progress)),
         ),
@@ -110,7 +112,7 @@ class Checkpoints:
       self._best.save(
         progress.step,
         args=ocp.args.Composite(
-          variables=ocp.args.StandardSave(_variables(state)),
+          variables=ocp.args.StandardSave(state.evaluated),
           progress=ocp.args.JsonSave(dataclasses.asdict(progress)),
         ),
       )
@@ -127,14 +129,17 @@ class Checkpoints:
       UserError: the checkpoint cannot be read or is of another model.
     """
     args = ocp.args.Composite(
-      variables=ocp.args.StandardRestore(_variables(like)),
+      variables=ocp.args.StandardRestore(like.evaluated),
       optimizer=ocp.args.StandardRestore(_optimizer(like)),
       progress=ocp.args.JsonRestore(),
     )
     found = _restore(
       self._last, lambda manager, step: manager.restore(step, args=args)
     )
-    state = step_lib.TrainState(**found["variables"], **found["optimizer"])
+    variables = found["variables"]
+    if like.ema is not None:
+      variables = {"ema": variables}
+    state = step_lib.TrainState(**variables, **found["optimizer"])
     progress = Progress(**found["progress"])
     self.forget_best(after=progress.best_step)
     best = progress.best_step
@@ -313,9 +318,8 @@ def _restore(manager, read):
     ) from e
 
 
-def _variables(state):
-  return {"params": state.params, "batch_stats": state.batch_stats}
-
-
 def _optimizer(state):
-  return {"step": state.step, "opt_state": state.opt_state}
+  rest = {"step": state.step, "opt_state": state.opt_state}
+  if state.ema is not None:
+    rest |= {"params": state.params, "batch_stats": state.batch_stats}
+  return rest

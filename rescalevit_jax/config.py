@@ -181,6 +181,11 @@ KEYS = {
     "adaptive gradient clipping: largest norm of a unit's gradient over that"
     " of its weights; 0: any",
   ),
+  "ema_decay": _below_one(
+    0.0,
+    "decay a step of the averaged weights and statistics, which then are what"
+    " is evaluated and saved as the best; 0: no average",
+  ),
   "accum_steps": _positive(
     1, "micro-batches an update; each has `batch / accum_steps` images"
   ),
@@ -248,6 +253,18 @@ KEYS = {
     "save memory on several devices: each keeps a part of parameters and"
     " momenta",
     resumable=True,
+  ),
+  "label_smoothing": _below_one(
+    0.0, "share of a label that all classes have alike"
+  ),
+  "mixup": _at_least(
+    0, 0.0, "alpha of mixup, which blends pairs of images; 0: none"
+  ),
+  "cutmix": _at_least(
+    0,
+    0.0,
+    "alpha of CutMix, which puts a part of one image into another; with mixup,"
+    " each image draws one of the two; 0: none",
   ),
   "augment.crop": Key(True, "random crop (RandomResizedCrop) in training"),
   "augment.min_area": Key(

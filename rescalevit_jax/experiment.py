@@ -21,6 +21,7 @@ from rescalevit_jax import config as config_lib
 from rescalevit_jax import data
 from rescalevit_jax import errors
 from rescalevit_jax import feed
+from rescalevit_jax import mixing
 from rescalevit_jax import models
 from rescalevit_jax import optimizer as optimizer_lib
 from rescalevit_jax import pretrained
@@ -105,6 +106,10 @@ class Experiment:
         optimizer=self.optimizer,
         augment=self._augment,
         image_size=self.config.image_size,
+        mixing=mixing.Mixing(
+          self.config.label_smoothing, self.config.mixup, self.config.cutmix
+        ),
+        ema_decay=self.config.ema_decay,
         **split,
       ),
       out_shardings=(places, everywhere),
@@ -135,7 +140,11 @@ class Experiment:
 
   def _init(self, seed):
     return step_lib.init_state(
-      self.model, self.optimizer, self.config.image_size, seed
+      self.model,
+      self.optimizer,
+      self.config.image_size,
+      seed,
+      averages=self.config.ema_decay > 0,
     )
 
 

@@ -10,6 +10,8 @@ import jax.numpy as jnp
 import optax
 
 from rescalevit_jax import augment as augment_lib
+from rescalevit_jax import ema as ema_lib
+from rescalevit_jax import mixing as mixing_lib
 
 
 @flax.struct.dataclass
@@ -21,12 +23,21 @@ class TrainState:
     params: the model's parameters, float32.
     batch_stats: statistics of norms and layers; empty where there are none.
     opt_state: the optimizer's state.
+    ema: `params` and `batch_stats` averaged over the steps, or None.
   """
 
   step: jax.Array
   params: Any
   batch_stats: Any
   opt_state: Any
+  ema: dict[str, Any] | None = None
+
+  @property
+  def evaluated(self) -> dict[str, Any]:
+    """The collections `params` and `batch_stats` of the model to evaluate."""
+    if self.ema is not None:
+      return self.ema
+    return {"params": self.params, "batch_stats": self.batch_stats}
 
 
 def init_state(
@@ -34,16 +45,21 @@ def init_state(
   optimizer: optax.GradientTransformation,
   image_size: int,
   seed: int | jax.Array,
+  *,
+  averages: bool = False,
 ) -> TrainState:
-  """Returns the state at step 0, from scratch."""
+  """Returns the state at step 0, from scratch; with averages or without."""
   images = jnp.zeros((1, image_size, image_size, 3))
   variables = model.init(jax.random.key(seed), images, train=False)
-  return TrainState(
+  state = TrainState(
     step=jnp.zeros((), jnp.int32),
     params=variables["params"],
     batch_stats=variables.get("batch_stats", {}),
     opt_state=optimizer.init(variables["params"]),
   )
+  if averages:
+    state = state.replace(ema=jax.tree.map(jnp.copy, state.evaluated))
+  return state
 
 
 def train_step(
@@ -56,6 +72,8 @@ def train_step(
   optimizer: optax.GradientTransformation,
   augment: augment_lib.Augment,
   image_size: int,
+  mixing: mixing_lib.Mixing = mixing_lib.NOTHING,
+  ema_decay: float = 0.0,
   gather: Callable[[Any], Any] = lambda params: params,
   scatter: Callable[[Any], Any] = lambda grads: grads,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
@@ -74,6 +92,8 @@ def train_step(
     optimizer: of the parameters.
     augment: what happens to training images.
     image_size: edge of the model's input, in pixels.
+    mixing: what happens to labels, and to pairs of images of a micro-batch.
+    ema_decay: of the averages, if the state has them.
     gather: brings parameters, of which a device may hold a part, to all.
     scatter: leaves each device its part of a gradient.
 
@@ -81,13 +101,18 @@ def train_step(
     The state after the update, and scalars: `loss` (mean over the batch, before
     the update) and `grad_norm` (global norm before clipping).
   """
-  crop_keys, dropout_keys = random_keys(seed, state.step + 1, labels.shape)
+  crop_keys, dropout_keys, mixing_keys = random_keys(
+    seed, state.step + 1, labels.shape
+  )
   params = gather(state.params)
 
   def micro_step(carry, micro_batch):
     batch_stats, sums = carry
-    images, labels, crop_keys, dropout_key = micro_batch
+    images, labels, crop_keys, mixing_keys, dropout_key = micro_batch
     x = augment_lib.prepare_random(crop_keys, images, image_size, augment)
+    x, labels = mixing_lib.mix(
+      mixing_keys, x, labels, model.num_classes, mixing
+    )
     (loss, batch_stats), grads = jax.value_and_grad(loss_fn, has_aux=True)(
       params, batch_stats, x, labels, dropout_key, model=model
     )
@@ -97,24 +122,36 @@ def train_step(
     state.batch_stats,
     (jnp.zeros(()), jax.tree.map(jnp.zeros_like, params)),
   )
-  micro_batches = (images, labels, crop_keys, dropout_keys)
+  micro_batches = (images, labels, crop_keys, mixing_keys, dropout_keys)
   if len(labels) == 1:  # No loop: the compiler sees one straight step.
     carry, _ = micro_step(carry, jax.tree.map(lambda x: x[0], micro_batches))
   else:
     carry, _ = jax.lax.scan(micro_step, carry, micro_batches)
   batch_stats, sums = carry
   loss, grads = jax.tree.map(lambda x: x / len(labels), sums)
-  return update(state, loss, scatter(grads), batch_stats, optimizer=optimizer)
+  return update(
+    state,
+    loss,
+    scatter(grads),
+    batch_stats,
+    optimizer=optimizer,
+    ema_decay=ema_decay,
+  )
 
 
 def random_keys(
   seed: int | jax.Array, step: int | jax.Array, shape: tuple[int, int]
-) -> tuple[jax.Array, jax.Array]:
-  """Returns the keys of a step's crops, [A, B], and of its dropout, [A]."""
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """Returns a step's keys: of crops [A, B], dropout [A] and mixing [A, B]."""
   key = jax.random.fold_in(jax.random.key(seed), step)
   crop_key, dropout_key = jax.random.split(key)
-  crop_keys = jax.random.split(crop_key, shape)
-  return crop_keys, jax.random.split(dropout_key, shape[0])
+  # Splitting is folding in 0, 1, …: another number gives another key.
+  mixing_key = jax.random.fold_in(key, 2)
+  return (
+    jax.random.split(crop_key, shape),
+    jax.random.split(dropout_key, shape[0]),
+    jax.random.split(mixing_key, shape),
+  )
 
 
 def loss_fn(
@@ -132,7 +169,7 @@ def loss_fn(
     params: the parameters.
     batch_stats: the statistics before the pass.
     images: [B, S, S, 3] float32 in [-1, 1].
-    labels: [B] int32.
+    labels: [B] int32, or what the model ought to say, [B, C] float32.
     dropout_key: a PRNG key.
     model: a `VisionTransformer`.
 
@@ -146,8 +183,11 @@ def loss_fn(
     mutable=["batch_stats"],
     rngs={"dropout": dropout_key},
   )
-  loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
-  return loss, new.get("batch_stats", {})
+  if jnp.issubdtype(labels.dtype, jnp.integer):
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+  else:
+    losses = optax.softmax_cross_entropy(logits, labels)
+  return losses.mean(), new.get("batch_stats", {})
 
 
 def update(
@@ -157,15 +197,20 @@ def update(
   batch_stats: Any,
   *,
   optimizer: optax.GradientTransformation,
+  ema_decay: float = 0.0,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
   """Applies a gradient; see `train_step` for what it returns."""
   updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+  ema = state.ema
   state = TrainState(
     step=state.step + 1,
     params=optax.apply_updates(state.params, updates),
     batch_stats=batch_stats,
     opt_state=opt_state,
   )
+  if ema is not None:
+    ema = ema_lib.update(ema, state.evaluated, state.step, ema_decay)
+    state = state.replace(ema=ema)
   return state, {"loss": loss, "grad_norm": optax.global_norm(grads)}
 
 

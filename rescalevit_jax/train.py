@@ -288,8 +288,9 @@ class Trainer:
     self._finish_step()
     progress = self._progress
     self._lap(progress.step)
+    variables = self._state.evaluated
     result = self._evaluator(
-      self._state.params, self._state.batch_stats, lambda: stop.requested
+      variables["params"], variables["batch_stats"], lambda: stop.requested
     )
     self._timer.restart()
     if result is None:
@@ -328,7 +329,7 @@ class Trainer:
     model = trained.TrainedModel(
       f"step {self._progress.step}",
       self._model,
-      {"params": self._state.params, "batch_stats": self._state.batch_stats},
+      self._state.evaluated,
       self._config.image_size,
       self._dataset.class_names,
     )

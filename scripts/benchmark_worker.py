@@ -130,7 +130,12 @@ def _resident(experiment, by_device):
       carry, _ = jax.lax.scan(micro_step, carry, (images, labels))
     batch_stats, (loss, grads) = carry
     return step_lib.update(
-      state, loss, grads, batch_stats, optimizer=experiment.optimizer
+      state,
+      loss,
+      grads,
+      batch_stats,
+      optimizer=experiment.optimizer,
+      ema_decay=config.ema_decay,
     )
 
   step = jax.jit(step, donate_argnums=0)

@@ -63,7 +63,8 @@ def test_the_batches_are_the_first_eight_as_training_sees_them(
   split, seen = parts.dataset.train, []
   for number in range(1, 9):
     places = data.indices(tiny_config.seed, number, 48, len(split))
-    crop_keys, _ = step.random_keys(0, number, (accum_steps, 48 // accum_steps))
+    shape = (accum_steps, 48 // accum_steps)
+    crop_keys, *_ = step.random_keys(0, number, shape)
     x = augment.prepare_random(
       crop_keys.reshape(-1),
       split.images[places],

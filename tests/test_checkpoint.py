@@ -45,6 +45,21 @@ def test_state_and_progress_come_back(tmp_path):
     np.testing.assert_array_equal(x, y)
 
 
+def test_averages_are_what_is_read_and_training_goes_on_with_the_rest(tmp_path):
+  averaging = state(0.1).replace(ema=state(0.7).evaluated)
+  with checkpoint.Checkpoints(tmp_path, 2) as saved:
+    saved.save_best(averaging, checkpoint.Progress(step=7, best_step=7))
+    saved.save(averaging, checkpoint.Progress(step=7, best_step=7))
+  with checkpoint.Checkpoints(tmp_path, 2) as saved:
+    found, _ = saved.restore(like(averaging))
+  assert jax.tree.structure(found) == jax.tree.structure(averaging)
+  assert (found.params["head"]["kernel"] == np.float32(0.1)).all()
+  assert (found.ema["params"]["head"]["kernel"] == np.float32(0.7)).all()
+  for which in ("best", "latest"):
+    params, _, _ = checkpoint.load_variables(tmp_path, which)
+    assert (params["head"]["kernel"] == np.float32(0.7)).all()
+
+
 def test_a_saved_state_does_not_change_with_the_next_step(tmp_path):
   """Saving goes on while the step that owns the state's memory runs."""
   s = state(1.0, width=200_000)

@@ -16,6 +16,8 @@ def test_default_is_valid_and_is_the_originals_recipe():
   assert (config.momentum, config.weight_decay) == (0.9, 0.0)
   assert config.grad_norm_clip == 1.0
   assert (config.optimizer, config.agc) == ("sgd", 0.0)
+  assert (config.ema_decay, config.label_smoothing) == (0.0, 0.0)
+  assert (config.mixup, config.cutmix) == (0.0, 0.0)
   assert config.eval_every == 100
   assert config.augment.to_dict() == {
     "crop": True,
@@ -56,6 +58,10 @@ def test_default_is_valid_and_is_the_originals_recipe():
     ("optimizer", "adam", "did you mean adamw"),
     ("adam_b2", 1.0, "[0, 1)"),
     ("agc", -0.1, ">= 0"),
+    ("ema_decay", 1.0, "[0, 1)"),
+    ("label_smoothing", 1.0, "[0, 1)"),
+    ("mixup", -0.2, ">= 0"),
+    ("cutmix", float("nan"), ">= 0"),
     ("momentum", 1.0, "[0, 1)"),
     ("seed", -1, "2^32"),
     ("augment.min_area", 0.0, "(0, 1]"),

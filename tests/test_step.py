@@ -10,6 +10,7 @@ import optax
 import pytest
 
 from rescalevit_jax import augment
+from rescalevit_jax import mixing
 from rescalevit_jax import models
 from rescalevit_jax import optimizer
 from rescalevit_jax import step
@@ -69,13 +70,20 @@ def start_of(norm):
 
 
 @functools.cache
-def train_step_of(norm, dropout_rate=0.0, settings=WHOLE, sgd=DESCENT):
+def train_step_of(
+  norm,
+  dropout_rate=0.0,
+  settings=WHOLE,
+  sgd=DESCENT,
+  mixing=mixing.NOTHING,
+):
   train_step = functools.partial(
     step.train_step,
     model=model_of(norm, dropout_rate),
     optimizer=sgd,
     augment=settings,
     image_size=SIZE,
+    mixing=mixing,
   )
   return jax.jit(train_step)
 
@@ -260,6 +268,64 @@ def test_loss_that_is_not_finite_shows_in_the_metrics():
   assert not np.isfinite(metrics["loss"])
   assert not np.isfinite(metrics["grad_norm"])
   assert state.step == 1
+
+
+# Averages and soft labels.
+
+
+@pytest.mark.parametrize("norm", ["BN", "Rescale"])
+def test_averages_are_those_of_what_was_trained(norm):
+  start = start_of(norm)
+  averaging = start.replace(ema=jax.tree.map(jnp.copy, start.evaluated))
+  plain = step.train_step
+  small = optimizer.sgd(
+    optax.constant_schedule(0.1), momentum=0, weight_decay=0, grad_norm_clip=0
+  )
+  kwargs = dict(
+    model=model_of(norm), optimizer=small, augment=WHOLE, image_size=SIZE
+  )
+  train = jax.jit(functools.partial(plain, ema_decay=0.8, **kwargs))
+  batch = IMAGES[BATCH.reshape(1, 12)], LABELS[BATCH.reshape(1, 12)]
+  state, states = averaging, []
+  for _ in range(3):
+    state, _ = train(state, *batch, 0)
+    states.append(jax.tree.map(np.array, state))
+  weights = np.array([0.64, 0.8, 1.0]) / 2.44
+
+  def average(*values):
+    if np.issubdtype(values[0].dtype, np.integer):
+      return values[-1]
+    return sum(w * x for w, x in zip(weights, values, strict=True))
+
+  trained = [{"params": s.params, "batch_stats": s.batch_stats} for s in states]
+  check_close(state.ema, jax.tree.map(average, *trained))
+  assert state.evaluated is state.ema
+  assert not same(state.ema["params"], state.params)
+  # And training goes on as without them.
+  plain, _ = jax.jit(functools.partial(plain, **kwargs))(start, *batch, 0)
+  assert plain.ema is None and plain.evaluated["params"] is plain.params
+  assert same(plain.params, states[0].params)
+
+
+def test_loss_of_smoothed_labels_by_hand():
+  start = start_of("LN")
+  settings = mixing.Mixing(label_smoothing=0.3)
+  _, metrics = train_once(mixing=settings)
+  logits = model_of("LN").apply({"params": start.params}, pixels(BATCH))
+  targets = np.full((12, 3), 0.1)
+  targets[np.arange(12), LABELS[BATCH]] += 0.7
+  want = -(targets * jax.nn.log_softmax(logits)).sum(-1).mean()
+  assert metrics["loss"] == pytest.approx(float(want), abs=1e-5)
+
+
+def test_mixing_differs_between_seeds_and_steps():
+  both = mixing.Mixing(mixup=1.0, cutmix=1.0)
+  kwargs = dict(settings=CROPS, mixing=both)
+  losses = {float(train_once(seed=n, **kwargs)[1]["loss"]) for n in (0, 1)}
+  later = start_of("LN").replace(step=jnp.int32(1))
+  losses.add(float(train_once(state=later, **kwargs)[1]["loss"]))
+  losses.add(float(train_once(settings=CROPS)[1]["loss"]))
+  assert len(losses) == 4
 
 
 # Evaluation.
