@@ -11,6 +11,10 @@ import math
 import jax
 import jax.numpy as jnp
 
+from rescalevit_jax import trivial_augment
+
+AUTO = ("none", "trivial")
+
 
 @dataclasses.dataclass(frozen=True)
 class Augment:
@@ -23,12 +27,20 @@ class Augment:
     min_aspect: smallest ratio width / height of a crop; the largest is its
       inverse.
     flip: whether half of the images are mirrored left to right.
+    pad_crop: pixels; instead of `crop`, the image is shifted by up to so many
+      in each direction, and black comes in.
+    auto: 'trivial' for a random operation before the crop; see
+      `trivial_augment`; or 'none'.
+    erase: the share of images that lose a part; see `erase`.
   """
 
   crop: bool = True
   min_area: float = 0.05
   min_aspect: float = 3 / 4
   flip: bool = False
+  pad_crop: int = 0
+  auto: str = "none"
+  erase: float = 0.0
 
 
 def prepare(images: jax.Array, size: int) -> jax.Array:
@@ -55,7 +67,7 @@ def prepare_random(
   """Crops, resizes and flips images at random, for training.
 
   Args:
-    keys: [B] PRNG keys, one an image: its crop depends on nothing else.
+    keys: [B] PRNG keys, one an image: its fate depends on nothing else.
     images: [B, H, W, 3] uint8.
     size: edge S of the result.
     augment: what to do.
@@ -65,12 +77,26 @@ def prepare_random(
   """
   _, height, width, _ = images.shape
   crop_keys, flip_keys = jax.vmap(jax.random.split, out_axes=1)(keys)
-  if augment.crop:
-    box = jax.vmap(
-      lambda key: random_box(
-        key, height, width, augment.min_area, augment.min_aspect
-      )
-    )(crop_keys)
+  # Splitting is folding in 0 and 1: other numbers give other keys.
+  auto_keys, erase_keys = (
+    jax.vmap(jax.random.fold_in, (0, None))(keys, n) for n in (2, 3)
+  )
+  if augment.auto == "trivial":
+    images = jax.vmap(trivial_augment.apply)(auto_keys, images)
+  draw = functools.partial(
+    random_box,
+    height=height,
+    width=width,
+    min_area=augment.min_area,
+    min_aspect=augment.min_aspect,
+  )
+  if augment.pad_crop:
+    pad = augment.pad_crop
+    draw = functools.partial(random_shift, height=height, width=width, pad=pad)
+    images = jnp.pad(images, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
+    _, height, width, _ = images.shape
+  if augment.crop or augment.pad_crop:
+    box = jax.vmap(draw)(crop_keys)
     matrix = jax.vmap(resize_matrix, in_axes=(0, 0, None, None))
     rows = matrix(box[:, 0], box[:, 2], height, size)
     columns = matrix(box[:, 1], box[:, 3], width, size)
@@ -80,7 +106,52 @@ def prepare_random(
   if augment.flip:
     flip = jax.vmap(jax.random.bernoulli)(flip_keys)
     x = jnp.where(flip[:, None, None, None], x[:, :, ::-1], x)
+  if augment.erase:
+    x = jax.vmap(erase, (0, 0, None))(erase_keys, x, augment.erase)
   return x
+
+
+def random_shift(
+  key: jax.Array, height: int, width: int, pad: int
+) -> jax.Array:
+  """Draws a crop of an image's own size out of one with a border.
+
+  He et al. 2016 (arXiv:1512.03385), section 4.2, with a border of 4 pixels.
+
+  Returns:
+    [4] int32: top, left, height, width, in pixels of the padded image.
+  """
+  corner = jax.random.randint(key, (2,), 0, 2 * pad + 1)
+  return jnp.concatenate([corner, jnp.array([height, width])])
+
+
+def erase(key: jax.Array, image: jax.Array, share: float) -> jax.Array:
+  """Random erasing: at times, replaces a box by noise.
+
+  Zhong et al. 2020 (arXiv:1708.04896), section 3.2: the box has 2 to 40 % of
+  the area and an aspect ratio of 0.3 to 1/0.3, here with a uniform logarithm;
+  each of its pixels' values is uniform over their range.
+
+  Args:
+    key: a PRNG key.
+    image: [S, S, 3] float32 in [-1, 1].
+    share: the probability that anything is erased.
+
+  Returns:
+    [S, S, 3] float32.
+  """
+  coin_key, box_key, noise_key = jax.random.split(key, 3)
+  size = len(image)
+  top, left, height, width = random_box(
+    box_key, size, size, 0.02, 0.3, max_area=0.4
+  )
+  pixel = jnp.arange(size)
+  rows = (top <= pixel) & (pixel < top + height)
+  columns = (left <= pixel) & (pixel < left + width)
+  inside = (rows[:, None] & columns)[..., None]
+  noise = jax.random.uniform(noise_key, image.shape, minval=-1, maxval=1)
+  erased = inside & jax.random.bernoulli(coin_key, share)
+  return jnp.where(erased, noise, image)
 
 
 def random_box(
@@ -90,13 +161,14 @@ def random_box(
   min_area: float,
   min_aspect: float,
   tries: int = 10,
+  max_area: float = 1.0,
 ) -> jax.Array:
   """Draws a crop as torchvision's RandomResizedCrop does.
 
-  The area is uniform in [min_area, 1] of the image's, the logarithm of the
-  aspect ratio uniform in [min_aspect, 1 / min_aspect]. The first of ten draws
-  that fits the image is placed at random; if none fits, the largest centred box
-  with an allowed aspect ratio is taken.
+  The area is uniform in [min_area, max_area] of the image's, the logarithm of
+  the aspect ratio uniform in [min_aspect, 1 / min_aspect]. The first of ten
+  draws that fits the image is placed at random; if none fits, the largest
+  centred box with an allowed aspect ratio is taken.
 
   Returns:
     [4] int32: top, left, height, width, in pixels.
@@ -105,7 +177,7 @@ def random_box(
   area = (
     height
     * width
-    * jax.random.uniform(area_key, (tries,), minval=min_area, maxval=1.0)
+    * jax.random.uniform(area_key, (tries,), minval=min_area, maxval=max_area)
   )
   limit = -math.log(min_aspect)
   aspect = jnp.exp(

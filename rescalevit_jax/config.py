@@ -9,6 +9,7 @@ from typing import Any
 import ml_collections
 from ml_collections import config_dict
 
+from rescalevit_jax import augment
 from rescalevit_jax import errors
 from rescalevit_jax import models
 from rescalevit_jax import optimizer
@@ -114,6 +115,15 @@ KEYS = {
   ),
   "model.dropout_rate": _below_one(
     0.1, "dropout after the embedding and in the MLP"
+  ),
+  "model.stochastic_depth": _below_one(
+    0.0,
+    "probability that an image skips a branch of the last block; less before",
+  ),
+  "model.pool": Key(
+    "cls",
+    "what the head sees: the class token, or the mean of the patches (`gap`)",
+    models.POOLS,
   ),
   "model.gelu": Key(
     "erf", "`erf` as RescaleViT, `tanh` as Google's code", models.GELUS
@@ -280,6 +290,23 @@ KEYS = {
     lambda x: 0.01 <= x <= 1,
   ),
   "augment.flip": Key(False, "mirror half of the training images"),
+  "augment.pad_crop": _at_least(
+    0,
+    0,
+    "instead of `augment.crop`: shift by up to so many pixels, black comes in;"
+    " 0: none",
+  ),
+  "augment.auto": Key(
+    "none",
+    "`trivial`: TrivialAugment, a random operation before the crop",
+    augment.AUTO,
+  ),
+  "augment.erase": Key(
+    0.0,
+    "share of the training images in which a box is replaced by noise",
+    "in [0, 1]",
+    lambda x: 0 <= x <= 1,
+  ),
 }
 
 
@@ -356,6 +383,11 @@ def validate(config: ml_collections.ConfigDict) -> None:
     raise errors.UserError(
       f"config: warmup_steps is {config.warmup_steps}, more than total_steps,"
       f" {config.total_steps}"
+    )
+  if config.augment.pad_crop and config.augment.crop:
+    raise errors.UserError(
+      f"config: augment.pad_crop is {config.augment.pad_crop}, but augment.crop"
+      " is on; choose one of the two"
     )
   if config.batch % config.accum_steps:
     raise errors.UserError(

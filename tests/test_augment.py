@@ -11,6 +11,7 @@ import pytest
 from scipy import stats
 
 from rescalevit_jax import augment
+from rescalevit_jax import trivial_augment
 
 BILINEAR = Image.Resampling.BILINEAR
 
@@ -303,9 +304,19 @@ def test_crops_settings_are_used():
   assert np.abs(np.log(boxes[:, 3] / boxes[:, 2])).max() < 0.06
 
 
-@pytest.mark.parametrize("crop", [True, False])
-def test_images_fate_depends_on_its_key_only(crop):
-  settings = augment.Augment(crop=crop, flip=True)
+EVERYTHING = {"flip": True, "auto": "trivial", "erase": 0.5}
+
+
+@pytest.mark.parametrize(
+  "settings",
+  [
+    augment.Augment(flip=True),
+    augment.Augment(crop=False, flip=True),
+    augment.Augment(**EVERYTHING),
+    augment.Augment(crop=False, pad_crop=3, **EVERYTHING),
+  ],
+)
+def test_images_fate_depends_on_its_key_only(settings):
   images, keys = noise(8, 16, 16), keys_of(8)
   together = prepare_random(keys, images, 20, settings)
   order = np.array([5, 2, 7, 0, 1, 3, 6, 4])
@@ -341,3 +352,79 @@ def test_without_crop_and_flip_training_images_are_evaluation_images():
   got = prepare_random(keys_of(3), images, 16, settings)
   want = augment.prepare(images, 16)
   np.testing.assert_allclose(got, want, atol=1e-6)
+
+
+# What is off by default.
+
+
+def test_pad_crop_shifts_images_and_black_comes_in():
+  image = 1 + noise(1, 10, 14)[0] // 2
+  images = np.stack([image] * 200)
+  settings = augment.Augment(crop=False, pad_crop=2)
+  padded = np.pad(image, ((2, 2), (2, 2), (0, 0))).astype(np.float32)
+  want = {}
+  for top in range(5):
+    for left in range(5):
+      part = padded[top : top + 10, left : left + 14] / np.float32(127.5) - 1
+      want[top, left] = augment.prepare(part[None] * 127.5 + 127.5, 12)[0]
+  seen = []
+  for pixels in prepare_random(keys_of(200), images, 12, settings):
+    (place,) = [k for k, v in want.items() if np.abs(pixels - v).max() < 1e-3]
+    seen.append(place)
+  for axis in np.array(seen).T:
+    counts = np.bincount(axis, minlength=5)
+    assert stats.chisquare(counts).pvalue > 1e-3
+  assert len(set(seen)) == 25
+
+
+def test_pad_crop_at_the_same_size_only_moves_pixels():
+  images = noise(16, 8, 8)
+  settings = augment.Augment(crop=False, pad_crop=1)
+  got = prepare_random(keys_of(16), images, 8, settings)
+  for image, pixels in zip(images, got, strict=True):
+    padded = np.pad(image, ((1, 1), (1, 1), (0, 0)))
+    parts = [padded[i : i + 8, j : j + 8] for i in range(3) for j in range(3)]
+    values = np.rint((pixels + 1) * 127.5)
+    np.testing.assert_allclose((pixels + 1) * 127.5, values, atol=1e-3)
+    assert any((values == part).all() for part in parts)
+
+
+def test_trivial_augment_comes_before_the_crop():
+  images, keys = noise(8, 12, 12), keys_of(8)
+  own = jax.vmap(lambda key: jax.random.fold_in(key, 2))(keys)
+  changed = jax.vmap(trivial_augment.apply)(own, images)
+  settings = augment.Augment(auto="trivial", flip=True)
+  got = prepare_random(keys, images, 16, settings)
+  want = prepare_random(keys, changed, 16, augment.Augment(flip=True))
+  np.testing.assert_allclose(got, want, atol=1e-5)
+  assert np.abs(got - prepare_random(keys, images, 16, augment.Augment())).max()
+
+
+def test_erasing_puts_noise_into_boxes_of_the_papers_sizes():
+  images, keys = np.full((1500, 40, 40, 3), 255, np.uint8), keys_of(1500)
+  settings = augment.Augment(crop=False, erase=0.7)
+  got = np.asarray(prepare_random(keys, images, 40, settings))
+  erased = (np.abs(got - 1) > 1e-4).any(-1)
+  hit = erased.any((1, 2))
+  assert 0.65 < hit.mean() < 0.75
+  rows, columns = erased.any(2), erased.any(1)
+  assert (erased == rows[:, :, None] & columns[:, None]).all()
+  for axis in (rows, columns):  # In one piece.
+    assert (np.diff(axis, axis=1).sum(1) <= 2).all()
+  h, w = rows.sum(1)[hit], columns.sum(1)[hit]
+  areas = h * w / 1600
+  assert 0.01 < areas.min() < 0.04 and 0.36 < areas.max() < 0.43
+  aspects = np.log(w / h)
+  assert abs(aspects.mean()) < 0.1
+  assert 0.9 < np.abs(aspects).max() < 1.5  # log(1 / 0.3) is 1.2.
+  values = got[erased]
+  assert stats.kstest(values.ravel()[:5000], stats.uniform(-1, 2).cdf)[1] > 1e-3
+
+
+def test_erasing_leaves_the_other_pixels_and_the_crops_alone():
+  images, keys = noise(20, 16, 16), keys_of(20)
+  got = prepare_random(keys, images, 16, augment.Augment(erase=1.0))
+  plain = prepare_random(keys, images, 16, augment.Augment())
+  same = np.asarray(got == plain).all(-1)
+  assert 0.5 < same.mean() < 0.95
+  assert (same.mean((1, 2)) < 1).all()

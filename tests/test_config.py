@@ -18,12 +18,16 @@ def test_default_is_valid_and_is_the_originals_recipe():
   assert (config.optimizer, config.agc) == ("sgd", 0.0)
   assert (config.ema_decay, config.label_smoothing) == (0.0, 0.0)
   assert (config.mixup, config.cutmix) == (0.0, 0.0)
+  assert (config.model.stochastic_depth, config.model.pool) == (0.0, "cls")
   assert config.eval_every == 100
   assert config.augment.to_dict() == {
     "crop": True,
     "min_area": 0.05,
     "min_aspect": 0.75,
     "flip": False,
+    "pad_crop": 0,
+    "auto": "none",
+    "erase": 0.0,
   }
   assert config.model.gelu == "erf" and config.model.dropout_rate == 0.1
 
@@ -62,6 +66,12 @@ def test_default_is_valid_and_is_the_originals_recipe():
     ("label_smoothing", 1.0, "[0, 1)"),
     ("mixup", -0.2, ">= 0"),
     ("cutmix", float("nan"), ">= 0"),
+    ("model.stochastic_depth", 1.0, "[0, 1)"),
+    ("model.pool", "mean", "cls, gap"),
+    ("augment.pad_crop", -1, ">= 0"),
+    ("augment.pad_crop", 4, "augment.crop is on"),
+    ("augment.auto", "rand", "none, trivial"),
+    ("augment.erase", 1.1, "[0, 1]"),
     ("momentum", 1.0, "[0, 1)"),
     ("seed", -1, "2^32"),
     ("augment.min_area", 0.0, "(0, 1]"),

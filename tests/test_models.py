@@ -1,6 +1,7 @@
 """Models: names, errors, precision, modes, and norms as a table."""
 
 import functools
+import itertools
 
 import flax
 import jax
@@ -14,8 +15,11 @@ from rescalevit_jax import errors
 from rescalevit_jax import models
 from rescalevit_jax import optimizer
 from rescalevit_jax import step
+from rescalevit_jax.models import branches
+from rescalevit_jax.models import initializers
 from rescalevit_jax.models import norms
 from rescalevit_jax.models import variants
+from rescalevit_jax.models import vit
 
 NORMS = tuple(norms.NORMS)
 TINY = dict(
@@ -78,6 +82,7 @@ def flatten(tree):
     (dict(gelu=True), "gelu: unknown True; .*erf, tanh"),
     (dict(residual="rescal"), "residual: unknown 'rescal'; .*rescale"),
     (dict(residual_c=0.0), "residual_c: is 0.0, but must be > 0"),
+    (dict(pool="mean"), "pool: unknown 'mean'; .*cls, gap"),
     (dict(init="googel"), "init: unknown 'googel'; did you mean google"),
     (dict(dtype="float16"), "dtype: unknown 'float16'; did you mean .*float32"),
     (dict(hiden_size=16), "unknown argument 'hiden_size'; .*hidden_size"),
@@ -381,6 +386,90 @@ def test_dropout_is_thrice_and_never_in_attention():
   np.testing.assert_allclose(attention["attention"][0].sum(-1), 1, atol=1e-6)
   assert (np.asarray(attention["attention"][0]) > 0).all()
   assert (np.asarray(attention["__call__"][0]) != 0).all()
+
+
+@pytest.mark.parametrize("block, rate", [(1, 0.25), (2, 0.5)])
+def test_stochastic_depth_skips_whole_branches_by_its_linear_rule(block, rate):
+  scheme = initializers.SCHEMES["torch"]
+  whole = vit.EncoderBlock(
+    block=block,
+    num_blocks=2,
+    num_heads=2,
+    mlp_dim=32,
+    norm="LN",
+    residual="plain",
+    residual_c=None,
+    qk_norm=False,
+    sigma_reparam=False,
+    dropout_rate=0.0,
+    stochastic_depth=0.5,
+    gelu="erf",
+    attention="xla",
+    scheme=scheme,
+    dtype=jnp.float32,
+  )
+  params = variables_of("LN")["params"]["Transformer"]["encoderblock_0"]
+  one = jax.random.normal(jax.random.key(0), (1, 5, 16))
+  x = jnp.tile(one, (1000, 1, 1))
+
+  def apply(module, name, *args):
+    return module.apply({"params": params[name]}, *args)
+
+  norm = norms.LayerNorm(features=16)
+  attention = branches.MultiHeadAttention(
+    2, False, False, "xla", scheme, jnp.float32
+  )
+  mlp = branches.Mlp(32, "LN", False, 0.0, "erf", scheme, jnp.float32)
+  want = {}
+  for kept in itertools.product((0, 1), repeat=2):
+    y = apply(norm, "LayerNorm_0", one, True)
+    y = apply(attention, "MultiHeadDotProductAttention_1", y, True)
+    y = one + kept[0] / (1 - rate) * y
+    z = apply(norm, "LayerNorm_2", y, True)
+    want[kept] = y + kept[1] / (1 - rate) * apply(mlp, "MlpBlock_3", z, True)
+
+  @jax.jit
+  def train(seed):
+    rngs = {"dropout": jax.random.key(seed)}
+    return whole.apply({"params": params}, x, True, rngs=rngs)
+
+  got = train(0)
+  shares = {
+    kept: np.mean(np.abs(got - y).max((1, 2)) < 1e-4)
+    for kept, y in want.items()
+  }
+  for kept, share in shares.items():
+    expected = np.prod([1 - rate if k else rate for k in kept])
+    assert share == pytest.approx(expected, abs=0.05), kept
+  assert sum(shares.values()) == 1
+  assert (got != train(1)).any()
+  evaluated = whole.apply({"params": params}, one, False)
+  plain = whole.clone(stochastic_depth=0.0)
+  np.testing.assert_array_equal(
+    evaluated, plain.apply({"params": params}, one, True)
+  )
+
+
+@pytest.mark.parametrize("norm", ["LN", "Rescale"])
+def test_gap_gives_the_head_the_mean_of_the_patches(norm):
+  variables = variables_of(norm)
+  model = tiny(norm=norm, pool="gap")
+  shapes = jax.eval_shape(
+    functools.partial(model.init, train=False), jax.random.key(0), images(1)
+  )
+  assert jax.tree.structure(shapes) == jax.tree.structure(variables)
+  logits, seen = model.apply(
+    variables, images(), train=False, capture_intermediates=True
+  )
+  tokens = seen["intermediates"]["Transformer"]["__call__"][0]
+  assert tokens.shape == (4, 5, 16)
+  head = variables["params"]["head"]
+  mean = sum(tokens[:, i] for i in range(1, 5)) / 4
+  np.testing.assert_allclose(
+    logits, mean @ head["kernel"] + head["bias"], atol=1e-5
+  )
+  other = tiny(norm=norm).apply(variables, images(), train=False)
+  assert np.abs(logits - other).max() > 1e-2
 
 
 @pytest.mark.parametrize(

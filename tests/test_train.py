@@ -7,6 +7,7 @@ import math
 import jax
 import numpy as np
 import pytest
+import recipes
 from tensorboard.backend.event_processing import event_accumulator
 
 from rescalevit_jax import attention_plots
@@ -118,6 +119,27 @@ def test_a_resumed_run_is_the_same_run(
       train.train_and_evaluate(tiny_config, tmp_path / "b")
   train.train_and_evaluate(tiny_config, tmp_path / "b")
   assert_same_run(tmp_path / "a", tmp_path / "b")
+
+
+@pytest.mark.parametrize("recipe", recipes.RECIPES)
+def test_a_resumed_run_of_any_recipe_is_the_same_run(
+  tiny_config, tmp_path, stop_at, recipe
+):
+  tiny_config.update_from_flattened_dict(recipes.RECIPES[recipe])
+  train.train_and_evaluate(tiny_config, tmp_path / "a")
+  stop_at(7)
+  with pytest.raises(InterruptedError):
+    train.train_and_evaluate(tiny_config, tmp_path / "b")
+  train.train_and_evaluate(tiny_config, tmp_path / "b")
+  assert_same_run(tmp_path / "a", tmp_path / "b")
+  # What was measured is what the best checkpoint holds: the averages.
+  tiny_config.eval_weights = "best"
+  result = evaluate.evaluate_run(tiny_config, tmp_path / "a")
+  found = lines(tmp_path / "a")
+  assert result["loss"] in [
+    pytest.approx(x["test/loss"], rel=1e-5) for x in found if "test/loss" in x
+  ]
+  assert all(np.isfinite(list(x.values())).all() for x in found)
 
 
 def test_a_torn_line_of_metrics_is_written_again(

@@ -14,6 +14,7 @@ from rescalevit_jax.models import variants
 from rescalevit_jax.models import vit
 
 GELUS = ("erf", "tanh")
+POOLS = ("cls", "gap")
 ATTENTIONS = attention_lib.IMPLEMENTATIONS
 RESIDUALS = ("auto", *residuals.RESIDUALS)
 DTYPES = ("auto", "float32", "bfloat16")
@@ -30,6 +31,8 @@ def create(
   sigma_reparam: bool = False,
   image_size: int = 224,
   dropout_rate: float = 0.1,
+  stochastic_depth: float = 0.0,
+  pool: str = "cls",
   gelu: str = "erf",
   attention: str = "auto",
   remat: bool = False,
@@ -52,6 +55,10 @@ def create(
       singular value: see `sigma`.
     image_size: edge of the square images, in pixels.
     dropout_rate: after the embedding and twice in each MLP; attention has none.
+    stochastic_depth: probability that an image skips a branch of the last block
+      in training; see `vit.EncoderBlock`.
+    pool: what the head sees: the class token ('cls') or the mean of the patches
+      ('gap'). Parameters are the same.
     gelu: 'erf' as in RescaleViT or 'tanh' as in Google's code.
     attention: 'xla', 'cudnn', or 'auto': see `attention.choose`.
     remat: whether training computes each block's inside a second time instead
@@ -69,6 +76,7 @@ def create(
     (name, variants.VARIANTS, "model_name"),
     (norm, norms.NORMS, "model.norm"),
     (residual, RESIDUALS, "model.residual"),
+    (pool, POOLS, "model.pool"),
     (gelu, GELUS, "model.gelu"),
     (attention, ATTENTIONS, "model.attention"),
     (init, initializers.SCHEMES, "model.init"),
@@ -133,6 +141,8 @@ def create(
     qk_norm=qk_norm,
     sigma_reparam=sigma_reparam,
     dropout_rate=dropout_rate,
+    stochastic_depth=stochastic_depth,
+    pool=pool,
     gelu=gelu,
     attention=attention,
     remat=remat,

@@ -1,5 +1,7 @@
 """Dropout (Srivastava et al. 2014) with masks that cost little.
 
+Stochastic depth (Huang et al. 2016) is dropout of a branch's whole output.
+
 A mask element needs 16 random bits, and a Threefry block gives 64: flax's
 Dropout, through jax.random, makes a block for each element, and on a CPU in a
 loop over whole arrays. The blocks here are those of jax.random, written out so
@@ -23,17 +25,20 @@ class Dropout(nn.Module):
 
   Attributes:
     rate: the share, in [0, 1); rounded to a multiple of 2^-16.
+    whole: whether an image is set to 0 as a whole or not at all.
   """
 
   rate: float
+  whole: bool = False
 
   @nn.compact
   def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-    """Returns x [..., D], with dropout in training (rng `dropout`)."""
+    """Returns x [B, ..., D], with dropout in training (rng `dropout`)."""
     kept = max(1, _LEVELS - round(self.rate * _LEVELS))
     if not train or kept == _LEVELS:
       return x
-    mask = random_mask(self.make_rng("dropout"), x.shape, kept)
+    shape = (len(x), *[1] * (x.ndim - 1)) if self.whole else x.shape
+    mask = random_mask(self.make_rng("dropout"), shape, kept)
     return jnp.where(mask, x * (_LEVELS / kept), 0).astype(x.dtype)
 
 

@@ -65,7 +65,11 @@ class PositionEmbedding(nn.Module):
 
 
 class EncoderBlock(nn.Module):
-  """Pre-norm attention, then pre-norm MLP: [B, N, D] -> [B, N, D]."""
+  """Pre-norm attention, then pre-norm MLP: [B, N, D] -> [B, N, D].
+
+  In training an image skips a branch of block l of L with the probability
+  l/L * stochastic_depth (Huang et al. 2016, arXiv:1603.09382, equation 4).
+  """
 
   block: int
   num_blocks: int
@@ -77,6 +81,7 @@ class EncoderBlock(nn.Module):
   qk_norm: bool
   sigma_reparam: bool
   dropout_rate: float
+  stochastic_depth: float
   gelu: str
   attention: str
   scheme: initializers.Scheme
@@ -84,6 +89,11 @@ class EncoderBlock(nn.Module):
 
   @nn.compact
   def __call__(self, x, train):
+    drop = dropout.Dropout(
+      self.stochastic_depth * self.block / self.num_blocks,
+      whole=True,
+      name="StochasticDepth",
+    )
     attention = branches.MultiHeadAttention(
       self.num_heads,
       self.qk_norm,
@@ -94,7 +104,7 @@ class EncoderBlock(nn.Module):
       name="MultiHeadDotProductAttention_1",
     )
     norm, join = self._place(0, x.shape[-1])
-    x = join(x, attention(norm(x, train), train))
+    x = join(x, drop(attention(norm(x, train), train), train))
 
     mlp = branches.Mlp(
       self.mlp_dim,
@@ -107,7 +117,7 @@ class EncoderBlock(nn.Module):
       name="MlpBlock_3",
     )
     norm, join = self._place(2, x.shape[-1])
-    return join(x, mlp(norm(x, train), train))
+    return join(x, drop(mlp(norm(x, train), train), train))
 
   def _place(self, number, features):
     """Returns the norm before a branch and the residual after it."""
@@ -141,6 +151,7 @@ class Encoder(nn.Module):
   qk_norm: bool
   sigma_reparam: bool
   dropout_rate: float
+  stochastic_depth: float
   gelu: str
   attention: str
   remat: bool
@@ -166,6 +177,7 @@ class Encoder(nn.Module):
         qk_norm=self.qk_norm,
         sigma_reparam=self.sigma_reparam,
         dropout_rate=self.dropout_rate,
+        stochastic_depth=self.stochastic_depth,
         gelu=self.gelu,
         attention=self.attention,
         scheme=self.scheme,
@@ -196,6 +208,8 @@ class VisionTransformer(nn.Module):
   qk_norm: bool = False
   sigma_reparam: bool = False
   dropout_rate: float = 0.1
+  stochastic_depth: float = 0.0
+  pool: str = "cls"
   gelu: str = "erf"
   attention: str = "xla"
   remat: bool = False
@@ -233,6 +247,7 @@ class VisionTransformer(nn.Module):
       qk_norm=self.qk_norm,
       sigma_reparam=self.sigma_reparam,
       dropout_rate=self.dropout_rate,
+      stochastic_depth=self.stochastic_depth,
       gelu=self.gelu,
       attention=self.attention,
       remat=self.remat,
@@ -240,7 +255,10 @@ class VisionTransformer(nn.Module):
       dtype=self.dtype,
       name="Transformer",
     )(x, train)
-    x = x[:, 0].astype(jnp.float32)
+    if self.pool == "cls":
+      x = x[:, 0].astype(jnp.float32)
+    else:
+      x = x[:, 1:].astype(jnp.float32).mean(axis=1)
     if self.representation_size is not None:
       x = nn.tanh(nn.Dense(self.representation_size, name="pre_logits")(x))
     return nn.Dense(

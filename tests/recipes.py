@@ -1,0 +1,27 @@
+"""Settings that switch on everything that is off by default, by dotted key."""
+
+_EVERYTHING = {
+  "ema_decay": 0.9,
+  "label_smoothing": 0.1,
+  "mixup": 0.8,
+  "cutmix": 1.0,
+  "agc": 0.05,
+  "weight_decay": 0.1,
+  "augment.auto": "trivial",
+  "augment.erase": 0.5,
+  "augment.flip": True,
+  "model.stochastic_depth": 0.3,
+  "model.pool": "gap",
+}
+RECIPES = {
+  "sgd": {**_EVERYTHING, "accum_steps": 2},
+  "adamw": {
+    **_EVERYTHING,
+    "optimizer": "adamw",
+    "base_lr": 1e-3,
+    "accum_steps": 3,
+    "augment.crop": False,
+    "augment.pad_crop": 1,
+  },
+  "muon": {**_EVERYTHING, "optimizer": "muon", "base_lr": 3e-3},
+}
