@@ -39,6 +39,7 @@ setuptools.setup(
     "numpy>=2.0",
     "optax>=0.2.8",
     "orbax-checkpoint>=0.12",
+    "scipy>=1.14.1",
     # The data set inside the package: handwritten digits.
     "scikit-learn>=1.7",
     "tensorflow-datasets>=4.9.10",
@@ -64,7 +65,6 @@ setuptools.setup(
       "pytest>=8.4",
       "pytest-xdist>=3.8",
       "ruff>=0.14",
-      "scipy>=1.14.1",
       "selenium>=4.30",
       "submitit>=1.5.4",
     ],

@@ -72,7 +72,7 @@ def test_image_and_label_are_mixed_alike_with_the_one_before(settings):
     want[i - 1] += (1 - smoothing) * (1 - share)
     np.testing.assert_allclose(targets[i], want, atol=1e-4)
     shares.add(round(float(share), 5))
-  assert len(shares) > 6
+  assert len(shares) > 3
   np.testing.assert_allclose(targets.sum(1), 1, atol=1e-5)
 
 

@@ -16,10 +16,19 @@ from rescalevit_jax import errors
 from rescalevit_jax import sharding
 
 
-@pytest.mark.parametrize("norm", ["LN", "BN", "GN", "Rescale", "Cal"])
-def test_eight_devices_train_as_one(norm, digits_dir, tmp_path):
+@pytest.mark.parametrize(
+  "norm, recipe",
+  [
+    ("GN", ""),
+    ("Rescale", ""),
+    ("Cal", ""),
+    ("BN", "sgd"),
+    ("LN", "muon"),
+  ],
+)
+def test_eight_devices_train_as_one(norm, recipe, digits_dir, tmp_path):
   script = pathlib.Path(__file__).parent / "eight_devices.py"
-  done = run_on_eight_devices(script, norm, tmp_path, digits_dir)
+  done = run_on_eight_devices(script, norm, recipe, tmp_path, digits_dir)
   assert done.returncode == 0, done.stderr[-3000:]
   assert done.stdout.endswith("equal\n")
 
