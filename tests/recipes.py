@@ -19,6 +19,7 @@ RECIPES = {
     **_EVERYTHING,
     "optimizer": "adamw",
     "base_lr": 1e-3,
+    "dtype": "bfloat16",
     "accum_steps": 3,
     "augment.crop": False,
     "augment.pad_crop": 1,
