@@ -81,8 +81,8 @@ def test_config_files_of_other_programs_are_named(tmp_path, text):
 def test_a_norm_of_another_version_is_named(tmp_path):
   write(tmp_path / "a")
   path = tmp_path / "a" / "config.json"
-  path.write_text(path.read_text().replace('"LN"', '"RMS"'))
-  assert "RMS" in runs.find(tmp_path).damaged[0]
+  path.write_text(path.read_text().replace('"LN"', '"InstanceNorm"'))
+  assert "InstanceNorm" in runs.find(tmp_path).damaged[0]
 
 
 def test_a_run_that_failed_before_it_began_is_named(tmp_path):
