@@ -25,6 +25,7 @@ from ml_collections import config_flags
 
 from rescalevit_jax import compile_cache
 from rescalevit_jax import config as config_lib
+from rescalevit_jax import config_keys
 from rescalevit_jax import errors
 from rescalevit_jax import evaluate
 from rescalevit_jax import experiment
@@ -33,7 +34,7 @@ from rescalevit_jax import progress
 from rescalevit_jax import resumed
 from rescalevit_jax import train
 
-__doc__ += config_lib.describe("  {name} = {default}\n      {meaning}")
+__doc__ += config_keys.describe("  {name} = {default}\n      {meaning}")
 
 _CONFIG = config_flags.DEFINE_config_file(
   "config",
@@ -147,7 +148,7 @@ def _prepared(argv: list[str]) -> tuple[list[str], dict[str, None]]:
       result.append(arg)
       continue
     key, equals, value = arg.removeprefix("--config.").partition("=")
-    config_lib.check_key(key)
+    config_keys.check_key(key)
     if not equals and argv[i + 1 : i + 2] == ["None"]:
       raise errors.UserError(f"write --config.{key}=None, with =")
     if value == "None":

@@ -15,6 +15,7 @@ import pathlib
 import ml_collections
 
 from rescalevit_jax import config as config_lib
+from rescalevit_jax import config_keys
 from rescalevit_jax import errors
 
 # Data set, model_name, norm, whether from pretrained weights.
@@ -132,7 +133,7 @@ def match(config: ml_collections.ConfigDict) -> Key | None:
   values, recipe = map(config_lib.flatten, (config, config_lib.default()))
   if any(
     values[name] != recipe[name]
-    for name, key in config_lib.KEYS.items()
+    for name, key in config_keys.KEYS.items()
     if not key.resumable and name not in _FREE
   ):
     return None

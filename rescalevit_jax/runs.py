@@ -10,6 +10,7 @@ from typing import Any
 import ml_collections
 
 from rescalevit_jax import config as config_lib
+from rescalevit_jax import config_keys
 from rescalevit_jax import errors
 from rescalevit_jax import experiment
 from rescalevit_jax import result as result_lib
@@ -159,7 +160,7 @@ def tail(path: pathlib.Path) -> list[str]:
 def _identifying_keys():
   return [
     name
-    for name, key in config_lib.KEYS.items()
+    for name, key in config_keys.KEYS.items()
     if name != "seed" and not key.resumable
   ]
 

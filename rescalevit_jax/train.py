@@ -41,7 +41,7 @@ def train_and_evaluate(
   """Trains a model, or goes on with it, and evaluates it on the way.
 
   Args:
-    config: of the run; see `config.KEYS`.
+    config: of the run; see `config_keys.KEYS`.
     workdir: the run's folder; made if it is not there.
 
   Returns:

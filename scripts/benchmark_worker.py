@@ -40,17 +40,16 @@ def main(subject: str, config: str, options: str) -> None:
 def measure_ours(config, options) -> dict[str, float]:
   """Measures this project: with real data, and with one resident batch."""
   experiment = experiment_lib.create(config)
-  train = feed.Feed(experiment.dataset.train, experiment.mesh)
   by_device = sharding.split(experiment.mesh, axis=1)
   seed = np.uint32(config.seed)
   state = experiment.scratch()
 
-  def indices(step):
-    found = data.indices(config.seed, step, config.batch, len(train))
-    return found.reshape(config.accum_steps, -1)
+  def batches(steps):
+    numbers = range(1, steps + 1)
+    return experiment.train_feed.batches(experiment.train_places, numbers)
 
-  with train.batches(indices, range(1, 2)) as batches:
-    images, labels = next(batches)
+  with batches(1) as found:
+    images, labels = next(found)
   start = time.perf_counter()
   step = experiment.train_step().lower(state, images, labels, seed)
   compiled = step.compile()
@@ -61,8 +60,8 @@ def measure_ours(config, options) -> dict[str, float]:
     # before it are awaited.
     nonlocal state
     last = None
-    with train.batches(indices, range(1, steps + 1)) as batches:
-      for images, labels in batches:
+    with batches(steps) as found:
+      for images, labels in found:
         state, metrics = compiled(state, images, labels, seed)
         if last is not None:
           jax.device_get(last)

@@ -1,6 +1,7 @@
 """One run by several processes, each with devices of its own."""
 
 from collections.abc import Mapping, Sequence
+import os
 import pathlib
 import socket
 import subprocess
@@ -28,6 +29,7 @@ def start(
   devices: int,
   commands: Sequence[Sequence[str]] = (),
   address: str = "127.0.0.1",
+  slurm: bool = False,
 ) -> list[subprocess.Popen]:
   """Starts the processes of a run.
 
@@ -40,11 +42,33 @@ def start(
     devices: of each.
     commands: what to put before each one's command.
     address: of the first.
+    slurm: whether the environment tells them who they are, as in a step of
+      Slurm on this machine, instead of flags.
   """
-  flags = f"{env['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"
+
+  def step(i):
+    return {
+      "SLURM_JOB_ID": str(os.getpid()),  # The port follows from it.
+      "SLURM_STEP_NODELIST": "localhost",
+      "SLURM_NTASKS": str(count),
+      "SLURM_STEP_NUM_TASKS": str(count),
+      "SLURM_PROCID": str(i),
+      "SLURM_LOCALID": str(i),
+    }
+
+  devices = f"--xla_force_host_platform_device_count={devices}"
+  env = {**env, "XLA_FLAGS": f"{env['XLA_FLAGS']} {devices}"}
   with socket.socket() as s:
     s.bind(("", 0))
     port = s.getsockname()[1]
+
+  def flags(i):
+    return (
+      f"--coordinator={address}:{port}",
+      f"--num_processes={count}",
+      f"--process_id={i}",
+    )
+
   processes = [
     subprocess.Popen(
       [
@@ -54,14 +78,12 @@ def start(
         "rescalevit_jax.main",
         "--config=configs/quickstart.py",
         f"--workdir={workdir}",
-        f"--coordinator={address}:{port}",
-        f"--num_processes={count}",
-        f"--process_id={i}",
+        *(() if slurm else flags(i)),
         *(f"--config.{key}" for key in keys),
         *args,
       ],
       cwd=tiny_sweep.ROOT,
-      env={**env, "XLA_FLAGS": flags},
+      env={**env, **(step(i) if slurm else {})},
       stdout=subprocess.PIPE,
       stderr=subprocess.PIPE,
       text=True,

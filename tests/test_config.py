@@ -5,6 +5,7 @@ import pathlib
 import pytest
 
 from rescalevit_jax import config as config_lib
+from rescalevit_jax import config_keys
 from rescalevit_jax import errors
 
 
@@ -127,5 +128,5 @@ def test_only_keys_that_change_the_numbers_differ():
 
 def test_readme_has_the_table_of_keys():
   readme = pathlib.Path(__file__).parents[1] / "README.md"
-  table = config_lib.describe("| `{name}` | `{default}` | {meaning} |")
+  table = config_keys.describe("| `{name}` | `{default}` | {meaning} |")
   assert table in readme.read_text(encoding="utf-8")

@@ -6,16 +6,19 @@ import fake_data
 import jax
 import numpy as np
 from PIL import Image
+import programs
 import pytest
 
 from rescalevit_jax import builders
 from rescalevit_jax import checkpoint
 from rescalevit_jax import data
 from rescalevit_jax import errors
+from rescalevit_jax import experiment
 from rescalevit_jax import feed
 from rescalevit_jax import records
 from rescalevit_jax import sharding
 from rescalevit_jax import train
+from rescalevit_jax.report import page
 
 
 @pytest.fixture
@@ -171,3 +174,12 @@ def test_own_part_is_what_the_devices_of_a_process_hold():
   np.testing.assert_array_equal(sharding.own_part(x, place), x)
   half = x.shape[1] // 2
   np.testing.assert_array_equal(sharding.own_part(x, Half()), x[:, half:])
+
+
+def test_all_that_read_a_runs_images_heed_its_data_keys(tiny_config):
+  tiny_config.data.image_size = 6
+  assert experiment.load_dataset(tiny_config).test.images[3].shape == (6, 6, 3)
+  assert page._image(tiny_config, 3).shape == (6, 6, 3)
+  plot = programs.load("plot_attention")
+  source = ("digits", tiny_config.tfds_data_dir, (("image_size", 6),))
+  assert plot._test_split(*source).images[3].shape == (6, 6, 3)

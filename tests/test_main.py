@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from rescalevit_jax import checkpoint
-from rescalevit_jax import config as config_lib
+from rescalevit_jax import config_keys
 
 ROOT = pathlib.Path(__file__).parents[1]
 TINY = (
@@ -78,7 +78,7 @@ def test_help_names_every_flag_and_key():
   done = run("--help", config=None)
   assert "--config" in done.stdout and "--workdir" in done.stdout
   assert "--mode" in done.stdout
-  for key in config_lib.KEYS:
+  for key in config_keys.KEYS:
     assert key in done.stdout
 
 

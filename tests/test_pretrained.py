@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import trees
 
+from rescalevit_jax import positions
 from rescalevit_jax import pretrained
 from rescalevit_jax.models import norms
 
@@ -422,7 +423,7 @@ def test_position_embedding_follows_the_grid(image_size, tokens, tmp_path):
   )
   got = params["Transformer"]["posembed_input"]["pos_embedding"]
   np.testing.assert_array_equal(
-    got, pretrained.resize_pos_embedding(saved[trees.POSITIONS], tokens)
+    got, positions.resize(saved[trees.POSITIONS], tokens)
   )
   assert got.dtype == np.float32
   assert report.resized == (trees.POSITIONS,)
@@ -445,7 +446,7 @@ def test_position_embedding_without_a_square_grid_is_an_error(tmp_path):
 @pytest.mark.parametrize("old, new", [(5, 0), (5, 1), (5, 6), (3, 5), (1, 5)])
 def test_resize_refuses_grids_that_are_not_square(old, new):
   with pytest.raises(ValueError, match="square"):
-    pretrained.resize_pos_embedding(np.ones((1, old, 2)), new)
+    positions.resize(np.ones((1, old, 2)), new)
 
 
 @pytest.mark.parametrize(
@@ -457,7 +458,7 @@ def test_resize_equals_scipys_zoom(old, new):
   grid = ndimage.zoom(
     pos[0, 1:].reshape(old, old, 3), (new / old, new / old, 1), order=1
   )
-  got = pretrained.resize_pos_embedding(pos, 1 + new * new)
+  got = positions.resize(pos, 1 + new * new)
   assert got.dtype == np.float32
   np.testing.assert_allclose(
     got[0, 1:].reshape(new, new, 3), grid, atol=1e-6, rtol=0
@@ -472,7 +473,7 @@ def test_resize_keeps_planes_on_every_grid():
     y, x = np.mgrid[:old, :old] / max(old - 1, 1)
     pos = np.concatenate([[9.0], (1 + 2 * y + 3 * x).ravel()])[None, :, None]
     for new in range(1, 41):
-      got = pretrained.resize_pos_embedding(pos, 1 + new * new)[0, :, 0]
+      got = positions.resize(pos, 1 + new * new)[0, :, 0]
       y, x = np.mgrid[:new, :new] / max(new - 1, 1) * (old > 1)
       assert got[0] == 9
       assert np.abs(got[1:] - (1 + 2 * y + 3 * x).ravel()).max() < 1e-6

@@ -12,6 +12,7 @@ import pytest
 import trees
 
 from rescalevit_jax import models
+from rescalevit_jax import positions
 from rescalevit_jax import pretrained
 
 
@@ -32,7 +33,7 @@ def close(got, expected, atol=1e-5):
 def test_resized_position_embedding(grid, source):
   stored = parity.arrays("posembed_resize.npz", source)
   google = stored[f"google/{grid}"]
-  got = pretrained.resize_pos_embedding(stored["in"], google.shape[1])
+  got = positions.resize(stored["in"], google.shape[1])
   close(got, google, atol=1e-6)
 
 

@@ -26,34 +26,8 @@ DEVICES = 8  # Of all processes together.
 
 
 def start(workdir, env, keys):
-  """Starts both processes of a step of Slurm, on this machine."""
-  processes = []
-  for i in range(2):
-    step = {
-      "SLURM_JOB_ID": str(os.getpid()),  # The port follows from it.
-      "SLURM_STEP_NODELIST": "localhost",
-      "SLURM_NTASKS": "2",
-      "SLURM_STEP_NUM_TASKS": "2",
-      "SLURM_PROCID": str(i),
-      "SLURM_LOCALID": str(i),
-    }
-    processes.append(
-      subprocess.Popen(
-        [
-          sys.executable,
-          "-m",
-          "rescalevit_jax.main",
-          "--config=configs/quickstart.py",
-          f"--workdir={workdir}",
-          *(f"--config.{key}" for key in keys),
-        ],
-        cwd=tiny_sweep.ROOT,
-        env={**env, **step},
-        stderr=subprocess.PIPE,
-        text=True,
-      )
-    )
-  return processes
+  """Starts both processes of a step of Slurm."""
+  return many_processes.start(workdir, env, keys, 2, devices=1, slurm=True)
 
 
 def test_two_processes_train_stop_and_go_on(digits_dir, shared_dir, tmp_path):

@@ -9,6 +9,7 @@ import pathlib
 import ml_collections
 
 from rescalevit_jax import config as config_lib
+from rescalevit_jax import config_keys
 from rescalevit_jax import errors
 from rescalevit_jax import runs as runs_lib
 from rescalevit_jax.models import norms
@@ -151,6 +152,6 @@ def _order(config):
     [
       (value is not None, value or 0)
       for key, value in config_lib.flatten(config).items()
-      if key not in _NAMING and not config_lib.KEYS[key].resumable
+      if key not in _NAMING and not config_keys.KEYS[key].resumable
     ],
   )

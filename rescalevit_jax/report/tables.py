@@ -10,6 +10,7 @@ import statistics
 from typing import Any
 
 from rescalevit_jax import config as config_lib
+from rescalevit_jax import config_keys
 from rescalevit_jax import published
 from rescalevit_jax import runs as runs_lib
 from rescalevit_jax.report import study as study_lib
@@ -85,7 +86,7 @@ def columns(study: study_lib.Study) -> list[Column]:
     number("resolution", "resolution", str),
   ]
   for key in study.varied:
-    kind = config_lib.KEYS[key].optional or type(config_lib.KEYS[key].default)
+    kind = config_keys.KEYS[key].optional or type(config_keys.KEYS[key].default)
     column = text(key, key)
     numeric = kind in (int, float)
     result.append(dataclasses.replace(column, numeric=numeric))

@@ -34,7 +34,7 @@ import signal
 import sys
 from typing import NoReturn
 
-from rescalevit_jax import config as config_lib
+from rescalevit_jax import config_keys
 from rescalevit_jax import errors
 from rescalevit_jax import experiment
 from rescalevit_jax import program
@@ -282,7 +282,7 @@ def _split_settings(argv: Sequence[str]) -> tuple[list[str], list[str]]:
       continue
     setting = word.removeprefix("--config.")
     if "=" not in setting:
-      key = config_lib.KEYS.get(setting)
+      key = config_keys.KEYS.get(setting)
       if key is not None and isinstance(key.default, bool):
         setting += "=True"  # As in main; its value would be =False.
       elif words and not words[0].startswith("--"):

@@ -12,6 +12,7 @@ import ml_collections
 from ml_collections import config_flags
 
 from rescalevit_jax import config as config_lib
+from rescalevit_jax import config_keys
 from rescalevit_jax import errors
 from rescalevit_jax import experiment
 
@@ -24,7 +25,7 @@ class Setting:
   """A config key with a value, as `--config.KEY=VALUE` gives it.
 
   Attributes:
-    key: a key of `config.KEYS`.
+    key: a key of `config_keys.KEYS`.
     text: the value as written.
   """
 
@@ -75,7 +76,7 @@ def parse_setting(text: str, flag: str) -> Setting:
     UserError: it is not of this form, or there is no such key.
   """
   key, equals, value = text.partition("=")
-  config_lib.check_key(key)
+  config_keys.check_key(key)
   if not equals:
     raise errors.UserError(f"{flag}: {text!r} has no value; write KEY=VALUE")
   return Setting(key, value)

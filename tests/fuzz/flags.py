@@ -14,6 +14,7 @@ from absl import flags
 
 from fuzz import choices as choices_lib
 from rescalevit_jax import config as config_lib
+from rescalevit_jax import config_keys
 from rescalevit_jax import errors
 from rescalevit_jax import experiment
 from rescalevit_jax import main
@@ -23,7 +24,7 @@ _CONFIG = b"--config=" + os.fsencode(_ROOT / "configs" / "quickstart.py")
 _RUN = b"--workdir=RUN"
 _JSON = config_lib.to_json(config_lib.default()).encode()
 _KEYS = (
-  *(key.encode() for key in config_lib.KEYS),
+  *(key.encode() for key in config_keys.KEYS),
   *(b"model", b"augment", b"model.norm.x", b"", b".", b"seed.x", b"__class__"),
   *(b"get", b"model.get", b"_fields", b"update", b"dataset ", b"model..norm"),
 )
