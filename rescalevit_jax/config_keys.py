@@ -90,6 +90,12 @@ KEYS = {
     " images differ in size; None: they stay as they are",
     optional=int,
   ),
+  "data.held_out": _at_least(
+    0,
+    0,
+    "training images to evaluate with in place of the test images, and not to"
+    " train with: what settings are chosen by; 0: none",
+  ),
   "model_name": Key("ViT-B_16", "size of the model", variants.VARIANTS),
   "model.norm": Key("LN", "the norm", norms.NORMS),
   "model.residual": Key(

@@ -38,6 +38,10 @@ class Split:
     """Returns images and labels of some places."""
     return self.images[indices], self.labels[indices]
 
+  def at(self, places: np.ndarray) -> "Split":
+    """Returns the split of the images at some places."""
+    return Split(*self.read(places))
+
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
@@ -45,8 +49,9 @@ class Dataset:
 
   Attributes:
     name: as it was asked for.
-    train: the split `train`.
-    test: the split `test`, or `validation` where there is none.
+    train: the split `train`, without what is held out.
+    test: the split `test`, or `validation` where there is none; or what is held
+      out of `train`.
     num_classes: number of classes.
     class_names: their names, in the order of the labels.
   """
@@ -65,6 +70,7 @@ def load(
   source: str = "auto",
   max_gb: float = 4.0,
   image_size: int | None = None,
+  held_out: int = 0,
 ) -> Dataset:
   """Opens a data set, after preparing it if that was not done before.
 
@@ -81,10 +87,12 @@ def load(
     max_gb: 10^9 bytes.
     image_size: edge that images are resized to as they are read; None: they
       stay as they are, and must have one size.
+    held_out: images of `train` to test with, drawn at random once and for all;
+      they are not trained with, and the test images not looked at. 0: none.
 
   Raises:
     UserError: there is no such data set, it does not suit, it cannot be
-      prepared, or its files are damaged.
+      prepared, its files are damaged, or all of `train` would be held out.
   """
   builder = builders.open_builder(name, data_dir)
   records.check_features(builder, any_size=image_size is not None)
@@ -106,7 +114,11 @@ def load(
     fits = images * math.prod(shape) <= max_gb * 1e9
     source = "resident" if fits else "streaming"
   read = records.StreamedSplit if source == "streaming" else _load_split
-  train, test = (read(builder, split, image_size) for split in splits)
+  train = read(builder, splits[0], image_size)
+  if held_out:
+    train, test = _hold_out(train, held_out, name)
+  else:
+    test = read(builder, splits[1], image_size)
   return Dataset(name, train, test, label.num_classes, tuple(class_names))
 
 
@@ -143,6 +155,17 @@ def _order(seed: int, epoch: int, num_examples: int) -> np.ndarray:
   bits = np.random.PCG64(np.random.SeedSequence([seed, epoch]))
   order = np.argsort(bits.random_raw(num_examples), kind="stable")
   return order.astype(np.int32)
+
+
+def _hold_out(train, count, name):
+  if count >= len(train):
+    raise errors.UserError(
+      f"config: data.held_out is {count}, but {name} has only {len(train)}"
+      " training images"
+    )
+  # No run's seed is as large: this is the order of none of its epochs.
+  order = _order(2**32, 0, len(train))
+  return train.at(np.sort(order[count:])), train.at(np.sort(order[:count]))
 
 
 def _test_split(builder):

@@ -5,6 +5,7 @@ split is read as a whole or a batch at a time.
 """
 
 from collections.abc import Iterator, Sequence
+import copy
 import io
 import operator
 
@@ -149,10 +150,17 @@ class StreamedSplit:
     self._num_classes = features(builder)[1].num_classes
     self._where = f"{builder.data_dir}: {split}"
     self._records = _source(builder, split)
+    self._places = range(len(self._records))
     self.shape = self._decode.shape
 
   def __len__(self) -> int:
-    return len(self._records)
+    return len(self._places)
+
+  def at(self, places: np.ndarray) -> "StreamedSplit":
+    """Returns the split of the images at some places."""
+    part = copy.copy(self)
+    part._places = places
+    return part
 
   def read(self, indices: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
     """Reads examples.
@@ -169,7 +177,9 @@ class StreamedSplit:
     images = np.empty((len(indices), *self.shape), np.uint8)
     labels = np.empty(len(indices), np.int32)
     try:
-      records = self._records.__getitems__([int(i) for i in indices])
+      records = self._records.__getitems__(
+        [int(self._places[i]) for i in indices]
+      )
       for i, record in enumerate(records):
         images[i], labels[i] = self._decode(record)
       if not ((labels >= 0) & (labels < self._num_classes)).all():

@@ -100,11 +100,14 @@ def test_a_streamed_split_looks_like_an_array_of_images(resident, streamed):
     streamed.images[1437]
 
 
-@pytest.mark.parametrize("norm", ["LN", "Rescale", "Cal"])
+@pytest.mark.parametrize(
+  ("norm", "held_out"), [("LN", 0), ("Rescale", 100), ("Cal", 0)]
+)
 def test_a_data_set_too_large_for_memory_trains_the_same(
-  tiny_config, tmp_path, norm
+  tiny_config, tmp_path, norm, held_out
 ):
   tiny_config.model.norm = norm
+  tiny_config.data.held_out = held_out
   tiny_config.accum_steps = 3
   train.train_and_evaluate(tiny_config, tmp_path / "resident")
   tiny_config.data.max_gb = 1e-4  # The digits take 0.3 MB.
@@ -120,6 +123,31 @@ def test_a_data_set_too_large_for_memory_trains_the_same(
   ]
   for x, y in zip(*weights, strict=True):
     np.testing.assert_array_equal(x, y)
+
+
+def test_held_out_images_are_no_longer_trained_with(digits_dir):
+  whole = data.load("digits", str(digits_dir)).train
+
+  def pixels(images):
+    return sorted(image.tobytes() for image in images)
+
+  for source in ("resident", "streaming"):
+    dataset = data.load("digits", str(digits_dir), source=source, held_out=400)
+    assert (len(dataset.train), len(dataset.test)) == (1037, 400)
+    parts = [*dataset.train.images[:], *dataset.test.images[:]]
+    assert pixels(parts) == pixels(whole.images)
+    labels = dataset.test.read(range(400))[1]
+    if source == "resident":
+      first = dataset.test
+      # At random: every digit is there, about 40 times.
+      assert np.bincount(labels, minlength=10).min() > 20
+  np.testing.assert_array_equal(dataset.test.images[:], first.images)
+  np.testing.assert_array_equal(labels, first.labels)
+
+
+def test_not_all_training_images_can_be_held_out(digits_dir):
+  with pytest.raises(errors.UserError, match="held_out is 1437.* only 1437"):
+    data.load("digits", str(digits_dir), held_out=1437)
 
 
 def test_the_limit_decides(digits_dir):

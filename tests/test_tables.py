@@ -63,6 +63,14 @@ def test_difference_from_the_published_run(three):
   assert row["last_accuracy_difference"] == pytest.approx(0.52 - 0.6747)
 
 
+def test_accuracies_of_held_out_images_say_so(tmp_path):
+  held_out = PUBLISHED | {"data.held_out": 5000}
+  fake_runs.write(tmp_path / "one", held_out, {})
+  (row,) = shown(study_lib.collect(tmp_path))
+  assert row["data.held_out"] == "5000"
+  assert "published best, %" not in row
+
+
 def test_what_is_shown(three):
   assert shown(three) == [
     {

@@ -104,9 +104,15 @@ def pretrained(config: ml_collections.ConfigDict) -> str:
 def varied_keys(
   configs: Iterable[ml_collections.ConfigDict],
 ) -> tuple[str, ...]:
-  """Returns the keys of no column of their own in which configs differ."""
+  """Returns the keys of no column of their own in which configs differ.
+
+  And what is held out if anything is: it says which images were looked at.
+  """
   configs = list(configs)
   varied = [k for k in runs_lib.varied_keys(configs) if k not in _NAMING]
+  held_out = "data.held_out"
+  if held_out not in varied and any(c.data.held_out for c in configs):
+    varied.insert(0, held_out)
   # Whether there is a file has a column. Which one follows from the model,
   # unless there are several for one model.
   files = {(c.model_name, c.pretrained_path) for c in configs}
