@@ -1,0 +1,222 @@
+"""LN against no norm: chooses learning rates, trains, makes the table.
+
+Each method of configs/norm_free.py is trained with every learning rate of a
+grid, on all training images but some, and tested on those; then with the best
+rate, on all training images, with several seeds. The test images are looked at
+once, after the last step. The same command again goes on, or only makes the
+table.
+
+python scripts/norm_free.py --jobs=4 --final_steps=6000
+python scripts/norm_free.py --methods=LN,Cal --datasets=cifar10 --rates=0.1,0.2
+
+--config.KEY=VALUE sets a key in all runs.
+"""
+
+import argparse
+from collections.abc import Sequence
+import csv
+import dataclasses
+import pathlib
+import statistics
+import subprocess
+import sys
+
+from scipy import stats
+
+from rescalevit_jax import errors
+from rescalevit_jax import program
+from rescalevit_jax import runs
+
+CONFIG = pathlib.Path(__file__).parents[1] / "configs" / "norm_free.py"
+METHODS = "LN,LN-unit,LN-rescale,Rescale,DyT,Derf,Cal,Cal-rescale"
+# The others' differences are those from it.
+REFERENCE = "LN"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+  """Runs the study; returns the exit code."""
+  parser = argparse.ArgumentParser(
+    description=__doc__,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+    allow_abbrev=False,
+  )
+
+  def names(text):
+    return text.split(",")
+
+  def add(name, default, meaning, kind=names):
+    shown = default if isinstance(default, str) else str(default)
+    parser.add_argument(
+      f"--{name}", type=kind, default=default, help=f"{meaning} ({shown})"
+    )
+
+  add("methods", METHODS, "methods of configs/norm_free.py")
+  add("datasets", "cifar10,cifar100", "data sets")
+  add("rates", "0.05,0.1,0.2,0.4", "learning rates to choose from")
+  add("seeds", "1,2,3", "seeds of the final runs")
+  add("held_out", 5000, "training images to choose by", int)
+  add("steps", 1500, "steps of the runs that choose", int)
+  add("final_steps", 1500, "steps of the final runs", int)
+  add("jobs", 1, "runs at a time", int)
+  add("runs_dir", pathlib.Path("runs/norm_free"), "folder", pathlib.Path)
+  args, settings = parser.parse_known_args(argv)
+  for setting in settings:
+    if not setting.startswith("--config."):
+      parser.error(f"unknown argument {setting}")
+  return program.run(lambda: _run(args, settings))
+
+
+def _run(args, settings):
+  for method in args.methods:
+    for dataset in args.datasets:
+      _sweep(
+        args,
+        settings,
+        args.runs_dir / f"select-{args.steps}" / dataset / method,
+        method,
+        {"base_lr": args.rates},
+        {
+          "dataset": dataset,
+          "total_steps": args.steps,
+          "data.held_out": args.held_out,
+        },
+      )
+  outcomes = []
+  for dataset in args.datasets:
+    for method in args.methods:
+      folder = args.runs_dir / f"select-{args.steps}" / dataset / method
+      tried = {run.config.base_lr: _accuracy(run) for run in _finished(folder)}
+      rate = max(sorted(tried), key=tried.get)
+      folder = args.runs_dir / f"final-{args.final_steps}" / dataset / method
+      _sweep(
+        args,
+        settings,
+        folder,
+        method,
+        {"base_lr": [f"{rate:g}"], "seed": args.seeds},
+        {
+          "dataset": dataset,
+          "total_steps": args.final_steps,
+          "eval_every": args.final_steps,
+        },
+      )
+      accuracies = {
+        run.config.seed: _accuracy(run)
+        for run in _finished(folder)
+        if run.config.base_lr == rate
+      }
+      outcomes.append(Outcome(dataset, method, tried, rate, accuracies))
+  text = table(outcomes)
+  (args.runs_dir / "table.md").write_text(text, encoding="utf-8")
+  write_csv(outcomes, args.runs_dir / "accuracies.csv")
+  print(text)
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+  """What came of a method on a data set.
+
+  Attributes:
+    dataset: its name.
+    method: its name in configs/norm_free.py.
+    tried: accuracy on the held-out images, a fraction, by learning rate.
+    rate: the learning rate chosen.
+    accuracies: on the test images after the last step, by seed.
+  """
+
+  dataset: str
+  method: str
+  tried: dict[float, float]
+  rate: float
+  accuracies: dict[int, float]
+
+
+def table(outcomes: Sequence[Outcome]) -> str:
+  """Returns the outcome in Markdown.
+
+  The difference from LN is that of the means; its standard error is
+  sqrt(s1^2 / n1 + s2^2 / n2), and p that of Welch's t-test, two-sided.
+  """
+  lines = [
+    "| data set | method | rate | held-out accuracy by rate, % | test accuracy,"
+    " % (n) | difference from LN, points | p |",
+    "| --- | --- | --: | --- | --: | --: | --: |",
+  ]
+  for outcome in outcomes:
+    values = [100 * x for x in outcome.accuracies.values()]
+    tried = ", ".join(
+      f"{rate:g}: {100 * accuracy:.1f}"
+      for rate, accuracy in sorted(outcome.tried.items())
+    )
+    spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+    lines.append(
+      f"| {outcome.dataset} | {outcome.method} | {outcome.rate:g} | {tried} |"
+      f" {statistics.fmean(values):.2f}{spread} ({len(values)}) |"
+      f" {_difference(outcome, outcomes)} |"
+    )
+  return "\n".join(lines) + "\n"
+
+
+def _difference(outcome, outcomes):
+  """Returns the last two cells of a row."""
+  values = [100 * x for x in outcome.accuracies.values()]
+  for other in outcomes:
+    if (other.dataset, other.method) == (outcome.dataset, REFERENCE):
+      theirs = [100 * x for x in other.accuracies.values()]
+      break
+  else:
+    return "– | –"
+  if outcome is other:
+    return "– | –"
+  difference = statistics.fmean(values) - statistics.fmean(theirs)
+  text = f"{difference:+.2f}"
+  if min(len(values), len(theirs)) < 2:
+    return f"{text} | –"
+  error = sum(statistics.variance(x) / len(x) for x in (values, theirs)) ** 0.5
+  p = stats.ttest_ind(values, theirs, equal_var=False).pvalue
+  return f"{text} ± {error:.2f} | {p:.2g}"
+
+
+def write_csv(outcomes: Sequence[Outcome], path: pathlib.Path) -> None:
+  """Writes a line for each run: phase 'select' or 'final'."""
+  with open(path, "w", encoding="utf-8", newline="") as f:
+    writer = csv.writer(f, lineterminator="\n")
+    writer.writerow(
+      ["dataset", "method", "phase", "base_lr", "seed", "accuracy"]
+    )
+    for x in outcomes:
+      for rate, accuracy in sorted(x.tried.items()):
+        writer.writerow([x.dataset, x.method, "select", rate, 0, accuracy])
+      for seed, accuracy in sorted(x.accuracies.items()):
+        writer.writerow([x.dataset, x.method, "final", x.rate, seed, accuracy])
+
+
+def _sweep(args, settings, folder, method, grid, keys):
+  command = [
+    sys.executable,
+    "-m",
+    "rescalevit_jax.sweep",
+    f"--config={CONFIG}:{method}",
+    f"--runs_dir={folder}",
+    f"--jobs={args.jobs}",
+  ]
+  for key, values in grid.items():
+    command += ["--grid", f"{key}={','.join(values)}"]
+  command += [f"--config.{key}={value}" for key, value in keys.items()]
+  code = subprocess.run([*command, *settings], check=False).returncode
+  if code:
+    raise errors.UserError(
+      f"{folder}: not finished; the same command goes on from there"
+    )
+
+
+def _accuracy(run):
+  return run.result["last_accuracy"]
+
+
+def _finished(folder):
+  return [run for run in runs.find(folder).runs if run.result is not None]
+
+
+if __name__ == "__main__":
+  sys.exit(main())

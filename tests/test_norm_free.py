@@ -1,0 +1,106 @@
+"""scripts/norm_free.py: what it runs, and its arithmetic."""
+
+import csv
+import subprocess
+
+import fake_runs
+import programs
+import pytest
+
+from rescalevit_jax import config as config_lib
+from rescalevit_jax import sweep
+
+# By data set, method, learning rate and seed: what the runs come to.
+HELD_OUT = {("LN", 0.1): 0.30, ("LN", 0.2): 0.31, ("Cal", 0.1): 0.4}
+TEST = {
+  ("LN", 1): 0.32,
+  ("LN", 2): 0.33,
+  ("LN", 3): 0.34,
+  ("Cal", 1): 0.41,
+  ("Cal", 2): 0.43,
+  ("Cal", 3): 0.42,
+}
+
+
+@pytest.fixture
+def study(monkeypatch):
+  """Sweeps that only write what the runs would have left."""
+  module, planned = programs.load("norm_free"), []
+
+  def run(command, check):
+    assert not check and command[1:3] == ["-m", "rescalevit_jax.sweep"]
+    for run in sweep.parse(command[3:])[1]:
+      planned.append(run)
+      config = run.config
+      method, seed = run.reference.rpartition(":")[2], config.seed
+      if config.data.held_out:
+        accuracy = HELD_OUT.get((method, config.base_lr), 0.2)
+      else:
+        accuracy = TEST[method, seed]
+      if not run.workdir.exists():
+        fake_runs.write(
+          run.workdir,
+          config_lib.flatten(config),
+          {"last_accuracy": accuracy, "best_accuracy": 0.9},
+        )
+    return subprocess.CompletedProcess(command, 0)
+
+  monkeypatch.setattr(module.subprocess, "run", run)
+  return module, planned
+
+
+def test_the_best_rate_is_trained_and_compared(study, tmp_path, capsys):
+  module, planned = study
+  command = [
+    "--methods=LN,Cal",
+    "--datasets=cifar10",
+    "--rates=0.1,0.2",
+    "--final_steps=3000",
+    f"--runs_dir={tmp_path}",
+    "--config.batch_eval=500",
+  ]
+  for _ in range(2):  # The second time everything is there.
+    assert module.main(command) == 0
+  configs = [run.config for run in planned[: len(planned) // 2]]
+  choosing, final = configs[:4], configs[4:]
+  assert {c.batch_eval for c in configs} == {500}
+  for config in choosing:
+    assert (config.data.held_out, config.total_steps) == (5000, 1500)
+  assert [(c.base_lr, c.seed) for c in final] == [
+    (rate, seed) for rate in (0.2, 0.1) for seed in (1, 2, 3)
+  ]
+  for config in final:
+    # The test images are looked at once.
+    assert config.eval_every == config.total_steps == 3000
+    assert config.data.held_out == 0
+  first, second = (tmp_path / "table.md").read_text().splitlines()[2:]
+  assert first == (
+    "| cifar10 | LN | 0.2 | 0.1: 30.0, 0.2: 31.0 | 33.00 ± 1.00 (3) | – | – |"
+  )
+  # sqrt(1/3 + 1/3); t = 9 / 0.8165 with 4 degrees of freedom.
+  assert second == (
+    "| cifar10 | Cal | 0.1 | 0.1: 40.0, 0.2: 20.0 | 42.00 ± 1.00 (3) |"
+    " +9.00 ± 0.82 | 0.00039 |"
+  )
+  assert second in capsys.readouterr().out
+  with open(tmp_path / "accuracies.csv", newline="") as f:
+    rows = list(csv.DictReader(f))
+  assert [row["phase"] for row in rows].count("final") == 6
+  assert rows[0]["accuracy"] == "0.3"
+
+
+def test_a_sweep_that_fails_ends_it(monkeypatch, tmp_path, capsys):
+  module = programs.load("norm_free")
+  monkeypatch.setattr(
+    module.subprocess,
+    "run",
+    lambda command, check: subprocess.CompletedProcess(command, 1),
+  )
+  assert module.main([f"--runs_dir={tmp_path}"]) == 1
+  assert "not finished; the same command goes on" in capsys.readouterr().err
+
+
+def test_unknown_arguments_are_named(capsys):
+  with pytest.raises(SystemExit):
+    programs.load("norm_free").main(["--method=LN"])
+  assert "--method=LN" in capsys.readouterr().err
