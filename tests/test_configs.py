@@ -1,0 +1,56 @@
+"""The files of configs/: all of them are valid."""
+
+import importlib.util
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from rescalevit_jax import config as config_lib
+from rescalevit_jax import errors
+from rescalevit_jax import experiment
+
+FOLDER = pathlib.Path(__file__).parents[1] / "configs"
+
+
+def load(name):
+  spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  return module
+
+
+@pytest.mark.parametrize(
+  "name", sorted(path.stem for path in FOLDER.glob("*.py"))
+)
+def test_is_valid(name):
+  config = load(name).get_config()
+  config_lib.validate(config)
+  experiment.create_model(config, 10)
+
+
+def test_every_method_of_the_study_is_another_model():
+  module = load("norm_free")
+  models = [
+    experiment.create_model(module.get_config(method), 10)
+    for method in module.METHODS
+  ]
+  for model in models:
+    assert (model.num_layers, model.hidden_size) == (12, 64)
+    assert models.count(model) == 1
+  with pytest.raises(errors.UserError, match="'Cal-rescal'.*Cal-rescale"):
+    module.get_config("Cal-rescal")
+
+
+def test_the_strong_recipe_has_no_norm_and_a_moderate_size():
+  config = load("cifar_strong").get_config()
+  model = experiment.create_model(config, 10)
+  images = jnp.zeros((1, config.image_size, config.image_size, 3))
+  shapes = jax.eval_shape(model.init, jax.random.key(0), images)
+  size = sum(x.size for x in jax.tree.leaves(shapes["params"]))
+  assert 5e6 <= size <= 22e6
+  names = [
+    jax.tree_util.keystr(p) for p, _ in jax.tree.leaves_with_path(shapes)
+  ]
+  assert not any("LayerNorm" in n or "BatchNorm" in n for n in names)
