@@ -1,6 +1,7 @@
-"""LN against no norm, on a ViT that a CPU trains: `norm_free.py:METHOD`.
+"""LN against no norm, by RescaleViT's recipe: `norm_free.py:METHOD`.
 
-RescaleViT's recipe, with 12 blocks of width 64 on images of 32x32 pixels; see
+On a ViT that a CPU trains, 12 blocks of width 64 on images of 32x32 pixels; or
+`norm_free.py:METHOD,MODEL`, such as `norm_free.py:Cal,ViT-B_32`. See
 docs/norm_free.md.
 """
 
@@ -19,15 +20,19 @@ METHODS = {
 }
 
 
-def get_config(method="Cal-rescale"):
-  """Returns the config of one method."""
+def get_config(run="Cal-rescale"):
+  """Returns the config of METHOD, or of METHOD,MODEL at 224x224 pixels."""
+  method, _, model_name = run.partition(",")
   if method not in METHODS:
     raise errors.UserError(f"{method!r}: {errors.nearest(method, METHODS)}")
   config = config_lib.default()
+  config.model.update(METHODS[method])
+  if model_name:
+    config.model_name = model_name
+    return config
   config.model_name = "ViT-XS_4"
   config.model.patch_size = 8
   config.model.num_layers = 12
-  config.model.update(METHODS[method])
   config.image_size = 32
   config.batch_eval = 1000
   config.warmup_steps = 100

@@ -8,6 +8,7 @@ table.
 
 python scripts/norm_free.py --jobs=4 --final_steps=6000
 python scripts/norm_free.py --methods=LN,Cal --datasets=cifar10 --rates=0.1,0.2
+python scripts/norm_free.py --model=ViT-B_32 --steps=20000 --final_steps=20000
 
 --config.KEY=VALUE sets a key in all runs.
 """
@@ -52,6 +53,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
   add("methods", METHODS, "methods of configs/norm_free.py")
   add("datasets", "cifar10,cifar100", "data sets")
+  parser.add_argument(
+    "--model", help="such as ViT-B_32, at 224x224 (a small one at 32x32)"
+  )
   add("rates", "0.05,0.1,0.2,0.4", "learning rates to choose from")
   add("seeds", "1,2,3", "seeds of the final runs")
   add("held_out", 5000, "training images to choose by", int)
@@ -196,7 +200,7 @@ def _sweep(args, settings, folder, method, grid, keys):
     sys.executable,
     "-m",
     "rescalevit_jax.sweep",
-    f"--config={CONFIG}:{method}",
+    f"--config={CONFIG}:{method}" + (f",{args.model}" if args.model else ""),
     f"--runs_dir={folder}",
     f"--jobs={args.jobs}",
   ]

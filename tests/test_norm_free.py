@@ -32,7 +32,12 @@ def study(monkeypatch):
     for run in sweep.parse(command[3:])[1]:
       planned.append(run)
       config = run.config
-      method, seed = run.reference.rpartition(":")[2], config.seed
+      method, _, model = run.reference.rpartition(":")[2].partition(",")
+      assert (config.model_name, model) in (
+        ("ViT-XS_4", ""),
+        ("ViT-B_32", "ViT-B_32"),
+      )
+      seed = config.seed
       if config.data.held_out:
         accuracy = HELD_OUT.get((method, config.base_lr), 0.2)
       else:
@@ -87,6 +92,18 @@ def test_the_best_rate_is_trained_and_compared(study, tmp_path, capsys):
     rows = list(csv.DictReader(f))
   assert [row["phase"] for row in rows].count("final") == 6
   assert rows[0]["accuracy"] == "0.3"
+
+
+def test_a_large_model_has_the_original_recipe(study, tmp_path):
+  module, planned = study
+  command = ["--methods=LN", "--datasets=cifar100", "--rates=0.2"]
+  command += ["--model=ViT-B_32", "--steps=20000", "--final_steps=20000"]
+  assert module.main([*command, f"--runs_dir={tmp_path}"]) == 0
+  choosing, *final = [run.config for run in planned]
+  assert (choosing.image_size, choosing.warmup_steps) == (224, 500)
+  assert [(c.dataset, c.total_steps) for c in final] == [
+    ("cifar100", 20_000)
+  ] * 3
 
 
 def test_a_sweep_that_fails_ends_it(monkeypatch, tmp_path, capsys):
