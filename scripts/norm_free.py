@@ -22,9 +22,11 @@ import statistics
 import subprocess
 import sys
 
+from matplotlib import figure as figure_lib
 from scipy import stats
 
 from rescalevit_jax import errors
+from rescalevit_jax import plots
 from rescalevit_jax import program
 from rescalevit_jax import runs
 
@@ -89,7 +91,9 @@ def _run(args, settings):
   for dataset in args.datasets:
     for method in args.methods:
       folder = args.runs_dir / f"select-{args.steps}" / dataset / method
-      tried = {run.config.base_lr: _accuracy(run) for run in _finished(folder)}
+      choosing = _finished(folder)
+      tried = {run.config.base_lr: _accuracy(run) for run in choosing}
+      norm = choosing[0].config.model.norm
       rate = max(sorted(tried), key=tried.get)
       folder = args.runs_dir / f"final-{args.final_steps}" / dataset / method
       _sweep(
@@ -109,10 +113,11 @@ def _run(args, settings):
         for run in _finished(folder)
         if run.config.base_lr == rate
       }
-      outcomes.append(Outcome(dataset, method, tried, rate, accuracies))
+      outcomes.append(Outcome(dataset, method, norm, tried, rate, accuracies))
   text = table(outcomes)
   (args.runs_dir / "table.md").write_text(text, encoding="utf-8")
   write_csv(outcomes, args.runs_dir / "accuracies.csv")
+  plots.save(draw(outcomes), args.runs_dir / "accuracies.png")
   print(text)
 
 
@@ -123,6 +128,7 @@ class Outcome:
   Attributes:
     dataset: its name.
     method: its name in configs/norm_free.py.
+    norm: its model's.
     tried: accuracy on the held-out images, a fraction, by learning rate.
     rate: the learning rate chosen.
     accuracies: on the test images after the last step, by seed.
@@ -130,6 +136,7 @@ class Outcome:
 
   dataset: str
   method: str
+  norm: str
   tried: dict[float, float]
   rate: float
   accuracies: dict[int, float]
@@ -193,6 +200,50 @@ def write_csv(outcomes: Sequence[Outcome], path: pathlib.Path) -> None:
         writer.writerow([x.dataset, x.method, "select", rate, 0, accuracy])
       for seed, accuracy in sorted(x.accuracies.items()):
         writer.writerow([x.dataset, x.method, "final", x.rate, seed, accuracy])
+
+
+def draw(outcomes: Sequence[Outcome]) -> figure_lib.Figure:
+  """Draws, a row a data set, what the rates came to and the test accuracies.
+
+  Methods of one norm share its colour; faint: LN's mean.
+  """
+  datasets = list(dict.fromkeys(x.dataset for x in outcomes))
+  figure = figure_lib.Figure((9, 3.6 * len(datasets)), layout="constrained")
+  axes = figure.subplots(len(datasets), 2, squeeze=False)
+  for dataset, (left, right) in zip(datasets, axes, strict=True):
+    shown = [x for x in outcomes if x.dataset == dataset]
+    for i, x in enumerate(shown):
+      same_norm = [y.method for y in shown if y.norm == x.norm]
+      place = same_norm.index(x.method)
+      style = {
+        "color": plots.norm_color(x.norm),
+        "marker": "osD^"[place % 4],
+        "linestyle": ("-", "--", ":", "-.")[place % 4],
+        "markerfacecolor": "white" if place else None,
+      }
+      rates = sorted(x.tried)
+      left.plot(
+        rates, [100 * x.tried[r] for r in rates], label=x.method, **style
+      )
+      values = [100 * a for a in x.accuracies.values()]
+      spread = statistics.stdev(values) if len(values) > 1 else None
+      right.errorbar(statistics.fmean(values), i, xerr=spread, **style)
+      if x.method == REFERENCE:
+        right.axvline(statistics.fmean(values), color="0.8", zorder=0)
+    left.set_xscale("log", base=2)
+    rates = sorted({rate for x in shown for rate in x.tried})
+    left.set_xticks(rates, [f"{rate:g}" for rate in rates])
+    left.set_xlabel("learning rate")
+    left.set_ylabel("accuracy on held-out images, %")
+    left.set_title(f"{dataset}: choosing", loc="left")
+    right.set_yticks(
+      range(len(shown)), [f"{x.method} ({x.rate:g})" for x in shown]
+    )
+    right.invert_yaxis()
+    right.set_xlabel("test accuracy, % (bars: standard deviation)")
+    right.set_title(f"{dataset}: the best rate", loc="left")
+  axes[0, 0].legend(fontsize="small", frameon=False, ncols=2)
+  return figure
 
 
 def _sweep(args, settings, folder, method, grid, keys):

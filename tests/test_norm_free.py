@@ -92,6 +92,7 @@ def test_the_best_rate_is_trained_and_compared(study, tmp_path, capsys):
     rows = list(csv.DictReader(f))
   assert [row["phase"] for row in rows].count("final") == 6
   assert rows[0]["accuracy"] == "0.3"
+  assert (tmp_path / "accuracies.png").stat().st_size > 5000
 
 
 def test_a_large_model_has_the_original_recipe(study, tmp_path):
