@@ -16,7 +16,9 @@ METHODS = {
   "DyT": {"norm": "DyT"},
   "Derf": {"norm": "Derf"},
   "Cal": {"norm": "Cal"},
+  "Cal-unit": {"norm": "Cal", "init": "unit"},
   "Cal-rescale": {"norm": "Cal", "residual": "rescale"},
+  "Cal-rescale-unit": {"norm": "Cal", "residual": "rescale", "init": "unit"},
 }
 
 

@@ -31,7 +31,9 @@ from rescalevit_jax import program
 from rescalevit_jax import runs
 
 CONFIG = pathlib.Path(__file__).parents[1] / "configs" / "norm_free.py"
-METHODS = "LN,LN-unit,LN-rescale,Rescale,DyT,Derf,Cal,Cal-rescale"
+METHODS = (
+  "LN,LN-unit,Rescale,DyT,Derf,Cal,Cal-unit,Cal-rescale,Cal-rescale-unit"
+)
 # The others' differences are those from it.
 REFERENCE = "LN"
 
