@@ -173,19 +173,19 @@ class Pointwise(Norm):
     alpha = self.param("alpha", nn.initializers.constant(self.ALPHA), (1,))
     scale = self.param("scale", nn.initializers.ones, (self.features,))
     bias = self.param("bias", nn.initializers.zeros, (self.features,))
-    x = self.centered(x.astype(jnp.float32))
+    x = x.astype(jnp.float32)
     if self.is_calibrating():
-      square = self.average("square", jnp.square(x).mean())
+      square = self.average("square", jnp.square(self.centered(x)).mean())
       alpha = jax.lax.rsqrt(jnp.maximum(square, EPSILON**2))[None]
       self.put_variable("params", "alpha", alpha)
-    return (self.function(alpha * x) * scale + bias).astype(self.dtype)
+    return self.function(x, alpha, scale, bias).astype(self.dtype)
 
   def centered(self, x):
-    """Returns x [B, N, D] with what is taken away before alpha."""
+    """Returns x [B, N, D] with what a calibration takes away from it."""
     return x
 
-  def function(self, x):
-    """Applies f to alpha * x, [B, N, D]."""
+  def function(self, x, alpha, scale, bias):
+    """Returns y [B, N, D], float32."""
     raise NotImplementedError
 
   def is_calibrating(self):
@@ -211,8 +211,8 @@ class DyT(Pointwise):
   SLOT: ClassVar[str] = "DyT"
   ALPHA: ClassVar[float] = 0.5
 
-  def function(self, x):
-    return jnp.tanh(x)
+  def function(self, x, alpha, scale, bias):
+    return jnp.tanh(alpha * x) * scale + bias
 
 
 class Derf(Pointwise):
@@ -225,9 +225,9 @@ class Derf(Pointwise):
   SLOT: ClassVar[str] = "Derf"
   ALPHA: ClassVar[float] = 0.5
 
-  def function(self, x):
+  def function(self, x, alpha, scale, bias):
     shift = self.param("shift", nn.initializers.zeros, (1,))
-    return jax.lax.erf(x + shift)
+    return jax.lax.erf(alpha * x + shift) * scale + bias
 
 
 class Cal(Pointwise):
@@ -243,14 +243,21 @@ class Cal(Pointwise):
   ALPHA: ClassVar[float] = 1.0
   CALIBRATED_BY: ClassVar[tuple[str, ...]] = ("auto", "all")
 
-  def centered(self, x):
-    mean = self.variable("batch_stats", "init_mean", jnp.zeros, self.features)
-    if self.is_calibrating():
-      mean.value = self.average("mean", x.mean((0, 1)))
-    return x - mean.value
+  def setup(self):
+    self.init_mean = self.variable(
+      "batch_stats", "init_mean", jnp.zeros, self.features
+    )
 
-  def function(self, x):
-    return x
+  def centered(self, x):
+    self.init_mean.value = self.average("mean", x.mean((0, 1)))
+    return x - self.init_mean.value
+
+  def function(self, x, alpha, scale, bias):
+    # Of the stream's size is one product and one sum, whose gradients are two
+    # sums; the rest is of the size of a channel.
+    params = {"alpha": alpha, "scale": scale, "bias": bias}
+    factor, shift = self.as_linear(params, {"init_mean": self.init_mean.value})
+    return factor * x + shift
 
   @staticmethod
   def as_linear(params, batch_stats):
