@@ -11,7 +11,7 @@ from rescalevit_jax import errors
 METHODS = {
   "LN": {},
   "LN-unit": {"init": "unit"},
-  "LN-rescale": {"residual": "rescale"},
+  "LN-rescale-unit": {"residual": "rescale", "init": "unit"},
   "Rescale": {"norm": "Rescale"},
   "DyT": {"norm": "DyT"},
   "Derf": {"norm": "Derf"},
