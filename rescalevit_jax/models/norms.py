@@ -178,14 +178,18 @@ class Pointwise(Norm):
       square = self.average("square", jnp.square(self.centered(x)).mean())
       alpha = jax.lax.rsqrt(jnp.maximum(square, EPSILON**2))[None]
       self.put_variable("params", "alpha", alpha)
-    return self.function(x, alpha, scale, bias).astype(self.dtype)
+    return self.mapped(x, alpha, scale, bias).astype(self.dtype)
 
   def centered(self, x):
     """Returns x [B, N, D] with what a calibration takes away from it."""
     return x
 
-  def function(self, x, alpha, scale, bias):
+  def mapped(self, x, alpha, scale, bias):
     """Returns y [B, N, D], float32."""
+    return self.function(alpha * x) * scale + bias
+
+  def function(self, x):
+    """Applies f to alpha * x, [B, N, D]."""
     raise NotImplementedError
 
   def is_calibrating(self):
@@ -211,8 +215,8 @@ class DyT(Pointwise):
   SLOT: ClassVar[str] = "DyT"
   ALPHA: ClassVar[float] = 0.5
 
-  def function(self, x, alpha, scale, bias):
-    return jnp.tanh(alpha * x) * scale + bias
+  def function(self, x):
+    return jnp.tanh(x)
 
 
 class Derf(Pointwise):
@@ -225,9 +229,9 @@ class Derf(Pointwise):
   SLOT: ClassVar[str] = "Derf"
   ALPHA: ClassVar[float] = 0.5
 
-  def function(self, x, alpha, scale, bias):
+  def function(self, x):
     shift = self.param("shift", nn.initializers.zeros, (1,))
-    return jax.lax.erf(alpha * x + shift) * scale + bias
+    return jax.lax.erf(x + shift)
 
 
 class Cal(Pointwise):
@@ -252,7 +256,7 @@ class Cal(Pointwise):
     self.init_mean.value = self.average("mean", x.mean((0, 1)))
     return x - self.init_mean.value
 
-  def function(self, x, alpha, scale, bias):
+  def mapped(self, x, alpha, scale, bias):
     # Of the stream's size is one product and one sum, whose gradients are two
     # sums; the rest is of the size of a channel.
     params = {"alpha": alpha, "scale": scale, "bias": bias}
