@@ -98,6 +98,16 @@ def tiny_run(digits_dir, shared_dir) -> pathlib.Path:
 
 
 @pytest.fixture(scope="session")
+def default_run(digits_dir, shared_dir) -> pathlib.Path:
+  """A finished run of `tiny_config`, shared like `tiny_run`."""
+  with open(shared_dir / "default_run.lock", "w") as lock:
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    workdir = shared_dir / "default_run"
+    train.train_and_evaluate(_tiny_config(digits_dir), workdir)
+  return workdir
+
+
+@pytest.fixture(scope="session")
 def test_digits(digits_dir) -> data.Split:
   """The test split of the digits."""
   return data.load("digits", str(digits_dir)).test
