@@ -4,7 +4,9 @@
 #
 # Usage: bash scripts/test.sh [FLAG]...
 #
-# The flags go to pytest: tests/test_data.py, -k resume, -n 0.
+# The flags go to pytest: tests/test_data.py, -k resume, -n 0. --slow adds the
+# tests marked slow, which are skipped without it, and lets XLA optimize what it
+# compiles as it does for users.
 # PYTHON and EXTRAS: see scripts/env.sh.
 set -euo pipefail
 

@@ -6,6 +6,7 @@ import os
 import pathlib
 import signal
 
+import fast_xla
 import jax
 import pytest
 
@@ -19,6 +20,29 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
+def pytest_addoption(parser):
+  parser.addoption(
+    "--slow",
+    action="store_true",
+    help="also run the tests marked slow, and let XLA optimize as it does for"
+    " users",
+  )
+
+
+def pytest_configure(config):
+  """Runs before anything is compiled, in each worker."""
+  if os.environ.get("JAX_PLATFORMS") == "cpu" and not config.option.slow:
+    fast_xla.switch_on()
+
+
+def pytest_collection_modifyitems(config, items):
+  if config.option.slow:
+    return
+  for item in items:
+    if item.get_closest_marker("slow"):
+      item.add_marker(pytest.mark.skip(reason="slow: run with --slow"))
+
+
 @pytest.fixture(scope="session")
 def shared_dir(tmp_path_factory, worker_id) -> pathlib.Path:
   """A folder that the workers of one test session share."""
@@ -30,7 +54,7 @@ def shared_dir(tmp_path_factory, worker_id) -> pathlib.Path:
 def compile_cache(shared_dir):
   """Compiles a step once for all tests: most of their time is XLA's."""
   jax.config.update("jax_compilation_cache_dir", str(shared_dir / "jax"))
-  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.05)
 
 
 @pytest.fixture(autouse=True)
@@ -70,6 +94,16 @@ def tiny_run(digits_dir, shared_dir) -> pathlib.Path:
     config = _tiny_config(digits_dir)
     config.image_size = 12
     train.train_and_evaluate(config, workdir)
+  return workdir
+
+
+@pytest.fixture(scope="session")
+def default_run(digits_dir, shared_dir) -> pathlib.Path:
+  """A finished run of `tiny_config`, shared like `tiny_run`."""
+  with open(shared_dir / "default_run.lock", "w") as lock:
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    workdir = shared_dir / "default_run"
+    train.train_and_evaluate(_tiny_config(digits_dir), workdir)
   return workdir
 
 

@@ -41,7 +41,7 @@ def start(
     *args: of the command line, beside the usual ones.
     devices: of each.
     commands: what to put before each one's command.
-    address: of the first.
+    address: of the first; one alone needs none.
     slurm: whether the environment tells them who they are, as in a step of
       Slurm on this machine, instead of flags.
   """
@@ -78,7 +78,7 @@ def start(
         "rescalevit_jax.main",
         "--config=configs/quickstart.py",
         f"--workdir={workdir}",
-        *(() if slurm else flags(i)),
+        *(() if slurm or count == 1 else flags(i)),
         *(f"--config.{key}" for key in keys),
         *args,
       ],

@@ -55,6 +55,7 @@ def test_the_batches_are_the_first_eight_as_training_sees_them(
 ):
   tiny_config.model.norm = "Cal"
   tiny_config.model.dropout_rate = 0.0
+  tiny_config.model.num_layers = 1
   tiny_config.accum_steps = accum_steps
   tiny_config.augment.flip = True
   parts = experiment.create(tiny_config)
@@ -100,6 +101,7 @@ def test_the_batches_are_the_first_eight_as_training_sees_them(
 )
 def test_the_key_says_which_norms(tiny_config, norm, calibration, calibrated):
   tiny_config.model.norm = norm
+  tiny_config.model.num_layers = 1
   tiny_config.calibration = calibration
   state = first_state(tiny_config)
   scratch = experiment.create(tiny_config).scratch()
@@ -132,6 +134,7 @@ def test_a_file_is_calibrated_but_for_what_it_brought(tiny_config, tmp_path):
 
 def test_recomputing_changes_nothing(tiny_config):
   tiny_config.model.norm = "Cal"
+  tiny_config.model.num_layers = 1
   tiny_config.model.sigma_reparam = True
   state = first_state(tiny_config)
   tiny_config.model.remat = True

@@ -33,7 +33,7 @@ DAMAGES = (os.unlink, _truncate, _halve, _flip)
 
 
 @pytest.fixture(scope="module")
-def whole(digits_dir, tmp_path_factory):
+def whole(digits_dir, default_run, tmp_path_factory):
   """A finished run, and one that was killed after step 11 of 12.
 
   The second one has the checkpoints of steps 4 and 8, and the best one.
@@ -42,7 +42,7 @@ def whole(digits_dir, tmp_path_factory):
 
   folder = tmp_path_factory.mktemp("whole")
   config = conftest._tiny_config(digits_dir)
-  train.train_and_evaluate(config, folder / "finished")
+  (folder / "finished").symlink_to(default_run)
   real = train.Trainer._step
   with pytest.MonkeyPatch.context() as patch:
 

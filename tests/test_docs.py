@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+import tiny_sweep
 
 ROOT = pathlib.Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "walkthrough.md"
@@ -23,12 +24,10 @@ def folder(tmp_path_factory, digits_dir, shared_dir):
   )
   assert len(blocks) >= 6
   environment = {
-    **os.environ,
-    "JAX_PLATFORMS": "cpu",
-    "JAX_COMPILATION_CACHE_DIR": str(shared_dir / "jax"),
+    **tiny_sweep.environment(shared_dir),
     "PATH": f"{pathlib.Path(sys.executable).parent}:{os.environ['PATH']}",
-    "PYTHONPATH": str(ROOT),
     "TFDS_DATA_DIR": str(digits_dir),
+    "XLA_FLAGS": "",  # As a reader's: this run is compiled well.
   }
   for language, text in blocks:
     command = {

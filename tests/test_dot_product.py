@@ -134,7 +134,12 @@ def test_a_bfloat16_model_trains_on_this_machine(norm):
   gradients = []
   for dtype in ("float32", "bfloat16"):
     model = models.create(
-      "ViT-XS_4", num_classes=3, norm=norm, image_size=32, dtype=dtype
+      "ViT-XS_4",
+      num_classes=3,
+      norm=norm,
+      image_size=32,
+      num_layers=2,
+      dtype=dtype,
     )
     variables = model.init(jax.random.key(0), images)
 
@@ -155,7 +160,12 @@ def test_remat_changes_memory_only(norm):
 
   def gradient(remat):
     model = models.create(
-      "ViT-XS_4", num_classes=3, norm=norm, image_size=8, remat=remat
+      "ViT-XS_4",
+      num_classes=3,
+      norm=norm,
+      image_size=8,
+      num_layers=1,
+      remat=remat,
     )
     variables = model.init(jax.random.key(0), images)
 

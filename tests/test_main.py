@@ -13,6 +13,7 @@ import time
 import jax
 import numpy as np
 import pytest
+import tiny_sweep
 
 from rescalevit_jax import checkpoint
 from rescalevit_jax import config_keys
@@ -31,6 +32,15 @@ TINY = (
   "progress_every=2",
   "checkpoint_every=4",
 )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def environment(shared_dir):
+  """Of the processes: they start fast."""
+  with pytest.MonkeyPatch.context() as patch:
+    for name, value in tiny_sweep.environment(shared_dir).items():
+      patch.setenv(name, value)
+    yield
 
 
 def command(*args, config="configs/quickstart.py", keys=()):
@@ -161,12 +171,15 @@ def test_an_unwritable_workdir(tiny, tmp_path):
 
 @pytest.fixture(scope="module")
 def finished(digits_dir, tmp_path_factory):
-  """The folder of a finished run."""
+  """The folder of a finished run, with TensorFlow as users have it."""
   workdir = tmp_path_factory.mktemp("finished") / "run"
   done = run(
-    f"--workdir={workdir}", keys=(*TINY, f"tfds_data_dir={digits_dir}")
+    f"--workdir={workdir}",
+    keys=(*TINY, f"tfds_data_dir={digits_dir}"),
+    env={"PYTHONPATH": str(ROOT)},
   )
   assert done.returncode == 0, done.stderr
+  assert list(workdir.glob("events.out.tfevents*"))
   return workdir
 
 
@@ -282,7 +295,14 @@ def test_damaged_checkpoints(finished, tiny, tmp_path):
   assert snapshot(spare / "checkpoints") == before
 
 
-@pytest.mark.parametrize("norm", ["LN", "BN", "GN", "Rescale", "Cal"])
+@pytest.mark.parametrize(
+  "norm",
+  [
+    "BN",
+    "Rescale",
+    *(pytest.param(x, marks=pytest.mark.slow) for x in ("LN", "GN", "Cal")),
+  ],
+)
 def test_a_seed_gives_the_same_bits_in_new_processes(tiny, tmp_path, norm):
   found = []
   for name in ("a", "b"):

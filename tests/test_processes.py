@@ -1,5 +1,6 @@
 """One run by several processes, here as on several machines."""
 
+import fcntl
 import json
 import os
 import shutil
@@ -22,58 +23,12 @@ from rescalevit_jax import errors
 from rescalevit_jax import processes as processes_lib
 from rescalevit_jax import runs
 
-DEVICES = 8  # Of all processes together.
-
-
-def start(workdir, env, keys):
-  """Starts both processes of a step of Slurm."""
-  return many_processes.start(workdir, env, keys, 2, devices=1, slurm=True)
-
-
-def test_two_processes_train_stop_and_go_on(digits_dir, shared_dir, tmp_path):
-  env = tiny_sweep.environment(shared_dir)
-  keys = [*tiny_sweep.KEYS, f"tfds_data_dir={digits_dir}"]
-  together = tmp_path / "together"
-  processes = start(together, env, keys)
-  tiny_sweep.wait_for(lambda: tiny_sweep.is_under_way(together), processes[0])
-  processes[1].send_signal(signal.SIGTERM)  # One of them is enough.
-  logs = many_processes.finish(processes)
-  assert all("stopped at step" in log for log in logs), logs
-  logs = many_processes.finish(start(together, env, keys))
-  assert all("going on from the checkpoint" in log for log in logs), logs
-  assert sorted(p.name for p in together.iterdir()) == [
-    "checkpoints",
-    "class_names.json",
-    "config.json",
-    "metrics.jsonl",
-    "result.json",
-  ]
-  alone = tmp_path / "alone"
-  subprocess.run(
-    [
-      sys.executable,
-      "-m",
-      "rescalevit_jax.main",
-      "--config=configs/quickstart.py",
-      f"--workdir={alone}",
-      *(f"--config.{key}" for key in keys),
-    ],
-    cwd=tiny_sweep.ROOT,
-    env={**env, "SLURM_NTASKS": "2", "SLURM_STEP_NUM_TASKS": "1"},
-    check=True,
-    capture_output=True,
-  )
-  a, b = runs.read(together), runs.read(alone)
-  assert len(a.result["devices"]) == 2 and len(b.result["devices"]) == 1
-  for name in ("test/loss", "train/loss"):
-    steps, losses = a.curve(name)
-    assert steps == b.curve(name)[0]
-    assert losses == pytest.approx(b.curve(name)[1], rel=1e-3)
+DEVICES = 4  # Of all processes together.
 
 
 @pytest.fixture(scope="module")
 def setting(digits_dir, shared_dir):
-  """Environment and config of runs on eight devices."""
+  """Environment and config of runs on all devices."""
   keys = [
     *tiny_sweep.KEYS,
     f"tfds_data_dir={digits_dir}",
@@ -86,10 +41,15 @@ def setting(digits_dir, shared_dir):
 
 
 @pytest.fixture(scope="module")
-def alone(setting, tmp_path_factory):
-  """What one process makes of it."""
-  workdir = tmp_path_factory.mktemp("alone")
-  run(workdir, setting, 1)
+def alone(setting, shared_dir):
+  """What one process makes of it, in a step of one task of a larger job."""
+  workdir = shared_dir / "alone"
+  env, keys = setting
+  env = {**env, "SLURM_NTASKS": "2", "SLURM_STEP_NUM_TASKS": "1"}
+  with open(shared_dir / "alone.lock", "w") as f:
+    fcntl.flock(f, fcntl.LOCK_EX)  # The workers share one.
+    if not (workdir / "result.json").exists():
+      run(workdir, (env, keys), 1)
   return workdir
 
 
@@ -111,7 +71,7 @@ def launch(workdir, setting, count, extra=(), **kwargs):
   )
 
 
-def stop_on_the_way(workdir, setting, count, steps, extra=()):
+def stop_on_the_way(workdir, setting, count, steps, **kwargs):
   """Starts processes, and stops them when they have done some steps more."""
 
   def lines():
@@ -119,11 +79,13 @@ def stop_on_the_way(workdir, setting, count, steps, extra=()):
     return len(path.read_text().splitlines()) if path.exists() else 0
 
   before = lines()
-  processes = launch(workdir, setting, count, extra)
+  processes = launch(workdir, setting, count, **kwargs)
   tiny_sweep.wait_for(lambda: lines() >= before + steps, processes[0])
-  processes[-1].send_signal(signal.SIGTERM)
+  processes[-1].send_signal(signal.SIGTERM)  # One of them is enough.
   logs = many_processes.finish(processes)
   assert all("stopped at step" in log for log in logs), logs
+  if before:
+    assert all("going on from the checkpoint" in log for log in logs), logs
 
 
 def assert_same_numbers(a, b):
@@ -143,6 +105,24 @@ def assert_same_numbers(a, b):
     np.testing.assert_allclose(x, y, rtol=1e-3, atol=1e-5)
 
 
+def test_two_processes_train_stop_and_go_on(setting, alone, tmp_path):
+  """Started by Slurm; then as one; then as two that read images from disk."""
+  stop_on_the_way(tmp_path, setting, 2, steps=8, slurm=True)
+  stop_on_the_way(tmp_path, setting, 1, steps=8)
+  run(tmp_path, setting, 2, ["data.source=streaming"])
+  assert sorted(p.name for p in tmp_path.iterdir()) == [
+    "checkpoints",
+    "class_names.json",
+    "config.json",
+    "metrics.jsonl",
+    "result.json",
+  ]
+  # Each process has half of them.
+  assert len(runs.read(tmp_path).result["devices"]) == DEVICES
+  assert_same_numbers(alone, tmp_path)
+
+
+@pytest.mark.slow
 def test_any_number_of_processes_goes_on(setting, alone, tmp_path):
   """Each count goes on from the checkpoint of the one before it."""
   for count in (4, 1, 2):
@@ -156,7 +136,9 @@ def test_two_processes_evaluate_together(setting, alone, tmp_path):
   env, keys = setting
   workdir = shutil.copytree(alone, tmp_path / "run")
   many_processes.finish(
-    many_processes.start(workdir, env, keys, 2, "--mode=eval", devices=4)
+    many_processes.start(
+      workdir, env, keys, 2, "--mode=eval", devices=DEVICES // 2
+    )
   )
   found = json.loads((workdir / "eval.json").read_text())
   result = json.loads((alone / "result.json").read_text())
@@ -181,9 +163,19 @@ def test_processes_on_hosts_of_their_own(setting, alone, tmp_path):
   assert_same_numbers(alone, tmp_path)
 
 
-@pytest.mark.parametrize("victim", [0, 2])
-def test_the_others_stop_when_one_is_killed(setting, alone, tmp_path, victim):
-  processes = launch(tmp_path, setting, 4, ["checkpoint_every=4"])
+@pytest.mark.parametrize(
+  "count, victim",
+  [
+    (2, 0),
+    (2, 1),
+    pytest.param(4, 0, marks=pytest.mark.slow),
+    pytest.param(4, 2, marks=pytest.mark.slow),
+  ],
+)
+def test_the_others_stop_when_one_is_killed(
+  setting, alone, tmp_path, count, victim
+):
+  processes = launch(tmp_path, setting, count, ["checkpoint_every=4"])
   saved = tmp_path / "checkpoints" / "last"
   tiny_sweep.wait_for(lambda: list(saved.glob("[0-9]*/SHA*")), processes[0])
   processes[victim].kill()
@@ -198,7 +190,7 @@ def test_the_others_stop_when_one_is_killed(setting, alone, tmp_path, victim):
       else:  # JAX's own words.
         assert "leader task" in log, log
   if victim:
-    run(tmp_path, setting, 4)
+    run(tmp_path, setting, count)
     assert_same_numbers(alone, tmp_path)
 
 

@@ -12,9 +12,11 @@ def files(folder):
   return sorted(p.name for p in folder.rglob("*") if p.is_file())
 
 
-def test_a_profile_shows_the_steps_and_changes_nothing(tiny_config, tmp_path):
-  plain = train.train_and_evaluate(tiny_config, tmp_path / "plain")
-  assert not (tmp_path / "plain" / "profile").exists()
+def test_a_profile_shows_the_steps_and_changes_nothing(
+  tiny_config, default_run, tmp_path
+):
+  plain = json.loads((default_run / "result.json").read_text())
+  assert not (default_run / "profile").exists()
   tiny_config.profile_steps = 2
   result = train.train_and_evaluate(tiny_config, tmp_path / "run")
   assert result["last_loss"] == plain["last_loss"]

@@ -1,5 +1,6 @@
 """Many devices give the numbers of one."""
 
+import functools
 import itertools
 import json
 import math
@@ -19,11 +20,11 @@ from rescalevit_jax import sharding
 @pytest.mark.parametrize(
   "norm, recipe",
   [
-    ("GN", ""),
+    pytest.param("GN", "", marks=pytest.mark.slow),
     ("Rescale", ""),
-    ("Cal", ""),
+    pytest.param("Cal", "", marks=pytest.mark.slow),
     ("BN", "sgd"),
-    ("LN", "muon"),
+    pytest.param("LN", "muon", marks=pytest.mark.slow),
   ],
 )
 def test_eight_devices_train_as_one(norm, recipe, digits_dir, tmp_path):
@@ -34,12 +35,13 @@ def test_eight_devices_train_as_one(norm, recipe, digits_dir, tmp_path):
 
 
 def run_on_eight_devices(*command):
+  devices = "--xla_force_host_platform_device_count=8"
   return subprocess.run(
     [sys.executable, *command],
     env={
       **os.environ,
       "JAX_PLATFORMS": "cpu",
-      "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+      "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {devices}",
     },
     capture_output=True,
     text=True,
@@ -48,6 +50,7 @@ def run_on_eight_devices(*command):
   )
 
 
+@functools.cache
 def collectives(fsdp, digits_dir):
   script = pathlib.Path(__file__).parent / "collectives.py"
   done = run_on_eight_devices(script, fsdp, digits_dir)
@@ -56,7 +59,7 @@ def collectives(fsdp, digits_dir):
 
 
 def test_a_step_sums_the_gradients_once_and_moves_nothing_else(digits_dir):
-  found = collectives("0", digits_dir)
+  found = dict(collectives("0", digits_dir))
   (shapes,) = found.pop("all-reduce")
   sizes = [math.prod(map(int, filter(None, s.split(",")))) for s in shapes]
   # The gradient of every parameter, and the loss.

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import shutil
 
 import jax
 import numpy as np
@@ -59,9 +60,9 @@ def stop_at(monkeypatch):
   return arrange
 
 
-def test_a_run_writes_what_the_design_says(tiny_config, tmp_path):
-  result = train.train_and_evaluate(tiny_config, tmp_path)
-  found = lines(tmp_path)
+def test_a_run_writes_what_the_design_says(default_run):
+  result = json.loads((default_run / "result.json").read_text())
+  found = lines(default_run)
   trained = [x["step"] for x in found if "train/loss" in x]
   tested = [x["step"] for x in found if "test/loss" in x]
   assert trained == [2, 4, 6, 8, 10, 12]
@@ -81,39 +82,42 @@ def test_a_run_writes_what_the_design_says(tiny_config, tmp_path):
   assert result["images_per_second"] > 0 and result["seconds"] > 0
   assert result["parameters"] == sum(
     x.size
-    for x in jax.tree.leaves(checkpoint.load_variables(tmp_path, "latest")[0])
+    for x in jax.tree.leaves(
+      checkpoint.load_variables(default_run, "latest")[0]
+    )
   )
   assert result["versions"]["jax"] == jax.__version__
   assert result["devices"]
-  assert json.loads((tmp_path / "result.json").read_text()) == result
-  assert list(tmp_path.glob("events.out.tfevents*"))
-  saved = json.loads((tmp_path / "config.json").read_text())
+  assert list(default_run.glob("events.out.tfevents*"))
+  saved = json.loads((default_run / "config.json").read_text())
   assert saved["model"]["norm"] == "Rescale"
-  best = checkpoint.load_variables(tmp_path, "best")
+  best = checkpoint.load_variables(default_run, "best")
   assert best[2] == result["best_step"]
 
 
+# Where a run stops has nothing to do with its norm: 3 is before the first
+# checkpoint, 7 between two, 11 behind the last but one.
 @pytest.mark.parametrize(
-  "norm, options",
+  "norm, options, stops",
   [
-    ("LN", {}),
-    ("BN", {}),
-    ("GN", {}),
-    ("Rescale", {}),
-    ("Cal", {"residual": "rescale", "sigma_reparam": True}),
-    ("Derf", {"residual": "skipinit", "qk_norm": True}),
-    ("BN2", {"residual": "layerscale", "init": "unit"}),
+    ("LN", {}, (7,)),
+    ("BN", {}, (3, 7)),
+    ("GN", {}, (11,)),
+    ("Rescale", {}, (3, 7, 11)),
+    ("Cal", {"residual": "rescale", "sigma_reparam": True}, (3, 7)),
+    ("Derf", {"residual": "skipinit", "qk_norm": True}, (7,)),
+    ("BN2", {"residual": "layerscale", "init": "unit"}, (11,)),
   ],
 )
 def test_a_resumed_run_is_the_same_run(
-  tiny_config, tmp_path, stop_at, norm, options
+  tiny_config, tmp_path, stop_at, norm, options, stops
 ):
   tiny_config.model.norm = norm
   tiny_config.model.update(options)
   tiny_config.calibration = "all"
   tiny_config.accum_steps = 1 if norm in ("LN", "GN", "Derf") else 3
   train.train_and_evaluate(tiny_config, tmp_path / "a")
-  for step_number in (3, 7, 11):  # Before the first checkpoint, too.
+  for step_number in stops:
     stop_at(step_number)
     with pytest.raises(InterruptedError):
       train.train_and_evaluate(tiny_config, tmp_path / "b")
@@ -143,22 +147,20 @@ def test_a_resumed_run_of_any_recipe_is_the_same_run(
 
 
 def test_a_torn_line_of_metrics_is_written_again(
-  tiny_config, tmp_path, stop_at
+  tiny_config, default_run, tmp_path, stop_at
 ):
-  train.train_and_evaluate(tiny_config, tmp_path / "a")
   stop_at(9)
   with pytest.raises(InterruptedError):
     train.train_and_evaluate(tiny_config, tmp_path / "b")
   with open(tmp_path / "b" / "metrics.jsonl", "a", encoding="utf-8") as f:
     f.write('{"step": 9, "train/lo')
   train.train_and_evaluate(tiny_config, tmp_path / "b")
-  assert_same_run(tmp_path / "a", tmp_path / "b")
+  assert_same_run(default_run, tmp_path / "b")
 
 
 def test_a_signal_during_evaluation_saves_and_evaluates_later(
-  tiny_config, tmp_path, monkeypatch
+  tiny_config, default_run, tmp_path, monkeypatch
 ):
-  train.train_and_evaluate(tiny_config, tmp_path / "a")
   real = evaluate.Evaluator.__call__
 
   def interrupted(self, params, batch_stats, stopped):
@@ -172,13 +174,12 @@ def test_a_signal_during_evaluation_saves_and_evaluates_later(
   assert [x["step"] for x in lines(tmp_path / "b")] == [2, 4]
   monkeypatch.undo()
   train.train_and_evaluate(tiny_config, tmp_path / "b")
-  assert_same_run(tmp_path / "a", tmp_path / "b")
+  assert_same_run(default_run, tmp_path / "b")
 
 
 def test_an_evaluation_made_up_for_is_written_once(
-  tiny_config, tmp_path, monkeypatch, stop_at
+  tiny_config, default_run, tmp_path, monkeypatch, stop_at
 ):
-  train.train_and_evaluate(tiny_config, tmp_path / "a")
   with monkeypatch.context() as patch:
     patch.setattr(evaluate.Evaluator, "__call__", lambda *args: stop_now())
     stop = interrupt.Interrupt()
@@ -194,27 +195,33 @@ def test_an_evaluation_made_up_for_is_written_once(
     train.train_and_evaluate(tiny_config, tmp_path / "b")
   assert 5 in [x["step"] for x in lines(tmp_path / "b") if "test/loss" in x]
   train.train_and_evaluate(tiny_config, tmp_path / "b")
-  assert_same_run(tmp_path / "a", tmp_path / "b")
+  assert_same_run(default_run, tmp_path / "b")
 
 
-def test_a_finished_run_does_nothing_again(tiny_config, tmp_path, monkeypatch):
-  result = train.train_and_evaluate(tiny_config, tmp_path)
+def test_a_finished_run_does_nothing_again(
+  tiny_config, default_run, tmp_path, monkeypatch
+):
+  shutil.copytree(default_run, tmp_path, dirs_exist_ok=True)
+  result = json.loads((tmp_path / "result.json").read_text())
   monkeypatch.setattr(data, "load", None)
   assert train.train_and_evaluate(tiny_config, tmp_path) == result
 
 
 def test_a_lost_result_is_written_from_the_last_checkpoint(
-  tiny_config, tmp_path
+  tiny_config, default_run, tmp_path
 ):
-  result = train.train_and_evaluate(tiny_config, tmp_path)
+  shutil.copytree(default_run, tmp_path, dirs_exist_ok=True)
+  result = json.loads((tmp_path / "result.json").read_text())
   before = (tmp_path / "metrics.jsonl").read_bytes()
   (tmp_path / "result.json").unlink()
   assert train.train_and_evaluate(tiny_config, tmp_path) == result
   assert (tmp_path / "metrics.jsonl").read_bytes() == before
 
 
-def test_another_config_is_refused_and_named(tiny_config, tmp_path):
-  train.train_and_evaluate(tiny_config, tmp_path)
+def test_another_config_is_refused_and_named(
+  tiny_config, default_run, tmp_path
+):
+  shutil.copytree(default_run, tmp_path, dirs_exist_ok=True)
   tiny_config.model.norm = "LN"
   tiny_config.base_lr = 0.1
   before = (tmp_path / "config.json").read_bytes()
@@ -261,9 +268,10 @@ def test_a_loss_that_is_not_finite_stops_the_run(
   assert not (tmp_path / "result.json").exists()
 
 
-def test_a_pretrained_file_is_where_a_run_starts(tiny_config, tmp_path):
-  train.train_and_evaluate(tiny_config, tmp_path / "a")
-  params, batch_stats, _ = checkpoint.load_variables(tmp_path / "a", "latest")
+def test_a_pretrained_file_is_where_a_run_starts(
+  tiny_config, default_run, tmp_path
+):
+  params, batch_stats, _ = checkpoint.load_variables(default_run, "latest")
   path = tmp_path / "a.npz"
   pretrained.save(path, params, batch_stats)
   tiny_config.pretrained_path = str(path)
@@ -277,7 +285,7 @@ def test_a_pretrained_file_is_where_a_run_starts(tiny_config, tmp_path):
 
   tiny_config.eval_weights = "pretrained"
   result = evaluate.evaluate_run(tiny_config, tmp_path / "b")
-  assert result["accuracy"] == lines(tmp_path / "a")[-1]["test/accuracy"]
+  assert result["accuracy"] == lines(default_run)[-1]["test/accuracy"]
 
 
 def test_a_test_loss_that_is_not_finite_stops_the_run(
@@ -300,8 +308,10 @@ def test_a_test_loss_that_is_not_finite_stops_the_run(
   assert checkpoint.load_variables(tmp_path, "latest")[2] == 8
 
 
-def test_a_folder_without_its_config_is_refused(tiny_config, tmp_path):
-  train.train_and_evaluate(tiny_config, tmp_path)
+def test_a_folder_without_its_config_is_refused(
+  tiny_config, default_run, tmp_path
+):
+  shutil.copytree(default_run, tmp_path, dirs_exist_ok=True)
   (tmp_path / "config.json").unlink()
   with pytest.raises(errors.UserError, match=r"without its config\.json"):
     train.train_and_evaluate(tiny_config, tmp_path)
@@ -324,9 +334,10 @@ def test_a_run_that_saved_nothing_may_change_its_config(
 
 @pytest.mark.parametrize("which, at", [("best", "best"), ("latest", "last")])
 def test_eval_mode_repeats_what_training_measured(
-  tiny_config, tmp_path, which, at
+  tiny_config, default_run, tmp_path, which, at
 ):
-  trained = train.train_and_evaluate(tiny_config, tmp_path)
+  shutil.copytree(default_run, tmp_path, dirs_exist_ok=True)
+  trained = json.loads((tmp_path / "result.json").read_text())
   tiny_config.eval_weights = which
   tiny_config.batch_eval = 7
   result = evaluate.evaluate_run(tiny_config, tmp_path)
@@ -353,6 +364,7 @@ def test_without_tensorflow_all_but_tensorboard_works(
 def test_keeps_the_last_checkpoints_and_the_best(tiny_config, tmp_path):
   tiny_config.keep_checkpoints = 2
   result = train.train_and_evaluate(tiny_config, tmp_path)
+  assert json.loads((tmp_path / "result.json").read_text()) == result
 
   def kept(kind):
     folder = tmp_path / "checkpoints" / kind
@@ -363,12 +375,11 @@ def test_keeps_the_last_checkpoints_and_the_best(tiny_config, tmp_path):
 
 
 def test_attention_pictures_go_to_tensorboard_and_change_nothing(
-  tiny_config, tmp_path
+  tiny_config, default_run, tmp_path
 ):
-  train.train_and_evaluate(tiny_config, tmp_path / "without")
   tiny_config.attention_images = True
   train.train_and_evaluate(tiny_config, tmp_path / "with")
-  assert_same_run(tmp_path / "without", tmp_path / "with")
+  assert_same_run(default_run, tmp_path / "with")
   board = event_accumulator.EventAccumulator(
     str(tmp_path / "with"), {"tensors": 0}
   )

@@ -7,6 +7,8 @@ import subprocess
 import sys
 import time
 
+import fast_xla
+
 ROOT = pathlib.Path(__file__).parents[1]
 KEYS = (
   "model.patch_size=4",
@@ -37,7 +39,7 @@ def environment(folder: pathlib.Path) -> dict[str, str]:
     "JAX_PLATFORMS": "cpu",
     "JAX_COMPILATION_CACHE_DIR": str(folder / "jax_processes"),
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    "XLA_FLAGS": "--xla_backend_optimization_level=0",
+    "XLA_FLAGS": fast_xla.flags(),
     "PYTHONPATH": os.pathsep.join([str(hidden), str(ROOT)]),
   }
 

@@ -11,7 +11,7 @@ one: parameters, optimizer and metrics.jsonl must be the same, bit for bit.
 
 import argparse
 import collections
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 import dataclasses
 import json
 import os
@@ -95,6 +95,7 @@ class Killer:
     norm: of the model.
     accum_steps: of the training.
     rng: says when and how.
+    env: the environment of the processes.
   """
 
   def __init__(
@@ -104,6 +105,7 @@ class Killer:
     norm: str,
     accum_steps: int,
     rng: random.Random,
+    env: Mapping[str, str],
   ):
     self._folder, self._rng = folder, rng
     self._kind = norm, accum_steps
@@ -113,7 +115,7 @@ class Killer:
       f"model.norm={norm}",
       f"accum_steps={accum_steps}",
     )
-    self._env = tiny_sweep.environment(folder)
+    self._env = env
     self._whole = self._trial("whole")
     self._whole.finish()
     self._aims = []
@@ -205,8 +207,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     os.environ["XDG_CACHE_HOME"] = str(folder / "cache")
     data.load("digits", str(folder / "tfds"))
     rng = random.Random(args.seed)
+    env = tiny_sweep.environment(folder)
     for i, (norm, accum_steps) in enumerate(KINDS):
-      killer = Killer(folder, folder / "tfds", norm, accum_steps, rng)
+      killer = Killer(folder, folder / "tfds", norm, accum_steps, rng, env)
       share = args.kills * (i + 1) // len(KINDS) - len(kills)
       kills += killer.kill(share)
   print(_table(kills))

@@ -122,7 +122,9 @@ def test_a_kill_while_a_file_is_written(trial, whole, tmp_path, name):
   trials.check_same(trial, whole)
 
 
-@pytest.mark.parametrize("room", [0, 65536])
+@pytest.mark.parametrize(
+  "room", [pytest.param(0, marks=pytest.mark.slow), 65536]
+)
 def test_a_disk_that_is_full_at_the_start(trial, whole, mount, room):
   mount("-t", "tmpfs", "-o", "size=4m", "tmpfs")
   filler = fill(trial.workdir.parent, room)
@@ -133,7 +135,9 @@ def test_a_disk_that_is_full_at_the_start(trial, whole, mount, room):
   trials.check_same(trial, whole)
 
 
-@pytest.mark.parametrize("lines", [10, 32])
+@pytest.mark.parametrize(
+  "lines", [10, pytest.param(32, marks=pytest.mark.slow)]
+)
 def test_a_disk_that_fills_up(trial, whole, mount, lines):
   """With 32 lines all is done but the last checkpoint and result.json."""
   mount("-t", "tmpfs", "-o", "size=4m", "tmpfs")

@@ -4,6 +4,8 @@ import full_day
 import tiny_sweep
 
 
-def test_a_long_run_takes_no_more_than_a_short_one(digits_dir, tmp_path):
-  env = tiny_sweep.environment(tmp_path)
+def test_a_long_run_takes_no_more_than_a_short_one(
+  digits_dir, shared_dir, tmp_path
+):
+  env = tiny_sweep.environment(shared_dir)
   full_day.watch(tmp_path, digits_dir, 60, env)

@@ -4,10 +4,17 @@ import random
 
 import kills
 import pytest
+import tiny_sweep
 
 
-@pytest.mark.parametrize("norm, accum_steps", kills.KINDS[:2])
-def test_kills_change_nothing(digits_dir, tmp_path, norm, accum_steps):
+@pytest.mark.parametrize(
+  "norm, accum_steps",
+  [pytest.param(*kills.KINDS[0], marks=pytest.mark.slow), kills.KINDS[1]],
+)
+def test_kills_change_nothing(
+  digits_dir, shared_dir, tmp_path, norm, accum_steps
+):
   rng = random.Random(accum_steps)
-  killer = kills.Killer(tmp_path, digits_dir, norm, accum_steps, rng)
+  env = tiny_sweep.environment(shared_dir)
+  killer = kills.Killer(tmp_path, digits_dir, norm, accum_steps, rng, env)
   assert len(killer.kill(4)) == 4

@@ -1,0 +1,38 @@
+"""Lets XLA compile for the CPU fast rather than well.
+
+Most of the tests' time would be XLA's. The numbers are the same but for
+rounding errors.
+"""
+
+import functools
+import mmap
+import os
+import pathlib
+
+import jaxlib
+
+_FLAGS = (
+  ("xla_backend_optimization_level", "0"),
+  ("xla_cpu_use_fusion_emitters", "false"),
+)
+
+
+@functools.cache
+def flags() -> str:
+  """Returns what to put into XLA_FLAGS.
+
+  XLA aborts at a flag that it does not know, so each one is looked for.
+  """
+  known = []
+  for library in pathlib.Path(jaxlib.__file__).parent.glob("libjax_common.*"):
+    with open(library, "rb") as f:
+      with mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as text:
+        known += [x for x in _FLAGS if text.find(x[0].encode()) >= 0]
+  return " ".join(f"--{name}={value}" for name, value in known)
+
+
+def switch_on() -> None:
+  """Sets XLA_FLAGS for this process and those that it starts."""
+  given = os.environ.get("XLA_FLAGS", "")
+  if flags() not in given:
+    os.environ["XLA_FLAGS"] = f"{given} {flags()}".strip()
