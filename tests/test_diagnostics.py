@@ -9,6 +9,7 @@ import pytest
 
 from rescalevit_jax import checkpoint
 from rescalevit_jax import diagnostics
+from rescalevit_jax import errors
 from rescalevit_jax import experiment
 from rescalevit_jax import measurements
 from rescalevit_jax import train
@@ -28,9 +29,6 @@ def runs(tmp_path_factory, module_config):
   config.grad_norm_clip = 0.23
   config.progress_every = 1
   config.total_steps = 9
-  train.train_and_evaluate(config, folder / "without")
-  config.diagnostics_every = 3
-  train.train_and_evaluate(config, folder / "with")
   real = train.Trainer._step
 
   def killed(self, *batch):
@@ -38,11 +36,19 @@ def runs(tmp_path_factory, module_config):
     if self._progress.step == 7:  # The checkpoint is that of step 4.
       raise InterruptedError
 
+  def missing():
+    raise errors.UserError("TensorFlow would only take time")
+
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(train.Trainer, "_step", killed)
-    with pytest.raises(InterruptedError):
-      train.train_and_evaluate(config, folder / "killed")
-  train.train_and_evaluate(config, folder / "killed")
+    patch.setattr(train.writers.tensorflow_cpu, "load", missing)
+    train.train_and_evaluate(config, folder / "without")
+    config.diagnostics_every = 3
+    train.train_and_evaluate(config, folder / "with")
+    with pytest.MonkeyPatch.context() as killing:
+      killing.setattr(train.Trainer, "_step", killed)
+      with pytest.raises(InterruptedError):
+        train.train_and_evaluate(config, folder / "killed")
+    train.train_and_evaluate(config, folder / "killed")
   return folder, config
 
 
