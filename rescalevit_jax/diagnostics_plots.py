@@ -1,10 +1,11 @@
-"""Pictures of diagnostics: a run by depth and time, fresh models by depth."""
+"""A picture of a run's diagnostics, by depth and time."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator
 import dataclasses
 import math
 
 import matplotlib
+from matplotlib import axes as axes_lib
 from matplotlib import colors
 from matplotlib import figure as figure_lib
 from matplotlib import ticker
@@ -22,7 +23,7 @@ _ORDERS = 5  # Of magnitude, that the colours of a panel span at most.
 
 
 @dataclasses.dataclass(frozen=True)
-class _Quantity:
+class Quantity:
   """A quantity with a value for each part of the model.
 
   Attributes:
@@ -38,31 +39,30 @@ class _Quantity:
   scale: str
 
 
-_RMS_CLS = _Quantity("stream_rms_cls", "Stream, class token", "RMS", "log")
-_RMS = _Quantity("stream_rms_patches", "Stream, patches", "RMS", "log")
-_GRAD = _Quantity("grad_norm", "Gradient, before clipping", "norm", "log")
-_GRAD_QK = _Quantity(
+STREAM_CLS = Quantity("stream_rms_cls", "Stream, class token", "RMS", "log")
+STREAM = Quantity("stream_rms_patches", "Stream, patches", "RMS", "log")
+GRADIENT = Quantity("grad_norm", "Gradient, before clipping", "norm", "log")
+GRADIENT_QK = Quantity(
   "grad_norm_qk", "Gradient of queries and keys", "norm", "log"
 )
-_ENTROPY = _Quantity("attention_entropy", "Attention entropy", "nats", "linear")
-_SATURATION = (
-  _Quantity(
+ENTROPY = Quantity("attention_entropy", "Attention entropy", "nats", "linear")
+SATURATION = (
+  Quantity(
     "saturation_attention", "Saturated before attention", "share", "share"
   ),
-  _Quantity("saturation_mlp", "Saturated before the MLP", "share", "share"),
+  Quantity("saturation_mlp", "Saturated before the MLP", "share", "share"),
 )
 _BY_TIME = (
-  _RMS_CLS,
-  _RMS,
-  _Quantity("stream_mean_cls", "Stream, class token", "mean", "signed"),
-  _Quantity("stream_mean_patches", "Stream, patches", "mean", "signed"),
-  _GRAD,
-  _GRAD_QK,
-  _Quantity("update_ratio", "Update of a step", "|update| / |weights|", "log"),
-  _ENTROPY,
-  *_SATURATION,
+  STREAM_CLS,
+  STREAM,
+  Quantity("stream_mean_cls", "Stream, class token", "mean", "signed"),
+  Quantity("stream_mean_patches", "Stream, patches", "mean", "signed"),
+  GRADIENT,
+  GRADIENT_QK,
+  Quantity("update_ratio", "Update of a step", "|update| / |weights|", "log"),
+  ENTROPY,
+  *SATURATION,
 )
-_BY_DEPTH = (_RMS_CLS, _RMS, _GRAD, _GRAD_QK, _ENTROPY, *_SATURATION)
 
 
 def is_diagnosed(run: runs_lib.Run) -> bool:
@@ -89,17 +89,17 @@ def draw(run: runs_lib.Run, name: str) -> figure_lib.Figure:
   """
   lines = _lines(run)
   steps = np.array([line["step"] for line in lines])
-  parts = _parts(set().union(*lines))
+  names = parts(set().union(*lines))
   rows = {}
   for quantity in _BY_TIME:
     found = np.array(
-      [[_of_part(line, part, quantity) for line in lines] for part in parts]
+      [[_of_part(line, part, quantity) for line in lines] for part in names]
     )
     there = ~np.isnan(found).all(axis=1)
     if there.any():
-      labels = [_label(p) for p, t in zip(parts, there, strict=True) if t]
+      labels = [_label(p) for p, t in zip(names, there, strict=True) if t]
       rows[quantity] = labels, found[there]
-  figure, axes = _grid(len(rows) + 3)
+  figure, axes = grid(len(rows) + 3)
   for quantity, (labels, values) in rows.items():
     _draw_map(figure, next(axes), quantity, steps, labels, values)
   _draw_over_time(axes, run)
@@ -112,8 +112,9 @@ def draw(run: runs_lib.Run, name: str) -> figure_lib.Figure:
   return figure
 
 
-def _parts(names):
-  blocks = {name.split("/")[1] for name in names if "/block_" in name}
+def parts(names: Iterable[str]) -> list[str]:
+  """Returns the parts of a model; `names` are those of its quantities."""
+  blocks = {name.split("/")[-2] for name in names if "block_" in name}
   return measurements.parts(len(blocks))
 
 
@@ -126,8 +127,8 @@ def _label(part):
   return part.removeprefix("block_").lstrip("0") or "0" if "_" in part else part
 
 
-def _grid(count):
-  """Returns a figure, and an iterator of axes that hides those left over."""
+def grid(count: int) -> tuple[figure_lib.Figure, Iterator[axes_lib.Axes]]:
+  """Returns a figure of so many panels, and an iterator of them."""
   columns = min(_COLUMNS, key=lambda columns: -count % columns)
   rows = math.ceil(count / columns)
   figure = figure_lib.Figure(
@@ -233,92 +234,11 @@ def _label_axes(ax, title, unit):
   ax.set_xlabel("step", fontsize="small")
   ax.set_ylabel(unit, fontsize="small")
   ax.set_xlim(left=0)
-  _tidy(ax)
+  tidy(ax)
 
 
-def _tidy(ax):
+def tidy(ax: axes_lib.Axes) -> None:
+  """Gives lines a background that does not draw the eye."""
   ax.tick_params(labelsize="x-small", which="both")
   ax.grid(alpha=0.25)
   ax.spines[["top", "right"]].set_visible(False)
-
-
-def compare(
-  models: Sequence[tuple[str, str, Mapping[str, float]]], clip: float
-) -> figure_lib.Figure:
-  """Draws models side by side: by depth, and as a whole.
-
-  Args:
-    models: label, norm and numbers of each, the numbers by the names of
-      `measurements.by_name` with `grad_norm` as a whole.
-    clip: the largest norm of a gradient, drawn as a line; 0: none.
-  """
-  used, looks = {}, []
-  for _, norm, _ in models:
-    looks.append(plots.style(norm, used.get(norm, 0)))
-    used[norm] = used.get(norm, 0) + 1
-  every = [numbers for _, _, numbers in models]
-  quantities = [
-    quantity
-    for quantity in _BY_DEPTH
-    if any(f"block_00/{quantity.name}" in numbers for numbers in every)
-  ]
-  bars = [("grad_norm", "Gradient of all, before clipping", "norm")]
-  if any("sharpness" in numbers for numbers in every):
-    bars.append(("sharpness", "Sharpness", "|eigenvalue|"))
-  figure, axes = _grid(len(quantities) + len(bars))
-  for quantity in quantities:
-    _draw_depth(next(axes), quantity, models, looks)
-  for name, title, unit in bars:
-    ax = next(axes)
-    heights = [abs(numbers.get(name, np.nan)) for numbers in every]
-    places = np.arange(len(models))
-    for place, height, look in zip(places, heights, looks, strict=True):
-      ax.plot(place, height, **{**look, "markersize": 7})
-    ax.set_yscale("log")
-    ax.set_xticks(
-      places,
-      [plots.plain(label) for label, _, _ in models],
-      rotation=45,
-      ha="right",
-    )
-    if name == "grad_norm" and clip:
-      ax.axhline(clip, color="#555555", linestyle="--", linewidth=1)
-      ax.annotate(
-        "clip",
-        (0, clip),
-        (0, 2),
-        textcoords="offset points",
-        fontsize="x-small",
-        color="#555555",
-      )
-    ax.set_title(title, fontsize="small")
-    ax.set_ylabel(unit, fontsize="small")
-    _tidy(ax)
-  figure.legend(
-    *figure.axes[0].get_legend_handles_labels(),
-    loc="outside lower center",
-    ncols=8,
-    frameon=False,
-    fontsize="small",
-  )
-  return figure
-
-
-def _draw_depth(ax, quantity, models, looks):
-  for (label, _, numbers), look in zip(models, looks, strict=True):
-    parts = _parts({f"/{name}" for name in numbers})
-    values = [numbers.get(f"{part}/{quantity.name}", np.nan) for part in parts]
-    values = np.array(values)
-    if quantity.scale == "log":
-      values = np.where(values > 0, values, np.nan)
-    places = np.arange(len(parts)) - 1
-    ax.plot(places, values, **look, label=plots.plain(label))
-  if quantity.scale == "log":
-    ax.set_yscale("log")
-  if quantity.scale == "share":
-    ax.set_ylim(-0.04, 1.04)
-  ax.set_title(quantity.title, fontsize="small")
-  ax.set_xlabel("block", fontsize="small")
-  ax.set_ylabel(quantity.unit, fontsize="small")
-  ax.xaxis.set_major_locator(ticker.MaxNLocator(6, integer=True))
-  _tidy(ax)

@@ -180,7 +180,7 @@ def _draw_run(accuracy, loss, run, look, label):
 
 
 def _draw_published(accuracy, loss, curve, look, label):
-  look = {"color": look["color"], "linelook": ":", "alpha": 0.5}
+  look = {"color": look["color"], "linestyle": ":", "alpha": 0.5}
   accuracy.plot(
     curve.steps,
     [100 * a for a in curve.accuracy],

@@ -29,11 +29,11 @@ import jax
 import numpy as np
 
 from rescalevit_jax import diagnostics
-from rescalevit_jax import diagnostics_plots
 from rescalevit_jax import errors
 from rescalevit_jax import experiment as experiment_lib
 from rescalevit_jax import measurements
 from rescalevit_jax import plots
+from rescalevit_jax import probe_plots
 from rescalevit_jax import program
 from rescalevit_jax import progress
 from rescalevit_jax import writers
@@ -105,7 +105,7 @@ def _run(args, settings):
   print(_markdown(rows))
   writers.write_file(args.output / "probe.csv", _csv(found))
   clips = {config.grad_norm_clip for _, config, _ in found}
-  figure = diagnostics_plots.compare(
+  figure = probe_plots.compare(
     [(label, config.model.norm, x) for label, config, x in found],
     clips.pop() if len(clips) == 1 else 0,
   )

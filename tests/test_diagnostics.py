@@ -5,6 +5,7 @@ import math
 
 import jax
 import numpy as np
+import programs
 import pytest
 
 from rescalevit_jax import checkpoint
@@ -142,6 +143,23 @@ def test_updates_are_those_of_the_optimizer(runs):
     update = rate * line[f"{of_part}grad_norm"]  # No momentum at step 1.
     ratio = line[f"{of_part}update_ratio"]
     assert ratio == pytest.approx(update / weight, rel=1e-4)
+
+
+def test_the_probe_measures_what_a_run_does_at_step_1(runs):
+  folder, config = runs
+  (line, _), *_ = lines(folder / "with", True)
+  found = programs.load("probe").measure(config)
+  of_all = [found.pop(f"{x}") for x in ("grad_norm", "grad_share_qk")]
+  assert found.pop("clip_factor") == min(1, config.grad_norm_clip / of_all[0])
+  want = {
+    name.removeprefix(diagnostics.PREFIX): value
+    for name, value in line.items()
+    if "update_ratio" not in name
+  }
+  del want["step"], want["clipped_share"], want["effective_lr"]
+  assert found == pytest.approx(want, rel=1e-5, abs=1e-7)
+  share = want["block_00/grad_norm_qk"] ** 2 / of_all[0] ** 2
+  assert of_all[1] == pytest.approx(share)
 
 
 @pytest.mark.parametrize(
