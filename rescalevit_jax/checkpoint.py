@@ -43,6 +43,9 @@ class Progress:
     seconds: wall time of the run, restarts included.
     timed_steps: training steps in `timed_seconds`.
     timed_seconds: time of training alone: no compilation, no evaluation.
+    summed_steps: steps since the last line of diagnostics.
+    clipped_steps: how many of them had their gradient clipped.
+    effective_lr: sum of their learning rates after clipping.
   """
 
   step: int = 0
@@ -55,6 +58,9 @@ class Progress:
   seconds: float = 0.0
   timed_steps: int = 0
   timed_seconds: float = 0.0
+  summed_steps: int = 0
+  clipped_steps: int = 0
+  effective_lr: float = 0.0
 
 
 class Checkpoints:

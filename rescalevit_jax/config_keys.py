@@ -221,6 +221,13 @@ KEYS = {
     " evaluation",
     resumable=True,
   ),
+  "diagnostics_every": _at_least(
+    0,
+    0,
+    "steps between looks into the model: stream, gradients, updates, attention,"
+    " sharpness; 0: none",
+    resumable=True,
+  ),
   "profile_steps": _at_least(
     0, 0, "steps to record into `profile/`; 0: none", resumable=True
   ),

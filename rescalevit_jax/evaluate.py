@@ -163,7 +163,7 @@ def evaluate_run(
     weights = f"{which} checkpoint"
   evaluator = Evaluator(
     experiment.model,
-    feed.Feed(experiment.dataset.test, experiment.mesh),
+    experiment.test_feed,
     image_size=config.image_size,
     batch=config.batch_eval,
     mesh=experiment.mesh,

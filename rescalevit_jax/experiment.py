@@ -78,6 +78,11 @@ class Experiment:
     """The training split."""
     return feed.Feed(self.dataset.train, self.mesh)
 
+  @functools.cached_property
+  def test_feed(self) -> feed.Feed:
+    """The split that the run is evaluated on."""
+    return feed.Feed(self.dataset.test, self.mesh)
+
   def train_places(self, step: int) -> np.ndarray:
     """Returns the places of a step's images in that split, int32 [A, B]."""
     config = self.config
@@ -93,28 +98,33 @@ class Experiment:
     seed. The seed is one of them, and not part of the program, so that runs
     with other seeds find it compiled.
     """
-    everywhere, places = sharding.replicated(self.mesh), self.places()
-    split = {}
-    if self.config.sharding.fsdp:
-      constrain = jax.lax.with_sharding_constraint
-      split["gather"] = lambda params: constrain(params, everywhere)
-      split["scatter"] = lambda grads: constrain(grads, places.params)
     return jax.jit(
       functools.partial(
         step_lib.train_step,
-        model=self.model,
         optimizer=self.optimizer,
-        augment=self._augment,
-        image_size=self.config.image_size,
-        mixing=mixing.Mixing(
-          self.config.label_smoothing, self.config.mixup, self.config.cutmix
-        ),
         ema_decay=self.config.ema_decay,
-        **split,
+        **self.gradient_options(),
       ),
-      out_shardings=(places, everywhere),
+      out_shardings=(self.places(), sharding.replicated(self.mesh)),
       donate_argnums=0,
     )
+
+  def gradient_options(self) -> dict[str, Any]:
+    """Returns the arguments of `step.gradient` that the config decides."""
+    everywhere, places = sharding.replicated(self.mesh), self.places()
+    options = {
+      "model": self.model,
+      "augment": self._augment,
+      "image_size": self.config.image_size,
+      "mixing": mixing.Mixing(
+        self.config.label_smoothing, self.config.mixup, self.config.cutmix
+      ),
+    }
+    if self.config.sharding.fsdp:
+      constrain = jax.lax.with_sharding_constraint
+      options["gather"] = lambda params: constrain(params, everywhere)
+      options["scatter"] = lambda grads: constrain(grads, places.params)
+    return options
 
   def calibrated(self, state: step_lib.TrainState) -> step_lib.TrainState:
     """Returns a state at step 0 with its norms calibrated; see `calibrate`."""

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 import io
 import os
 import pathlib
+from typing import Any
 
 import matplotlib
 from matplotlib import figure as figure_lib
@@ -54,6 +55,22 @@ _FORMATS = (".png", ".svg")
 def norm_color(norm: str) -> str:
   """Returns a norm's colour, the same in every picture, as '#rrggbb'."""
   return _COLORS[list(norms.NORMS).index(norm) % len(_COLORS)]
+
+
+def style(norm: str, used: int) -> dict[str, Any]:
+  """Returns how a norm's line looks: colour, marker, line.
+
+  Args:
+    norm: its name.
+    used: how many lines of the norm the picture has already.
+  """
+  return {
+    "color": norm_color(norm),
+    "marker": _MARKERS[list(norms.NORMS).index(norm) % len(_MARKERS)],
+    "markersize": 4,
+    "linestyle": _LINES[used % len(_LINES)],
+    "linewidth": 1.5,
+  }
 
 
 def plain(text: str) -> str:
@@ -128,20 +145,14 @@ def curves(
   used = {}
   for label, members in _labelled(runs_lib.group(runs)):
     norm = members[0].config.model.norm
-    style = {
-      "color": norm_color(norm),
-      "marker": _MARKERS[list(norms.NORMS).index(norm) % len(_MARKERS)],
-      "markersize": 4,
-      "linestyle": _LINES[used.get(norm, 0) % len(_LINES)],
-      "linewidth": 1.5,
-    }
+    look = style(norm, used.get(norm, 0))
     used[norm] = used.get(norm, 0) + 1
     count = f", {len(members)} runs" if len(members) > 1 else ""
     for i, run in enumerate(members):
-      _draw_run(accuracy, loss, run, style, None if i else label + count)
+      _draw_run(accuracy, loss, run, look, None if i else label + count)
     key = published_lib.match(members[0].config)
     if key in (published or {}):
-      _draw_published(accuracy, loss, published[key], style, label)
+      _draw_published(accuracy, loss, published[key], look, label)
   accuracy.set(xlabel="step", ylabel="test accuracy, %")
   loss.set(xlabel="step", ylabel="loss: test, and training (faint)")
   for axes in (accuracy, loss):
@@ -157,26 +168,26 @@ def curves(
   return figure
 
 
-def _draw_run(accuracy, loss, run, style, label):
+def _draw_run(accuracy, loss, run, look, label):
   steps, values = run.curve("test/accuracy")
   every = max(1, len(steps) // 10)
   accuracy.plot(
-    steps, [100 * v for v in values], **style, markevery=every, label=label
+    steps, [100 * v for v in values], **look, markevery=every, label=label
   )
-  loss.plot(*run.curve("test/loss"), **style, markevery=every)
-  style = {**style, "marker": "", "linewidth": 0.8}
-  loss.plot(*run.curve("train/loss"), **style, alpha=0.35)
+  loss.plot(*run.curve("test/loss"), **look, markevery=every)
+  look = {**look, "marker": "", "linewidth": 0.8}
+  loss.plot(*run.curve("train/loss"), **look, alpha=0.35)
 
 
-def _draw_published(accuracy, loss, curve, style, label):
-  style = {"color": style["color"], "linestyle": ":", "alpha": 0.5}
+def _draw_published(accuracy, loss, curve, look, label):
+  look = {"color": look["color"], "linestyle": ":", "alpha": 0.5}
   accuracy.plot(
     curve.steps,
     [100 * a for a in curve.accuracy],
-    **style,
+    **look,
     label=f"{label}, published",
   )
-  loss.plot(curve.steps, curve.loss, **style)
+  loss.plot(curve.steps, curve.loss, **look)
 
 
 def _labelled(groups) -> list[tuple[str, tuple[runs_lib.Run, ...]]]:

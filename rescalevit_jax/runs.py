@@ -16,7 +16,7 @@ from rescalevit_jax import experiment
 from rescalevit_jax import result as result_lib
 
 LOG_HEADER = "--- "  # Begins the line of a start in log.txt.
-_TAIL_BYTES = 16_384
+_TAIL_BYTES = 65_536  # More than a line of metrics, diagnostics included.
 
 
 @dataclasses.dataclass(frozen=True)

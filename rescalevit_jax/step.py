@@ -101,6 +101,42 @@ def train_step(
     The state after the update, and scalars: `loss` (mean over the batch, before
     the update) and `grad_norm` (global norm before clipping).
   """
+  loss, grads, batch_stats = gradient(
+    state,
+    images,
+    labels,
+    seed,
+    model=model,
+    augment=augment,
+    image_size=image_size,
+    mixing=mixing,
+    gather=gather,
+    scatter=scatter,
+  )
+  return update(
+    state,
+    loss,
+    grads,
+    batch_stats,
+    optimizer=optimizer,
+    ema_decay=ema_decay,
+  )
+
+
+def gradient(
+  state: TrainState,
+  images: jax.Array,
+  labels: jax.Array,
+  seed: int | jax.Array,
+  *,
+  model: nn.Module,
+  augment: augment_lib.Augment,
+  image_size: int,
+  mixing: mixing_lib.Mixing = mixing_lib.NOTHING,
+  gather: Callable[[Any], Any] = lambda params: params,
+  scatter: Callable[[Any], Any] = lambda grads: grads,
+) -> tuple[jax.Array, Any, Any]:
+  """Returns loss, gradient and new statistics; see `train_step`."""
   crop_keys, dropout_keys, mixing_keys = random_keys(
     seed, state.step + 1, labels.shape
   )
@@ -129,14 +165,7 @@ def train_step(
     carry, _ = jax.lax.scan(micro_step, carry, micro_batches)
   batch_stats, sums = carry
   loss, grads = jax.tree.map(lambda x: x / len(labels), sums)
-  return update(
-    state,
-    loss,
-    scatter(grads),
-    batch_stats,
-    optimizer=optimizer,
-    ema_decay=ema_decay,
-  )
+  return loss, scatter(grads), batch_stats
 
 
 def random_keys(

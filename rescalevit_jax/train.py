@@ -12,14 +12,13 @@ from typing import Any
 
 import jax
 import ml_collections
-import numpy as np
 
 from rescalevit_jax import checkpoint
 from rescalevit_jax import config as config_lib
+from rescalevit_jax import diagnostics
 from rescalevit_jax import errors
 from rescalevit_jax import evaluate
 from rescalevit_jax import experiment as experiment_lib
-from rescalevit_jax import feed
 from rescalevit_jax import interrupt
 from rescalevit_jax import lock
 from rescalevit_jax import processes
@@ -162,13 +161,12 @@ class Trainer:
     self._train_places = experiment.train_places
     self._evaluator = evaluate.Evaluator(
       experiment.model,
-      feed.Feed(dataset.test, mesh),
+      experiment.test_feed,
       image_size=config.image_size,
       batch=config.batch_eval,
       mesh=mesh,
     )
-    self._seed = np.uint32(config.seed)
-    self._train_step = experiment.train_step()
+    self._diagnostics = diagnostics.Diagnostics(experiment, progress)
     progress_lib.warn_of_long_run(
       experiment.model,
       image_size=config.image_size,
@@ -220,8 +218,8 @@ class Trainer:
     progress = self._progress
     step = progress.step + 1
     self._profile.before(step, self._state)
-    self._state, metrics = self._train_step(
-      self._state, images, labels, self._seed
+    self._state, metrics = self._diagnostics.train_step(
+      step, self._state, images, labels
     )
     self._finish_step()
     progress.step, self._metrics = step, metrics
@@ -240,6 +238,13 @@ class Trainer:
     loss, grad_norm = float(metrics["loss"]), float(metrics["grad_norm"])
     if not math.isfinite(loss + grad_norm):
       self._fail(f"loss {loss}, gradient norm {grad_norm}")
+    self._report(step, loss, grad_norm)
+    if line := self._diagnostics.finish_step(step, metrics):
+      self._lap(step)
+      self._writer.write(step, line)
+      self._timer.restart()
+
+  def _report(self, step, loss, grad_norm):
     due = step % self._config.progress_every == 0
     quiet = time.monotonic() - self._timer.last_line
     if not due and quiet < _SECONDS_BETWEEN_LINES:

@@ -119,6 +119,12 @@ def tiny_config(digits_dir):
   return _tiny_config(digits_dir)
 
 
+@pytest.fixture(scope="module")
+def module_config(digits_dir):
+  """The same, for runs that the tests of a module share."""
+  return _tiny_config(digits_dir)
+
+
 def _tiny_config(digits_dir):
   config = config_lib.default()
   config.update(

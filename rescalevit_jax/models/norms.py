@@ -5,6 +5,7 @@ one, write a class and enter it in `NORMS`. How a branch's output joins the
 stream is another choice: see `residuals`.
 """
 
+import math
 from typing import Any, ClassVar
 
 import flax.linen as nn
@@ -166,6 +167,9 @@ class Pointwise(Norm):
   """
 
   ALPHA: ClassVar[float]  # Where alpha starts without a calibration.
+  # |f| beyond which f's slope is less than a tenth of its steepest; None: f has
+  # no such ends.
+  SATURATED: ClassVar[float | None] = None
   CALIBRATED_BY: ClassVar[tuple[str, ...]] = ("all",)
 
   @nn.compact
@@ -214,6 +218,7 @@ class DyT(Pointwise):
 
   SLOT: ClassVar[str] = "DyT"
   ALPHA: ClassVar[float] = 0.5
+  SATURATED: ClassVar[float | None] = 0.9**0.5  # The slope is 1 - tanh^2.
 
   def function(self, x):
     return jnp.tanh(x)
@@ -228,6 +233,8 @@ class Derf(Pointwise):
 
   SLOT: ClassVar[str] = "Derf"
   ALPHA: ClassVar[float] = 0.5
+  # The slope at u is exp(-u^2) of the steepest.
+  SATURATED: ClassVar[float | None] = math.erf(math.log(10) ** 0.5)
 
   def function(self, x):
     shift = self.param("shift", nn.initializers.zeros, (1,))

@@ -3,8 +3,8 @@
 python -m rescalevit_jax.report runs
 
 Writes report.md and report.csv (a row for all seeds of a recipe), runs.csv (a
-row a run) and report.html (the same with curves and attention maps; it needs no
-network).
+row a run) and report.html (the same with curves, diagnostics and attention
+maps; it needs no network).
 """
 
 import argparse

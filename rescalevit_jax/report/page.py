@@ -1,4 +1,4 @@
-"""The report's page: one HTML file with table, curves and attention maps."""
+"""The report's page: one HTML file with table, curves and pictures."""
 
 import base64
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,6 +15,7 @@ import numpy as np
 
 from rescalevit_jax import attention_plots
 from rescalevit_jax import builders
+from rescalevit_jax import diagnostics_plots
 from rescalevit_jax import errors
 from rescalevit_jax import experiment
 from rescalevit_jax import plots
@@ -52,6 +53,7 @@ def render(
     index: of the test image of the attention maps; None: no maps.
   """
   parts = [*_table(columns, rows), *_curves(study, curves)]
+  parts += _diagnostics(study)
   if index is not None:
     parts += _attention(study, index)
   for title, items in tables.left_out(study):
@@ -136,6 +138,18 @@ def _curves(study, curves):
       f"{plots.svg(figure)}</div><figcaption>{_text(label)}</figcaption>"
       "</figure>"
     )
+
+
+def _diagnostics(study):
+  runs = (*study.finished, *study.unfinished)
+  diagnosed = [run for run in runs if diagnostics_plots.is_diagnosed(run)]
+  if diagnosed:
+    yield "<h2>Diagnostics</h2>"
+  for run in diagnosed:
+    name = study.name(run)
+    figure = diagnostics_plots.draw(run, name)
+    label = f"Stream, gradients and attention by depth and time, {name}"
+    yield _picture(figure, label)
 
 
 def _attention(study, index):

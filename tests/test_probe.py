@@ -1,0 +1,109 @@
+"""The program that measures fresh models side by side."""
+
+import csv
+
+import programs
+import pytest
+
+probe = programs.load("probe")
+
+CONFIG = """
+from rescalevit_jax import config as config_lib
+
+{methods}
+def get_config(method=None):
+  config = config_lib.default()
+  config.model.norm = method or "LN"
+  return config
+"""
+
+
+@pytest.fixture
+def measured(monkeypatch):
+  """Collects the configs; the numbers are made up, of two blocks."""
+  configs = []
+
+  def measure(config, sharpness):
+    configs.append(config)
+    numbers = {"grad_norm": 4.0, "clip_factor": 0.25, "grad_share_qk": 0.125}
+    for depth, part in enumerate(("embedding", "block_00", "block_01")):
+      numbers[f"{part}/stream_rms_cls"] = depth + 0.5
+      numbers[f"{part}/stream_rms_patches"] = depth + 1.5
+      if depth:
+        numbers[f"{part}/grad_norm"] = 6.0 / depth
+        numbers[f"{part}/attention_entropy"] = float(depth)
+        if config.model.norm == "DyT":
+          numbers[f"{part}/saturation_mlp"] = 0.3 * depth
+    return numbers | ({"sharpness": -7.0} if sharpness else {})
+
+  monkeypatch.setattr(probe, "measure", measure)
+  monkeypatch.setattr(probe.progress, "log_to_stderr", lambda: None)
+  return configs
+
+
+@pytest.fixture
+def write_config(tmp_path):
+  def write(methods=""):
+    path = tmp_path / "config.py"
+    path.write_text(CONFIG.format(methods=methods))
+    return path
+
+  return write
+
+
+def test_table_csv_and_picture(write_config, measured, tmp_path, capsys):
+  config = write_config('METHODS = {"LN": 1, "DyT": 2}')
+  out = tmp_path / "out"
+  flags = [f"--config={config}", "--config.seed=3", f"--output={out}"]
+  assert probe.main(flags) == 0
+  assert [(c.model.norm, c.seed) for c in measured] == [("LN", 3), ("DyT", 3)]
+  table = capsys.readouterr().out.splitlines()
+  assert table[2] == (
+    "| LN | LN | 0.5 → 2.5 | 1.5 → 3.5 | 4 | 0.25 | 2 | 0.125 | 1.5 | – | -7 |"
+  )
+  assert table[3].startswith("| DyT | DyT |") and "| 0.45 | -7 |" in table[3]
+  assert table[4:] == [str(out / f"probe.{x}") for x in ("csv", "png", "svg")]
+  with open(out / "probe.csv", encoding="utf-8", newline="") as f:
+    rows = {(row["model"], row["part"]): row for row in csv.DictReader(f)}
+  assert len(rows) == 8
+  assert rows["LN", "all"]["grad_norm"] == "4.0"
+  assert rows["LN", "all"]["seed"] == "3"
+  assert rows["DyT", "block_01"]["saturation_mlp"] == "0.6"
+  assert rows["LN", "block_01"]["saturation_mlp"] == ""
+  assert (out / "probe.png").stat().st_size > 5000
+
+
+@pytest.mark.parametrize(
+  "methods, flags, norms",
+  [
+    ("", [], list(probe.norms.NORMS)),
+    ('METHODS = ("GN", "BN")', [], ["GN", "BN"]),
+    ('METHODS = ("GN", "BN")', ["--grid=model.norm=RMS,LN"], ["RMS", "LN"]),
+  ],
+)
+def test_a_config_stands_for(
+  methods, flags, norms, write_config, measured, tmp_path
+):
+  flags = [f"--config={write_config(methods)}", "--no_sharpness", *flags]
+  assert probe.main([*flags, f"--output={tmp_path}"]) == 0
+  assert [config.model.norm for config in measured] == norms
+
+
+@pytest.mark.parametrize(
+  "flags, words",
+  [
+    (["--config={path}:GN", "--config={path}:GN"], "GN is given twice"),
+    (["--config={path}", "--config.sed=1"], "did you mean seed"),
+    (["--config={path}", "--grid=seed=0,0"], "has 0 twice"),
+    (["--config=nowhere.py"], "nowhere.py"),
+    (["--config={path}:PN"], "PN"),
+  ],
+)
+def test_mistakes_are_one_line(
+  flags, words, write_config, measured, tmp_path, capsys
+):
+  flags = [flag.format(path=write_config()) for flag in flags]
+  assert probe.main([*flags, f"--output={tmp_path / 'out'}"]) == 1
+  (error,) = capsys.readouterr().err.splitlines()
+  assert error.startswith("error: ") and words in error
+  assert not measured and not (tmp_path / "out").exists()
