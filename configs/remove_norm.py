@@ -40,8 +40,12 @@ def get_config(run="Fade"):
   config.model.num_layers = 12
   config.image_size = 32
   config.batch_eval = 1000
-  config.warmup_steps = 100
-  config.total_steps = 1000
+  config.model.dropout_rate = 0.0
+  config.optimizer = "adamw"
+  config.base_lr = 1e-3
+  config.weight_decay = 0.05
+  config.warmup_steps = 50
+  config.total_steps = 600
   config.augment.min_area = 0.3
   config.augment.flip = True
   return config

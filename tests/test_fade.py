@@ -1,6 +1,8 @@
 """The norm Fade: LayerNorm at first, a linear map at last, slowly between."""
 
 import functools
+import pathlib
+import runpy
 
 import flax
 import jax
@@ -9,15 +11,12 @@ import numpy as np
 import pytest
 import trees
 
-from rescalevit_jax import augment
 from rescalevit_jax import checkpoint
+from rescalevit_jax import config as config_lib
 from rescalevit_jax import errors
-from rescalevit_jax import experiment
 from rescalevit_jax import fold
 from rescalevit_jax import models
-from rescalevit_jax import optimizer
 from rescalevit_jax import pretrained
-from rescalevit_jax import step
 from rescalevit_jax import train
 from rescalevit_jax import trained
 from rescalevit_jax.models import fade
@@ -121,11 +120,6 @@ def test_gradient_is_the_slope(share):
   weights = rng.normal(size=X.shape)
   statistics = variables(share)["batch_stats"]
 
-  def total(params, x):
-    found = {"params": params, "batch_stats": statistics}
-    return (weights * norms.Fade(D).apply(found, x, True)).sum()
-
-  # Training would move the statistics; the gradient is of the function before.
   def fixed(params, x):
     return (
       weights
@@ -134,7 +128,6 @@ def test_gradient_is_the_slope(share):
       )
     ).sum()
 
-  del total
   at = (PARAMS, X)
   gradient = jax.grad(fixed, argnums=(0, 1))(*at)
   way = jax.tree.map(lambda x: rng.normal(size=x.shape), at)
@@ -222,47 +215,42 @@ def test_schedule_by_hand():
   assert found == [0, fade.FULL]
 
 
-def tiny(**kwargs):
+def tiny(norm="Fade", **kwargs):
   return models.create(
     "ViT-B_16",
     num_classes=3,
-    norm="Fade",
+    norm=norm,
     image_size=8,
+    dropout_rate=0.0,
     **trees.TINY,
-    **{"dropout_rate": 0.0, **kwargs},
+    **kwargs,
   )
 
 
 def stats(state_or_stats, name):
   found = flax.traverse_util.flatten_dict(state_or_stats, sep="/")
-  return [np.asarray(found[f"{slot}/{name}"]) for slot in SLOTS]
+  keys = [f"{slot}/{name}" for slot in SLOTS]
+  return [np.asarray(found[key]) for key in keys if key in found]
 
 
 def test_first_blocks_fade_first_and_the_final_norm_last():
-  """And a step's micro-batches are passes of their own."""
   model = tiny(fade=fade.Schedule(2, 10, 0.5, True))
-  sgd = optimizer.sgd(
-    lambda _: 0.01, momentum=0.9, weight_decay=0.0, grad_norm_clip=1.0
-  )
-  state = step.init_state(model, sgd, image_size=8, seed=0)
-  train_step = jax.jit(
-    functools.partial(
-      step.train_step,
-      model=model,
-      optimizer=sgd,
-      augment=augment.Augment(),
-      image_size=8,
-      seed=0,
+  x = np.random.default_rng(0).uniform(-1, 1, (5, 8, 8, 3)).astype(np.float32)
+  start = model.init(jax.random.key(0), x)
+
+  @jax.jit
+  def train_pass(found):
+    _, new = model.apply(
+      {**start, "batch_stats": found}, x, train=True, mutable=["batch_stats"]
     )
-  )
-  images = jax.random.randint(
-    jax.random.key(0), (2, 4, 8, 8, 3), 0, 256, jnp.uint8
-  )
-  found = []
-  for _ in range(5):
-    state, _ = train_step(state, images, jnp.array([[0, 1, 2, 0]] * 2))
-    faded = np.stack(stats(state.batch_stats, "faded"))
-    found.append((faded / fade.FULL).tolist())
+    return new["batch_stats"]
+
+  moving, found = start["batch_stats"], []
+  for passes_done in range(1, 11):
+    moving = train_pass(moving)
+    if passes_done % 2 == 0:
+      shares = np.stack(stats(moving, "faded")) / fade.FULL
+      found.append(shares.tolist())
   assert found == [
     [0, 0, 0, 0, 0],
     [0.5, 0.25, 0, 0, 0],
@@ -270,24 +258,20 @@ def test_first_blocks_fade_first_and_the_final_norm_last():
     [1, 1, 1, 0.75, 0.5],
     [1, 1, 1, 1, 1],
   ]
-  assert {int(n) for n in stats(state.batch_stats, "count")} == {10}
+  assert {int(n) for n in stats(moving, "count")} == {10}
 
 
-def faded(config):
-  config.model.norm = "Fade"
-  config.fade.update({"begin": 0.25, "end": 0.75, "width": 0.5})
-  return config
-
-
-@pytest.mark.parametrize("ema_decay", [0.0, 0.9])
 def test_resumes_through_the_middle_of_a_fade(
-  tiny_config, tmp_path, monkeypatch, ema_decay
+  tiny_config, tmp_path, monkeypatch
 ):
   """To the same bits; what is evaluated at the end has no norm left."""
-  config = faded(tiny_config)
-  config.ema_decay = ema_decay
+  config = tiny_config
+  config.model.norm = "Fade"
+  config.fade.update({"begin": 0.25, "end": 0.75, "width": 0.5, "apart": False})
+  config.ema_decay = 0.9
   config.accum_steps = 2
-  config.fade.apart = ema_decay == 0
+  config.model.remat = True
+  config.model.num_layers = 1
   train.train_and_evaluate(config, tmp_path / "a")
   real = train.Trainer._step
 
@@ -301,43 +285,34 @@ def test_resumes_through_the_middle_of_a_fade(
     with pytest.raises(InterruptedError):
       train.train_and_evaluate(config, tmp_path / "b")
   _, between, at = checkpoint.load_variables(tmp_path / "b", "latest")
-  shares = [int(n) for n in stats(between, "faded")]
-  assert at == 4 and 0 < shares[0] < fade.FULL and shares[-1] == 0
-  config.model.remat = True  # Which changes nothing.
-  config.model.remat = False
+  # Steps 3 to 9 of 12, two passes each; place 0 takes half of them.
+  assert at == 4
+  shares = [int(n) / fade.FULL for n in stats(between, "faded")]
+  assert shares == pytest.approx([1 / 3, 0, 0], abs=1e-4)
   train.train_and_evaluate(config, tmp_path / "b")
   ends = [checkpoint.load_variables(tmp_path / name, "latest") for name in "ab"]
   for x, y in zip(*map(jax.tree.leaves, ends), strict=True):
     np.testing.assert_array_equal(x, y)
-  _, end, _ = ends[0]
+  weights, end, _ = ends[0]
   assert {int(n) for n in stats(end, "faded")} == {fade.FULL}
-  same = [a == b for a, b in stats(end, "log_sigma")]
-  assert same == [not config.fade.apart] * len(SLOTS)
+  fold.fold(weights, end)  # Averaged, they still are the same for all tokens.
 
 
-def test_an_ln_file_loads_strictly_and_starts_as_ln(tiny_config, tmp_path):
-  tiny_config.model.norm = "LN"
-  plain = experiment.create(tiny_config)
-  state = plain.scratch()
-  pretrained.save(tmp_path / "a.npz", state.params, {})
-  tiny_config.pretrained_path = str(tmp_path / "a.npz")
-  tiny_config.seed = 1
-  parts = experiment.create(faded(tiny_config))
-  begun, report = experiment.load_pretrained(parts, parts.scratch())
-  trees.same(trees.flat(begun.params, {}), trees.flat(state.params, {}))
+def test_an_ln_file_loads_strictly_and_starts_as_ln(tmp_path):
+  saved, _ = trees.fresh("LN", seed=2)
+  pretrained.save(tmp_path / "a.npz", saved, {})
+  zeros = jax.tree.map(np.zeros_like, trees.fresh("Fade", seed=1))
+  params, statistics, report = pretrained.load(tmp_path / "a.npz", *zeros)
+  trees.same(trees.flat(params, {}), trees.flat(saved, {}))
   assert not report.dropped and not report.reinitialized
-  assert {key.rpartition("/")[2] for key in report.initial} == {
-    "log_sigma",
-    "count",
-    "faded",
+  names = ("log_sigma", "count", "faded")
+  assert {*report.initial} == {
+    f"batch_stats/{slot}/{name}" for slot in SLOTS for name in names
   }
   x = np.random.default_rng(0).uniform(-1, 1, (5, 8, 8, 3)).astype(np.float32)
-  np.testing.assert_array_equal(
-    parts.model.apply(
-      {"params": begun.params, "batch_stats": begun.batch_stats}, x
-    ),
-    plain.model.apply({"params": state.params}, x),
-  )
+  found = tiny().apply({"params": params, "batch_stats": statistics}, x)
+  want = tiny(norm="LN").apply({"params": saved}, x)
+  np.testing.assert_array_equal(found, want)
 
 
 def test_one_scale_folds_into_the_layers_that_follow(tmp_path):
@@ -379,3 +354,28 @@ def test_without_a_schedule_it_stays_layer_norm():
   _, new = model.apply(start, x, train=True, mutable=["batch_stats"])
   assert {int(n) for n in stats(new["batch_stats"], "faded")} == {0}
   assert {int(n) for n in stats(new["batch_stats"], "count")} == {1}
+
+
+@pytest.mark.parametrize(
+  "run, norm, model_name",
+  [
+    ("LN", "LN", "ViT-XS_4"),
+    ("Fade", "Fade", "ViT-XS_4"),
+    ("Fade-one,ViT-L_32", "Fade", "ViT-L_32"),
+  ],
+)
+def test_the_config_of_an_experiment(run, norm, model_name):
+  """The methods differ in the norm alone: the comparison is a fair one."""
+  path = pathlib.Path(__file__).parents[1] / "configs" / "remove_norm.py"
+  get_config = runpy.run_path(str(path))["get_config"]
+  config = get_config(run)
+  config_lib.validate(config)
+  assert (config.model.norm, config.model_name) == (norm, model_name)
+  assert config.fade.apart == ("one" not in run)
+  control = get_config(run.replace(run.split(",")[0], "LN"))
+  keys = {
+    line.split()[0] for line in config_lib.differing_keys(control, config)
+  }
+  assert keys <= {"model.norm", "fade.apart"}
+  with pytest.raises(errors.UserError, match="did you mean Fade"):
+    get_config("fade")
