@@ -213,6 +213,7 @@ def test_schedule_by_hand():
   at_once = fade.Ramp(100, 100, True)
   found = [int(at_once.faded(jnp.int32(n))) for n in (100, 101)]
   assert found == [0, fade.FULL]
+  assert fade.Ramp(100.5, 100.5, True).faded(jnp.int32(101)) == fade.FULL / 2
 
 
 def tiny(norm="Fade", **kwargs):
@@ -350,7 +351,7 @@ def test_one_scale_folds_into_the_layers_that_follow(tmp_path):
 def test_without_a_schedule_it_stays_layer_norm():
   model = tiny()
   x = np.random.default_rng(0).uniform(-1, 1, (5, 8, 8, 3)).astype(np.float32)
-  start = model.init(jax.random.key(0), x)
+  start = model.init(jax.random.key(0), x, train=True)  # No pass of training.
   _, new = model.apply(start, x, train=True, mutable=["batch_stats"])
   assert {int(n) for n in stats(new["batch_stats"], "faded")} == {0}
   assert {int(n) for n in stats(new["batch_stats"], "count")} == {1}
