@@ -77,6 +77,11 @@ def validate(config: ml_collections.ConfigDict) -> None:
       f"config: warmup_steps is {config.warmup_steps}, more than total_steps,"
       f" {config.total_steps}"
     )
+  if config.fade.begin > config.fade.end:
+    raise errors.UserError(
+      f"config: fade.begin is {config.fade.begin}, more than fade.end,"
+      f" {config.fade.end}"
+    )
   if config.augment.pad_crop and config.augment.crop:
     raise errors.UserError(
       f"config: augment.pad_crop is {config.augment.pad_crop}, but augment.crop"

@@ -250,6 +250,31 @@ KEYS = {
     " (`auto`), Cal, DyT and Derf (`all`), or none",
     ("auto", "all", "none"),
   ),
+  "fade.begin": Key(
+    0.1,
+    "share of the steps after which the first place of the norm Fade begins to"
+    " fade",
+    "in [0, 1]",
+    lambda x: 0 <= x <= 1,
+  ),
+  "fade.end": Key(
+    0.7,
+    "share of the steps after which the last place, the final norm, is done",
+    "in [0, 1]",
+    lambda x: 0 <= x <= 1,
+  ),
+  "fade.width": Key(
+    0.5,
+    "what a place takes of the time between; less: one place after the other,"
+    " 1: all at once",
+    "in (0, 1]",
+    lambda x: 0 < x <= 1,
+  ),
+  "fade.apart": Key(
+    True,
+    "class token and patches have scales of their own; without, the result"
+    " folds into the layers that follow",
+  ),
   "reinit_head": Key(
     False, "start with a head of zeros even where the `.npz` has one"
   ),

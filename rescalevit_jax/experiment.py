@@ -28,6 +28,7 @@ from rescalevit_jax import pretrained
 from rescalevit_jax import progress as progress_lib
 from rescalevit_jax import sharding
 from rescalevit_jax import step as step_lib
+from rescalevit_jax.models import fade
 from rescalevit_jax.models import norms
 from rescalevit_jax.models import vit
 
@@ -216,12 +217,24 @@ def create_model(
         " choose auto"
       )
     keys["attention"] = "xla"
+  if config.model.norm == "Fade":
+    keys["fade"] = _fade_schedule(config)
   return models.create(
     config.model_name,
     num_classes=num_classes,
     image_size=config.image_size,
     dtype=config.dtype,
     **keys,
+  )
+
+
+def _fade_schedule(config):
+  passes = config.total_steps * config.accum_steps
+  return fade.Schedule(
+    config.fade.begin * passes,
+    config.fade.end * passes,
+    config.fade.width,
+    config.fade.apart,
   )
 
 

@@ -14,7 +14,9 @@ def fold(params: Any, batch_stats: Any) -> tuple[Any, Any]:
   """Returns the weights of a model that computes the same without its norm.
 
   With y = factor * x + shift at a place, the next layer's y W + b is
-  x (factor * W) + (shift W + b). Kernels of sigma_reparam become plain ones.
+  x (factor * W) + (shift W + b). Where x is taken about its mean over the
+  channels, the columns of factor * W are instead, which comes to the same.
+  Kernels of sigma_reparam become plain ones.
 
   Args:
     params: of a model whose norm is one of those that fold; not changed.
@@ -52,12 +54,22 @@ def fold(params: Any, batch_stats: Any) -> tuple[Any, Any]:
     largest = np.linalg.norm(kernel.reshape(-1, v.size) @ v)
     flat[f"{layer}kernel"] = kernel * (flat.pop(key) / largest)
   for place, layers in _places(Norm, params).items():
-    factor, shift = Norm.as_linear(_take(flat, place), _take(stats, place))
+    linear = Norm.as_linear(_take(flat, place), _take(stats, place))
+    if linear is None:
+      raise errors.UserError(
+        f"{place}: {name} folds once it has faded and only with one scale for"
+        " class token and patches: take the latest checkpoint of a finished"
+        " run with fade.apart=False"
+      )
+    factor, shift = linear
     for layer in layers:
       kernel = flat[f"{layer}/kernel"]
       flat[f"{layer}/bias"] += np.tensordot(shift, kernel, 1)
       factors = factor.reshape(-1, *[1] * (kernel.ndim - 1))
-      flat[f"{layer}/kernel"] = factors * kernel
+      kernel = factors * kernel
+      if Norm.CENTERED:
+        kernel = kernel - kernel.mean(axis=0)
+      flat[f"{layer}/kernel"] = kernel
   flat = {k: np.asarray(x, np.float32) for k, x in flat.items()}
   return (
     traverse_util.unflatten_dict(flat, sep="/"),

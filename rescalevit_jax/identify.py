@@ -60,6 +60,8 @@ def norm(arrays: Mapping[str, Any]) -> str:
       return name
   if f"{norms.Norm.SLOT}_0" not in slots:
     return "Identity"
+  if any(key.endswith("/faded") for key in plain):
+    return "Fade"
   if any(option(key) == "in_mlp" for key in arrays):
     return "BN2"
   return "BN" if any(key.startswith(npz.STATS) for key in plain) else "LN"

@@ -23,8 +23,8 @@ from rescalevit_jax import writers
 from rescalevit_jax.models import norms
 
 # Okabe and Ito's palette (https://jfly.uni-koeln.de/color/), which colour-blind
-# readers can tell apart, and two of Paul Tol's; markers tell the norms apart in
-# grey.
+# readers can tell apart, and three of Paul Tol's; markers tell the norms apart
+# in grey.
 _COLORS = (
   "#0072B2",
   "#E69F00",
@@ -36,8 +36,9 @@ _COLORS = (
   "#F0E442",
   "#882255",
   "#777777",
+  "#332288",
 )
-_MARKERS = "osD^vP*X<>"
+_MARKERS = "osD^vP*X<>h"
 # Dotted are the published ones.
 _LINES = (
   "-",

@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   parser.add_argument(
     "--fold",
     action="store_true",
-    help="put the norm (Cal, Rescale) into the layers after it",
+    help="put the norm (Cal, Rescale, Fade) into the layers after it",
   )
   args = parser.parse_args(argv)
   return program.run(lambda: _run(args))

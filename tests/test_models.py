@@ -195,6 +195,7 @@ STATISTICS = {
   "BN2": ("mean", "var"),
   "Rescale": ("init_mean", "count"),
   "Cal": ("init_mean",),
+  "Fade": ("log_sigma", "count", "faded"),
 }
 
 
@@ -291,7 +292,8 @@ def test_bfloat16_keeps_variables_and_logits_float32(norm):
   init = functools.partial(half.init, train=False)
   fresh = jax.eval_shape(init, jax.random.key(0), images(1))
   for name, x in flatten(fresh).items():
-    expected = jnp.int32 if name.endswith("count") else jnp.float32
+    integer = name.endswith(("count", "faded"))
+    expected = jnp.int32 if integer else jnp.float32
     assert x.dtype == expected, name
   variables = variables_of(norm)
   got, seen = half.apply(

@@ -25,7 +25,7 @@ def test_round_trip_is_exact(norm, tmp_path):
   trees.same(trees.flat(params, stats), trees.flat(*saved))
   assert set(report.loaded) == trees.flat(*saved).keys()
   assert report == pretrained.Report(loaded=report.loaded)
-  assert bool(stats) == (norm in ("BN", "Rescale", "Cal", "BN2"))
+  assert bool(stats) == (norm in ("BN", "Rescale", "Cal", "BN2", "Fade"))
 
 
 def test_the_given_trees_are_not_changed(tmp_path):

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from rescalevit_jax import errors
 from rescalevit_jax.models import attention as attention_lib
+from rescalevit_jax.models import fade as fade_lib
 from rescalevit_jax.models import initializers
 from rescalevit_jax.models import norms
 from rescalevit_jax.models import residuals
@@ -38,6 +39,7 @@ def create(
   remat: bool = False,
   init: str = "torch",
   representation_size: int | None = None,
+  fade: fade_lib.Schedule | None = None,
   dtype: str = "float32",
   **sizes: int | None,
 ) -> vit.VisionTransformer:
@@ -65,6 +67,7 @@ def create(
       of keeping it in memory.
     init: 'torch' as in RescaleViT, 'google', 'unit': see `initializers`.
     representation_size: width of Google's `pre_logits` layer, or None for none.
+    fade: when the norm Fade fades in training; None: never.
     dtype: of the computation: 'float32', 'bfloat16', or 'auto' (bfloat16 on
       GPU and TPU). Parameters, norm statistics, softmax and logits are float32.
     **sizes: fields of `variants.Variant` that replace the table's; None keeps.
@@ -148,6 +151,7 @@ def create(
     remat=remat,
     init_scheme=init,
     representation_size=representation_size,
+    fade=fade,
     dtype=jnp.dtype(dtype),
     **dataclasses.asdict(size),
   )

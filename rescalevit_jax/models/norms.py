@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from rescalevit_jax.models import fade
 from rescalevit_jax.models import statistics
 
 EPSILON = statistics.EPSILON
@@ -29,10 +30,12 @@ class Norm(nn.Module):
   Attributes:
     features: channels D.
     dtype: of the output; statistics are float32 whatever it is.
+    ramp: when `Fade` fades at this place; None: never.
   """
 
   features: int
   dtype: Any = jnp.float32
+  ramp: fade.Ramp | None = None
 
   # Parameters are named SLOT_0 before attention and SLOT_2 before the MLP, the
   # numbering of the published checkpoints.
@@ -45,6 +48,8 @@ class Norm(nn.Module):
   RESIDUAL: ClassVar[str] = "plain"
   # The values of the config key `calibration` that have it calibrated.
   CALIBRATED_BY: ClassVar[tuple[str, ...]] = ()
+  # Whether `as_linear` is about each token's mean over its channels.
+  CENTERED: ClassVar[bool] = False
 
   def __call__(self, x: jax.Array, train: bool) -> jax.Array:
     """Maps the stream [B, N, D] to a branch's input [B, N, D]."""
@@ -60,7 +65,7 @@ class Norm(nn.Module):
 
     Returns:
       Factor and shift, [D] each, or None: it depends on the input's statistics
-      or is curved.
+      or is curved, or class token and patches differ.
     """
     del params, batch_stats
     return None
@@ -87,6 +92,49 @@ class LayerNorm(Affine):
 
   def normalize(self, x, train):
     return statistics.normalize(x, (2,))[0]
+
+
+class Fade(Affine):
+  """LayerNorm whose sigma fades to a frozen one, in a fine-tuning. Ours.
+
+    y = scale * (x - mean) / (sigma^(1 - t) * frozen^t) + bias
+
+  with mean and sigma the token's own, frozen the running geometric mean of
+  sigma over a place's class tokens or patches, and t from 0, LayerNorm, to 1,
+  a linear map, from when on `frozen` stays. Parameters are LayerNorm's, so that
+  any of its checkpoints loads. Training passes move t: see `fade.Schedule`.
+  """
+
+  CENTERED: ClassVar[bool] = True
+
+  def setup(self):
+    super().setup()
+    self.log_sigma = self.variable("batch_stats", "log_sigma", jnp.zeros, 2)
+    self.count, self.faded = (
+      self.variable("batch_stats", name, jnp.zeros, (), jnp.int32)
+      for name in ("count", "faded")
+    )
+
+  def normalize(self, x, train):
+    log_sigma, faded = self.log_sigma.value, self.faded.value
+    log_frozen = fade.by_token(log_sigma, x.shape[1])
+    y, log_own = fade.normalize(x, log_frozen, faded / fade.FULL)
+    if train and not self.is_initializing():
+      count = self.count.value + 1
+      apart = self.ramp is None or self.ramp.apart
+      moved = fade.moved(log_sigma, log_own, count, apart)
+      self.log_sigma.value = jnp.where(faded < fade.FULL, moved, log_sigma)
+      self.count.value = count
+      if self.ramp is not None:
+        self.faded.value = jnp.maximum(faded, self.ramp.faded(count))
+    return y
+
+  @staticmethod
+  def as_linear(params, batch_stats):
+    of_class_token, of_patches = batch_stats["log_sigma"]
+    if batch_stats["faded"] < fade.FULL or of_class_token != of_patches:
+      return None
+    return params["scale"] * np.exp(-of_patches), params["bias"]
 
 
 class GroupNorm(Affine):
@@ -343,5 +391,6 @@ NORMS: dict[str, type[Norm]] = {
   "Derf": Derf,
   "Cal": Cal,
   "BN2": BatchNorm2,
+  "Fade": Fade,
   "Identity": Identity,
 }

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from rescalevit_jax.models import branches
 from rescalevit_jax.models import dropout
+from rescalevit_jax.models import fade as fade_lib
 from rescalevit_jax.models import initializers
 from rescalevit_jax.models import norms
 from rescalevit_jax.models import residuals
@@ -86,6 +87,7 @@ class EncoderBlock(nn.Module):
   attention: str
   scheme: initializers.Scheme
   dtype: Any
+  fade: fade_lib.Schedule | None = None
 
   @nn.compact
   def __call__(self, x, train):
@@ -125,10 +127,12 @@ class EncoderBlock(nn.Module):
     Residual = residuals.RESIDUALS[self.residual]
     shared = Residual.SLOT == Norm.SLOT  # RescaleViT's names: one module.
     unnamed = shared or Residual.SLOT is None
-    norm = Norm(features, self.dtype, name=f"{Norm.SLOT}_{number}")
+    branch = 2 * self.block - (number == 0)
+    ramp = _ramp(self.fade, branch - 1, self.num_blocks)
+    norm = Norm(features, self.dtype, ramp, name=f"{Norm.SLOT}_{number}")
     join = Residual(
       features,
-      branch=2 * self.block - (number == 0),
+      branch=branch,
       num_blocks=self.num_blocks,
       c=self.residual_c,
       dtype=self.dtype,
@@ -157,6 +161,7 @@ class Encoder(nn.Module):
   remat: bool
   scheme: initializers.Scheme
   dtype: Any
+  fade: fade_lib.Schedule | None = None
 
   @nn.compact
   def __call__(self, x, train):
@@ -182,12 +187,18 @@ class Encoder(nn.Module):
         attention=self.attention,
         scheme=self.scheme,
         dtype=self.dtype,
+        fade=self.fade,
         name=f"encoderblock_{i}",
       )(x, train)
     Norm = norms.NORMS[self.norm]
     if Norm.FINAL:
-      x = Norm(x.shape[-1], self.dtype, name="encoder_norm")(x, train)
+      ramp = _ramp(self.fade, 2 * self.num_layers, self.num_layers)
+      x = Norm(x.shape[-1], self.dtype, ramp, name="encoder_norm")(x, train)
     return x
+
+
+def _ramp(schedule, place, num_blocks):
+  return schedule and schedule.ramp(place, 2 * num_blocks + 1)
 
 
 class VisionTransformer(nn.Module):
@@ -215,6 +226,7 @@ class VisionTransformer(nn.Module):
   remat: bool = False
   init_scheme: str = "torch"
   representation_size: int | None = None
+  fade: fade_lib.Schedule | None = None
   dtype: Any = jnp.float32
 
   @nn.compact
@@ -224,7 +236,7 @@ class VisionTransformer(nn.Module):
     Args:
       images: [B, H, W, 3] float32 in [-1, 1].
       train: whether dropout is on (needs the rng `dropout`) and statistics are
-        those of the batch (BN, BN2, Rescale and `sigma_reparam` change
+        those of the batch (BN, BN2, Rescale, Fade and `sigma_reparam` change
         `batch_stats`).
 
     Returns:
@@ -253,6 +265,7 @@ class VisionTransformer(nn.Module):
       remat=self.remat,
       scheme=scheme,
       dtype=self.dtype,
+      fade=self.fade,
       name="Transformer",
     )(x, train)
     if self.pool == "cls":

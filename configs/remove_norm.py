@@ -1,0 +1,51 @@
+"""Fine-tunes an LN model and takes its norms out: `remove_norm.py:METHOD`.
+
+    --config=configs/remove_norm.py:Fade --config.pretrained_path=FILE.npz
+
+LN is the same fine-tuning with its norms left in. Without a model the file is
+that of `norm_free.py:LN`; `remove_norm.py:METHOD,MODEL` takes Google's at 224
+pixels with the default recipe. See docs/results/remove_norm.
+"""
+
+from rescalevit_jax import config as config_lib
+from rescalevit_jax import errors
+
+METHODS = {
+  "LN": {"model.norm": "LN"},
+  "Fade": {"model.norm": "Fade"},
+  # One scale for class token and patches: folds.
+  "Fade-one": {"model.norm": "Fade", "fade.apart": False},
+  # What the parts are good for.
+  "Fade-together": {"model.norm": "Fade", "fade.width": 1.0},
+  "Fade-abrupt": {"model.norm": "Fade", "fade.end": 0.1},
+}
+
+
+def get_config(run="Fade"):
+  """Returns the config of one method, on the small model or on another."""
+  method, comma, model_name = run.partition(",")
+  if method not in METHODS:
+    raise errors.UserError(f"{method!r}: {errors.nearest(method, METHODS)}")
+  config = config_lib.default()
+  config.update_from_flattened_dict(METHODS[method])
+  config.pretrained_path = f"{model_name or 'LN'}.npz"
+  # Only the end counts: the best of several evaluations may still have norms.
+  config.eval_every = 1_000_000
+  if comma:
+    config.model_name = model_name
+    config.model.gelu = "tanh"
+    return config
+  config.model_name = "ViT-XS_4"
+  config.model.patch_size = 8
+  config.model.num_layers = 12
+  config.image_size = 32
+  config.batch_eval = 1000
+  config.model.dropout_rate = 0.0
+  config.optimizer = "adamw"
+  config.base_lr = 1e-3
+  config.weight_decay = 0.05
+  config.warmup_steps = 50
+  config.total_steps = 600
+  config.augment.min_area = 0.3
+  config.augment.flip = True
+  return config

@@ -1,0 +1,142 @@
+"""LayerNorm that fades into a linear map: when, and how far along.
+
+After Heimersheim 2024 (arXiv:2409.13710) and Baroni et al. 2025 ("Transformers
+Don't Need LayerNorm at Inference Time"), who take GPT-2's norms out one by one
+while fine-tuning: LayerNorm but for 1 / sigma is linear, so that a sigma which
+is no longer the token's own leaves a linear map. They replace it at once; here
+it goes over slowly.
+
+Shapes: B images, N tokens (the class token first), D channels.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from rescalevit_jax.models import statistics
+
+# How far a place has faded is counted in parts, since an average of the weights
+# takes integers as they are: it ends at `FULL` exactly.
+FULL = 2**16
+
+_MEMORY = 100  # Passes that the running statistics look back.
+
+
+@dataclasses.dataclass(frozen=True)
+class Ramp:
+  """When one place fades, in training passes (micro-batches).
+
+  Attributes:
+    begin: passes after which it begins.
+    end: passes after which it is done.
+    apart: whether class token and patches have a scale of their own.
+  """
+
+  begin: float
+  end: float
+  apart: bool
+
+  def faded(self, passes: jax.Array) -> jax.Array:
+    """Returns how far it is after so many passes, [] int32 in [0, FULL]."""
+    share = (passes - self.begin) / max(self.end - self.begin, 1.0)
+    return jnp.round(FULL * jnp.clip(share, 0.0, 1.0)).astype(jnp.int32)
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+  """When the places fade: the first one first, the final norm last.
+
+  Attributes:
+    begin: training passes after which the first place begins.
+    end: training passes after which the last one is done.
+    width: what a place takes of the time between, in (0, 1]; 1: all at once.
+    apart: whether class token and patches have scales of their own.
+  """
+
+  begin: float
+  end: float
+  width: float
+  apart: bool
+
+  def ramp(self, place: int, places: int) -> Ramp:
+    """Returns when a place fades, of those from 0 to places - 1."""
+    length = self.width * (self.end - self.begin)
+    delay = (self.end - self.begin - length) * place / max(1, places - 1)
+    begin = self.begin + delay
+    return Ramp(begin, begin + length, self.apart)
+
+
+@jax.custom_vjp
+def normalize(
+  x: jax.Array, log_frozen: jax.Array, share: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+  """Returns x about each token's mean over sigma^(1 - share) frozen^share.
+
+  With share 0 that is LayerNorm's; with share 1 nothing but the mean, a linear
+  function, depends on the token.
+
+  Args:
+    x: [B, N, D] float32.
+    log_frozen: logarithm of the frozen sigma, [N, 1]; a statistic, through
+      which no gradient goes.
+    share: [] float32 in [0, 1]; likewise.
+
+  Returns:
+    The result [B, N, D] and the logarithm of each token's own sigma [B, N, 1],
+    a statistic.
+  """
+  return _forward(x, log_frozen, share)[0]
+
+
+def _forward(x, log_frozen, share):
+  mean = x.mean(-1, keepdims=True)
+  var = jnp.square(x - mean).mean(-1, keepdims=True) + statistics.EPSILON
+  own, log_own = jax.lax.rsqrt(var), 0.5 * jnp.log(var)
+  # Exactly LayerNorm's at 0, exactly the frozen one at 1.
+  between = own * jnp.exp(share * (log_own - log_frozen))
+  scale = jnp.where(share < 1, between, jnp.exp(-log_frozen))
+  if jax.default_backend() == "cpu":  # As in `statistics`.
+    mean, own, scale = jax.lax.optimization_barrier((mean, own, scale))
+  return ((x - mean) * scale, log_own), (x, mean, own, scale, share)
+
+
+def _backward(residuals, gradients):
+  # As in `statistics`, but that scale goes with sigma^(share - 1): with y the
+  # normalized x,
+  #   dx = scale * (dy - mean(dy) - (1 - share) * y * mean(dy * y)).
+  x, mean, own, scale, share = residuals
+  dy, _ = gradients
+  y = (x - mean) * own
+  dy_mean = dy.mean(-1, keepdims=True)
+  dy_y_mean = (1 - share) * (dy * y).mean(-1, keepdims=True)
+  dx = scale * (dy - dy_mean - y * dy_y_mean)
+  return dx, jnp.zeros(x.shape[1:2] + (1,)), jnp.zeros(())
+
+
+normalize.defvjp(_forward, _backward)
+
+
+def by_token(kinds: jax.Array, tokens: int) -> jax.Array:
+  """Returns numbers for class token and patches, [2], as those of N, [N, 1]."""
+  patches = jnp.broadcast_to(kinds[1:], tokens - 1)
+  return jnp.concatenate([kinds[:1], patches])[:, None]
+
+
+def moved(
+  log_frozen: jax.Array, log_own: jax.Array, passes: jax.Array, apart: bool
+) -> jax.Array:
+  """Moves the running means towards those of a batch.
+
+  Args:
+    log_frozen: of class token and patches, [2].
+    log_own: of the batch's tokens, [B, N, 1].
+    passes: [] int32, batches with this one: up to 100 the mean is over all.
+    apart: whether the two are apart; else both are the mean over all tokens.
+  """
+  if apart:
+    found = jnp.stack([log_own[:, 0].mean(), log_own[:, 1:].mean()])
+  else:
+    found = jnp.broadcast_to(log_own.mean(), 2)
+  rate = jnp.maximum(1 / passes, 1 / _MEMORY)
+  return log_frozen + rate * (found - log_frozen)

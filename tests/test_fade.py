@@ -1,0 +1,382 @@
+"""The norm Fade: LayerNorm at first, a linear map at last, slowly between."""
+
+import functools
+import pathlib
+import runpy
+
+import flax
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import trees
+
+from rescalevit_jax import checkpoint
+from rescalevit_jax import config as config_lib
+from rescalevit_jax import errors
+from rescalevit_jax import fold
+from rescalevit_jax import models
+from rescalevit_jax import pretrained
+from rescalevit_jax import train
+from rescalevit_jax import trained
+from rescalevit_jax.models import fade
+from rescalevit_jax.models import norms
+
+D = 6
+X = np.random.default_rng(0).normal(0.5, 2.0, (3, 4, D)).astype(np.float32)
+PARAMS = {
+  "scale": np.linspace(0.5, 1.5, D).astype(np.float32),
+  "bias": np.linspace(-0.3, 0.4, D).astype(np.float32),
+}
+LOG_SIGMA = np.log(np.array([0.5, 3.0], np.float32))
+SLOTS = [
+  *(
+    f"Transformer/encoderblock_{block}/LayerNorm_{number}"
+    for block in range(2)
+    for number in (0, 2)
+  ),
+  "Transformer/encoder_norm",
+]
+
+
+def variables(share=0.0, count=0, log_sigma=LOG_SIGMA):
+  return {
+    "params": PARAMS,
+    "batch_stats": {
+      "log_sigma": log_sigma,
+      "count": np.int32(count),
+      "faded": np.int32(share * fade.FULL),
+    },
+  }
+
+
+def apply(share, x=X):
+  return norms.Fade(D).apply(variables(share), x, False)
+
+
+def sigma(x):
+  return np.sqrt(x.var(-1) + 1e-6)
+
+
+def test_at_first_it_is_layer_norm_bit_for_bit():
+  weights = np.random.default_rng(1).normal(size=X.shape)
+
+  def total(module, found, x):
+    y = module.apply(found, x, False)
+    return (weights * y).sum(), y
+
+  both = [
+    jax.value_and_grad(functools.partial(total, module), 1, has_aux=True)(
+      found, X
+    )
+    for module, found in (
+      (norms.Fade(D), variables()),
+      (norms.LayerNorm(D), {"params": PARAMS}),
+    )
+  ]
+  for ours, theirs in zip(*map(jax.tree.leaves, both), strict=True):
+    np.testing.assert_array_equal(ours, theirs)
+
+
+@pytest.mark.parametrize("share", [0.25, 0.5, 1.0])
+def test_between_is_the_geometric_mean_with_the_frozen_sigma(share):
+  x = X.astype(np.float64)
+  frozen = np.exp(LOG_SIGMA)[[0, 1, 1, 1]]
+  between = sigma(x) ** (1 - share) * frozen**share
+  y = (x - x.mean(-1, keepdims=True)) / between[..., None]
+  want = PARAMS["scale"] * y + PARAMS["bias"]
+  np.testing.assert_allclose(apply(share), want, rtol=1e-5, atol=1e-5)
+
+
+def test_at_last_it_is_a_linear_map_of_each_kind_of_token():
+  """Exactly homogeneous, so that a token's own size is not looked at."""
+  start = apply(1.0, 0 * X)
+  np.testing.assert_array_equal(start - PARAMS["bias"], 0)
+  linear = apply(1.0) - start
+  for factor in (2.0, 1024.0, 2.0**-30):  # The smallest is below epsilon.
+    grown = X.copy()
+    grown[0, 1] *= factor
+    found = apply(1.0, grown) - start
+    want = np.array(linear)
+    want[0, 1] *= factor
+    np.testing.assert_allclose(found, want, rtol=1e-5, atol=2e-7)
+  # LayerNorm would take the factor out.
+  assert np.abs(apply(0.0, 1024 * X) - apply(0.0)).max() < 1e-4
+  other = np.random.default_rng(2).normal(size=X.shape).astype(np.float32)
+  np.testing.assert_allclose(
+    apply(1.0, X + other) - start,
+    linear + apply(1.0, other) - start,
+    rtol=1e-4,
+    atol=1e-5,
+  )
+  jacobian = jax.jacobian(lambda x: apply(1.0, x[None])[0])
+  np.testing.assert_array_equal(jacobian(X[0]), jacobian(100 * X[0]))
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_gradient_is_the_slope(share):
+  """Of the input and of each parameter, in a random direction."""
+  rng = np.random.default_rng(1)
+  weights = rng.normal(size=X.shape)
+  statistics = variables(share)["batch_stats"]
+
+  def fixed(params, x):
+    return (
+      weights
+      * norms.Fade(D).apply(
+        {"params": params, "batch_stats": statistics}, x, False
+      )
+    ).sum()
+
+  at = (PARAMS, X)
+  gradient = jax.grad(fixed, argnums=(0, 1))(*at)
+  way = jax.tree.map(lambda x: rng.normal(size=x.shape), at)
+  ends = [
+    fixed(*jax.tree.map(lambda x, w, h=h: np.float32(x + h * w), at, way))
+    for h in (1e-2, -1e-2)
+  ]
+  slope = sum(
+    (g * w).sum()
+    for g, w in zip(*map(jax.tree.leaves, (gradient, way)), strict=True)
+  )
+  np.testing.assert_allclose(slope, (ends[0] - ends[1]) / 2e-2, rtol=5e-3)
+
+
+def passes(ramp, batches, start):
+  found = start
+  module = norms.Fade(D, ramp=ramp)
+  for x in batches:
+    _, new = module.apply(found, x, True, mutable=["batch_stats"])
+    found = {"params": PARAMS, **new}
+  return found["batch_stats"]
+
+
+@pytest.mark.parametrize("apart", [True, False])
+def test_running_statistics_by_hand(apart):
+  """The mean over the first 100 passes; then a hundredth of the way each."""
+  ramp = fade.Ramp(1000, 2000, apart)
+  batches = [X, 3 * X - 1, X**2]
+  found = passes(ramp, batches, variables())
+  logs = [np.log(sigma(x.astype(np.float64))) for x in batches]
+  kinds = [(log[:, 0].mean(), log[:, 1:].mean()) for log in logs]
+  if not apart:
+    kinds = [(log.mean(), log.mean()) for log in logs]
+  want = np.mean(kinds, axis=0)
+  np.testing.assert_allclose(found["log_sigma"], want, rtol=1e-5)
+  assert found["count"] == 3 and found["faded"] == 0
+  later = passes(ramp, [X], variables(count=500))
+  want = LOG_SIGMA + 0.01 * (kinds[0] - LOG_SIGMA)
+  np.testing.assert_allclose(later["log_sigma"], want, rtol=1e-5)
+  assert later["count"] == 501
+
+
+def test_statistics_freeze_when_a_place_is_done():
+  ramp = fade.Ramp(1, 3, True)
+  half, full = variables(0.5, count=2), variables(1.0, count=3)
+  moved = passes(ramp, [X], half)
+  assert moved["faded"] == fade.FULL
+  assert (moved["log_sigma"] != LOG_SIGMA).all()
+  stays = passes(ramp, [X, X + 1], full)
+  np.testing.assert_array_equal(stays["log_sigma"], LOG_SIGMA)
+  assert stays["faded"] == fade.FULL
+  # Nor does a run that would begin later undo it.
+  stays = passes(fade.Ramp(90, 99, True), [X], full)
+  assert stays["faded"] == fade.FULL
+
+
+def test_schedule_by_hand():
+  """Three places, each for 20 of the 40 passes after the hundredth."""
+  schedule = fade.Schedule(100, 140, 0.5, True)
+  ramps = [schedule.ramp(place, 3) for place in range(3)]
+  assert [(r.begin, r.end) for r in ramps] == [
+    (100, 120),
+    (110, 130),
+    (120, 140),
+  ]
+  found = [
+    [float(ramp.faded(jnp.int32(n))) / fade.FULL for ramp in ramps]
+    for n in (0, 100, 105, 120, 125, 140, 10_000)
+  ]
+  assert found == [
+    [0, 0, 0],
+    [0, 0, 0],
+    [0.25, 0, 0],
+    [1, 0.5, 0],
+    [1, 0.75, 0.25],
+    [1, 1, 1],
+    [1, 1, 1],
+  ]
+  together = fade.Schedule(100, 140, 1.0, True)
+  assert {together.ramp(place, 3) for place in range(3)} == {
+    fade.Ramp(100, 140, True)
+  }
+  at_once = fade.Ramp(100, 100, True)
+  found = [int(at_once.faded(jnp.int32(n))) for n in (100, 101)]
+  assert found == [0, fade.FULL]
+  assert fade.Ramp(100.5, 100.5, True).faded(jnp.int32(101)) == fade.FULL / 2
+
+
+def tiny(norm="Fade", **kwargs):
+  return models.create(
+    "ViT-B_16",
+    num_classes=3,
+    norm=norm,
+    image_size=8,
+    dropout_rate=0.0,
+    **trees.TINY,
+    **kwargs,
+  )
+
+
+def stats(state_or_stats, name):
+  found = flax.traverse_util.flatten_dict(state_or_stats, sep="/")
+  keys = [f"{slot}/{name}" for slot in SLOTS]
+  return [np.asarray(found[key]) for key in keys if key in found]
+
+
+def test_first_blocks_fade_first_and_the_final_norm_last():
+  model = tiny(fade=fade.Schedule(2, 10, 0.5, True))
+  x = np.random.default_rng(0).uniform(-1, 1, (5, 8, 8, 3)).astype(np.float32)
+  start = model.init(jax.random.key(0), x)
+
+  @jax.jit
+  def train_pass(found):
+    _, new = model.apply(
+      {**start, "batch_stats": found}, x, train=True, mutable=["batch_stats"]
+    )
+    return new["batch_stats"]
+
+  moving, found = start["batch_stats"], []
+  for passes_done in range(1, 11):
+    moving = train_pass(moving)
+    if passes_done % 2 == 0:
+      shares = np.stack(stats(moving, "faded")) / fade.FULL
+      found.append(shares.tolist())
+  assert found == [
+    [0, 0, 0, 0, 0],
+    [0.5, 0.25, 0, 0, 0],
+    [1, 0.75, 0.5, 0.25, 0],
+    [1, 1, 1, 0.75, 0.5],
+    [1, 1, 1, 1, 1],
+  ]
+  assert {int(n) for n in stats(moving, "count")} == {10}
+
+
+def test_resumes_through_the_middle_of_a_fade(
+  tiny_config, tmp_path, monkeypatch
+):
+  """To the same bits; what is evaluated at the end has no norm left."""
+  config = tiny_config
+  config.model.norm = "Fade"
+  config.fade.update({"begin": 0.25, "end": 0.75, "width": 0.5, "apart": False})
+  config.ema_decay = 0.9
+  config.accum_steps = 2
+  config.model.remat = True
+  config.model.num_layers = 1
+  train.train_and_evaluate(config, tmp_path / "a")
+  real = train.Trainer._step
+
+  def stopping(self, *batch):
+    if self._progress.step == 7:
+      raise InterruptedError
+    real(self, *batch)
+
+  with monkeypatch.context() as patch:
+    patch.setattr(train.Trainer, "_step", stopping)
+    with pytest.raises(InterruptedError):
+      train.train_and_evaluate(config, tmp_path / "b")
+  _, between, at = checkpoint.load_variables(tmp_path / "b", "latest")
+  # Steps 3 to 9 of 12, two passes each; place 0 takes half of them.
+  assert at == 4
+  shares = [int(n) / fade.FULL for n in stats(between, "faded")]
+  assert shares == pytest.approx([1 / 3, 0, 0], abs=1e-4)
+  train.train_and_evaluate(config, tmp_path / "b")
+  ends = [checkpoint.load_variables(tmp_path / name, "latest") for name in "ab"]
+  for x, y in zip(*map(jax.tree.leaves, ends), strict=True):
+    np.testing.assert_array_equal(x, y)
+  weights, end, _ = ends[0]
+  assert {int(n) for n in stats(end, "faded")} == {fade.FULL}
+  fold.fold(weights, end)  # Averaged, they still are the same for all tokens.
+
+
+def test_an_ln_file_loads_strictly_and_starts_as_ln(tmp_path):
+  saved, _ = trees.fresh("LN", seed=2)
+  pretrained.save(tmp_path / "a.npz", saved, {})
+  zeros = jax.tree.map(np.zeros_like, trees.fresh("Fade", seed=1))
+  params, statistics, report = pretrained.load(tmp_path / "a.npz", *zeros)
+  trees.same(trees.flat(params, {}), trees.flat(saved, {}))
+  assert not report.dropped and not report.reinitialized
+  names = ("log_sigma", "count", "faded")
+  assert {*report.initial} == {
+    f"batch_stats/{slot}/{name}" for slot in SLOTS for name in names
+  }
+  x = np.random.default_rng(0).uniform(-1, 1, (5, 8, 8, 3)).astype(np.float32)
+  found = tiny().apply({"params": params, "batch_stats": statistics}, x)
+  want = tiny(norm="LN").apply({"params": saved}, x)
+  np.testing.assert_array_equal(found, want)
+
+
+def test_one_scale_folds_into_the_layers_that_follow(tmp_path):
+  params, statistics = jax.tree.map(
+    lambda x: x if x.dtype == np.int32 else 0.5 * x, trees.fresh("Fade", seed=9)
+  )
+  found = flax.traverse_util.flatten_dict(statistics, sep="/")
+  for slot in SLOTS:
+    found[f"{slot}/log_sigma"][0] = found[f"{slot}/log_sigma"][1]
+    found[f"{slot}/faded"] = np.int32(fade.FULL)
+
+  def folded():
+    tree = flax.traverse_util.unflatten_dict(found, sep="/")
+    return tree, fold.fold(params, tree)
+
+  tree, weights = folded()
+  pretrained.save(tmp_path / "a.npz", *weights)
+  model = trained.load_npz(tmp_path / "a.npz")
+  assert model.model.norm == "Identity"
+  x = np.random.default_rng(0).uniform(-1, 1, (5, 8, 8, 3)).astype(np.float32)
+  want = tiny().apply({"params": params, "batch_stats": tree}, x)
+  error = np.abs(model.model.apply(model.variables, x) - want).max()
+  assert error < 1e-4 * np.abs(want).max()
+  assert error < 0.03 * np.ptp(want, axis=0).min()
+
+  found[f"{SLOTS[1]}/log_sigma"] = LOG_SIGMA
+  with pytest.raises(errors.UserError, match=r"LayerNorm_2.*fade\.apart"):
+    folded()
+  found[f"{SLOTS[1]}/log_sigma"] = LOG_SIGMA[[0, 0]]
+  found[f"{SLOTS[4]}/faded"] = np.int32(fade.FULL - 1)
+  with pytest.raises(errors.UserError, match=r"encoder_norm.*once it has"):
+    folded()
+
+
+def test_without_a_schedule_it_stays_layer_norm():
+  model = tiny()
+  x = np.random.default_rng(0).uniform(-1, 1, (5, 8, 8, 3)).astype(np.float32)
+  start = model.init(jax.random.key(0), x, train=True)  # No pass of training.
+  _, new = model.apply(start, x, train=True, mutable=["batch_stats"])
+  assert {int(n) for n in stats(new["batch_stats"], "faded")} == {0}
+  assert {int(n) for n in stats(new["batch_stats"], "count")} == {1}
+
+
+@pytest.mark.parametrize(
+  "run, norm, model_name",
+  [
+    ("LN", "LN", "ViT-XS_4"),
+    ("Fade", "Fade", "ViT-XS_4"),
+    ("Fade-one,ViT-L_32", "Fade", "ViT-L_32"),
+  ],
+)
+def test_the_config_of_an_experiment(run, norm, model_name):
+  """The methods differ in the norm alone: the comparison is a fair one."""
+  path = pathlib.Path(__file__).parents[1] / "configs" / "remove_norm.py"
+  get_config = runpy.run_path(str(path))["get_config"]
+  config = get_config(run)
+  config_lib.validate(config)
+  assert (config.model.norm, config.model_name) == (norm, model_name)
+  assert config.fade.apart == ("one" not in run)
+  control = get_config(run.replace(run.split(",")[0], "LN"))
+  keys = {
+    line.split()[0] for line in config_lib.differing_keys(control, config)
+  }
+  assert keys <= {"model.norm", "fade.apart"}
+  with pytest.raises(errors.UserError, match="did you mean Fade"):
+    get_config("fade")
