@@ -34,6 +34,13 @@ def test_eight_devices_train_as_one(norm, recipe, digits_dir, tmp_path):
   assert done.stdout.endswith("equal\n")
 
 
+def test_eight_devices_measure_as_one(digits_dir):
+  script = pathlib.Path(__file__).parent / "diagnostics_on_eight.py"
+  done = run_on_eight_devices(script, digits_dir)
+  assert done.returncode == 0, done.stderr[-3000:]
+  assert done.stdout.endswith("equal\n")
+
+
 def run_on_eight_devices(*command):
   devices = "--xla_force_host_platform_device_count=8"
   return subprocess.run(
