@@ -27,7 +27,6 @@ def folder(tmp_path_factory, digits_dir, shared_dir):
     **tiny_sweep.environment(shared_dir),
     "PATH": f"{pathlib.Path(sys.executable).parent}:{os.environ['PATH']}",
     "TFDS_DATA_DIR": str(digits_dir),
-    "XLA_FLAGS": "",  # As a reader's: this run is compiled well.
   }
   for language, text in blocks:
     command = {
