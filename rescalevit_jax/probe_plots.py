@@ -103,7 +103,7 @@ def _draw_depth(ax, quantity, models, looks):
   ax.set_xlabel("block", fontsize="small")
   ax.set_ylabel(quantity.unit, fontsize="small")
   deepest = max(blocks)
-  words = {-1: "embedding"}
+  words = {-1: "in"}  # Short, or it would touch the 0 beside it.
   if min(blocks) == deepest:  # Or heads are at several places.
     words[deepest] = "head"
   numbers = range(0, deepest, math.ceil(deepest / 6))

@@ -92,7 +92,7 @@ def test_models_side_by_side():
   assert list(clip.get_ydata()) == [1, 1]
   ticks = found["Gradient, before clipping"].get_xticklabels()
   words = {tick.get_text(): tick.get_position()[0] for tick in ticks}
-  assert words == {"embedding": -1, "0": 0, "1": 1, "head": 2}
+  assert words == {"in": -1, "0": 0, "1": 1, "head": 2}
 
 
 def test_each_run_gets_its_pictures(workdir, capsys):
