@@ -2,7 +2,12 @@
 
 from collections.abc import Iterable
 import difflib
+import re
 import traceback
+
+_TENSORSTORES_NOTES = re.compile(
+  r"\s*\[(tensorstore_spec|source locations)='.*?'\]"
+)
 
 
 class UserError(Exception):
@@ -33,9 +38,11 @@ def nearest(name: str, valid: Iterable[str]) -> str:
 def brief(error: Exception) -> str:
   """Returns an exception's message as one line of moderate length.
 
-  Libraries put their own words and long paths first, and the cause last.
+  Libraries put their own words and long paths first, and the cause last; but
+  for TensorStore, which adds what it was asked to do.
   """
   text = " ".join(str(error).split()) or type(error).__name__
+  text = _TENSORSTORES_NOTES.sub("", text)
   return text if len(text) <= 300 else f"{text[:100]} ... {text[-200:]}"
 
 

@@ -34,6 +34,7 @@ def test_eight_devices_train_as_one(norm, recipe, digits_dir, tmp_path):
   assert done.stdout.endswith("equal\n")
 
 
+@pytest.mark.slow
 def test_eight_devices_measure_as_one(digits_dir):
   script = pathlib.Path(__file__).parent / "diagnostics_on_eight.py"
   done = run_on_eight_devices(script, digits_dir)
