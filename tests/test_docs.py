@@ -1,4 +1,4 @@
-"""docs/walkthrough.md, run as it stands."""
+"""docs/walkthrough.md, run as it stands; without --slow in fewer steps."""
 
 import os
 import pathlib
@@ -14,7 +14,7 @@ PAGE = ROOT / "docs" / "walkthrough.md"
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory, digits_dir, shared_dir):
+def folder(request, tmp_path_factory, digits_dir, shared_dir):
   """What a reader has in front of her, and what the page leaves there."""
   folder = tmp_path_factory.mktemp("walkthrough")
   for name in ("configs", "scripts"):
@@ -23,6 +23,11 @@ def folder(tmp_path_factory, digits_dir, shared_dir):
     r"^```(bash|python)\n(.*?)^```$", PAGE.read_text(), re.MULTILINE | re.DOTALL
   )
   assert len(blocks) >= 6
+  if not request.config.option.slow:
+    whole, cut = (f"--config.total_steps={x}" for x in ("100", "20"))
+    assert sum(whole in text for _, text in blocks) == 2
+    cut += " --config.warmup_steps=5 --config.progress_every=5"
+    blocks = [(x, text.replace(whole, cut)) for x, text in blocks]
   environment = {
     **tiny_sweep.environment(shared_dir),
     "PATH": f"{pathlib.Path(sys.executable).parent}:{os.environ['PATH']}",
