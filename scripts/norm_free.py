@@ -245,7 +245,13 @@ def draw(outcomes: Sequence[Outcome]) -> figure_lib.Figure:
     right.invert_yaxis()
     right.set_xlabel("test accuracy, % (bars: standard deviation)")
     right.set_title(f"{dataset}: the best rate", loc="left")
-  axes[0, 0].legend(fontsize="small", frameon=False, ncols=2)
+  figure.legend(
+    *axes[0, 0].get_legend_handles_labels(),
+    loc="outside lower center",
+    fontsize="small",
+    frameon=False,
+    ncols=5,
+  )
   return figure
 
 
