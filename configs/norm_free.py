@@ -8,17 +8,23 @@ docs/norm_free.md.
 from rescalevit_jax import config as config_lib
 from rescalevit_jax import errors
 
+_UNIT = {"model.init": "unit"}
+_BOTH = {"model.residual": "rescale", "model.init": "unit"}
+_CALIBRATED = {"calibration": "all"}
+
 METHODS = {
   "LN": {},
-  "LN-unit": {"init": "unit"},
-  "LN-rescale-unit": {"residual": "rescale", "init": "unit"},
-  "Rescale": {"norm": "Rescale"},
-  "DyT": {"norm": "DyT"},
-  "Derf": {"norm": "Derf"},
-  "Cal": {"norm": "Cal"},
-  "Cal-unit": {"norm": "Cal", "init": "unit"},
-  "Cal-rescale": {"norm": "Cal", "residual": "rescale"},
-  "Cal-rescale-unit": {"norm": "Cal", "residual": "rescale", "init": "unit"},
+  "LN-unit": _UNIT,
+  "LN-rescale-unit": _BOTH,
+  "Rescale": {"model.norm": "Rescale"},
+  "DyT": {"model.norm": "DyT"},
+  "DyT-rescale-unit": {"model.norm": "DyT", **_CALIBRATED, **_BOTH},
+  "Derf": {"model.norm": "Derf"},
+  "Derf-rescale-unit": {"model.norm": "Derf", **_CALIBRATED, **_BOTH},
+  "Cal": {"model.norm": "Cal"},
+  "Cal-unit": {"model.norm": "Cal", **_UNIT},
+  "Cal-rescale": {"model.norm": "Cal", "model.residual": "rescale"},
+  "Cal-rescale-unit": {"model.norm": "Cal", **_BOTH},
 }
 
 
@@ -28,7 +34,7 @@ def get_config(run="Cal-rescale"):
   if method not in METHODS:
     raise errors.UserError(f"{method!r}: {errors.nearest(method, METHODS)}")
   config = config_lib.default()
-  config.model.update(METHODS[method])
+  config.update_from_flattened_dict(METHODS[method])
   if model_name:
     config.model_name = model_name
     return config

@@ -107,6 +107,7 @@ def test_a_data_set_too_large_for_memory_trains_the_same(
   tiny_config, tmp_path, norm, held_out
 ):
   tiny_config.model.norm = norm
+  tiny_config.model.num_layers = 1
   tiny_config.data.held_out = held_out
   tiny_config.accum_steps = 3
   train.train_and_evaluate(tiny_config, tmp_path / "resident")

@@ -113,6 +113,7 @@ def test_a_resumed_run_is_the_same_run(
   tiny_config, tmp_path, stop_at, norm, options, stops
 ):
   tiny_config.model.norm = norm
+  tiny_config.model.num_layers = 1
   tiny_config.model.update(options)
   tiny_config.calibration = "all"
   tiny_config.accum_steps = 1 if norm in ("LN", "GN", "Derf") else 3
@@ -129,6 +130,7 @@ def test_a_resumed_run_is_the_same_run(
 def test_a_resumed_run_of_any_recipe_is_the_same_run(
   tiny_config, tmp_path, stop_at, recipe
 ):
+  tiny_config.model.num_layers = 1
   tiny_config.update_from_flattened_dict(recipes.RECIPES[recipe])
   train.train_and_evaluate(tiny_config, tmp_path / "a")
   stop_at(7)

@@ -109,7 +109,10 @@ def sitecustomize(folder, code, env):
   return {"PYTHONPATH": os.pathsep.join([str(folder), env["PYTHONPATH"]])}
 
 
-@pytest.mark.parametrize("name", ["metrics.jsonl", "result.json"])
+@pytest.mark.parametrize(
+  "name",
+  ["metrics.jsonl", pytest.param("result.json", marks=pytest.mark.slow)],
+)
 def test_a_kill_while_a_file_is_written(trial, whole, tmp_path, name):
   process = trial.start()
   with frozen(trial, process, 10):
