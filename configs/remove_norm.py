@@ -45,7 +45,7 @@ def get_config(run="Fade"):
   config.base_lr = 1e-3
   config.weight_decay = 0.05
   config.warmup_steps = 50
-  config.total_steps = 600
+  config.total_steps = 1500
   config.augment.min_area = 0.3
   config.augment.flip = True
   return config

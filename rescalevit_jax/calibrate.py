@@ -16,11 +16,11 @@ import numpy as np
 
 from rescalevit_jax import augment as augment_lib
 from rescalevit_jax import step as step_lib
-from rescalevit_jax.models import norms
+from rescalevit_jax.models import pointwise
 
 BATCHES = 8  # As many as Rescale's.
 
-_COLLECTIONS = ("params", "batch_stats", norms.CALIBRATION)
+_COLLECTIONS = ("params", "batch_stats", pointwise.CALIBRATION)
 
 
 def calibrate(
@@ -79,7 +79,7 @@ def measure(
   Args:
     params: the parameters.
     batch_stats: the statistics.
-    measured: the collection `norms.CALIBRATION` after the batches before.
+    measured: the collection `pointwise.CALIBRATION` after the batches before.
     images: [A, B, H, W, 3] uint8.
     seed: of the run.
     step: whose batch this is.
@@ -114,7 +114,7 @@ def _nothing(model, params, batch_stats, image_size):
     x,
     jax.random.key(0),
   )
-  shapes = shapes.get(norms.CALIBRATION, {})
+  shapes = shapes.get(pointwise.CALIBRATION, {})
   return jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
 
 

@@ -7,6 +7,7 @@ import numpy as np
 
 from rescalevit_jax import errors
 from rescalevit_jax import identify
+from rescalevit_jax.models import base
 from rescalevit_jax.models import norms
 
 
@@ -36,7 +37,7 @@ def fold(params: Any, batch_stats: Any) -> tuple[Any, Any]:
   foldable = [
     name
     for name, other in norms.NORMS.items()
-    if other.as_linear is not norms.Norm.as_linear
+    if other.as_linear is not base.Norm.as_linear
   ]
   if name not in foldable:
     raise errors.UserError(

@@ -6,6 +6,7 @@ import re
 from typing import Any
 
 from rescalevit_jax import npz
+from rescalevit_jax.models import base
 from rescalevit_jax.models import norms
 from rescalevit_jax.models import residuals
 from rescalevit_jax.models import variants
@@ -56,9 +57,9 @@ def norm(arrays: Mapping[str, Any]) -> str:
   plain = [key for key in arrays if option(key) is None]
   slots = {match[3] for match in map(npz.BLOCK.fullmatch, plain) if match}
   for name, Norm in norms.NORMS.items():
-    if Norm.SLOT != norms.Norm.SLOT and f"{Norm.SLOT}_0" in slots:
+    if Norm.SLOT != base.Norm.SLOT and f"{Norm.SLOT}_0" in slots:
       return name
-  if f"{norms.Norm.SLOT}_0" not in slots:
+  if f"{base.Norm.SLOT}_0" not in slots:
     return "Identity"
   if any(key.endswith("/faded") for key in plain):
     return "Fade"

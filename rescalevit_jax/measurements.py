@@ -20,6 +20,7 @@ import numpy as np
 from rescalevit_jax import augment as augment_lib
 from rescalevit_jax import step as step_lib
 from rescalevit_jax.models import norms
+from rescalevit_jax.models import pointwise
 from rescalevit_jax.models import vit
 
 EMBEDDING, HEAD = "embedding", "head"
@@ -235,6 +236,6 @@ def _is_measured(module, method):
   Attention's probabilities are sown whenever anything is.
   """
   if method == "function":
-    return isinstance(module, norms.Pointwise)
+    return isinstance(module, pointwise.Pointwise)
   stream = (vit.EncoderBlock, vit.PositionEmbedding)
   return method == "__call__" and isinstance(module, stream)

@@ -32,8 +32,8 @@ from rescalevit_jax import runs
 
 CONFIG = pathlib.Path(__file__).parents[1] / "configs" / "norm_free.py"
 METHODS = (
-  "LN,LN-unit,LN-rescale-unit,Rescale,DyT,Derf,Cal,Cal-unit,Cal-rescale,"
-  "Cal-rescale-unit"
+  "LN,LN-unit,LN-rescale-unit,Rescale,DyT,DyT-rescale-unit,Derf,"
+  "Derf-rescale-unit,Cal,Cal-unit,Cal-rescale,Cal-rescale-unit"
 )
 # The others' differences are those from it.
 REFERENCE = "LN"

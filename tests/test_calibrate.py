@@ -9,7 +9,7 @@ from rescalevit_jax import data
 from rescalevit_jax import experiment
 from rescalevit_jax import pretrained
 from rescalevit_jax import step
-from rescalevit_jax.models import norms
+from rescalevit_jax.models import pointwise
 
 PLACE = ("Transformer", "encoderblock_0", "Cal_0")
 
@@ -147,4 +147,4 @@ def test_the_collection_is_not_part_of_a_model(tiny_config):
   tiny_config.model.norm = "Cal"
   model = experiment.create_model(tiny_config, 10)
   found = model.init(jax.random.key(0), np.zeros((1, 8, 8, 3)))
-  assert norms.CALIBRATION not in found
+  assert pointwise.CALIBRATION not in found

@@ -15,6 +15,7 @@ from rescalevit_jax import errors
 from rescalevit_jax import models
 from rescalevit_jax import optimizer
 from rescalevit_jax import step
+from rescalevit_jax.models import base
 from rescalevit_jax.models import branches
 from rescalevit_jax.models import initializers
 from rescalevit_jax.models import norms
@@ -711,7 +712,7 @@ def test_rescale_has_no_gradient_through_its_mean():
   np.testing.assert_allclose(jax.grad(total)(x), 1.0, atol=1e-6)
 
 
-class TanhNorm(norms.Norm):
+class TanhNorm(base.Norm):
   """y = tanh(alpha x): a norm without a final one."""
 
   SLOT = "Tanh"

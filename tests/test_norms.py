@@ -10,6 +10,7 @@ import pytest
 
 from rescalevit_jax import models
 from rescalevit_jax.models import norms
+from rescalevit_jax.models import pointwise
 from rescalevit_jax.models import statistics
 
 D = 6
@@ -111,12 +112,12 @@ def test_starts():
   for norm, alpha in (("DyT", 0.5), ("Derf", 0.5), ("Cal", 1.0)):
     found = norms.NORMS[norm](D).init(jax.random.key(0), X, True)
     assert found["params"]["alpha"] == alpha
-    assert norms.CALIBRATION not in found
-  np.testing.assert_array_equal(norms.Cal(D).apply(found, X, True), X)
+    assert pointwise.CALIBRATION not in found
+  np.testing.assert_array_equal(pointwise.Cal(D).apply(found, X, True), X)
   np.testing.assert_array_equal(norms.Identity(D).apply({}, X, True), X)
 
 
-MUTABLE = ["params", "batch_stats", norms.CALIBRATION]
+MUTABLE = ["params", "batch_stats", pointwise.CALIBRATION]
 
 
 def calibrate(module, start, *batches):
@@ -137,8 +138,8 @@ def test_a_calibrated_alpha_is_one_over_rms(norm):
 
 
 def test_a_calibrated_cal_has_mean_0_and_variance_1():
-  start = norms.Cal(D).init(jax.random.key(0), X, False)
-  y, found = calibrate(norms.Cal(D), start, X)
+  start = pointwise.Cal(D).init(jax.random.key(0), X, False)
+  y, found = calibrate(pointwise.Cal(D), start, X)
   np.testing.assert_allclose(y.mean((0, 1)), 0, atol=1e-6)
   np.testing.assert_allclose(y.var(), 1, rtol=1e-5)
   mean = X.mean((0, 1))
@@ -148,8 +149,8 @@ def test_a_calibrated_cal_has_mean_0_and_variance_1():
 
 
 def test_a_calibration_averages_over_its_batches():
-  start = norms.Cal(D).init(jax.random.key(0), X, False)
-  _, found = calibrate(norms.Cal(D), start, X, X + 3, X - 6)
+  start = pointwise.Cal(D).init(jax.random.key(0), X, False)
+  _, found = calibrate(pointwise.Cal(D), start, X, X + 3, X - 6)
   mean = X.mean((0, 1)) - 1
   np.testing.assert_allclose(found["batch_stats"]["init_mean"], mean, atol=1e-5)
   # About the means known at each of the batches.
@@ -177,12 +178,12 @@ def test_a_place_is_calibrated_behind_the_calibrated_ones_before_it():
   images = np.random.default_rng(0).uniform(-1, 1, (6, 8, 8, 3))
   start = model.init(jax.random.key(0), images)
   calibrated = model.apply(start, images, train=True, mutable=MUTABLE)[1]
-  calibrated.pop(norms.CALIBRATION)
+  calibrated.pop(pointwise.CALIBRATION)
   _, seen = model.apply(
     calibrated,
     images,
     capture_intermediates=lambda module, method: (
-      isinstance(module, norms.Cal) and method == "__call__"
+      isinstance(module, pointwise.Cal) and method == "__call__"
     ),
   )
   seen = flax.traverse_util.flatten_dict(seen["intermediates"], sep="/")

@@ -1,0 +1,56 @@
+"""What a norm is: the input and output of every one of `norms.NORMS`."""
+
+from typing import Any, ClassVar
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from rescalevit_jax.models import fade
+
+
+class Norm(nn.Module):
+  """A norm at one place of the network.
+
+  Attributes:
+    features: channels D.
+    dtype: of the output; statistics are float32 whatever it is.
+    ramp: when `Fade` fades at this place; None: never.
+  """
+
+  features: int
+  dtype: Any = jnp.float32
+  ramp: fade.Ramp | None = None
+
+  # Parameters are named SLOT_0 before attention and SLOT_2 before the MLP, the
+  # numbering of the published checkpoints.
+  SLOT: ClassVar[str] = "LayerNorm"
+  # Whether one more norm, `encoder_norm`, follows the last block.
+  FINAL: ClassVar[bool] = True
+  # Whether one more norm is inside the MLP, before its GELU.
+  IN_MLP: ClassVar[bool] = False
+  # What model.residual=auto is with this norm.
+  RESIDUAL: ClassVar[str] = "plain"
+  # The values of the config key `calibration` that have it calibrated.
+  CALIBRATED_BY: ClassVar[tuple[str, ...]] = ()
+  # Whether `as_linear` is about each token's mean over its channels.
+  CENTERED: ClassVar[bool] = False
+
+  def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+    """Maps the stream [B, N, D] to a branch's input [B, N, D]."""
+    raise NotImplementedError
+
+  @staticmethod
+  def as_linear(params: Any, batch_stats: Any) -> tuple[Any, Any] | None:
+    """Returns what the norm is in evaluation, if that is a linear function.
+
+    Args:
+      params: of one place, numpy arrays by name.
+      batch_stats: the same place's.
+
+    Returns:
+      Factor and shift, [D] each, or None: it depends on the input's statistics
+      or is curved, or class token and patches differ.
+    """
+    del params, batch_stats
+    return None
