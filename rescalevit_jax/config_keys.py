@@ -193,6 +193,12 @@ KEYS = {
     "adaptive gradient clipping: largest norm of a unit's gradient over that"
     " of its weights; 0: any",
   ),
+  "scalar_lr": _at_least(
+    0,
+    1.0,
+    "learning rate of parameters that are one number (a place's alpha and"
+    " shift, a branch's multiplier), in times the others'",
+  ),
   "ema_decay": _below_one(
     0.0,
     "decay a step of the averaged weights and statistics, which then are what"

@@ -185,6 +185,7 @@ def create(config: ml_collections.ConfigDict) -> Experiment:
     weight_decay=config.weight_decay,
     grad_norm_clip=config.grad_norm_clip,
     agc=config.agc,
+    scalar_lr=config.scalar_lr,
   )
   return Experiment(
     config,

@@ -55,6 +55,7 @@ def create(
   weight_decay: float,
   grad_norm_clip: float,
   agc: float,
+  scalar_lr: float,
 ) -> optax.GradientTransformation:
   """Returns an optimizer by its name, one of `OPTIMIZERS`.
 
@@ -67,6 +68,7 @@ def create(
       others is decoupled and holds for kernels.
     grad_norm_clip: largest global norm of a gradient; 0: any.
     agc: adaptive gradient clipping before that; 0: none.
+    scalar_lr: learning rate of parameters of one element, in times the others'.
   """
   if name == "sgd":
     optimizer = sgd(
@@ -83,6 +85,8 @@ def create(
       optax.add_decayed_weights(weight_decay, _are_kernels),
       optax.scale_by_learning_rate(learning_rate),
     )
+  if scalar_lr != 1:
+    optimizer = optax.chain(optimizer, scale_scalars(scalar_lr))
   return optax.chain(clip_adaptively(agc), optimizer) if agc else optimizer
 
 
@@ -196,6 +200,19 @@ def clip_adaptively(clipping: float) -> optax.GradientTransformation:
     return clipped, state
 
   return optax.GradientTransformation(clip.init, update)
+
+
+def scale_scalars(factor: float) -> optax.GradientTransformation:
+  """Multiplies the updates of parameters of one element by a factor.
+
+  The gradient of a number that multiplies D channels is a sum over them: where
+  each channel has a scale, too, it moves their common size D times as fast.
+  """
+  return optax.stateless(
+    lambda updates, _: jax.tree.map(
+      lambda x: factor * x if x.size == 1 else x, updates
+    )
+  )
 
 
 def _clip(grad_norm_clip):

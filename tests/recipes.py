@@ -6,6 +6,7 @@ _EVERYTHING = {
   "mixup": 0.8,
   "cutmix": 1.0,
   "agc": 0.05,
+  "scalar_lr": 0.1,
   "weight_decay": 0.1,
   "augment.auto": "trivial",
   "augment.erase": 0.5,

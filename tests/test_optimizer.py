@@ -166,7 +166,12 @@ def last_params(params, gradients, name, **kwargs):
   """Returns the parameters, flat, after updates with rates 0.1, 0.2, ..."""
   kwargs = (
     dict(
-      momentum=0.9, adam_b2=0.99, weight_decay=0.0, grad_norm_clip=0, agc=0.0
+      momentum=0.9,
+      adam_b2=0.99,
+      weight_decay=0.0,
+      grad_norm_clip=0,
+      agc=0.0,
+      scalar_lr=1.0,
     )
     | kwargs
   )
@@ -267,6 +272,25 @@ def test_adaptive_clipping_by_hand():
   )
 
 
+@pytest.mark.parametrize("name", ["sgd", "adamw", "muon"])
+def test_single_numbers_learn_at_a_rate_of_their_own(name):
+  params, grads = random_tree(0), [random_tree(1), random_tree(2)]
+  alpha, pair = "Transformer/encoderblock_0/Cal_0/alpha", "pair"
+  params |= {alpha: np.ones(1), pair: np.ones(2)}
+  for g in grads:
+    g |= {alpha: np.full(1, 0.5), pair: np.full(2, 0.5)}
+  usual = last_params(params, grads, name)
+  slow = last_params(params, grads, name, scalar_lr=0.25)
+  for k in params:
+    factor = 0.25 if k == alpha else 1.0
+    np.testing.assert_allclose(
+      slow[k] - params[k], factor * (usual[k] - params[k]), rtol=1e-5, atol=1e-7
+    )
+    assert np.abs(usual[k] - params[k]).max() > 1e-3, k
+  still = last_params(params, grads, name, scalar_lr=0.0)
+  assert still[alpha] == 1.0
+
+
 def test_without_adaptive_clipping_sgd_is_the_originals():
   made = optimizer.create(
     "sgd",
@@ -276,6 +300,7 @@ def test_without_adaptive_clipping_sgd_is_the_originals():
     weight_decay=0.1,
     grad_norm_clip=1.0,
     agc=0.0,
+    scalar_lr=1.0,
   )
   sgd = optimizer.sgd(
     lambda count: 0.1, momentum=0.9, weight_decay=0.1, grad_norm_clip=1.0
