@@ -23,7 +23,7 @@ METHODS = {
 
 def get_config(run="Fade"):
   """Returns the config of one method, on the small model or on another."""
-  method, comma, model_name = run.partition(",")
+  method, _, model_name = run.partition(",")
   if method not in METHODS:
     raise errors.UserError(f"{method!r}: {errors.nearest(method, METHODS)}")
   config = config_lib.default()
@@ -31,7 +31,7 @@ def get_config(run="Fade"):
   config.pretrained_path = f"{model_name or 'LN'}.npz"
   # Only the end counts: the best of several evaluations may still have norms.
   config.eval_every = 1_000_000
-  if comma:
+  if model_name:
     config.model_name = model_name
     config.model.gelu = "tanh"
     return config

@@ -163,7 +163,7 @@ def _hold_out(train, count, name):
       f"config: data.held_out is {count}, but {name} has only {len(train)}"
       " training images"
     )
-  # No run's seed is as large: this is the order of none of its epochs.
+  # The same images whatever the run's seed.
   order = _order(2**32, 0, len(train))
   return train.at(np.sort(order[count:])), train.at(np.sort(order[:count]))
 

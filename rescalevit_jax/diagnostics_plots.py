@@ -120,7 +120,8 @@ def parts(names: Iterable[str]) -> list[str]:
 
 def _of_part(line, part, quantity):
   name = f"{diagnostics.PREFIX}{part}/{quantity.name}"
-  return line.get(name, np.nan)
+  value = line.get(name)
+  return value if isinstance(value, int | float) else np.nan
 
 
 def _label(part):

@@ -17,6 +17,7 @@ import argparse
 from collections.abc import Sequence
 import csv
 import dataclasses
+import logging
 import pathlib
 import statistics
 import subprocess
@@ -28,12 +29,23 @@ from scipy import stats
 from rescalevit_jax import errors
 from rescalevit_jax import plots
 from rescalevit_jax import program
+from rescalevit_jax import progress
 from rescalevit_jax import runs
+from rescalevit_jax import sweep
 
+_log = logging.getLogger("rescalevit_jax.norm_free")
 CONFIG = pathlib.Path(__file__).parents[1] / "configs" / "norm_free.py"
 METHODS = (
   "LN,LN-unit,LN-rescale-unit,Rescale,DyT,DyT-rescale-unit,Derf,"
   "Derf-rescale-unit,Cal,Cal-unit,Cal-rescale,Cal-rescale-unit"
+)
+OWN_KEYS = (
+  "base_lr",
+  "data.held_out",
+  "dataset",
+  "eval_every",
+  "seed",
+  "total_steps",
 )
 # The others' differences are those from it.
 REFERENCE = "LN"
@@ -72,51 +84,24 @@ def main(argv: Sequence[str] | None = None) -> int:
   for setting in settings:
     if not setting.startswith("--config."):
       parser.error(f"unknown argument {setting}")
+    key = setting.removeprefix("--config.").partition("=")[0]
+    if key in OWN_KEYS:
+      parser.error(f"{setting}: the study sets {key} itself; see --help")
+  progress.log_to_stderr()
   return program.run(lambda: _run(args, settings))
 
 
 def _run(args, settings):
-  for method in args.methods:
-    for dataset in args.datasets:
-      _sweep(
-        args,
-        settings,
-        args.runs_dir / f"select-{args.steps}" / dataset / method,
-        method,
-        {"base_lr": args.rates},
-        {
-          "dataset": dataset,
-          "total_steps": args.steps,
-          "data.held_out": args.held_out,
-        },
-      )
-  outcomes = []
-  for dataset in args.datasets:
-    for method in args.methods:
-      folder = args.runs_dir / f"select-{args.steps}" / dataset / method
-      choosing = _finished(folder)
-      tried = {run.config.base_lr: _accuracy(run) for run in choosing}
-      norm = choosing[0].config.model.norm
-      rate = max(sorted(tried), key=tried.get)
-      folder = args.runs_dir / f"final-{args.final_steps}" / dataset / method
-      _sweep(
-        args,
-        settings,
-        folder,
-        method,
-        {"base_lr": [f"{rate:g}"], "seed": args.seeds},
-        {
-          "dataset": dataset,
-          "total_steps": args.final_steps,
-          "eval_every": args.final_steps,
-        },
-      )
-      accuracies = {
-        run.config.seed: _accuracy(run)
-        for run in _finished(folder)
-        if run.config.base_lr == rate
-      }
-      outcomes.append(Outcome(dataset, method, norm, tried, rate, accuracies))
+  chosen = {
+    (dataset, method): _choose(args, settings, dataset, method)
+    for method in args.methods
+    for dataset in args.datasets
+  }
+  outcomes = [
+    _test(args, settings, chosen[dataset, method])
+    for dataset in args.datasets
+    for method in args.methods
+  ]
   text = table(outcomes)
   (args.runs_dir / "table.md").write_text(text, encoding="utf-8")
   write_csv(outcomes, args.runs_dir / "accuracies.csv")
@@ -133,6 +118,7 @@ class Outcome:
     method: its name in configs/norm_free.py.
     norm: its model's.
     tried: accuracy on the held-out images, a fraction, by learning rate.
+    failed: learning rates whose runs failed.
     rate: the learning rate chosen.
     accuracies: on the test images after the last step, by seed.
   """
@@ -141,8 +127,9 @@ class Outcome:
   method: str
   norm: str
   tried: dict[float, float]
+  failed: tuple[float, ...]
   rate: float
-  accuracies: dict[int, float]
+  accuracies: dict[int, float] = dataclasses.field(default_factory=dict)
 
 
 def table(outcomes: Sequence[Outcome]) -> str:
@@ -158,10 +145,9 @@ def table(outcomes: Sequence[Outcome]) -> str:
   ]
   for outcome in outcomes:
     values = [100 * x for x in outcome.accuracies.values()]
-    tried = ", ".join(
-      f"{rate:g}: {100 * accuracy:.1f}"
-      for rate, accuracy in sorted(outcome.tried.items())
-    )
+    percent = {rate: f"{100 * x:.1f}" for rate, x in outcome.tried.items()}
+    percent |= dict.fromkeys(outcome.failed, "failed")
+    tried = ", ".join(f"{rate:g}: {x}" for rate, x in sorted(percent.items()))
     spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
     lines.append(
       f"| {outcome.dataset} | {outcome.method} | {outcome.rate:g} | {tried} |"
@@ -255,31 +241,90 @@ def draw(outcomes: Sequence[Outcome]) -> figure_lib.Figure:
   return figure
 
 
-def _sweep(args, settings, folder, method, grid, keys):
-  command = [
-    sys.executable,
-    "-m",
-    "rescalevit_jax.sweep",
-    f"--config={CONFIG}:{method}" + (f",{args.model}" if args.model else ""),
+def _choose(args, settings, dataset, method):
+  """Returns what comes of training with each learning rate."""
+  folder, finished, missing = _sweep(
+    args,
+    settings,
+    pathlib.Path(f"select-{args.steps}") / dataset / method,
+    {"base_lr": args.rates},
+    {
+      "dataset": dataset,
+      "total_steps": args.steps,
+      "data.held_out": args.held_out,
+    },
+  )
+  tried = {run.config.base_lr: _accuracy(run) for run in finished}
+  failed = tuple(run.config.base_lr for run in missing)
+  if not tried:
+    raise errors.UserError(f"{folder}: every learning rate failed; see above")
+  if failed:
+    _log.warning(
+      "%s: left out, since their runs failed: the learning rates %s",
+      folder,
+      ", ".join(f"{rate:g}" for rate in failed),
+    )
+  norm = finished[0].config.model.norm
+  rate = max(sorted(tried), key=tried.get)
+  return Outcome(dataset, method, norm, tried, failed, rate)
+
+
+def _test(args, settings, outcome):
+  """Returns the outcome with what the seeds come to at the chosen rate."""
+  folder, finished, missing = _sweep(
+    args,
+    settings,
+    pathlib.Path(f"final-{args.final_steps}")
+    / outcome.dataset
+    / outcome.method,
+    {"base_lr": [repr(outcome.rate)], "seed": args.seeds},
+    {
+      "dataset": outcome.dataset,
+      "total_steps": args.final_steps,
+      "eval_every": args.final_steps,
+    },
+  )
+  if missing:
+    raise errors.UserError(
+      f"{folder}: not finished; the same command goes on from there"
+    )
+  accuracies = {run.config.seed: _accuracy(run) for run in finished}
+  return dataclasses.replace(outcome, accuracies=accuracies)
+
+
+def _sweep(args, settings, folder, grid, keys):
+  """Runs a grid; returns its folder, finished runs, and the others' plans."""
+  reference = f"{CONFIG}:{folder.name}"
+  folder = args.runs_dir / folder
+  options = [
+    f"--config={reference}" + (f",{args.model}" if args.model else ""),
     f"--runs_dir={folder}",
     f"--jobs={args.jobs}",
   ]
   for key, values in grid.items():
-    command += ["--grid", f"{key}={','.join(values)}"]
-  command += [f"--config.{key}={value}" for key, value in keys.items()]
-  code = subprocess.run([*command, *settings], check=False).returncode
-  if code:
+    options += ["--grid", f"{key}={','.join(values)}"]
+  options += [f"--config.{key}={value}" for key, value in keys.items()]
+  options += settings
+  planned = {run.workdir: run for run in sweep.parse(options)[1]}
+  command = [sys.executable, "-m", "rescalevit_jax.sweep", *options]
+  code = subprocess.run(command, check=False).returncode
+  if code not in (0, 1):  # 1: some runs failed.
     raise errors.UserError(
       f"{folder}: not finished; the same command goes on from there"
     )
+  # Others may have been there before: of another model, rate or seed.
+  finished = [
+    run
+    for run in runs.find(folder).runs
+    if run.result is not None and run.workdir in planned
+  ]
+  for run in finished:
+    del planned[run.workdir]
+  return folder, finished, list(planned.values())
 
 
 def _accuracy(run):
   return run.result["last_accuracy"]
-
-
-def _finished(folder):
-  return [run for run in runs.find(folder).runs if run.result is not None]
 
 
 if __name__ == "__main__":

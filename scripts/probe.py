@@ -91,16 +91,19 @@ def _run(args, settings):
   ]
   points = list(itertools.product(*map(grid.parse_axis, args.grid)))
   configs = {}
+  files = {reference.partition(":")[0] for reference in args.config}
   for reference in args.config:
     for label, file, point in _variants(reference, points):
+      if len(files) > 1:
+        label = f"{pathlib.Path(file.partition(':')[0]).stem}: {label}"
       if label in configs:
         raise errors.UserError(f"{label} is given twice; give each model once")
       configs[label] = grid.load_config(file, [*settings, *point])
+  args.output.mkdir(parents=True, exist_ok=True)
   found = []
   for i, (label, config) in enumerate(configs.items(), start=1):
     _log.info("%s: model %d of %d", label, i, len(configs))
     found.append((label, config, measure(config, not args.no_sharpness)))
-  args.output.mkdir(parents=True, exist_ok=True)
   rows = list(map(_summary, found))
   print(_markdown(rows))
   writers.write_file(args.output / "probe.csv", _csv(found))
@@ -127,10 +130,11 @@ def _variants(reference, points):
     yield method, reference, ()
     return
   grid.load_config(reference, ())  # Its mistakes, in one line.
-  for method in runpy.run_path(path).get("METHODS", ()):
-    yield method, f"{path}:{method}", ()
-    points = []
-  for norm in norms.NORMS if points else ():
+  if methods := runpy.run_path(path).get("METHODS"):
+    for method in methods:
+      yield method, f"{path}:{method}", ()
+    return
+  for norm in norms.NORMS:
     yield norm, reference, (grid.Setting("model.norm", norm),)
 
 
@@ -195,7 +199,9 @@ def _summary(model):
       gradients[0] / gradients[-1] if gradients and gradients[-1] else None
     ),
     "queries and keys, share": _number(numbers["grad_share_qk"]),
-    "attention entropy, nats": _number(np.mean(entropies)),
+    "attention entropy, nats": _number(
+      np.mean(entropies) if entropies else None
+    ),
     "saturated": _number(np.mean(saturated) if saturated else None),
     "sharpness": _number(numbers.get("sharpness")),
   }

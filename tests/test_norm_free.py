@@ -24,14 +24,21 @@ TEST = {
 
 @pytest.fixture
 def study(monkeypatch):
-  """Sweeps that only write what the runs would have left."""
+  """Sweeps that only write what the runs would have left.
+
+  With a learning rate of 9, runs fail.
+  """
   module, planned = programs.load("norm_free"), []
 
   def run(command, check):
     assert not check and command[1:3] == ["-m", "rescalevit_jax.sweep"]
+    failed = False
     for run in sweep.parse(command[3:])[1]:
       planned.append(run)
       config = run.config
+      if config.base_lr == 9:
+        failed = True
+        continue
       method, _, model = run.reference.rpartition(":")[2].partition(",")
       assert (config.model_name, model) in (
         ("ViT-XS_4", ""),
@@ -48,7 +55,7 @@ def study(monkeypatch):
           config_lib.flatten(config),
           {"last_accuracy": accuracy, "best_accuracy": 0.9},
         )
-    return subprocess.CompletedProcess(command, 0)
+    return subprocess.CompletedProcess(command, int(failed))
 
   monkeypatch.setattr(module.subprocess, "run", run)
   return module, planned
@@ -107,18 +114,55 @@ def test_a_large_model_has_the_original_recipe(study, tmp_path):
   ] * 3
 
 
+def test_only_what_was_asked_for_counts(study, tmp_path):
+  module, _ = study
+  flags = ["--datasets=cifar10", f"--runs_dir={tmp_path}"]
+  assert module.main([*flags, "--methods=LN", "--rates=0.1,0.2"]) == 0
+  small = ["--methods=LN", "--rates=0.1", "--seeds=1,3"]
+  assert module.main([*flags, *small]) == 0
+  row = (tmp_path / "table.md").read_text().splitlines()[2]
+  assert row.startswith("| cifar10 | LN | 0.1 | 0.1: 30.0 | 33.00 ± 1.41 (2)")
+  with open(tmp_path / "accuracies.csv", newline="") as f:
+    assert [row["seed"] for row in csv.DictReader(f)] == ["0", "1", "3"]
+
+
+def test_a_learning_rate_that_fails_is_left_out(study, tmp_path, capsys):
+  module, _ = study
+  flags = ["--methods=LN", "--datasets=cifar10", f"--runs_dir={tmp_path}"]
+  assert module.main([*flags, "--rates=0.1,9"]) == 0
+  row = (tmp_path / "table.md").read_text().splitlines()[2]
+  assert row.startswith("| cifar10 | LN | 0.1 | 0.1: 30.0, 9: failed |")
+  assert "left out" in capsys.readouterr().err
+  assert module.main([*flags, "--rates=9"]) == 1
+  assert "every learning rate failed" in capsys.readouterr().err
+
+
+def test_a_learning_rate_is_not_rounded(study, tmp_path):
+  module, planned = study
+  flags = ["--methods=LN", "--datasets=cifar10", f"--runs_dir={tmp_path}"]
+  assert module.main([*flags, "--rates=0.1234567"]) == 0
+  assert {run.config.base_lr for run in planned} == {0.1234567}
+
+
 def test_a_sweep_that_fails_ends_it(monkeypatch, tmp_path, capsys):
   module = programs.load("norm_free")
   monkeypatch.setattr(
     module.subprocess,
     "run",
-    lambda command, check: subprocess.CompletedProcess(command, 1),
+    lambda command, check: subprocess.CompletedProcess(command, 130),
   )
   assert module.main([f"--runs_dir={tmp_path}"]) == 1
   assert "not finished; the same command goes on" in capsys.readouterr().err
 
 
-def test_unknown_arguments_are_named(capsys):
+@pytest.mark.parametrize(
+  "argument, words",
+  [
+    ("--method=LN", "unknown argument --method=LN"),
+    ("--config.seed=5", "the study sets seed itself"),
+  ],
+)
+def test_arguments_that_do_not_do_are_named(argument, words, capsys):
   with pytest.raises(SystemExit):
-    programs.load("norm_free").main(["--method=LN"])
-  assert "--method=LN" in capsys.readouterr().err
+    programs.load("norm_free").main([argument])
+  assert words in capsys.readouterr().err

@@ -1,6 +1,7 @@
 """The program that measures fresh models side by side."""
 
 import csv
+import pathlib
 
 import programs
 import pytest
@@ -87,6 +88,17 @@ def test_a_config_stands_for(
   flags = [f"--config={write_config(methods)}", "--no_sharpness", *flags]
   assert probe.main([*flags, f"--output={tmp_path}"]) == 0
   assert [config.model.norm for config in measured] == norms
+
+
+def test_models_of_two_files_are_told_apart(measured, tmp_path, capsys):
+  folder = pathlib.Path(__file__).parents[1] / "configs"
+  flags = [
+    f"--config={folder / name}.py:LN" for name in ("norm_free", "remove_norm")
+  ]
+  assert probe.main([*flags, f"--output={tmp_path}"]) == 0
+  out = capsys.readouterr().out
+  assert "| norm_free: LN | LN |" in out
+  assert "| remove_norm: LN | LN |" in out
 
 
 @pytest.mark.parametrize(

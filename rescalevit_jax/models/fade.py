@@ -40,7 +40,8 @@ class Ramp:
   def faded(self, passes: jax.Array) -> jax.Array:
     """Returns how far it is after so many passes, [] int32 in [0, FULL]."""
     share = (passes - self.begin) / max(self.end - self.begin, 1.0)
-    return jnp.round(FULL * jnp.clip(share, 0.0, 1.0)).astype(jnp.int32)
+    share = jnp.where(passes >= self.end, 1.0, jnp.clip(share, 0.0, 1.0))
+    return jnp.round(FULL * share).astype(jnp.int32)
 
 
 @dataclasses.dataclass(frozen=True)

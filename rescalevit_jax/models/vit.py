@@ -19,8 +19,6 @@ from rescalevit_jax.models import initializers
 from rescalevit_jax.models import norms
 from rescalevit_jax.models import residuals
 
-IN_MLP = "BatchNorm_1"  # The name of a norm inside the MLP.
-
 
 class PatchEmbedding(nn.Module):
   """Linear map of each patch: [B, H, W, 3] -> [B, H/P * W/P, D]."""
