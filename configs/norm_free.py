@@ -11,11 +11,14 @@ from rescalevit_jax import errors
 _UNIT = {"model.init": "unit"}
 _BOTH = {"model.residual": "rescale", "model.init": "unit"}
 _CALIBRATED = {"calibration": "all"}
+# Alphas and the branches' multipliers: near 1 / width.
+_SLOW = {"scalar_lr": 0.02}
 
 METHODS = {
   "LN": {},
   "LN-unit": _UNIT,
   "LN-rescale-unit": _BOTH,
+  "LN-rescale-unit-slow": {**_BOTH, **_SLOW},
   "Rescale": {"model.norm": "Rescale"},
   "DyT": {"model.norm": "DyT"},
   "DyT-rescale-unit": {"model.norm": "DyT", **_CALIBRATED, **_BOTH},
@@ -25,6 +28,7 @@ METHODS = {
   "Cal-unit": {"model.norm": "Cal", **_UNIT},
   "Cal-rescale": {"model.norm": "Cal", "model.residual": "rescale"},
   "Cal-rescale-unit": {"model.norm": "Cal", **_BOTH},
+  "Cal-rescale-unit-slow": {"model.norm": "Cal", **_BOTH, **_SLOW},
 }
 
 

@@ -36,8 +36,9 @@ from rescalevit_jax import sweep
 _log = logging.getLogger("rescalevit_jax.norm_free")
 CONFIG = pathlib.Path(__file__).parents[1] / "configs" / "norm_free.py"
 METHODS = (
-  "LN,LN-unit,LN-rescale-unit,Rescale,DyT,DyT-rescale-unit,Derf,"
-  "Derf-rescale-unit,Cal,Cal-unit,Cal-rescale,Cal-rescale-unit"
+  "LN,LN-unit,LN-rescale-unit,LN-rescale-unit-slow,Rescale,"
+  "DyT,DyT-rescale-unit,Derf,Derf-rescale-unit,"
+  "Cal,Cal-unit,Cal-rescale,Cal-rescale-unit,Cal-rescale-unit-slow"
 )
 OWN_KEYS = (
   "base_lr",
@@ -73,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   parser.add_argument(
     "--model", help="such as ViT-B_32, at 224x224 (a small one at 32x32)"
   )
-  add("rates", "0.05,0.1,0.2,0.4", "learning rates to choose from")
+  add("rates", "0.05,0.1,0.2,0.4,0.8", "learning rates to choose from")
   add("seeds", "1,2,3", "seeds of the final runs")
   add("held_out", 5000, "training images to choose by", int)
   add("steps", 1500, "steps of the runs that choose", int)
@@ -206,8 +207,8 @@ def draw(outcomes: Sequence[Outcome]) -> figure_lib.Figure:
       place = same_norm.index(x.method)
       style = {
         "color": plots.norm_color(x.norm),
-        "marker": "osD^"[place % 4],
-        "linestyle": ("-", "--", ":", "-.")[place % 4],
+        "marker": "osD^v"[place % 5],
+        "linestyle": ("-", "--", ":", "-.", (0, (5, 1)))[place % 5],
         "markerfacecolor": "white" if place else None,
       }
       rates = sorted(x.tried)
@@ -266,6 +267,13 @@ def _choose(args, settings, dataset, method):
     )
   norm = finished[0].config.model.norm
   rate = max(sorted(tried), key=tried.get)
+  if len(tried) > 1 and rate in (min(tried), max(tried)):
+    _log.warning(
+      "%s: %g is the best of these learning rates, and the outermost: try"
+      " others beyond it",
+      folder,
+      rate,
+    )
   return Outcome(dataset, method, norm, tried, failed, rate)
 
 

@@ -30,15 +30,13 @@ def test_is_valid(name):
   experiment.create_model(config, 10)
 
 
-def test_every_method_of_the_study_is_another_model():
+def test_every_method_of_the_study_is_another():
   module = load("norm_free")
-  models = [
-    experiment.create_model(module.get_config(method), 10)
-    for method in module.METHODS
-  ]
-  for model in models:
+  configs = [module.get_config(method) for method in module.METHODS]
+  for config in configs:
+    model = experiment.create_model(config, 10)
     assert (model.num_layers, model.hidden_size) == (12, 64)
-    assert models.count(model) == 1
+    assert configs.count(config) == 1
   with pytest.raises(errors.UserError, match="'Cal-rescal'.*Cal-rescale"):
     module.get_config("Cal-rescal")
 
