@@ -5,6 +5,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import sys
 from typing import Any
 
 import ml_collections
@@ -105,6 +106,21 @@ def find(folder: str | pathlib.Path) -> Found:
     raise errors.UserError(f"{folder}: no runs there (no config.json)")
   runs.sort(key=lambda run: run.workdir)
   return Found(runs, sorted(damaged), sorted(not_begun))
+
+
+def find_each(folders: Iterable[str | pathlib.Path]) -> list[Run]:
+  """Reads all runs in several folders, each once; says what is left out.
+
+  Raises:
+    UserError: a folder is missing, or there is no run in it.
+  """
+  runs = {}
+  for folder in folders:
+    found = find(folder)
+    runs |= {run.workdir.resolve(): run for run in found.runs}
+    for line in (*found.damaged, *found.not_begun):
+      print(f"left out: {line}", file=sys.stderr)
+  return list(runs.values())
 
 
 def group(runs: Iterable[Run]) -> list[tuple[Run, ...]]:

@@ -19,6 +19,7 @@ import csv
 import dataclasses
 import logging
 import pathlib
+import runpy
 import statistics
 import subprocess
 import sys
@@ -35,11 +36,7 @@ from rescalevit_jax import sweep
 
 _log = logging.getLogger("rescalevit_jax.norm_free")
 CONFIG = pathlib.Path(__file__).parents[1] / "configs" / "norm_free.py"
-METHODS = (
-  "LN,LN-unit,LN-rescale-unit,LN-rescale-unit-slow,Rescale,"
-  "DyT,DyT-rescale-unit,Derf,Derf-rescale-unit,"
-  "Cal,Cal-unit,Cal-rescale,Cal-rescale-unit,Cal-rescale-unit-slow"
-)
+METHODS = ",".join(runpy.run_path(str(CONFIG))["METHODS"])
 OWN_KEYS = (
   "base_lr",
   "data.held_out",

@@ -47,18 +47,13 @@ def _run(args):
   outputs = args.output or [pathlib.Path(f"curves.{x}") for x in ("png", "svg")]
   for path in outputs:
     plots.check_suffix(path)
-  found = {}
-  for folder in args.workdir:
-    there = runs.find(folder)
-    found |= {run.workdir.resolve(): run for run in there.runs}
-    for line in (*there.damaged, *there.not_begun):
-      print(f"left out: {line}", file=sys.stderr)
+  found = runs.find_each(args.workdir)
   if not found:
     raise errors.UserError("no run to draw: none can be read")
   curves = {}
   if args.published is not None:
     curves = published.read_curves(args.published)
-  figure = plots.curves(list(found.values()), curves)
+  figure = plots.curves(found, curves)
   for path in outputs:
     plots.save(figure, path)
     print(f"{path}: {len(found)} run{'s' * (len(found) > 1)}")

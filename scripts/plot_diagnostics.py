@@ -45,13 +45,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(args):
   for path in args.output or ():
     plots.check_suffix(path)
-  found = {}
-  for folder in args.workdir:
-    there = runs.find(folder)
-    found |= {run.workdir.resolve(): run for run in there.runs}
-    for line in (*there.damaged, *there.not_begun):
-      print(f"left out: {line}", file=sys.stderr)
-  diagnosed = [r for r in found.values() if diagnostics_plots.is_diagnosed(r)]
+  found = runs.find_each(args.workdir)
+  diagnosed = [r for r in found if diagnostics_plots.is_diagnosed(r)]
   if not diagnosed:
     raise errors.UserError(
       "no run with diagnostics; train with --config.diagnostics_every=100"
