@@ -52,6 +52,19 @@ def test_thousands_of_brackets_are_damage(name, tmp_path):
   assert name in line and "damaged" in line and len(line.splitlines()) == 1
 
 
+def test_runs_of_several_folders_are_read_once_and_the_rest_is_named(
+  tmp_path, capsys
+):
+  write(tmp_path / "a" / "good")
+  write(tmp_path / "b" / "too")
+  write(tmp_path / "b" / "bad")
+  (tmp_path / "b" / "bad" / "config.json").write_text("{")
+  found = runs.find_each([tmp_path / "a", tmp_path / "b", tmp_path / "a"])
+  assert [run.workdir.name for run in found] == ["good", "too"]
+  (line,) = capsys.readouterr().err.splitlines()
+  assert line.startswith("left out: ") and "bad" in line
+
+
 def test_finds_runs_below_and_names_the_damaged(tmp_path):
   write(tmp_path / "b")
   write(tmp_path / "deep" / "a")
