@@ -56,7 +56,7 @@ def measure_ours(config, options) -> dict[str, float]:
   seconds = time.perf_counter() - start
 
   def run(steps):
-    # As `train.Trainer` does it: a step is started, then the metrics of the one
+    # As `loop.Trainer` does it: a step is started, then the metrics of the one
     # before it are awaited.
     nonlocal state
     last = None

@@ -12,6 +12,7 @@ import pytest
 
 from rescalevit_jax import checkpoint
 from rescalevit_jax import errors
+from rescalevit_jax import loop
 from rescalevit_jax import train
 
 
@@ -43,7 +44,7 @@ def whole(digits_dir, default_run, tmp_path_factory):
   folder = tmp_path_factory.mktemp("whole")
   config = conftest._tiny_config(digits_dir)
   (folder / "finished").symlink_to(default_run)
-  real = train.Trainer._step
+  real = loop.Trainer._step
   with pytest.MonkeyPatch.context() as patch:
 
     def step(self, *batch):
@@ -51,7 +52,7 @@ def whole(digits_dir, default_run, tmp_path_factory):
       if self._progress.step == 11:
         raise InterruptedError
 
-    patch.setattr(train.Trainer, "_step", step)
+    patch.setattr(loop.Trainer, "_step", step)
     with pytest.raises(InterruptedError):
       train.train_and_evaluate(config, folder / "killed")
   assert checkpoint.saved_steps(folder / "killed", "last") == [4, 8]

@@ -12,6 +12,7 @@ from rescalevit_jax import checkpoint
 from rescalevit_jax import diagnostics
 from rescalevit_jax import errors
 from rescalevit_jax import experiment
+from rescalevit_jax import loop
 from rescalevit_jax import measurements
 from rescalevit_jax import train
 
@@ -30,7 +31,7 @@ def runs(tmp_path_factory, module_config):
   config.grad_norm_clip = 0.23
   config.progress_every = 1
   config.total_steps = 9
-  real = train.Trainer._step
+  real = loop.Trainer._step
 
   def killed(self, *batch):
     real(self, *batch)
@@ -46,7 +47,7 @@ def runs(tmp_path_factory, module_config):
     config.diagnostics_every = 3
     train.train_and_evaluate(config, folder / "with")
     with pytest.MonkeyPatch.context() as killing:
-      killing.setattr(train.Trainer, "_step", killed)
+      killing.setattr(loop.Trainer, "_step", killed)
       with pytest.raises(InterruptedError):
         train.train_and_evaluate(config, folder / "killed")
     train.train_and_evaluate(config, folder / "killed")

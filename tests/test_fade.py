@@ -15,6 +15,7 @@ from rescalevit_jax import checkpoint
 from rescalevit_jax import config as config_lib
 from rescalevit_jax import errors
 from rescalevit_jax import fold
+from rescalevit_jax import loop
 from rescalevit_jax import models
 from rescalevit_jax import pretrained
 from rescalevit_jax import train
@@ -274,7 +275,7 @@ def test_resumes_through_the_middle_of_a_fade(
   config.model.remat = True
   config.model.num_layers = 1
   train.train_and_evaluate(config, tmp_path / "a")
-  real = train.Trainer._step
+  real = loop.Trainer._step
 
   def stopping(self, *batch):
     if self._progress.step == 7:
@@ -282,7 +283,7 @@ def test_resumes_through_the_middle_of_a_fade(
     real(self, *batch)
 
   with monkeypatch.context() as patch:
-    patch.setattr(train.Trainer, "_step", stopping)
+    patch.setattr(loop.Trainer, "_step", stopping)
     with pytest.raises(InterruptedError):
       train.train_and_evaluate(config, tmp_path / "b")
   _, between, at = checkpoint.load_variables(tmp_path / "b", "latest")

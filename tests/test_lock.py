@@ -11,6 +11,7 @@ import pytest
 
 from rescalevit_jax import errors
 from rescalevit_jax import lock
+from rescalevit_jax import loop
 from rescalevit_jax import train
 
 # Holds the lock until its standard input ends, in a folder.
@@ -78,7 +79,7 @@ def test_training_takes_the_lock(holder, tiny_config, tmp_path):
 
 def test_training_holds_the_lock(tiny_config, tmp_path, monkeypatch):
   seen = []
-  real = train.Trainer.run
+  real = loop.Trainer.run
 
   def run(self, stop):
     with pytest.raises(errors.UserError, match="another process"):
@@ -87,7 +88,7 @@ def test_training_holds_the_lock(tiny_config, tmp_path, monkeypatch):
     seen.append(True)
     return real(self, stop)
 
-  monkeypatch.setattr(train.Trainer, "run", run)
+  monkeypatch.setattr(loop.Trainer, "run", run)
   train.train_and_evaluate(tiny_config, tmp_path / "run")
   assert seen
   assert not (tmp_path / "run" / ".lock").exists()

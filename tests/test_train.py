@@ -18,6 +18,7 @@ from rescalevit_jax import errors
 from rescalevit_jax import evaluate
 from rescalevit_jax import experiment
 from rescalevit_jax import interrupt
+from rescalevit_jax import loop
 from rescalevit_jax import pretrained
 from rescalevit_jax import step
 from rescalevit_jax import train
@@ -46,7 +47,7 @@ def stop_at(monkeypatch):
   """Makes runs behave as if a signal had come during a certain step."""
 
   def arrange(step_number, times=1):
-    real = train.Trainer._step
+    real = loop.Trainer._step
     left = [times]
 
     def stopping(self, *batch):
@@ -55,7 +56,7 @@ def stop_at(monkeypatch):
         left[0] -= 1
         raise InterruptedError
 
-    monkeypatch.setattr(train.Trainer, "_step", stopping)
+    monkeypatch.setattr(loop.Trainer, "_step", stopping)
 
   return arrange
 

@@ -1,0 +1,251 @@
+"""The training loop."""
+
+import logging
+import math
+import pathlib
+import time
+
+import jax
+
+from rescalevit_jax import checkpoint
+from rescalevit_jax import diagnostics
+from rescalevit_jax import errors
+from rescalevit_jax import evaluate
+from rescalevit_jax import experiment as experiment_lib
+from rescalevit_jax import interrupt
+from rescalevit_jax import profile
+from rescalevit_jax import progress as progress_lib
+from rescalevit_jax import step as step_lib
+from rescalevit_jax import writers
+
+_log = logging.getLogger(__name__)
+
+_SECONDS_BETWEEN_LINES = 10.0
+_WARM_UP_STEPS = 3  # Before a profile.
+
+
+class Trainer:
+  """The training loop and what it works with.
+
+  Args:
+    experiment: data, model and optimizer.
+    state: where to begin; given away to the device.
+    progress: what the run knows of itself, updated on the way.
+    checkpoints: where the state is saved.
+    writer: where the metrics go.
+    folder: for other files of the run.
+  """
+
+  def __init__(
+    self,
+    experiment: experiment_lib.Experiment,
+    state: step_lib.TrainState,
+    progress: checkpoint.Progress,
+    checkpoints: checkpoint.Checkpoints,
+    writer: writers.MetricWriter,
+    folder: pathlib.Path,
+  ):
+    config, mesh = experiment.config, experiment.mesh
+    self._config = config
+    self._model = experiment.model
+    self._dataset = experiment.dataset
+    self._rate = experiment.rate
+    self._state = state
+    self._progress = progress
+    self._checkpoints = checkpoints
+    self._writer = writer
+
+    dataset = experiment.dataset
+    self._train = experiment.train_feed
+    self._train_places = experiment.train_places
+    self._evaluator = evaluate.Evaluator(
+      experiment.model,
+      experiment.test_feed,
+      image_size=config.image_size,
+      batch=config.batch_eval,
+      mesh=mesh,
+    )
+    self._diagnostics = diagnostics.Diagnostics(experiment, progress)
+    progress_lib.warn_of_long_run(
+      experiment.model,
+      image_size=config.image_size,
+      batch=config.batch,
+      steps=config.total_steps - progress.step,
+      eval_images=len(dataset.test),
+      evaluations=-(-(config.total_steps - progress.step) // config.eval_every),
+    )
+    self._metrics = None  # Of the step that the device works on.
+    self._first_step = progress.step + 1
+    self._profile = profile.Profile(
+      folder / "profile",
+      progress.step + 1 + _WARM_UP_STEPS,
+      config.profile_steps,
+    )
+    self._seconds_before = progress.seconds
+    self._started = time.monotonic()
+    self._timer = progress_lib.Timer(
+      config.total_steps, config.batch, progress.step
+    )
+
+  def run(self, stop: interrupt.Interrupt) -> bool:
+    """Trains until the end, or until `stop` and says so by False."""
+    config, progress = self._config, self._progress
+    if progress.step < config.total_steps:
+      _log.info("compiling the training step")
+    steps = range(progress.step + 1, config.total_steps + 1)
+    with self._train.batches(self._train_places, steps) as batches:
+      return self._loop(stop, batches)
+
+  def _loop(self, stop, batches):
+    config, progress = self._config, self._progress
+    while True:
+      stop.look(progress.step)
+      if self._evaluation_is_due():
+        self._evaluate(stop)
+      at_end = progress.step == config.total_steps
+      due = progress.step > 0 and progress.step % config.checkpoint_every == 0
+      if stop.requested or at_end or due:
+        self._save()
+      if stop.requested or at_end:
+        self._profile.end(self._state)
+        self._checkpoints.wait()
+        return progress.last_step == config.total_steps
+      self._step(*next(batches))
+
+  def _step(self, images, labels):
+    """Starts a step, then waits for the one before it and reports on that."""
+    progress = self._progress
+    step = progress.step + 1
+    self._profile.before(step, self._state)
+    self._state, metrics = self._diagnostics.train_step(
+      step, self._state, images, labels
+    )
+    self._finish_step()
+    progress.step, self._metrics = step, metrics
+    if step == self._first_step:
+      jax.block_until_ready(metrics)
+      self._timer.first_step_done(step)
+      seconds = time.monotonic() - self._started
+      _log.info("the first step is done after %.1f s", seconds)
+
+  def _finish_step(self):
+    """Waits for the metrics of the last step and reports on it."""
+    if self._metrics is None:
+      return
+    step, metrics = self._progress.step, jax.device_get(self._metrics)
+    self._metrics = None
+    loss, grad_norm = float(metrics["loss"]), float(metrics["grad_norm"])
+    if not math.isfinite(loss + grad_norm):
+      self._fail(f"loss {loss}, gradient norm {grad_norm}")
+    self._report(step, loss, grad_norm)
+    if line := self._diagnostics.finish_step(step, metrics):
+      self._lap(step)
+      self._writer.write(step, line)
+      self._timer.restart()
+
+  def _report(self, step, loss, grad_norm):
+    due = step % self._config.progress_every == 0
+    quiet = time.monotonic() - self._timer.last_line
+    if not due and quiet < _SECONDS_BETWEEN_LINES:
+      return
+    rate = float(self._rate(step - 1))
+    steps, seconds = self._lap(step)
+    self._timer.log(loss, rate, steps, seconds)
+    if due:
+      self._writer.write(
+        step,
+        {
+          "train/loss": loss,
+          "train/grad_norm": grad_norm,
+          "train/lr": rate,
+        },
+        {
+          "train/images_per_second": progress_lib.images_per_second(
+            steps, seconds, self._config.batch
+          )
+        },
+      )
+      self._timer.restart()  # The first write imports TensorFlow.
+
+  def _fail(self, what):
+    self._checkpoints.wait()
+    last = self._checkpoints.latest_step()
+    raise errors.UserError(
+      f"step {self._progress.step}: {what}: not finite; the last checkpoint is"
+      f" that of step {last}; try a smaller base_lr or grad_norm_clip in a new"
+      " --workdir"
+    )
+
+  def _lap(self, step):
+    steps, seconds = self._timer.lap(step)
+    self._progress.timed_steps += steps
+    self._progress.timed_seconds += seconds
+    return steps, seconds
+
+  def _evaluation_is_due(self):
+    step = self._progress.step
+    return step not in (0, self._progress.last_step) and (
+      step % self._config.eval_every == 0 or step == self._config.total_steps
+    )
+
+  def _evaluate(self, stop):
+    self._finish_step()
+    progress = self._progress
+    self._lap(progress.step)
+    variables = self._state.evaluated
+    result = self._evaluator(
+      variables["params"], variables["batch_stats"], lambda: stop.requested
+    )
+    self._timer.restart()
+    if result is None:
+      return
+    if not math.isfinite(result.loss):
+      self._fail(f"test loss {result.loss}")
+    self._writer.write(
+      progress.step,
+      {"test/loss": result.loss, "test/accuracy": result.accuracy},
+    )
+    if self._config.attention_images:
+      self._writer.write_images(progress.step, self._draw_attention)
+      self._timer.restart()
+    progress.last_step = progress.step
+    progress.last_accuracy, progress.last_loss = result.accuracy, result.loss
+    progress.examples_evaluated = result.examples
+    if result.accuracy > progress.best_accuracy:
+      progress.best_accuracy = result.accuracy
+      progress.best_step = progress.step
+      self._checkpoints.save_best(self._state, progress)
+    _log.info(
+      "step %d/%d  test loss %.4f  test accuracy %.4f  best %.4f at step %d",
+      progress.step,
+      self._config.total_steps,
+      result.loss,
+      result.accuracy,
+      progress.best_accuracy,
+      progress.best_step,
+    )
+
+  def _draw_attention(self):
+    # Not needed to train, nor matplotlib.
+    from rescalevit_jax import attention_plots
+    from rescalevit_jax import trained
+
+    model = trained.TrainedModel(
+      f"step {self._progress.step}",
+      self._model,
+      self._state.evaluated,
+      self._config.image_size,
+      self._dataset.class_names,
+    )
+    return attention_plots.draw_all(model, self._dataset.test.images[0])
+
+  def _save(self):
+    progress = self._progress
+    self._finish_step()
+    self._writer.sync()
+    if progress.step == self._checkpoints.latest_step():
+      return
+    self._lap(progress.step)
+    progress.seconds = self._seconds_before + time.monotonic() - self._started
+    self._checkpoints.save(self._state, progress)
+    self._timer.restart()
