@@ -13,6 +13,7 @@ from rescalevit_jax import errors
 METHODS = {
   "LN": {"model.norm": "LN"},
   "Fade": {"model.norm": "Fade"},
+  "Fade-DyT": {"model.norm": "Fade", "fade.alpha": 0.5},
   # One scale for class token and patches: folds.
   "Fade-one": {"model.norm": "Fade", "fade.apart": False},
   # What the parts are good for.

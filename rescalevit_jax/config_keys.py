@@ -281,6 +281,12 @@ KEYS = {
     "class token and patches have scales of their own; without, the result"
     " folds into the layers that follow",
   ),
+  "fade.alpha": _at_least(
+    0,
+    0.0,
+    "alpha of the tanh that a place ends as, after division by its scale: 0.5"
+    " as DyT starts; 0: a linear map, as Cal",
+  ),
   "reinit_head": Key(
     False, "start with a head of zeros even where the `.npz` has one"
   ),

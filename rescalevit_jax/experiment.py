@@ -236,6 +236,7 @@ def _fade_schedule(config):
     config.fade.end * passes,
     config.fade.width,
     config.fade.apart,
+    config.fade.alpha,
   )
 
 

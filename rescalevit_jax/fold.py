@@ -58,9 +58,9 @@ def fold(params: Any, batch_stats: Any) -> tuple[Any, Any]:
     linear = Norm.as_linear(_take(flat, place), _take(stats, place))
     if linear is None:
       raise errors.UserError(
-        f"{place}: {name} folds once it has faded and only with one scale for"
-        " class token and patches: take the latest checkpoint of a finished"
-        " run with fade.apart=False"
+        f"{place}: {name} folds once it has faded, to a linear map and with one"
+        " scale for class token and patches: take the latest checkpoint of a"
+        " finished run with fade.alpha=0 and fade.apart=False"
       )
     factor, shift = linear
     for layer in layers:

@@ -46,6 +46,7 @@ def test_default_is_valid_and_is_the_originals_recipe():
     ("fade.begin", 0.8, "more than fade.end"),
     ("fade.end", 1.1, "[0, 1]"),
     ("fade.width", 0.0, "(0, 1]"),
+    ("fade.alpha", -0.5, ">= 0"),
     ("model.init", "jax", "torch, google"),
     ("model.dropout_rate", 1.0, "[0, 1)"),
     ("model.patch_size", 0, "> 0"),

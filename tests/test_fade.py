@@ -40,26 +40,28 @@ SLOTS = [
 ]
 
 
-def variables(share=0.0, count=0, log_sigma=LOG_SIGMA):
+def variables(share=0.0, count=0, log_sigma=LOG_SIGMA, alpha=0.0):
   return {
     "params": PARAMS,
     "batch_stats": {
       "log_sigma": log_sigma,
+      "alpha": np.float32(alpha),
       "count": np.int32(count),
       "faded": np.int32(share * fade.FULL),
     },
   }
 
 
-def apply(share, x=X):
-  return norms.Fade(D).apply(variables(share), x, False)
+def apply(share, x=X, alpha=0.0):
+  return norms.Fade(D).apply(variables(share, alpha=alpha), x, False)
 
 
 def sigma(x):
   return np.sqrt(x.var(-1) + 1e-6)
 
 
-def test_at_first_it_is_layer_norm_bit_for_bit():
+@pytest.mark.parametrize("alpha", [0.0, 0.5])
+def test_at_first_it_is_layer_norm_bit_for_bit(alpha):
   weights = np.random.default_rng(1).normal(size=X.shape)
 
   def total(module, found, x):
@@ -71,7 +73,7 @@ def test_at_first_it_is_layer_norm_bit_for_bit():
       found, X
     )
     for module, found in (
-      (norms.Fade(D), variables()),
+      (norms.Fade(D), variables(alpha=alpha)),
       (norms.LayerNorm(D), {"params": PARAMS}),
     )
   ]
@@ -87,6 +89,34 @@ def test_between_is_the_geometric_mean_with_the_frozen_sigma(share):
   y = (x - x.mean(-1, keepdims=True)) / between[..., None]
   want = PARAMS["scale"] * y + PARAMS["bias"]
   np.testing.assert_allclose(apply(share), want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("share", [0.25, 1.0])
+def test_with_alpha_it_goes_over_to_dyt(share):
+  """By hand; at last that is DyT of x - mean, with alpha over the scale."""
+  x = X.astype(np.float64)
+  frozen = np.exp(LOG_SIGMA)[[0, 1, 1, 1]]
+  between = sigma(x) ** (1 - share) * frozen**share
+  centered = x - x.mean(-1, keepdims=True)
+  a = 0.7 * share
+  y = np.tanh(a * centered / between[..., None]) / a
+  want = PARAMS["scale"] * y + PARAMS["bias"]
+  np.testing.assert_allclose(
+    apply(share, alpha=0.7), want, rtol=1e-5, atol=1e-5
+  )
+  if share == 1:
+    for tokens, scale in ((slice(1), 0.5), (slice(1, None), 3.0)):
+      params = {
+        "alpha": np.float32([0.7 / scale]),
+        "scale": PARAMS["scale"] / np.float32(0.7),
+        "bias": PARAMS["bias"],
+      }
+      dyt = norms.NORMS["DyT"](D).apply(
+        {"params": params}, np.float32(centered[:, tokens]), False
+      )
+      np.testing.assert_allclose(
+        apply(1.0, alpha=0.7)[:, tokens], dyt, rtol=1e-5, atol=1e-5
+      )
 
 
 def test_at_last_it_is_a_linear_map_of_each_kind_of_token():
@@ -114,12 +144,13 @@ def test_at_last_it_is_a_linear_map_of_each_kind_of_token():
   np.testing.assert_array_equal(jacobian(X[0]), jacobian(100 * X[0]))
 
 
+@pytest.mark.parametrize("alpha", [0.0, 0.5])
 @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
-def test_gradient_is_the_slope(share):
+def test_gradient_is_the_slope(share, alpha):
   """Of the input and of each parameter, in a random direction."""
   rng = np.random.default_rng(1)
   weights = rng.normal(size=X.shape)
-  statistics = variables(share)["batch_stats"]
+  statistics = variables(share, alpha=alpha)["batch_stats"]
 
   def fixed(params, x):
     return (
@@ -263,13 +294,16 @@ def test_first_blocks_fade_first_and_the_final_norm_last():
   assert {int(n) for n in stats(moving, "count")} == {10}
 
 
+@pytest.mark.parametrize("alpha", [0.0, 0.5])
 def test_resumes_through_the_middle_of_a_fade(
-  tiny_config, tmp_path, monkeypatch
+  alpha, tiny_config, tmp_path, monkeypatch
 ):
   """To the same bits; what is evaluated at the end has no norm left."""
   config = tiny_config
   config.model.norm = "Fade"
-  config.fade.update({"begin": 0.25, "end": 0.75, "width": 0.5, "apart": False})
+  config.fade.update(
+    {"begin": 0.25, "end": 0.75, "width": 0.5, "apart": False, "alpha": alpha}
+  )
   config.ema_decay = 0.9
   config.accum_steps = 2
   config.model.remat = True
@@ -297,7 +331,12 @@ def test_resumes_through_the_middle_of_a_fade(
     np.testing.assert_array_equal(x, y)
   weights, end, _ = ends[0]
   assert {int(n) for n in stats(end, "faded")} == {fade.FULL}
-  fold.fold(weights, end)  # Averaged, they still are the same for all tokens.
+  np.testing.assert_allclose(stats(end, "alpha"), alpha)
+  if alpha:
+    with pytest.raises(errors.UserError, match=r"folds once.*fade\.alpha"):
+      fold.fold(weights, end)
+  else:  # Averaged, they still are the same for all tokens.
+    fold.fold(weights, end)
 
 
 def test_an_ln_file_loads_strictly_and_starts_as_ln(tmp_path):
@@ -307,7 +346,7 @@ def test_an_ln_file_loads_strictly_and_starts_as_ln(tmp_path):
   params, statistics, report = pretrained.load(tmp_path / "a.npz", *zeros)
   trees.same(trees.flat(params, {}), trees.flat(saved, {}))
   assert not report.dropped and not report.reinitialized
-  names = ("log_sigma", "count", "faded")
+  names = ("log_sigma", "alpha", "count", "faded")
   assert {*report.initial} == {
     f"batch_stats/{slot}/{name}" for slot in SLOTS for name in names
   }
@@ -324,6 +363,7 @@ def test_one_scale_folds_into_the_layers_that_follow(tmp_path):
   found = flax.traverse_util.flatten_dict(statistics, sep="/")
   for slot in SLOTS:
     found[f"{slot}/log_sigma"][0] = found[f"{slot}/log_sigma"][1]
+    found[f"{slot}/alpha"] = np.float32(0)
     found[f"{slot}/faded"] = np.int32(fade.FULL)
 
   def folded():
@@ -364,6 +404,7 @@ def test_without_a_schedule_it_stays_layer_norm():
     ("LN", "LN", "ViT-XS_4"),
     ("Fade", "Fade", "ViT-XS_4"),
     ("Fade-one,ViT-L_32", "Fade", "ViT-L_32"),
+    ("Fade-DyT", "Fade", "ViT-XS_4"),
   ],
 )
 def test_the_config_of_an_experiment(run, norm, model_name):
@@ -374,10 +415,11 @@ def test_the_config_of_an_experiment(run, norm, model_name):
   config_lib.validate(config)
   assert (config.model.norm, config.model_name) == (norm, model_name)
   assert config.fade.apart == ("one" not in run)
+  assert config.fade.alpha == (0.5 if "DyT" in run else 0)
   control = get_config(run.replace(run.split(",")[0], "LN"))
   keys = {
     line.split()[0] for line in config_lib.differing_keys(control, config)
   }
-  assert keys <= {"model.norm", "fade.apart"}
+  assert keys <= {"model.norm", "fade.apart", "fade.alpha"}
   with pytest.raises(errors.UserError, match="did you mean Fade"):
     get_config("fade")

@@ -196,7 +196,7 @@ STATISTICS = {
   "BN2": ("mean", "var"),
   "Rescale": ("init_mean", "count"),
   "Cal": ("init_mean",),
-  "Fade": ("log_sigma", "count", "faded"),
+  "Fade": ("log_sigma", "alpha", "count", "faded"),
 }
 
 

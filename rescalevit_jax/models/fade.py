@@ -1,10 +1,10 @@
-"""LayerNorm that fades into a linear map: when, and how far along.
+"""LayerNorm that fades into a linear map or a tanh: when, and how far along.
 
 After Heimersheim 2024 (arXiv:2409.13710) and Baroni et al. 2025 ("Transformers
 Don't Need LayerNorm at Inference Time"), who take GPT-2's norms out one by one
 while fine-tuning: LayerNorm but for 1 / sigma is linear, so that a sigma which
 is no longer the token's own leaves a linear map. They replace it at once; here
-it goes over slowly.
+it goes over slowly, if asked for to a tanh, as in DyT (arXiv:2503.10622).
 
 Shapes: B images, N tokens (the class token first), D channels.
 """
@@ -31,11 +31,13 @@ class Ramp:
     begin: passes after which it begins.
     end: passes after which it is done.
     apart: whether class token and patches have a scale of their own.
+    alpha: of the tanh at the end; 0: a linear map.
   """
 
   begin: float
   end: float
   apart: bool
+  alpha: float = 0.0
 
   def faded(self, passes: jax.Array) -> jax.Array:
     """Returns how far it is after so many passes, [] int32 in [0, FULL]."""
@@ -53,19 +55,21 @@ class Schedule:
     end: training passes after which the last one is done.
     width: what a place takes of the time between, in (0, 1]; 1: all at once.
     apart: whether class token and patches have scales of their own.
+    alpha: of the tanh that places end as; 0: linear maps.
   """
 
   begin: float
   end: float
   width: float
   apart: bool
+  alpha: float = 0.0
 
   def ramp(self, place: int, places: int) -> Ramp:
     """Returns when a place fades, of those from 0 to places - 1."""
     length = self.width * (self.end - self.begin)
     delay = (self.end - self.begin - length) * place / max(1, places - 1)
     begin = self.begin + delay
-    return Ramp(begin, begin + length, self.apart)
+    return Ramp(begin, begin + length, self.apart, self.alpha)
 
 
 @jax.custom_vjp
@@ -116,6 +120,17 @@ def _backward(residuals, gradients):
 
 
 normalize.defvjp(_forward, _backward)
+
+
+def bend(y: jax.Array, alpha: jax.Array) -> jax.Array:
+  """Returns tanh(alpha * y) / alpha, of slope 1 at 0; y itself for alpha 0.
+
+  Args:
+    y: [B, N, D] float32.
+    alpha: [] float32, not negative; a statistic.
+  """
+  curved = jnp.tanh(alpha * y) / jnp.where(alpha > 0, alpha, 1.0)
+  return jnp.where(alpha > 0, curved, y)
 
 
 def by_token(kinds: jax.Array, tokens: int) -> jax.Array:

@@ -46,12 +46,15 @@ class LayerNorm(Affine):
 class Fade(Affine):
   """LayerNorm whose sigma fades to a frozen one, in a fine-tuning. Ours.
 
-    y = scale * (x - mean) / (sigma^(1 - t) * frozen^t) + bias
+    z = (x - mean) / (sigma^(1 - t) * frozen^t)
+    y = scale * tanh(t * alpha * z) / (t * alpha) + bias
 
   with mean and sigma the token's own, frozen the running geometric mean of
   sigma over a place's class tokens or patches, and t from 0, LayerNorm, to 1,
-  a linear map, from when on `frozen` stays. Parameters are LayerNorm's, so that
-  any of its checkpoints loads. Training passes move t: see `fade.Schedule`.
+  from when on `frozen` stays: a linear map if alpha is 0, where tanh(az) / a is
+  z, else DyT of x - mean with a fixed alpha. Parameters are LayerNorm's, so
+  that any of its checkpoints loads. Training passes move t: see
+  `fade.Schedule`.
   """
 
   CENTERED: ClassVar[bool] = True
@@ -59,6 +62,11 @@ class Fade(Affine):
   def setup(self):
     super().setup()
     self.log_sigma = self.variable("batch_stats", "log_sigma", jnp.zeros, 2)
+    self.alpha = self.variable(
+      "batch_stats",
+      "alpha",
+      lambda: jnp.float32(0 if self.ramp is None else self.ramp.alpha),
+    )
     self.count, self.faded = (
       self.variable("batch_stats", name, jnp.zeros, (), jnp.int32)
       for name in ("count", "faded")
@@ -67,7 +75,8 @@ class Fade(Affine):
   def normalize(self, x, train):
     log_sigma, faded = self.log_sigma.value, self.faded.value
     log_frozen = fade.by_token(log_sigma, x.shape[1])
-    y, log_own = fade.normalize(x, log_frozen, faded / fade.FULL)
+    share = faded / fade.FULL
+    y, log_own = fade.normalize(x, log_frozen, share)
     if train and not self.is_initializing():
       count = self.count.value + 1
       apart = self.ramp is None or self.ramp.apart
@@ -76,12 +85,14 @@ class Fade(Affine):
       self.count.value = count
       if self.ramp is not None:
         self.faded.value = jnp.maximum(faded, self.ramp.faded(count))
-    return y
+    return fade.bend(y, share * self.alpha.value)
 
   @staticmethod
   def as_linear(params, batch_stats):
     of_class_token, of_patches = batch_stats["log_sigma"]
     if batch_stats["faded"] < fade.FULL or of_class_token != of_patches:
+      return None
+    if batch_stats["alpha"] > 0:
       return None
     return params["scale"] * np.exp(-of_patches), params["bias"]
 
