@@ -171,9 +171,9 @@ class Trainer:
     self._checkpoints.wait()
     last = self._checkpoints.latest_step()
     raise errors.UserError(
-      f"step {self._progress.step}: {what}: not finite; the last checkpoint is"
-      f" that of step {last}; try a smaller base_lr or grad_norm_clip in a new"
-      " --workdir"
+      f"step {self._progress.step}: {what}: {errors.NOT_FINITE}; the last"
+      f" checkpoint is that of step {last}; try a smaller base_lr or"
+      " grad_norm_clip in a new --workdir"
     )
 
   def _lap(self, step):

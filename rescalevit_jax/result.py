@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import json
+import math
 import pathlib
 import platform
 from typing import Any
@@ -55,7 +56,9 @@ def read(workdir: str | pathlib.Path) -> dict[str, Any] | None:
   path = pathlib.Path(workdir) / "result.json"
   try:
     result = json.loads(path.read_text(encoding="utf-8"))
-    result["last_accuracy"], result["best_accuracy"], result["best_step"]
+    for name in ("last_accuracy", "best_accuracy", "best_step"):
+      if not math.isfinite(result[name]):
+        raise ValueError(f"{name} is {result[name]}")
     return result
   except FileNotFoundError:
     return None

@@ -1,52 +1,53 @@
 """LN against no norm: chooses learning rates, trains, makes the table.
 
 Each method of configs/norm_free.py is trained with every learning rate of a
-grid, on all training images but some, and tested on those; then with the best
-rate, on all training images, with several seeds. The test images are looked at
-once, after the last step. The same command again goes on, or only makes the
-table.
+grid, on all training images but some, and tested on those, with seed 0; then
+with the best rate, on all training images, with several seeds. A run looks at
+the test images once, after its last step. The same command again goes on, or
+only makes the table: table.md, accuracies.csv and accuracies.png in
+RUNS_DIR/final-FINAL_STEPS, in place of what an earlier command has left there.
+A run that diverges is told as such.
 
 python scripts/norm_free.py --jobs=4 --final_steps=6000
 python scripts/norm_free.py --methods=LN,Cal --datasets=cifar10 --rates=0.1,0.2
 python scripts/norm_free.py --model=ViT-B_32 --steps=20000 --final_steps=20000
 
---config.KEY=VALUE sets a key in all runs.
+--config.KEY=VALUE sets a key in all runs. Exit code: 0 when finished or stopped
+by a signal, 1 after a failure, 130 after a second signal.
 """
 
 import argparse
 from collections.abc import Sequence
-import csv
 import dataclasses
 import logging
 import pathlib
 import runpy
-import statistics
-import subprocess
 import sys
-
-from matplotlib import figure as figure_lib
-from scipy import stats
 
 from rescalevit_jax import errors
 from rescalevit_jax import plots
 from rescalevit_jax import program
 from rescalevit_jax import progress
-from rescalevit_jax import runs
+from rescalevit_jax import result as result_lib
 from rescalevit_jax import sweep
+from rescalevit_jax.report import rates
+from rescalevit_jax.sweep import schedule
 
 _log = logging.getLogger("rescalevit_jax.norm_free")
 CONFIG = pathlib.Path(__file__).parents[1] / "configs" / "norm_free.py"
-METHODS = ",".join(runpy.run_path(str(CONFIG))["METHODS"])
-OWN_KEYS = (
+METHODS = runpy.run_path(str(CONFIG))["METHODS"]
+# What the study sets itself, and what a method is.
+OWN_KEYS = {
   "base_lr",
   "data.held_out",
   "dataset",
   "eval_every",
+  "model_name",
   "seed",
   "total_steps",
-)
-# The others' differences are those from it.
-REFERENCE = "LN"
+  "model.norm",
+  *(key for method in METHODS.values() for key in method),
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -58,25 +59,31 @@ def main(argv: Sequence[str] | None = None) -> int:
   )
 
   def names(text):
-    return text.split(",")
+    return list(dict.fromkeys(text.split(",")))
+
+  def positive(text):
+    if (number := int(text)) < 1:
+      raise argparse.ArgumentTypeError(f"{number} is less than 1")
+    return number
 
   def add(name, default, meaning, kind=names):
-    shown = default if isinstance(default, str) else str(default)
     parser.add_argument(
-      f"--{name}", type=kind, default=default, help=f"{meaning} ({shown})"
+      f"--{name}", type=kind, default=default, help=f"{meaning} ({default})"
     )
 
-  add("methods", METHODS, "methods of configs/norm_free.py")
+  add("methods", ",".join(METHODS), "methods of configs/norm_free.py")
   add("datasets", "cifar10,cifar100", "data sets")
   parser.add_argument(
-    "--model", help="such as ViT-B_32, at 224x224 (a small one at 32x32)"
+    "--model",
+    help="such as ViT-B_32, at 224x224, in RUNS_DIR/MODEL (a small one at"
+    " 32x32, in RUNS_DIR)",
   )
   add("rates", "0.05,0.1,0.2,0.4,0.8", "learning rates to choose from")
   add("seeds", "1,2,3", "seeds of the final runs")
-  add("held_out", 5000, "training images to choose by", int)
-  add("steps", 1500, "steps of the runs that choose", int)
-  add("final_steps", 1500, "steps of the final runs", int)
-  add("jobs", 1, "runs at a time", int)
+  add("held_out", 5000, "training images to choose by", positive)
+  add("steps", 1500, "steps of the runs that choose", positive)
+  add("final_steps", 1500, "steps of the final runs", positive)
+  add("jobs", 1, "runs at a time", positive)
   add("runs_dir", pathlib.Path("runs/norm_free"), "folder", pathlib.Path)
   args, settings = parser.parse_known_args(argv)
   for setting in settings:
@@ -90,246 +97,103 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(args, settings):
-  chosen = {
-    (dataset, method): _choose(args, settings, dataset, method)
-    for method in args.methods
+  if args.model:
+    args.runs_dir /= args.model
+
+  def plan(phase, steps, dataset, method, axes, **keys):
+    """Returns a sweep's runs: of one method on one data set."""
+    folder = args.runs_dir / f"{phase}-{steps}" / dataset / method
+    reference = f"{CONFIG}:{method}" + (f",{args.model}" if args.model else "")
+    options = [f"--config={reference}", f"--runs_dir={folder}"]
+    for name, values in axes.items():
+      options += ["--grid", f"{name}={','.join(values)}"]
+    keys |= {"dataset": dataset, "total_steps": steps}
+    options += [f"--config.{name}={value}" for name, value in keys.items()]
+    return sweep.parse([*options, *settings])[1]
+
+  def choosing(dataset, method):
+    held_out = {"data.held_out": args.held_out}
+    axes = {"base_lr": args.rates}
+    return plan("select", args.steps, dataset, method, axes, **held_out)
+
+  def testing(dataset, method, rate):
+    last = {"eval_every": args.final_steps}
+    axes = {"base_lr": [rate], "seed": args.seeds}
+    return plan("final", args.final_steps, dataset, method, axes, **last)
+
+  def execute(plans):
+    runs = [run for planned in plans.values() for run in planned]
+    return sweep.execute(runs, args.runs_dir, jobs=args.jobs)
+
+  plans = {
+    (dataset, method): choosing(dataset, method)
     for dataset in args.datasets
+    for method in args.methods
   }
-  outcomes = [
-    _test(args, settings, chosen[dataset, method])
-    for dataset in args.datasets
-    for method in args.methods
-  ]
-  text = table(outcomes)
-  (args.runs_dir / "table.md").write_text(text, encoding="utf-8")
-  write_csv(outcomes, args.runs_dir / "accuracies.csv")
-  plots.save(draw(outcomes), args.runs_dir / "accuracies.png")
-  print(text)
+  testing(*next(iter(plans)), args.rates[0])  # So that mistakes are found now.
+  done = execute(plans)
+  if done.left or done.killed:
+    return done.exit_code
+  found = accuracies(done)
+  outcomes = {key: _choose(key, runs, found) for key, runs in plans.items()}
+  plans = {
+    key: testing(*key, repr(x.rate))
+    for key, x in outcomes.items()
+    if x.rate is not None
+  }
+  done = execute(plans)
+  if done.left or done.killed:
+    return done.exit_code
+  found = accuracies(done)
+  for key, runs in plans.items():
+    tested = {run.config.seed: found[run.workdir] for run in runs}
+    outcomes[key] = dataclasses.replace(outcomes[key], tested=tested)
+  _write(list(outcomes.values()), args.runs_dir / f"final-{args.final_steps}")
+  return 0
 
 
-@dataclasses.dataclass(frozen=True)
-class Outcome:
-  """What came of a method on a data set.
+def accuracies(outcome: schedule.Outcome) -> dict[pathlib.Path, float | None]:
+  """Returns what runs came to after their last step, by folder.
 
-  Attributes:
-    dataset: its name.
-    method: its name in configs/norm_free.py.
-    norm: its model's.
-    tried: accuracy on the held-out images, a fraction, by learning rate.
-    failed: learning rates whose runs failed.
-    rate: the learning rate chosen.
-    accuracies: on the test images after the last step, by seed.
+  A run that diverged has None.
+
+  Raises:
+    UserError: a run failed for another reason.
   """
-
-  dataset: str
-  method: str
-  norm: str
-  tried: dict[float, float]
-  failed: tuple[float, ...]
-  rate: float
-  accuracies: dict[int, float] = dataclasses.field(default_factory=dict)
-
-
-def table(outcomes: Sequence[Outcome]) -> str:
-  """Returns the outcome in Markdown.
-
-  The difference from LN is that of the means; its standard error is
-  sqrt(s1^2 / n1 + s2^2 / n2), and p that of Welch's t-test, two-sided.
-  """
-  lines = [
-    "| data set | method | rate | held-out accuracy by rate, % | test accuracy,"
-    " % (n) | difference from LN, points | p |",
-    "| --- | --- | --: | --- | --: | --: | --: |",
-  ]
-  for outcome in outcomes:
-    values = [100 * x for x in outcome.accuracies.values()]
-    percent = {rate: f"{100 * x:.1f}" for rate, x in outcome.tried.items()}
-    percent |= dict.fromkeys(outcome.failed, "failed")
-    tried = ", ".join(f"{rate:g}: {x}" for rate, x in sorted(percent.items()))
-    spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
-    lines.append(
-      f"| {outcome.dataset} | {outcome.method} | {outcome.rate:g} | {tried} |"
-      f" {statistics.fmean(values):.2f}{spread} ({len(values)}) |"
-      f" {_difference(outcome, outcomes)} |"
-    )
-  return "\n".join(lines) + "\n"
+  found = {
+    run.workdir: result_lib.read(run.workdir)["last_accuracy"]
+    for run in outcome.done
+  }
+  for run, why in outcome.failed:
+    if errors.NOT_FINITE not in why:
+      raise errors.UserError(f"{run.workdir}: {why.removeprefix('error: ')}")
+    found[run.workdir] = None
+  return found
 
 
-def _difference(outcome, outcomes):
-  """Returns the last two cells of a row."""
-  values = [100 * x for x in outcome.accuracies.values()]
-  for other in outcomes:
-    if (other.dataset, other.method) == (outcome.dataset, REFERENCE):
-      theirs = [100 * x for x in other.accuracies.values()]
-      break
-  else:
-    return "– | –"
-  if outcome is other:
-    return "– | –"
-  difference = statistics.fmean(values) - statistics.fmean(theirs)
-  text = f"{difference:+.2f}"
-  if min(len(values), len(theirs)) < 2:
-    return f"{text} | –"
-  error = sum(statistics.variance(x) / len(x) for x in (values, theirs)) ** 0.5
-  p = stats.ttest_ind(values, theirs, equal_var=False).pvalue
-  return f"{text} ± {error:.2f} | {p:.2g}"
-
-
-def write_csv(outcomes: Sequence[Outcome], path: pathlib.Path) -> None:
-  """Writes a line for each run: phase 'select' or 'final'."""
-  with open(path, "w", encoding="utf-8", newline="") as f:
-    writer = csv.writer(f, lineterminator="\n")
-    writer.writerow(
-      ["dataset", "method", "phase", "base_lr", "seed", "accuracy"]
-    )
-    for x in outcomes:
-      for rate, accuracy in sorted(x.tried.items()):
-        writer.writerow([x.dataset, x.method, "select", rate, 0, accuracy])
-      for seed, accuracy in sorted(x.accuracies.items()):
-        writer.writerow([x.dataset, x.method, "final", x.rate, seed, accuracy])
-
-
-def draw(outcomes: Sequence[Outcome]) -> figure_lib.Figure:
-  """Draws, a row a data set, what the rates came to and the test accuracies.
-
-  Methods of one norm share its colour; faint: LN's mean.
-  """
-  datasets = list(dict.fromkeys(x.dataset for x in outcomes))
-  figure = figure_lib.Figure((9, 3.6 * len(datasets)), layout="constrained")
-  axes = figure.subplots(len(datasets), 2, squeeze=False)
-  for dataset, (left, right) in zip(datasets, axes, strict=True):
-    shown = [x for x in outcomes if x.dataset == dataset]
-    for i, x in enumerate(shown):
-      same_norm = [y.method for y in shown if y.norm == x.norm]
-      place = same_norm.index(x.method)
-      style = {
-        "color": plots.norm_color(x.norm),
-        "marker": "osD^v"[place % 5],
-        "linestyle": ("-", "--", ":", "-.", (0, (5, 1)))[place % 5],
-        "markerfacecolor": "white" if place else None,
-      }
-      rates = sorted(x.tried)
-      left.plot(
-        rates, [100 * x.tried[r] for r in rates], label=x.method, **style
-      )
-      values = [100 * a for a in x.accuracies.values()]
-      spread = statistics.stdev(values) if len(values) > 1 else None
-      right.errorbar(statistics.fmean(values), i, xerr=spread, **style)
-      if x.method == REFERENCE:
-        right.axvline(statistics.fmean(values), color="0.8", zorder=0)
-    left.set_xscale("log", base=2)
-    rates = sorted({rate for x in shown for rate in x.tried})
-    left.set_xticks(rates, [f"{rate:g}" for rate in rates])
-    left.set_xlabel("learning rate")
-    left.set_ylabel("accuracy on held-out images, %")
-    left.set_title(f"{dataset}: choosing", loc="left")
-    right.set_yticks(
-      range(len(shown)), [f"{x.method} ({x.rate:g})" for x in shown]
-    )
-    right.invert_yaxis()
-    right.set_xlabel("test accuracy, % (bars: standard deviation)")
-    right.set_title(f"{dataset}: the best rate", loc="left")
-  figure.legend(
-    *axes[0, 0].get_legend_handles_labels(),
-    loc="outside lower center",
-    fontsize="small",
-    frameon=False,
-    ncols=5,
-  )
-  return figure
-
-
-def _choose(args, settings, dataset, method):
+def _choose(key, runs, found):
   """Returns what comes of training with each learning rate."""
-  folder, finished, missing = _sweep(
-    args,
-    settings,
-    pathlib.Path(f"select-{args.steps}") / dataset / method,
-    {"base_lr": args.rates},
-    {
-      "dataset": dataset,
-      "total_steps": args.steps,
-      "data.held_out": args.held_out,
-    },
-  )
-  tried = {run.config.base_lr: _accuracy(run) for run in finished}
-  failed = tuple(run.config.base_lr for run in missing)
-  if not tried:
-    raise errors.UserError(f"{folder}: every learning rate failed; see above")
-  if failed:
-    _log.warning(
-      "%s: left out, since their runs failed: the learning rates %s",
-      folder,
-      ", ".join(f"{rate:g}" for rate in failed),
-    )
-  norm = finished[0].config.model.norm
-  rate = max(sorted(tried), key=tried.get)
+  tried = {run.config.base_lr: found[run.workdir] for run in runs}
+  kept = sorted(rate for rate, x in tried.items() if x is not None)
+  rate = max(kept, key=tried.get, default=None)
   if len(tried) > 1 and rate in (min(tried), max(tried)):
     _log.warning(
-      "%s: %g is the best of these learning rates, and the outermost: try"
+      "%s/%s: %g is the best of these learning rates, and the outermost: try"
       " others beyond it",
-      folder,
+      *key,
       rate,
     )
-  return Outcome(dataset, method, norm, tried, failed, rate)
+  return rates.Outcome(*key, runs[0].config.model.norm, tried, rate)
 
 
-def _test(args, settings, outcome):
-  """Returns the outcome with what the seeds come to at the chosen rate."""
-  folder, finished, missing = _sweep(
-    args,
-    settings,
-    pathlib.Path(f"final-{args.final_steps}")
-    / outcome.dataset
-    / outcome.method,
-    {"base_lr": [repr(outcome.rate)], "seed": args.seeds},
-    {
-      "dataset": outcome.dataset,
-      "total_steps": args.final_steps,
-      "eval_every": args.final_steps,
-    },
-  )
-  if missing:
-    raise errors.UserError(
-      f"{folder}: not finished; the same command goes on from there"
-    )
-  accuracies = {run.config.seed: _accuracy(run) for run in finished}
-  return dataclasses.replace(outcome, accuracies=accuracies)
-
-
-def _sweep(args, settings, folder, grid, keys):
-  """Runs a grid; returns its folder, finished runs, and the others' plans."""
-  reference = f"{CONFIG}:{folder.name}"
-  folder = args.runs_dir / folder
-  options = [
-    f"--config={reference}" + (f",{args.model}" if args.model else ""),
-    f"--runs_dir={folder}",
-    f"--jobs={args.jobs}",
-  ]
-  for key, values in grid.items():
-    options += ["--grid", f"{key}={','.join(values)}"]
-  options += [f"--config.{key}={value}" for key, value in keys.items()]
-  options += settings
-  planned = {run.workdir: run for run in sweep.parse(options)[1]}
-  command = [sys.executable, "-m", "rescalevit_jax.sweep", *options]
-  code = subprocess.run(command, check=False).returncode
-  if code not in (0, 1):  # 1: some runs failed.
-    raise errors.UserError(
-      f"{folder}: not finished; the same command goes on from there"
-    )
-  # Others may have been there before: of another model, rate or seed.
-  finished = [
-    run
-    for run in runs.find(folder).runs
-    if run.result is not None and run.workdir in planned
-  ]
-  for run in finished:
-    del planned[run.workdir]
-  return folder, finished, list(planned.values())
-
-
-def _accuracy(run):
-  return run.result["last_accuracy"]
+def _write(outcomes, folder):
+  folder.mkdir(parents=True, exist_ok=True)
+  text = rates.table(outcomes)
+  (folder / "table.md").write_text(text, encoding="utf-8")
+  rates.write_csv(outcomes, folder / "accuracies.csv")
+  plots.save(rates.draw(outcomes), folder / "accuracies.png")
+  print(text)
+  _log.info("written: %s/{table.md,accuracies.csv,accuracies.png}", folder)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
 """scripts/norm_free.py: what it runs, and its arithmetic."""
 
 import csv
-import subprocess
 
 import fake_runs
 import programs
@@ -9,7 +8,10 @@ import pytest
 
 from rescalevit_jax import config as config_lib
 from rescalevit_jax import sweep
+from rescalevit_jax.report import rates
+from rescalevit_jax.sweep import schedule
 
+FINAL = "final-1500"
 # By data set, method, learning rate and seed: what the runs come to.
 HELD_OUT = {("LN", 0.1): 0.30, ("LN", 0.2): 0.31, ("Cal", 0.1): 0.4}
 TEST = {
@@ -26,38 +28,37 @@ TEST = {
 def study(monkeypatch):
   """Sweeps that only write what the runs would have left.
 
-  With a learning rate of 9, runs fail.
+  With a learning rate of 9, and with seed 9, runs diverge.
   """
   module, planned = programs.load("norm_free"), []
 
-  def run(command, check):
-    assert not check and command[1:3] == ["-m", "rescalevit_jax.sweep"]
-    failed = False
-    for run in sweep.parse(command[3:])[1]:
-      planned.append(run)
+  def execute(runs, runs_dir, *, jobs):
+    done, left = sweep.split(runs)
+    planned.extend(runs)
+    failed = []
+    for run in left:
       config = run.config
-      if config.base_lr == 9:
-        failed = True
+      if 9 in (config.base_lr, config.seed):
+        failed.append((run, "error: step 3: loss nan: not finite; try"))
         continue
       method, _, model = run.reference.rpartition(":")[2].partition(",")
       assert (config.model_name, model) in (
         ("ViT-XS_4", ""),
         ("ViT-B_32", "ViT-B_32"),
       )
-      seed = config.seed
       if config.data.held_out:
         accuracy = HELD_OUT.get((method, config.base_lr), 0.2)
       else:
-        accuracy = TEST[method, seed]
-      if not run.workdir.exists():
-        fake_runs.write(
-          run.workdir,
-          config_lib.flatten(config),
-          {"last_accuracy": accuracy, "best_accuracy": 0.9},
-        )
-    return subprocess.CompletedProcess(command, int(failed))
+        accuracy = TEST[method, config.seed]
+      fake_runs.write(
+        run.workdir,
+        config_lib.flatten(config),
+        {"last_accuracy": accuracy, "best_accuracy": 0.9},
+      )
+      done.append(run)
+    return schedule.Outcome(done, failed)
 
-  monkeypatch.setattr(module.subprocess, "run", run)
+  monkeypatch.setattr(module.sweep, "execute", execute)
   return module, planned
 
 
@@ -67,7 +68,6 @@ def test_the_best_rate_is_trained_and_compared(study, tmp_path, capsys):
     "--methods=LN,Cal",
     "--datasets=cifar10",
     "--rates=0.1,0.2",
-    "--final_steps=3000",
     f"--runs_dir={tmp_path}",
     "--config.batch_eval=500",
   ]
@@ -83,11 +83,11 @@ def test_the_best_rate_is_trained_and_compared(study, tmp_path, capsys):
   ]
   for config in final:
     # The test images are looked at once.
-    assert config.eval_every == config.total_steps == 3000
+    assert config.eval_every == config.total_steps == 1500
     assert config.data.held_out == 0
   out, err = capsys.readouterr()
   assert err.count("cifar10/LN: 0.2 is the best of these") == 2
-  first, second = (tmp_path / "table.md").read_text().splitlines()[2:]
+  first, second = (tmp_path / FINAL / "table.md").read_text().splitlines()[2:]
   assert first == (
     "| cifar10 | LN | 0.2 | 0.1: 30.0, 0.2: 31.0 | 33.00 ± 1.00 (3) | – | – |"
   )
@@ -97,23 +97,25 @@ def test_the_best_rate_is_trained_and_compared(study, tmp_path, capsys):
     " +9.00 ± 0.82 | 0.00039 |"
   )
   assert second in out
-  with open(tmp_path / "accuracies.csv", newline="") as f:
+  with open(tmp_path / FINAL / "accuracies.csv", newline="") as f:
     rows = list(csv.DictReader(f))
   assert [row["phase"] for row in rows].count("final") == 6
   assert rows[0]["accuracy"] == "0.3"
-  assert (tmp_path / "accuracies.png").stat().st_size > 5000
+  assert (tmp_path / FINAL / "accuracies.png").stat().st_size > 5000
 
 
 def test_a_large_model_has_the_original_recipe(study, tmp_path):
+  """And a folder of its own."""
   module, planned = study
   command = ["--methods=LN", "--datasets=cifar100", "--rates=0.2"]
-  command += ["--model=ViT-B_32", "--steps=20000", "--final_steps=20000"]
+  command += ["--model=ViT-B_32", "--steps=20000", "--final_steps=30000"]
   assert module.main([*command, f"--runs_dir={tmp_path}"]) == 0
   choosing, *final = [run.config for run in planned]
   assert (choosing.image_size, choosing.warmup_steps) == (224, 500)
   assert [(c.dataset, c.total_steps) for c in final] == [
-    ("cifar100", 20_000)
+    ("cifar100", 30_000)
   ] * 3
+  assert (tmp_path / "ViT-B_32" / "final-30000" / "table.md").is_file()
 
 
 def test_only_what_was_asked_for_counts(study, tmp_path):
@@ -122,22 +124,44 @@ def test_only_what_was_asked_for_counts(study, tmp_path):
   assert module.main([*flags, "--methods=LN", "--rates=0.1,0.2"]) == 0
   small = ["--methods=LN", "--rates=0.1", "--seeds=1,3"]
   assert module.main([*flags, *small]) == 0
-  row = (tmp_path / "table.md").read_text().splitlines()[2]
+  row = (tmp_path / FINAL / "table.md").read_text().splitlines()[2]
   assert row.startswith("| cifar10 | LN | 0.1 | 0.1: 30.0 | 33.00 ± 1.41 (2)")
-  with open(tmp_path / "accuracies.csv", newline="") as f:
+  with open(tmp_path / FINAL / "accuracies.csv", newline="") as f:
     assert [row["seed"] for row in csv.DictReader(f)] == ["0", "1", "3"]
 
 
-def test_a_learning_rate_that_fails_is_left_out(study, tmp_path, capsys):
+def test_what_diverges_is_told(study, tmp_path, capsys):
+  module, _ = study
+  flags = ["--datasets=cifar10", f"--runs_dir={tmp_path}"]
+  flags += ["--methods=LN,Cal", "--config.batch_eval=500"]
+  assert module.main([*flags, "--rates=0.1,9", "--seeds=1,3,9"]) == 0
+  assert "outermost" in capsys.readouterr().err
+  table = (tmp_path / FINAL / "table.md").read_text().splitlines()[2:]
+  assert table == [
+    "| cifar10 | LN | 0.1 | 0.1: 30.0, 9: diverged | 33.00 ± 1.41 (2, 1"
+    " diverged) | – | – |",
+    # No difference, for that would be one of the survivors.
+    "| cifar10 | Cal | 0.1 | 0.1: 40.0, 9: diverged | 41.50 ± 0.71 (2, 1"
+    " diverged) | – | – |",
+  ]
+  with open(tmp_path / FINAL / "accuracies.csv", newline="") as f:
+    rows = [(r["base_lr"], r["seed"], r["accuracy"]) for r in csv.DictReader(f)]
+  assert ("9.0", "0", "") in rows and ("0.1", "9", "") in rows
+  assert module.main([*flags, "--rates=9"]) == 0
+  table = (tmp_path / FINAL / "table.md").read_text().splitlines()[2:]
+  assert table[0] == "| cifar10 | LN | – | 9: diverged | – | – | – |"
+
+
+def test_runs_of_other_settings_are_refused(study, tmp_path, capsys):
   module, _ = study
   flags = ["--methods=LN", "--datasets=cifar10", f"--runs_dir={tmp_path}"]
-  assert module.main([*flags, "--rates=0.1,9"]) == 0
-  row = (tmp_path / "table.md").read_text().splitlines()[2]
-  assert row.startswith("| cifar10 | LN | 0.1 | 0.1: 30.0, 9: failed |")
-  err = capsys.readouterr().err
-  assert "left out" in err and "outermost" not in err
-  assert module.main([*flags, "--rates=9"]) == 1
-  assert "every learning rate failed" in capsys.readouterr().err
+  assert module.main([*flags, "--rates=0.1"]) == 0
+  (tmp_path / FINAL / "table.md").unlink()
+  assert module.main([*flags, "--rates=0.1", "--config.batch=64"]) == 1
+  error = capsys.readouterr().err.splitlines()[-1]
+  assert "another config: batch" in error
+  assert module.main([*flags, "--rates=0.1", "--held_out=400"]) == 1
+  assert not (tmp_path / FINAL / "table.md").exists()
 
 
 def test_a_learning_rate_is_not_rounded(study, tmp_path):
@@ -147,15 +171,45 @@ def test_a_learning_rate_is_not_rounded(study, tmp_path):
   assert {run.config.base_lr for run in planned} == {0.1234567}
 
 
-def test_a_sweep_that_fails_ends_it(monkeypatch, tmp_path, capsys):
-  module = programs.load("norm_free")
-  monkeypatch.setattr(
-    module.subprocess,
-    "run",
-    lambda command, check: subprocess.CompletedProcess(command, 130),
-  )
-  assert module.main([f"--runs_dir={tmp_path}"]) == 1
-  assert "not finished; the same command goes on" in capsys.readouterr().err
+@pytest.mark.parametrize("phase", ["select", "final"])
+@pytest.mark.parametrize(
+  "end, code", [("stopped", 0), ("killed", 130), ("out of memory", 1)]
+)
+def test_what_is_not_finished_makes_no_table(
+  end, code, phase, study, tmp_path, monkeypatch, capsys
+):
+  """A run that was stopped, or could not run, says nothing of its rate."""
+  module, _ = study
+  whole = module.sweep.execute
+
+  def execute(runs, *args, **kwargs):
+    if phase not in str(runs[0].workdir):
+      return whole(runs, *args, **kwargs)
+    first, *others = runs
+    outcome = whole(others, *args, **kwargs)
+    if end == "out of memory":
+      outcome.failed = [(first, "error: out of memory")]
+    else:
+      outcome.left, outcome.killed = [first], end == "killed"
+    return outcome
+
+  monkeypatch.setattr(module.sweep, "execute", execute)
+  flags = ["--methods=LN", "--datasets=cifar10", f"--runs_dir={tmp_path}"]
+  assert module.main([*flags, "--rates=0.1,0.2"]) == code
+  assert not (tmp_path / FINAL / "table.md").exists()
+  if code == 1:
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert f"{phase}-1500" in error and error.endswith(": out of memory")
+
+
+@pytest.mark.parametrize(
+  "wrong", ["--methods=LN,Caal", "--seeds=a", "--rates=x"]
+)
+def test_mistakes_are_found_before_anything_runs(wrong, study, tmp_path):
+  module, planned = study
+  flags = ["--methods=LN", "--datasets=cifar10", f"--runs_dir={tmp_path}"]
+  assert module.main([*flags, wrong]) == 1
+  assert not planned
 
 
 @pytest.mark.parametrize(
@@ -163,9 +217,28 @@ def test_a_sweep_that_fails_ends_it(monkeypatch, tmp_path, capsys):
   [
     ("--method=LN", "unknown argument --method=LN"),
     ("--config.seed=5", "the study sets seed itself"),
+    ("--config.data.held_out=5", "the study sets data.held_out itself"),
+    ("--config.model.residual=plain", "the study sets model.residual itself"),
+    ("--held_out=0", "0 is less than 1"),
   ],
 )
 def test_arguments_that_do_not_do_are_named(argument, words, capsys):
   with pytest.raises(SystemExit):
     programs.load("norm_free").main([argument])
   assert words in capsys.readouterr().err
+
+
+def test_the_picture_shows_the_numbers():
+  """Of a method with its rates, and of one that was not tested."""
+  outcomes = [
+    rates.Outcome(
+      "a", "LN", "LN", {0.1: 0.3, 0.2: None}, 0.1, {1: 0.4, 2: 0.5}
+    ),
+    rates.Outcome("a", "Cal", "Cal", {0.1: 0.25, 0.2: 0.35}, 0.2),
+  ]
+  left, right = rates.draw(outcomes).axes
+  drawn = [list(zip(*x.get_data(), strict=True)) for x in left.get_lines()]
+  assert drawn == [[(0.1, 30.0)], [(0.1, 25.0), (0.2, 35.0)]]
+  assert [x.get_text() for x in right.get_yticklabels()] == ["LN (0.1)"]
+  (mean,) = right.containers[0].lines[0].get_data()[0]
+  assert mean == pytest.approx(45)

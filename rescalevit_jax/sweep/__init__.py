@@ -26,13 +26,13 @@ python -m rescalevit_jax.main --help
 """
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 import logging
 import pathlib
 import shlex
 import signal
 import sys
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from rescalevit_jax import config_keys
 from rescalevit_jax import errors
@@ -60,14 +60,20 @@ def _sweep(argv):
     options, runs = parse(argv)
   except errors.UserError as e:
     return program.fail(str(e), 2)
-  done, left = split(runs)
   if options.dry_run:
-    _print_commands(runs, done)
+    _print_commands(runs)
     return 0
   try:
-    return _run(options, done, left)
+    outcome = execute(
+      runs,
+      pathlib.Path(options.runs_dir),
+      jobs=options.jobs,
+      kind=options.cluster,
+      parameters=options.slurm_args,
+    )
   except KeyboardInterrupt:
     return program.fail("interrupted; the same command goes on", 130)
+  return outcome.exit_code
 
 
 def parse(
@@ -129,27 +135,43 @@ def split(
   return done, left
 
 
-def _run(options, done, left):
+def execute(
+  runs: Sequence[grid.PlannedRun],
+  runs_dir: pathlib.Path,
+  *,
+  jobs: int | None = None,
+  kind: str | None = None,
+  parameters: Mapping[str, Any] | None = None,
+) -> schedule.Outcome:
+  """Runs what is not finished; says on the way how it goes.
+
+  Args:
+    runs: what `parse` has planned.
+    runs_dir: where their folders are.
+    jobs: runs at a time; None: one a GPU, or one.
+    kind: `slurm`, which submits the runs and does not wait for them, `local`,
+      or None; see `cluster`.
+    parameters: of submitit.
+
+  Raises:
+    UserError: a run's folder holds another run, or files are missing.
+    KeyboardInterrupt: a signal, with `local`.
+  """
+  done, left = split(runs)
   _log.info(
-    "%d runs in %s, %d of them finished",
-    len(done) + len(left),
-    options.runs_dir,
-    len(done),
+    "%d runs in %s, %d of them finished", len(runs), runs_dir, len(done)
   )
   if not left:
-    return 0
+    return schedule.Outcome(done)
   if missing := _missing_weights(left):
     raise errors.UserError(
       f"no such file: {', '.join(missing)} (pretrained_path); put the weights"
       " there or leave these runs out"
     )
   executor = None
-  if options.cluster:
+  if kind:
     executor = cluster.executor(
-      options.cluster,
-      pathlib.Path(options.runs_dir) / ".submitit",
-      options.slurm_args,
-      options.jobs,
+      kind, runs_dir / ".submitit", parameters or {}, jobs
     )
   # Here and now, for runs that start together would all prepare them.
   datasets = {
@@ -158,23 +180,21 @@ def _run(options, done, left):
   }
   for run in datasets.values():
     experiment.load_dataset(run.config)
-  if options.cluster == "slurm":
+  if kind == "slurm":
     _submit(left, executor)
-    return 0
-  if options.cluster == "local":
+    return schedule.Outcome(done, left=left)
+  if kind == "local":
     for number in schedule.stop_signals():
       signal.signal(number, signal.default_int_handler)
-    failed = cluster.run_locally(left, executor, options.jobs or 1)
+    failed = cluster.run_locally(left, executor, jobs or 1)
     failures = [run for run, _ in failed]
     done += [run for run in left if run not in failures]
     outcome = schedule.Outcome(done, failed)
   else:
-    places = slots.find(options.jobs)
+    places = slots.find(jobs)
     outcome = schedule.Schedule(left, done, places).run()
   outcome.log()
-  if outcome.killed:
-    return 130
-  return 1 if outcome.failed else 0
+  return outcome
 
 
 def _submit(left, executor):
@@ -201,7 +221,8 @@ def _missing_weights(runs):
   return [p for p in dict.fromkeys(paths) if not pathlib.Path(p).is_file()]
 
 
-def _print_commands(runs, done):
+def _print_commands(runs):
+  done, _ = split(runs)
   for run in runs:
     print(shlex.join(run.command))
   sys.stdout.flush()

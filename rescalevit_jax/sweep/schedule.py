@@ -40,6 +40,13 @@ class Outcome:
   left: list[grid.PlannedRun] = dataclasses.field(default_factory=list)
   killed: bool = False
 
+  @property
+  def exit_code(self) -> int:
+    """Of a program: 130 after a second signal, 1 if a run failed, else 0."""
+    if self.killed:
+      return 130
+    return 1 if self.failed else 0
+
   def log(self) -> None:
     """Says it, with a line for each run that failed."""
     _log.info(
