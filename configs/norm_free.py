@@ -11,7 +11,8 @@ from rescalevit_jax import errors
 _UNIT = {"model.init": "unit"}
 _BOTH = {"model.residual": "rescale", "model.init": "unit"}
 _CALIBRATED = {"calibration": "all"}
-# Alphas and the branches' multipliers: near 1 / width.
+# Alphas and the branches' multipliers: near 1 / width of the small model, and
+# the same for others.
 _SLOW = {"scalar_lr": 0.02}
 
 METHODS = {

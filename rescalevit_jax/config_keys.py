@@ -197,7 +197,8 @@ KEYS = {
     0,
     1.0,
     "learning rate of parameters that are one number (a place's alpha and"
-    " shift, a branch's multiplier), in times the others'",
+    " shift, a branch's multiplier, a layer's gamma with sigma_reparam), in"
+    " times the others'",
   ),
   "ema_decay": _below_one(
     0.0,

@@ -115,7 +115,7 @@ def find_each(folders: Iterable[str | pathlib.Path]) -> list[Run]:
     UserError: a folder is missing, or there is no run in it.
   """
   runs = {}
-  for folder in folders:
+  for folder in {pathlib.Path(x).resolve(): x for x in folders}.values():
     found = find(folder)
     runs |= {run.workdir.resolve(): run for run in found.runs}
     for line in (*found.damaged, *found.not_begun):

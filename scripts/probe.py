@@ -92,10 +92,13 @@ def _run(args, settings):
   points = list(itertools.product(*map(grid.parse_axis, args.grid)))
   configs = {}
   files = {reference.partition(":")[0] for reference in args.config}
+  stems = {pathlib.Path(file).stem for file in files}
   for reference in args.config:
     for label, file, point in _variants(reference, points):
       if len(files) > 1:
-        label = f"{pathlib.Path(file.partition(':')[0]).stem}: {label}"
+        path = file.partition(":")[0]
+        same = len(stems) < len(files)
+        label = f"{path if same else pathlib.Path(path).stem}: {label}"
       if label in configs:
         raise errors.UserError(f"{label} is given twice; give each model once")
       configs[label] = grid.load_config(file, [*settings, *point])

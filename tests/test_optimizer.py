@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from rescalevit_jax import experiment
 from rescalevit_jax import optimizer
 
 
@@ -289,6 +290,29 @@ def test_single_numbers_learn_at_a_rate_of_their_own(name):
     assert np.abs(usual[k] - params[k]).max() > 1e-3, k
   still = last_params(params, grads, name, scalar_lr=0.0)
   assert still[alpha] == 1.0
+
+
+def test_the_config_slows_scalars(tiny_config):
+  """With scalar_lr=0 alphas and multipliers stay, and nothing else does."""
+  tiny_config.model.update({"norm": "DyT", "residual": "rescale"})
+  tiny_config.scalar_lr = 0.0
+  made = experiment.create(tiny_config)
+  params = made.scratch().params
+  updates, _ = made.optimizer.update(
+    jax.tree.map(jnp.ones_like, params), made.optimizer.init(params), params
+  )
+  updates = flax.traverse_util.flatten_dict(updates, sep="/")
+  still = {key for key, x in updates.items() if not np.any(x)}
+  params = flax.traverse_util.flatten_dict(params, sep="/")
+  assert still == {key for key, x in params.items() if x.size == 1}
+  names = {key.split("/")[-2] for key in still}
+  assert names == {
+    "DyT_0",
+    "DyT_2",
+    "RescaleNet_0",
+    "RescaleNet_2",
+    "encoder_norm",
+  }
 
 
 def test_without_adaptive_clipping_sgd_is_the_originals():

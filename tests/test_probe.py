@@ -99,6 +99,10 @@ def test_models_of_two_files_are_told_apart(measured, tmp_path, capsys):
   out = capsys.readouterr().out
   assert "| norm_free: LN | LN |" in out
   assert "| remove_norm: LN | LN |" in out
+  copy = tmp_path / "norm_free.py"
+  copy.write_text((folder / "norm_free.py").read_text())
+  assert probe.main([flags[0], f"--config={copy}:LN", *flags[2:]]) == 0
+  assert f"| {copy}: LN | LN |" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -59,7 +59,7 @@ def test_runs_of_several_folders_are_read_once_and_the_rest_is_named(
   write(tmp_path / "b" / "too")
   write(tmp_path / "b" / "bad")
   (tmp_path / "b" / "bad" / "config.json").write_text("{")
-  found = runs.find_each([tmp_path / "a", tmp_path / "b", tmp_path / "a"])
+  found = runs.find_each([tmp_path / "a", tmp_path / "b", tmp_path / "b"])
   assert [run.workdir.name for run in found] == ["good", "too"]
   (line,) = capsys.readouterr().err.splitlines()
   assert line.startswith("left out: ") and "bad" in line
