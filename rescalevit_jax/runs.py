@@ -114,12 +114,13 @@ def find_each(folders: Iterable[str | pathlib.Path]) -> list[Run]:
   Raises:
     UserError: a folder is missing, or there is no run in it.
   """
-  runs = {}
-  for folder in {pathlib.Path(x).resolve(): x for x in folders}.values():
+  runs, others = {}, {}
+  for folder in folders:
     found = find(folder)
     runs |= {run.workdir.resolve(): run for run in found.runs}
-    for line in (*found.damaged, *found.not_begun):
-      print(f"left out: {line}", file=sys.stderr)
+    others |= dict.fromkeys((*found.damaged, *found.not_begun))
+  for line in others:
+    print(f"left out: {line}", file=sys.stderr)
   return list(runs.values())
 
 

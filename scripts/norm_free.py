@@ -6,7 +6,7 @@ with the best rate, on all training images, with several seeds. A run looks at
 the test images once, after its last step. The same command again goes on, or
 only makes the table: table.md, accuracies.csv and accuracies.png in
 RUNS_DIR/final-FINAL_STEPS, in place of what an earlier command has left there.
-A run that diverges is told as such.
+A run whose loss is not finite is told as such, and not tried again.
 
 python scripts/norm_free.py --jobs=4 --final_steps=6000
 python scripts/norm_free.py --methods=LN,Cal --datasets=cifar10 --rates=0.1,0.2
@@ -17,7 +17,7 @@ by a signal, 1 after a failure, 130 after a second signal.
 """
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 import dataclasses
 import logging
 import pathlib
@@ -29,9 +29,11 @@ from rescalevit_jax import plots
 from rescalevit_jax import program
 from rescalevit_jax import progress
 from rescalevit_jax import result as result_lib
+from rescalevit_jax import runs as runs_lib
 from rescalevit_jax import sweep
 from rescalevit_jax.report import rates
-from rescalevit_jax.sweep import schedule
+from rescalevit_jax.sweep import grid
+from rescalevit_jax.sweep import launch
 
 _log = logging.getLogger("rescalevit_jax.norm_free")
 CONFIG = pathlib.Path(__file__).parents[1] / "configs" / "norm_free.py"
@@ -122,7 +124,9 @@ def _run(args, settings):
     return plan("final", args.final_steps, dataset, method, axes, **last)
 
   def execute(plans):
-    runs = [run for planned in plans.values() for run in planned]
+    planned = [run for runs in plans.values() for run in runs]
+    sweep.split(planned)  # Those that have diverged are of this study, too.
+    runs = [run for run in planned if not _has_diverged(run.workdir)]
     return sweep.execute(runs, args.runs_dir, jobs=args.jobs)
 
   plans = {
@@ -132,9 +136,9 @@ def _run(args, settings):
   }
   testing(*next(iter(plans)), args.rates[0])  # So that mistakes are found now.
   done = execute(plans)
-  if done.left or done.killed:
+  if done.stopped:
     return done.exit_code
-  found = accuracies(done)
+  found = accuracies(plans)
   outcomes = {key: _choose(key, runs, found) for key, runs in plans.items()}
   plans = {
     key: testing(*key, repr(x.rate))
@@ -142,9 +146,9 @@ def _run(args, settings):
     if x.rate is not None
   }
   done = execute(plans)
-  if done.left or done.killed:
+  if done.stopped:
     return done.exit_code
-  found = accuracies(done)
+  found = accuracies(plans)
   for key, runs in plans.items():
     tested = {run.config.seed: found[run.workdir] for run in runs}
     outcomes[key] = dataclasses.replace(outcomes[key], tested=tested)
@@ -152,23 +156,31 @@ def _run(args, settings):
   return 0
 
 
-def accuracies(outcome: schedule.Outcome) -> dict[pathlib.Path, float | None]:
+def accuracies(
+  plans: Mapping[tuple[str, str], Sequence[grid.PlannedRun]],
+) -> dict[pathlib.Path, float | None]:
   """Returns what runs came to after their last step, by folder.
 
   A run that diverged has None.
 
+  Args:
+    plans: by data set and method; none of them is running.
+
   Raises:
     UserError: a run failed for another reason.
   """
-  found = {
-    run.workdir: result_lib.read(run.workdir)["last_accuracy"]
-    for run in outcome.done
-  }
-  for run, why in outcome.failed:
-    if errors.NOT_FINITE not in why:
-      raise errors.UserError(f"{run.workdir}: {why.removeprefix('error: ')}")
-    found[run.workdir] = None
+  found = {}
+  for workdir in [run.workdir for runs in plans.values() for run in runs]:
+    result = result_lib.read(workdir)
+    if result is None and not _has_diverged(workdir):
+      why = launch.failure(workdir, None).removeprefix("error: ")
+      raise errors.UserError(f"{workdir}: {why}")
+    found[workdir] = None if result is None else result["last_accuracy"]
   return found
+
+
+def _has_diverged(workdir):
+  return f": {errors.NOT_FINITE}; " in runs_lib.last_log_line(workdir)
 
 
 def _choose(key, runs, found):

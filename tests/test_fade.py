@@ -216,6 +216,18 @@ def test_statistics_freeze_when_a_place_is_done():
   assert stays["faded"] == fade.FULL
 
 
+@pytest.mark.parametrize("alpha", [0.0, 0.5])
+def test_the_schedules_alpha_counts_and_not_a_files(alpha):
+  """In evaluation, too; a training pass writes it down."""
+  module = norms.Fade(D, ramp=fade.Ramp(1, 2, True, alpha))
+  found = variables(1.0, count=9, alpha=0.25)
+  np.testing.assert_array_equal(
+    module.apply(found, X, False), apply(1.0, alpha=alpha)
+  )
+  _, new = module.apply(found, X, True, mutable=["batch_stats"])
+  assert new["batch_stats"]["alpha"] == alpha
+
+
 def test_schedule_by_hand():
   """Three places, each for 20 of the 40 passes after the hundredth."""
   schedule = fade.Schedule(100, 140, 0.5, True)

@@ -1,12 +1,14 @@
 """scripts/norm_free.py: what it runs, and its arithmetic."""
 
 import csv
+import re
 
 import fake_runs
 import programs
 import pytest
 
 from rescalevit_jax import config as config_lib
+from rescalevit_jax import errors
 from rescalevit_jax import sweep
 from rescalevit_jax.report import rates
 from rescalevit_jax.sweep import schedule
@@ -39,7 +41,10 @@ def study(monkeypatch):
     for run in left:
       config = run.config
       if 9 in (config.base_lr, config.seed):
-        failed.append((run, "error: step 3: loss nan: not finite; try"))
+        why = f"error: step 3: loss nan: {errors.NOT_FINITE}; the last"
+        run.workdir.mkdir(parents=True)
+        (run.workdir / "log.txt").write_text(f"{why}\n")
+        failed.append((run, why))
         continue
       method, _, model = run.reference.rpartition(":")[2].partition(",")
       assert (config.model_name, model) in (
@@ -131,7 +136,7 @@ def test_only_what_was_asked_for_counts(study, tmp_path):
 
 
 def test_what_diverges_is_told(study, tmp_path, capsys):
-  module, _ = study
+  module, planned = study
   flags = ["--datasets=cifar10", f"--runs_dir={tmp_path}"]
   flags += ["--methods=LN,Cal", "--config.batch_eval=500"]
   assert module.main([*flags, "--rates=0.1,9", "--seeds=1,3,9"]) == 0
@@ -147,9 +152,11 @@ def test_what_diverges_is_told(study, tmp_path, capsys):
   with open(tmp_path / FINAL / "accuracies.csv", newline="") as f:
     rows = [(r["base_lr"], r["seed"], r["accuracy"]) for r in csv.DictReader(f)]
   assert ("9.0", "0", "") in rows and ("0.1", "9", "") in rows
+  planned.clear()
   assert module.main([*flags, "--rates=9"]) == 0
   table = (tmp_path / FINAL / "table.md").read_text().splitlines()[2:]
   assert table[0] == "| cifar10 | LN | – | 9: diverged | – | – | – |"
+  assert not planned  # It would diverge again.
 
 
 def test_runs_of_other_settings_are_refused(study, tmp_path, capsys):
@@ -178,19 +185,22 @@ def test_a_learning_rate_is_not_rounded(study, tmp_path):
 def test_what_is_not_finished_makes_no_table(
   end, code, phase, study, tmp_path, monkeypatch, capsys
 ):
-  """A run that was stopped, or could not run, says nothing of its rate."""
+  """A run that could not run says nothing of its rate.
+
+  And after a signal nothing starts, though the last runs were done before.
+  """
   module, _ = study
   whole = module.sweep.execute
 
   def execute(runs, *args, **kwargs):
     if phase not in str(runs[0].workdir):
       return whole(runs, *args, **kwargs)
-    first, *others = runs
-    outcome = whole(others, *args, **kwargs)
     if end == "out of memory":
-      outcome.failed = [(first, "error: out of memory")]
-    else:
-      outcome.left, outcome.killed = [first], end == "killed"
+      first, *runs = runs
+      first.workdir.mkdir(parents=True)
+      (first.workdir / "log.txt").write_text("error: out of memory\n")
+    outcome = whole(runs, *args, **kwargs)
+    outcome.stopped, outcome.killed = end != "out of memory", end == "killed"
     return outcome
 
   monkeypatch.setattr(module.sweep, "execute", execute)
@@ -200,6 +210,29 @@ def test_what_is_not_finished_makes_no_table(
   if code == 1:
     error = capsys.readouterr().err.splitlines()[-1]
     assert f"{phase}-1500" in error and error.endswith(": out of memory")
+
+
+def test_a_whole_study(tmp_path):
+  """With real runs, on digits; what is too fast diverges."""
+  flags = ["--datasets=digits", "--methods=Cal", "--rates=0.1,1e38"]
+  flags += ["--steps=4", "--final_steps=3", "--held_out=200", "--seeds=1"]
+  flags += ["--jobs=2", f"--runs_dir={tmp_path}"]
+  tiny = {
+    "warmup_steps": 1,
+    "batch": 32,
+    "model.num_layers": 1,
+    "model.hidden_size": 8,
+    "model.mlp_dim": 8,
+    "model.num_heads": 2,
+  }
+  flags += [f"--config.{key}={value}" for key, value in tiny.items()]
+  assert programs.load("norm_free").main(flags) == 0
+  row = (tmp_path / "final-3" / "table.md").read_text().splitlines()[2]
+  assert re.fullmatch(
+    r"\| digits \| Cal \| 0\.1 \| 0\.1: [\d.]+, 1e\+38: diverged \|"
+    r" [\d.]+ \(1\) \| – \| – \|",
+    row,
+  )
 
 
 @pytest.mark.parametrize(

@@ -101,7 +101,8 @@ def test_models_of_two_files_are_told_apart(measured, tmp_path, capsys):
   assert "| remove_norm: LN | LN |" in out
   copy = tmp_path / "norm_free.py"
   copy.write_text((folder / "norm_free.py").read_text())
-  assert probe.main([flags[0], f"--config={copy}:LN", *flags[2:]]) == 0
+  flags = [flags[0], f"--config={copy}:LN", f"--output={tmp_path}"]
+  assert probe.main(flags) == 0
   assert f"| {copy}: LN | LN |" in capsys.readouterr().out
 
 

@@ -84,8 +84,14 @@ class Fade(Affine):
       self.log_sigma.value = jnp.where(faded < fade.FULL, moved, log_sigma)
       self.count.value = count
       if self.ramp is not None:
+        # Whatever that of a file was.
+        self.alpha.value = jnp.float32(self.ramp.alpha)
         self.faded.value = jnp.maximum(faded, self.ramp.faded(count))
-    return fade.bend(y, share * self.alpha.value)
+    if self.ramp is None:
+      return fade.bend(y, share * self.alpha.value)
+    if self.ramp.alpha > 0:
+      y = fade.bend(y, share * self.ramp.alpha)
+    return y
 
   @staticmethod
   def as_linear(params, batch_stats):

@@ -17,7 +17,9 @@ REFERENCE = "LN"
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-  """What came of a method on a data set. A run that diverged has None.
+  """What came of a method on a data set.
+
+  A run that diverged, whose loss was not finite, has None.
 
   Attributes:
     dataset: its name.

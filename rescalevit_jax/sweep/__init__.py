@@ -182,7 +182,7 @@ def execute(
     experiment.load_dataset(run.config)
   if kind == "slurm":
     _submit(left, executor)
-    return schedule.Outcome(done, left=left)
+    return schedule.Outcome(done)
   if kind == "local":
     for number in schedule.stop_signals():
       signal.signal(number, signal.default_int_handler)

@@ -30,6 +30,7 @@ class Outcome:
     done: finished runs, those of earlier sweeps included.
     failed: why, by run, as one line.
     left: runs that a signal stopped or kept from starting.
+    stopped: whether a signal came; all may be done nonetheless.
     killed: whether a second signal ended the runs before they had saved.
   """
 
@@ -38,6 +39,7 @@ class Outcome:
     default_factory=list
   )
   left: list[grid.PlannedRun] = dataclasses.field(default_factory=list)
+  stopped: bool = False
   killed: bool = False
 
   @property
@@ -164,7 +166,7 @@ class Schedule:
 
   def _stop(self):
     if not self._stopping:
-      self._stopping = True
+      self._stopping = self._outcome.stopped = True
       _log.info(
         "%s: the runs save and stop; once more to stop them at once",
         signal.Signals(self._signals[0]).name,
