@@ -349,6 +349,29 @@ def test_runs_take_the_gpus_of_their_place(tmp_path, monkeypatch):
   assert not outcome.failed and len(outcome.done) == 4
 
 
+def test_a_stop_is_told_though_all_is_done(tmp_path, monkeypatch):
+  """The signal comes when the last run is about to finish."""
+  _, runs = sweep.parse([CONFIG, f"--runs_dir={tmp_path}"])
+  code = (
+    "import os, pathlib, signal, sys, time;"
+    "signal.signal(signal.SIGTERM, lambda *_: None);"
+    "os.kill(int(sys.argv[2]), signal.SIGTERM); time.sleep(0.6);"
+    "(pathlib.Path(sys.argv[1]) / 'result.json').write_text('{}')"
+  )
+  monkeypatch.setattr(
+    type(runs[0]),
+    "command",
+    property(
+      lambda self: [
+        *(sys.executable, "-c", code, str(self.workdir), str(os.getpid()))
+      ]
+    ),
+  )
+  outcome = schedule.Schedule(runs, [], [{}]).run()
+  assert outcome.done == runs and not outcome.left
+  assert outcome.stopped and not outcome.killed and outcome.exit_code == 0
+
+
 def test_eta_is_work_over_pace(tmp_path, monkeypatch):
   _, runs = sweep.parse(
     [CONFIG, f"--runs_dir={tmp_path}"]
