@@ -269,7 +269,14 @@ def test_the_picture_shows_the_numbers():
     ),
     rates.Outcome("a", "Cal", "Cal", {0.1: 0.25, 0.2: 0.35}, 0.2),
   ]
-  left, right = rates.draw(outcomes).axes
+  outcomes += [
+    rates.Outcome("b", "LN-b", "LN", {0.1: 0.3}, 0.1),
+    rates.Outcome("c", "LN-b", "LN", {0.1: 0.3}, 0.1),
+    rates.Outcome("c", "LN", "LN", {0.1: 0.3}, 0.1),
+  ]
+  left, right, b, _, c, _ = rates.draw(outcomes).axes
+  markers = [x.get_marker() for x in (*b.get_lines(), *c.get_lines())]
+  assert markers == ["s", "s", "o"]  # A method's is one, whatever is with it.
   drawn = [list(zip(*x.get_data(), strict=True)) for x in left.get_lines()]
   assert drawn == [[(0.1, 30.0)], [(0.1, 25.0), (0.2, 35.0)]]
   assert [x.get_text() for x in right.get_yticklabels()] == ["LN (0.1)"]

@@ -126,7 +126,7 @@ def draw(outcomes: Sequence[Outcome]) -> figure_lib.Figure:
     shown = [x for x in outcomes if x.dataset == dataset]
     tested = [x for x in shown if x.percent]
     for x in shown:
-      style = _style(x, shown)
+      style = _style(x, outcomes)
       rates = sorted(rate for rate, y in x.tried.items() if y is not None)
       left.plot(
         rates, [100 * x.tried[r] for r in rates], label=x.method, **style
@@ -148,7 +148,7 @@ def draw(outcomes: Sequence[Outcome]) -> figure_lib.Figure:
     )
     right.invert_yaxis()
     right.set_xlabel("test accuracy, % (bars: standard deviation)")
-    right.set_title(f"{dataset}: the rate chosen", loc="left")
+    right.set_title(f"{dataset}: testing", loc="left")
   figure.legend(
     *axes[0, 0].get_legend_handles_labels(),
     loc="outside lower center",
@@ -159,10 +159,10 @@ def draw(outcomes: Sequence[Outcome]) -> figure_lib.Figure:
   return figure
 
 
-def _style(outcome, shown):
-  place = [x.method for x in shown if x.norm == outcome.norm].index(
-    outcome.method
-  )
+def _style(outcome, outcomes):
+  """Returns how a method is drawn, with every data set alike."""
+  of_norm = dict.fromkeys(x.method for x in outcomes if x.norm == outcome.norm)
+  place = list(of_norm).index(outcome.method)
   return {
     "color": plots.norm_color(outcome.norm),
     "marker": "osD^v"[place % 5],
