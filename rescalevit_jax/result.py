@@ -57,8 +57,9 @@ def read(workdir: str | pathlib.Path) -> dict[str, Any] | None:
   try:
     result = json.loads(path.read_text(encoding="utf-8"))
     for name in ("last_accuracy", "best_accuracy", "best_step"):
-      if not math.isfinite(result[name]):
-        raise ValueError(f"{name} is {result[name]}")
+      value = result[name]
+      if not isinstance(value, int | float) or not math.isfinite(value):
+        raise ValueError(f"{name} is {value!r}")
     return result
   except FileNotFoundError:
     return None
