@@ -1,11 +1,7 @@
 """Every config key: default, meaning and valid values, in one table."""
 
-from collections.abc import Callable
-import dataclasses
-import math
-from typing import Any
-
 from rescalevit_jax import augment
+from rescalevit_jax import config_key
 from rescalevit_jax import errors
 from rescalevit_jax import models
 from rescalevit_jax import optimizer
@@ -13,342 +9,305 @@ from rescalevit_jax.models import initializers
 from rescalevit_jax.models import norms
 from rescalevit_jax.models import variants
 
-
-@dataclasses.dataclass(frozen=True)
-class Key:
-  """A config key.
-
-  Attributes:
-    default: its value if nothing is said, as in RescaleViT.
-    meaning: one line for the README and for --help.
-    valid: what a value must be, or a collection of the valid ones.
-    check: whether a value is valid; None if `valid` lists them or all are.
-    optional: the type of a value that may also be None.
-    resumable: whether a run may go on with another value: it does not change
-      the run's numbers, by more than rounding in the case of batch_eval.
-  """
-
-  default: Any
-  meaning: str
-  valid: Any = ""
-  check: Callable[[Any], bool] | None = None
-  optional: type | None = None
-  resumable: bool = False
-
-  def accepts(self, value: Any) -> bool:
-    if value is None:
-      return self.optional is not None
-    if self.check is not None:
-      return self.check(value)
-    return not self.valid or value in self.valid
-
-
-def _positive(default: Any, meaning: str, **kwargs) -> Key:
-  return Key(default, meaning, "> 0", lambda x: 0 < x < math.inf, **kwargs)
-
-
-def _at_least(low: int, default: Any, meaning: str, **kwargs) -> Key:
-  return Key(
-    default, meaning, f">= {low}", lambda x: low <= x < math.inf, **kwargs
-  )
-
-
-def _below_one(default: float, meaning: str, **kwargs) -> Key:
-  return Key(default, meaning, "in [0, 1)", lambda x: 0 <= x < 1, **kwargs)
-
-
-def _size(meaning: str) -> Key:
-  meaning = f"{meaning}; None: as in the table of models"
-  return _positive(None, meaning, optional=int)
-
-
 KEYS = {
-  "dataset": Key(
+  "dataset": config_key.Key(
     "cifar10",
     "`cifar10`, `cifar100`, `digits` (comes with the package), or another"
     " tfds data set of images with one label each",
   ),
-  "tfds_data_dir": Key(
+  "tfds_data_dir": config_key.Key(
     None,
     "where prepared data sets lie; None: `~/tensorflow_datasets`",
     optional=str,
     resumable=True,
   ),
-  "data.source": Key(
+  "data.source": config_key.Key(
     "auto",
     "where images are during the run: on the devices (`resident`) or on disk"
     " (`streaming`); `auto`: on disk if they take more than `data.max_gb`",
     ("auto", "resident", "streaming"),
     resumable=True,
   ),
-  "data.max_gb": _positive(
+  "data.max_gb": config_key.positive(
     4.0, "what images may take of a device, in 10^9 bytes", resumable=True
   ),
-  "data.image_size": _positive(
+  "data.image_size": config_key.positive(
     None,
     "edge that images are resized to as they are read, for data sets whose"
     " images differ in size; None: they stay as they are",
     optional=int,
   ),
-  "data.held_out": _at_least(
+  "data.held_out": config_key.at_least(
     0,
     0,
     "training images to evaluate with in place of the test images, and not to"
     " train with: what settings are chosen by; 0: none",
   ),
-  "model_name": Key("ViT-B_16", "size of the model", variants.VARIANTS),
-  "model.norm": Key("LN", "the norm", norms.NORMS),
-  "model.residual": Key(
+  "model_name": config_key.Key(
+    "ViT-B_16", "size of the model", variants.VARIANTS
+  ),
+  "model.norm": config_key.Key("LN", "the norm", norms.NORMS),
+  "model.residual": config_key.Key(
     "auto",
     "how a branch joins the stream; `auto`: `original` with Rescale, `plain`"
     " with all other norms",
     models.RESIDUALS,
   ),
-  "model.residual_c": _positive(
+  "model.residual_c": config_key.positive(
     None,
     "c of `residual=rescale`; None: twice the encoder blocks",
     optional=float,
   ),
-  "model.qk_norm": Key(False, "RMSNorm of each head's queries and keys"),
-  "model.sigma_reparam": Key(
+  "model.qk_norm": config_key.Key(
+    False, "RMSNorm of each head's queries and keys"
+  ),
+  "model.sigma_reparam": config_key.Key(
     False,
     "the linear layers of the blocks learn their largest singular value"
     " (sigmaReparam)",
   ),
-  "model.dropout_rate": _below_one(
+  "model.dropout_rate": config_key.below_one(
     0.1, "dropout after the embedding and in the MLP"
   ),
-  "model.stochastic_depth": _below_one(
+  "model.stochastic_depth": config_key.below_one(
     0.0,
     "probability that an image skips a branch of the last block; less before",
   ),
-  "model.pool": Key(
+  "model.pool": config_key.Key(
     "cls",
     "what the head sees: the class token, or the mean of the patches (`gap`)",
     models.POOLS,
   ),
-  "model.gelu": Key(
+  "model.gelu": config_key.Key(
     "erf", "`erf` as RescaleViT, `tanh` as Google's code", models.GELUS
   ),
-  "model.init": Key(
+  "model.init": config_key.Key(
     "torch",
     "start from scratch as RescaleViT (`torch`), as Google's code, or with"
     " tokens and layers of unit variance (`unit`)",
     initializers.SCHEMES,
   ),
-  "model.attention": Key(
+  "model.attention": config_key.Key(
     "auto",
     "how attention is computed, by XLA or by cuDNN; changes the result by"
     " rounding at most",
     models.ATTENTIONS,
     resumable=True,
   ),
-  "model.remat": Key(
+  "model.remat": config_key.Key(
     False,
     "save memory: training computes each block's inside twice",
     resumable=True,
   ),
-  "model.representation_size": _positive(
+  "model.representation_size": config_key.positive(
     None,
     "width of Google's `pre_logits` layer; None: no such layer",
     optional=int,
   ),
-  "model.patch_size": _size("edge of a patch, in pixels"),
-  "model.hidden_size": _size("width of a token"),
-  "model.mlp_dim": _size("width of the MLP"),
-  "model.num_heads": _size("attention heads"),
-  "model.num_layers": _size("encoder blocks"),
-  "image_size": _positive(224, "edge of the model's input, in pixels"),
-  "batch": _positive(128, "images an update"),
-  "batch_eval": _positive(
+  "model.patch_size": config_key.size("edge of a patch, in pixels"),
+  "model.hidden_size": config_key.size("width of a token"),
+  "model.mlp_dim": config_key.size("width of the MLP"),
+  "model.num_heads": config_key.size("attention heads"),
+  "model.num_layers": config_key.size("encoder blocks"),
+  "image_size": config_key.positive(
+    224, "edge of the model's input, in pixels"
+  ),
+  "batch": config_key.positive(128, "images an update"),
+  "batch_eval": config_key.positive(
     128,
     "images an evaluation step; changes the result by rounding at most",
     resumable=True,
   ),
-  "base_lr": _positive(0.05, "learning rate at the end of the warm-up"),
-  "warmup_steps": _at_least(0, 500, "steps of linear warm-up"),
-  "decay_type": Key(
+  "base_lr": config_key.positive(
+    0.05, "learning rate at the end of the warm-up"
+  ),
+  "warmup_steps": config_key.at_least(0, 500, "steps of linear warm-up"),
+  "decay_type": config_key.Key(
     "cosine", "decay of the learning rate to 0", ("cosine", "linear")
   ),
-  "total_steps": _positive(20_000, "updates of the run"),
-  "optimizer": Key(
+  "total_steps": config_key.positive(20_000, "updates of the run"),
+  "optimizer": config_key.Key(
     "sgd",
     "`muon`: Muon for the blocks' kernels, AdamW for the rest",
     optimizer.OPTIMIZERS,
   ),
-  "momentum": _below_one(0.9, "momentum of SGD and Muon, beta_1 of AdamW"),
-  "adam_b2": _below_one(0.999, "beta_2 of AdamW"),
-  "weight_decay": _at_least(
+  "momentum": config_key.below_one(
+    0.9, "momentum of SGD and Muon, beta_1 of AdamW"
+  ),
+  "adam_b2": config_key.below_one(0.999, "beta_2 of AdamW"),
+  "weight_decay": config_key.at_least(
     0,
     0.0,
     "coupled weight decay of all parameters with SGD; decoupled one of kernels"
     " with AdamW and Muon",
   ),
-  "grad_norm_clip": _at_least(
+  "grad_norm_clip": config_key.at_least(
     0, 1.0, "largest global norm of a gradient; 0: any"
   ),
-  "agc": _at_least(
+  "agc": config_key.at_least(
     0,
     0.0,
     "adaptive gradient clipping: largest norm of a unit's gradient over that"
     " of its weights; 0: any",
   ),
-  "scalar_lr": _at_least(
+  "scalar_lr": config_key.at_least(
     0,
     1.0,
     "learning rate of parameters that are one number (a place's alpha and"
     " shift, a branch's multiplier, a layer's gamma with sigma_reparam), in"
     " times the others'",
   ),
-  "ema_decay": _below_one(
+  "ema_decay": config_key.below_one(
     0.0,
     "decay a step of the averaged weights and statistics, which then are what"
     " is evaluated and saved as the best; 0: no average",
   ),
-  "accum_steps": _positive(
+  "accum_steps": config_key.positive(
     1, "micro-batches an update; each has `batch / accum_steps` images"
   ),
-  "eval_every": _positive(
+  "eval_every": config_key.positive(
     100, "steps between evaluations; the last step is always evaluated"
   ),
-  "progress_every": _positive(
+  "progress_every": config_key.positive(
     50, "steps between progress lines and training metrics"
   ),
-  "checkpoint_every": _positive(
+  "checkpoint_every": config_key.positive(
     1000,
     "steps between checkpoints; the best and the last step are always kept",
     resumable=True,
   ),
-  "keep_checkpoints": _positive(
+  "keep_checkpoints": config_key.positive(
     2, "how many of the last checkpoints to keep", resumable=True
   ),
-  "attention_images": Key(
+  "attention_images": config_key.Key(
     False,
     "attention pictures of the first test image to TensorBoard, at each"
     " evaluation",
     resumable=True,
   ),
-  "diagnostics_every": _at_least(
+  "diagnostics_every": config_key.at_least(
     0,
     0,
     "steps between looks into the model: stream, gradients, updates, attention,"
     " sharpness; 0: none",
     resumable=True,
   ),
-  "profile_steps": _at_least(
+  "profile_steps": config_key.at_least(
     0, 0, "steps to record into `profile/`; 0: none", resumable=True
   ),
-  "eval_weights": Key(
+  "eval_weights": config_key.Key(
     "best",
     "what `--mode eval` evaluates: the `best` or `latest` checkpoint, or"
     " the `pretrained` file",
     ("best", "latest", "pretrained"),
     resumable=True,
   ),
-  "pretrained_path": Key(
+  "pretrained_path": config_key.Key(
     None, "`.npz` to start from; None: from scratch", optional=str
   ),
-  "pretrained_allow_nonfinite": Key(
+  "pretrained_allow_nonfinite": config_key.Key(
     False, "start from an `.npz` even if it holds NaN or infinite weights"
   ),
-  "calibration": Key(
+  "calibration": config_key.Key(
     "auto",
     "norms that start from statistics of the first 8 training batches: Cal"
     " (`auto`), Cal, DyT and Derf (`all`), or none",
     ("auto", "all", "none"),
   ),
-  "fade.begin": Key(
+  "fade.begin": config_key.Key(
     0.1,
     "share of the steps after which the first place of the norm Fade begins to"
     " fade",
     "in [0, 1]",
     lambda x: 0 <= x <= 1,
   ),
-  "fade.end": Key(
+  "fade.end": config_key.Key(
     0.7,
     "share of the steps after which the last place, the final norm, is done",
     "in [0, 1]",
     lambda x: 0 <= x <= 1,
   ),
-  "fade.width": Key(
+  "fade.width": config_key.Key(
     0.5,
     "what a place takes of the time between; less: one place after the other,"
     " 1: all at once",
     "in (0, 1]",
     lambda x: 0 < x <= 1,
   ),
-  "fade.apart": Key(
+  "fade.apart": config_key.Key(
     True,
     "class token and patches have scales of their own; without, the result"
     " folds into the layers that follow",
   ),
-  "fade.alpha": _at_least(
+  "fade.alpha": config_key.at_least(
     0,
     0.0,
     "alpha of the tanh that a place ends as, after division by its scale: 0.5"
     " as DyT starts; 0: a linear map, as Cal",
   ),
-  "reinit_head": Key(
+  "reinit_head": config_key.Key(
     False, "start with a head of zeros even where the `.npz` has one"
   ),
-  "seed": Key(
+  "seed": config_key.Key(
     0,
     "of initialization, order of images, crops and dropout",
     "in [0, 2^32)",
     lambda x: 0 <= x < 2**32,
   ),
-  "dtype": Key(
+  "dtype": config_key.Key(
     "auto",
     "of the computation; `auto`: `bfloat16` on GPU and TPU, else `float32`",
     models.DTYPES,
   ),
-  "deterministic": Key(
+  "deterministic": config_key.Key(
     False, "the same bits in each run on a GPU too, at some cost in speed"
   ),
-  "sharding.fsdp": Key(
+  "sharding.fsdp": config_key.Key(
     False,
     "save memory on several devices: each keeps a part of parameters and"
     " momenta",
     resumable=True,
   ),
-  "label_smoothing": _below_one(
+  "label_smoothing": config_key.below_one(
     0.0, "share of a label that all classes have alike"
   ),
-  "mixup": _at_least(
+  "mixup": config_key.at_least(
     0, 0.0, "alpha of mixup, which blends pairs of images; 0: none"
   ),
-  "cutmix": _at_least(
+  "cutmix": config_key.at_least(
     0,
     0.0,
     "alpha of CutMix, which puts a part of one image into another; with mixup,"
     " each image draws one of the two; 0: none",
   ),
-  "augment.crop": Key(True, "random crop (RandomResizedCrop) in training"),
-  "augment.min_area": Key(
+  "augment.crop": config_key.Key(
+    True, "random crop (RandomResizedCrop) in training"
+  ),
+  "augment.min_area": config_key.Key(
     0.05,
     "smallest share of the image in a crop",
     "in (0, 1]",
     lambda x: 0 < x <= 1,
   ),
-  "augment.min_aspect": Key(
+  "augment.min_aspect": config_key.Key(
     0.75,
     "smallest width / height of a crop; the largest is its inverse",
     "in [0.01, 1]",
     lambda x: 0.01 <= x <= 1,
   ),
-  "augment.flip": Key(False, "mirror half of the training images"),
-  "augment.pad_crop": _at_least(
+  "augment.flip": config_key.Key(False, "mirror half of the training images"),
+  "augment.pad_crop": config_key.at_least(
     0,
     0,
     "instead of `augment.crop`: shift by up to so many pixels, black comes in;"
     " 0: none",
   ),
-  "augment.auto": Key(
+  "augment.auto": config_key.Key(
     "none",
     "`trivial`: TrivialAugment, a random operation before the crop",
     augment.AUTO,
   ),
-  "augment.erase": Key(
+  "augment.erase": config_key.Key(
     0.0,
     "share of the training images in which a box is replaced by noise",
     "in [0, 1]",
