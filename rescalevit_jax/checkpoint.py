@@ -26,6 +26,7 @@ from rescalevit_jax import errors
 from rescalevit_jax import step as step_lib
 
 _log = logging.getLogger(__name__)
+_UNFINISHED = ".orbax-checkpoint-tmp"  # How orbax names, and clears away, them.
 
 
 @dataclasses.dataclass
@@ -166,6 +167,11 @@ class Checkpoints:
     """Deletes best variables of later steps: of a future that was cut off."""
     for step in self._best.all_steps():
       if step > after:
+        if jax.process_index() == 0:
+          # Gone at once: what is left when it is deleted file by file, and the
+          # process killed, would be taken for a damaged one.
+          path = self._best.directory / str(step)
+          path.rename(f"{path}{_UNFINISHED}")
         self._best.delete(step)
 
   def wait(self) -> None:
@@ -279,7 +285,7 @@ def _manager(workdir, kind, keep, *, readonly=False):
 
   def write_checksums():
     # Called before the folder gets its final name; one is written at a time.
-    for temporary in folder.glob("*.orbax-checkpoint-tmp"):
+    for temporary in folder.glob(f"*{_UNFINISHED}"):
       checksums.write(temporary)
 
   return ocp.CheckpointManager(

@@ -5,6 +5,7 @@ import shutil
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 from rescalevit_jax import checkpoint
@@ -110,6 +111,30 @@ def test_damage_is_noticed_in_reading_weights_too(tmp_path, name):
     path.write_text(path.read_text() + "x")
   with pytest.raises(errors.UserError, match="best/7.*damaged"):
     checkpoint.load_variables(tmp_path, "best")
+
+
+def test_a_best_one_is_forgotten_at_once(tmp_path, monkeypatch):
+  """A process that is killed while it deletes leaves no damaged one."""
+
+  def killed(self, step):
+    raise KeyboardInterrupt
+
+  with checkpoint.Checkpoints(tmp_path) as saved:
+    saved.save(state(0.1), checkpoint.Progress(step=2))
+    saved.save_best(state(0.2), checkpoint.Progress(step=3, best_step=3))
+  with monkeypatch.context() as patch:
+    patch.setattr(ocp.CheckpointManager, "delete", killed)
+    with checkpoint.Checkpoints(tmp_path) as saved:
+      with pytest.raises(KeyboardInterrupt):
+        saved.restore(like(state(0)))
+  assert checkpoint.saved_steps(tmp_path, "best") == []
+  checkpoint.pass_over_damaged(tmp_path)
+  with checkpoint.Checkpoints(tmp_path) as saved:
+    _, progress = saved.restore(like(state(0)))
+  assert progress.step == 2
+  folders = [path.name for path in (tmp_path / "checkpoints").iterdir()]
+  assert sorted(folders) == ["best", "last"]
+  assert not list((tmp_path / "checkpoints" / "best").iterdir())
 
 
 def test_another_model_is_refused(tmp_path):
