@@ -19,8 +19,8 @@ import numpy as np
 
 from rescalevit_jax import augment as augment_lib
 from rescalevit_jax import step as step_lib
+from rescalevit_jax.models import base
 from rescalevit_jax.models import norms
-from rescalevit_jax.models import pointwise
 from rescalevit_jax.models import vit
 
 EMBEDDING, HEAD = "embedding", "head"
@@ -186,10 +186,11 @@ def forward(
     `attention_entropy` [L]: the mean over images, heads and queries of
     -sum p ln p over what a query attends to, in nats; ln N if uniform.
 
-    With norms that have saturated ends (DyT, Derf) `saturation_attention` and
-    `saturation_mlp` [L] and `head/saturation`: the share of a place's numbers,
-    over images, tokens and channels, at which the slope of tanh or erf is less
-    than a tenth of its steepest: |tanh| > 0.949, |erf| > 0.968.
+    With norms that have saturated ends (DyT, Derf, Fade with an alpha)
+    `saturation_attention` and `saturation_mlp` [L] and `head/saturation`: the
+    share of a place's numbers, over images, tokens and channels, at which the
+    slope of tanh or erf is less than a tenth of its steepest: |tanh| > 0.949,
+    |erf| > 0.968.
   """
   _, found = model.apply(
     variables,
@@ -216,12 +217,12 @@ def forward(
       f"stream_mean_{name}": jnp.stack([x.mean() for x in x]),
     }
   Norm = norms.NORMS[model.norm]
-  bound = getattr(Norm, "SATURATED", None)
-  if bound is None:
+  # A place that fades to a linear map has no function with ends.
+  if Norm.SATURATED is None or "function" not in found.get("encoder_norm", {}):
     return measured
 
   def saturation(place):
-    return (jnp.abs(place["function"][-1]) > bound).mean()
+    return (jnp.abs(place["function"][-1]) > Norm.SATURATED).mean()
 
   for number, branch in ((0, "attention"), (2, "mlp")):
     shares = [saturation(block[f"{Norm.SLOT}_{number}"]) for block in blocks]
@@ -236,6 +237,6 @@ def _is_measured(module, method):
   Attention's probabilities are sown whenever anything is.
   """
   if method == "function":
-    return isinstance(module, pointwise.Pointwise)
+    return isinstance(module, base.Norm)
   stream = (vit.EncoderBlock, vit.PositionEmbedding)
   return method == "__call__" and isinstance(module, stream)

@@ -14,8 +14,10 @@ import trees
 from rescalevit_jax import checkpoint
 from rescalevit_jax import config as config_lib
 from rescalevit_jax import errors
+from rescalevit_jax import experiment
 from rescalevit_jax import fold
 from rescalevit_jax import loop
+from rescalevit_jax import measurements
 from rescalevit_jax import models
 from rescalevit_jax import pretrained
 from rescalevit_jax import train
@@ -228,6 +230,49 @@ def test_the_schedules_alpha_counts_and_not_a_files(alpha):
   assert new["batch_stats"]["alpha"] == alpha
 
 
+def test_a_file_brings_how_far_it_has_faded_but_no_passes(
+  tiny_config, tmp_path
+):
+  """Or the schedule of the new run would be over before it begins."""
+  tiny_config.model.norm = "Fade"
+  parts = experiment.create(tiny_config)
+  state = parts.scratch()
+  flat = flax.traverse_util.flatten_dict(state.batch_stats)
+  numbers = {"count": 60, "faded": fade.FULL // 4}
+  flat = {k: x + numbers.get(k[-1], 0) for k, x in flat.items()}
+  saved = flax.traverse_util.unflatten_dict(flat)
+  pretrained.save(tmp_path / "a.npz", state.params, saved)
+  tiny_config.pretrained_path = str(tmp_path / "a.npz")
+  found = experiment.first_state(experiment.create(tiny_config)).batch_stats
+  assert {int(n) for n in stats(found, "count")} == {0}
+  assert {int(n) for n in stats(found, "faded")} == {fade.FULL // 4}
+
+
+def test_saturation_is_that_of_the_tanh():
+  images = np.random.default_rng(0).uniform(-1, 1, (5, 8, 8, 3))
+  params, _ = trees.fresh("LN")
+
+  def measure(alpha, share, **kwargs):
+    model = tiny(**kwargs)
+    found = model.init(jax.random.key(0), images)["batch_stats"]
+    flat = flax.traverse_util.flatten_dict(found)
+    numbers = {"alpha": alpha, "faded": round(share * fade.FULL)}
+    flat = {k: x + numbers.get(k[-1], 0) for k, x in flat.items()}
+    found = flax.traverse_util.unflatten_dict(flat)
+    variables = {"params": params, "batch_stats": found}
+    return measurements.forward(model, variables, images)
+
+  for alpha, share, want in ((1e6, 1.0, 1), (1e6, 0.0, 0), (1e-6, 1.0, 0)):
+    found = measure(alpha, share)
+    for branch in ("attention", "mlp"):
+      np.testing.assert_allclose(found[f"saturation_{branch}"], [want] * 2)
+    np.testing.assert_allclose(found["head/saturation"], want)
+  some = measure(1.0, 1.0)["saturation_mlp"]
+  assert (0.01 < some).all() and (some < 0.99).all()
+  linear = measure(0.0, 1.0, fade=fade.Schedule(0, 1, 1.0, True))
+  assert not any("saturation" in name for name in linear)
+
+
 def test_schedule_by_hand():
   """Three places, each for 20 of the 40 passes after the hundredth."""
   schedule = fade.Schedule(100, 140, 0.5, True)
@@ -346,9 +391,9 @@ def test_resumes_through_the_middle_of_a_fade(
   np.testing.assert_allclose(stats(end, "alpha"), alpha)
   if alpha:
     with pytest.raises(errors.UserError, match=r"folds once.*fade\.alpha"):
-      fold.fold(weights, end)
+      fold.fold("Fade", weights, end)
   else:  # Averaged, they still are the same for all tokens.
-    fold.fold(weights, end)
+    fold.fold("Fade", weights, end)
 
 
 def test_an_ln_file_loads_strictly_and_starts_as_ln(tmp_path):
@@ -380,7 +425,7 @@ def test_one_scale_folds_into_the_layers_that_follow(tmp_path):
 
   def folded():
     tree = flax.traverse_util.unflatten_dict(found, sep="/")
-    return tree, fold.fold(params, tree)
+    return tree, fold.fold("Fade", params, tree)
 
   tree, weights = folded()
   pretrained.save(tmp_path / "a.npz", *weights)

@@ -33,6 +33,9 @@ class Norm(nn.Module):
   RESIDUAL: ClassVar[str] = "plain"
   # The values of the config key `calibration` that have it calibrated.
   CALIBRATED_BY: ClassVar[tuple[str, ...]] = ()
+  # |f| of the method `function` beyond which its slope is less than a tenth of
+  # its steepest; None: there are no such ends.
+  SATURATED: ClassVar[float | None] = None
   # Whether `as_linear` is about each token's mean over its channels.
   CENTERED: ClassVar[bool] = False
 

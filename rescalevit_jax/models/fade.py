@@ -10,7 +10,9 @@ Shapes: B images, N tokens (the class token first), D channels.
 """
 
 import dataclasses
+from typing import Any
 
+from flax import traverse_util
 import jax
 import jax.numpy as jnp
 
@@ -20,6 +22,8 @@ from rescalevit_jax.models import statistics
 # takes integers as they are: it ends at `FULL` exactly.
 FULL = 2**16
 
+# Statistics of a place: its training passes, and how far it has faded.
+COUNT, FADED = "count", "faded"
 _MEMORY = 100  # Passes that the running statistics look back.
 
 
@@ -122,15 +126,16 @@ def _backward(residuals, gradients):
 normalize.defvjp(_forward, _backward)
 
 
-def bend(y: jax.Array, alpha: jax.Array) -> jax.Array:
-  """Returns tanh(alpha * y) / alpha, of slope 1 at 0; y itself for alpha 0.
+def rewound(batch_stats: Any) -> Any:
+  """Returns the statistics with no passes counted: those of another run were.
 
-  Args:
-    y: [B, N, D] float32.
-    alpha: [] float32, not negative; a statistic.
+  How far a place has faded stays, and so do the statistics of other norms.
   """
-  curved = jnp.tanh(alpha * y) / jnp.where(alpha > 0, alpha, 1.0)
-  return jnp.where(alpha > 0, curved, y)
+  flat = traverse_util.flatten_dict(batch_stats)
+  for *place, name in list(flat):
+    if name == FADED:
+      flat[*place, COUNT] = 0 * flat[*place, COUNT]
+  return traverse_util.unflatten_dict(flat)
 
 
 def by_token(kinds: jax.Array, tokens: int) -> jax.Array:

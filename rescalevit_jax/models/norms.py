@@ -58,6 +58,7 @@ class Fade(Affine):
   """
 
   CENTERED: ClassVar[bool] = True
+  SATURATED: ClassVar[float | None] = pointwise.DyT.SATURATED
 
   def setup(self):
     super().setup()
@@ -69,7 +70,7 @@ class Fade(Affine):
     )
     self.count, self.faded = (
       self.variable("batch_stats", name, jnp.zeros, (), jnp.int32)
-      for name in ("count", "faded")
+      for name in (fade.COUNT, fade.FADED)
     )
 
   def normalize(self, x, train):
@@ -88,17 +89,25 @@ class Fade(Affine):
         self.alpha.value = jnp.float32(self.ramp.alpha)
         self.faded.value = jnp.maximum(faded, self.ramp.faded(count))
     if self.ramp is None:
-      return fade.bend(y, share * self.alpha.value)
+      return self.bent(y, share * self.alpha.value)
     if self.ramp.alpha > 0:
-      y = fade.bend(y, share * self.ramp.alpha)
+      y = self.bent(y, share * self.ramp.alpha)
     return y
+
+  def bent(self, y, alpha):
+    """Returns tanh(alpha * y) / alpha [B, N, D]; y itself for alpha 0."""
+    curved = self.function(alpha * y) / jnp.where(alpha > 0, alpha, 1.0)
+    return jnp.where(alpha > 0, curved, y)
+
+  def function(self, x):
+    """Applies tanh, for those who look at it, as at DyT's."""
+    return jnp.tanh(x)
 
   @staticmethod
   def as_linear(params, batch_stats):
     of_class_token, of_patches = batch_stats["log_sigma"]
-    if batch_stats["faded"] < fade.FULL or of_class_token != of_patches:
-      return None
-    if batch_stats["alpha"] > 0:
+    linear = batch_stats["faded"] == fade.FULL and batch_stats["alpha"] == 0
+    if not linear or of_class_token != of_patches:
       return None
     return params["scale"] * np.exp(-of_patches), params["bias"]
 

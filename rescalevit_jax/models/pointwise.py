@@ -29,9 +29,6 @@ class Pointwise(base.Norm):
   """
 
   ALPHA: ClassVar[float]  # Where alpha starts without a calibration.
-  # |f| beyond which f's slope is less than a tenth of its steepest; None: f has
-  # no such ends.
-  SATURATED: ClassVar[float | None] = None
   CALIBRATED_BY: ClassVar[tuple[str, ...]] = ("all",)
 
   @nn.compact
