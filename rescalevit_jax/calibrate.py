@@ -1,8 +1,8 @@
 """Norms that start from the statistics of the first training batches.
 
 A calibration is made once, before the first step, of the batches of steps 1 to
-8 with their crops and dropout: a function of the seed and the data alone. A run
-that goes on has its result in the checkpoint.
+8 with their crops, mixing and dropout: a function of the seed and the data
+alone. A run that goes on has its result in the checkpoint.
 """
 
 from collections.abc import Iterable
@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rescalevit_jax import augment as augment_lib
+from rescalevit_jax import mixing as mixing_lib
 from rescalevit_jax import step as step_lib
 from rescalevit_jax.models import pointwise
 
@@ -30,6 +31,7 @@ def calibrate(
   *,
   model: nn.Module,
   augment: augment_lib.Augment,
+  mixing: mixing_lib.Mixing,
   image_size: int,
   places: step_lib.TrainState,
 ) -> step_lib.TrainState:
@@ -41,23 +43,28 @@ def calibrate(
     seed: of the run.
     model: a `VisionTransformer`.
     augment: what happens to training images.
+    mixing: what happens to pairs of them.
     image_size: edge of the model's input, in pixels.
     places: where the arrays of the state lie.
   """
   params, batch_stats = state.params, state.batch_stats
   passes = functools.partial(
-    measure, model=model, augment=augment, image_size=image_size
+    measure,
+    model=model,
+    augment=augment,
+    mixing=mixing,
+    image_size=image_size,
   )
   everywhere = places.step
   passes = jax.jit(
     passes, out_shardings=(places.params, places.batch_stats, everywhere)
   )
   measured = None
-  for i, (images, _) in enumerate(batches):
+  for i, (images, labels) in enumerate(batches):
     if measured is None:
       measured = _nothing(model, params, batch_stats, image_size)
     params, batch_stats, measured = passes(
-      params, batch_stats, measured, images, seed, i + 1
+      params, batch_stats, measured, images, labels, seed, i + 1
     )
   return state.replace(params=params, batch_stats=batch_stats)
 
@@ -67,11 +74,13 @@ def measure(
   batch_stats: Any,
   measured: Any,
   images: jax.Array,
+  labels: jax.Array,
   seed: int | jax.Array,
   step: int | jax.Array,
   *,
   model: nn.Module,
   augment: augment_lib.Augment,
+  mixing: mixing_lib.Mixing,
   image_size: int,
 ) -> tuple[Any, Any, Any]:
   """One batch's part in a calibration: a pass of each micro-batch.
@@ -81,27 +90,30 @@ def measure(
     batch_stats: the statistics.
     measured: the collection `pointwise.CALIBRATION` after the batches before.
     images: [A, B, H, W, 3] uint8.
+    labels: [A, B] int32.
     seed: of the run.
     step: whose batch this is.
     model: a `VisionTransformer`.
     augment: what happens to training images.
+    mixing: what happens to pairs of them.
     image_size: edge of the model's input, in pixels.
 
   Returns:
     The first three with this batch taken into account.
   """
-  crop_keys, dropout_keys, _ = step_lib.random_keys(
+  crop_keys, dropout_keys, mixing_keys = step_lib.random_keys(
     seed, step, images.shape[:2]
   )
 
   def micro_step(collections, micro_batch):
-    images, crop_keys, dropout_key = micro_batch
+    images, labels, crop_keys, mixing_keys, dropout_key = micro_batch
     x = augment_lib.prepare_random(crop_keys, images, image_size, augment)
+    x, _ = mixing_lib.mix(mixing_keys, x, labels, model.num_classes, mixing)
     new = _forward(model, collections, x, dropout_key)
     return tuple(new.get(name, {}) for name in _COLLECTIONS), None
 
   collections = (params, batch_stats, measured)
-  micro_batches = (images, crop_keys, dropout_keys)
+  micro_batches = (images, labels, crop_keys, mixing_keys, dropout_keys)
   return jax.lax.scan(micro_step, collections, micro_batches)[0]
 
 

@@ -92,6 +92,11 @@ def validate(config: ml_collections.ConfigDict) -> None:
       f"config: batch is {config.batch}, not divisible by accum_steps,"
       f" {config.accum_steps}"
     )
+  if config.batch == config.accum_steps and (config.mixup or config.cutmix):
+    raise errors.UserError(
+      "config: mixup and cutmix need two images or more in a micro-batch, which"
+      f" has batch / accum_steps = 1; reduce accum_steps, {config.accum_steps}"
+    )
 
 
 def to_json(config: ml_collections.ConfigDict) -> str:

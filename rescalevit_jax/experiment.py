@@ -113,14 +113,7 @@ class Experiment:
   def gradient_options(self) -> dict[str, Any]:
     """Returns the arguments of `step.gradient` that the config decides."""
     everywhere, places = sharding.replicated(self.mesh), self.places()
-    options = {
-      "model": self.model,
-      "augment": self._augment,
-      "image_size": self.config.image_size,
-      "mixing": mixing.Mixing(
-        self.config.label_smoothing, self.config.mixup, self.config.cutmix
-      ),
-    }
+    options = self._inputs()
     if self.config.sharding.fsdp:
       constrain = jax.lax.with_sharding_constraint
       options["gather"] = lambda params: constrain(params, everywhere)
@@ -135,15 +128,21 @@ class Experiment:
         state,
         batches,
         np.uint32(self.config.seed),
-        model=self.model,
-        augment=self._augment,
-        image_size=self.config.image_size,
         places=self.places(),
+        **self._inputs(),
       )
 
-  @property
-  def _augment(self):
-    return augment.Augment(**self.config.augment)
+  def _inputs(self):
+    """Returns the model and what happens to its training images before it."""
+    config = self.config
+    return {
+      "model": self.model,
+      "augment": augment.Augment(**config.augment),
+      "image_size": config.image_size,
+      "mixing": mixing.Mixing(
+        config.label_smoothing, config.mixup, config.cutmix
+      ),
+    }
 
   @functools.cached_property
   def _shapes(self):
@@ -274,6 +273,7 @@ def load_pretrained(
     allow_nonfinite=config.pretrained_allow_nonfinite,
   )
   _log.info("weights of %s\n%s", config.pretrained_path, report.summary())
+  batch_stats = fade.rewound(batch_stats)
   places = experiment.places()
   params, batch_stats = jax.tree.map(
     sharding.put, (params, batch_stats), (places.params, places.batch_stats)

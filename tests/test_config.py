@@ -94,6 +94,18 @@ def test_bad_values_name_the_key_and_what_is_valid(key, value, words):
   assert "\n" not in str(e.value)
 
 
+@pytest.mark.parametrize("key", ["mixup", "cutmix"])
+def test_one_image_cannot_be_mixed(key):
+  config = config_lib.default()
+  config.update({key: 0.5, "batch": 8, "accum_steps": 4})
+  config_lib.validate(config)
+  config.accum_steps = 8
+  with pytest.raises(errors.UserError, match="mixup and cutmix.*accum_steps"):
+    config_lib.validate(config)
+  config[key] = 0.0
+  config_lib.validate(config)
+
+
 def test_a_misspelt_key_names_the_nearest():
   config = config_lib.default()
   config.model.nrom = "LN"
