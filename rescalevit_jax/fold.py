@@ -2,16 +2,18 @@
 
 from typing import Any
 
-from flax import traverse_util
 import numpy as np
 
 from rescalevit_jax import errors
 from rescalevit_jax import identify
+from rescalevit_jax import npz
+from rescalevit_jax import pretrained
+from rescalevit_jax import sigma_arrays
 from rescalevit_jax.models import base
 from rescalevit_jax.models import norms
 
 
-def fold(params: Any, batch_stats: Any) -> tuple[Any, Any]:
+def fold(name: str, params: Any, batch_stats: Any) -> tuple[Any, Any]:
   """Returns the weights of a model that computes the same without its norm.
 
   With y = factor * x + shift at a place, the next layer's y W + b is
@@ -20,7 +22,8 @@ def fold(params: Any, batch_stats: Any) -> tuple[Any, Any]:
   Kernels of sigma_reparam become plain ones.
 
   Args:
-    params: of a model whose norm is one of those that fold; not changed.
+    name: the norm's; those that fold have `as_linear`.
+    params: of the model; not changed.
     batch_stats: of the same.
 
   Returns:
@@ -29,10 +32,6 @@ def fold(params: Any, batch_stats: Any) -> tuple[Any, Any]:
   Raises:
     UserError: the norm cannot be folded.
   """
-  flat = traverse_util.flatten_dict(params, sep="/")
-  name = identify.norm(
-    flat | traverse_util.flatten_dict({"batch_stats": batch_stats}, sep="/")
-  )
   Norm = norms.NORMS[name]
   foldable = [
     name
@@ -44,18 +43,15 @@ def fold(params: Any, batch_stats: Any) -> tuple[Any, Any]:
       f"{name} does not fold into the next layer; these do:"
       f" {', '.join(foldable)}"
     )
-  # Leaves by path, so that those of a place can be taken out.
-  flat = {k: np.asarray(x, np.float64) for k, x in flat.items()}
-  stats = traverse_util.flatten_dict(batch_stats, sep="/")
-  stats = {k: np.asarray(x) for k, x in stats.items()}
-  for key in [key for key in flat if key.endswith("/gamma")]:
-    layer = key.removesuffix("gamma")
-    v = stats.pop(f"{layer}singular_vector").astype(np.float64)
-    kernel = flat[f"{layer}kernel"]
-    largest = np.linalg.norm(kernel.reshape(-1, v.size) @ v)
-    flat[f"{layer}kernel"] = kernel * (flat.pop(key) / largest)
+  # By key, so that those of a place can be taken out.
+  flat = pretrained.flatten(params, batch_stats)
+  flat = sigma_arrays.plain(
+    {k: _as_type(x, np.float64) for k, x in flat.items()}
+  )
   for place, layers in _places(Norm, params).items():
-    linear = Norm.as_linear(_take(flat, place), _take(stats, place))
+    linear = Norm.as_linear(
+      _take(flat, place), _take(flat, f"{npz.STATS}{place}")
+    )
     if linear is None:
       raise errors.UserError(
         f"{place}: {name} folds once it has faded, to a linear map and with one"
@@ -71,11 +67,15 @@ def fold(params: Any, batch_stats: Any) -> tuple[Any, Any]:
       if Norm.CENTERED:
         kernel = kernel - kernel.mean(axis=0)
       flat[f"{layer}/kernel"] = kernel
-  flat = {k: np.asarray(x, np.float32) for k, x in flat.items()}
-  return (
-    traverse_util.unflatten_dict(flat, sep="/"),
-    traverse_util.unflatten_dict(stats, sep="/"),
+  return pretrained.unflatten(
+    {k: _as_type(x, np.float32) for k, x in flat.items()}
   )
+
+
+def _as_type(x, dtype):
+  """Returns an array, of a type of its own if its numbers are no integers."""
+  x = np.asarray(x)
+  return x if np.issubdtype(x.dtype, np.integer) else x.astype(dtype)
 
 
 def _places(Norm, params):

@@ -21,11 +21,13 @@ from rescalevit_jax import errors
 from rescalevit_jax import identify
 from rescalevit_jax import npz
 from rescalevit_jax import positions
+from rescalevit_jax import sigma_arrays
 
 _HEAD = ("head/kernel", "head/bias")
 _PRE_LOGITS = ("pre_logits/kernel", "pre_logits/bias")
 _POSITIONS = "Transformer/posembed_input/pos_embedding"
 _FINAL_NORM = "encoder_norm"
+_SIGMA = "sigma_reparam"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +38,7 @@ class Report:
     loaded: the model's keys that hold the file's values unchanged.
     resized: the model's keys that hold the file's values, interpolated.
     reinitialized: the model's keys that were set to zeros.
+    derived: the model's keys that follow from the file's values.
     initial: the model's keys that stay at their initial value.
     dropped: the file's keys, by their names there, that went unused.
     notes: the reasons, a sentence each.
@@ -44,6 +47,7 @@ class Report:
   loaded: tuple[str, ...] = ()
   resized: tuple[str, ...] = ()
   reinitialized: tuple[str, ...] = ()
+  derived: tuple[str, ...] = ()
   initial: tuple[str, ...] = ()
   dropped: tuple[str, ...] = ()
   notes: tuple[str, ...] = ()
@@ -55,6 +59,7 @@ class Report:
       ("loaded", self.loaded),
       ("resized", self.resized),
       ("set to zeros", self.reinitialized),
+      ("derived from the file", self.derived),
       ("left at initial values", self.initial),
       ("dropped from the file", self.dropped),
     ):
@@ -92,7 +97,7 @@ def load(
     UserError: the file cannot be read or is not this model's.
   """
   path = os.fspath(path)
-  model = _flatten(params, batch_stats)
+  model = flatten(params, batch_stats)
   checkpoint = npz.read(path, max_bytes=4 * _bytes(model) + npz.SLACK)
   file = checkpoint.arrays
 
@@ -108,6 +113,13 @@ def load(
     notes.append(f"the head starts at zeros: {reason}")
 
   values, problems = {}, []
+  derived = {key for key in initial if identify.option(key) == _SIGMA}
+  if any(identify.option(key) == _SIGMA for key in dropped):
+    try:
+      file = sigma_arrays.plain(file)
+    except (KeyError, ValueError) as e:
+      raise errors.UserError(f"{path}: sigma_reparam's arrays: {e}") from e
+    notes.append("the file's layers with sigma_reparam become plain ones")
   for key, leaf in model.items():
     if key in initial:
       values[key] = leaf
@@ -134,7 +146,10 @@ def load(
       or f"{path}: does not fit the model: {details}"
     )
 
-  taken = model.keys() - initial - zeros
+  if derived:
+    values |= sigma_arrays.start(values)
+  initial -= derived
+  taken = model.keys() - initial - derived - zeros
   resized = {key for key in taken if file[key].shape != model[key].shape}
   if resized:
     notes.append(
@@ -145,6 +160,7 @@ def load(
     loaded=tuple(sorted(taken - resized)),
     resized=tuple(sorted(resized)),
     reinitialized=tuple(sorted(zeros)),
+    derived=tuple(sorted(derived)),
     initial=tuple(sorted(initial)),
     dropped=(
       *sorted(checkpoint.names[key] for key in dropped),
@@ -152,7 +168,7 @@ def load(
     ),
     notes=tuple(notes),
   )
-  return *_unflatten(values), report
+  return *unflatten(values), report
 
 
 def save(
@@ -171,16 +187,20 @@ def save(
   Raises:
     UserError: the file cannot be written.
   """
-  npz.write(os.fspath(path), _flatten(params, batch_stats))
+  npz.write(os.fspath(path), flatten(params, batch_stats))
 
 
-def _flatten(params, batch_stats):
+def flatten(
+  params: Mapping[str, Any], batch_stats: Mapping[str, Any]
+) -> dict[str, Any]:
+  """Returns a model's leaves by their keys in a file."""
   flat = traverse_util.flatten_dict(params, sep="/")
   stats = traverse_util.flatten_dict(batch_stats, sep="/")
   return flat | {npz.STATS + key: value for key, value in stats.items()}
 
 
-def _unflatten(values):
+def unflatten(values: Mapping[str, Any]) -> tuple[dict, dict]:
+  """Returns the trees of parameters and statistics; see `flatten`."""
   params, stats = {}, {}
   for key, value in values.items():
     tree = stats if key.startswith(npz.STATS) else params

@@ -11,6 +11,7 @@ import sys
 
 from rescalevit_jax import checkpoint
 from rescalevit_jax import errors
+from rescalevit_jax import experiment
 from rescalevit_jax import fold
 from rescalevit_jax import pretrained
 from rescalevit_jax import program
@@ -22,7 +23,10 @@ def main(argv: Sequence[str] | None = None) -> int:
   parser.add_argument("--workdir", required=True, help="the run's folder")
   parser.add_argument("--output", required=True, help="the .npz to write")
   parser.add_argument(
-    "--checkpoint", choices=("best", "latest"), default="best"
+    "--checkpoint",
+    choices=("best", "latest"),
+    default="best",
+    help="whose weights; default: best",
   )
   parser.add_argument(
     "--overwrite", action="store_true", help="replace an existing output"
@@ -46,7 +50,8 @@ def _run(args):
     pathlib.Path(args.workdir), args.checkpoint
   )
   if args.fold:
-    params, batch_stats = fold.fold(params, batch_stats)
+    norm = experiment.require_config(args.workdir).model.norm
+    params, batch_stats = fold.fold(norm, params, batch_stats)
   pretrained.save(args.output, params, batch_stats)
   folded = ", without its norm" if args.fold else ""
   print(f"{args.output}: the {args.checkpoint} weights, of step {step}{folded}")

@@ -2,6 +2,8 @@
 
 import pathlib
 
+import fake_runs
+import numpy as np
 import programs
 import pytest
 import trees
@@ -9,6 +11,7 @@ import trees
 from rescalevit_jax import checkpoint
 from rescalevit_jax import errors
 from rescalevit_jax import pretrained
+from rescalevit_jax import trained
 
 
 @pytest.fixture
@@ -46,21 +49,24 @@ def test_export(which, export, tmp_path, capsys):
   assert which in out and "7" in out and "a.npz" in out
 
 
-def test_fold_refuses_what_it_cannot_fold(export, tmp_path, capsys):
+@pytest.mark.parametrize("norm", ["BN", "GN"])
+def test_fold_refuses_what_it_cannot_fold(norm, export, tmp_path, capsys):
+  fake_runs.write(tmp_path / "run", {"model.norm": norm})
   assert export("--fold") == 1
   error = capsys.readouterr().err
-  assert error.count("\n") == 1 and "BN does not fold" in error
+  assert error.count("\n") == 1 and f"{norm} does not fold" in error
   assert not (tmp_path / "a.npz").exists()
 
 
-def test_fold(export, tmp_path, monkeypatch, capsys):
-  monkeypatch.setattr(
-    checkpoint, "load_variables", lambda *_: (*trees.fresh("Cal"), 7)
-  )
-  assert export("--fold") == 0
-  _, _, report = pretrained.load(tmp_path / "a.npz", *trees.fresh("Identity"))
-  assert not report.initial and not report.dropped
+def test_fold(default_run, test_digits, tmp_path, capsys):
+  path = tmp_path / "a.npz"
+  flags = [f"--workdir={default_run}", f"--output={path}", "--fold"]
+  assert programs.load("export_npz").main(flags) == 0
   assert "without its norm" in capsys.readouterr().out
+  folded, run = trained.load_npz(path), trained.load(default_run)
+  assert run.model.norm == "Rescale" and folded.model.norm == "Identity"
+  images = list(test_digits.images[:20])
+  np.testing.assert_allclose(folded(images), run(images), atol=1e-5)
 
 
 def test_export_keeps_an_existing_file(export, tmp_path, capsys):

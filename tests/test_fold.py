@@ -46,7 +46,7 @@ def test_the_folded_model_computes_the_same(norm, residual, options, tmp_path):
   want = model.apply({"params": params, "batch_stats": stats}, x)
 
   before = trees.flat(params, stats)
-  pretrained.save(tmp_path / "a.npz", *fold.fold(params, stats))
+  pretrained.save(tmp_path / "a.npz", *fold.fold(norm, params, stats))
   trees.same(trees.flat(params, stats), before)
   folded = trained.load_npz(tmp_path / "a.npz")
   assert folded.model.norm == "Identity"
@@ -66,4 +66,4 @@ def test_the_folded_model_computes_the_same(norm, residual, options, tmp_path):
 )
 def test_a_norm_that_does_not_fold(norm):
   with pytest.raises(errors.UserError, match=r"does not fold.*Rescale, Cal"):
-    fold.fold(*trees.fresh(norm))
+    fold.fold(norm, *trees.fresh(norm))

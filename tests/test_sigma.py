@@ -4,7 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import trees
 
+from rescalevit_jax import errors
+from rescalevit_jax import models
+from rescalevit_jax import pretrained
 from rescalevit_jax.models import sigma
 
 X = np.random.default_rng(0).normal(size=(4, 3, 2, 6)).astype(np.float32)
@@ -65,3 +69,50 @@ def test_only_training_moves_the_vector():
   kernel = start["params"]["kernel"]
   largest = np.linalg.svd(kernel)[1][0]
   assert np.linalg.norm(kernel @ v) == pytest.approx(largest, rel=0.02)
+
+
+def test_an_average_of_vectors_does_as_well():
+  variables = sigma.SigmaLinear(5).init(jax.random.key(0), X)
+  want = sigma.SigmaLinear(5).apply(variables, X)
+  shorter = jax.tree.map(lambda v: 0.7 * v, variables["batch_stats"])
+  found = sigma.SigmaLinear(5).apply({**variables, "batch_stats": shorter}, X)
+  np.testing.assert_allclose(found, want, rtol=1e-5)
+
+
+@pytest.mark.parametrize("file_has_it", [False, True])
+def test_a_file_with_the_other_layers_computes_the_same(file_has_it, tmp_path):
+  def logits(variables, sigma_reparam):
+    model = models.create(
+      "ViT-B_16",
+      num_classes=3,
+      image_size=8,
+      sigma_reparam=sigma_reparam,
+      **trees.TINY,
+    )
+    x = np.random.default_rng(0).uniform(-1, 1, (5, 8, 8, 3))
+    params, batch_stats = variables
+    return model.apply({"params": params, "batch_stats": batch_stats}, x)
+
+  theirs = trees.fresh(sigma_reparam=file_has_it, seed=1)
+  pretrained.save(tmp_path / "a.npz", *theirs)
+  ours = trees.fresh(sigma_reparam=not file_has_it, seed=2)
+  *loaded, report = pretrained.load(tmp_path / "a.npz", *ours)
+  np.testing.assert_allclose(
+    logits(loaded, not file_has_it),
+    logits(theirs, file_has_it),
+    rtol=1e-3,
+    atol=1e-4,
+  )
+  of_layers = {key.rpartition("/")[2] for key in report.derived}
+  assert of_layers == (set() if file_has_it else {"gamma", "singular_vector"})
+  assert not report.initial
+  assert any("plain" in note for note in report.notes) == file_has_it
+
+
+def test_a_file_without_a_singular_vector_is_refused(tmp_path):
+  arrays = trees.arrays(sigma_reparam=True)
+  key = next(key for key in arrays if key.endswith("singular_vector"))
+  del arrays[key]
+  path = trees.write(tmp_path, arrays)
+  with pytest.raises(errors.UserError, match="sigma_reparam.*singular_vector"):
+    pretrained.load(path, *trees.fresh())

@@ -37,15 +37,39 @@ class SigmaLinear(nn.DenseGeneral):
 
     def first():
       v = jax.random.normal(self.make_rng("params"), matrix.shape[1:])
-      for _ in range(_FIRST_ITERATIONS):
-        v = _improved(matrix, v)
-      return v
+      return singular_vector(matrix, v)
 
     v = self.variable("batch_stats", "singular_vector", first)
     if self.train and not self.is_initializing():
       v.value = _improved(matrix, v.value)
     gamma = self.param("gamma", nn.initializers.ones, (1,))
-    return kernel * (gamma / jnp.linalg.norm(matrix @ v.value))
+    return kernel * (gamma / largest(kernel, v.value))
+
+
+def singular_vector(kernel: Any, v: Any) -> Any:
+  """Returns v after some steps of power iteration, of length 1, [outputs].
+
+  Args:
+    kernel: a layer's, whatever the axes of its inputs and outputs.
+    v: where to begin, [outputs].
+  """
+  matrix = kernel.reshape(-1, v.size)
+  for _ in range(_FIRST_ITERATIONS):
+    v = _improved(matrix, v)
+  return v
+
+
+def largest(kernel: Any, v: Any) -> Any:
+  """Returns sigma(W) = |W v| / |v|, of NumPy's arrays or JAX's.
+
+  v is of length 1, but for an average over the steps.
+
+  Args:
+    kernel: see `singular_vector`.
+    v: the singular vector, [outputs].
+  """
+  product = kernel.reshape(-1, v.size) @ v
+  return ((product**2).sum() / (v**2).sum()) ** 0.5
 
 
 def _improved(matrix, v):
