@@ -123,6 +123,7 @@ class Trainer:
     self._finish_step()
     progress.step, self._metrics = step, metrics
     if step == self._first_step:
+      self._writer.open()
       jax.block_until_ready(metrics)
       self._timer.first_step_done(step)
       seconds = time.monotonic() - self._started
@@ -139,9 +140,7 @@ class Trainer:
       self._fail(f"loss {loss}, gradient norm {grad_norm}")
     self._report(step, loss, grad_norm)
     if line := self._diagnostics.finish_step(step, metrics):
-      self._lap(step)
       self._writer.write(step, line)
-      self._timer.restart()
 
   def _report(self, step, loss, grad_norm):
     due = step % self._config.progress_every == 0
@@ -165,7 +164,6 @@ class Trainer:
           )
         },
       )
-      self._timer.restart()  # The first write imports TensorFlow.
 
   def _fail(self, what):
     self._checkpoints.wait()

@@ -78,6 +78,10 @@ class MetricWriter:
     self._file.close()
     self._board.close()
 
+  def open(self) -> None:
+    """Opens TensorBoard's file, which takes seconds, if not the first write."""
+    self._board.open()
+
   def write(
     self,
     step: int,
@@ -118,6 +122,9 @@ class _TensorBoard:
     self._config = config
     self._writer = None
     self._works = True
+
+  def open(self):
+    self._try(lambda writer: None)
 
   def write(self, step, scalars):
     self._try(lambda writer: writer.write_scalars(step, scalars))

@@ -20,8 +20,10 @@ from rescalevit_jax import experiment
 from rescalevit_jax import interrupt
 from rescalevit_jax import loop
 from rescalevit_jax import pretrained
+from rescalevit_jax import progress
 from rescalevit_jax import step
 from rescalevit_jax import train
+from rescalevit_jax import writers
 
 
 def lines(workdir):
@@ -94,6 +96,38 @@ def test_a_run_writes_what_the_design_says(default_run):
   assert saved["model"]["norm"] == "Rescale"
   best = checkpoint.load_variables(default_run, "best")
   assert best[2] == result["best_step"]
+
+
+def test_what_the_timing_leaves_out_is_no_time_of_a_step(
+  tiny_config, tmp_path, monkeypatch
+):
+  calls, under_way = [], []
+
+  def note(owner, name):
+    real = getattr(owner, name)
+
+    def noting(*args):
+      calls.append((*under_way, name))
+      under_way.append(name)
+      real(*args)
+      under_way.pop()
+
+    monkeypatch.setattr(owner, name, noting)
+
+  note(loop.Trainer, "_step")
+  note(progress.Timer, "first_step_done")
+  note(progress.Timer, "restart")
+  note(writers.MetricWriter, "open")
+  tiny_config.diagnostics_every = 3
+  train.train_and_evaluate(tiny_config, tmp_path)
+  of_steps = [call for call in calls if call[0] == "_step"]
+  assert of_steps == [
+    ("_step",),
+    ("_step", "open"),  # Takes seconds, and is over when the time begins.
+    ("_step", "first_step_done"),
+    *[("_step",)] * 11,
+  ]
+  assert ("restart",) in calls  # After evaluations and checkpoints.
 
 
 # Where a run stops has nothing to do with its norm: 3 is before the first
