@@ -8,7 +8,8 @@ r"""Measures how fast training and evaluation are, and what a start takes.
 Flags and grid are those of rescalevit_jax.sweep. --peer adds timm's
 VisionTransformer under torch.compile and a plain flax.linen ViT (pip install -e
 '.[timm]' for the former). Everything is measured in a process of its own, in
-turn, in several rounds, so that a busy machine slows all alike. Writes
+turn, in several rounds, so that a busy machine slows all alike. With
+--set diagnostics_every=N it says what diagnostics cost, too. Writes
 benchmark.md and benchmark.json, with the hardware and the versions.
 """
 
@@ -27,6 +28,8 @@ import subprocess
 import sys
 import tempfile
 import time
+
+import benchmark_report
 
 from rescalevit_jax import config as config_lib
 from rescalevit_jax import errors
@@ -141,7 +144,7 @@ def _run(args):
     "entries": [_entry(entry, entries) for entry in entries],
     "starts": starts,
   }
-  text = _markdown(report)
+  text = benchmark_report.markdown(report)
   writers.write_file(
     args.output / "benchmark.json", json.dumps(report, indent=2) + "\n"
   )
@@ -321,69 +324,6 @@ def _machine():
     "cores": len(os.sched_getaffinity(0)),
     "versions": versions,
   }
-
-
-def _markdown(report) -> str:
-  machine = report["machine"]
-  versions = ", ".join(f"{k} {v}" for k, v in machine["versions"].items())
-  lines = [
-    "# Benchmark",
-    "",
-    f"- Command: `{report['command']}`",
-    f"- Devices: {machine['devices']}; {machine['cores']} cores of"
-    f" {machine['processor']}; load before: {machine['load_before'][0]:.1f}",
-    f"- Versions: {versions}",
-    "- Medians over the rounds; in brackets the lowest and the highest round."
-    " A ratio is the median of the rounds' ratios of training images/s.",
-    "- Peak: a large matrix product of random numbers in the same type and"
-    " process. Arithmetic: the model's matrix products, 3 times those of a"
-    " forward pass. Real data / resident: a step with its data, crops"
-    " included, over one with a prepared batch that stays on the device. Peers"
-    " train on such a batch, and classify it for evaluation, where ours goes"
-    " through the test split. Compilation: of a peer, with its first step.",
-    "",
-    "| model | batch, dtype | program | training images/s | step, ms"
-    " (quartiles) | evaluation images/s | share of peak | real data / resident"
-    " | memory, GB | compilation, s | ours / LN | ours / flax | ours / timm |",
-    "|---|---|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
-  ]
-  for e in report["entries"]:
-    low, high = e["images_per_second_range"]
-    ours = e["subject"] == "ours"
-    cells = [
-      f"{e['model']} at {e['image_size']}",
-      f"{e['batch']}, {e['dtype']}",
-      f"ours, {e['norm']}" if ours else f"{e['subject']}, LN",
-      f"{e['images_per_second']:.0f} ({low:.0f}–{high:.0f})",
-      f"{1e3 * e['step_seconds']:.1f} ({1e3 * e['step_seconds_low']:.1f}–"
-      f"{1e3 * e['step_seconds_high']:.1f})",
-      f"{e['eval_images_per_second']:.0f}",
-      f"{100 * e['peak_share']:.0f} %" if ours else "",
-      _cell(e, "input_ratio", 1),
-      _cell(e, "memory_bytes", 1e-9),
-      f"{e['compile_seconds']:.1f}",
-      *(_cell(e, f"ratio_to_{what}", 1) for what in ("LN", "flax", "timm")),
-    ]
-    lines.append(f"| {' | '.join(cells)} |")
-  if report["starts"]:
-    lines += [
-      "",
-      "Seconds from a start to the first step, caches empty, then full:",
-      "",
-      "| run | first | second | third | second / first |",
-      "|---|--:|--:|--:|--:|",
-    ]
-  for start in report["starts"]:
-    second, third = start["warm"]
-    lines.append(
-      f"| {start['run']} | {start['cold']:.1f} | {second:.1f} | {third:.1f} |"
-      f" {second / start['cold']:.2f} |"
-    )
-  return "\n".join(lines) + "\n"
-
-
-def _cell(entry, key, factor):
-  return f"{factor * entry[key]:.2f}" if key in entry else ""
 
 
 if __name__ == "__main__":

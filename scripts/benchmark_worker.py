@@ -16,6 +16,7 @@ import numpy as np
 
 from rescalevit_jax import config as config_lib
 from rescalevit_jax import data
+from rescalevit_jax import diagnostics
 from rescalevit_jax import evaluate
 from rescalevit_jax import experiment as experiment_lib
 from rescalevit_jax import feed
@@ -94,6 +95,56 @@ def measure_ours(config, options) -> dict[str, float]:
     "compile_seconds": seconds,
     "memory_bytes": memory(compiled),
     "peak_flops_per_second": matmul_flops_per_second(experiment.model.dtype),
+    **_diagnostics(experiment, compiled, options["seconds"]),
+  }
+
+
+def _diagnostics(experiment, step, seconds):
+  """Returns what diagnostics take, in times of a training step, if asked for.
+
+  Args:
+    experiment: of the run.
+    step: the training step, compiled.
+    seconds: to measure for.
+  """
+  config = experiment.config
+  if not config.diagnostics_every:
+    return {}
+  state = experiment.scratch()
+  with experiment.train_feed.batches(
+    experiment.train_places, range(1, 2)
+  ) as found:
+    images, labels = next(found)
+  programs = diagnostics.Programs(experiment)
+  programs.compile(state, images, labels)
+
+  def run(steps, look):
+    # As `diagnostics.Diagnostics` does it.
+    nonlocal state
+    for _ in range(steps):
+      if look:
+        found, before = programs.before_step(state, images, labels)
+      state, metrics = step(state, images, labels, np.uint32(config.seed))
+      if look:
+        found |= programs.after_step(before, state.params)
+        jax.device_get(found)
+      jax.device_get(metrics)
+
+  def sharpness(times):
+    for _ in range(times):
+      jax.device_get(programs.sharpness(state))
+
+  plain, looks, sharp = time_laps(
+    [lambda n: run(n, False), lambda n: run(n, True), sharpness], seconds
+  )
+  look, sharp = ratio(looks, plain) - 1, ratio(sharp, plain)
+  every, sharpness_every = config.diagnostics_every, diagnostics.SHARPNESS_EVERY
+  return {
+    "diagnostics_every": every,
+    "sharpness_every": sharpness_every,
+    "look_steps": look,
+    "sharpness_steps": sharp,
+    "diagnostics_share": (look + sharp / sharpness_every) / every,
   }
 
 

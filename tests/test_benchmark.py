@@ -29,6 +29,7 @@ def test_measures_all(digits_dir, shared_dir, tmp_path):
     "--config=configs/quickstart.py",
     "--grid=model.norm=LN,Rescale",
     *(f"--set={key}" for key in (*KEYS, f"tfds_data_dir={digits_dir}")),
+    "--set=diagnostics_every=5",
     "--peer",
     "--rounds=1",
     "--seconds=0.5",
@@ -64,11 +65,16 @@ def test_measures_all(digits_dir, shared_dir, tmp_path):
   )
   assert ours["images_per_second"] == pytest.approx(48 / ours["step_seconds"])
   assert ours["memory_bytes"] > 0 and ours["eval_images_per_second"] > 0
+  look, sharpness = ours["look_steps"], ours["sharpness_steps"]
+  assert sharpness > 0
+  assert ours["diagnostics_share"] == pytest.approx(look / 5 + sharpness / 50)
+  assert "look_steps" not in flax
   (start,) = report["starts"]
   assert len(start["warm"]) == 2 and 0 < max(start["warm"]) < start["cold"]
   text = (tmp_path / "benchmark.md").read_text()
   assert str(tmp_path) not in text and str(digits_dir) not in text
   assert text in done.stdout
+  assert f"| {look:.2f} | {sharpness:.2f} | 5 |" in text
   assert "| ours, Rescale |" in text and "ETA" in done.stderr
 
 
