@@ -24,7 +24,9 @@ import pathlib
 import runpy
 import sys
 
+from rescalevit_jax import config as config_lib
 from rescalevit_jax import errors
+from rescalevit_jax import experiment
 from rescalevit_jax import plots
 from rescalevit_jax import program
 from rescalevit_jax import progress
@@ -47,7 +49,6 @@ OWN_KEYS = {
   "model_name",
   "seed",
   "total_steps",
-  "model.norm",
   *(key for method in METHODS.values() for key in method),
 }
 
@@ -114,9 +115,9 @@ def _run(args, settings):
     return sweep.parse([*options, *settings])[1]
 
   def choosing(dataset, method):
-    held_out = {"data.held_out": args.held_out}
+    keys = {"data.held_out": args.held_out, "eval_every": args.steps}
     axes = {"base_lr": args.rates}
-    return plan("select", args.steps, dataset, method, axes, **held_out)
+    return plan("select", args.steps, dataset, method, axes, **keys)
 
   def testing(dataset, method, rate):
     last = {"eval_every": args.final_steps}
@@ -125,9 +126,8 @@ def _run(args, settings):
 
   def execute(plans):
     planned = [run for runs in plans.values() for run in runs]
-    sweep.split(planned)  # Those that have diverged are of this study, too.
-    runs = [run for run in planned if not _has_diverged(run.workdir)]
-    return sweep.execute(runs, args.runs_dir, jobs=args.jobs)
+    left = [run for run in planned if not _has_diverged(run)]
+    return sweep.execute(left, args.runs_dir, jobs=args.jobs)
 
   plans = {
     (dataset, method): choosing(dataset, method)
@@ -170,17 +170,21 @@ def accuracies(
     UserError: a run failed for another reason.
   """
   found = {}
-  for workdir in [run.workdir for runs in plans.values() for run in runs]:
-    result = result_lib.read(workdir)
-    if result is None and not _has_diverged(workdir):
-      why = launch.failure(workdir, None).removeprefix("error: ")
-      raise errors.UserError(f"{workdir}: {why}")
-    found[workdir] = None if result is None else result["last_accuracy"]
+  for run in [run for runs in plans.values() for run in runs]:
+    result = result_lib.read(run.workdir)
+    if result is None and not _has_diverged(run):
+      why = launch.failure(run.workdir, None).removeprefix("error: ")
+      raise errors.UserError(f"{run.workdir}: {why}")
+    found[run.workdir] = None if result is None else result["last_accuracy"]
   return found
 
 
-def _has_diverged(workdir):
-  return f": {errors.NOT_FINITE}; " in runs_lib.last_log_line(workdir)
+def _has_diverged(run):
+  """Whether this very run has; one of another config says nothing of it."""
+  if f": {errors.NOT_FINITE}; " not in runs_lib.last_log_line(run.workdir):
+    return False
+  old = experiment.read_config(run.workdir)
+  return old is not None and not config_lib.differing_keys(old, run.config)
 
 
 def _choose(key, runs, found):

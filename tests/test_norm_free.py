@@ -2,6 +2,7 @@
 
 import csv
 import re
+import shutil
 
 import fake_runs
 import programs
@@ -42,7 +43,8 @@ def study(monkeypatch):
       config = run.config
       if 9 in (config.base_lr, config.seed):
         why = f"error: step 3: loss nan: {errors.NOT_FINITE}; the last"
-        run.workdir.mkdir(parents=True)
+        shutil.rmtree(run.workdir, ignore_errors=True)
+        fake_runs.write(run.workdir, config_lib.flatten(config))
         (run.workdir / "log.txt").write_text(f"{why}\n")
         failed.append((run, why))
         continue
@@ -83,6 +85,7 @@ def test_the_best_rate_is_trained_and_compared(study, tmp_path, capsys):
   assert {c.batch_eval for c in configs} == {500}
   for config in choosing:
     assert (config.data.held_out, config.total_steps) == (5000, 1500)
+    assert config.eval_every == 1500  # What comes before has no say.
   assert [(c.base_lr, c.seed) for c in final] == [
     (rate, seed) for rate in (0.2, 0.1) for seed in (1, 2, 3)
   ]
@@ -157,6 +160,8 @@ def test_what_diverges_is_told(study, tmp_path, capsys):
   table = (tmp_path / FINAL / "table.md").read_text().splitlines()[2:]
   assert table[0] == "| cifar10 | LN | – | 9: diverged | – | – | – |"
   assert not planned  # It would diverge again.
+  assert module.main([*flags, "--rates=9", "--config.batch=64"]) == 0
+  assert [run.config.batch for run in planned] == [64, 64]
 
 
 def test_runs_of_other_settings_are_refused(study, tmp_path, capsys):
