@@ -175,6 +175,7 @@ def load_npz(
   path: str | os.PathLike[str],
   norm: str | None = None,
   gelu: str = "erf",
+  pool: str = "cls",
   residual_c: float | None = None,
 ) -> TrainedModel:
   """Loads a checkpoint file; the arrays' shapes say which model it holds.
@@ -185,6 +186,7 @@ def load_npz(
     path: an `.npz` of Google's, or one that `pretrained.save` wrote.
     norm: 'GN' has to be said; None: what the arrays' names say, else LN.
     gelu: 'erf' as in RescaleViT, 'tanh' as in Google's code.
+    pool: 'gap' has to be said where it was `model.pool`.
     residual_c: has to be said where it was not None.
 
   Raises:
@@ -208,6 +210,7 @@ def load_npz(
       num_classes=num_classes or 1,
       image_size=image_size,
       gelu=gelu,
+      pool=pool,
       representation_size=None if pre_logits is None else pre_logits.size,
       residual_c=residual_c,
       dtype="auto",

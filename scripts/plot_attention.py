@@ -18,6 +18,7 @@ import dataclasses
 import functools
 import io
 import logging
+import math
 import pathlib
 import sys
 from typing import Any
@@ -51,8 +52,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     action="append",
     default=[],
     metavar="FILE[:ARGS]",
-    help="a checkpoint file; repeatable. ARGS: GN, whose arrays look like LN's,"
-    " and tanh for Google's files, whose GELU is not erf; both: a.npz:GN,tanh",
+    help="a checkpoint file; repeatable. ARGS, what its arrays do not tell: GN,"
+    " which look like LN's; tanh for Google's files, whose GELU is not erf; gap"
+    " and c=NUMBER for another model.pool and model.residual_c; with commas"
+    " between: a.npz:GN,tanh",
   )
   parser.add_argument(
     "--checkpoint",
@@ -172,9 +175,9 @@ def _subjects(args) -> list[Subject]:
     for workdir, source in zip(args.workdir, sources, strict=True)
   ]
   for reference in args.npz:
-    path, norm, gelu = _parse_reference(reference)
-    model = trained.load_npz(path, norm, gelu or "erf")
-    if norm is None and model.model.norm == "LN":
+    path, said = _parse_reference(reference)
+    model = trained.load_npz(path, **said)
+    if "norm" not in said and model.model.norm == "LN":
       _log.info("%s: taken for LN; write %s:GN if it is GN", path, path)
     subjects.append(Subject(model, path, first))
   names = [subject.model.name for subject in subjects]
@@ -185,24 +188,37 @@ def _subjects(args) -> list[Subject]:
   return subjects
 
 
-def _parse_reference(reference: str) -> tuple[str, str | None, str | None]:
-  """Parses FILE[:ARGS] into the file, its norm and its GELU."""
+def _parse_reference(reference: str) -> tuple[str, dict[str, Any]]:
+  """Parses FILE[:ARGS] into the file and what it says to `load_npz`."""
   path, colon, words = reference.rpartition(":")
   if not colon or pathlib.Path(reference).is_file():
-    return reference, None, None
-  norm = gelu = None
+    return reference, {}
+  known = {
+    **dict.fromkeys(norms.NORMS, "norm"),
+    **dict.fromkeys(models_lib.GELUS, "gelu"),
+    **dict.fromkeys(models_lib.POOLS, "pool"),
+  }
+  said = {}
   for word in filter(None, words.split(",")):
-    if word in norms.NORMS and norm is None:
-      norm = word
-    elif word in models_lib.GELUS and gelu is None:
-      gelu = word
-    else:
-      valid = (*norms.NORMS, *models_lib.GELUS)
+    key, value = known.get(word), word
+    if word.startswith("c="):
+      key, value = "residual_c", _positive(word.removeprefix("c="))
+    if key in said or None in (key, value):
       raise errors.UserError(
-        f"--npz: unknown or too many: {word!r} in {reference}; at most one norm"
-        f" and one GELU; {errors.nearest(word, valid)}"
+        f"--npz: unknown or too many: {word!r} in {reference}; at most one"
+        " norm, one GELU, one pool and one c=NUMBER above 0;"
+        f" {errors.nearest(word, known)}"
       )
-  return path, norm, gelu
+    said[key] = value
+  return path, said
+
+
+def _positive(text):
+  """Returns a number above 0; None if the text is none."""
+  try:
+    return number if 0 < (number := float(text)) < math.inf else None
+  except ValueError:
+    return None
 
 
 def _test_image(subject, index):

@@ -12,6 +12,7 @@ import tiny_model
 from rescalevit_jax import attention
 from rescalevit_jax import attention_plots
 from rescalevit_jax import data
+from rescalevit_jax import errors
 from rescalevit_jax import pretrained
 from rescalevit_jax import trained
 from rescalevit_jax.models import norms
@@ -123,6 +124,19 @@ def test_one_file_in_two_ways(digits_dir, tmp_path):
   ]
 
 
+def test_words_of_a_file(tmp_path, monkeypatch):
+  said = []
+
+  def load_npz(path, **kwargs):
+    said.append((path, kwargs))
+    raise errors.UserError("enough")
+
+  monkeypatch.setattr(trained, "load_npz", load_npz)
+  plot_attention.main(["--npz=a.npz:Cal,gap,c=3,tanh", "--image=a.png"])
+  words = {"norm": "Cal", "gelu": "tanh", "pool": "gap", "residual_c": 3.0}
+  assert said == [("a.npz", words)]
+
+
 def test_runs_of_one_name_are_told_apart(tiny_run, tmp_path):
   copy = tmp_path / "tiny_run"
   shutil.copytree(tiny_run, copy)
@@ -149,6 +163,8 @@ def test_runs_of_one_name_are_told_apart(tiny_run, tmp_path):
     (["--npz=nowhere.npz:InstanceNorm"], "'InstanceNorm' in"),
     (["--npz=nowhere.npz:LN,GN"], "'GN' in nowhere.npz:LN,GN"),
     (["--npz=nowhere.npz:erf,tanh"], "'tanh'"),
+    (["--npz=nowhere.npz:c=-1"], "'c=-1'"),
+    (["--npz=nowhere.npz:c=1,c=2"], "'c=2'"),
   ],
 )
 def test_mistakes_are_one_line(flags, words, tiny_run, tmp_path, capsys):

@@ -225,10 +225,10 @@ def test_a_file_tells_its_model(norm, options, tmp_path):
   trees.same(trees.flat(**model.variables), trees.flat(params, stats))
 
 
-def test_c_of_a_residual_has_to_be_said(tmp_path):
+def test_c_of_a_residual_and_the_pool_have_to_be_said(tmp_path):
   pretrained.save(tmp_path / "a.npz", *trees.fresh(residual="rescale"))
-  model = trained.load_npz(tmp_path / "a.npz", residual_c=3.0)
-  assert model.model.residual_c == 3.0
+  model = trained.load_npz(tmp_path / "a.npz", residual_c=3.0, pool="gap")
+  assert (model.model.residual_c, model.model.pool) == (3.0, "gap")
 
 
 def test_gelu(tmp_path):
