@@ -37,9 +37,29 @@ KINDS = [
   ("BN", 1),
   ("LN", 1),
   ("GN", 3),
+  ("Cal", 1),
+  ("Fade", 3),
+  ("DyT", 1),
+  ("BN2", 3),
 ]
+# What else a norm is run with: all that keeps something of its own from step to
+# step.
+_MORE_KEYS = {
+  "Cal": (
+    "optimizer=muon",
+    "base_lr=0.003",
+    "ema_decay=0.9",
+    "model.sigma_reparam=True",
+    "diagnostics_every=3",
+    "mixup=0.8",
+  ),
+  "Fade": ("optimizer=adamw", "base_lr=0.001", "fade.alpha=0.5"),
+  "DyT": ("calibration=all", "ema_decay=0.5"),
+}
+_CALIBRATED = ("Cal", "DyT")
 PHASES = (
   "start-up",
+  "calibration",
   "compilation",
   "training",
   "evaluation",
@@ -50,6 +70,7 @@ PHASES = (
 # is meant for no phase comes at any time after the start.
 _DELAYS = {
   "start-up": 3.0,
+  "calibration": 0.5,
   "compilation": 1.0,
   "training": 0.05,
   "evaluation": 0.05,
@@ -66,6 +87,7 @@ _SIGNALS = (
   ("INT", "INT"),
   ("TERM", "KILL"),
 )
+_BEFORE = ("start-up", "calibration")  # Of the loop, which signals stop.
 _CAUGHT = "once more to stop at once"
 
 
@@ -114,6 +136,7 @@ class Killer:
       f"tfds_data_dir={data_dir}",
       f"model.norm={norm}",
       f"accum_steps={accum_steps}",
+      *_MORE_KEYS.get(norm, ()),
     )
     self._env = env
     self._whole = self._trial("whole")
@@ -149,8 +172,12 @@ class Killer:
     """Starts a run and kills it; None if it came to its end before that."""
     if not self._aims:  # Each phase in turn, and one kill at any time.
       self._aims = [*PHASES, None]
+      self._aims.remove("calibration")  # There is one at the first start only.
       self._rng.shuffle(self._aims)
-    aim, signals = self._aims.pop(), self._rng.choice(_SIGNALS)
+    first = not trial.workdir.exists()
+    calibrates = first and self._kind[0] in _CALIBRATED
+    aim = "calibration" if calibrates else self._aims.pop()
+    signals = self._rng.choice(_SIGNALS)
     lines = trial.metrics().count(b"\n") + self._rng.randrange(6)
     env = {}
     if aim == "compilation":
@@ -164,7 +191,7 @@ class Killer:
 
   def _kill_process(self, trial, process, aim, lines, signals):
     def begins():
-      if aim in (None, "start-up", "compilation", "end"):
+      if aim in (None, "start-up", "calibration", "compilation", "end"):
         return aim is None or _phase(trial) == aim
       enough = trial.metrics().count(b"\n") >= lines
       return enough and _phase(trial) == aim
@@ -197,6 +224,7 @@ def main(argv: Sequence[str] | None = None) -> None:
   )
   parser.add_argument("--kills", type=int, default=160)
   parser.add_argument("--seed", type=int, default=0)
+  parser.add_argument("--norms", help="those to kill, with commas; all")
   args = parser.parse_args(argv)
   # A shell's background jobs ignore it, and so would the runs.
   signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -208,9 +236,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     data.load("digits", str(folder / "tfds"))
     rng = random.Random(args.seed)
     env = tiny_sweep.environment(folder)
-    for i, (norm, accum_steps) in enumerate(KINDS):
+    wanted = args.norms and args.norms.split(",")
+    kinds = [kind for kind in KINDS if not wanted or kind[0] in wanted]
+    for i, (norm, accum_steps) in enumerate(kinds):
       killer = Killer(folder, folder / "tfds", norm, accum_steps, rng, env)
-      share = args.kills * (i + 1) // len(KINDS) - len(kills)
+      share = args.kills * (i + 1) // len(kinds) - len(kills)
       kills += killer.kill(share)
   print(_table(kills))
   print(
@@ -237,7 +267,7 @@ def _phase(trial):
   log = trial.said()
   at_end = f"going on from the checkpoint of step {trials.TOTAL_STEPS}\n" in log
   if not at_end and "compiling the training step" not in log:
-    return "start-up"
+    return "calibration" if "calibrating by" in log else "start-up"
   lines = trial.metrics().splitlines(keepends=True)
   last = {"step": 0}
   if lines := [line for line in lines if line.endswith(b"\n")]:
@@ -269,7 +299,7 @@ def _send(process, name):
 def _check_exit(code, phase, sent, log):
   """Checks the exit code of a process that was killed."""
   said = code, phase, sent, log
-  noted = phase not in ("start-up", "end") and sent[0] != "KILL"
+  noted = phase not in (*_BEFORE, "end") and sent[0] != "KILL"
   if sent[-1] == "KILL":
     assert code == -signal.SIGKILL, said
   elif noted and len(sent) == 1:
@@ -279,7 +309,7 @@ def _check_exit(code, phase, sent, log):
     assert code in (0, -signal.SIGTERM), said
   else:  # Python itself ends by the signal where `main` is not yet there.
     assert code in (0, 130, -signal.SIGINT), said
-  assert phase == "start-up" or "Traceback" not in log, said
+  assert phase in _BEFORE or "Traceback" not in log, said
 
 
 if __name__ == "__main__":
