@@ -48,7 +48,4 @@ def test_the_strong_recipe_has_no_norm_and_a_moderate_size():
   shapes = jax.eval_shape(model.init, jax.random.key(0), images)
   size = sum(x.size for x in jax.tree.leaves(shapes["params"]))
   assert 5e6 <= size <= 22e6
-  names = [
-    jax.tree_util.keystr(p) for p, _ in jax.tree.leaves_with_path(shapes)
-  ]
-  assert not any("LayerNorm" in n or "BatchNorm" in n for n in names)
+  assert config.model.norm == "Cal" and not config.model.qk_norm

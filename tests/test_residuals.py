@@ -4,6 +4,7 @@ import functools
 
 import flax
 import jax
+from jax import test_util
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -53,6 +54,22 @@ def test_rescale_is_that_of_the_paper_on_every_branch(branch, c, skip, weight):
   close(joined("rescale", **kwargs), skip**0.5 * X + weight**0.5 * Y)
   found = joined("rescale", [3.0], **kwargs)
   close(found, skip**0.5 * X + 3 * weight**0.5 * Y)
+
+
+@pytest.mark.parametrize(
+  "kind", ["original", "rescale", "skipinit", "layerscale"]
+)
+def test_gradients(kind):
+  module = residuals.RESIDUALS[kind](4, branch=2, num_blocks=9)
+  variables = module.init(jax.random.key(0), X, Y)
+  params = jax.tree.map(lambda x: 0.7 + 0 * x, variables["params"])
+
+  def join(params, x, y):
+    return module.apply({"params": params}, x, y)
+
+  test_util.check_grads(join, (params, X, Y), 1, atol=1e-2, rtol=1e-2)
+  y_gradient = jax.grad(lambda y: join(params, X, y).sum())(Y)
+  assert np.abs(y_gradient).min() > 0
 
 
 def test_skipinit_starts_without_the_branch():

@@ -1,6 +1,7 @@
 """Runs read back from their folders."""
 
 import json
+import math
 import os
 
 import pytest
@@ -50,6 +51,14 @@ def test_thousands_of_brackets_are_damage(name, tmp_path):
   (tmp_path / "a" / name).write_text("[" * 100_000)
   (line,) = runs.find(tmp_path).damaged
   assert name in line and "damaged" in line and len(line.splitlines()) == 1
+
+
+@pytest.mark.parametrize("value", [None, "0.5", math.nan, 10**400])
+def test_a_result_that_is_no_number_is_damage(value, tmp_path):
+  result = {"last_accuracy": 0.1, "best_accuracy": value, "best_step": 1}
+  write(tmp_path / "a", result=result)
+  (line,) = runs.find(tmp_path).damaged
+  assert line.startswith(f"{tmp_path}/a/result.json: damaged")
 
 
 def test_runs_of_several_folders_are_read_once_and_the_rest_is_named(
