@@ -260,6 +260,9 @@ def _entry(entry, entries):
     "batch": config.batch,
     "dtype": rounds[0]["dtype"],
     "subject": entry["subject"],
+    "settings": benchmark_report.settings(
+      config, [other["run"].config for other in entries]
+    ),
     **medians,
     "images_per_second_range": [min(speeds), max(speeds)],
     "rounds": rounds,

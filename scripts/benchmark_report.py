@@ -1,7 +1,27 @@
 """What benchmark.py found, as text."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
+
+import ml_collections
+
+from rescalevit_jax import config as config_lib
+
+# Config keys that the table has columns for.
+_COLUMNS = ("model_name", "model.norm", "image_size", "batch", "dtype")
+
+
+def settings(
+  config: ml_collections.ConfigDict,
+  configs: Iterable[ml_collections.ConfigDict],
+) -> dict[str, Any]:
+  """Returns the keys in which configs differ, but for those of columns."""
+  others = [config_lib.flatten(other) for other in configs]
+  return {
+    key: value
+    for key, value in config_lib.flatten(config).items()
+    if key not in _COLUMNS and any(value != other[key] for other in others)
+  }
 
 
 def markdown(report: Mapping[str, Any]) -> str:
@@ -35,7 +55,7 @@ def markdown(report: Mapping[str, Any]) -> str:
     cells = [
       f"{e['model']} at {e['image_size']}",
       f"{e['batch']}, {e['dtype']}",
-      f"ours, {e['norm']}" if ours else f"{e['subject']}, LN",
+      _program(e),
       f"{e['images_per_second']:.0f} ({low:.0f}–{high:.0f})",
       f"{1e3 * e['step_seconds']:.1f} ({1e3 * e['step_seconds_low']:.1f}–"
       f"{1e3 * e['step_seconds_high']:.1f})",
@@ -80,6 +100,13 @@ def markdown(report: Mapping[str, Any]) -> str:
       f" {second / start['cold']:.2f} |"
     )
   return "\n".join(lines) + "\n"
+
+
+def _program(entry):
+  words = [entry["subject"], entry["norm"]]
+  if entry["subject"] == "ours":
+    words += [f"{k}={v}" for k, v in entry["settings"].items()]
+  return ", ".join(words)
 
 
 def _cell(entry, key, factor):

@@ -10,6 +10,8 @@ import programs
 import pytest
 import tiny_sweep
 
+from rescalevit_jax import config as config_lib
+
 KEYS = tiny_sweep.KEYS
 
 
@@ -76,6 +78,16 @@ def test_measures_all(digits_dir, shared_dir, tmp_path):
   assert text in done.stdout
   assert f"| {look:.2f} | {sharpness:.2f} | 5 |" in text
   assert "| ours, Rescale |" in text and "ETA" in done.stderr
+
+
+def test_settings_that_differ_tell_lines_apart():
+  report = programs.load("benchmark_report")
+  a, b, c = (config_lib.default() for _ in range(3))
+  b.model.norm, b.batch, b.model.residual = "Cal", 7, "rescale"
+  c.model.norm = "BN"
+  assert report.settings(a, [a, b, c]) == {"model.residual": "auto"}
+  assert report.settings(b, [a, b, c]) == {"model.residual": "rescale"}
+  assert report.settings(c, [a, c]) == {}
 
 
 @pytest.mark.parametrize(
