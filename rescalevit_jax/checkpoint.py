@@ -3,6 +3,7 @@
   checkpoints/last/STEP/{variables,optimizer,progress}
   checkpoints/best/STEP/{variables,progress}
   checkpoints/damaged/{last,best}-STEP    out of a resumed run's way
+  checkpoints/forgotten                   while it is deleted
 
 `variables` holds the collections `params` and `batch_stats` as they are
 evaluated; where those are averages over the steps, `optimizer` has the ones
@@ -16,6 +17,7 @@ import dataclasses
 import itertools
 import logging
 import pathlib
+import shutil
 from typing import Any
 
 import jax
@@ -23,10 +25,10 @@ import orbax.checkpoint as ocp
 
 from rescalevit_jax import checksums
 from rescalevit_jax import errors
+from rescalevit_jax import processes
 from rescalevit_jax import step as step_lib
 
 _log = logging.getLogger(__name__)
-_UNFINISHED = ".orbax-checkpoint-tmp"  # How orbax names, and clears away, them.
 
 
 @dataclasses.dataclass
@@ -164,15 +166,28 @@ class Checkpoints:
     return state, progress
 
   def forget_best(self, after: int) -> None:
-    """Deletes best variables of later steps: of a future that was cut off."""
-    for step in self._best.all_steps():
+    """Deletes best variables of later steps: of a future that was cut off.
+
+    Raises:
+      UserError: they cannot be deleted.
+    """
+    processes.wait_for_all("best checkpoints listed")
+    if jax.process_index() == 0:
+      with _writing(self._best):
+        self._delete_best(after)
+    processes.wait_for_all("best checkpoints forgotten")
+    self._best.reload()
+
+  def _delete_best(self, after):
+    # Gone at once: what is left when one is deleted file by file, and the
+    # process killed, would be taken for a damaged one.
+    folder = self._workdir / "checkpoints"
+    away = folder / "forgotten"
+    for step in saved_steps(self._workdir, "best"):
       if step > after:
-        if jax.process_index() == 0:
-          # Gone at once: what is left when it is deleted file by file, and the
-          # process killed, would be taken for a damaged one.
-          path = self._best.directory / str(step)
-          path.rename(f"{path}{_UNFINISHED}")
-        self._best.delete(step)
+        shutil.rmtree(away, ignore_errors=True)
+        (folder / "best" / str(step)).rename(away)
+    shutil.rmtree(away, ignore_errors=True)
 
   def wait(self) -> None:
     """Waits until all is on disk; raises UserError if it cannot be."""
@@ -285,7 +300,7 @@ def _manager(workdir, kind, keep, *, readonly=False):
 
   def write_checksums():
     # Called before the folder gets its final name; one is written at a time.
-    for temporary in folder.glob(f"*{_UNFINISHED}"):
+    for temporary in folder.glob("*.orbax-checkpoint-tmp"):
       checksums.write(temporary)
 
   return ocp.CheckpointManager(

@@ -5,7 +5,6 @@ import shutil
 import jax
 import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
 import pytest
 
 from rescalevit_jax import checkpoint
@@ -116,14 +115,16 @@ def test_damage_is_noticed_in_reading_weights_too(tmp_path, name):
 def test_a_best_one_is_forgotten_at_once(tmp_path, monkeypatch):
   """A process that is killed while it deletes leaves no damaged one."""
 
-  def killed(self, step):
-    raise KeyboardInterrupt
+  def killed(path, **kwargs):
+    if path.exists():
+      (path / "SHA256SUMS").unlink()
+      raise KeyboardInterrupt
 
   with checkpoint.Checkpoints(tmp_path) as saved:
     saved.save(state(0.1), checkpoint.Progress(step=2))
     saved.save_best(state(0.2), checkpoint.Progress(step=3, best_step=3))
   with monkeypatch.context() as patch:
-    patch.setattr(ocp.CheckpointManager, "delete", killed)
+    patch.setattr(shutil, "rmtree", killed)
     with checkpoint.Checkpoints(tmp_path) as saved:
       with pytest.raises(KeyboardInterrupt):
         saved.restore(like(state(0)))
