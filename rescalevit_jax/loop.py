@@ -123,11 +123,11 @@ class Trainer:
     self._finish_step()
     progress.step, self._metrics = step, metrics
     if step == self._first_step:
-      self._writer.open()
       jax.block_until_ready(metrics)
-      self._timer.first_step_done(step)
       seconds = time.monotonic() - self._started
       _log.info("the first step is done after %.1f s", seconds)
+      self._writer.open()
+      self._timer.first_step_done(step)
 
   def _finish_step(self):
     """Waits for the metrics of the last step and reports on it."""
