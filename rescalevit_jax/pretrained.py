@@ -147,7 +147,10 @@ def load(
     )
 
   if derived:
-    values |= sigma_arrays.start(values)
+    try:
+      values |= sigma_arrays.start(values)
+    except ValueError as e:
+      raise errors.UserError(f"{path}: not for sigma_reparam: {e}") from e
   initial -= derived
   taken = model.keys() - initial - derived - zeros
   resized = {key for key in taken if file[key].shape != model[key].shape}

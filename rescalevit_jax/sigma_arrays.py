@@ -5,6 +5,7 @@ See `models.sigma` for what gamma and singular_vector are.
 """
 
 from collections.abc import Mapping
+import math
 
 import numpy as np
 
@@ -28,6 +29,13 @@ def plain(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
   for layer in _layers(arrays):
     kernel, v = arrays[f"{layer}kernel"], arrays.pop(_vector_key(layer))
     gamma = arrays.pop(f"{layer}{_GAMMA}")
+    inputs = 2 if layer.endswith("/out/") else 1
+    outputs = math.prod(kernel.shape[inputs:])
+    if (gamma.shape, v.shape) != ((1,), (outputs,)):
+      raise ValueError(
+        f"{layer}: {_GAMMA} has shape {gamma.shape}, {_VECTOR} {v.shape}; not"
+        f" (1,) and ({outputs},)"
+      )
     arrays[f"{layer}kernel"] = kernel * (gamma / sigma.largest(kernel, v))
   return arrays
 
@@ -37,11 +45,16 @@ def start(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 
   Args:
     arrays: with the kernels, and of the result's keys the shapes.
+
+  Raises:
+    ValueError: a kernel is all zeros, of no singular vector.
   """
   found = {}
   rng = np.random.default_rng(0)
   for layer in _layers(arrays):
     kernel, key = arrays[f"{layer}kernel"], _vector_key(layer)
+    if not kernel.any():
+      raise ValueError(f"{layer}kernel is all zeros")
     v = rng.standard_normal(arrays[key].shape, np.float32)
     found[key] = np.asarray(sigma.singular_vector(kernel, v))
     found[f"{layer}{_GAMMA}"] = np.float32([sigma.largest(kernel, found[key])])

@@ -116,3 +116,31 @@ def test_a_file_without_a_singular_vector_is_refused(tmp_path):
   path = trees.write(tmp_path, arrays)
   with pytest.raises(errors.UserError, match="sigma_reparam.*singular_vector"):
     pretrained.load(path, *trees.fresh())
+
+
+@pytest.mark.parametrize(
+  "leaf, change",
+  [
+    ("gamma", lambda x: np.broadcast_to(x, (1000, 1, 1))),
+    ("gamma", lambda x: np.broadcast_to(x, 16)),
+    ("singular_vector", lambda x: x[: x.size // 4]),
+    ("singular_vector", lambda x: x[None]),
+  ],
+)
+def test_a_file_with_other_shapes_is_refused(leaf, change, tmp_path):
+  """Nothing is multiplied before: it might take any memory."""
+  arrays = trees.arrays(sigma_reparam=True)
+  for key in [key for key in arrays if key.endswith(f"query/{leaf}")]:
+    arrays[key] = change(arrays[key])
+  path = trees.write(tmp_path, arrays)
+  with pytest.raises(errors.UserError, match=rf"query/.*{leaf}.*not \(1,\)"):
+    pretrained.load(path, *trees.fresh())
+
+
+def test_a_kernel_of_zeros_has_no_singular_vector(tmp_path):
+  arrays = trees.arrays()
+  key = next(key for key in arrays if key.endswith("query/kernel"))
+  arrays[key] = np.zeros_like(arrays[key])
+  path = trees.write(tmp_path, arrays)
+  with pytest.raises(errors.UserError, match="query/kernel is all zeros"):
+    pretrained.load(path, *trees.fresh(sigma_reparam=True))
