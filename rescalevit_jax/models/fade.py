@@ -129,7 +129,8 @@ normalize.defvjp(_forward, _backward)
 def rewound(batch_stats: Any) -> Any:
   """Returns the statistics with no passes counted: those of another run were.
 
-  How far a place has faded stays, and so do the statistics of other norms.
+  So the mean of sigma begins anew, too, but at places that are done. How far a
+  place has faded stays, and so do the statistics of other norms.
   """
   flat = traverse_util.flatten_dict(batch_stats)
   for *place, name in list(flat):
