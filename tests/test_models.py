@@ -558,18 +558,37 @@ def test_recomputing_changes_nothing(norm):
 
 
 def test_batch_norm_in_the_mlp_is_before_the_gelu():
+  """Of all tokens by the batch's statistics, or by those that run along."""
   model = tiny(norm="BN2", dropout_rate=0.0)
-  _, seen = model.apply(
-    model.init(jax.random.key(0), images()),
-    images(),
-    train=True,
-    mutable=["batch_stats", "intermediates"],
-    capture_intermediates=True,
-  )
-  seen = seen["intermediates"]["Transformer"]["encoderblock_1"]["MlpBlock_3"]
-  hidden = seen["BatchNorm_1"]["__call__"][0]
-  np.testing.assert_allclose(hidden.mean((0, 1)), 0, atol=1e-5)
-  np.testing.assert_allclose(hidden.std((0, 1)), 1, atol=1e-2)
+  variables = random_variables(model)
+
+  def of_mlp(tree):
+    return tree["Transformer"]["encoderblock_1"]["MlpBlock_3"]
+
+  params = of_mlp(variables["params"])
+  running = of_mlp(variables["batch_stats"])["BatchNorm_1"]
+  rng = np.random.default_rng(1)
+  for name in running:
+    running[name] = rng.uniform(0.5, 2, running[name].shape)
+  for train in (True, False):
+    _, seen = model.apply(
+      variables,
+      images(),
+      train=train,
+      mutable=["batch_stats", "intermediates"],
+      capture_intermediates=True,
+    )
+    seen = of_mlp(seen["intermediates"])
+    x = np.asarray(seen["Dense_0"]["__call__"][0], np.float64)
+    mean, var = running["mean"], running["var"]
+    if train:
+      mean, var = x.mean((0, 1)), x.var((0, 1))
+    x = (x - mean) / np.sqrt(var + 1e-6)
+    x = x * params["BatchNorm_1"]["scale"] + params["BatchNorm_1"]["bias"]
+    x = jax.nn.gelu(x, approximate=False)
+    want = x @ params["Dense_1"]["kernel"] + params["Dense_1"]["bias"]
+    found = seen["Dense_1"]["__call__"][0]
+    np.testing.assert_allclose(found, want, rtol=1e-4, atol=1e-4)
 
 
 def test_queries_and_keys_are_normalized_head_by_head():
