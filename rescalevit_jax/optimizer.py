@@ -132,10 +132,10 @@ def muon(momentum: float, b2: float) -> optax.GradientTransformation:
   Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon) takes the nearest
   semi-orthogonal matrix to the gradient's running mean with Nesterov's look
   ahead, by five Newton-Schulz iterations; as optax has it, corrected for the
-  mean's bias towards 0, which counts in the first steps alone. A kernel is a matrix from all its
-  inputs to all its outputs: those of attention are seen as [D, D]. Times
-  0.2 sqrt(max(inputs, outputs)), an update is of AdamW's size, so that one
-  learning rate and weight decay do for both (Liu et al. 2025,
+  mean's bias towards 0, which counts in the first steps alone. A kernel is a
+  matrix from all its inputs to all its outputs: those of attention are seen as
+  [D, D]. Times 0.2 sqrt(max(inputs, outputs)), an update is of AdamW's size, so
+  that one learning rate and weight decay do for both (Liu et al. 2025,
   arXiv:2502.16982, section 2.2).
   """
 
