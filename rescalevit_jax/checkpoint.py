@@ -169,7 +169,7 @@ class Checkpoints:
     """Deletes best variables of later steps: of a future that was cut off.
 
     Raises:
-      UserError: they cannot be deleted.
+      UserError: they cannot be moved out of the way.
     """
     processes.wait_for_all("best checkpoints listed")
     if jax.process_index() == 0:
