@@ -1,28 +1,22 @@
 """Orbax checkpoints: the last ones, to go on from, and the best one.
 
-  checkpoints/last/STEP/{variables,optimizer,progress}
-  checkpoints/best/STEP/{variables,progress}
-  checkpoints/damaged/{last,best}-STEP    out of a resumed run's way
-  checkpoints/forgotten                   while it is deleted
-
-`variables` holds the collections `params` and `batch_stats` as they are
-evaluated; where those are averages over the steps, `optimizer` has the ones
-that training goes on with. A checkpoint is written to a temporary folder and
-renamed, so that what has its final name was whole; sums of its files tell
-whether it still is.
+Where they lie is in `checkpoint_folders`. `variables` holds the collections
+`params` and `batch_stats` as they are evaluated; where those are averages over
+the steps, `optimizer` has the ones that training goes on with. A checkpoint is
+written to a temporary folder and renamed, so that what has its final name was
+whole; sums of its files tell whether it still is.
 """
 
 import contextlib
 import dataclasses
-import itertools
 import logging
 import pathlib
-import shutil
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
 
+from rescalevit_jax import checkpoint_folders
 from rescalevit_jax import checksums
 from rescalevit_jax import errors
 from rescalevit_jax import processes
@@ -154,7 +148,7 @@ class Checkpoints:
     best = progress.best_step
     if best in (0, *self._best.all_steps()):
       return state, progress
-    if list(_damaged(self._workdir).glob(f"best-{best}*")):
+    if checkpoint_folders.was_damaged(self._workdir, "best", best):
       _log.warning(
         "the weights of the best step so far, %d, are lost; those of the next"
         " better one will be kept",
@@ -174,72 +168,15 @@ class Checkpoints:
     processes.wait_for_all("best checkpoints listed")
     if jax.process_index() == 0:
       with _writing(self._best):
-        self._delete_best(after)
+        checkpoint_folders.forget_best(self._workdir, after)
     processes.wait_for_all("best checkpoints forgotten")
     self._best.reload()
-
-  def _delete_best(self, after):
-    # Gone at once: what is left when one is deleted file by file, and the
-    # process killed, would be taken for a damaged one.
-    folder = self._workdir / "checkpoints"
-    away = folder / "forgotten"
-    for step in saved_steps(self._workdir, "best"):
-      if step > after:
-        shutil.rmtree(away, ignore_errors=True)
-        (folder / "best" / str(step)).rename(away)
-    shutil.rmtree(away, ignore_errors=True)
 
   def wait(self) -> None:
     """Waits until all is on disk; raises UserError if it cannot be."""
     with _writing(self._last):
       self._best.wait_until_finished()
       self._last.wait_until_finished()
-
-
-def pass_over_damaged(workdir: pathlib.Path) -> None:
-  """Moves damaged checkpoints away, so that the newest one is whole.
-
-  Args:
-    workdir: the run's folder.
-
-  Raises:
-    UserError: there are checkpoints to go on from, but none is whole.
-  """
-  damaged = {kind: _newest_damaged(workdir, kind) for kind in ("last", "best")}
-  if damaged["last"] and len(damaged["last"]) == len(
-    saved_steps(workdir, "last")
-  ):
-    raise errors.UserError(
-      f"{'; '.join(damaged['last'].values())}: no checkpoint of this run is"
-      " whole; bring a copy of one back, or begin anew in another --workdir"
-    )
-  for kind, reasons in damaged.items():
-    for step, reason in reasons.items():
-      away = _unused(_damaged(workdir) / f"{kind}-{step}")
-      away.parent.mkdir(exist_ok=True)
-      (away.parents[1] / kind / str(step)).rename(away)
-      _log.warning("%s; passed over and moved to %s", reason, away)
-
-
-def _newest_damaged(workdir, kind):
-  """Returns {step: what is wrong} of those newer than the newest whole one."""
-  damaged = {}
-  for step in reversed(saved_steps(workdir, kind)):
-    try:
-      checksums.verify(pathlib.Path(workdir) / "checkpoints" / kind / str(step))
-      break
-    except errors.UserError as e:
-      damaged[step] = str(e)
-  return damaged
-
-
-def _damaged(workdir):
-  return pathlib.Path(workdir) / "checkpoints" / "damaged"
-
-
-def _unused(path):
-  names = (path.with_name(f"{path.name}-{i}") for i in itertools.count(2))
-  return next(p for p in itertools.chain([path], names) if not p.exists())
 
 
 def load_variables(
@@ -263,7 +200,7 @@ def load_variables(
       f"unknown checkpoint {which!r}; {errors.nearest(which, kinds)}"
     )
   kind = kinds[which]
-  if not saved_steps(workdir, kind):
+  if not checkpoint_folders.saved_steps(workdir, kind):
     raise errors.UserError(
       f"{workdir}: no {which} checkpoint; --workdir must be the folder of a run"
       " that has saved one"
@@ -282,17 +219,6 @@ def load_variables(
   with _manager(workdir, kind, None, readonly=True) as manager:
     variables, step = _restore(manager, read)
   return variables["params"], variables["batch_stats"], step
-
-
-def saved_steps(workdir: pathlib.Path, kind: str) -> list[int]:
-  """Returns the steps whose checkpoints lie in a run's folder.
-
-  Args:
-    workdir: the run's folder, which need not exist.
-    kind: 'last' or 'best'.
-  """
-  folder = pathlib.Path(workdir) / "checkpoints" / kind
-  return sorted(int(p.name) for p in folder.glob("*") if p.name.isdecimal())
 
 
 def _manager(workdir, kind, keep, *, readonly=False):

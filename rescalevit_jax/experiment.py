@@ -16,7 +16,7 @@ import optax
 
 from rescalevit_jax import augment
 from rescalevit_jax import calibrate
-from rescalevit_jax import checkpoint
+from rescalevit_jax import checkpoint_folders
 from rescalevit_jax import config as config_lib
 from rescalevit_jax import data
 from rescalevit_jax import errors
@@ -328,7 +328,7 @@ def check_same_run(
   A run that has saved nothing yet may change its config.
   """
   workdir = pathlib.Path(workdir)
-  saved = checkpoint.saved_steps(workdir, "last")
+  saved = checkpoint_folders.saved_steps(workdir, "last")
   if not saved and not (workdir / "result.json").exists():
     return
   old = read_config(workdir)

@@ -12,6 +12,7 @@ import jax
 import ml_collections
 
 from rescalevit_jax import checkpoint
+from rescalevit_jax import checkpoint_folders
 from rescalevit_jax import config as config_lib
 from rescalevit_jax import experiment as experiment_lib
 from rescalevit_jax import interrupt
@@ -69,11 +70,11 @@ def _train_and_evaluate(config, workdir, folder):
     )
     return result
   if jax.process_index() == 0:
-    checkpoint.pass_over_damaged(workdir)
+    checkpoint_folders.pass_over_damaged(workdir)
   processes.wait_for_all("checkpoints looked at")
   experiment = experiment_lib.create(config)
   state, progress = None, checkpoint.Progress()
-  if not checkpoint.saved_steps(workdir, "last"):
+  if not checkpoint_folders.saved_steps(workdir, "last"):
     state = experiment_lib.first_state(experiment)
   with (
     checkpoint.Checkpoints(workdir, config.keep_checkpoints) as checkpoints,

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from rescalevit_jax import checkpoint
+from rescalevit_jax import checkpoint_folders
 from rescalevit_jax import checksums
 from rescalevit_jax import errors
 from rescalevit_jax import step as step_lib
@@ -128,8 +129,8 @@ def test_a_best_one_is_forgotten_at_once(tmp_path, monkeypatch):
     with checkpoint.Checkpoints(tmp_path) as saved:
       with pytest.raises(KeyboardInterrupt):
         saved.restore(like(state(0)))
-  assert checkpoint.saved_steps(tmp_path, "best") == []
-  checkpoint.pass_over_damaged(tmp_path)
+  assert checkpoint_folders.saved_steps(tmp_path, "best") == []
+  checkpoint_folders.pass_over_damaged(tmp_path)
   with checkpoint.Checkpoints(tmp_path) as saved:
     _, progress = saved.restore(like(state(0)))
   assert progress.step == 2
@@ -187,3 +188,9 @@ def test_sums_of_files_elsewhere_are_not_computed(name, tmp_path):
 def test_no_checkpoint_is_an_error_that_says_so(tmp_path):
   with pytest.raises(errors.UserError, match="no best checkpoint"):
     checkpoint.load_variables(tmp_path, "best")
+
+
+def test_a_step_is_not_taken_for_a_longer_one(tmp_path):
+  (tmp_path / "checkpoints" / "damaged" / "best-50").mkdir(parents=True)
+  assert checkpoint_folders.was_damaged(tmp_path, "best", 50)
+  assert not checkpoint_folders.was_damaged(tmp_path, "best", 5)

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from rescalevit_jax import checkpoint
+from rescalevit_jax import checkpoint_folders
 from rescalevit_jax import errors
 from rescalevit_jax import loop
 from rescalevit_jax import train
@@ -55,7 +56,7 @@ def whole(digits_dir, default_run, tmp_path_factory):
     patch.setattr(loop.Trainer, "_step", step)
     with pytest.raises(InterruptedError):
       train.train_and_evaluate(config, folder / "killed")
-  assert checkpoint.saved_steps(folder / "killed", "last") == [4, 8]
+  assert checkpoint_folders.saved_steps(folder / "killed", "last") == [4, 8]
   return folder
 
 
@@ -103,12 +104,12 @@ def test_every_file_is_missed(killed, caplog, tmp_path):
     damage(file)
     caplog.clear()
     with caplog.at_level(logging.WARNING):
-      checkpoint.pass_over_damaged(killed)
-    if checkpoint.saved_steps(killed, "last") == [4, 8]:
+      checkpoint_folders.pass_over_damaged(killed)
+    if checkpoint_folders.saved_steps(killed, "last") == [4, 8]:
       unnoticed.add(file.name)
       shutil.rmtree(newest)
     else:
-      assert checkpoint.saved_steps(killed, "last") == [4]
+      assert checkpoint_folders.saved_steps(killed, "last") == [4]
       assert str(newest) in caplog.text and "passed over" in caplog.text
     shutil.copytree(spare, newest)
   # They have times and versions, which nothing reads.
@@ -155,7 +156,7 @@ def test_damaged_ones_are_kept_aside_under_names_of_their_own(
   for _ in range(2):
     newest = killed / "checkpoints" / "last" / "8"
     _flip(files_of(newest / "variables")[0])
-    checkpoint.pass_over_damaged(killed)
+    checkpoint_folders.pass_over_damaged(killed)
     shutil.copytree(whole / "killed" / "checkpoints" / "last" / "8", newest)
   names = {p.name for p in (killed / "checkpoints" / "damaged").iterdir()}
   assert names == {"last-8", "last-8-2"}

@@ -17,7 +17,7 @@ import test_tfrecord
 import trees
 
 from rescalevit_jax import array_cache
-from rescalevit_jax import checkpoint
+from rescalevit_jax import checkpoint_folders
 from rescalevit_jax import checksums
 from rescalevit_jax import data
 from rescalevit_jax import errors
@@ -140,7 +140,7 @@ def test_files_of_a_run(name, pickled, tiny_run, tmp_path):
 
 @pytest.mark.parametrize("kind", ["best", "last"])
 def test_checkpoints(kind, pickled, tiny_run, tmp_path):
-  step = checkpoint.saved_steps(tiny_run, kind)[-1]
+  step = checkpoint_folders.saved_steps(tiny_run, kind)[-1]
   place = pathlib.Path("checkpoints", kind, str(step))
   names = [
     path.relative_to(tiny_run)

@@ -76,8 +76,8 @@ class Rescale(Residual):
     skip = ((self.branch - 1 + c) / (self.branch + c)) ** 0.5
     branch = scale * (self.branch + c) ** -0.5
     # As skip * x + branch * y, XLA on a CPU would compute the stream anew, from
-    # all branches before, for each that reads it (a quarter of the time of an
-    # evaluation).
+    # all branches before, for each that reads it (a third of an evaluation's
+    # time).
     change = (skip - 1) * x.astype(jnp.float32) + branch * y
     return _join(1.0, x, 1.0, change, self.dtype)
 

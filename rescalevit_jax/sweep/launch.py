@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 
-from rescalevit_jax import checkpoint
+from rescalevit_jax import checkpoint_folders
 from rescalevit_jax import runs
 from rescalevit_jax.sweep import tied
 
@@ -86,7 +86,7 @@ def _signal_name(number):
 
 def saved_step(workdir: pathlib.Path) -> int:
   """Returns the step that a run would go on from, 0 for the start."""
-  return max(checkpoint.saved_steps(workdir, "last"), default=0)
+  return max(checkpoint_folders.saved_steps(workdir, "last"), default=0)
 
 
 def step_since(workdir: pathlib.Path, time: float) -> int:

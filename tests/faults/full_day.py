@@ -19,7 +19,7 @@ import time
 import tiny_sweep
 import trials
 
-from rescalevit_jax import checkpoint
+from rescalevit_jax import checkpoint_folders
 from rescalevit_jax import data
 
 _STEPS = 10  # A checkpoint.
@@ -110,7 +110,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _written(trial):
-  return max(checkpoint.saved_steps(trial.workdir, "last"), default=0) // _STEPS
+  return (
+    max(checkpoint_folders.saved_steps(trial.workdir, "last"), default=0)
+    // _STEPS
+  )
 
 
 def _look(pid, checkpoints):

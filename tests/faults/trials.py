@@ -16,7 +16,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tiny_sweep
 
-from rescalevit_jax import checkpoint
+from rescalevit_jax import checkpoint_folders
 from rescalevit_jax import checksums
 
 TOTAL_STEPS = 24
@@ -135,7 +135,7 @@ def check_sane(trial: Trial, whole: Trial) -> None:
   metrics = trial.metrics().rstrip(b"\0")
   assert whole.metrics().startswith(metrics), metrics
   for kind in ("last", "best"):
-    if steps := checkpoint.saved_steps(trial.workdir, kind):
+    if steps := checkpoint_folders.saved_steps(trial.workdir, kind):
       checksums.verify(_folder(trial, kind, steps[-1]))
 
 
@@ -151,7 +151,10 @@ def check_same(trial: Trial, whole: Trial) -> None:
     a, b = (json.loads((x.workdir / name).read_text()) for x in (trial, whole))
     assert _without_times(a) == _without_times(b)
   for kind in ("last", "best"):
-    a, b = (checkpoint.saved_steps(x.workdir, kind)[-1] for x in (trial, whole))
+    a, b = (
+      checkpoint_folders.saved_steps(x.workdir, kind)[-1]
+      for x in (trial, whole)
+    )
     assert a == b
     a, b = (_folder(x, kind, a) for x in (trial, whole))
     for item in ("variables", "optimizer") if kind == "last" else ["variables"]:
