@@ -527,7 +527,7 @@ def parameter_count(name, norm, classes):
 @pytest.mark.parametrize(
   "scheme, recorded, norm",
   [
-    ("torch", "torch_original", "LN"),
+    pytest.param("torch", "torch_original", "LN", marks=pytest.mark.slow),
     ("torch", "torch_original", "Rescale"),
     ("google", "google_flax", "LN"),
   ],

@@ -105,11 +105,10 @@ def assert_same_numbers(a, b):
     np.testing.assert_allclose(x, y, rtol=1e-3, atol=1e-5)
 
 
-def test_two_processes_train_stop_and_go_on(setting, alone, tmp_path):
-  """Started by Slurm; then as one; then as two that read images from disk."""
+def test_what_two_processes_began_one_goes_on_with(setting, alone, tmp_path):
+  """The two are started by Slurm."""
   stop_on_the_way(tmp_path, setting, 2, steps=8, slurm=True)
-  stop_on_the_way(tmp_path, setting, 1, steps=8)
-  run(tmp_path, setting, 2, ["data.source=streaming"])
+  run(tmp_path, setting, 1)
   assert sorted(p.name for p in tmp_path.iterdir()) == [
     "checkpoints",
     "class_names.json",
@@ -117,8 +116,6 @@ def test_two_processes_train_stop_and_go_on(setting, alone, tmp_path):
     "metrics.jsonl",
     "result.json",
   ]
-  # Each process has half of them.
-  assert len(runs.read(tmp_path).result["devices"]) == DEVICES
   assert_same_numbers(alone, tmp_path)
 
 
@@ -148,18 +145,21 @@ def test_two_processes_evaluate_together(setting, alone, tmp_path):
 
 
 def test_processes_on_hosts_of_their_own(setting, alone, tmp_path):
+  """Each reads its images from disk."""
   try:
     with networks.hosts(2) as commands:
       run(
         tmp_path,
         setting,
         2,
-        ["sharding.fsdp=True"],
+        ["sharding.fsdp=True", "data.source=streaming"],
         commands=commands,
         address=networks.address(0),
       )
   except PermissionError as e:
     pytest.skip(f"network namespaces cannot be made here: {e}")
+  # Each process has half of them.
+  assert len(runs.read(tmp_path).result["devices"]) == DEVICES
   assert_same_numbers(alone, tmp_path)
 
 
@@ -190,7 +190,7 @@ def test_the_others_stop_when_one_is_killed(
       else:  # JAX's own words.
         assert "leader task" in log, log
   if victim:
-    run(tmp_path, setting, count)
+    run(tmp_path, setting, 1)
     assert_same_numbers(alone, tmp_path)
 
 

@@ -37,6 +37,7 @@ def test_a_folder_that_cannot_be_made_is_told_at_once(tiny_config, tmp_path):
   assert not (tmp_path / "metrics.jsonl").read_text()
 
 
+@pytest.mark.slow
 def test_a_profile_longer_than_the_run_ends_with_it(tiny_config, tmp_path):
   tiny_config.profile_steps = 10**6
   for _ in range(2):  # The second start finds the run finished.
