@@ -191,7 +191,8 @@ def _subjects(args) -> list[Subject]:
 def _parse_reference(reference: str) -> tuple[str, dict[str, Any]]:
   """Parses FILE[:ARGS] into the file and what it says to `load_npz`."""
   path, colon, words = reference.rpartition(":")
-  if not colon or pathlib.Path(reference).is_file():
+  whole = words.endswith(".npz") or pathlib.Path(reference).is_file()
+  if not colon or whole:
     return reference, {}
   known = {
     **dict.fromkeys(norms.NORMS, "norm"),

@@ -160,6 +160,7 @@ def test_runs_of_one_name_are_told_apart(tiny_run, tmp_path):
     (["--workdir={run}", "--image=nothing.png"], "nothing.png"),
     (["--workdir=nowhere"], "no run there"),
     (["--npz=nowhere.npz"], "nowhere.npz"),
+    (["--npz=no:where.npz"], "no:where.npz: no such file"),
     (["--npz=nowhere.npz:InstanceNorm"], "'InstanceNorm' in"),
     (["--npz=nowhere.npz:LN,GN"], "'GN' in nowhere.npz:LN,GN"),
     (["--npz=nowhere.npz:erf,tanh"], "'tanh'"),
