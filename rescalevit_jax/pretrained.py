@@ -22,11 +22,9 @@ from rescalevit_jax import identify
 from rescalevit_jax import npz
 from rescalevit_jax import positions
 from rescalevit_jax import sigma_arrays
+from rescalevit_jax import unshared
 
-_HEAD = ("head/kernel", "head/bias")
-_PRE_LOGITS = ("pre_logits/kernel", "pre_logits/bias")
 _POSITIONS = "Transformer/posembed_input/pos_embedding"
-_FINAL_NORM = "encoder_norm"
 _SIGMA = "sigma_reparam"
 
 
@@ -99,17 +97,27 @@ def load(
   path = os.fspath(path)
   model = flatten(params, batch_stats)
   checkpoint = npz.read(path, max_bytes=4 * _bytes(model) + npz.SLACK)
-  file = checkpoint.arrays
+  renamed = unshared.same_places(checkpoint.arrays, model)
+  file, names = (
+    {renamed.get(key, key): value for key, value in found.items()}
+    for found in (checkpoint.arrays, checkpoint.names)
+  )
 
-  initial, dropped, notes = _unshared_norms(file, model)
-  more_initial, more_dropped = _unshared_options(file, model)
+  initial, dropped, notes = unshared.norms(file, model)
+  if renamed:
+    initial |= unshared.besides_affine(model)
+    dropped |= unshared.besides_affine(file)
+    notes.append(
+      "of the file's norm, which is not the model's, scale and bias are taken"
+    )
+  more_initial, more_dropped = unshared.options(file, model)
   initial |= more_initial
   dropped |= more_dropped
-  if not model.keys() & set(_PRE_LOGITS):
-    dropped |= file.keys() & set(_PRE_LOGITS)
+  if not model.keys() & set(unshared.PRE_LOGITS):
+    dropped |= file.keys() & set(unshared.PRE_LOGITS)
   zeros = set()
-  if reason := _why_new_head(file, model, dropped, reinit_head):
-    zeros.update(_HEAD)
+  if reason := unshared.why_new_head(file, model, dropped, reinit_head):
+    zeros.update(unshared.HEAD)
     notes.append(f"the head starts at zeros: {reason}")
 
   values, problems = {}, []
@@ -133,7 +141,7 @@ def load(
       except ValueError as e:
         problems.append(f"{key} {e}")
   problems += [
-    f"{checkpoint.names[key]}, shape {file[key].shape}, is not in the model"
+    f"{names[key]}, shape {file[key].shape}, is not in the model"
     for key in file
     if key not in model and key not in dropped
   ]
@@ -166,7 +174,7 @@ def load(
     derived=tuple(sorted(derived)),
     initial=tuple(sorted(initial)),
     dropped=(
-      *sorted(checkpoint.names[key] for key in dropped),
+      *sorted(names[key] for key in dropped),
       *sorted(checkpoint.outside),
     ),
     notes=tuple(notes),
@@ -212,92 +220,6 @@ def unflatten(values: Mapping[str, Any]) -> tuple[dict, dict]:
     traverse_util.unflatten_dict(params, sep="/"),
     traverse_util.unflatten_dict(stats, sep="/"),
   )
-
-
-def _norm_slot(key: str) -> str | None:
-  """Returns 'LayerNorm_0', 'encoder_norm', ...; None if key is no norm's."""
-  if identify.option(key) is not None:
-    return None
-  if key.startswith(f"Transformer/{_FINAL_NORM}/"):
-    return _FINAL_NORM
-  block = npz.BLOCK.fullmatch(key)
-  if not block or re.match("MultiHeadDotProductAttention|MlpBlock", block[3]):
-    return None
-  return block[3]
-
-
-def _unshared_norms(file, model) -> tuple[set[str], set[str], list[str]]:
-  """Finds the norm's keys that are not translated between file and model.
-
-  Parameters are not if the norms have other places, and statistics are not if
-  they are of another kind or only one side has any. A part of them missing is
-  no such case.
-
-  Returns:
-    The model's keys to leave initial, the file's keys to drop, and notes.
-  """
-  initial, dropped, notes = set(), set(), []
-  ours, theirs = (
-    {key: slot for key in keys if (slot := _norm_slot(key))}
-    for keys in (model, file)
-  )
-  # The final norm's name is one for all: only the blocks' tell norms apart.
-  slots, others = ({*s.values()} - {_FINAL_NORM} for s in (ours, theirs))
-  if others and not others & slots:
-    initial |= ours.keys()
-    dropped |= theirs.keys()
-    notes.append(
-      f"the file's norm ({', '.join(sorted(others))}) is not the model's"
-      f" ({', '.join(sorted(slots)) or 'none'})"
-    )
-  ours, theirs = (
-    {key for key in keys if _is_statistic(key)} for keys in (model, file)
-  )
-  if not ours & theirs:
-    initial |= ours
-    dropped |= theirs
-  return initial, dropped, notes
-
-
-def _is_statistic(key: str) -> bool:
-  return key.startswith(npz.STATS) and identify.option(key) is None
-
-
-def _unshared_options(file, model) -> tuple[set[str], set[str]]:
-  """Finds the keys of options that only one side has, or each in its own way.
-
-  Returns:
-    The model's keys to leave initial, and the file's keys to drop.
-  """
-  initial, dropped = set(), set()
-  for name in identify.OPTIONS:
-    ours, theirs = (
-      {key for key in keys if identify.option(key) == name}
-      for keys in (model, file)
-    )
-    if not ours & theirs:
-      initial |= ours
-      dropped |= theirs
-  return initial, dropped
-
-
-def _why_new_head(file, model, dropped, reinit_head) -> str | None:
-  """Returns why the file's head is not taken; None if it must fit."""
-  if not file.keys() & set(_HEAD):
-    return "the file has none"
-  kernel, bias = (file.get(key, np.zeros(())) for key in _HEAD)
-  if kernel.ndim != 2 or bias.shape != kernel.shape[1:]:
-    return None
-  if dropped & set(_PRE_LOGITS):
-    return "the file's needs pre_logits, which the model does not have"
-  inputs, classes = model["head/kernel"].shape
-  if kernel.shape[0] != inputs:
-    return None
-  if reinit_head:
-    return "as asked for"
-  if kernel.shape[1] != classes:
-    return f"the file's has {kernel.shape[1]} classes, the model's {classes}"
-  return None
 
 
 def _bytes(model: Mapping[str, Any]) -> int:

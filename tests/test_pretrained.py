@@ -13,7 +13,8 @@ from rescalevit_jax.models import norms
 
 
 def norm_keys(arrays):
-  return {k for k in arrays if re.search("Norm_|encoder_norm|Rescale_", k)}
+  names = r"(Norm|Rescale|Cal|DyT|Derf)_\d|encoder_norm"
+  return {k for k in arrays if re.search(names, k)}
 
 
 @pytest.mark.parametrize("norm", norms.NORMS)
@@ -272,6 +273,49 @@ def test_a_norm_with_other_places_keeps_its_initial_values(
   assert any("norm" in note for note in report.notes)
 
 
+@pytest.mark.parametrize(
+  "source, norm",
+  [
+    ("LN", "Cal"),
+    ("LN", "DyT"),
+    ("BN", "Derf"),
+    ("Derf", "Cal"),
+    ("Cal", "LN"),
+    ("DyT", "BN"),
+  ],
+)
+def test_scale_and_bias_go_over_to_another_norm(source, norm, tmp_path):
+  saved, target = trees.arrays(source), trees.arrays(norm, seed=1)
+  params, stats, report = pretrained.load(
+    trees.write(tmp_path, saved), *trees.fresh(norm, seed=1)
+  )
+  theirs, ours = (norms.NORMS[name].SLOT for name in (source, norm))
+  moved = {k.replace(theirs, ours): v for k, v in saved.items()}
+  affine = {k for k in moved if k.endswith(("/scale", "/bias"))}
+  assert len(affine & norm_keys(target)) == 10
+  own = {k for k in norm_keys(target) if k not in affine}
+  trees.same(
+    trees.flat(params, stats),
+    {k: (target if k in own else moved)[k] for k in target},
+  )
+  assert set(report.initial) == own
+  assert set(report.dropped) == {
+    k for k in norm_keys(saved) if not k.endswith(("/scale", "/bias"))
+  }
+  assert any("scale and bias are taken" in note for note in report.notes)
+
+
+def test_another_norms_scale_that_is_missing_is_named(tmp_path):
+  saved = trees.arrays("LN")
+  del saved["Transformer/encoderblock_1/LayerNorm_2/scale"]
+  trees.refuses(
+    trees.write(tmp_path, saved),
+    "encoderblock_1/Cal_2/scale",
+    "missing",
+    target=trees.fresh("Cal", seed=1),
+  )
+
+
 def test_values_left_initial_are_those_given(tmp_path):
   target = trees.fresh("Rescale", seed=1)
   params, stats, _ = pretrained.load(
@@ -341,11 +385,11 @@ def test_a_norm_of_the_future_needs_no_entry_here(tmp_path):
     block = blocks[f"encoderblock_{i}"]
     block["DyT_0"] = dict(block.pop("LayerNorm_0"), alpha=final["alpha"])
     block["DyT_2"] = dict(block.pop("LayerNorm_2"), alpha=final["alpha"])
-  saved = trees.arrays("LN")
-  _, _, report = pretrained.load(trees.write(tmp_path, saved), params, {})
-  assert set(report.dropped) == norm_keys(saved)
+  path = trees.write(tmp_path, trees.arrays("LN"))
+  _, _, report = pretrained.load(path, params, {})
+  assert not report.dropped
   assert set(report.initial) == {
-    k for k in trees.flat(params, {}) if "DyT" in k or "encoder_norm" in k
+    k for k in trees.flat(params, {}) if k.endswith("/alpha")
   }
   path = trees.write(tmp_path, trees.flat(params, {}), "dyt.npz")
   got, _, report = pretrained.load(path, params, {})
