@@ -49,12 +49,27 @@ def _run(args):
   params, batch_stats, step = checkpoint.load_variables(
     pathlib.Path(args.workdir), args.checkpoint
   )
+  model = experiment.require_config(args.workdir).model
   if args.fold:
-    norm = experiment.require_config(args.workdir).model.norm
-    params, batch_stats = fold.fold(norm, params, batch_stats)
+    params, batch_stats = fold.fold(model.norm, params, batch_stats)
   pretrained.save(args.output, params, batch_stats)
   folded = ", without its norm" if args.fold else ""
   print(f"{args.output}: the {args.checkpoint} weights, of step {step}{folded}")
+  if words := _untold(model, args.fold):
+    print(
+      "what its arrays do not tell has to be said when it is read:"
+      f" {args.output}:{','.join(words)}"
+    )
+
+
+def _untold(model, folded):
+  """Returns what the model has that no array shows, as `--npz` takes it."""
+  words = ["GN"] if model.norm == "GN" and not folded else []
+  words += [model.gelu] if model.gelu != "erf" else []
+  words += [model.pool] if model.pool != "cls" else []
+  if model.residual == "rescale" and model.residual_c is not None:
+    words.append(f"c={model.residual_c:g}")
+  return words
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """The script that writes a run's weights as an `.npz`."""
 
 import pathlib
+import shutil
 
 import fake_runs
 import numpy as np
@@ -25,6 +26,8 @@ def export(tmp_path, monkeypatch):
     return (*trees.fresh("BN", seed=["best", "latest"].index(which)), 7)
 
   monkeypatch.setattr(checkpoint, "load_variables", load_variables)
+
+  fake_runs.write(tmp_path / "run", {"model.norm": "BN"})
 
   def export(*flags, workdir="run"):
     return script.main(
@@ -51,6 +54,7 @@ def test_export(which, export, tmp_path, capsys):
 
 @pytest.mark.parametrize("norm", ["BN", "GN"])
 def test_fold_refuses_what_it_cannot_fold(norm, export, tmp_path, capsys):
+  shutil.rmtree(tmp_path / "run")
   fake_runs.write(tmp_path / "run", {"model.norm": norm})
   assert export("--fold") == 1
   error = capsys.readouterr().err
@@ -67,6 +71,27 @@ def test_fold(default_run, test_digits, tmp_path, capsys):
   assert run.model.norm == "Rescale" and folded.model.norm == "Identity"
   images = list(test_digits.images[:20])
   np.testing.assert_allclose(folded(images), run(images), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+  "keys, words",
+  [
+    ({}, None),
+    ({"norm": "GN", "gelu": "tanh"}, "GN,tanh"),
+    ({"residual": "rescale", "residual_c": 3.0, "pool": "gap"}, "gap,c=3"),
+    ({"residual_c": 3.0}, None),
+  ],
+)
+def test_what_arrays_do_not_tell_is_said(keys, words, export, tmp_path, capsys):
+  shutil.rmtree(tmp_path / "run")
+  keys = {f"model.{key}": value for key, value in keys.items()}
+  fake_runs.write(tmp_path / "run", keys)
+  assert export() == 0
+  *_, last = capsys.readouterr().out.splitlines()
+  if words:
+    assert last.endswith(f"{tmp_path / 'a.npz'}:{words}")
+  else:
+    assert "the best weights" in last
 
 
 def test_export_keeps_an_existing_file(export, tmp_path, capsys):
