@@ -170,6 +170,7 @@ def create(config: ml_collections.ConfigDict) -> Experiment:
   progress_lib.warn_of_idle_gpu()
   create_model(config, 1)  # Its mistakes show before the data are read.
   dataset = load_dataset(config)
+  _check_shift(config.augment.pad_crop, dataset)
   rate = optimizer_lib.schedule(
     config.base_lr,
     config.warmup_steps,
@@ -194,6 +195,18 @@ def create(config: ml_collections.ConfigDict) -> Experiment:
     rate,
     optimizer,
   )
+
+
+def _check_shift(pixels, dataset):
+  """Raises UserError if a shift by so many pixels would leave only black."""
+  if not pixels:
+    return
+  edge = min(dataset.train.read([0])[0].shape[1:3])
+  if pixels >= edge:
+    raise errors.UserError(
+      f"config: augment.pad_crop is {pixels}, but images of {dataset.name} are"
+      f" {edge} pixels; choose less, such as {max(1, edge // 8)}"
+    )
 
 
 def load_dataset(config: ml_collections.ConfigDict) -> data.Dataset:

@@ -453,6 +453,27 @@ def test_stochastic_depth_skips_whole_branches_by_its_linear_rule(block, rate):
   )
 
 
+def test_stochastic_depth_of_a_model_skips_its_last_block_most():
+  model = tiny(norm="LN", dropout_rate=0.0, stochastic_depth=1 - 1e-6)
+  variables = random_variables(model)
+  _, seen = model.apply(
+    variables,
+    images(),
+    train=True,
+    capture_intermediates=lambda module, _: isinstance(
+      module, vit.EncoderBlock | vit.PositionEmbedding
+    ),
+    rngs={"dropout": jax.random.key(0)},
+  )
+  seen = seen["intermediates"]["Transformer"]
+  start, first, last = (
+    seen[name]["__call__"][0]
+    for name in ("posembed_input", "encoderblock_0", "encoderblock_1")
+  )
+  assert not np.allclose(first, start, atol=0.01)
+  np.testing.assert_array_equal(last, first)
+
+
 @pytest.mark.parametrize("norm", ["LN", "Rescale"])
 def test_gap_gives_the_head_the_mean_of_the_patches(norm):
   variables = variables_of(norm)

@@ -273,6 +273,20 @@ def test_adaptive_clipping_by_hand():
   )
 
 
+def test_the_global_norm_is_that_after_adaptive_clipping():
+  params, grads = random_tree(0), random_tree(1)
+  limit = {"agc": 0.1, "grad_norm_clip": 0}
+  alone = last_params(params, [grads], "sgd", **limit)
+  clipped = {k: (p - alone[k]) / 0.1 for k, p in params.items()}
+  norm = np.sqrt(sum(np.square(g).sum() for g in clipped.values()))
+  limit["grad_norm_clip"] = norm / 2
+  both = last_params(params, [grads], "sgd", **limit)
+  for k, p in params.items():
+    np.testing.assert_allclose(
+      p - both[k], 0.05 * clipped[k], rtol=1e-3, atol=1e-6
+    )
+
+
 @pytest.mark.parametrize("name", ["sgd", "adamw", "muon"])
 def test_single_numbers_learn_at_a_rate_of_their_own(name):
   params, grads = random_tree(0), [random_tree(1), random_tree(2)]

@@ -1,0 +1,100 @@
+"""Keys of the config reach what they change."""
+
+import flax
+import jax
+from jax import flatten_util
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rescalevit_jax import augment
+from rescalevit_jax import errors
+from rescalevit_jax import experiment
+from rescalevit_jax import mixing
+from rescalevit_jax import optimizer
+
+OPTIMIZER = {
+  "momentum": 0.8,
+  "adam_b2": 0.7,
+  "weight_decay": 0.3,
+  "grad_norm_clip": 0.5,
+  "agc": 0.02,
+  "scalar_lr": 0.25,
+}
+OTHERS = {
+  "momentum": 0.5,
+  "adam_b2": 0.99,
+  "weight_decay": 0.0,
+  "grad_norm_clip": 0.1,
+  "agc": 0.0,
+  "scalar_lr": 1.0,
+}
+
+
+def two_updates(made, params):
+  """Returns the second of two updates by random gradients, as one vector."""
+  rng = np.random.default_rng(0)
+  state = made.init(params)
+  for _ in range(2):
+    grads = jax.tree.map(
+      lambda x: jnp.asarray(rng.normal(size=x.shape), x.dtype), params
+    )
+    updates, state = made.update(grads, state, params)
+  return flatten_util.ravel_pytree(updates)[0]
+
+
+@pytest.mark.parametrize("name", optimizer.OPTIMIZERS)
+def test_the_optimizer_is_the_configs(name, tiny_config):
+  tiny_config.update({"optimizer": name, "decay_type": "linear"})
+  tiny_config.update({"base_lr": 0.3, **OPTIMIZER})
+  tiny_config.model.norm = "DyT"
+  found = experiment.create(tiny_config)
+  params = found.scratch().params
+  rate = optimizer.schedule(0.3, 3, 12, "linear")
+  got = two_updates(found.optimizer, params)
+  want = two_updates(optimizer.create(name, rate, **OPTIMIZER), params)
+  np.testing.assert_allclose(got, want, rtol=1e-6)
+  # The numbers above would not be these without each of the keys.
+  for key, other in OTHERS.items():
+    changed = {**OPTIMIZER, key: other}
+    different = two_updates(optimizer.create(name, rate, **changed), params)
+    same = np.allclose(got, different, rtol=1e-3, atol=0)
+    # What follows Adam's direction hardly depends on a gradient's size.
+    scale = key in ("grad_norm_clip", "agc") and name != "sgd"
+    assert scale or same == ((name, key) == ("sgd", "adam_b2")), key
+
+
+def test_images_and_labels_are_changed_as_the_config_says(tiny_config):
+  keys = {"label_smoothing": 0.1, "mixup": 0.8, "cutmix": 0.7}
+  tiny_config.update(keys)
+  tiny_config.augment.update({"crop": False, "pad_crop": 2, "auto": "trivial"})
+  tiny_config.augment.update({"erase": 0.3, "flip": True})
+  found = experiment.create(tiny_config).gradient_options()
+  assert found["mixing"] == mixing.Mixing(0.1, 0.8, 0.7)
+  assert found["augment"] == augment.Augment(
+    crop=False, pad_crop=2, auto="trivial", erase=0.3, flip=True
+  )
+
+
+def test_weights_are_averaged_as_the_config_says(tiny_config):
+  tiny_config.ema_decay = 0.75
+  found = experiment.create(tiny_config)
+  state, step, params = found.scratch(), found.train_step(), []
+  with found.train_feed.batches(found.train_places, range(1, 3)) as batches:
+    for images, labels in batches:
+      state, _ = step(state, images, labels, np.uint32(0))
+      params.append(jax.device_get(state.params))
+  average = state.ema["params"]
+  want = jax.tree.map(lambda a, b: (0.75 * a + b) / 1.75, *params)
+  flat = flax.traverse_util.flatten_dict(want, sep="/")
+  for key, got in flax.traverse_util.flatten_dict(average, sep="/").items():
+    np.testing.assert_allclose(got, flat[key], rtol=1e-4, atol=1e-6)
+  assert not np.allclose(average["cls"], params[-1]["cls"], rtol=1e-3, atol=0)
+
+
+def test_a_shift_beyond_the_image_is_refused(tiny_config):
+  tiny_config.augment.update({"crop": False, "pad_crop": 7})
+  experiment.create(tiny_config)
+  tiny_config.augment.pad_crop = 8
+  with pytest.raises(errors.UserError, match="pad_crop is 8.*are 8 pixels"):
+    experiment.create(tiny_config)
