@@ -153,16 +153,19 @@ def evaluate_run(
       lambda tree: tree, out_shardings=sharding.replicated(experiment.mesh)
     )
     params, batch_stats = gather((state.params, state.batch_stats))
+    # Faded norms are what the file says, whatever the config would train.
+    model = experiment.model.clone(fade=None)
     weights, step = config.pretrained_path, 0
   else:
     *variables, step = checkpoint.load_variables(workdir, which)
     experiment = experiment_lib.create(config)
+    model = experiment.model
     params, batch_stats = sharding.put(
       variables, sharding.replicated(experiment.mesh)
     )
     weights = f"{which} checkpoint"
   evaluator = Evaluator(
-    experiment.model,
+    model,
     experiment.test_feed,
     image_size=config.image_size,
     batch=config.batch_eval,

@@ -14,12 +14,14 @@ import trees
 from rescalevit_jax import checkpoint
 from rescalevit_jax import config as config_lib
 from rescalevit_jax import errors
+from rescalevit_jax import evaluate
 from rescalevit_jax import experiment
 from rescalevit_jax import fold
 from rescalevit_jax import loop
 from rescalevit_jax import measurements
 from rescalevit_jax import models
 from rescalevit_jax import pretrained
+from rescalevit_jax import runs
 from rescalevit_jax import train
 from rescalevit_jax import trained
 from rescalevit_jax.models import fade
@@ -394,6 +396,14 @@ def test_resumes_through_the_middle_of_a_fade(
   if alpha:
     with pytest.raises(errors.UserError, match=r"folds once.*fade\.alpha"):
       fold.fold("Fade", weights, end)
+    # A file of it is evaluated with its own alpha.
+    pretrained.save(tmp_path / "a.npz", weights, end)
+    config.update({"eval_weights": "pretrained", "ema_decay": 0.0})
+    config.update({"pretrained_path": str(tmp_path / "a.npz")})
+    config.fade.alpha = 0.0
+    found = evaluate.evaluate_run(config, tmp_path / "c")
+    last = runs.read(tmp_path / "a").result["last_loss"]
+    assert found["loss"] == pytest.approx(last, rel=1e-6)
   else:  # Averaged, they still are the same for all tokens.
     fold.fold("Fade", weights, end)
 
