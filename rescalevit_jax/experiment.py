@@ -120,9 +120,14 @@ class Experiment:
       options["scatter"] = lambda grads: constrain(grads, places.params)
     return options
 
-  def calibrated(self, state: step_lib.TrainState) -> step_lib.TrainState:
-    """Returns a state at step 0 with its norms calibrated; see `calibrate`."""
-    steps = range(1, calibrate.BATCHES + 1)
+  def calibrated(
+    self, state: step_lib.TrainState, batches: int = calibrate.BATCHES
+  ) -> step_lib.TrainState:
+    """Returns a state at step 0 with its norms calibrated; see `calibrate`.
+
+    Norms that gather statistics in training have those of as many batches.
+    """
+    steps = range(1, batches + 1)
     with self.train_feed.batches(self.train_places, steps) as batches:
       return calibrate.calibrate(
         state,

@@ -10,8 +10,10 @@ A config without :ARGS stands for all METHODS of its file if it has some, else
 for every norm; with a grid, for the grid's points. Norms that are calibrated
 are. The numbers are those that a run with --config.diagnostics_every writes at
 step 1: the gradient is that of the first training batch, the rest is seen on
-the first images of the evaluation split. Prints a table; writes probe.csv, a
-row for each part of each model, probe.png and probe.svg.
+the first images of the evaluation split. But for that rest, norms that gather
+statistics in training (BN, BN2, Rescale) have those of 48 training batches: as
+a run begins, they would do nothing in evaluation mode. Prints a table; writes
+probe.csv, a row for each part of each model, probe.png and probe.svg.
 """
 
 import argparse
@@ -43,6 +45,7 @@ from rescalevit_jax.sweep import grid
 
 _log = logging.getLogger("rescalevit_jax.probe")
 _SETTING = "--config."
+_BATCHES = 48  # After as many, BN's start has a weight of 0.9^48 = 0.006.
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -158,7 +161,12 @@ def measure(config, sharpness: bool = True) -> dict[str, float]:
   programs = diagnostics.Programs(experiment)
   first = range(1, 2)
   with experiment.train_feed.batches(experiment.train_places, first) as batches:
-    found, _ = programs.before_step(state, *next(batches))
+    batch = next(batches)
+  found, _ = programs.before_step(state, *batch)
+  if norms.NORMS[config.model.norm].GATHERS:
+    state = experiment.calibrated(state, _BATCHES)
+    seen, _ = programs.before_step(state, *batch)
+    found |= {k: x for k, x in seen.items() if not k.startswith("grad_norm")}
   if sharpness:
     found |= programs.sharpness(state)
   found = jax.device_get(found)

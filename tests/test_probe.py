@@ -3,8 +3,13 @@
 import csv
 import pathlib
 
+import numpy as np
 import programs
 import pytest
+
+from rescalevit_jax import augment
+from rescalevit_jax import experiment
+from rescalevit_jax.models import vit
 
 probe = programs.load("probe")
 
@@ -104,6 +109,38 @@ def test_models_of_two_files_are_told_apart(measured, tmp_path, capsys):
   flags = [flags[0], f"--config={copy}:LN", f"--output={tmp_path}"]
   assert probe.main(flags) == 0
   assert f"| {copy}: LN | LN |" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("norm", ["BN", "Rescale"])
+def test_norms_that_gather_statistics_have_them(norm, tiny_config):
+  """Those of a fresh model would make it one without a norm."""
+  tiny_config.model.update({"norm": norm, "residual": "plain"})
+  tiny_config.model.dropout_rate = 0.0
+  tiny_config.augment.crop = False
+  found = probe.measure(tiny_config, False)
+  parts = experiment.create(tiny_config)
+  state = parts.scratch()
+  # Those of the probe itself, as in training mode.
+  model, x = parts.model, parts.dataset.test.images[:64]
+  x = augment.prepare(x, tiny_config.image_size)
+  variables = {"params": state.params, "batch_stats": state.batch_stats}
+  _, seen = model.apply(
+    variables,
+    x,
+    train=True,
+    capture_intermediates=lambda module, _: isinstance(
+      module, vit.EncoderBlock
+    ),
+    mutable=["intermediates", "batch_stats"],
+  )
+  seen = seen["intermediates"]["Transformer"]["encoderblock_1"]["__call__"][0]
+  rms = float(np.sqrt(np.square(seen[:, 1:]).mean()))
+  assert found["block_01/stream_rms_patches"] == pytest.approx(rms, rel=0.1)
+  tiny_config.model.norm = "Identity"
+  none = probe.measure(tiny_config, False)
+  fresh = none["block_01/stream_rms_patches"]
+  assert abs(found["block_01/stream_rms_patches"] / fresh - 1) > 0.05
+  assert found["grad_norm"] != none["grad_norm"]
 
 
 @pytest.mark.parametrize(

@@ -33,6 +33,8 @@ class Norm(nn.Module):
   RESIDUAL: ClassVar[str] = "plain"
   # The values of the config key `calibration` that have it calibrated.
   CALIBRATED_BY: ClassVar[tuple[str, ...]] = ()
+  # Whether evaluation uses statistics that only training passes gather.
+  GATHERS: ClassVar[bool] = False
   # |f| of the method `function` beyond which its slope is less than a tenth of
   # its steepest; None: there are no such ends.
   SATURATED: ClassVar[float | None] = None

@@ -130,6 +130,8 @@ class BatchNorm(Affine):
   running variance takes the unbiased estimate, unlike `flax.linen.BatchNorm`.
   """
 
+  GATHERS: ClassVar[bool] = True
+
   def setup(self):
     super().setup()
     self.mean = self.variable("batch_stats", "mean", jnp.zeros, self.features)
@@ -191,6 +193,7 @@ class Rescale(base.Norm):
   SLOT: ClassVar[str] = "Rescale"
   FINAL: ClassVar[bool] = False
   RESIDUAL: ClassVar[str] = "original"
+  GATHERS: ClassVar[bool] = True
   CALIBRATION_BATCHES: ClassVar[int] = 8
 
   def setup(self):
