@@ -41,6 +41,8 @@ KINDS = [
   ("Fade", 3),
   ("DyT", 1),
   ("BN2", 3),
+  ("RMS", 3),
+  ("Derf", 1),
 ]
 # What else a norm is run with: all that keeps something of its own from step to
 # step.
@@ -55,8 +57,9 @@ _MORE_KEYS = {
   ),
   "Fade": ("optimizer=adamw", "base_lr=0.001", "fade.alpha=0.5"),
   "DyT": ("calibration=all", "ema_decay=0.5"),
+  "Derf": ("calibration=all", "agc=0.05"),
 }
-_CALIBRATED = ("Cal", "DyT")
+_CALIBRATED = ("Cal", "DyT", "Derf")
 PHASES = (
   "start-up",
   "calibration",
