@@ -144,10 +144,17 @@ def evaluate_run(
     state, report = experiment_lib.load_pretrained(
       experiment, experiment.scratch()
     )
-    if untrained := (*report.reinitialized, *report.initial):
+    missing = (*report.reinitialized, *report.initial, *report.carried)
+    if missing:
       raise errors.UserError(
         f"{config.pretrained_path}: cannot be evaluated as it is: it has no"
-        f" {untrained[0]} for this model and data set"
+        f" {missing[0]} for this model and data set"
+      )
+    if report.lost:
+      raise errors.UserError(
+        f"{config.pretrained_path}: cannot be evaluated as it is: the model has"
+        f" no place for its {report.lost[0]}; choose the model.norm and other"
+        " model.* keys that it was trained with"
       )
     gather = jax.jit(
       lambda tree: tree, out_shardings=sharding.replicated(experiment.mesh)

@@ -175,7 +175,6 @@ def create(config: ml_collections.ConfigDict) -> Experiment:
   progress_lib.warn_of_idle_gpu()
   create_model(config, 1)  # Its mistakes show before the data are read.
   dataset = load_dataset(config)
-  _check_shift(config.augment.pad_crop, dataset)
   rate = optimizer_lib.schedule(
     config.base_lr,
     config.warmup_steps,
@@ -261,8 +260,12 @@ def first_state(experiment: Experiment) -> step_lib.TrainState:
   """Returns where a new run begins: an .npz if there is one, or scratch.
 
   Norms that need it are calibrated, but for those that the file brought.
+
+  Raises:
+    UserError: the file does not do, or a shift of the images (`pad_crop`).
   """
   config, state = experiment.config, experiment.scratch()
+  _check_shift(config.augment.pad_crop, experiment.dataset)
   calibrated = (
     config.calibration in norms.NORMS[config.model.norm].CALIBRATED_BY
   )

@@ -35,19 +35,23 @@ class Report:
   Attributes:
     loaded: the model's keys that hold the file's values unchanged.
     resized: the model's keys that hold the file's values, interpolated.
+    carried: the model's keys that hold scale or bias of another norm.
     reinitialized: the model's keys that were set to zeros.
     derived: the model's keys that follow from the file's values.
     initial: the model's keys that stay at their initial value.
     dropped: the file's keys, by their names there, that went unused.
+    lost: those of them without which the model computes something else.
     notes: the reasons, a sentence each.
   """
 
   loaded: tuple[str, ...] = ()
   resized: tuple[str, ...] = ()
+  carried: tuple[str, ...] = ()
   reinitialized: tuple[str, ...] = ()
   derived: tuple[str, ...] = ()
   initial: tuple[str, ...] = ()
   dropped: tuple[str, ...] = ()
+  lost: tuple[str, ...] = ()
   notes: tuple[str, ...] = ()
 
   def summary(self) -> str:
@@ -56,6 +60,7 @@ class Report:
     for title, keys in (
       ("loaded", self.loaded),
       ("resized", self.resized),
+      ("carried over from another norm", self.carried),
       ("set to zeros", self.reinitialized),
       ("derived from the file", self.derived),
       ("left at initial values", self.initial),
@@ -161,6 +166,7 @@ def load(
       raise errors.UserError(f"{path}: not for sigma_reparam: {e}") from e
   initial -= derived
   taken = model.keys() - initial - derived - zeros
+  carried = set(renamed.values())
   resized = {key for key in taken if file[key].shape != model[key].shape}
   if resized:
     notes.append(
@@ -168,14 +174,18 @@ def load(
       f" {model[_POSITIONS].shape[1]} tokens"
     )
   report = Report(
-    loaded=tuple(sorted(taken - resized)),
+    loaded=tuple(sorted(taken - resized - carried)),
     resized=tuple(sorted(resized)),
+    carried=tuple(sorted(carried)),
     reinitialized=tuple(sorted(zeros)),
     derived=tuple(sorted(derived)),
     initial=tuple(sorted(initial)),
     dropped=(
       *sorted(names[key] for key in dropped),
       *sorted(checkpoint.outside),
+    ),
+    lost=tuple(
+      sorted(names[key] for key in dropped if identify.option(key) != _SIGMA)
     ),
     notes=tuple(notes),
   )

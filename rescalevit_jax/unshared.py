@@ -28,8 +28,8 @@ def same_places(
   `LayerNorm_0/scale` of a file is `Cal_0/scale` of a model.
 
   Returns:
-    The model's keys by the file's. Empty, if the norms are of the same name, or
-    if one of them lacks scale or bias.
+    The model's keys by the file's. Empty, if the norms are of the same name, if
+    one of them lacks scale or bias, or if the file has two for one place.
   """
   ours, theirs = _in_blocks(model), _in_blocks(file)
   both = (ours, theirs)
@@ -38,12 +38,13 @@ def same_places(
   if not all({leaf for _, leaf in keys} >= _AFFINE for keys in both):
     return {}
   names = {_number(slot): slot for slot, _ in ours}
-  return {
+  found = {
     key: key.replace(f"/{slot}/", f"/{names[_number(slot)]}/")
     for (slot, leaf), keys in theirs.items()
     if leaf in _AFFINE and _number(slot) in names
     for key in keys
   }
+  return found if len({*found.values()}) == len(found) else {}
 
 
 def besides_affine(keys) -> set[str]:

@@ -57,8 +57,8 @@ def _run(args):
   print(f"{args.output}: the {args.checkpoint} weights, of step {step}{folded}")
   if words := _untold(model, args.fold):
     print(
-      "what its arrays do not tell has to be said when it is read:"
-      f" {args.output}:{','.join(words)}"
+      "what its arrays do not tell has to be said by model.* keys, or to"
+      f" plot_attention.py as --npz={args.output}:{','.join(words)}"
     )
 
 
@@ -68,7 +68,7 @@ def _untold(model, folded):
   words += [model.gelu] if model.gelu != "erf" else []
   words += [model.pool] if model.pool != "cls" else []
   if model.residual == "rescale" and model.residual_c is not None:
-    words.append(f"c={model.residual_c:g}")
+    words.append(f"c={model.residual_c!r}")
   return words
 
 

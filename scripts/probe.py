@@ -11,9 +11,10 @@ for every norm; with a grid, for the grid's points. Norms that are calibrated
 are. The numbers are those that a run with --config.diagnostics_every writes at
 step 1: the gradient is that of the first training batch, the rest is seen on
 the first images of the evaluation split. But for that rest, norms that gather
-statistics in training (BN, BN2, Rescale) have those of 48 training batches: as
-a run begins, they would do nothing in evaluation mode. Prints a table; writes
-probe.csv, a row for each part of each model, probe.png and probe.svg.
+statistics in training (BN, BN2, Rescale) have those of the first 48 training
+batches (Rescale: 8), unless a file brings them: as a run from scratch begins,
+they would do nothing in evaluation mode. Prints a table; writes probe.csv, a
+row for each part of each model, probe.png and probe.svg.
 """
 
 import argparse
@@ -45,7 +46,6 @@ from rescalevit_jax.sweep import grid
 
 _log = logging.getLogger("rescalevit_jax.probe")
 _SETTING = "--config."
-_BATCHES = 48  # After as many, BN's start has a weight of 0.9^48 = 0.006.
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -163,8 +163,9 @@ def measure(config, sharpness: bool = True) -> dict[str, float]:
   with experiment.train_feed.batches(experiment.train_places, first) as batches:
     batch = next(batches)
   found, _ = programs.before_step(state, *batch)
-  if norms.NORMS[config.model.norm].GATHERS:
-    state = experiment.calibrated(state, _BATCHES)
+  gathered_by = norms.NORMS[config.model.norm].GATHERED_BY
+  if gathered_by and config.pretrained_path is None:
+    state = experiment.calibrated(state, gathered_by)
     seen, _ = programs.before_step(state, *batch)
     found |= {k: x for k, x in seen.items() if not k.startswith("grad_norm")}
   if sharpness:

@@ -51,6 +51,7 @@ def test_the_optimizer_is_the_configs(name, tiny_config):
   found = experiment.create(tiny_config)
   params = found.scratch().params
   rate = optimizer.schedule(0.3, 3, 12, "linear")
+  assert [found.rate(n) for n in range(12)] == [rate(n) for n in range(12)]
   got = two_updates(found.optimizer, params)
   want = two_updates(optimizer.create(name, rate, **OPTIMIZER), params)
   np.testing.assert_allclose(got, want, rtol=1e-6)
@@ -94,7 +95,8 @@ def test_weights_are_averaged_as_the_config_says(tiny_config):
 
 def test_a_shift_beyond_the_image_is_refused(tiny_config):
   tiny_config.augment.update({"crop": False, "pad_crop": 7})
-  experiment.create(tiny_config)
+  experiment.first_state(experiment.create(tiny_config))
   tiny_config.augment.pad_crop = 8
+  found = experiment.create(tiny_config)
   with pytest.raises(errors.UserError, match="pad_crop is 8.*are 8 pixels"):
-    experiment.create(tiny_config)
+    experiment.first_state(found)

@@ -78,7 +78,7 @@ def test_fold(default_run, test_digits, tmp_path, capsys):
   [
     ({}, None),
     ({"norm": "GN", "gelu": "tanh"}, "GN,tanh"),
-    ({"residual": "rescale", "residual_c": 3.0, "pool": "gap"}, "gap,c=3"),
+    ({"residual": "rescale", "residual_c": 3.0, "pool": "gap"}, "gap,c=3.0"),
     ({"residual_c": 3.0}, None),
   ],
 )

@@ -302,7 +302,21 @@ def test_scale_and_bias_go_over_to_another_norm(source, norm, tmp_path):
   assert set(report.dropped) == {
     k for k in norm_keys(saved) if not k.endswith(("/scale", "/bias"))
   }
+  assert len(report.carried) == 8  # The final norm's have one name.
+  assert {*report.carried} <= affine and not {*report.carried} & {
+    *report.loaded
+  }
   assert any("scale and bias are taken" in note for note in report.notes)
+
+
+def test_two_norms_in_one_place_are_dropped(tmp_path):
+  saved = trees.arrays("LN")
+  stray = "Transformer/encoderblock_0/Foo_0/scale"
+  saved[stray] = np.full(8, 7, np.float32)
+  _, _, report = pretrained.load(
+    trees.write(tmp_path, saved), *trees.fresh("Cal", seed=1)
+  )
+  assert not report.carried and {*report.dropped} == norm_keys(saved) | {stray}
 
 
 def test_another_norms_scale_that_is_missing_is_named(tmp_path):

@@ -190,7 +190,7 @@ def test_the_others_stop_when_one_is_killed(
       else:  # JAX's own words.
         assert "leader task" in log, log
   if victim:
-    run(tmp_path, setting, 1)
+    run(tmp_path, setting, count)
     assert_same_numbers(alone, tmp_path)
 
 

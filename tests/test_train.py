@@ -325,6 +325,30 @@ def test_a_pretrained_file_is_where_a_run_starts(
   assert result["accuracy"] == lines(default_run)[-1]["test/accuracy"]
 
 
+@pytest.mark.parametrize(
+  "source, norm, words",
+  [
+    ("DyT", "LN", "LayerNorm_0"),
+    ("LN", "Cal", "alpha"),
+    ("BN", "LN", "no place for its batch_stats"),
+    ("LN", "Identity", "no place for its .*encoder_norm/bias"),
+  ],
+)
+def test_a_file_of_another_norm_is_not_evaluated(
+  source, norm, words, tiny_config, tmp_path
+):
+  tiny_config.model.norm = source
+  state = experiment.create(tiny_config).scratch()
+  path = tmp_path / "a.npz"
+  pretrained.save(path, state.params, state.batch_stats)
+  tiny_config.update({"pretrained_path": str(path)})
+  tiny_config.eval_weights = "pretrained"
+  assert evaluate.evaluate_run(tiny_config, tmp_path / "a")["examples"] == 360
+  tiny_config.model.norm = norm
+  with pytest.raises(errors.UserError, match=f"cannot be evaluated.*{words}"):
+    evaluate.evaluate_run(tiny_config, tmp_path / "b")
+
+
 def test_a_test_loss_that_is_not_finite_stops_the_run(
   tiny_config, tmp_path, monkeypatch
 ):

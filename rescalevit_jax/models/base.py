@@ -33,8 +33,8 @@ class Norm(nn.Module):
   RESIDUAL: ClassVar[str] = "plain"
   # The values of the config key `calibration` that have it calibrated.
   CALIBRATED_BY: ClassVar[tuple[str, ...]] = ()
-  # Whether evaluation uses statistics that only training passes gather.
-  GATHERS: ClassVar[bool] = False
+  # How many training batches it takes to gather evaluation's statistics.
+  GATHERED_BY: ClassVar[int] = 0
   # |f| of the method `function` beyond which its slope is less than a tenth of
   # its steepest; None: there are no such ends.
   SATURATED: ClassVar[float | None] = None

@@ -130,7 +130,7 @@ class BatchNorm(Affine):
   running variance takes the unbiased estimate, unlike `flax.linen.BatchNorm`.
   """
 
-  GATHERS: ClassVar[bool] = True
+  GATHERED_BY: ClassVar[int] = 48  # Then the start has a weight of 0.9^48.
 
   def setup(self):
     super().setup()
@@ -193,8 +193,8 @@ class Rescale(base.Norm):
   SLOT: ClassVar[str] = "Rescale"
   FINAL: ClassVar[bool] = False
   RESIDUAL: ClassVar[str] = "original"
-  GATHERS: ClassVar[bool] = True
   CALIBRATION_BATCHES: ClassVar[int] = 8
+  GATHERED_BY: ClassVar[int] = CALIBRATION_BATCHES
 
   def setup(self):
     self.bias = self.param("bias", nn.initializers.zeros, (self.features,))
