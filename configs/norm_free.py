@@ -17,6 +17,7 @@ _SLOW = {"scalar_lr": 0.02}
 
 METHODS = {
   "LN": {},
+  "LN-google": {"model.init": "google"},
   "LN-unit": _UNIT,
   "LN-rescale-unit": _BOTH,
   "LN-rescale-unit-slow": {**_BOTH, **_SLOW},
