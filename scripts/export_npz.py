@@ -55,16 +55,16 @@ def _run(args):
   pretrained.save(args.output, params, batch_stats)
   folded = ", without its norm" if args.fold else ""
   print(f"{args.output}: the {args.checkpoint} weights, of step {step}{folded}")
-  if words := _untold(model, args.fold):
+  if words := _untold(model):
     print(
       "what its arrays do not tell has to be said by model.* keys, or to"
       f" plot_attention.py as --npz={args.output}:{','.join(words)}"
     )
 
 
-def _untold(model, folded):
+def _untold(model):
   """Returns what the model has that no array shows, as `--npz` takes it."""
-  words = ["GN"] if model.norm == "GN" and not folded else []
+  words = ["GN"] if model.norm == "GN" else []  # It does not fold.
   words += [model.gelu] if model.gelu != "erf" else []
   words += [model.pool] if model.pool != "cls" else []
   if model.residual == "rescale" and model.residual_c is not None:
