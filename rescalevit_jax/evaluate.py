@@ -19,6 +19,7 @@ from rescalevit_jax import checkpoint
 from rescalevit_jax import errors
 from rescalevit_jax import experiment as experiment_lib
 from rescalevit_jax import feed
+from rescalevit_jax import run_folder
 from rescalevit_jax import sharding
 from rescalevit_jax import step as step_lib
 from rescalevit_jax import writers
@@ -133,7 +134,7 @@ def evaluate_run(
     UserError: the weights are not there or not of this config's model.
   """
   workdir = pathlib.Path(workdir)
-  experiment_lib.check_same_run(config, workdir)
+  run_folder.check_same_run(config, workdir)
   which = config.eval_weights
   if which == "pretrained":
     if config.pretrained_path is None:

@@ -28,10 +28,10 @@ from rescalevit_jax import config as config_lib
 from rescalevit_jax import config_keys
 from rescalevit_jax import errors
 from rescalevit_jax import evaluate
-from rescalevit_jax import experiment
 from rescalevit_jax import processes
 from rescalevit_jax import progress
 from rescalevit_jax import resumed
+from rescalevit_jax import run_folder
 from rescalevit_jax import train
 
 __doc__ += config_keys.describe("  {name} = {default}\n      {meaning}")
@@ -79,7 +79,7 @@ def main(argv: list[str]) -> None:
     _fail(f"unknown argument {argv[1]!r}: flags begin with --", code=2)
   progress.log_to_stderr()
   config = _CONFIG.value
-  workdir = _WORKDIR.value or experiment.default_workdir(config)
+  workdir = _WORKDIR.value or run_folder.default_workdir(config)
   if config.deterministic:  # Read when JAX starts the devices, below.
     flag = "--xla_gpu_deterministic_ops=true"
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}"

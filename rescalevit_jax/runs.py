@@ -13,8 +13,8 @@ import ml_collections
 from rescalevit_jax import config as config_lib
 from rescalevit_jax import config_keys
 from rescalevit_jax import errors
-from rescalevit_jax import experiment
 from rescalevit_jax import result as result_lib
+from rescalevit_jax import run_folder
 
 LOG_HEADER = "--- "  # Begins the line of a start in log.txt.
 _TAIL_BYTES = 65_536  # More than a line of metrics, diagnostics included.
@@ -70,7 +70,7 @@ def read(workdir: str | pathlib.Path) -> Run:
     UserError: there is no run, or a file of it is damaged.
   """
   workdir = pathlib.Path(workdir)
-  config = experiment.require_config(workdir)
+  config = run_folder.require_config(workdir)
   try:
     config_lib.validate(config)
   except errors.UserError as e:

@@ -20,6 +20,7 @@ from rescalevit_jax import lock
 from rescalevit_jax import loop
 from rescalevit_jax import processes
 from rescalevit_jax import result as result_lib
+from rescalevit_jax import run_folder
 from rescalevit_jax import writers
 
 _log = logging.getLogger(__name__)
@@ -63,7 +64,7 @@ def _own_folder(workdir):
 
 
 def _train_and_evaluate(config, workdir, folder):
-  experiment_lib.check_same_run(config, workdir)
+  run_folder.check_same_run(config, workdir)
   if (result := result_lib.read(workdir)) is not None:
     _log.info(
       "%s: this run is finished: %s", workdir, result_lib.accuracies(result)

@@ -27,6 +27,7 @@ from rescalevit_jax import images as images_lib
 from rescalevit_jax import models
 from rescalevit_jax import npz
 from rescalevit_jax import pretrained
+from rescalevit_jax import run_folder
 from rescalevit_jax.models import variants
 
 
@@ -152,7 +153,7 @@ def load(workdir: str | os.PathLike[str], which: str = "best") -> TrainedModel:
       of the run's config.
   """
   workdir = pathlib.Path(workdir)
-  config = experiment.require_config(workdir)
+  config = run_folder.require_config(workdir)
   config.model.attention = "auto"  # The run's machine may not be this one.
   params, batch_stats, _ = checkpoint.load_variables(workdir, which)
   num_classes = np.size(params.get("head", {}).get("bias", ()))

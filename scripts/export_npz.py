@@ -11,10 +11,10 @@ import sys
 
 from rescalevit_jax import checkpoint
 from rescalevit_jax import errors
-from rescalevit_jax import experiment
 from rescalevit_jax import fold
 from rescalevit_jax import pretrained
 from rescalevit_jax import program
+from rescalevit_jax import run_folder
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -49,7 +49,7 @@ def _run(args):
   params, batch_stats, step = checkpoint.load_variables(
     pathlib.Path(args.workdir), args.checkpoint
   )
-  model = experiment.require_config(args.workdir).model
+  model = run_folder.require_config(args.workdir).model
   if args.fold:
     params, batch_stats = fold.fold(model.norm, params, batch_stats)
   pretrained.save(args.output, params, batch_stats)

@@ -26,11 +26,11 @@ import sys
 
 from rescalevit_jax import config as config_lib
 from rescalevit_jax import errors
-from rescalevit_jax import experiment
 from rescalevit_jax import plots
 from rescalevit_jax import program
 from rescalevit_jax import progress
 from rescalevit_jax import result as result_lib
+from rescalevit_jax import run_folder
 from rescalevit_jax import runs as runs_lib
 from rescalevit_jax import sweep
 from rescalevit_jax.report import rates
@@ -183,7 +183,7 @@ def _has_diverged(run):
   """Whether this very run has; one of another config says nothing of it."""
   if f": {errors.NOT_FINITE}; " not in runs_lib.last_log_line(run.workdir):
     return False
-  old = experiment.read_config(run.workdir)
+  old = run_folder.read_config(run.workdir)
   return old is not None and not config_lib.differing_keys(old, run.config)
 
 

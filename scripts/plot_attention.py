@@ -27,11 +27,11 @@ from rescalevit_jax import attention
 from rescalevit_jax import attention_plots
 from rescalevit_jax import data
 from rescalevit_jax import errors
-from rescalevit_jax import experiment
 from rescalevit_jax import models as models_lib
 from rescalevit_jax import plots
 from rescalevit_jax import program
 from rescalevit_jax import progress
+from rescalevit_jax import run_folder
 from rescalevit_jax import trained
 from rescalevit_jax import writers
 from rescalevit_jax.models import norms
@@ -160,7 +160,7 @@ def _run(args):
 def _subjects(args) -> list[Subject]:
   sources = []
   for workdir in args.workdir:
-    config = experiment.require_config(workdir)
+    config = run_folder.require_config(workdir)
     sources.append(
       (
         args.dataset or config.dataset,

@@ -21,11 +21,11 @@ from rescalevit_jax import checkpoint_folders
 from rescalevit_jax import checksums
 from rescalevit_jax import data
 from rescalevit_jax import errors
-from rescalevit_jax import experiment
 from rescalevit_jax import images
 from rescalevit_jax import main
 from rescalevit_jax import pretrained
 from rescalevit_jax import published
+from rescalevit_jax import run_folder
 from rescalevit_jax import runs
 from rescalevit_jax import tfrecord
 from rescalevit_jax import trained
@@ -130,7 +130,7 @@ def test_files_of_a_run(name, pickled, tiny_run, tmp_path):
     trained.load(run)
   assert launch.step_since(run, 0) == 0 or name != "metrics.jsonl"
   if name == "metrics.jsonl":
-    config = experiment.read_config(run)
+    config = run_folder.read_config(run)
     with writers.MetricWriter(run, config, lambda line: True):
       pass
     assert (run / name).read_text() == ""

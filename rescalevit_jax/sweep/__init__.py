@@ -40,6 +40,7 @@ from rescalevit_jax import experiment
 from rescalevit_jax import program
 from rescalevit_jax import progress
 from rescalevit_jax import result as result_lib
+from rescalevit_jax import run_folder
 from rescalevit_jax.sweep import cluster
 from rescalevit_jax.sweep import grid
 from rescalevit_jax.sweep import launch
@@ -125,7 +126,7 @@ def split(
   done, left = [], []
   for run in runs:
     try:
-      experiment.check_same_run(run.config, run.workdir)
+      run_folder.check_same_run(run.config, run.workdir)
       result = result_lib.read(run.workdir)
     except errors.UserError as e:
       # Folders of a sweep are chosen by another flag than a run's.

@@ -14,9 +14,9 @@ from ml_collections import config_flags
 from rescalevit_jax import config as config_lib
 from rescalevit_jax import config_keys
 from rescalevit_jax import errors
-from rescalevit_jax import experiment
+from rescalevit_jax import run_folder
 
-# Told by the name of every run's folder: see `experiment.default_workdir`.
+# Told by the name of every run's folder: see `run_folder.default_workdir`.
 _NAMED = ("dataset", "model_name", "model.norm", "seed")
 
 
@@ -111,7 +111,7 @@ def plan(
     axes: of the grid, each the settings of one key; the last varies fastest.
     settings: of all runs.
     runs_dir: where their folders lie. A folder's name is that of
-      `experiment.default_workdir`, and the grid's keys of which it says
+      `run_folder.default_workdir`, and the grid's keys of which it says
       nothing.
 
   Raises:
@@ -177,7 +177,7 @@ def _plan_run(reference, settings, unnamed, runs_dir) -> PlannedRun:
   values = config_lib.flatten(config)
   name = "-".join(
     [
-      experiment.default_workdir(config).name,
+      run_folder.default_workdir(config).name,
       *(f"{key}={values[key]}".replace("/", "_") for key in unnamed),
     ]
   )

@@ -16,8 +16,8 @@ from fuzz import choices as choices_lib
 from rescalevit_jax import config as config_lib
 from rescalevit_jax import config_keys
 from rescalevit_jax import errors
-from rescalevit_jax import experiment
 from rescalevit_jax import main
+from rescalevit_jax import run_folder
 
 _ROOT = pathlib.Path(__file__).parents[2]
 _CONFIG = b"--config=" + os.fsencode(_ROOT / "configs" / "quickstart.py")
@@ -137,7 +137,7 @@ def run(path: pathlib.Path) -> None:
     raise AssertionError("a config that is not valid") from e
   again = config_lib.from_json(config_lib.to_json(config))
   assert config_lib.flatten(again) == config_lib.flatten(config)
-  workdir = experiment.default_workdir(config)
+  workdir = run_folder.default_workdir(config)
   assert workdir.parent == pathlib.Path("runs") and workdir.name != ".."
 
 
