@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from scipy import special
 
+from rescalevit_jax import accelerator
 from rescalevit_jax import config as config_lib
 from rescalevit_jax import errors
 from rescalevit_jax import experiment
@@ -86,24 +87,19 @@ def test_second_derivatives():
   np.testing.assert_allclose(found, product(plain_attention), atol=2e-5)
 
 
-class Device:
-  def __init__(self, platform, capability):
-    self.platform, self.compute_capability = platform, capability
-
-
 @pytest.mark.parametrize(
   "device, dtype, head_dim, expected",
   [
-    (Device("gpu", "9.0"), "bfloat16", 64, "cudnn"),
-    (Device("gpu", "10.0"), "bfloat16", 64, "cudnn"),
-    (Device("gpu", "8.0"), "bfloat16", 64, "xla"),
-    (Device("gpu", "9.0"), "float32", 64, "xla"),
-    (Device("gpu", "9.0"), "bfloat16", 20, "xla"),
-    (Device("cpu", None), "bfloat16", 64, "xla"),
+    (accelerator.Accelerator("gpu", (9, 0)), "bfloat16", 64, "cudnn"),
+    (accelerator.Accelerator("gpu", (10, 0)), "bfloat16", 64, "cudnn"),
+    (accelerator.Accelerator("gpu", (8, 0)), "bfloat16", 64, "xla"),
+    (accelerator.Accelerator("gpu", (9, 0)), "float32", 64, "xla"),
+    (accelerator.Accelerator("gpu", (9, 0)), "bfloat16", 20, "xla"),
+    (accelerator.Accelerator("cpu"), "bfloat16", 64, "xla"),
   ],
 )
 def test_auto(device, dtype, head_dim, expected, monkeypatch):
-  monkeypatch.setattr(jax, "devices", lambda: [device])
+  monkeypatch.setattr(accelerator, "current", lambda: device)
   assert attention.choose(jnp.dtype(dtype), head_dim) == expected
 
 

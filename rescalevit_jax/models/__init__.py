@@ -2,9 +2,9 @@
 
 import dataclasses
 
-import jax
 import jax.numpy as jnp
 
+from rescalevit_jax import accelerator
 from rescalevit_jax import errors
 from rescalevit_jax.models import attention as attention_lib
 from rescalevit_jax.models import fade as fade_lib
@@ -125,16 +125,16 @@ def create(
   if residual == "auto":
     residual = norms.NORMS[norm].RESIDUAL
   if dtype == "auto":
-    dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    dtype = "float32" if accelerator.platform() == "cpu" else "bfloat16"
   if attention == "auto":
     head_dim = size.hidden_size // size.num_heads
     attention = attention_lib.choose(jnp.dtype(dtype), head_dim)
   if attention == "cudnn" and (
-    jax.default_backend() != "gpu" or jnp.dtype(dtype) != jnp.bfloat16
+    accelerator.platform() != "gpu" or jnp.dtype(dtype) != jnp.bfloat16
   ):
     raise errors.UserError(
       "model.attention: cudnn needs a GPU and dtype bfloat16, but this is"
-      f" {jax.default_backend()} and {dtype}; choose auto"
+      f" {accelerator.platform()} and {dtype}; choose auto"
     )
   return vit.VisionTransformer(
     num_classes=num_classes,

@@ -9,6 +9,8 @@ Shapes: B images, N tokens, h heads of d channels.
 import jax
 import jax.numpy as jnp
 
+from rescalevit_jax import accelerator
+
 IMPLEMENTATIONS = ("auto", "xla", "cudnn")
 
 
@@ -20,9 +22,8 @@ def choose(dtype: jnp.dtype, head_dim: int) -> str:
   """
   if dtype != jnp.bfloat16 or head_dim > 128 or head_dim % 8:
     return "xla"  # Without a look at the devices, which would start them.
-  device = jax.devices()[0]
-  capability = getattr(device, "compute_capability", None) or "0"
-  if device.platform == "gpu" and float(capability) >= 9.0:
+  device = accelerator.current()
+  if device.platform == "gpu" and device.compute_capability >= (9, 0):
     return "cudnn"
   return "xla"
 
@@ -55,7 +56,7 @@ def _scores(query, key):
 
 
 def _product(subscripts, x, y):
-  if jax.default_backend() == "cpu":
+  if accelerator.platform() == "cpu":
     # XLA has not all products of bfloat16 with float32 sums there.
     x, y = x.astype(jnp.float32), y.astype(jnp.float32)
   return jnp.einsum(subscripts, x, y, preferred_element_type=jnp.float32)

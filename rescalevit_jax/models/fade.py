@@ -16,6 +16,7 @@ from flax import traverse_util
 import jax
 import jax.numpy as jnp
 
+from rescalevit_jax import accelerator
 from rescalevit_jax.models import statistics
 
 # How far a place has faded is counted in parts, since an average of the weights
@@ -105,7 +106,7 @@ def _forward(x, log_frozen, share):
   # Exactly LayerNorm's at 0, exactly the frozen one at 1.
   between = own * jnp.exp(share * (log_own - log_frozen))
   scale = jnp.where(share < 1, between, jnp.exp(-log_frozen))
-  if jax.default_backend() == "cpu":  # As in `statistics`.
+  if accelerator.platform() == "cpu":  # As in `statistics`.
     mean, own, scale = jax.lax.optimization_barrier((mean, own, scale))
   return ((x - mean) * scale, log_own), (x, mean, own, scale, share)
 

@@ -1,0 +1,60 @@
+"""The accelerator that programs are compiled for.
+
+Normally the first device of this process. `compiling_for` replaces it by a
+description of another one, to compile programs for hardware that is not here.
+"""
+
+from collections.abc import Iterator
+import contextlib
+import contextvars
+import dataclasses
+
+import jax
+
+
+@dataclasses.dataclass(frozen=True)
+class Accelerator:
+  """What the choice of an implementation depends on.
+
+  Attributes:
+    platform: 'cpu', 'gpu' or 'tpu'.
+    compute_capability: (major, minor) of an NVIDIA GPU; (0, 0) otherwise.
+  """
+
+  platform: str
+  compute_capability: tuple[int, int] = (0, 0)
+
+
+_described: contextvars.ContextVar[Accelerator | None] = contextvars.ContextVar(
+  "described", default=None
+)
+
+
+def platform() -> str:
+  """Return the platform that programs are compiled for: cpu, gpu or tpu."""
+  described = _described.get()
+  return described.platform if described else jax.default_backend()
+
+
+def current() -> Accelerator:
+  """Return the accelerator that programs are compiled for."""
+  if described := _described.get():
+    return described
+  capability = getattr(jax.devices()[0], "compute_capability", None) or "0.0"
+  major, minor = str(capability).split(".")
+  return Accelerator(jax.default_backend(), (int(major), int(minor)))
+
+
+@contextlib.contextmanager
+def compiling_for(described: Accelerator) -> Iterator[None]:
+  """Trace for another accelerator than this process has.
+
+  JAX's caches do not know of it, so they are cleared on both sides.
+  """
+  token = _described.set(described)
+  jax.clear_caches()
+  try:
+    yield
+  finally:
+    _described.reset(token)
+    jax.clear_caches()
