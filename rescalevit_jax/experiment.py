@@ -147,14 +147,15 @@ class Experiment:
 
   @functools.cached_property
   def _shapes(self):
-    return jax.eval_shape(self._init, 0)
+    return jax.eval_shape(self._init, np.uint32(self.config.seed))
 
-  def _init(self, seed):
-    return step_lib.init_state(
+  @functools.cached_property  # JAX traces the same object once for all uses.
+  def _init(self):
+    return functools.partial(
+      step_lib.init_state,
       self.model,
       self.optimizer,
       self.config.image_size,
-      seed,
       averages=self.config.ema_decay > 0,
     )
 
