@@ -6,13 +6,13 @@ import jax.numpy as jnp
 
 from rescalevit_jax import accelerator
 from rescalevit_jax import errors
-from rescalevit_jax.models import attention as attention_lib
 from rescalevit_jax.models import fade as fade_lib
 from rescalevit_jax.models import initializers
 from rescalevit_jax.models import norms
 from rescalevit_jax.models import residuals
 from rescalevit_jax.models import variants
 from rescalevit_jax.models import vit
+from rescalevit_jax.models.ops import attention as attention_lib
 
 GELUS = ("erf", "tanh")
 POOLS = ("cls", "gap")
