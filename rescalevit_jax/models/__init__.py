@@ -126,16 +126,13 @@ def create(
     residual = norms.NORMS[norm].RESIDUAL
   if dtype == "auto":
     dtype = "float32" if accelerator.platform() == "cpu" else "bfloat16"
+  head_dim = size.hidden_size // size.num_heads
   if attention == "auto":
-    head_dim = size.hidden_size // size.num_heads
-    attention = attention_lib.choose(jnp.dtype(dtype), head_dim)
-  if attention == "cudnn" and (
-    accelerator.platform() != "gpu" or jnp.dtype(dtype) != jnp.bfloat16
+    attention = attention_lib.choose(jnp.dtype(dtype), head_dim).implementation
+  elif attention == "cudnn" and (
+    problem := attention_lib.cudnn_problem(jnp.dtype(dtype), head_dim)
   ):
-    raise errors.UserError(
-      "model.attention: cudnn needs a GPU and dtype bfloat16, but this is"
-      f" {accelerator.platform()} and {dtype}; choose auto"
-    )
+    raise errors.UserError(f"model.attention: {problem}; choose auto or xla")
   return vit.VisionTransformer(
     num_classes=num_classes,
     norm=norm,
