@@ -19,7 +19,9 @@ from rescalevit_jax.models.ops import dropout
 
 
 class MultiHeadAttention(nn.Module):
-  """Self-attention: [B, N, D] -> [B, N, D].
+  """Self-attention of the tokens x: queries [B, M, D] -> [B, M, D].
+
+  Queries are those of all tokens, or of some.
 
   The probabilities [B, h, N, N], float32, are sown as
   `intermediates/.../attention`.
@@ -37,12 +39,12 @@ class MultiHeadAttention(nn.Module):
   dtype: Any
 
   @nn.compact
-  def __call__(self, x, train):
+  def __call__(self, queries, x, train):
     features = x.shape[-1]
     head_dim = features // self.num_heads
     Linear = sigma.SigmaLinear if self.sigma_reparam else linear.Linear
 
-    def project(name):
+    def project(name, x):
       return Linear(
         (self.num_heads, head_dim),
         kernel_init=self.scheme.attention_kernel,
@@ -51,7 +53,8 @@ class MultiHeadAttention(nn.Module):
         name=name,
       )(x, train)
 
-    query, key, value = project("query"), project("key"), project("value")
+    query = project("query", queries)
+    key, value = project("key", x), project("value", x)
     if self.qk_norm:
       normalize = functools.partial(norms.RMSNorm, head_dim, self.dtype)
       query = normalize(name="query_norm")(query, train)

@@ -75,6 +75,9 @@ class EncoderBlock(nn.Module):
 
   In training an image skips a branch of block l of L with the probability
   l/L * stochastic_depth (Huang et al. 2016, arXiv:1603.09382, equation 4).
+
+  With `only_cls` the caller needs the class token alone. Then the other tokens
+  end as keys and values where the norm allows it, and the result is [B, 1, D].
   """
 
   block: int
@@ -93,6 +96,7 @@ class EncoderBlock(nn.Module):
   scheme: initializers.Scheme
   dtype: Any
   fade: fade_lib.Schedule | None = None
+  only_cls: bool = False
 
   @nn.compact
   def __call__(self, x, train):
@@ -111,7 +115,12 @@ class EncoderBlock(nn.Module):
       name="MultiHeadDotProductAttention_1",
     )
     norm, join = self._place(0, x.shape[-1])
-    x = join(x, drop(attention(norm(x, train), train), train))
+    y = norm(x, train)
+    queries = y
+    observed = self.is_mutable_collection("intermediates")
+    if self.only_cls and norm.is_per_token(train) and not observed:
+      x, queries = x[:, :1], y[:, :1]
+    x = join(x, drop(attention(queries, y, train), train))
 
     mlp = branches.Mlp(
       self.mlp_dim,
@@ -149,7 +158,11 @@ class EncoderBlock(nn.Module):
 
 
 class Encoder(nn.Module):
-  """Class token and positions, the blocks, the final norm: -> [B, N, D]."""
+  """Class token and positions, the blocks, the final norm.
+
+  Maps patches [B, N - 1, D] and the class token [1, 1, D] to [B, N, D], or to
+  [B, 1, D], the class token, where no more is needed.
+  """
 
   num_layers: int
   num_heads: int
@@ -164,6 +177,7 @@ class Encoder(nn.Module):
   gelu: str
   attention: str
   remat: bool
+  pool: str
   scheme: initializers.Scheme
   dtype: Any
   fade: fade_lib.Schedule | None = None
@@ -193,6 +207,7 @@ class Encoder(nn.Module):
         scheme=self.scheme,
         dtype=self.dtype,
         fade=self.fade,
+        only_cls=self.pool == "cls" and i == self.num_layers - 1,
         name=f"encoderblock_{i}",
       )(x, train)
     Norm = norms.NORMS[self.norm]
@@ -266,6 +281,7 @@ class VisionTransformer(nn.Module):
       gelu=self.gelu,
       attention=self.attention,
       remat=self.remat,
+      pool=self.pool,
       scheme=scheme,
       dtype=self.dtype,
       fade=self.fade,

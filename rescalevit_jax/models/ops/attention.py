@@ -67,15 +67,15 @@ def cudnn_problem(dtype: jnp.dtype, head_dim: int) -> str | None:
 def attend(
   query: jax.Array, key: jax.Array, value: jax.Array, implementation: str
 ) -> jax.Array:
-  """Returns softmax(query key^T / sqrt(d)) value, [B, N, h, d].
+  """Returns softmax(query key^T / sqrt(d)) value, [B, M, h, d].
 
   Args:
-    query: [B, N, h, d].
-    key: likewise.
+    query: [B, M, h, d].
+    key: [B, N, h, d].
     value: likewise.
     implementation: 'xla', or 'cudnn' where `cudnn_problem` has none.
   """
-  if implementation == "cudnn":
+  if implementation == "cudnn" and query.shape == key.shape:
     return cudnn.attend(query, key, value)
   return _attend(query, key, value)
 
