@@ -74,18 +74,23 @@ class MultiHeadAttention(nn.Module):
 
 
 class Mlp(nn.Module):
-  """Two linear layers with a GELU between: [B, N, D] -> [B, N, D]."""
+  """Two linear layers with a GELU between: [B, N, D] -> [B, N, D].
+
+  The dropouts after the GELU and after the second layer are those of `site` and
+  the next one.
+  """
 
   mlp_dim: int
   norm: str
   sigma_reparam: bool
   dropout_rate: float
+  site: int
   gelu: str
   scheme: initializers.Scheme
   dtype: Any
 
   @nn.compact
-  def __call__(self, x, train):
+  def __call__(self, x, train, key):
     Linear = sigma.SigmaLinear if self.sigma_reparam else linear.Linear
 
     def dense(features, name):
@@ -102,17 +107,23 @@ class Mlp(nn.Module):
     Norm = norms.NORMS[self.norm]
     if Norm.IN_MLP:
       x = Norm(self.mlp_dim, self.dtype, name=norms.IN_MLP)(x, train)
-    x = nn.gelu(x) if self.gelu == "tanh" else gelu_erf(x)
-    x = dropout.Dropout(self.dropout_rate)(x, train)
+    x = gelu(x, self.gelu)
+    x = dropout.Dropout(self.dropout_rate, self.site)(x, key)
     x = dense(features, "Dense_1")(x, train)
-    return dropout.Dropout(self.dropout_rate)(x, train)
+    return dropout.Dropout(self.dropout_rate, self.site + 1)(x, key)
 
 
-def gelu_erf(x: jax.Array) -> jax.Array:
-  """GELU, x Phi(x) (Hendrycks & Gimpel 2016), computed in float32.
+def gelu(x: jax.Array, kind: str) -> jax.Array:
+  """Return x Phi(x) (Hendrycks & Gimpel 2016), computed in float32.
 
-  Through erf: XLA's erfc, which flax's GELU takes, is slower on a CPU.
+  Args:
+    x: of any shape.
+    kind: 'erf', or 'tanh' for an approximation. Through erf: XLA's erfc, which
+      flax's GELU takes, is slower on a CPU.
   """
   y = x.astype(jnp.float32)
-  y *= 0.5 * (1 + jax.lax.erf(y * 2**-0.5))
+  if kind == "tanh":
+    y = nn.gelu(y)
+  else:
+    y *= 0.5 * (1 + jax.lax.erf(y * 2**-0.5))
   return y.astype(x.dtype)

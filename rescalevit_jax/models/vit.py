@@ -99,12 +99,13 @@ class EncoderBlock(nn.Module):
   only_cls: bool = False
 
   @nn.compact
-  def __call__(self, x, train):
-    drop = dropout.Dropout(
-      self.stochastic_depth * self.block / self.num_blocks,
-      whole=True,
-      name="StochasticDepth",
-    )
+  def __call__(self, x, train, key):
+    skip_rate = self.stochastic_depth * self.block / self.num_blocks
+
+    def drop(y, number):
+      site = 4 * self.block + number
+      return dropout.Dropout(skip_rate, site, whole=True)(y, key)
+
     attention = branches.MultiHeadAttention(
       self.num_heads,
       self.qk_norm,
@@ -120,20 +121,21 @@ class EncoderBlock(nn.Module):
     observed = self.is_mutable_collection("intermediates")
     if self.only_cls and norm.is_per_token(train) and not observed:
       x, queries = x[:, :1], y[:, :1]
-    x = join(x, drop(attention(queries, y, train), train))
+    x = join(x, drop(attention(queries, y, train), 0))
 
     mlp = branches.Mlp(
       self.mlp_dim,
       self.norm,
       self.sigma_reparam,
       self.dropout_rate,
+      4 * self.block + 2,
       self.gelu,
       self.scheme,
       self.dtype,
       name="MlpBlock_3",
     )
     norm, join = self._place(2, x.shape[-1])
-    return join(x, drop(mlp(norm(x, train), train), train))
+    return join(x, drop(mlp(norm(x, train), train, key), 1))
 
   def _place(self, number, features):
     """Returns the norm before a branch and the residual after it."""
@@ -183,9 +185,9 @@ class Encoder(nn.Module):
   fade: fade_lib.Schedule | None = None
 
   @nn.compact
-  def __call__(self, patches, cls, train):
+  def __call__(self, patches, cls, train, key):
     x = PositionEmbedding(self.scheme, name="posembed_input")(patches, cls)
-    x = dropout.Dropout(self.dropout_rate)(x, train)
+    x = dropout.Dropout(self.dropout_rate, 0)(x, key)
     Block = EncoderBlock
     if self.remat:
       Block = nn.remat(EncoderBlock, static_argnums=2)  # `train`.
@@ -209,7 +211,7 @@ class Encoder(nn.Module):
         fade=self.fade,
         only_cls=self.pool == "cls" and i == self.num_layers - 1,
         name=f"encoderblock_{i}",
-      )(x, train)
+      )(x, train, key)
     Norm = norms.NORMS[self.norm]
     if Norm.FINAL:
       ramp = _ramp(self.fade, 2 * self.num_layers, self.num_layers)
@@ -267,6 +269,9 @@ class VisionTransformer(nn.Module):
       self.patch_size, self.hidden_size, scheme, self.dtype, name="embedding"
     )(images)
     cls = self.param("cls", scheme.cls, (1, 1, self.hidden_size))
+    key = None
+    if train and (self.dropout_rate or self.stochastic_depth):
+      key = dropout.step_key(self.make_rng("dropout"))
     x = Encoder(
       num_layers=self.num_layers,
       num_heads=self.num_heads,
@@ -286,7 +291,7 @@ class VisionTransformer(nn.Module):
       dtype=self.dtype,
       fade=self.fade,
       name="Transformer",
-    )(x, cls, train)
+    )(x, cls, train, key)
     if self.pool == "cls":
       x = x[:, 0].astype(jnp.float32)
     else:
