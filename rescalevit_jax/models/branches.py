@@ -16,6 +16,7 @@ from rescalevit_jax.models import norms
 from rescalevit_jax.models import sigma
 from rescalevit_jax.models.ops import attention
 from rescalevit_jax.models.ops import dropout
+from rescalevit_jax.models.ops import gradients
 
 
 class MultiHeadAttention(nn.Module):
@@ -53,8 +54,12 @@ class MultiHeadAttention(nn.Module):
         name=name,
       )(x, train)
 
+    if queries is x:
+      queries, x, values = gradients.fan_out(x)
+    else:
+      values = x
     query = project("query", queries)
-    key, value = project("key", x), project("value", x)
+    key, value = project("key", x), project("value", values)
     if self.qk_norm:
       normalize = functools.partial(norms.RMSNorm, head_dim, self.dtype)
       query = normalize(name="query_norm")(query, train)

@@ -17,8 +17,8 @@ from rescalevit_jax.models import fade as fade_lib
 from rescalevit_jax.models import initializers
 from rescalevit_jax.models import norms
 from rescalevit_jax.models import residuals
-from rescalevit_jax.models.ops import batch_sum
 from rescalevit_jax.models.ops import dropout
+from rescalevit_jax.models.ops import gradients
 
 
 class PatchEmbedding(nn.Module):
@@ -67,7 +67,7 @@ class PositionEmbedding(nn.Module):
     pos = self.param("pos_embedding", self.scheme.position, shape)
     pos = pos + jnp.pad(cls, ((0, 0), (0, count), (0, 0)))
     patches = jnp.pad(patches, ((0, 0), (1, 0), (0, 0)))
-    return batch_sum.add(patches, pos[0].astype(patches.dtype))
+    return gradients.add_to_batch(patches, pos[0].astype(patches.dtype))
 
 
 class EncoderBlock(nn.Module):
