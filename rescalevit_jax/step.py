@@ -12,6 +12,7 @@ import optax
 from rescalevit_jax import augment as augment_lib
 from rescalevit_jax import ema as ema_lib
 from rescalevit_jax import mixing as mixing_lib
+from rescalevit_jax import optimizer as optimizer_lib
 from rescalevit_jax.models import base
 
 
@@ -254,7 +255,7 @@ def update(
   if ema is not None:
     ema = ema_lib.update(ema, state.evaluated, state.step, ema_decay)
     state = state.replace(ema=ema)
-  return state, {"loss": loss, "grad_norm": optax.global_norm(grads)}
+  return state, {"loss": loss, "grad_norm": optimizer_lib.global_norm(grads)}
 
 
 def eval_step(

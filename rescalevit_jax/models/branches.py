@@ -51,6 +51,7 @@ class MultiHeadAttention(nn.Module):
         kernel_init=self.scheme.attention_kernel,
         bias_init=self.scheme.attention_bias(features),
         dtype=self.dtype,
+        bias_in_product=True,
         name=name,
       )(x, train)
 
