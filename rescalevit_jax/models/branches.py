@@ -114,9 +114,9 @@ class Mlp(nn.Module):
     if Norm.IN_MLP:
       x = Norm(self.mlp_dim, self.dtype, name=norms.IN_MLP)(x, train)
     x = gelu(x, self.gelu)
-    x = dropout.Dropout(self.dropout_rate, self.site)(x, key)
+    x = dropout.drop(x, key, self.site, self.dropout_rate)
     x = dense(features, "Dense_1")(x, train)
-    return dropout.Dropout(self.dropout_rate, self.site + 1)(x, key)
+    return dropout.drop(x, key, self.site + 1, self.dropout_rate)
 
 
 def gelu(x: jax.Array, kind: str) -> jax.Array:

@@ -97,6 +97,9 @@ class Fade(Affine):
       y = self.bent(y, share * self.ramp.alpha)
     return y
 
+  def is_per_token(self, train):
+    return not train
+
   def bent(self, y, alpha):
     """Returns tanh(alpha * y) / alpha [B, N, D]; y itself for alpha 0."""
     curved = self.function(alpha * y) / jnp.where(alpha > 0, alpha, 1.0)

@@ -104,7 +104,7 @@ class EncoderBlock(nn.Module):
 
     def drop(y, number):
       site = 4 * self.block + number
-      return dropout.Dropout(skip_rate, site, whole=True)(y, key)
+      return dropout.drop(y, key, site, skip_rate, whole=True)
 
     attention = branches.MultiHeadAttention(
       self.num_heads,
@@ -187,7 +187,7 @@ class Encoder(nn.Module):
   @nn.compact
   def __call__(self, patches, cls, train, key):
     x = PositionEmbedding(self.scheme, name="posembed_input")(patches, cls)
-    x = dropout.Dropout(self.dropout_rate, 0)(x, key)
+    x = dropout.drop(x, key, 0, self.dropout_rate)
     Block = EncoderBlock
     if self.remat:
       Block = nn.remat(EncoderBlock, static_argnums=2)  # `train`.

@@ -10,7 +10,6 @@ byte for each element, and derive a key for each site.
 
 import math
 
-from flax import linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,32 +21,28 @@ _BLOCKS = 8  # Of four bits each, in a word.
 _MAX_COLUMNS = 2**20  # Blocks of a row; the counter's other bits are the site.
 
 
-class Dropout(nn.Module):
-  """Sets a share of the elements to 0 and scales the others up.
+def drop(
+  x: jax.Array,
+  key: jax.Array | None,
+  site: int,
+  rate: float,
+  whole: bool = False,
+) -> jax.Array:
+  """Return x [B, ..., D] with a share of it set to 0, the rest scaled up.
 
-  Attributes:
-    rate: the share, in [0, 1); rounded to a multiple of 2^-16.
+  Args:
+    x: the input.
+    key: uint32 [2], the step's key; see `step_key`. None: x stays as it is.
     site: number of this dropout in the model, below 2^12.
+    rate: the share, in [0, 1); rounded to a multiple of 2^-16.
     whole: whether an image is set to 0 as a whole or not at all.
   """
-
-  rate: float
-  site: int
-  whole: bool = False
-
-  def __call__(self, x: jax.Array, key: jax.Array | None) -> jax.Array:
-    """Return x [B, ..., D] with dropout, or x itself if there is no key.
-
-    Args:
-      x: the input.
-      key: uint32 [2], the step's key; see `step_key`.
-    """
-    kept = max(1, _LEVELS - round(self.rate * _LEVELS))
-    if key is None or kept == _LEVELS:
-      return x
-    shape = (len(x), *[1] * (x.ndim - 1)) if self.whole else x.shape
-    mask = unpack(packed_mask(key, self.site, shape, kept), shape[-1])
-    return jnp.where(mask, x * (_LEVELS / kept), 0).astype(x.dtype)
+  kept = max(1, _LEVELS - round(rate * _LEVELS))
+  if key is None or kept == _LEVELS:
+    return x
+  shape = (len(x), *[1] * (x.ndim - 1)) if whole else x.shape
+  mask = unpack(packed_mask(key, site, shape, kept), shape[-1])
+  return jnp.where(mask, x * (_LEVELS / kept), 0).astype(x.dtype)
 
 
 def step_key(key: jax.Array) -> jax.Array:
