@@ -12,6 +12,8 @@ import optax
 from rescalevit_jax import augment as augment_lib
 from rescalevit_jax import ema as ema_lib
 from rescalevit_jax import mixing as mixing_lib
+from rescalevit_jax import optimizer as optimizer_lib
+from rescalevit_jax.models import base
 
 
 @flax.struct.dataclass
@@ -74,6 +76,7 @@ def train_step(
   image_size: int,
   mixing: mixing_lib.Mixing = mixing_lib.NOTHING,
   ema_decay: float = 0.0,
+  settled: bool = False,
   gather: Callable[[Any], Any] = lambda params: params,
   scatter: Callable[[Any], Any] = lambda grads: grads,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
@@ -94,6 +97,8 @@ def train_step(
     image_size: edge of the model's input, in pixels.
     mixing: what happens to labels, and to pairs of images of a micro-batch.
     ema_decay: of the averages, if the state has them.
+    settled: whether the norm has had its `SETTLES_AFTER` passes before; leaves
+      out of the program what only those do.
     gather: brings parameters, of which a device may hold a part, to all.
     scatter: leaves each device its part of a gradient.
 
@@ -110,6 +115,7 @@ def train_step(
     augment=augment,
     image_size=image_size,
     mixing=mixing,
+    settled=settled,
     gather=gather,
     scatter=scatter,
   )
@@ -133,6 +139,7 @@ def gradient(
   augment: augment_lib.Augment,
   image_size: int,
   mixing: mixing_lib.Mixing = mixing_lib.NOTHING,
+  settled: bool = False,
   gather: Callable[[Any], Any] = lambda params: params,
   scatter: Callable[[Any], Any] = lambda grads: grads,
 ) -> tuple[jax.Array, Any, Any]:
@@ -150,7 +157,13 @@ def gradient(
       mixing_keys, x, labels, model.num_classes, mixing
     )
     (loss, batch_stats), grads = jax.value_and_grad(loss_fn, has_aux=True)(
-      params, batch_stats, x, labels, dropout_key, model=model
+      params,
+      batch_stats,
+      x,
+      labels,
+      dropout_key,
+      model=model,
+      settled=settled,
     )
     return (batch_stats, jax.tree.map(jnp.add, sums, (loss, grads))), None
 
@@ -191,6 +204,7 @@ def loss_fn(
   dropout_key: jax.Array,
   *,
   model: nn.Module,
+  settled: bool = False,
 ) -> tuple[jax.Array, Any]:
   """Mean cross-entropy in training mode.
 
@@ -201,6 +215,7 @@ def loss_fn(
     labels: [B] int32, or what the model ought to say, [B, C] float32.
     dropout_key: a PRNG key.
     model: a `VisionTransformer`.
+    settled: whether the norm has had its `SETTLES_AFTER` passes before.
 
   Returns:
     The loss, [] float32, and the statistics after the pass.
@@ -209,7 +224,7 @@ def loss_fn(
     {"params": params, "batch_stats": batch_stats},
     images,
     train=True,
-    mutable=["batch_stats"],
+    mutable=["batch_stats", base.SETTLED] if settled else ["batch_stats"],
     rngs={"dropout": dropout_key},
   )
   if jnp.issubdtype(labels.dtype, jnp.integer):
@@ -240,7 +255,7 @@ def update(
   if ema is not None:
     ema = ema_lib.update(ema, state.evaluated, state.step, ema_decay)
     state = state.replace(ema=ema)
-  return state, {"loss": loss, "grad_norm": optax.global_norm(grads)}
+  return state, {"loss": loss, "grad_norm": optimizer_lib.global_norm(grads)}
 
 
 def eval_step(

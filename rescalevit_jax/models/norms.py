@@ -15,7 +15,7 @@ import numpy as np
 from rescalevit_jax.models import base
 from rescalevit_jax.models import fade
 from rescalevit_jax.models import pointwise
-from rescalevit_jax.models import statistics
+from rescalevit_jax.models.ops import normalization
 
 IN_MLP = "BatchNorm_1"  # The name of a norm inside the MLP.
 
@@ -40,7 +40,10 @@ class LayerNorm(Affine):
   """Over the channels of each token (Ba et al. 2016, arXiv:1607.06450)."""
 
   def normalize(self, x, train):
-    return statistics.normalize(x, (2,))[0]
+    return normalization.normalize(x, (2,))[0]
+
+  def is_per_token(self, train):
+    return True
 
 
 class Fade(Affine):
@@ -94,6 +97,9 @@ class Fade(Affine):
       y = self.bent(y, share * self.ramp.alpha)
     return y
 
+  def is_per_token(self, train):
+    return not train
+
   def bent(self, y, alpha):
     """Returns tanh(alpha * y) / alpha [B, N, D]; y itself for alpha 0."""
     curved = self.function(alpha * y) / jnp.where(alpha > 0, alpha, 1.0)
@@ -119,7 +125,7 @@ class GroupNorm(Affine):
 
   def normalize(self, x, train):
     groups = x.reshape(*x.shape[:2], self.GROUPS, -1)
-    return statistics.normalize(groups, (1, 3))[0].reshape(x.shape)
+    return normalization.normalize(groups, (1, 3))[0].reshape(x.shape)
 
 
 class BatchNorm(Affine):
@@ -139,15 +145,18 @@ class BatchNorm(Affine):
 
   def normalize(self, x, train):
     if not train:
-      scale = jax.lax.rsqrt(self.var.value + statistics.EPSILON)
+      scale = jax.lax.rsqrt(self.var.value + normalization.EPSILON)
       return (x - self.mean.value) * scale
-    y, mean, var = statistics.normalize(x, (0, 1))
+    y, mean, var = normalization.normalize(x, (0, 1))
     if not self.is_initializing():
       count = x.shape[0] * x.shape[1]
       unbiased = var[0, 0] * count / (count - 1)
       self.mean.value = 0.9 * self.mean.value + 0.1 * mean[0, 0]
       self.var.value = 0.9 * self.var.value + 0.1 * unbiased
     return y
+
+  def is_per_token(self, train):
+    return not train
 
 
 class BatchNorm2(BatchNorm):
@@ -174,8 +183,11 @@ class RMSNorm(base.Norm):
   def __call__(self, x, train):
     scale = self.param("scale", nn.initializers.ones, (self.features,))
     x = x.astype(jnp.float32)
-    y, _, _ = statistics.normalize(x, (x.ndim - 1,), False)
+    y, _, _ = normalization.normalize(x, (x.ndim - 1,), False)
     return (y * scale).astype(self.dtype)
+
+  def is_per_token(self, train):
+    return True
 
 
 class Rescale(base.Norm):
@@ -195,6 +207,7 @@ class Rescale(base.Norm):
   RESIDUAL: ClassVar[str] = "original"
   CALIBRATION_BATCHES: ClassVar[int] = 8
   GATHERED_BY: ClassVar[int] = CALIBRATION_BATCHES
+  SETTLES_AFTER: ClassVar[int] = CALIBRATION_BATCHES
 
   def setup(self):
     self.bias = self.param("bias", nn.initializers.zeros, (self.features,))
@@ -205,19 +218,21 @@ class Rescale(base.Norm):
 
   def __call__(self, x, train):
     x = x.astype(jnp.float32)
-    init_mean, count = self.init_mean.value, self.count.value
-    calibrating = count < self.CALIBRATION_BATCHES
-    if train and not self.is_initializing():
-      init_mean = jax.lax.cond(
-        calibrating,
-        lambda: init_mean + (x.mean((0, 1)) - init_mean) / (count + 1),
-        lambda: init_mean,
-      )
-      init_mean = jax.lax.stop_gradient(init_mean)
-      self.init_mean.value = init_mean
-      self.count.value = count + calibrating
-    bias = jnp.where(calibrating, 0.01, 1.0) * self.bias
+    bias, init_mean = self.bias, self.init_mean.value
+    if not self.is_settled(train):
+      count = self.count.value
+      calibrating = count < self.CALIBRATION_BATCHES
+      if train and not self.is_initializing():
+        moved = init_mean + (x.mean((0, 1)) - init_mean) / (count + 1)
+        init_mean = jnp.where(calibrating, moved, init_mean)
+        init_mean = jax.lax.stop_gradient(init_mean)
+        self.init_mean.value = init_mean
+        self.count.value = count + calibrating
+      bias = jnp.where(calibrating, 0.01, 1.0) * bias
     return (x + (bias - init_mean)).astype(self.dtype)
+
+  def is_per_token(self, train):
+    return not train or self.is_settled(train)
 
   @staticmethod
   def as_linear(params, batch_stats):
@@ -234,6 +249,9 @@ class Identity(base.Norm):
 
   def __call__(self, x, train):
     return x
+
+  def is_per_token(self, train):
+    return True
 
 
 NORMS: dict[str, type[base.Norm]] = {

@@ -1,0 +1,165 @@
+"""Scaled dot-product attention (Vaswani et al. 2017, eq. 1), two ways.
+
+The gradient is written out, so that forward-mode differentiation works over it
+(`jax.jvp` of `jax.grad`), not without it.
+
+Shapes: B images, N tokens, h heads of d channels.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from rescalevit_jax import accelerator
+from rescalevit_jax.models.ops import cudnn
+
+IMPLEMENTATIONS = ("auto", "xla", "cudnn")
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+  """An implementation of attention, and why it was chosen."""
+
+  implementation: str
+  reason: str
+
+
+def choose(dtype: jnp.dtype, head_dim: int) -> Choice:
+  """Return the fastest implementation that runs here: 'cudnn' or 'xla'.
+
+  Token counts do not matter: cuDNN takes any without a bias.
+
+  Args:
+    dtype: of queries, keys and values.
+    head_dim: channels of a head.
+  """
+  problem = cudnn_problem(dtype, head_dim)
+  if problem:
+    return Choice("xla", problem)
+  return Choice("cudnn", "fused, keeps no probabilities in memory")
+
+
+def cudnn_problem(dtype: jnp.dtype, head_dim: int) -> str | None:
+  """Return the reason why cuDNN's attention cannot run here, or None.
+
+  Devices are asked last, since that starts them.
+  """
+  if dtype not in (jnp.bfloat16, jnp.float16):
+    return f"cuDNN needs bfloat16 or float16, not {dtype.name}"
+  if head_dim > 128 or head_dim % 8:
+    return (
+      f"cuDNN needs heads of at most 128 channels, a multiple of 8, not"
+      f" {head_dim}"
+    )
+  device = accelerator.current()
+  if device.platform != "gpu":
+    return f"cuDNN needs an NVIDIA GPU, not a {device.platform.upper()}"
+  if device.compute_capability < (8, 0):
+    major, minor = device.compute_capability
+    return (
+      "cuDNN needs compute capability 8.0 (Ampere) or newer, not"
+      f" {major}.{minor}"
+    )
+  return None
+
+
+def attend(
+  query: jax.Array, key: jax.Array, value: jax.Array, implementation: str
+) -> jax.Array:
+  """Returns softmax(query key^T / sqrt(d)) value, [B, M, h, d].
+
+  Args:
+    query: [B, M, h, d].
+    key: [B, N, h, d].
+    value: likewise.
+    implementation: 'xla', or 'cudnn' where `cudnn_problem` has none.
+  """
+  if implementation == "cudnn" and query.shape == key.shape:
+    return cudnn.attend(query, key, value)
+  return _attend(query, key, value)
+
+
+def probabilities(query: jax.Array, key: jax.Array) -> jax.Array:
+  """Return softmax(query key^T / sqrt(d)), [B, h, M, N] float32."""
+  query = query * query.shape[-1] ** -0.5
+  return jax.nn.softmax(_product("bqhd,bkhd->bhqk", query, key, jnp.float32))
+
+
+def _product(subscripts, x, y, dtype):
+  """Return a product with float32 sums, rounded to dtype."""
+  if accelerator.platform() == "cpu":
+    # XLA has not all products of bfloat16 with float32 sums there.
+    x, y = x.astype(jnp.float32), y.astype(jnp.float32)
+    return jnp.einsum(subscripts, x, y).astype(dtype)
+  return jnp.einsum(subscripts, x, y, preferred_element_type=dtype)
+
+
+@jax.custom_vjp
+def _attend(query, key, value):
+  return _forward(query, key, value)[0]
+
+
+# Divides the products by the softmax's sum, not the N^2 probabilities. The
+# gradient, too, and no more than the exponentials of [B, h, M, N] is kept: with
+# E = exp(S - max S), Z = sum E and Y = E V / Z,
+#
+#   dV = E^T (dY / Z),  dS = E * ((dY / Z) V^T - sum_d(dY * Y) / Z).
+
+
+def _forward(query, key, value):
+  dtype, fill = value.dtype, _fill(query, key)
+  query = query * query.shape[-1] ** -0.5
+  query, key, value = (_heads_first(x, fill) for x in (query, key, value))
+  scores = _product("bhqd,bhkd->bhqk", query, key, jnp.float32)
+  if fill:
+    real = jnp.arange(key.shape[2]) < key.shape[2] - fill
+    scores = jnp.where(real, scores, -jnp.inf)
+  weights = jnp.exp(scores - scores.max(axis=-1, keepdims=True)).astype(dtype)
+  if accelerator.platform() != "cpu":
+    # XLA would keep the float32 scores for the backward pass instead.
+    weights = jax.lax.optimization_barrier(weights)
+  total = weights.astype(jnp.float32).sum(axis=-1, keepdims=True)
+  y = _product("bhqk,bhkd->bhqd", weights, value, dtype)
+  y = (y / total).astype(dtype)
+  return _tokens_first(y, fill), (query, key, value, weights, total, y)
+
+
+def _backward(residuals, dy):
+  query, key, value, weights, total, y = residuals
+  dtype, fill = value.dtype, query.shape[2] - dy.shape[1]
+  dy = _heads_first(dy, fill).astype(jnp.float32) / total
+  shift = (dy * y).sum(axis=-1, keepdims=True)
+  dy = dy.astype(dtype)
+  dweights = _product("bhqd,bhkd->bhqk", dy, value, jnp.float32)
+  dscores = (weights * (dweights - shift)).astype(dtype)
+  dquery = _product("bhqk,bhkd->bhqd", dscores, key, dtype)
+  dquery *= query.shape[-1] ** -0.5
+  dkey = _product("bhqk,bhqd->bhkd", dscores, query, dtype)
+  dvalue = _product("bhqk,bhqd->bhkd", weights, dy, dtype)
+  return tuple(_tokens_first(x, fill) for x in (dquery, dkey, dvalue))
+
+
+_attend.defvjp(_forward, _backward)
+
+
+def _fill(query, key):
+  """Return how many tokens to add on a GPU: cuBLAS needs multiples of 8.
+
+  XLA would add them to each array of [N, N] by a kernel of its own.
+  """
+  tokens = key.shape[1]
+  is_one_of_many = query.shape[1] != tokens  # No product for cuBLAS.
+  if accelerator.platform() == "cpu" or is_one_of_many:
+    return 0
+  return -tokens % 8
+
+
+def _heads_first(x, fill):
+  """Return x [B, N, h, d] as [B, h, N + fill, d]."""
+  return jnp.pad(x.swapaxes(1, 2), ((0, 0), (0, 0), (0, fill), (0, 0)))
+
+
+def _tokens_first(x, fill):
+  """Return x [B, h, N + fill, d] as [B, N, h, d]."""
+  return x[:, :, : x.shape[2] - fill].swapaxes(1, 2)
