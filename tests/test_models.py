@@ -10,6 +10,7 @@ import numpy as np
 import optax
 import pytest
 
+from rescalevit_jax import accelerator
 from rescalevit_jax import augment
 from rescalevit_jax import errors
 from rescalevit_jax import models
@@ -85,7 +86,7 @@ def flatten(tree):
     (dict(residual_c=0.0), "residual_c: is 0.0, but must be > 0"),
     (dict(pool="mean"), "pool: unknown 'mean'; .*cls, gap"),
     (dict(init="googel"), "init: unknown 'googel'; did you mean google"),
-    (dict(dtype="float16"), "dtype: unknown 'float16'; did you mean .*float32"),
+    (dict(dtype="float61"), "dtype: unknown 'float61'; did you mean .*float16"),
     (dict(hiden_size=16), "unknown argument 'hiden_size'; .*hidden_size"),
     (dict(image_size=30), "image_size: 30 .*patch size 4"),
     (dict(hidden_size=18, num_heads=4), "hidden_size: 18 .*4 heads"),
@@ -287,9 +288,10 @@ def test_sizes_are_those_of_the_papers(name, patch, width, mlp, heads, layers):
 # Precision.
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("norm", NORMS)
-def test_bfloat16_keeps_variables_and_logits_float32(norm):
-  half, full = tiny(norm=norm, dtype="bfloat16"), tiny(norm=norm)
+def test_half_precision_keeps_variables_and_logits_float32(norm, dtype):
+  half, full = tiny(norm=norm, dtype=dtype), tiny(norm=norm)
   init = functools.partial(half.init, train=False)
   fresh = jax.eval_shape(init, jax.random.key(0), images(1))
   for name, x in flatten(fresh).items():
@@ -306,8 +308,8 @@ def test_bfloat16_keeps_variables_and_logits_float32(norm):
   seen = seen["intermediates"]["Transformer"]
   for i in range(2):
     block = seen[f"encoderblock_{i}"]
-    assert block["__call__"][0].dtype == jnp.bfloat16
-    assert block["MlpBlock_3"]["Dense_0"]["__call__"][0].dtype == jnp.bfloat16
+    assert block["__call__"][0].dtype == dtype
+    assert block["MlpBlock_3"]["Dense_0"]["__call__"][0].dtype == dtype
     attention = block["MultiHeadDotProductAttention_1"]["attention"][0]
     assert attention.dtype == jnp.float32
     np.testing.assert_allclose(attention.sum(-1), 1, atol=1e-6)
@@ -327,12 +329,22 @@ def test_bfloat16_statistics_are_float32_means(norm):
   np.testing.assert_allclose(new["batch_stats"][stored], want, rtol=1e-6)
 
 
-def test_dtype_auto_is_float32_on_a_cpu_and_bfloat16_elsewhere(monkeypatch):
-  monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
-  assert tiny(dtype="auto").dtype == jnp.float32
-  for backend in ("gpu", "tpu"):
-    monkeypatch.setattr(jax, "default_backend", lambda b=backend: b)
-    assert tiny(dtype="auto").dtype == jnp.bfloat16
+@pytest.mark.parametrize(
+  "device, expected",
+  [
+    (accelerator.Accelerator("cpu"), "float32"),
+    (accelerator.Accelerator("tpu"), "bfloat16"),
+    (accelerator.Accelerator("gpu"), "bfloat16"),  # Not NVIDIA's.
+    (accelerator.Accelerator("gpu", (7, 0)), "float16"),
+    (accelerator.Accelerator("gpu", (7, 5)), "float16"),
+    (accelerator.Accelerator("gpu", (8, 0)), "bfloat16"),
+    (accelerator.Accelerator("gpu", (12, 0)), "bfloat16"),
+  ],
+)
+def test_dtype_auto_is_what_the_accelerator_has(device, expected, monkeypatch):
+  monkeypatch.setattr(accelerator, "platform", lambda: device.platform)
+  monkeypatch.setattr(accelerator, "current", lambda: device)
+  assert tiny(dtype="auto").dtype == expected
 
 
 # Modes.
