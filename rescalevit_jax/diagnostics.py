@@ -132,7 +132,7 @@ class Diagnostics:
   ):
     self._config = config = experiment.config
     self._progress = progress
-    self._train_step = experiment.train_step()
+    self._experiment = experiment
     self._compiled = False
     if not config.diagnostics_every:
       self._restart_sums()  # Should they be switched on later.
@@ -166,15 +166,16 @@ class Diagnostics:
     """
     every = self._config.diagnostics_every
     arguments = (images, labels, np.uint32(self._config.seed))
+    train_step = self._experiment.train_step(step)
     if every and not self._compiled:
       self._programs.compile(state, images, labels)
       self._compiled = True
     if not every or (step % every and step != 1):
-      return self._train_step(state, *arguments)
+      return train_step(state, *arguments)
     found, before = self._programs.before_step(state, images, labels)
     if step == 1 or step // every % SHARPNESS_EVERY == 0:
       found |= self._programs.sharpness(state)
-    state, metrics = self._train_step(state, *arguments)
+    state, metrics = train_step(state, *arguments)
     found |= self._programs.after_step(before, state.params)
     return state, {**metrics, "diagnostics": found}
 

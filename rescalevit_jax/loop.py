@@ -76,6 +76,7 @@ class Trainer:
     )
     self._metrics = None  # Of the step that the device works on.
     self._first_step = progress.step + 1
+    self._settled_from = experiment.settled_from
     self._profile = profile.Profile(
       folder / "profile",
       progress.step + 1 + _WARM_UP_STEPS,
@@ -127,6 +128,9 @@ class Trainer:
       seconds = time.monotonic() - self._started
       _log.info("the first step is done after %.1f s", seconds)
       self._writer.open()
+      self._timer.first_step_done(step)
+    elif step == self._settled_from:  # A second program was compiled.
+      jax.block_until_ready(metrics)
       self._timer.first_step_done(step)
 
   def _finish_step(self):

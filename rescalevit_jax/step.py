@@ -14,6 +14,8 @@ from rescalevit_jax import augment as augment_lib
 from rescalevit_jax import ema as ema_lib
 from rescalevit_jax import loss_scale as loss_scale_lib
 from rescalevit_jax import mixing as mixing_lib
+from rescalevit_jax import optimizer as optimizer_lib
+from rescalevit_jax.models import base
 
 
 @flax.struct.dataclass
@@ -81,6 +83,7 @@ def train_step(
   image_size: int,
   mixing: mixing_lib.Mixing = mixing_lib.NOTHING,
   ema_decay: float = 0.0,
+  settled: bool = False,
   gather: Callable[[Any], Any] = lambda params: params,
   scatter: Callable[[Any], Any] = lambda grads: grads,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
@@ -101,6 +104,8 @@ def train_step(
     image_size: edge of the model's input, in pixels.
     mixing: what happens to labels, and to pairs of images of a micro-batch.
     ema_decay: of the averages, if the state has them.
+    settled: whether the norm has had its `SETTLES_AFTER` passes before; leaves
+      out of the program what only those do.
     gather: brings parameters, of which a device may hold a part, to all.
     scatter: leaves each device its part of a gradient.
 
@@ -120,6 +125,7 @@ def train_step(
     augment=augment,
     image_size=image_size,
     mixing=mixing,
+    settled=settled,
     gather=gather,
     scatter=scatter,
   )
@@ -144,6 +150,7 @@ def gradient(
   augment: augment_lib.Augment,
   image_size: int,
   mixing: mixing_lib.Mixing = mixing_lib.NOTHING,
+  settled: bool = False,
   gather: Callable[[Any], Any] = lambda params: params,
   scatter: Callable[[Any], Any] = lambda grads: grads,
 ) -> tuple[jax.Array, Any, Any, loss_scale_lib.LossScale | None]:
@@ -161,7 +168,7 @@ def gradient(
       mixing_keys, x, labels, model.num_classes, mixing
     )
     (loss, batch_stats), grads, loss_scale = loss_scale_lib.value_and_grad(
-      functools.partial(loss_fn, model=model),
+      functools.partial(loss_fn, model=model, settled=settled),
       loss_scale,
       params,
       batch_stats,
@@ -210,6 +217,7 @@ def loss_fn(
   dropout_key: jax.Array,
   *,
   model: nn.Module,
+  settled: bool = False,
 ) -> tuple[jax.Array, Any]:
   """Mean cross-entropy in training mode.
 
@@ -220,6 +228,7 @@ def loss_fn(
     labels: [B] int32, or what the model ought to say, [B, C] float32.
     dropout_key: a PRNG key.
     model: a `VisionTransformer`.
+    settled: whether the norm has had its `SETTLES_AFTER` passes before.
 
   Returns:
     The loss, [] float32, and the statistics after the pass.
@@ -228,7 +237,7 @@ def loss_fn(
     {"params": params, "batch_stats": batch_stats},
     images,
     train=True,
-    mutable=["batch_stats"],
+    mutable=["batch_stats", base.SETTLED] if settled else ["batch_stats"],
     rngs={"dropout": dropout_key},
   )
   if jnp.issubdtype(labels.dtype, jnp.integer):
@@ -262,7 +271,7 @@ def update(
       count -= loss_scale.skipped_steps
     ema = ema_lib.update(state.ema, new.evaluated, count, ema_decay)
     new = new.replace(ema=ema)
-  metrics = {"loss": loss, "grad_norm": optax.global_norm(grads)}
+  metrics = {"loss": loss, "grad_norm": optimizer_lib.global_norm(grads)}
   if loss_scale is None:
     return new, metrics
   finite = jnp.isfinite(metrics["grad_norm"])

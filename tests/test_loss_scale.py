@@ -260,7 +260,7 @@ def test_each_loss_of_200_steps_is_within_a_percent_of_float32s(
   for dtype in ("float32", "float16"):
     tiny_config.dtype = dtype
     found = experiment.create(tiny_config)
-    state, train_step = found.scratch(), found.train_step()
+    state, train_step = found.scratch(), found.train_step(1)
     metrics = []
     steps = range(1, 201)
     with found.train_feed.batches(found.train_places, steps) as batches:
@@ -319,6 +319,9 @@ def test_a_run_reports_what_it_skipped_and_resumes_to_the_same_bits(
   assert state_a.loss_scale.fin_steps > 0
   counted = [x for x in jax.tree.leaves(state_a.opt_state) if x.ndim == 0]
   assert counted == [12 - skipped]
+  # Rescale is calibrated by eight passes of steps that were not skipped.
+  block = state_a.batch_stats["Transformer"]["encoderblock_0"]
+  assert block["Rescale_0"]["count"] == 8
 
   tiny_config.eval_weights = "latest"
   evaluated = evaluate.evaluate_run(tiny_config, tmp_path / "a")
@@ -356,8 +359,8 @@ def test_a_gradient_that_overflows_without_a_scale_ends_the_run(
 ):
   real = step.loss_fn
 
-  def poisoned(params, *args, model):
-    loss, aux = real(params, *args, model=model)
+  def poisoned(params, *args, **kwargs):
+    loss, aux = real(params, *args, **kwargs)
     return loss + jnp.sqrt(0 * params["cls"].sum()), aux  # The slope is NaN.
 
   monkeypatch.setattr(step, "loss_fn", poisoned)
