@@ -18,6 +18,7 @@ evaluation split, prepared as in evaluation, always the same.
 """
 
 import functools
+import math
 from typing import Any
 
 import jax
@@ -198,7 +199,8 @@ class Diagnostics:
     sums = self._progress
     sums.summed_steps += 1
     sums.clipped_steps += factor < 1
-    sums.effective_lr += float(self._rates[step - 1]) * factor
+    count = step - 1 - sums.skipped_steps
+    sums.effective_lr += float(self._rates[count]) * factor
     if "diagnostics" not in metrics:
       return None
     line = {
@@ -223,5 +225,10 @@ def clip_factor(grad_norm: float, clip: float) -> float:
   Args:
     grad_norm: before any clipping.
     clip: `grad_norm_clip`; 0: no clipping.
+
+  Returns:
+    The factor; 0 for a gradient that is not finite, whose step is skipped.
   """
+  if not math.isfinite(grad_norm):
+    return 0.0
   return min(1.0, clip / grad_norm) if clip and grad_norm else 1.0

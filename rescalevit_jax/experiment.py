@@ -8,6 +8,7 @@ from typing import Any
 
 from flax import linen as nn
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 import ml_collections
 import numpy as np
@@ -103,7 +104,12 @@ class Experiment:
 
   @functools.cached_property
   def settled_from(self) -> int:
-    """The first step whose passes all come after `Norm.SETTLES_AFTER`."""
+    """The first step whose passes all come after `Norm.SETTLES_AFTER`.
+
+    1, hence never, in float16, where steps may be skipped.
+    """
+    if self.model.dtype == jnp.float16:
+      return 1
     passes = norms.NORMS[self.config.model.norm].SETTLES_AFTER
     return 1 + -(-passes // self.config.accum_steps)
 
