@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import contextlib
 import contextvars
 import dataclasses
+import re
 
 import jax
 
@@ -40,9 +41,11 @@ def current() -> Accelerator:
   """Return the accelerator that programs are compiled for."""
   if described := _described.get():
     return described
-  capability = getattr(jax.devices()[0], "compute_capability", None) or "0.0"
-  major, minor = str(capability).split(".")
-  return Accelerator(jax.default_backend(), (int(major), int(minor)))
+  capability = getattr(jax.devices()[0], "compute_capability", None)
+  # AMD's are of another form, such as gfx90a.
+  found = re.fullmatch(r"(\d+)\.(\d+)", str(capability))
+  major, minor = map(int, found.groups()) if found else (0, 0)
+  return Accelerator(jax.default_backend(), (major, minor))
 
 
 @contextlib.contextmanager

@@ -265,10 +265,7 @@ def test_threefry_is_that_of_jax():
 
 def mask_of(seed, shape, kept, site=0):
   key = dropout.step_key(jax.random.key(seed))
-  words = dropout.packed_mask(key, site, shape, kept)
-  assert words.dtype == jnp.uint32
-  assert words.shape == (*shape[:-1], -(-shape[-1] // 32))
-  return np.asarray(dropout.unpack(words, shape[-1]))
+  return np.asarray(dropout.random_mask(key, site, shape, kept))
 
 
 @pytest.mark.parametrize("features", [1, 3, 64, 258])
@@ -294,14 +291,23 @@ def test_the_bits_of_a_row_are_independent():
   np.testing.assert_allclose(same, np.eye(64), atol=5 / 20_000**0.5)
 
 
-def test_a_bit_is_the_part_of_a_threefry_block():
+@pytest.mark.parametrize("shape", [(3, 5, 64), (2, 258), (6, 1), (4, 3, 7)])
+def test_packed_masks_of_a_gpu_are_the_same(shape):
+  want = mask_of(5, shape, 2**15, site=7)
+  with on("gpu", (9, 0)):
+    found = mask_of(5, shape, 2**15, site=7)
+  np.testing.assert_array_equal(found, want)
+
+
+def test_an_element_is_the_part_of_a_threefry_block():
   key = dropout.step_key(jax.random.key(5))
-  counters = np.uint32([3, (7 << 20) + 1 * 8 + 6])  # Row; site, word and block.
+  row, column = 1 * 3 + 2, 6
+  counters = np.uint32([row, (7 << 20) + column])
   blocks = extend_random.threefry_2x32(tuple(key), counters)
-  mask = mask_of(5, (4, 64), 2**15, site=7)
-  bits = [mask[3, bit * 2 + 1] for bit in range(4 * 6, 4 * 6 + 4)]
+  mask = mask_of(5, (2, 3, 64), 2**15, site=7)
   halves = [int(half) for x in blocks for half in (x & 0xFFFF, x >> 16)]
-  assert bits == [half < 2**15 for half in halves]
+  found = [mask[1, 2, 16 * quarter + column] for quarter in range(4)]
+  assert found == [half < 2**15 for half in halves]
 
 
 def test_masks_depend_on_the_key_and_the_site_alone():

@@ -7,6 +7,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from rescalevit_jax.models.ops import gradients
+
 
 class Linear(nn.Module):
   """A linear layer over the last axis, or the last two: y = x kernel + bias.
@@ -54,7 +56,7 @@ class Linear(nn.Module):
     kernel = self.reparametrize(kernel, train)
     y = x.reshape(-1, inputs).astype(self.dtype) @ kernel.astype(self.dtype)
     if self.bias_in_product:
-      y += bias.astype(self.dtype)
+      y = gradients.add_bias(y, bias)
     else:
       y = (y.astype(jnp.float32) + bias).astype(self.dtype)
     return y.reshape(*batch, *outputs)

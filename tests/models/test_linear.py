@@ -68,3 +68,24 @@ def test_add_to_batch_sums_the_gradient_over_the_batch():
     found,
     want,
   )
+
+
+def test_a_bias_gradient_is_summed_in_float32():
+  x = jnp.zeros((4096, 1), jnp.bfloat16)
+
+  def loss(bias):
+    return gradients.add_bias(x, bias).astype(jnp.float32).sum()
+
+  # bfloat16 has no number between 256 and 258.
+  assert jax.grad(loss)(jnp.zeros(1)) == 4096
+
+
+def test_the_gradients_have_derivatives_themselves():
+  def loss(x):
+    y, z, _ = gradients.fan_out(gradients.add_to_batch(x, x[0]))
+    flat = gradients.add_bias(y.reshape(-1, 4), z[0, 0, 0])
+    return (flat**3).sum()
+
+  direction = jax.random.normal(jax.random.key(4), X.shape)
+  found = jax.jvp(jax.grad(loss), (X,), (direction,))[1]
+  assert found.shape == X.shape and np.isfinite(found).all()

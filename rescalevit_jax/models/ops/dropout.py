@@ -1,18 +1,18 @@
-"""Dropout (Srivastava et al. 2014) with masks of a bit an element.
+"""Dropout (Srivastava et al. 2014) with masks that cost little.
 
 Stochastic depth (Huang et al. 2016) is dropout of a branch's whole output.
 
 All masks of a step come from one key: a Threefry-2x32 block has the counter
-(row, site and column), and its 64 bits decide on four elements. The masks are
-kept for the backward pass as packed words; jax.random would make a block and a
-byte for each element, and derive a key for each site.
+(row, site and column), and its 64 bits decide on four elements. jax.random
+would make a block for each element and derive a key for each site. On a GPU the
+masks are kept for the backward pass as packed words, not as a byte an element.
 """
-
-import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from rescalevit_jax import accelerator
 
 _ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
 _PARITY = np.uint32(0x1BD11BDA)
@@ -41,7 +41,7 @@ def drop(
   if key is None or kept == _LEVELS:
     return x
   shape = (len(x), *[1] * (x.ndim - 1)) if whole else x.shape
-  mask = unpack(packed_mask(key, site, shape, kept), shape[-1])
+  mask = random_mask(key, site, shape, kept)
   return jnp.where(mask, x * (_LEVELS / kept), 0).astype(x.dtype)
 
 
@@ -50,46 +50,64 @@ def step_key(key: jax.Array) -> jax.Array:
   return jax.random.bits(key, (2,), jnp.uint32)
 
 
-def packed_mask(
+def random_mask(
   key: jax.Array, site: int, shape: tuple[int, ...], kept: int
 ) -> jax.Array:
-  """Return a random mask as words; a bit depends on its place and key alone.
+  """Return a random mask; an element depends on its place and the key alone.
 
   Args:
     key: uint32 [2].
     site: number of the mask among those of this key.
     shape: of the mask, [..., D]; up to 2^32 rows.
-    kept: a bit is 1 with probability kept / 2^16.
+    kept: an element is True with probability kept / 2^16.
 
   Returns:
-    uint32 [..., W], W = ceil(D / 32): bit k of word w is element k W + w.
+    bool of that shape: its 4 parts along the last axis are made of the 4
+    quarters of the blocks with the counters (row, site and column in the part).
   """
   *rows, features = shape
   words = -(-features // (4 * _BLOCKS))
   assert words * _BLOCKS <= _MAX_COLUMNS
-  counters = (*rows, words, _BLOCKS)
-  row = jnp.zeros(counters, jnp.uint32)
-  for axis in range(len(rows)):
-    stride = np.uint32(math.prod(rows[axis + 1 :]))
-    row += stride * jax.lax.broadcasted_iota(jnp.uint32, counters, axis)
-  word, block = (
-    jax.lax.broadcasted_iota(jnp.uint32, counters, len(rows) + i)
-    for i in range(2)
-  )
-  column = np.uint32(site * _MAX_COLUMNS) + word * np.uint32(_BLOCKS) + block
-  x, y = threefry2x32(key[0], key[1], row, column)
-  low = np.uint32(_LEVELS - 1)
-  bits = jnp.zeros(counters, jnp.uint32)
-  for i, drawn in enumerate((x & low, x >> 16, y & low, y >> 16)):
-    bits |= (drawn < kept).astype(jnp.uint32) << (4 * block + np.uint32(i))
-  return bits.sum(-1, dtype=jnp.uint32)  # Each bit is in one block alone.
-
-
-def unpack(words: jax.Array, features: int) -> jax.Array:
-  """Return the mask, bool [..., D], of words [..., W]; see `packed_mask`."""
+  if accelerator.platform() == "cpu":
+    # The compiler makes the mask where it is used: faster than to unpack it.
+    parts = _quarters(key, site, rows, (_BLOCKS * words,), kept)
+    return jnp.concatenate(parts, axis=-1)[..., :features]
+  # Packed: bit 8 i + j of word w is element 8 i W + j W + w, for W words. A
+  # block has bits of one j alone. XLA does not make a sum anew for each use.
+  block = jnp.arange(_BLOCKS, dtype=jnp.uint32)[:, None]
+  packed = sum(
+    part.astype(jnp.uint32) << (block + np.uint32(_BLOCKS * i))
+    for i, part in enumerate(_quarters(key, site, rows, (_BLOCKS, words), kept))
+  ).sum(-2, dtype=jnp.uint32)
   bit = jnp.arange(4 * _BLOCKS, dtype=jnp.uint32)[:, None]
-  bits = (words[..., None, :] >> bit) & np.uint32(1)
-  return bits.reshape(*words.shape[:-1], -1)[..., :features] > 0
+  mask = (packed[..., None, :] >> bit) & np.uint32(1)
+  return mask.reshape(*rows, -1)[..., :features] > 0
+
+
+def _quarters(key, site, rows, columns, kept):
+  """Return four parts of a mask, bool [*rows, *columns] each."""
+  shape = (*rows, *columns)
+
+  def number(axes, offset):
+    """Number the elements of some axes from an offset on."""
+    strides = np.cumprod([1, *(shape[axis] for axis in axes[:0:-1])])[::-1]
+    return sum(
+      (
+        np.uint32(stride) * jax.lax.broadcasted_iota(jnp.uint32, shape, axis)
+        for axis, stride in zip(axes, strides, strict=True)
+      ),
+      start=jnp.full(shape, offset, jnp.uint32),
+    )
+
+  axes = list(range(len(shape)))
+  x, y = threefry2x32(
+    key[0],
+    key[1],
+    number(axes[: len(rows)], 0),
+    number(axes[len(rows) :], site * _MAX_COLUMNS),
+  )
+  low = np.uint32(_LEVELS - 1)
+  return [half < kept for half in (x & low, x >> 16, y & low, y >> 16)]
 
 
 def threefry2x32(
