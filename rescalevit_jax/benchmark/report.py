@@ -1,4 +1,4 @@
-"""What benchmark.py found, as text."""
+"""Write the results of a speed benchmark as Markdown."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any

@@ -1,4 +1,4 @@
-"""What benchmark.py compares with: the same sizes and recipe, by others.
+"""Peers to compare with: the same sizes and recipe, by others.
 
 Each peer trains on one batch that lies on the device: SGD with momentum, clip
 by global norm, cross-entropy, dropout at the same places as ours.
@@ -15,6 +15,7 @@ import numpy as np
 import optax
 
 from rescalevit_jax import models
+from rescalevit_jax.benchmark import memory
 
 _CLASSES = 10
 
@@ -109,9 +110,7 @@ class FlaxPeer:
 
   def memory_bytes(self) -> int:
     """Returns what a step takes of the device."""
-    import benchmark_worker
-
-    return benchmark_worker.memory(
+    return memory.used(
       self._train_step.lower(
         self._params, self._opt_state, *self._data, self._key
       ).compile()

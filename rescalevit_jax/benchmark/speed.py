@@ -1,8 +1,8 @@
 r"""Measures how fast training and evaluation are, and what a start takes.
 
-  python scripts/benchmark.py --config=configs/cifar_small.py \
+  python -m rescalevit_jax.benchmark --config=configs/cifar_small.py \
       --grid model.norm=LN,BN,GN,Rescale --peer
-  python scripts/benchmark.py --config=configs/vit_b16_ln.py \
+  python -m rescalevit_jax.benchmark --config=configs/vit_b16_ln.py \
       --grid model_name=ViT-B_16,ViT-B_32,ViT-L_16,ViT-L_32 --peer
 
 Flags and grid are those of rescalevit_jax.sweep. --peer adds timm's
@@ -29,20 +29,18 @@ import sys
 import tempfile
 import time
 
-import benchmark_report
-
 from rescalevit_jax import config as config_lib
 from rescalevit_jax import errors
 from rescalevit_jax import models
 from rescalevit_jax import program
 from rescalevit_jax import progress
 from rescalevit_jax import writers
+from rescalevit_jax.benchmark import report as report_lib
 from rescalevit_jax.models import flops
 from rescalevit_jax.sweep import grid
 
 _log = logging.getLogger("rescalevit_jax.benchmark")
 
-_FOLDER = pathlib.Path(__file__).resolve().parent
 _PEERS = {"flax": "flax", "timm": "timm"}  # Subjects, and what they import.
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "torch", "timm")
 _FIRST_STEP = "the first step is done"
@@ -144,7 +142,7 @@ def _run(args):
     "entries": [_entry(entry, entries) for entry in entries],
     "starts": starts,
   }
-  text = benchmark_report.markdown(report)
+  text = report_lib.markdown(report)
   writers.write_file(
     args.output / "benchmark.json", json.dumps(report, indent=2) + "\n"
   )
@@ -154,7 +152,7 @@ def _run(args):
 
 def _command(args):
   """Returns what was asked for, but for where files lie."""
-  words = ["python scripts/benchmark.py"]
+  words = ["python -m rescalevit_jax.benchmark"]
   words += [f"--config={text}" for text in args.config]
   words += [f"--grid={text}" for text in args.grid]
   words += [
@@ -182,7 +180,8 @@ def _measure(run, subject, options):
   done = subprocess.run(
     [
       sys.executable,
-      str(_FOLDER / "benchmark_worker.py"),
+      "-m",
+      "rescalevit_jax.benchmark.worker",
       subject,
       config_lib.to_json(run.config),
       json.dumps(options),
@@ -260,7 +259,7 @@ def _entry(entry, entries):
     "batch": config.batch,
     "dtype": rounds[0]["dtype"],
     "subject": entry["subject"],
-    "settings": benchmark_report.settings(
+    "settings": report_lib.settings(
       config, [other["run"].config for other in entries]
     ),
     **medians,
@@ -327,7 +326,3 @@ def _machine():
     "cores": len(os.sched_getaffinity(0)),
     "versions": versions,
   }
-
-
-if __name__ == "__main__":
-  sys.exit(main())
