@@ -12,9 +12,9 @@ from rescalevit_jax import config as config_lib
 from rescalevit_jax import errors
 from rescalevit_jax import experiment
 from rescalevit_jax import models
-from rescalevit_jax.models import attention
 from rescalevit_jax.models import branches
-from rescalevit_jax.models import dropout
+from rescalevit_jax.models.ops import attention
+from rescalevit_jax.models.ops import dropout
 
 
 def draw(shape, seed, dtype=np.float32):

@@ -11,7 +11,7 @@ import pytest
 from rescalevit_jax import models
 from rescalevit_jax.models import norms
 from rescalevit_jax.models import pointwise
-from rescalevit_jax.models import statistics
+from rescalevit_jax.models.ops import normalization
 
 D = 6
 X = np.random.default_rng(0).normal(0.5, 2.0, (3, 4, D)).astype(np.float32)
@@ -97,11 +97,11 @@ def test_gradient_of_normalize_is_that_of_its_formula(centered):
   def formula(x):
     mean = x.mean(-1, keepdims=True) if centered else 0
     var = jnp.square(x - mean).mean(-1, keepdims=True)
-    return (x - mean) / jnp.sqrt(var + statistics.EPSILON)
+    return (x - mean) / jnp.sqrt(var + normalization.EPSILON)
 
   weights = np.random.default_rng(1).normal(size=X.shape)
   found = jax.grad(
-    lambda x: (weights * statistics.normalize(x, (2,), centered)[0]).sum()
+    lambda x: (weights * normalization.normalize(x, (2,), centered)[0]).sum()
   )(X)
   want = jax.grad(lambda x: (weights * formula(x)).sum())(X)
   np.testing.assert_allclose(found, want, rtol=1e-4, atol=1e-5)

@@ -9,7 +9,7 @@ import trees
 
 from rescalevit_jax import models
 from rescalevit_jax import pretrained
-from rescalevit_jax.models import statistics
+from rescalevit_jax.models.ops import normalization
 
 _REASON = "needs torch and timm: pip install -e '.[timm]'"
 torch = pytest.importorskip("torch", reason=_REASON)
@@ -61,7 +61,7 @@ def test_logits_are_equal(image_size, classes, sizes, tmp_path):
     class_token=True,
     global_pool="token",
     # timm's own default, said here because the logits depend on it.
-    norm_layer=functools.partial(torch.nn.LayerNorm, eps=statistics.EPSILON),
+    norm_layer=functools.partial(torch.nn.LayerNorm, eps=normalization.EPSILON),
     act_layer=torch.nn.GELU,
   ).eval()
   theirs.load_pretrained(str(tmp_path / "a.npz"))
@@ -72,4 +72,4 @@ def test_logits_are_equal(image_size, classes, sizes, tmp_path):
 
 def test_the_epsilon_is_theirs():
   layer = vision_transformer.VisionTransformer(depth=1, embed_dim=12).norm
-  assert layer.eps == statistics.EPSILON
+  assert layer.eps == normalization.EPSILON

@@ -6,13 +6,13 @@ import jax.numpy as jnp
 
 from rescalevit_jax import accelerator
 from rescalevit_jax import errors
-from rescalevit_jax.models import attention as attention_lib
 from rescalevit_jax.models import fade as fade_lib
 from rescalevit_jax.models import initializers
 from rescalevit_jax.models import norms
 from rescalevit_jax.models import residuals
 from rescalevit_jax.models import variants
 from rescalevit_jax.models import vit
+from rescalevit_jax.models.ops import attention as attention_lib
 
 GELUS = ("erf", "tanh")
 POOLS = ("cls", "gap")
@@ -126,16 +126,13 @@ def create(
     residual = norms.NORMS[norm].RESIDUAL
   if dtype == "auto":
     dtype = "float32" if accelerator.platform() == "cpu" else "bfloat16"
+  head_dim = size.hidden_size // size.num_heads
   if attention == "auto":
-    head_dim = size.hidden_size // size.num_heads
-    attention = attention_lib.choose(jnp.dtype(dtype), head_dim)
-  if attention == "cudnn" and (
-    accelerator.platform() != "gpu" or jnp.dtype(dtype) != jnp.bfloat16
+    attention = attention_lib.choose(jnp.dtype(dtype), head_dim).implementation
+  elif attention == "cudnn" and (
+    problem := attention_lib.cudnn_problem(jnp.dtype(dtype), head_dim)
   ):
-    raise errors.UserError(
-      "model.attention: cudnn needs a GPU and dtype bfloat16, but this is"
-      f" {accelerator.platform()} and {dtype}; choose auto"
-    )
+    raise errors.UserError(f"model.attention: {problem}; choose auto or xla")
   return vit.VisionTransformer(
     num_classes=num_classes,
     norm=norm,

@@ -10,11 +10,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from rescalevit_jax.models import attention
-from rescalevit_jax.models import dropout
 from rescalevit_jax.models import initializers
 from rescalevit_jax.models import norms
 from rescalevit_jax.models import sigma
+from rescalevit_jax.models.ops import attention
+from rescalevit_jax.models.ops import dropout
 
 
 class MultiHeadAttention(nn.Module):

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from rescalevit_jax import accelerator
-from rescalevit_jax.models import statistics
+from rescalevit_jax.models.ops import normalization
 
 # How far a place has faded is counted in parts, since an average of the weights
 # takes integers as they are: it ends at `FULL` exactly.
@@ -101,19 +101,19 @@ def normalize(
 
 def _forward(x, log_frozen, share):
   mean = x.mean(-1, keepdims=True)
-  var = jnp.square(x - mean).mean(-1, keepdims=True) + statistics.EPSILON
+  var = jnp.square(x - mean).mean(-1, keepdims=True) + normalization.EPSILON
   own, log_own = jax.lax.rsqrt(var), 0.5 * jnp.log(var)
   # Exactly LayerNorm's at 0, exactly the frozen one at 1.
   between = own * jnp.exp(share * (log_own - log_frozen))
   scale = jnp.where(share < 1, between, jnp.exp(-log_frozen))
-  if accelerator.platform() == "cpu":  # As in `statistics`.
+  if accelerator.platform() == "cpu":  # As in `normalization`.
     mean, own, scale = jax.lax.optimization_barrier((mean, own, scale))
   return ((x - mean) * scale, log_own), (x, mean, own, scale, share)
 
 
 def _backward(residuals, gradients):
-  # As in `statistics`, but that scale goes with sigma^(share - 1): with y the
-  # normalized x,
+  # As in `normalization`, with a scale that depends on sigma^(share - 1): with
+  # y the normalized x,
   #   dx = scale * (dy - mean(dy) - (1 - share) * y * mean(dy * y)).
   x, mean, own, scale, share = residuals
   dy, _ = gradients

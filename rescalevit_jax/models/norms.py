@@ -15,7 +15,7 @@ import numpy as np
 from rescalevit_jax.models import base
 from rescalevit_jax.models import fade
 from rescalevit_jax.models import pointwise
-from rescalevit_jax.models import statistics
+from rescalevit_jax.models.ops import normalization
 
 IN_MLP = "BatchNorm_1"  # The name of a norm inside the MLP.
 
@@ -40,7 +40,7 @@ class LayerNorm(Affine):
   """Over the channels of each token (Ba et al. 2016, arXiv:1607.06450)."""
 
   def normalize(self, x, train):
-    return statistics.normalize(x, (2,))[0]
+    return normalization.normalize(x, (2,))[0]
 
 
 class Fade(Affine):
@@ -119,7 +119,7 @@ class GroupNorm(Affine):
 
   def normalize(self, x, train):
     groups = x.reshape(*x.shape[:2], self.GROUPS, -1)
-    return statistics.normalize(groups, (1, 3))[0].reshape(x.shape)
+    return normalization.normalize(groups, (1, 3))[0].reshape(x.shape)
 
 
 class BatchNorm(Affine):
@@ -139,9 +139,9 @@ class BatchNorm(Affine):
 
   def normalize(self, x, train):
     if not train:
-      scale = jax.lax.rsqrt(self.var.value + statistics.EPSILON)
+      scale = jax.lax.rsqrt(self.var.value + normalization.EPSILON)
       return (x - self.mean.value) * scale
-    y, mean, var = statistics.normalize(x, (0, 1))
+    y, mean, var = normalization.normalize(x, (0, 1))
     if not self.is_initializing():
       count = x.shape[0] * x.shape[1]
       unbiased = var[0, 0] * count / (count - 1)
@@ -174,7 +174,7 @@ class RMSNorm(base.Norm):
   def __call__(self, x, train):
     scale = self.param("scale", nn.initializers.ones, (self.features,))
     x = x.astype(jnp.float32)
-    y, _, _ = statistics.normalize(x, (x.ndim - 1,), False)
+    y, _, _ = normalization.normalize(x, (x.ndim - 1,), False)
     return (y * scale).astype(self.dtype)
 
 

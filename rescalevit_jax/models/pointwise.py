@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from rescalevit_jax.models import base
-from rescalevit_jax.models import statistics
+from rescalevit_jax.models.ops import normalization
 
 # The collection of what a calibration has measured so far. Where it is mutable,
 # what can be calibrated is: see `Pointwise`.
@@ -39,7 +39,7 @@ class Pointwise(base.Norm):
     x = x.astype(jnp.float32)
     if self.is_calibrating():
       square = self.average("square", jnp.square(self.centered(x)).mean())
-      alpha = jax.lax.rsqrt(jnp.maximum(square, statistics.EPSILON**2))[None]
+      alpha = jax.lax.rsqrt(jnp.maximum(square, normalization.EPSILON**2))[None]
       self.put_variable("params", "alpha", alpha)
     return self.mapped(x, alpha, scale, bias).astype(self.dtype)
 

@@ -13,11 +13,11 @@ import jax
 import jax.numpy as jnp
 
 from rescalevit_jax.models import branches
-from rescalevit_jax.models import dropout
 from rescalevit_jax.models import fade as fade_lib
 from rescalevit_jax.models import initializers
 from rescalevit_jax.models import norms
 from rescalevit_jax.models import residuals
+from rescalevit_jax.models.ops import dropout
 
 
 class PatchEmbedding(nn.Module):

@@ -6,26 +6,62 @@ The gradient is written out, so that forward-mode differentiation works over it
 Shapes: B images, N tokens, h heads of d channels.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 
 from rescalevit_jax import accelerator
+from rescalevit_jax.models.ops import cudnn
 
 IMPLEMENTATIONS = ("auto", "xla", "cudnn")
 
 
-def choose(dtype: jnp.dtype, head_dim: int) -> str:
-  """Returns what 'auto' means here: 'cudnn' where it can be had, else 'xla'.
+@dataclasses.dataclass(frozen=True)
+class Choice:
+  """An implementation of attention, and why it was chosen."""
 
-  cuDNN's needs bfloat16; here also a GPU of NVIDIA's Hopper generation or newer
-  and heads of up to 128 channels, a multiple of 8.
+  implementation: str
+  reason: str
+
+
+def choose(dtype: jnp.dtype, head_dim: int) -> Choice:
+  """Return the fastest implementation that runs here: 'cudnn' or 'xla'.
+
+  Token counts do not matter: cuDNN takes any without a bias.
+
+  Args:
+    dtype: of queries, keys and values.
+    head_dim: channels of a head.
   """
-  if dtype != jnp.bfloat16 or head_dim > 128 or head_dim % 8:
-    return "xla"  # Without a look at the devices, which would start them.
+  problem = cudnn_problem(dtype, head_dim)
+  if problem:
+    return Choice("xla", problem)
+  return Choice("cudnn", "fused, keeps no probabilities in memory")
+
+
+def cudnn_problem(dtype: jnp.dtype, head_dim: int) -> str | None:
+  """Return the reason why cuDNN's attention cannot run here, or None.
+
+  Devices are asked last, since that starts them.
+  """
+  if dtype not in (jnp.bfloat16, jnp.float16):
+    return f"cuDNN needs bfloat16 or float16, not {dtype.name}"
+  if head_dim > 128 or head_dim % 8:
+    return (
+      f"cuDNN needs heads of at most 128 channels, a multiple of 8, not"
+      f" {head_dim}"
+    )
   device = accelerator.current()
-  if device.platform == "gpu" and device.compute_capability >= (9, 0):
-    return "cudnn"
-  return "xla"
+  if device.platform != "gpu":
+    return f"cuDNN needs an NVIDIA GPU, not a {device.platform.upper()}"
+  if device.compute_capability < (8, 0):
+    major, minor = device.compute_capability
+    return (
+      "cuDNN needs compute capability 8.0 (Ampere) or newer, not"
+      f" {major}.{minor}"
+    )
+  return None
 
 
 def attend(
@@ -37,12 +73,10 @@ def attend(
     query: [B, N, h, d].
     key: likewise.
     value: likewise.
-    implementation: 'xla', or 'cudnn', which needs bfloat16.
+    implementation: 'xla', or 'cudnn' where `cudnn_problem` has none.
   """
   if implementation == "cudnn":
-    return jax.nn.dot_product_attention(
-      query, key, value, implementation="cudnn"
-    )
+    return cudnn.attend(query, key, value)
   return _attend(query, key, value)
 
 
