@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from rescalevit_jax.models import initializers
+from rescalevit_jax.models import linear
 from rescalevit_jax.models import norms
 from rescalevit_jax.models import sigma
 from rescalevit_jax.models.ops import attention
@@ -39,9 +40,7 @@ class MultiHeadAttention(nn.Module):
   def __call__(self, x, train):
     features = x.shape[-1]
     head_dim = features // self.num_heads
-    Linear = nn.DenseGeneral
-    if self.sigma_reparam:
-      Linear = functools.partial(sigma.SigmaLinear, train=train)
+    Linear = sigma.SigmaLinear if self.sigma_reparam else linear.Linear
 
     def project(name):
       return Linear(
@@ -50,7 +49,7 @@ class MultiHeadAttention(nn.Module):
         bias_init=self.scheme.attention_bias(features),
         dtype=self.dtype,
         name=name,
-      )(x)
+      )(x, train)
 
     query, key, value = project("query"), project("key"), project("value")
     if self.qk_norm:
@@ -63,12 +62,12 @@ class MultiHeadAttention(nn.Module):
     y = attention.attend(query, key, value, self.implementation)
     return Linear(
       features,
-      axis=(-2, -1),
+      input_axes=2,
       kernel_init=self.scheme.attention_kernel,
       bias_init=self.scheme.attention_bias(features),
       dtype=self.dtype,
       name="out",
-    )(y)
+    )(y, train)
 
 
 class Mlp(nn.Module):
@@ -84,9 +83,7 @@ class Mlp(nn.Module):
 
   @nn.compact
   def __call__(self, x, train):
-    Linear = nn.Dense
-    if self.sigma_reparam:
-      Linear = functools.partial(sigma.SigmaLinear, train=train)
+    Linear = sigma.SigmaLinear if self.sigma_reparam else linear.Linear
 
     def dense(features, name):
       return Linear(
@@ -98,13 +95,13 @@ class Mlp(nn.Module):
       )
 
     features = x.shape[-1]
-    x = dense(self.mlp_dim, "Dense_0")(x)
+    x = dense(self.mlp_dim, "Dense_0")(x, train)
     Norm = norms.NORMS[self.norm]
     if Norm.IN_MLP:
       x = Norm(self.mlp_dim, self.dtype, name=norms.IN_MLP)(x, train)
     x = nn.gelu(x) if self.gelu == "tanh" else gelu_erf(x)
     x = dropout.Dropout(self.dropout_rate)(x, train)
-    x = dense(features, "Dense_1")(x)
+    x = dense(features, "Dense_1")(x, train)
     return dropout.Dropout(self.dropout_rate)(x, train)
 
 

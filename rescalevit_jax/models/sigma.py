@@ -1,47 +1,35 @@
 """Linear layers that learn their largest singular value."""
 
-import math
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from rescalevit_jax.models import linear
+
 _FIRST_ITERATIONS = 16
 
 
-class SigmaLinear(nn.DenseGeneral):
+class SigmaLinear(linear.Linear):
   """A linear layer with the kernel gamma / sigma(W) * W.
 
   sigmaReparam (Zhai et al. 2023, arXiv:2303.06296): sigma(W) is the largest
   singular value of the parameter `kernel` as a matrix [inputs, outputs], and
-  gamma is learned, from 1. sigma(W) = |W v|, where v is improved by one step of
-  power iteration in each training pass and kept in `batch_stats`. v counts as a
-  constant in the gradient, as there: sigma's is then that of u^T W v with u =
-  W v / |W v|.
-
-  Attributes:
-    train: whether this is a training pass.
+  gamma is learned, from 1. sigma(W) = |W v|. One step of power iteration in
+  each training pass improves v, which is kept in `batch_stats`. As in the
+  paper, v is a constant in the gradient, so sigma's gradient is that of u^T W v
+  with u = W v / |W v|.
   """
 
-  train: bool = False
-
-  def param(self, name: str, *args: Any, **kwargs: Any) -> Any:
-    """Returns a parameter; of the kernel, what takes its place."""
-    value = super().param(name, *args, **kwargs)
-    return self._reparametrized(value) if name == "kernel" else value
-
-  def _reparametrized(self, kernel):
-    inputs = 1 if isinstance(self.axis, int) else len(self.axis)
-    matrix = kernel.reshape(math.prod(kernel.shape[:inputs]), -1)
-
+  def reparametrize(self, kernel, train):
     def first():
-      v = jax.random.normal(self.make_rng("params"), matrix.shape[1:])
-      return singular_vector(matrix, v)
+      v = jax.random.normal(self.make_rng("params"), kernel.shape[1:])
+      return singular_vector(kernel, v)
 
     v = self.variable("batch_stats", "singular_vector", first)
-    if self.train and not self.is_initializing():
-      v.value = _improved(matrix, v.value)
+    if train and not self.is_initializing():
+      v.value = _improved(kernel, v.value)
     gamma = self.param("gamma", nn.initializers.ones, (1,))
     return kernel * (gamma / largest(kernel, v.value))
 

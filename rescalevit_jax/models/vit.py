@@ -17,6 +17,7 @@ from rescalevit_jax.models import fade as fade_lib
 from rescalevit_jax.models import initializers
 from rescalevit_jax.models import norms
 from rescalevit_jax.models import residuals
+from rescalevit_jax.models.ops import batch_sum
 from rescalevit_jax.models.ops import dropout
 
 
@@ -52,15 +53,21 @@ class PatchEmbedding(nn.Module):
 
 
 class PositionEmbedding(nn.Module):
-  """Adds a learned vector to each token: [B, N, D] -> [B, N, D]."""
+  """Prepends the class token, then adds a learned vector to each token.
+
+  Maps patches [B, N - 1, D] and the class token [1, 1, D] to [B, N, D].
+  """
 
   scheme: initializers.Scheme
 
   @nn.compact
-  def __call__(self, x):
-    shape = (1, *x.shape[1:])
+  def __call__(self, patches, cls):
+    _, count, features = patches.shape
+    shape = (1, count + 1, features)
     pos = self.param("pos_embedding", self.scheme.position, shape)
-    return x + pos.astype(x.dtype)
+    pos = pos + jnp.pad(cls, ((0, 0), (0, count), (0, 0)))
+    patches = jnp.pad(patches, ((0, 0), (1, 0), (0, 0)))
+    return batch_sum.add(patches, pos[0].astype(patches.dtype))
 
 
 class EncoderBlock(nn.Module):
@@ -142,7 +149,7 @@ class EncoderBlock(nn.Module):
 
 
 class Encoder(nn.Module):
-  """Position embedding, the blocks, the final norm: [B, N, D] -> [B, N, D]."""
+  """Class token and positions, the blocks, the final norm: -> [B, N, D]."""
 
   num_layers: int
   num_heads: int
@@ -162,8 +169,8 @@ class Encoder(nn.Module):
   fade: fade_lib.Schedule | None = None
 
   @nn.compact
-  def __call__(self, x, train):
-    x = PositionEmbedding(self.scheme, name="posembed_input")(x)
+  def __call__(self, patches, cls, train):
+    x = PositionEmbedding(self.scheme, name="posembed_input")(patches, cls)
     x = dropout.Dropout(self.dropout_rate)(x, train)
     Block = EncoderBlock
     if self.remat:
@@ -245,8 +252,6 @@ class VisionTransformer(nn.Module):
       self.patch_size, self.hidden_size, scheme, self.dtype, name="embedding"
     )(images)
     cls = self.param("cls", scheme.cls, (1, 1, self.hidden_size))
-    cls = cls.astype(self.dtype)
-    x = jnp.concatenate([jnp.tile(cls, (len(x), 1, 1)), x], axis=1)
     x = Encoder(
       num_layers=self.num_layers,
       num_heads=self.num_heads,
@@ -265,7 +270,7 @@ class VisionTransformer(nn.Module):
       dtype=self.dtype,
       fade=self.fade,
       name="Transformer",
-    )(x, train)
+    )(x, cls, train)
     if self.pool == "cls":
       x = x[:, 0].astype(jnp.float32)
     else:

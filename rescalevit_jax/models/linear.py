@@ -1,0 +1,58 @@
+"""Linear layers, computed as one matrix product over flat arrays."""
+
+import math
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+
+class Linear(nn.Module):
+  """A linear layer over the last axis, or the last two: y = x kernel + bias.
+
+  Parameters are those of `flax.linen.DenseGeneral`. Arrays are flat around the
+  product. A bias of shape [h, d] is otherwise broadcast to a whole activation
+  in memory, and XLA transposes the activations for the kernel's gradient.
+
+  Attributes:
+    features: size of the output's last axis, or of its last two.
+    input_axes: number of axes of the input that are summed over.
+    kernel_init: initializer of the kernel as a matrix [inputs, outputs].
+    bias_init: initializer of the bias.
+    dtype: of the computation.
+  """
+
+  features: int | tuple[int, ...]
+  input_axes: int = 1
+  kernel_init: Any = nn.initializers.lecun_normal()
+  bias_init: Any = nn.initializers.zeros
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+    """Map x [..., inputs] to [..., outputs]."""
+    outputs = self.features
+    if isinstance(outputs, int):
+      outputs = (outputs,)
+    *batch, inputs = (
+      *x.shape[: x.ndim - self.input_axes],
+      math.prod(x.shape[x.ndim - self.input_axes :]),
+    )
+
+    def kernel_init(key, shape):
+      matrix = (inputs, math.prod(outputs))
+      return self.kernel_init(key, matrix).reshape(shape)
+
+    shape = (*x.shape[x.ndim - self.input_axes :], *outputs)
+    kernel = self.param("kernel", kernel_init, shape).reshape(inputs, -1)
+    bias = self.param("bias", self.bias_init, outputs).reshape(-1)
+    kernel = self.reparametrize(kernel, train)
+    y = x.reshape(-1, inputs).astype(self.dtype) @ kernel.astype(self.dtype)
+    y += bias.astype(self.dtype)
+    return y.reshape(*batch, *outputs)
+
+  def reparametrize(self, kernel: jax.Array, train: bool) -> jax.Array:
+    """Return the matrix to multiply by, [inputs, outputs]."""
+    del train
+    return kernel
