@@ -2,7 +2,8 @@
 
 Where they lie is in `checkpoint_folders`. `variables` holds the collections
 `params` and `batch_stats` as they are evaluated; where those are averages over
-the steps, `optimizer` has the ones that training goes on with. A checkpoint is
+the steps, `optimizer` has the ones that training goes on with. `loss_scale` is
+there if the run computes in float16. A checkpoint is
 written to a temporary folder and renamed, so that what has its final name was
 whole; sums of its files tell whether it still is.
 """
@@ -19,7 +20,9 @@ import orbax.checkpoint as ocp
 from rescalevit_jax import checkpoint_folders
 from rescalevit_jax import checksums
 from rescalevit_jax import errors
+from rescalevit_jax import loss_scale as loss_scale_lib
 from rescalevit_jax import processes
+from rescalevit_jax import sharding
 from rescalevit_jax import step as step_lib
 
 _log = logging.getLogger(__name__)
@@ -43,6 +46,7 @@ class Progress:
     summed_steps: steps since the last line of diagnostics.
     clipped_steps: how many of them had their gradient clipped.
     effective_lr: sum of their learning rates after clipping.
+    skipped_steps: steps of the run whose gradient overflowed float16.
   """
 
   step: int = 0
@@ -58,6 +62,7 @@ class Progress:
   summed_steps: int = 0
   clipped_steps: int = 0
   effective_lr: float = 0.0
+  skipped_steps: int = 0
 
 
 class Checkpoints:
@@ -91,16 +96,16 @@ class Checkpoints:
     Raises:
       UserError: it, or the one before it, cannot be written.
     """
+    items = {
+      "variables": ocp.args.StandardSave(state.evaluated),
+      "optimizer": ocp.args.StandardSave(_optimizer(state)),
+      "progress": ocp.args.JsonSave(dataclasses.asdict(progress)),
+    }
+    if state.loss_scale is not None:
+      items["loss_scale"] = ocp.args.StandardSave(state.loss_scale)
     with _writing(self._last):
       self._best.wait_until_finished()  # `progress` tells of it.
-      self._last.save(
-        progress.step,
-        args=ocp.args.Composite(
-          variables=ocp.args.StandardSave(state.evaluated),
-          optimizer=ocp.args.StandardSave(_optimizer(state)),
-          progress=ocp.args.JsonSave(dataclasses.asdict(progress)),
-        ),
-      )
+      self._last.save(progress.step, args=ocp.args.Composite(**items))
 
   def save_best(self, state: step_lib.TrainState, progress: Progress) -> None:
     """Saves the best variables so far.
@@ -131,19 +136,34 @@ class Checkpoints:
     Raises:
       UserError: the checkpoint cannot be read or is of another model.
     """
-    args = ocp.args.Composite(
-      variables=ocp.args.StandardRestore(like.evaluated),
-      optimizer=ocp.args.StandardRestore(_optimizer(like)),
-      progress=ocp.args.JsonRestore(),
-    )
-    found = _restore(
-      self._last, lambda manager, step: manager.restore(step, args=args)
-    )
+
+    def read(manager, step):
+      items = {
+        "variables": ocp.args.StandardRestore(like.evaluated),
+        "optimizer": ocp.args.StandardRestore(_optimizer(like)),
+        "progress": ocp.args.JsonRestore(),
+      }
+      saved = pathlib.Path(manager.directory) / str(step) / "loss_scale"
+      if like.loss_scale is not None and saved.exists():
+        items["loss_scale"] = ocp.args.StandardRestore(like.loss_scale)
+      return manager.restore(step, args=ocp.args.Composite(**items))
+
+    found = _restore(self._last, read)
     variables = found["variables"]
     if like.ema is not None:
       variables = {"ema": variables}
-    state = step_lib.TrainState(**variables, **found["optimizer"])
     progress = Progress(**found["progress"])
+    loss_scale = None
+    if "loss_scale" in found:
+      loss_scale = found["loss_scale"]
+    elif like.loss_scale is not None:  # Until now the run had another dtype.
+      loss_scale = sharding.put(
+        loss_scale_lib.create(progress.skipped_steps),
+        like.loss_scale.scale.sharding,
+      )
+    state = step_lib.TrainState(
+      **variables, **found["optimizer"], loss_scale=loss_scale
+    )
     self.forget_best(after=progress.best_step)
     best = progress.best_step
     if best in (0, *self._best.all_steps()):
@@ -205,12 +225,12 @@ def load_variables(
       f"{workdir}: no {which} checkpoint; --workdir must be the folder of a run"
       " that has saved one"
     )
-  sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+  device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
 
   def read(manager, step):
     checksums.verify(pathlib.Path(manager.directory) / str(step))
     like = jax.tree.map(
-      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device),
       manager.item_metadata(step)["variables"],
     )
     args = ocp.args.Composite(variables=ocp.args.StandardRestore(like))
@@ -234,6 +254,7 @@ def _manager(workdir, kind, keep, *, readonly=False):
     item_handlers={
       "variables": ocp.StandardCheckpointHandler(),
       "optimizer": ocp.StandardCheckpointHandler(),
+      "loss_scale": ocp.StandardCheckpointHandler(),
       "progress": ocp.JsonCheckpointHandler(),
     },
     options=ocp.CheckpointManagerOptions(

@@ -1,6 +1,6 @@
 """The folders of a run's checkpoints: which there are, which are whole.
 
-checkpoints/last/STEP/{variables,optimizer,progress}
+checkpoints/last/STEP/{variables,optimizer,loss_scale,progress}
 checkpoints/best/STEP/{variables,progress}
 checkpoints/damaged/{last,best}-STEP    out of a resumed run's way
 checkpoints/forgotten                   while it is deleted

@@ -256,7 +256,8 @@ KEYS = {
   ),
   "dtype": config_key.Key(
     "auto",
-    "of the computation; `auto`: `bfloat16` on GPU and TPU, else `float32`",
+    "of the computation; `auto`: `bfloat16` on TPU and GPU, `float16` on a GPU"
+    " without `bfloat16` (T4, V100), `float32` on a CPU",
     models.DTYPES,
   ),
   "deterministic": config_key.Key(

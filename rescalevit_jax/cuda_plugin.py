@@ -8,10 +8,8 @@ half, jax-cuda12-plugin, is installed as well.
 
 from collections.abc import Iterator
 import contextlib
-import importlib
 import importlib.util
 import logging
-import os
 import sys
 import types
 
@@ -48,6 +46,8 @@ def hide_if_compile_only() -> None:
 def compile_only_devices(description: str, count: int) -> list[jax.Device]:
   """Return devices to compile for, which need not exist.
 
+  Called before JAX starts its devices, or with a plugin that is not hidden.
+
   Args:
     description: XLA's target config, as text.
     count: GPUs of one host.
@@ -61,7 +61,9 @@ def compile_only_devices(description: str, count: int) -> list[jax.Device]:
       f" pip install jax-cuda12-pjrt=={jax.lib.__version__}"
       " nvidia-cuda-nvcc-cu12"
     )
-  _load()
+  if isinstance(sys.modules.get(_PLUGIN), _NoPlugin):
+    del sys.modules[_PLUGIN]
+  logging.getLogger(_PLUGIN).setLevel(logging.ERROR)  # It misses the rest.
   return topologies.get_topology_desc(
     platform="cuda", target_config=description, topology=f"1x1x{count}"
   ).devices
@@ -77,18 +79,6 @@ def without_cache() -> Iterator[None]:
     yield
   finally:
     jax.config.update(key, seconds)
-
-
-def _load() -> None:
-  """Register the plugin, if JAX has not done so, without its warnings."""
-  hide_if_compile_only()
-  if isinstance(sys.modules.get(_PLUGIN), _NoPlugin):
-    jax.devices()  # JAX looks for plugins once.
-    del sys.modules[_PLUGIN]
-    plugin = importlib.import_module(_PLUGIN)
-    logging.getLogger(_PLUGIN).setLevel(logging.ERROR)
-    os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
-    plugin.initialize()
 
 
 def _is_installed(module: str) -> bool:

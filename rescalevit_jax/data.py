@@ -2,10 +2,8 @@
 
 from collections.abc import Sequence
 import dataclasses
-import functools
 import logging
 import math
-import threading
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -13,10 +11,10 @@ import tensorflow_datasets as tfds
 from rescalevit_jax import array_cache
 from rescalevit_jax import builders
 from rescalevit_jax import errors
+from rescalevit_jax import index_shuffle
 from rescalevit_jax import records
 
 _log = logging.getLogger(__name__)
-_sorting = threading.Lock()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,24 +135,15 @@ def indices(seed: int, step: int, batch: int, num_examples: int) -> np.ndarray:
   Returns:
     int32 [batch], each at least 0 and below `num_examples`.
   """
-  start = (step - 1) * batch
-  epochs = range(start // num_examples, (start + batch - 1) // num_examples + 1)
+  start, stop = (step - 1) * batch, step * batch
   parts = []
-  for epoch in epochs:
-    with _sorting:  # Threads that read ahead all come to a new epoch.
-      order = _order(seed, epoch, num_examples)
-    first = start - epoch * num_examples
-    parts.append(order[max(first, 0) : first + batch])
+  for epoch in range(start // num_examples, (stop - 1) // num_examples + 1):
+    first = epoch * num_examples
+    places = np.arange(
+      max(start - first, 0), min(stop - first, num_examples), dtype=np.int64
+    )
+    parts.append(index_shuffle.shuffle(places, num_examples, seed, epoch))
   return np.concatenate(parts)
-
-
-@functools.lru_cache(maxsize=2)
-def _order(seed: int, epoch: int, num_examples: int) -> np.ndarray:
-  # Sorting raw bits: numpy promises these for all its versions, while the
-  # algorithm of Generator.permutation may change.
-  bits = np.random.PCG64(np.random.SeedSequence([seed, epoch]))
-  order = np.argsort(bits.random_raw(num_examples), kind="stable")
-  return order.astype(np.int32)
 
 
 def _hold_out(train, count, name):
@@ -163,9 +152,11 @@ def _hold_out(train, count, name):
       f"config: data.held_out is {count}, but {name} has only {len(train)}"
       " training images"
     )
-  # The same images whatever the run's seed.
-  order = _order(2**32, 0, len(train))
-  return train.at(np.sort(order[count:])), train.at(np.sort(order[:count]))
+  # The same images whatever the run's seed, which is below 2^32.
+  test = index_shuffle.shuffle(np.arange(count), len(train), 2**32, 0)
+  is_test = np.zeros(len(train), bool)
+  is_test[test] = True
+  return train.at(np.flatnonzero(~is_test)), train.at(np.flatnonzero(is_test))
 
 
 def _test_split(builder):

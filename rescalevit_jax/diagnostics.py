@@ -18,6 +18,7 @@ evaluation split, prepared as in evaluation, always the same.
 """
 
 import functools
+import math
 from typing import Any
 
 import jax
@@ -131,7 +132,7 @@ class Diagnostics:
   ):
     self._config = config = experiment.config
     self._progress = progress
-    self._train_step = experiment.train_step()
+    self._experiment = experiment
     self._compiled = False
     if not config.diagnostics_every:
       self._restart_sums()  # Should they be switched on later.
@@ -165,15 +166,16 @@ class Diagnostics:
     """
     every = self._config.diagnostics_every
     arguments = (images, labels, np.uint32(self._config.seed))
+    train_step = self._experiment.train_step(step)
     if every and not self._compiled:
       self._programs.compile(state, images, labels)
       self._compiled = True
     if not every or (step % every and step != 1):
-      return self._train_step(state, *arguments)
+      return train_step(state, *arguments)
     found, before = self._programs.before_step(state, images, labels)
     if step == 1 or step // every % SHARPNESS_EVERY == 0:
       found |= self._programs.sharpness(state)
-    state, metrics = self._train_step(state, *arguments)
+    state, metrics = train_step(state, *arguments)
     found |= self._programs.after_step(before, state.params)
     return state, {**metrics, "diagnostics": found}
 
@@ -197,7 +199,8 @@ class Diagnostics:
     sums = self._progress
     sums.summed_steps += 1
     sums.clipped_steps += factor < 1
-    sums.effective_lr += float(self._rates[step - 1]) * factor
+    count = step - 1 - sums.skipped_steps
+    sums.effective_lr += float(self._rates[count]) * factor
     if "diagnostics" not in metrics:
       return None
     line = {
@@ -222,5 +225,10 @@ def clip_factor(grad_norm: float, clip: float) -> float:
   Args:
     grad_norm: before any clipping.
     clip: `grad_norm_clip`; 0: no clipping.
+
+  Returns:
+    The factor; 0 for a gradient that is not finite, whose step is skipped.
   """
+  if not math.isfinite(grad_norm):
+    return 0.0
   return min(1.0, clip / grad_norm) if clip and grad_norm else 1.0

@@ -8,6 +8,7 @@ from typing import Any
 
 from flax import linen as nn
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 import ml_collections
 import numpy as np
@@ -88,23 +89,46 @@ class Experiment:
     )
     return places.reshape(config.accum_steps, -1)
 
-  def train_step(self) -> Callable[..., Any]:
+  def train_step(self, step: int) -> Callable[..., Any]:
     """Returns `step.train_step`, compiled when it is first called.
 
     Its arguments are the state, which is given away, and images, labels and
     seed. The seed is one of them, and not part of the program, so that runs
     with other seeds find it compiled.
+
+    Args:
+      step: number of the step, from 1. Norms that do less after their first
+        passes have a second program, from step `settled_from` on.
     """
-    return jax.jit(
-      functools.partial(
+    return self._train_steps[1 < self.settled_from <= step]
+
+  @functools.cached_property
+  def settled_from(self) -> int:
+    """The first step whose passes all come after `Norm.SETTLES_AFTER`.
+
+    1, hence never, in float16, where steps may be skipped.
+    """
+    if self.model.dtype == jnp.float16:
+      return 1
+    passes = norms.NORMS[self.config.model.norm].SETTLES_AFTER
+    return 1 + -(-passes // self.config.accum_steps)
+
+  @functools.cached_property
+  def _train_steps(self):
+    """The training step by whether norms have settled."""
+
+    def compiled(settled):
+      step = functools.partial(
         step_lib.train_step,
         optimizer=self.optimizer,
         ema_decay=self.config.ema_decay,
+        settled=settled,
         **self.gradient_options(),
-      ),
-      out_shardings=(self.places(), sharding.replicated(self.mesh)),
-      donate_argnums=0,
-    )
+      )
+      shardings = (self.places(), sharding.replicated(self.mesh))
+      return jax.jit(step, out_shardings=shardings, donate_argnums=0)
+
+    return {settled: compiled(settled) for settled in (False, True)}
 
   def gradient_options(self) -> dict[str, Any]:
     """Returns the arguments of `step.gradient` that the config decides."""
@@ -147,14 +171,15 @@ class Experiment:
 
   @functools.cached_property
   def _shapes(self):
-    return jax.eval_shape(self._init, 0)
+    return jax.eval_shape(self._init, np.uint32(self.config.seed))
 
-  def _init(self, seed):
-    return step_lib.init_state(
+  @functools.cached_property  # JAX traces the same object once for all uses.
+  def _init(self):
+    return functools.partial(
+      step_lib.init_state,
       self.model,
       self.optimizer,
       self.config.image_size,
-      seed,
       averages=self.config.ema_decay > 0,
     )
 

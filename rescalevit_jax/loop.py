@@ -76,6 +76,7 @@ class Trainer:
     )
     self._metrics = None  # Of the step that the device works on.
     self._first_step = progress.step + 1
+    self._settled_from = experiment.settled_from
     self._profile = profile.Profile(
       folder / "profile",
       progress.step + 1 + _WARM_UP_STEPS,
@@ -128,6 +129,9 @@ class Trainer:
       _log.info("the first step is done after %.1f s", seconds)
       self._writer.open()
       self._timer.first_step_done(step)
+    elif step == self._settled_from:  # A second program was compiled.
+      jax.block_until_ready(metrics)
+      self._timer.first_step_done(step)
 
   def _finish_step(self):
     """Waits for the metrics of the last step and reports on it."""
@@ -136,28 +140,54 @@ class Trainer:
     step, metrics = self._progress.step, jax.device_get(self._metrics)
     self._metrics = None
     loss, grad_norm = float(metrics["loss"]), float(metrics["grad_norm"])
+    scaling = {}  # Of float16.
+    if "loss_scale" in metrics:
+      self._progress.skipped_steps = int(metrics["skipped_steps"])
+      scaling = {
+        "train/loss_scale": float(metrics["loss_scale"]),
+        "train/skipped_steps": self._progress.skipped_steps,
+      }
     if not math.isfinite(loss + grad_norm):
-      self._fail(f"loss {loss}, gradient norm {grad_norm}")
-    self._report(step, loss, grad_norm)
+      self._skip_or_fail(loss, grad_norm, scaling.get("train/loss_scale"))
+    self._report(step, loss, grad_norm, scaling)
     if line := self._diagnostics.finish_step(step, metrics):
       self._writer.write(step, line)
 
-  def _report(self, step, loss, grad_norm):
+  def _skip_or_fail(self, loss, grad_norm, loss_scale):
+    """Logs a skipped step; raises UserError where that is no way out."""
+    what = f"loss {loss}, gradient norm {grad_norm}"
+    if loss_scale is None:
+      self._fail(what)
+    if not math.isfinite(loss) or loss_scale < 1:
+      self._fail(f"{what}, loss scale {loss_scale:g}")
+    _log.info(
+      "step %d: the gradient overflowed float16, step skipped; the loss scale"
+      " is now %g",
+      self._progress.step,
+      loss_scale,
+    )
+
+  def _report(self, step, loss, grad_norm, scaling):
     due = step % self._config.progress_every == 0
     quiet = time.monotonic() - self._timer.last_line
     if not due and quiet < _SECONDS_BETWEEN_LINES:
       return
-    rate = float(self._rate(step - 1))
+    # The optimizer counts no skipped step.
+    rate = float(self._rate(step - 1 - self._progress.skipped_steps))
     steps, seconds = self._lap(step)
     self._timer.log(loss, rate, steps, seconds)
     if due:
+      line = {
+        "train/loss": loss,
+        "train/grad_norm": grad_norm,
+        "train/lr": rate,
+        **scaling,
+      }
+      if not math.isfinite(grad_norm):  # JSON has no such numbers.
+        del line["train/grad_norm"]
       self._writer.write(
         step,
-        {
-          "train/loss": loss,
-          "train/grad_norm": grad_norm,
-          "train/lr": rate,
-        },
+        line,
         {
           "train/images_per_second": progress_lib.images_per_second(
             steps, seconds, self._config.batch
@@ -168,10 +198,11 @@ class Trainer:
   def _fail(self, what):
     self._checkpoints.wait()
     last = self._checkpoints.latest_step()
+    wider = "" if self._state.loss_scale is None else " or dtype float32"
     raise errors.UserError(
       f"step {self._progress.step}: {what}: {errors.NOT_FINITE}; the last"
       f" checkpoint is that of step {last}; try a smaller base_lr or"
-      " grad_norm_clip in a new --workdir"
+      f" grad_norm_clip{wider} in a new --workdir"
     )
 
   def _lap(self, step):

@@ -90,7 +90,7 @@ def before_step(
     What `gradient_norms` and `forward` do, in one dictionary. The gradient is
     the very one of the step, computed once more.
   """
-  _, grads, _ = step_lib.gradient(
+  _, grads, _, _ = step_lib.gradient(
     state, images, labels, seed, **gradient_options
   )
   gather = gradient_options.get("gather", lambda params: params)

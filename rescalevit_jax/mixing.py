@@ -8,7 +8,6 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
-from scipy import special
 
 _QUANTILES = 4096
 
@@ -127,6 +126,10 @@ def random_beta(key: jax.Array, alpha: float) -> jax.Array:
   Between tabulated quantiles: `jax.random.beta` tries until it succeeds, in
   loops of which several devices would have to agree on the end.
   """
+  from scipy import (
+    special,
+  )  # Slow to import; runs without mixing do not need it.
+
   table = special.betaincinv(alpha, alpha, np.linspace(0, 1, _QUANTILES + 1))
   table = jnp.asarray(table, jnp.float32)
   place = _QUANTILES * jax.random.uniform(key)

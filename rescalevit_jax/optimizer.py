@@ -7,6 +7,7 @@ import math
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 OPTIMIZERS = ("sgd", "adamw", "muon")
@@ -14,6 +15,8 @@ OPTIMIZERS = ("sgd", "adamw", "muon")
 # Of the least norm that adaptive gradient clipping grants to weights, so that
 # those which start at 0 can move (Brock et al. 2021, section 4.1).
 _LEAST_NORM = 1e-3
+
+_SMALL = 2**14  # Elements of a small array, for `global_norm`.
 
 
 def schedule(
@@ -216,10 +219,30 @@ def scale_scalars(factor: float) -> optax.GradientTransformation:
   )
 
 
+def global_norm(tree: Any) -> jax.Array:
+  """Return the norm of all arrays of a tree as one vector, [] float32.
+
+  As `optax.global_norm`, which takes two kernels for each array on a GPU. Small
+  arrays are one here, and large ones are reduced by rows at first.
+  """
+  leaves = [x.astype(jnp.float32) for x in jax.tree.leaves(tree)]
+  small = [x.ravel() for x in leaves if x.size <= _SMALL]
+  large = [jnp.square(x) for x in leaves if x.size > _SMALL]
+  sums = [*(jnp.square(x) for x in small), *(x.sum(-1).ravel() for x in large)]
+  # Without the barrier XLA would make a sum of sums of it.
+  sums = jax.lax.optimization_barrier(jnp.concatenate(sums))
+  return jnp.sqrt(sums.sum())
+
+
 def _clip(grad_norm_clip):
-  if grad_norm_clip > 0:
-    return optax.clip_by_global_norm(grad_norm_clip)
-  return optax.identity()
+  if grad_norm_clip == 0:
+    return optax.identity()
+
+  def clip(updates, _):
+    factor = jnp.minimum(1.0, grad_norm_clip / global_norm(updates))
+    return jax.tree.map(lambda x: factor * x, updates)
+
+  return optax.stateless(clip)
 
 
 def _are_kernels(params: Any) -> Any:

@@ -17,6 +17,7 @@ _log = logging.getLogger(__name__)
 # Share of a large matrix product's speed that a training step reaches.
 _EFFICIENCY = 0.4
 _LONG_RUN_SECONDS = 3600.0
+_SLOW_DEVICE = 1e10  # FLOP/s of a matrix product, below that of any in use.
 
 
 def log_to_stderr() -> None:
@@ -138,12 +139,15 @@ def warn_of_long_run(
   evaluations: int,
 ) -> None:
   """Estimates the run from a matrix product's speed; says so if it is long."""
-  rate = _EFFICIENCY * _matmul_flops_per_second(model.dtype)
-  rate *= jax.device_count()
   forward = flops.forward_flops(model, image_size)
+  total = forward * (3 * batch * steps + eval_images * evaluations)
+  share = _EFFICIENCY * jax.device_count()
+  if total / (share * _SLOW_DEVICE) < _LONG_RUN_SECONDS:
+    return  # Measuring takes 0.1 s, before the first step.
+  rate = share * _matmul_flops_per_second(model.dtype)
   step_seconds = 3 * forward * batch / rate
   eval_seconds = forward * eval_images / rate
-  seconds = steps * step_seconds + evaluations * eval_seconds
+  seconds = total / rate
   if seconds > _LONG_RUN_SECONDS:
     _log.warning(
       "this will take long, about %s on %d x %s (estimated): %s for each"

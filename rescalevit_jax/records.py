@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 import copy
 import io
 import operator
+import os
 
 import numpy as np
 from PIL import Image
@@ -15,8 +16,6 @@ import tensorflow_datasets as tfds
 
 from rescalevit_jax import errors
 from rescalevit_jax import tfrecord
-
-_READ_AHEAD = 1000  # Records.
 
 
 def check_features(builder: tfds.core.DatasetBuilder, any_size: bool) -> None:
@@ -112,10 +111,7 @@ def read_all(
     for path in builder.info.splits[split].filepaths:
       yield from tfrecord.read(path)
     return
-  source = _source(builder, split)
-  for start in range(0, len(source), _READ_AHEAD):
-    stop = min(start + _READ_AHEAD, len(source))
-    yield from source.__getitems__(list(range(start, stop)))
+  yield from _open(builder, split)
 
 
 class StreamedSplit:
@@ -149,7 +145,7 @@ class StreamedSplit:
     self._decode = Decoder(builder, image_size)
     self._num_classes = features(builder)[1].num_classes
     self._where = f"{builder.data_dir}: {split}"
-    self._records = _source(builder, split)
+    self._records = _open(builder, split)
     self._places = range(len(self._records))
     self.shape = self._decode.shape
 
@@ -177,10 +173,8 @@ class StreamedSplit:
     images = np.empty((len(indices), *self.shape), np.uint8)
     labels = np.empty(len(indices), np.int32)
     try:
-      records = self._records.__getitems__(
-        [int(self._places[i]) for i in indices]
-      )
-      for i, record in enumerate(records):
+      for i, index in enumerate(indices):
+        record = self._records[int(self._places[index])]
         images[i], labels[i] = self._decode(record)
       if not ((labels >= 0) & (labels < self._num_classes)).all():
         raise ValueError("an example has no label")
@@ -220,7 +214,11 @@ def _keys(builder):
   return keys if isinstance(keys, tuple) and len(keys) == 2 else (None, None)
 
 
-def _source(builder, split):
-  return builder.as_data_source(
-    split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES
+def _open(builder, split):
+  # Not needed by a run whose arrays are in the cache.
+  from rescalevit_jax import array_record_files
+
+  files = builder.info.splits[split].file_instructions
+  return array_record_files.ArrayRecordFiles(
+    [os.fspath(file.filename) for file in files], [file.take for file in files]
   )

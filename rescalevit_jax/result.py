@@ -35,6 +35,7 @@ def create(
       progress.timed_steps, progress.timed_seconds, batch
     ),
     "seconds": progress.seconds,
+    "skipped_steps": progress.skipped_steps,
     "parameters": parameters,
     "versions": {
       "python": platform.python_version(),

@@ -1,6 +1,7 @@
 """TrainState, train_step and eval_step: pure functions."""
 
 from collections.abc import Callable
+import functools
 from typing import Any
 
 import flax
@@ -11,7 +12,10 @@ import optax
 
 from rescalevit_jax import augment as augment_lib
 from rescalevit_jax import ema as ema_lib
+from rescalevit_jax import loss_scale as loss_scale_lib
 from rescalevit_jax import mixing as mixing_lib
+from rescalevit_jax import optimizer as optimizer_lib
+from rescalevit_jax.models import base
 
 
 @flax.struct.dataclass
@@ -24,6 +28,7 @@ class TrainState:
     batch_stats: statistics of norms and layers; empty where there are none.
     opt_state: the optimizer's state.
     ema: `params` and `batch_stats` averaged over the steps, or None.
+    loss_scale: of a model that computes in float16; None with others.
   """
 
   step: jax.Array
@@ -31,6 +36,7 @@ class TrainState:
   batch_stats: Any
   opt_state: Any
   ema: dict[str, Any] | None = None
+  loss_scale: loss_scale_lib.LossScale | None = None
 
   @property
   def evaluated(self) -> dict[str, Any]:
@@ -56,6 +62,9 @@ def init_state(
     params=variables["params"],
     batch_stats=variables.get("batch_stats", {}),
     opt_state=optimizer.init(variables["params"]),
+    loss_scale=(
+      loss_scale_lib.create() if model.dtype == jnp.float16 else None
+    ),
   )
   if averages:
     state = state.replace(ema=jax.tree.map(jnp.copy, state.evaluated))
@@ -74,6 +83,7 @@ def train_step(
   image_size: int,
   mixing: mixing_lib.Mixing = mixing_lib.NOTHING,
   ema_decay: float = 0.0,
+  settled: bool = False,
   gather: Callable[[Any], Any] = lambda params: params,
   scatter: Callable[[Any], Any] = lambda grads: grads,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
@@ -94,14 +104,19 @@ def train_step(
     image_size: edge of the model's input, in pixels.
     mixing: what happens to labels, and to pairs of images of a micro-batch.
     ema_decay: of the averages, if the state has them.
+    settled: whether the norm has had its `SETTLES_AFTER` passes before; leaves
+      out of the program what only those do.
     gather: brings parameters, of which a device may hold a part, to all.
     scatter: leaves each device its part of a gradient.
 
   Returns:
     The state after the update, and scalars: `loss` (mean over the batch, before
-    the update) and `grad_norm` (global norm before clipping).
+    the update) and `grad_norm` (global norm before clipping). In float16 also
+    `loss_scale` and `skipped_steps`, after the step. A step whose `grad_norm`
+    is not finite is skipped: it changes the step, the loss scale and nothing
+    else.
   """
-  loss, grads, batch_stats = gradient(
+  loss, grads, batch_stats, loss_scale = gradient(
     state,
     images,
     labels,
@@ -110,6 +125,7 @@ def train_step(
     augment=augment,
     image_size=image_size,
     mixing=mixing,
+    settled=settled,
     gather=gather,
     scatter=scatter,
   )
@@ -118,6 +134,7 @@ def train_step(
     loss,
     grads,
     batch_stats,
+    loss_scale,
     optimizer=optimizer,
     ema_decay=ema_decay,
   )
@@ -133,29 +150,38 @@ def gradient(
   augment: augment_lib.Augment,
   image_size: int,
   mixing: mixing_lib.Mixing = mixing_lib.NOTHING,
+  settled: bool = False,
   gather: Callable[[Any], Any] = lambda params: params,
   scatter: Callable[[Any], Any] = lambda grads: grads,
-) -> tuple[jax.Array, Any, Any]:
-  """Returns loss, gradient and new statistics; see `train_step`."""
+) -> tuple[jax.Array, Any, Any, loss_scale_lib.LossScale | None]:
+  """Returns loss, gradient, new statistics and loss scale; see `train_step`."""
   crop_keys, dropout_keys, mixing_keys = random_keys(
     seed, state.step + 1, labels.shape
   )
   params = gather(state.params)
 
   def micro_step(carry, micro_batch):
-    batch_stats, sums = carry
+    batch_stats, loss_scale, sums = carry
     images, labels, crop_keys, mixing_keys, dropout_key = micro_batch
     x = augment_lib.prepare_random(crop_keys, images, image_size, augment)
     x, labels = mixing_lib.mix(
       mixing_keys, x, labels, model.num_classes, mixing
     )
-    (loss, batch_stats), grads = jax.value_and_grad(loss_fn, has_aux=True)(
-      params, batch_stats, x, labels, dropout_key, model=model
+    (loss, batch_stats), grads, loss_scale = loss_scale_lib.value_and_grad(
+      functools.partial(loss_fn, model=model, settled=settled),
+      loss_scale,
+      params,
+      batch_stats,
+      x,
+      labels,
+      dropout_key,
     )
-    return (batch_stats, jax.tree.map(jnp.add, sums, (loss, grads))), None
+    sums = jax.tree.map(jnp.add, sums, (loss, grads))
+    return (batch_stats, loss_scale, sums), None
 
   carry = (
     state.batch_stats,
+    state.loss_scale,
     (jnp.zeros(()), jax.tree.map(jnp.zeros_like, params)),
   )
   micro_batches = (images, labels, crop_keys, mixing_keys, dropout_keys)
@@ -163,9 +189,9 @@ def gradient(
     carry, _ = micro_step(carry, jax.tree.map(lambda x: x[0], micro_batches))
   else:
     carry, _ = jax.lax.scan(micro_step, carry, micro_batches)
-  batch_stats, sums = carry
+  batch_stats, loss_scale, sums = carry
   loss, grads = jax.tree.map(lambda x: x / len(labels), sums)
-  return loss, scatter(grads), batch_stats
+  return loss, scatter(grads), batch_stats, loss_scale
 
 
 def random_keys(
@@ -191,6 +217,7 @@ def loss_fn(
   dropout_key: jax.Array,
   *,
   model: nn.Module,
+  settled: bool = False,
 ) -> tuple[jax.Array, Any]:
   """Mean cross-entropy in training mode.
 
@@ -201,6 +228,7 @@ def loss_fn(
     labels: [B] int32, or what the model ought to say, [B, C] float32.
     dropout_key: a PRNG key.
     model: a `VisionTransformer`.
+    settled: whether the norm has had its `SETTLES_AFTER` passes before.
 
   Returns:
     The loss, [] float32, and the statistics after the pass.
@@ -209,7 +237,7 @@ def loss_fn(
     {"params": params, "batch_stats": batch_stats},
     images,
     train=True,
-    mutable=["batch_stats"],
+    mutable=["batch_stats", base.SETTLED] if settled else ["batch_stats"],
     rngs={"dropout": dropout_key},
   )
   if jnp.issubdtype(labels.dtype, jnp.integer):
@@ -224,23 +252,38 @@ def update(
   loss: jax.Array,
   grads: Any,
   batch_stats: Any,
+  loss_scale: loss_scale_lib.LossScale | None = None,
   *,
   optimizer: optax.GradientTransformation,
   ema_decay: float = 0.0,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
   """Applies a gradient; see `train_step` for what it returns."""
   updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-  ema = state.ema
-  state = TrainState(
+  new = TrainState(
     step=state.step + 1,
     params=optax.apply_updates(state.params, updates),
     batch_stats=batch_stats,
     opt_state=opt_state,
   )
-  if ema is not None:
-    ema = ema_lib.update(ema, state.evaluated, state.step, ema_decay)
-    state = state.replace(ema=ema)
-  return state, {"loss": loss, "grad_norm": optax.global_norm(grads)}
+  if state.ema is not None:
+    count = new.step
+    if loss_scale is not None:
+      count -= loss_scale.skipped_steps
+    ema = ema_lib.update(state.ema, new.evaluated, count, ema_decay)
+    new = new.replace(ema=ema)
+  metrics = {"loss": loss, "grad_norm": optimizer_lib.global_norm(grads)}
+  if loss_scale is None:
+    return new, metrics
+  finite = jnp.isfinite(metrics["grad_norm"])
+  skipped_steps = loss_scale.skipped_steps + ~finite
+  loss_scale = loss_scale.replace(skipped_steps=skipped_steps)
+  new = jax.tree.map(
+    functools.partial(jnp.where, finite),
+    new.replace(loss_scale=loss_scale),
+    state.replace(step=new.step, loss_scale=loss_scale),
+  )
+  metrics |= {"loss_scale": loss_scale.scale, "skipped_steps": skipped_steps}
+  return new, metrics
 
 
 def eval_step(

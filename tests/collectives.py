@@ -41,7 +41,9 @@ def main(fsdp, data_dir):
   labels = jax.ShapeDtypeStruct((1, 64), np.int32, sharding=place)
   state = experiment.abstract()
   compiled = (
-    experiment.train_step().lower(state, images, labels, np.uint32(0)).compile()
+    experiment.train_step(1)
+    .lower(state, images, labels, np.uint32(0))
+    .compile()
   )
   found = {kind: [] for kind in KINDS.split("|")}
   pattern = rf" = (.*?) ({KINDS})(?:-start)?\("

@@ -26,4 +26,5 @@ RECIPES = {
     "augment.pad_crop": 1,
   },
   "muon": {**_EVERYTHING, "optimizer": "muon", "base_lr": 3e-3},
+  "float16": {**_EVERYTHING, "dtype": "float16", "accum_steps": 2},
 }

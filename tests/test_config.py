@@ -51,7 +51,7 @@ def test_default_is_valid_and_is_the_originals_recipe():
     ("model.dropout_rate", 1.0, "[0, 1)"),
     ("model.patch_size", 0, "> 0"),
     ("decay_type", "cosin", "cosine"),
-    ("dtype", "float16", "bfloat16"),
+    ("dtype", "half", "bfloat16, float16"),
     ("batch", 0, "> 0"),
     ("batch", -1, "> 0"),
     ("batch_eval", 0, "> 0"),

@@ -164,7 +164,14 @@ def test_the_probe_measures_what_a_run_does_at_step_1(runs):
 
 
 @pytest.mark.parametrize(
-  "norm, clip, factor", [(2.0, 1.0, 0.5), (0.5, 1.0, 1), (2.0, 0.0, 1)]
+  "norm, clip, factor",
+  [
+    (2.0, 1.0, 0.5),
+    (0.5, 1.0, 1),
+    (2.0, 0.0, 1),
+    (math.nan, 1.0, 0),  # In float16, a skipped step.
+    (math.inf, 0.0, 0),
+  ],
 )
 def test_clip_factor(norm, clip, factor):
   assert diagnostics.clip_factor(norm, clip) == factor

@@ -1,5 +1,7 @@
 """Attention, dropout and GELU as the models compute them."""
 
+import re
+
 import jax
 from jax.extend import random as extend_random
 import jax.numpy as jnp
@@ -57,6 +59,27 @@ def test_attention_and_its_gradient(dtype, atol, scale):
     )
 
 
+@pytest.mark.parametrize("queries", [1, 7, 8])
+def test_attention_with_tokens_filled_up_for_a_gpu(queries):
+  arrays = [draw((2, n, 3, 4), i) for i, n in enumerate((queries, 7, 7))]
+  if queries == 8:
+    arrays = [draw((2, 8, 3, 4), i) for i in range(3)]
+  weights = draw((2, queries, 3, 4), 4)
+
+  def loss(attend, *arrays):
+    return (attend(*arrays) * weights).sum()
+
+  def both(attend):
+    return jax.value_and_grad(loss, (1, 2, 3))(attend, *arrays)
+
+  with on("gpu", (7, 5)):
+    found = both(lambda *x: attention.attend(*x, "xla"))
+  for x, y in zip(
+    jax.tree.leaves(found), jax.tree.leaves(both(plain_attention)), strict=True
+  ):
+    np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5)
+
+
 def test_attention_does_not_overflow():
   x = jnp.full((1, 3, 1, 4), 1e4)
   value = draw((1, 3, 1, 4), 0)
@@ -87,34 +110,71 @@ def test_second_derivatives():
   np.testing.assert_allclose(found, product(plain_attention), atol=2e-5)
 
 
+GPUS = {
+  "Turing": (7, 5),
+  "Ampere": (8, 0),
+  "RTX 3090": (8, 6),
+  "Ada": (8, 9),
+  "Hopper": (9, 0),
+  "Blackwell": (10, 0),
+}
+
+
+def on(platform, capability=(0, 0)):
+  return accelerator.compiling_for(
+    accelerator.Accelerator(platform, capability)
+  )
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("name", GPUS)
+def test_auto_is_cudnn_from_ampere_on(name, dtype):
+  for head_dim in (32, 64, 80, 128):
+    with on("gpu", GPUS[name]):
+      found = attention.choose(jnp.dtype(dtype), head_dim)
+    fused = name != "Turing" and dtype != "float32"
+    assert found.implementation == ("cudnn" if fused else "xla")
+    reason = "fused" if fused else "needs bfloat16"
+    if name == "Turing" and dtype != "float32":
+      reason = "8.0 .Ampere. or newer, not 7.5"
+    assert re.search(reason, found.reason)
+
+
 @pytest.mark.parametrize(
-  "device, dtype, head_dim, expected",
+  "platform, head_dim, reason",
   [
-    (accelerator.Accelerator("gpu", (9, 0)), "bfloat16", 64, "cudnn"),
-    (accelerator.Accelerator("gpu", (10, 0)), "bfloat16", 64, "cudnn"),
-    (accelerator.Accelerator("gpu", (8, 0)), "bfloat16", 64, "xla"),
-    (accelerator.Accelerator("gpu", (9, 0)), "float32", 64, "xla"),
-    (accelerator.Accelerator("gpu", (9, 0)), "bfloat16", 20, "xla"),
-    (accelerator.Accelerator("cpu"), "bfloat16", 64, "xla"),
+    ("gpu", 20, "multiple of 8, not 20"),
+    ("gpu", 160, "at most 128 channels"),
+    ("cpu", 64, "not a CPU"),
+    ("tpu", 64, "not a TPU"),
   ],
 )
-def test_auto(device, dtype, head_dim, expected, monkeypatch):
-  monkeypatch.setattr(accelerator, "current", lambda: device)
-  assert attention.choose(jnp.dtype(dtype), head_dim) == expected
+def test_auto_is_xla_elsewhere(platform, head_dim, reason):
+  with on(platform, (9, 0)):
+    found = attention.choose(jnp.dtype("bfloat16"), head_dim)
+  assert found.implementation == "xla" and reason in found.reason
 
 
 @pytest.mark.parametrize(
-  "backend, dtype", [("gpu", "float32"), ("cpu", "bfloat16")]
+  "platform, dtype, reason",
+  [
+    ("gpu", "float32", "needs bfloat16 or float16, not float32"),
+    ("cpu", "bfloat16", "needs an NVIDIA GPU, not a CPU"),
+  ],
 )
-def test_cudnn_needs_a_gpu_and_bfloat16(backend, dtype, monkeypatch):
-  monkeypatch.setattr(jax, "default_backend", lambda: backend)
-  with pytest.raises(errors.UserError, match=f"{backend} and {dtype}"):
+def test_cudnn_that_cannot_run_is_refused(platform, dtype, reason):
+  with (
+    on(platform, (9, 0)),
+    pytest.raises(errors.UserError, match=f"attention: .*{reason}; choose"),
+  ):
     models.create("ViT-XS_4", num_classes=2, attention="cudnn", dtype=dtype)
 
 
 def test_a_deterministic_run_does_without_cudnn(monkeypatch):
-  monkeypatch.setattr(attention, "choose", lambda dtype, head_dim: "cudnn")
-  monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+  monkeypatch.setattr(
+    accelerator, "current", lambda: accelerator.Accelerator("gpu", (9, 0))
+  )
+  monkeypatch.setattr(accelerator, "platform", lambda: "gpu")
   config = config_lib.default()
   assert experiment.create_model(config, 2).attention == "cudnn"
   config.deterministic = True
@@ -203,13 +263,19 @@ def test_threefry_is_that_of_jax():
   np.testing.assert_array_equal(np.concatenate(found), expected)
 
 
+def mask_of(seed, shape, kept, site=0):
+  key = dropout.step_key(jax.random.key(seed))
+  words = dropout.packed_mask(key, site, shape, kept)
+  assert words.dtype == jnp.uint32
+  assert words.shape == (*shape[:-1], -(-shape[-1] // 32))
+  return np.asarray(dropout.unpack(words, shape[-1]))
+
+
 @pytest.mark.parametrize("features", [1, 3, 64, 258])
 def test_masks_are_as_frequent_as_asked_for_and_independent(features):
   rows = 2**18 // features
   kept = 6 * 2**13  # Of 2^16: 3/4.
-  mask = np.asarray(
-    dropout.random_mask(jax.random.key(7), (2, rows, features), kept)
-  )
+  mask = mask_of(7, (2, rows, features), kept)
   assert mask.shape == (2, rows, features) and mask.dtype == bool
   deviation = (0.75 * 0.25 / mask.size) ** 0.5
   assert abs(mask.mean() - 0.75) < 4 * deviation
@@ -222,49 +288,58 @@ def test_masks_are_as_frequent_as_asked_for_and_independent(features):
     assert abs(covariance) < 5 * 0.75 * 0.25 / left.size**0.5
 
 
-def test_the_four_quarters_of_a_row_are_independent():
-  mask = np.asarray(
-    dropout.random_mask(jax.random.key(3), (50_000, 8), 2**15)
-  ).reshape(-1, 4, 2)
-  for i in range(4):
-    for j in range(i):
-      same = (mask[:, i] == mask[:, j]).mean()
-      assert abs(same - 0.5) < 5 * 0.5 / 100_000**0.5
+def test_the_bits_of_a_row_are_independent():
+  mask = mask_of(3, (20_000, 64), 2**15)
+  same = (2.0 * mask - 1).T @ (2.0 * mask - 1) / len(mask)
+  np.testing.assert_allclose(same, np.eye(64), atol=5 / 20_000**0.5)
 
 
-def test_masks_depend_on_the_key_alone():
-  a, b, c = (
-    np.asarray(dropout.random_mask(jax.random.key(k), (3, 5, 8), 2**15))
-    for k in (0, 0, 1)
-  )
+def test_a_bit_is_the_part_of_a_threefry_block():
+  key = dropout.step_key(jax.random.key(5))
+  counters = np.uint32([3, (7 << 20) + 1 * 8 + 6])  # Row; site, word and block.
+  blocks = extend_random.threefry_2x32(tuple(key), counters)
+  mask = mask_of(5, (4, 64), 2**15, site=7)
+  bits = [mask[3, bit * 2 + 1] for bit in range(4 * 6, 4 * 6 + 4)]
+  halves = [int(half) for x in blocks for half in (x & 0xFFFF, x >> 16)]
+  assert bits == [half < 2**15 for half in halves]
+
+
+def test_masks_depend_on_the_key_and_the_site_alone():
+  a, b, c = (mask_of(seed, (3, 5, 8), 2**15) for seed in (0, 0, 1))
   np.testing.assert_array_equal(a, b)
   assert (a != c).any()
+  assert (a != mask_of(0, (3, 5, 8), 2**15, site=1)).any()
 
 
 def test_dropout_keeps_the_mean():
-  layer = dropout.Dropout(0.1)
+  key = dropout.step_key(jax.random.key(0))
   x = jnp.ones((100, 100, 40), jnp.bfloat16)
-  y = layer.apply({}, x, True, rngs={"dropout": jax.random.key(0)})
+  y = dropout.drop(x, key, 0, 0.1)
   assert y.dtype == x.dtype
   values = np.unique(np.asarray(y, np.float32))
   assert values[0] == 0 and values[1] == pytest.approx(1 / 0.9, rel=4e-3)
   assert np.asarray(y, np.float32).mean() == pytest.approx(1, abs=5e-3)
-  np.testing.assert_array_equal(layer.apply({}, x, False), x)
+  assert dropout.drop(x, None, 0, 0.1) is x
   # Almost all, by a key of another kind.
-  rngs = {"dropout": jax.random.key(0, impl="rbg")}
-  y = dropout.Dropout(0.9999999).apply({}, x, True, rngs=rngs)
+  key = dropout.step_key(jax.random.key(0, impl="rbg"))
+  y = dropout.drop(x, key, 0, 0.9999999)
   assert np.isfinite(np.asarray(y, np.float32)).all() and not y.all()
-  # A rate that rounds to nothing needs no key.
-  np.testing.assert_array_equal(dropout.Dropout(1e-6).apply({}, x, True), x)
+  assert dropout.drop(x, key, 0, 1e-6) is x  # A rate that rounds to nothing.
+
+
+def test_images_are_dropped_as_a_whole():
+  key = dropout.step_key(jax.random.key(0))
+  y = np.asarray(dropout.drop(jnp.ones((64, 3, 5)), key, 0, 0.5, whole=True))
+  assert set(y.min((1, 2))) == {0, 2} and (y.min((1, 2)) == y.max((1, 2))).all()
 
 
 def test_gelu_is_exact():
   x = np.linspace(-12, 12, 10_001, dtype=np.float32)
   exact = x * special.ndtr(x.astype(np.float64))
   np.testing.assert_allclose(
-    branches.gelu_erf(jnp.asarray(x)), exact, atol=2e-6
+    branches.gelu(jnp.asarray(x), "erf"), exact, atol=2e-6
   )
-  rough = branches.gelu_erf(jnp.asarray(x, jnp.bfloat16))
+  rough = branches.gelu(jnp.asarray(x, jnp.bfloat16), "erf")
   assert rough.dtype == jnp.bfloat16
   given = np.asarray(jnp.asarray(x, jnp.bfloat16), np.float64)
   np.testing.assert_allclose(

@@ -80,7 +80,7 @@ def test_images_and_labels_are_changed_as_the_config_says(tiny_config):
 def test_weights_are_averaged_as_the_config_says(tiny_config):
   tiny_config.ema_decay = 0.75
   found = experiment.create(tiny_config)
-  state, step, params = found.scratch(), found.train_step(), []
+  state, step, params = found.scratch(), found.train_step(1), []
   with found.train_feed.batches(found.train_places, range(1, 3)) as batches:
     for images, labels in batches:
       state, _ = step(state, images, labels, np.uint32(0))

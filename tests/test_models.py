@@ -10,6 +10,7 @@ import numpy as np
 import optax
 import pytest
 
+from rescalevit_jax import accelerator
 from rescalevit_jax import augment
 from rescalevit_jax import errors
 from rescalevit_jax import models
@@ -21,6 +22,7 @@ from rescalevit_jax.models import initializers
 from rescalevit_jax.models import norms
 from rescalevit_jax.models import variants
 from rescalevit_jax.models import vit
+from rescalevit_jax.models.ops import dropout
 
 NORMS = tuple(norms.NORMS)
 TINY = dict(
@@ -85,7 +87,7 @@ def flatten(tree):
     (dict(residual_c=0.0), "residual_c: is 0.0, but must be > 0"),
     (dict(pool="mean"), "pool: unknown 'mean'; .*cls, gap"),
     (dict(init="googel"), "init: unknown 'googel'; did you mean google"),
-    (dict(dtype="float16"), "dtype: unknown 'float16'; did you mean .*float32"),
+    (dict(dtype="float61"), "dtype: unknown 'float61'; did you mean .*float16"),
     (dict(hiden_size=16), "unknown argument 'hiden_size'; .*hidden_size"),
     (dict(image_size=30), "image_size: 30 .*patch size 4"),
     (dict(hidden_size=18, num_heads=4), "hidden_size: 18 .*4 heads"),
@@ -287,9 +289,10 @@ def test_sizes_are_those_of_the_papers(name, patch, width, mlp, heads, layers):
 # Precision.
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("norm", NORMS)
-def test_bfloat16_keeps_variables_and_logits_float32(norm):
-  half, full = tiny(norm=norm, dtype="bfloat16"), tiny(norm=norm)
+def test_half_precision_keeps_variables_and_logits_float32(norm, dtype):
+  half, full = tiny(norm=norm, dtype=dtype), tiny(norm=norm)
   init = functools.partial(half.init, train=False)
   fresh = jax.eval_shape(init, jax.random.key(0), images(1))
   for name, x in flatten(fresh).items():
@@ -306,8 +309,8 @@ def test_bfloat16_keeps_variables_and_logits_float32(norm):
   seen = seen["intermediates"]["Transformer"]
   for i in range(2):
     block = seen[f"encoderblock_{i}"]
-    assert block["__call__"][0].dtype == jnp.bfloat16
-    assert block["MlpBlock_3"]["Dense_0"]["__call__"][0].dtype == jnp.bfloat16
+    assert block["__call__"][0].dtype == dtype
+    assert block["MlpBlock_3"]["Dense_0"]["__call__"][0].dtype == dtype
     attention = block["MultiHeadDotProductAttention_1"]["attention"][0]
     assert attention.dtype == jnp.float32
     np.testing.assert_allclose(attention.sum(-1), 1, atol=1e-6)
@@ -327,12 +330,22 @@ def test_bfloat16_statistics_are_float32_means(norm):
   np.testing.assert_allclose(new["batch_stats"][stored], want, rtol=1e-6)
 
 
-def test_dtype_auto_is_float32_on_a_cpu_and_bfloat16_elsewhere(monkeypatch):
-  monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
-  assert tiny(dtype="auto").dtype == jnp.float32
-  for backend in ("gpu", "tpu"):
-    monkeypatch.setattr(jax, "default_backend", lambda b=backend: b)
-    assert tiny(dtype="auto").dtype == jnp.bfloat16
+@pytest.mark.parametrize(
+  "device, expected",
+  [
+    (accelerator.Accelerator("cpu"), "float32"),
+    (accelerator.Accelerator("tpu"), "bfloat16"),
+    (accelerator.Accelerator("gpu"), "bfloat16"),  # Not NVIDIA's.
+    (accelerator.Accelerator("gpu", (7, 0)), "float16"),
+    (accelerator.Accelerator("gpu", (7, 5)), "float16"),
+    (accelerator.Accelerator("gpu", (8, 0)), "bfloat16"),
+    (accelerator.Accelerator("gpu", (12, 0)), "bfloat16"),
+  ],
+)
+def test_dtype_auto_is_what_the_accelerator_has(device, expected, monkeypatch):
+  monkeypatch.setattr(accelerator, "platform", lambda: device.platform)
+  monkeypatch.setattr(accelerator, "current", lambda: device)
+  assert tiny(dtype="auto").dtype == expected
 
 
 # Modes.
@@ -360,29 +373,29 @@ def test_dropout_acts_only_in_training(norm):
   assert (evaluated == plain.apply(variables, images(), train=False)).all()
 
 
-def test_dropout_is_thrice_and_never_in_attention():
-  model = tiny(dropout_rate=0.5)
-  _, seen = model.apply(
-    variables_of("LN"),
+def test_dropout_is_thrice_and_never_in_attention(monkeypatch):
+  variables, zeros, drop = variables_of("LN"), {}, dropout.drop
+
+  def spy(x, key, site, rate, whole=False):
+    y = drop(x, key, site, rate, whole)
+    assert site not in zeros  # Or two would drop the same elements.
+    zeros[site] = np.mean(np.asarray((y == 0) & (x != 0)))
+    return y
+
+  monkeypatch.setattr(dropout, "drop", spy)
+  _, seen = tiny(dropout_rate=0.5).apply(
+    variables,
     images(64),
     train=True,
     rngs={"dropout": jax.random.key(0)},
     capture_intermediates=True,
   )
-  places = {
-    name.rsplit("/", 1)[0]: np.mean(np.asarray(value[0]) == 0)
-    for name, value in flatten(seen["intermediates"]).items()
-    if "Dropout" in name
-  }
-  assert set(places) == {
-    "Transformer/Dropout_0",
-    "Transformer/encoderblock_0/MlpBlock_3/Dropout_0",
-    "Transformer/encoderblock_0/MlpBlock_3/Dropout_1",
-    "Transformer/encoderblock_1/MlpBlock_3/Dropout_0",
-    "Transformer/encoderblock_1/MlpBlock_3/Dropout_1",
-  }
-  for place, zeros in places.items():
-    assert zeros == pytest.approx(0.5, abs=0.05), place
+  # After the positions, the GELUs and the MLPs; a block's other two sites are
+  # those of stochastic depth.
+  places = {0, 6, 7, 10, 11}
+  assert set(zeros) == places | {4, 5, 8, 9}
+  for site, share in zeros.items():
+    assert share == pytest.approx(0.5 * (site in places), abs=0.05), site
   attention = seen["intermediates"]["Transformer"]["encoderblock_0"][
     "MultiHeadDotProductAttention_1"
   ]
@@ -422,19 +435,21 @@ def test_stochastic_depth_skips_whole_branches_by_its_linear_rule(block, rate):
   attention = branches.MultiHeadAttention(
     2, False, False, "xla", scheme, jnp.float32
   )
-  mlp = branches.Mlp(32, "LN", False, 0.0, "erf", scheme, jnp.float32)
+  mlp = branches.Mlp(32, "LN", False, 0.0, 0, "erf", scheme, jnp.float32)
   want = {}
   for kept in itertools.product((0, 1), repeat=2):
     y = apply(norm, "LayerNorm_0", one, True)
-    y = apply(attention, "MultiHeadDotProductAttention_1", y, True)
+    y = apply(attention, "MultiHeadDotProductAttention_1", y, y, True)
     y = one + kept[0] / (1 - rate) * y
     z = apply(norm, "LayerNorm_2", y, True)
-    want[kept] = y + kept[1] / (1 - rate) * apply(mlp, "MlpBlock_3", z, True)
+    want[kept] = y + kept[1] / (1 - rate) * apply(
+      mlp, "MlpBlock_3", z, True, None
+    )
 
   @jax.jit
   def train(seed):
-    rngs = {"dropout": jax.random.key(seed)}
-    return whole.apply({"params": params}, x, True, rngs=rngs)
+    key = dropout.step_key(jax.random.key(seed))
+    return whole.apply({"params": params}, x, True, key)
 
   got = train(0)
   shares = {
@@ -446,10 +461,10 @@ def test_stochastic_depth_skips_whole_branches_by_its_linear_rule(block, rate):
     assert share == pytest.approx(expected, abs=0.05), kept
   assert sum(shares.values()) == 1
   assert (got != train(1)).any()
-  evaluated = whole.apply({"params": params}, one, False)
+  evaluated = whole.apply({"params": params}, one, False, None)
   plain = whole.clone(stochastic_depth=0.0)
   np.testing.assert_array_equal(
-    evaluated, plain.apply({"params": params}, one, True)
+    evaluated, plain.apply({"params": params}, one, True, None)
   )
 
 

@@ -25,6 +25,7 @@ from rescalevit_jax import sharding
     pytest.param("Cal", "", marks=pytest.mark.slow),
     ("BN", "sgd"),
     pytest.param("LN", "muon", marks=pytest.mark.slow),
+    pytest.param("BN", "float16", marks=pytest.mark.slow),
   ],
 )
 def test_eight_devices_train_as_one(norm, recipe, digits_dir, tmp_path):

@@ -283,9 +283,9 @@ def test_a_loss_that_is_not_finite_stops_the_run(
 ):
   real = step.loss_fn
 
-  def poisoned(params, batch_stats, images, labels, dropout_key, *, model):
+  def poisoned(params, batch_stats, images, labels, dropout_key, **kwargs):
     loss, batch_stats = real(
-      params, batch_stats, images, labels, dropout_key, model=model
+      params, batch_stats, images, labels, dropout_key, **kwargs
     )
     # Batches do not repeat, so this picks step 7 of this run.
     return jax.numpy.where(_is_batch_of_step(labels, 7), jax.numpy.nan, loss), (

@@ -59,6 +59,7 @@ def train_step(
   gpu: gpus.Gpu,
   inputs: Inputs,
   devices: int = 1,
+  step: int | None = None,
 ) -> jax.stages.Compiled:
   """Compile a run's training step.
 
@@ -67,6 +68,7 @@ def train_step(
     gpu: to compile for.
     inputs: of its data set.
     devices: GPUs of one host, which share the batch.
+    step: its number, since norms may do more in the first; None: the last.
 
   Raises:
     UserError: the wheels are missing, or the config does not suit the GPU.
@@ -76,7 +78,7 @@ def train_step(
     experiment = experiment_lib.build(config, mesh, inputs.num_classes)
     micro_batch = (config.accum_steps, config.batch // config.accum_steps)
     return _compile(
-      experiment.train_step(),
+      experiment.train_step(step or config.total_steps),
       experiment.abstract(),
       *_batch(micro_batch, inputs.shape, sharding.split(mesh, axis=1)),
       np.uint32(0),

@@ -54,7 +54,9 @@ def measure_ours(config, options) -> dict[str, float]:
   with batches(1) as found:
     images, labels = next(found)
   start = time.perf_counter()
-  step = experiment.train_step().lower(state, images, labels, seed)
+  step = experiment.train_step(config.total_steps).lower(
+    state, images, labels, seed
+  )
   compiled = step.compile()
   seconds = time.perf_counter() - start
 

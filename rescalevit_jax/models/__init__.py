@@ -18,7 +18,7 @@ GELUS = ("erf", "tanh")
 POOLS = ("cls", "gap")
 ATTENTIONS = attention_lib.IMPLEMENTATIONS
 RESIDUALS = ("auto", *residuals.RESIDUALS)
-DTYPES = ("auto", "float32", "bfloat16")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 def create(
@@ -68,8 +68,9 @@ def create(
     init: 'torch' as in RescaleViT, 'google', 'unit': see `initializers`.
     representation_size: width of Google's `pre_logits` layer, or None for none.
     fade: when the norm Fade fades in training; None: never.
-    dtype: of the computation: 'float32', 'bfloat16', or 'auto' (bfloat16 on
-      GPU and TPU). Parameters, norm statistics, softmax and logits are float32.
+    dtype: of the computation: 'float32', 'bfloat16', 'float16', or 'auto': see
+      `choose_dtype`. Parameters, norm statistics, softmax and logits are
+      float32.
     **sizes: fields of `variants.Variant` that replace the table's; None keeps.
 
   Raises:
@@ -125,7 +126,7 @@ def create(
   if residual == "auto":
     residual = norms.NORMS[norm].RESIDUAL
   if dtype == "auto":
-    dtype = "float32" if accelerator.platform() == "cpu" else "bfloat16"
+    dtype = choose_dtype()
   head_dim = size.hidden_size // size.num_heads
   if attention == "auto":
     attention = attention_lib.choose(jnp.dtype(dtype), head_dim).implementation
@@ -152,3 +153,15 @@ def create(
     dtype=jnp.dtype(dtype),
     **dataclasses.asdict(size),
   )
+
+
+def choose_dtype() -> str:
+  """Return the dtype that 'auto' means here.
+
+  float32 on a CPU; float16 on an NVIDIA GPU before Ampere (compute capability
+  8.0), which has no bfloat16; else bfloat16.
+  """
+  if accelerator.platform() == "cpu":
+    return "float32"
+  has_no_bfloat16 = (0, 0) < accelerator.current().compute_capability < (8, 0)
+  return "float16" if has_no_bfloat16 else "bfloat16"

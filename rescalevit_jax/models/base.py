@@ -8,6 +8,10 @@ import jax.numpy as jnp
 
 from rescalevit_jax.models import fade
 
+# The collection that is mutable in training passes after the first
+# `Norm.SETTLES_AFTER`: their program does not contain what only these do.
+SETTLED = "settled"
+
 
 class Norm(nn.Module):
   """A norm at one place of the network.
@@ -35,6 +39,8 @@ class Norm(nn.Module):
   CALIBRATED_BY: ClassVar[tuple[str, ...]] = ()
   # How many training batches it takes to gather evaluation's statistics.
   GATHERED_BY: ClassVar[int] = 0
+  # Training passes after which a training pass does less; 0: all are the same.
+  SETTLES_AFTER: ClassVar[int] = 0
   # |f| of the method `function` beyond which its slope is less than a tenth of
   # its steepest; None: there are no such ends.
   SATURATED: ClassVar[float | None] = None
@@ -44,6 +50,16 @@ class Norm(nn.Module):
   def __call__(self, x: jax.Array, train: bool) -> jax.Array:
     """Maps the stream [B, N, D] to a branch's input [B, N, D]."""
     raise NotImplementedError
+
+  def is_per_token(self, train: bool) -> bool:
+    """Return whether each token is mapped without the others in this pass."""
+    del train
+    return False
+
+  def is_settled(self, train: bool) -> bool:
+    """Return whether this is a training pass after `SETTLES_AFTER`."""
+    settled = self.is_mutable_collection(SETTLED)
+    return train and settled and not self.is_initializing()
 
   @staticmethod
   def as_linear(params: Any, batch_stats: Any) -> tuple[Any, Any] | None:

@@ -16,10 +16,13 @@ from rescalevit_jax.models import norms
 from rescalevit_jax.models import sigma
 from rescalevit_jax.models.ops import attention
 from rescalevit_jax.models.ops import dropout
+from rescalevit_jax.models.ops import gradients
 
 
 class MultiHeadAttention(nn.Module):
-  """Self-attention: [B, N, D] -> [B, N, D].
+  """Self-attention of the tokens x: queries [B, M, D] -> [B, M, D].
+
+  Queries are those of all tokens, or of some.
 
   The probabilities [B, h, N, N], float32, are sown as
   `intermediates/.../attention`.
@@ -37,21 +40,27 @@ class MultiHeadAttention(nn.Module):
   dtype: Any
 
   @nn.compact
-  def __call__(self, x, train):
+  def __call__(self, queries, x, train):
     features = x.shape[-1]
     head_dim = features // self.num_heads
     Linear = sigma.SigmaLinear if self.sigma_reparam else linear.Linear
 
-    def project(name):
+    def project(name, x):
       return Linear(
         (self.num_heads, head_dim),
         kernel_init=self.scheme.attention_kernel,
         bias_init=self.scheme.attention_bias(features),
         dtype=self.dtype,
+        bias_in_product=True,
         name=name,
       )(x, train)
 
-    query, key, value = project("query"), project("key"), project("value")
+    if queries is x:
+      queries, x, values = gradients.fan_out(x)
+    else:
+      values = x
+    query = project("query", queries)
+    key, value = project("key", x), project("value", values)
     if self.qk_norm:
       normalize = functools.partial(norms.RMSNorm, head_dim, self.dtype)
       query = normalize(name="query_norm")(query, train)
@@ -71,18 +80,23 @@ class MultiHeadAttention(nn.Module):
 
 
 class Mlp(nn.Module):
-  """Two linear layers with a GELU between: [B, N, D] -> [B, N, D]."""
+  """Two linear layers with a GELU between: [B, N, D] -> [B, N, D].
+
+  The dropouts after the GELU and after the second layer are those of `site` and
+  the next one.
+  """
 
   mlp_dim: int
   norm: str
   sigma_reparam: bool
   dropout_rate: float
+  site: int
   gelu: str
   scheme: initializers.Scheme
   dtype: Any
 
   @nn.compact
-  def __call__(self, x, train):
+  def __call__(self, x, train, key):
     Linear = sigma.SigmaLinear if self.sigma_reparam else linear.Linear
 
     def dense(features, name):
@@ -99,17 +113,23 @@ class Mlp(nn.Module):
     Norm = norms.NORMS[self.norm]
     if Norm.IN_MLP:
       x = Norm(self.mlp_dim, self.dtype, name=norms.IN_MLP)(x, train)
-    x = nn.gelu(x) if self.gelu == "tanh" else gelu_erf(x)
-    x = dropout.Dropout(self.dropout_rate)(x, train)
+    x = gelu(x, self.gelu)
+    x = dropout.drop(x, key, self.site, self.dropout_rate)
     x = dense(features, "Dense_1")(x, train)
-    return dropout.Dropout(self.dropout_rate)(x, train)
+    return dropout.drop(x, key, self.site + 1, self.dropout_rate)
 
 
-def gelu_erf(x: jax.Array) -> jax.Array:
-  """GELU, x Phi(x) (Hendrycks & Gimpel 2016), computed in float32.
+def gelu(x: jax.Array, kind: str) -> jax.Array:
+  """Return x Phi(x) (Hendrycks & Gimpel 2016), computed in float32.
 
-  Through erf: XLA's erfc, which flax's GELU takes, is slower on a CPU.
+  Args:
+    x: of any shape.
+    kind: 'erf', or 'tanh' for an approximation. Through erf: XLA's erfc, which
+      flax's GELU takes, is slower on a CPU.
   """
   y = x.astype(jnp.float32)
-  y *= 0.5 * (1 + jax.lax.erf(y * 2**-0.5))
+  if kind == "tanh":
+    y = nn.gelu(y)
+  else:
+    y *= 0.5 * (1 + jax.lax.erf(y * 2**-0.5))
   return y.astype(x.dtype)

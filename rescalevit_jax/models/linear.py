@@ -21,6 +21,9 @@ class Linear(nn.Module):
     kernel_init: initializer of the kernel as a matrix [inputs, outputs].
     bias_init: initializer of the bias.
     dtype: of the computation.
+    bias_in_product: whether cuBLAS adds the bias, in `dtype`. That is best if
+      the result is the operand of another product. Otherwise the kernel that
+      reads the result adds it, without an array of its own.
   """
 
   features: int | tuple[int, ...]
@@ -28,6 +31,7 @@ class Linear(nn.Module):
   kernel_init: Any = nn.initializers.lecun_normal()
   bias_init: Any = nn.initializers.zeros
   dtype: Any = jnp.float32
+  bias_in_product: bool = False
 
   @nn.compact
   def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
@@ -49,7 +53,10 @@ class Linear(nn.Module):
     bias = self.param("bias", self.bias_init, outputs).reshape(-1)
     kernel = self.reparametrize(kernel, train)
     y = x.reshape(-1, inputs).astype(self.dtype) @ kernel.astype(self.dtype)
-    y += bias.astype(self.dtype)
+    if self.bias_in_product:
+      y += bias.astype(self.dtype)
+    else:
+      y = (y.astype(jnp.float32) + bias).astype(self.dtype)
     return y.reshape(*batch, *outputs)
 
   def reparametrize(self, kernel: jax.Array, train: bool) -> jax.Array:

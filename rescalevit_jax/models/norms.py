@@ -42,6 +42,9 @@ class LayerNorm(Affine):
   def normalize(self, x, train):
     return normalization.normalize(x, (2,))[0]
 
+  def is_per_token(self, train):
+    return True
+
 
 class Fade(Affine):
   """LayerNorm whose sigma fades to a frozen one, in a fine-tuning. Ours.
@@ -93,6 +96,9 @@ class Fade(Affine):
     if self.ramp.alpha > 0:
       y = self.bent(y, share * self.ramp.alpha)
     return y
+
+  def is_per_token(self, train):
+    return not train
 
   def bent(self, y, alpha):
     """Returns tanh(alpha * y) / alpha [B, N, D]; y itself for alpha 0."""
@@ -149,6 +155,9 @@ class BatchNorm(Affine):
       self.var.value = 0.9 * self.var.value + 0.1 * unbiased
     return y
 
+  def is_per_token(self, train):
+    return not train
+
 
 class BatchNorm2(BatchNorm):
   """BatchNorm with one more in the MLP, between its first layer and the GELU.
@@ -177,6 +186,9 @@ class RMSNorm(base.Norm):
     y, _, _ = normalization.normalize(x, (x.ndim - 1,), False)
     return (y * scale).astype(self.dtype)
 
+  def is_per_token(self, train):
+    return True
+
 
 class Rescale(base.Norm):
   """No normalization: a shift per channel, x + bias - init_mean.
@@ -195,6 +207,7 @@ class Rescale(base.Norm):
   RESIDUAL: ClassVar[str] = "original"
   CALIBRATION_BATCHES: ClassVar[int] = 8
   GATHERED_BY: ClassVar[int] = CALIBRATION_BATCHES
+  SETTLES_AFTER: ClassVar[int] = CALIBRATION_BATCHES
 
   def setup(self):
     self.bias = self.param("bias", nn.initializers.zeros, (self.features,))
@@ -205,19 +218,21 @@ class Rescale(base.Norm):
 
   def __call__(self, x, train):
     x = x.astype(jnp.float32)
-    init_mean, count = self.init_mean.value, self.count.value
-    calibrating = count < self.CALIBRATION_BATCHES
-    if train and not self.is_initializing():
-      init_mean = jax.lax.cond(
-        calibrating,
-        lambda: init_mean + (x.mean((0, 1)) - init_mean) / (count + 1),
-        lambda: init_mean,
-      )
-      init_mean = jax.lax.stop_gradient(init_mean)
-      self.init_mean.value = init_mean
-      self.count.value = count + calibrating
-    bias = jnp.where(calibrating, 0.01, 1.0) * self.bias
+    bias, init_mean = self.bias, self.init_mean.value
+    if not self.is_settled(train):
+      count = self.count.value
+      calibrating = count < self.CALIBRATION_BATCHES
+      if train and not self.is_initializing():
+        moved = init_mean + (x.mean((0, 1)) - init_mean) / (count + 1)
+        init_mean = jnp.where(calibrating, moved, init_mean)
+        init_mean = jax.lax.stop_gradient(init_mean)
+        self.init_mean.value = init_mean
+        self.count.value = count + calibrating
+      bias = jnp.where(calibrating, 0.01, 1.0) * bias
     return (x + (bias - init_mean)).astype(self.dtype)
+
+  def is_per_token(self, train):
+    return not train or self.is_settled(train)
 
   @staticmethod
   def as_linear(params, batch_stats):
@@ -234,6 +249,9 @@ class Identity(base.Norm):
 
   def __call__(self, x, train):
     return x
+
+  def is_per_token(self, train):
+    return True
 
 
 NORMS: dict[str, type[base.Norm]] = {

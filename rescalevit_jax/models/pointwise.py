@@ -55,6 +55,9 @@ class Pointwise(base.Norm):
     """Applies f to alpha * x, [B, N, D]."""
     raise NotImplementedError
 
+  def is_per_token(self, train):
+    return not self.is_calibrating()
+
   def is_calibrating(self):
     """Whether this pass is a calibration."""
     mutable = self.is_mutable_collection(CALIBRATION)

@@ -17,8 +17,8 @@ from rescalevit_jax.models import fade as fade_lib
 from rescalevit_jax.models import initializers
 from rescalevit_jax.models import norms
 from rescalevit_jax.models import residuals
-from rescalevit_jax.models.ops import batch_sum
 from rescalevit_jax.models.ops import dropout
+from rescalevit_jax.models.ops import gradients
 
 
 class PatchEmbedding(nn.Module):
@@ -67,7 +67,7 @@ class PositionEmbedding(nn.Module):
     pos = self.param("pos_embedding", self.scheme.position, shape)
     pos = pos + jnp.pad(cls, ((0, 0), (0, count), (0, 0)))
     patches = jnp.pad(patches, ((0, 0), (1, 0), (0, 0)))
-    return batch_sum.add(patches, pos[0].astype(patches.dtype))
+    return gradients.add_to_batch(patches, pos[0].astype(patches.dtype))
 
 
 class EncoderBlock(nn.Module):
@@ -75,6 +75,9 @@ class EncoderBlock(nn.Module):
 
   In training an image skips a branch of block l of L with the probability
   l/L * stochastic_depth (Huang et al. 2016, arXiv:1603.09382, equation 4).
+
+  With `only_cls` the caller needs the class token alone. Then the other tokens
+  end as keys and values where the norm allows it, and the result is [B, 1, D].
   """
 
   block: int
@@ -93,14 +96,16 @@ class EncoderBlock(nn.Module):
   scheme: initializers.Scheme
   dtype: Any
   fade: fade_lib.Schedule | None = None
+  only_cls: bool = False
 
   @nn.compact
-  def __call__(self, x, train):
-    drop = dropout.Dropout(
-      self.stochastic_depth * self.block / self.num_blocks,
-      whole=True,
-      name="StochasticDepth",
-    )
+  def __call__(self, x, train, key):
+    skip_rate = self.stochastic_depth * self.block / self.num_blocks
+
+    def drop(y, number):
+      site = 4 * self.block + number
+      return dropout.drop(y, key, site, skip_rate, whole=True)
+
     attention = branches.MultiHeadAttention(
       self.num_heads,
       self.qk_norm,
@@ -111,20 +116,26 @@ class EncoderBlock(nn.Module):
       name="MultiHeadDotProductAttention_1",
     )
     norm, join = self._place(0, x.shape[-1])
-    x = join(x, drop(attention(norm(x, train), train), train))
+    y = norm(x, train)
+    queries = y
+    observed = self.is_mutable_collection("intermediates")
+    if self.only_cls and norm.is_per_token(train) and not observed:
+      x, queries = x[:, :1], y[:, :1]
+    x = join(x, drop(attention(queries, y, train), 0))
 
     mlp = branches.Mlp(
       self.mlp_dim,
       self.norm,
       self.sigma_reparam,
       self.dropout_rate,
+      4 * self.block + 2,
       self.gelu,
       self.scheme,
       self.dtype,
       name="MlpBlock_3",
     )
     norm, join = self._place(2, x.shape[-1])
-    return join(x, drop(mlp(norm(x, train), train), train))
+    return join(x, drop(mlp(norm(x, train), train, key), 1))
 
   def _place(self, number, features):
     """Returns the norm before a branch and the residual after it."""
@@ -149,7 +160,11 @@ class EncoderBlock(nn.Module):
 
 
 class Encoder(nn.Module):
-  """Class token and positions, the blocks, the final norm: -> [B, N, D]."""
+  """Class token and positions, the blocks, the final norm.
+
+  Maps patches [B, N - 1, D] and the class token [1, 1, D] to [B, N, D], or to
+  [B, 1, D], the class token, where no more is needed.
+  """
 
   num_layers: int
   num_heads: int
@@ -164,14 +179,15 @@ class Encoder(nn.Module):
   gelu: str
   attention: str
   remat: bool
+  pool: str
   scheme: initializers.Scheme
   dtype: Any
   fade: fade_lib.Schedule | None = None
 
   @nn.compact
-  def __call__(self, patches, cls, train):
+  def __call__(self, patches, cls, train, key):
     x = PositionEmbedding(self.scheme, name="posembed_input")(patches, cls)
-    x = dropout.Dropout(self.dropout_rate)(x, train)
+    x = dropout.drop(x, key, 0, self.dropout_rate)
     Block = EncoderBlock
     if self.remat:
       Block = nn.remat(EncoderBlock, static_argnums=2)  # `train`.
@@ -193,8 +209,9 @@ class Encoder(nn.Module):
         scheme=self.scheme,
         dtype=self.dtype,
         fade=self.fade,
+        only_cls=self.pool == "cls" and i == self.num_layers - 1,
         name=f"encoderblock_{i}",
-      )(x, train)
+      )(x, train, key)
     Norm = norms.NORMS[self.norm]
     if Norm.FINAL:
       ramp = _ramp(self.fade, 2 * self.num_layers, self.num_layers)
@@ -252,6 +269,9 @@ class VisionTransformer(nn.Module):
       self.patch_size, self.hidden_size, scheme, self.dtype, name="embedding"
     )(images)
     cls = self.param("cls", scheme.cls, (1, 1, self.hidden_size))
+    key = None
+    if train and (self.dropout_rate or self.stochastic_depth):
+      key = dropout.step_key(self.make_rng("dropout"))
     x = Encoder(
       num_layers=self.num_layers,
       num_heads=self.num_heads,
@@ -266,11 +286,12 @@ class VisionTransformer(nn.Module):
       gelu=self.gelu,
       attention=self.attention,
       remat=self.remat,
+      pool=self.pool,
       scheme=scheme,
       dtype=self.dtype,
       fade=self.fade,
       name="Transformer",
-    )(x, cls, train)
+    )(x, cls, train, key)
     if self.pool == "cls":
       x = x[:, 0].astype(jnp.float32)
     else:

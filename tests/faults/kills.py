@@ -58,6 +58,7 @@ _MORE_KEYS = {
   "Fade": ("optimizer=adamw", "base_lr=0.001", "fade.alpha=0.5"),
   "DyT": ("calibration=all", "ema_decay=0.5"),
   "Derf": ("calibration=all", "agc=0.05"),
+  "RMS": ("dtype=float16", "ema_decay=0.9"),
 }
 _CALIBRATED = ("Cal", "DyT", "Derf")
 PHASES = (

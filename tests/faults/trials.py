@@ -157,7 +157,10 @@ def check_same(trial: Trial, whole: Trial) -> None:
     )
     assert a == b
     a, b = (_folder(x, kind, a) for x in (trial, whole))
-    for item in ("variables", "optimizer") if kind == "last" else ["variables"]:
+    items = ["variables", "optimizer"] if kind == "last" else ["variables"]
+    if (b / "loss_scale").exists():
+      items.append("loss_scale")
+    for item in items:
       _check_same_arrays(a / item, b / item)
 
 

@@ -67,33 +67,32 @@ def cudnn_problem(dtype: jnp.dtype, head_dim: int) -> str | None:
 def attend(
   query: jax.Array, key: jax.Array, value: jax.Array, implementation: str
 ) -> jax.Array:
-  """Returns softmax(query key^T / sqrt(d)) value, [B, N, h, d].
+  """Returns softmax(query key^T / sqrt(d)) value, [B, M, h, d].
 
   Args:
-    query: [B, N, h, d].
-    key: likewise.
+    query: [B, M, h, d].
+    key: [B, N, h, d].
     value: likewise.
     implementation: 'xla', or 'cudnn' where `cudnn_problem` has none.
   """
-  if implementation == "cudnn":
+  if implementation == "cudnn" and query.shape == key.shape:
     return cudnn.attend(query, key, value)
   return _attend(query, key, value)
 
 
 def probabilities(query: jax.Array, key: jax.Array) -> jax.Array:
-  """Returns softmax(query key^T / sqrt(d)), [B, h, N, N] float32."""
-  return jax.nn.softmax(_scores(query, key))
+  """Return softmax(query key^T / sqrt(d)), [B, h, M, N] float32."""
+  query = query * query.shape[-1] ** -0.5
+  return jax.nn.softmax(_product("bqhd,bkhd->bhqk", query, key, jnp.float32))
 
 
-def _scores(query, key):
-  return _product("bqhd,bkhd->bhqk", query * query.shape[-1] ** -0.5, key)
-
-
-def _product(subscripts, x, y):
+def _product(subscripts, x, y, dtype):
+  """Return a product with float32 sums, rounded to dtype."""
   if accelerator.platform() == "cpu":
     # XLA has not all products of bfloat16 with float32 sums there.
     x, y = x.astype(jnp.float32), y.astype(jnp.float32)
-  return jnp.einsum(subscripts, x, y, preferred_element_type=jnp.float32)
+    return jnp.einsum(subscripts, x, y).astype(dtype)
+  return jnp.einsum(subscripts, x, y, preferred_element_type=dtype)
 
 
 @jax.custom_vjp
@@ -102,39 +101,65 @@ def _attend(query, key, value):
 
 
 # Divides the products by the softmax's sum, not the N^2 probabilities. The
-# gradient, too, so that no more than the exponentials of [B, h, N, N] is kept:
-# with E = exp(S - max S), Z = sum E and Y = E V / Z,
+# gradient, too, and no more than the exponentials of [B, h, M, N] is kept: with
+# E = exp(S - max S), Z = sum E and Y = E V / Z,
 #
 #   dV = E^T (dY / Z),  dS = E * ((dY / Z) V^T - sum_d(dY * Y) / Z).
-#
-# The products come heads first: einsum, asked for [B, N, h, d], transposes the
-# small factors instead of the result, which is a fifth slower on a CPU.
 
 
 def _forward(query, key, value):
-  scores = _scores(query, key)
-  weights = jnp.exp(scores - scores.max(axis=-1, keepdims=True))
-  total = weights.sum(axis=-1).swapaxes(1, 2)[..., None]  # [B, N, h, 1]
-  weights = weights.astype(value.dtype)
-  y = _product("bhqk,bkhd->bhqd", weights, value).swapaxes(1, 2) / total
-  y = y.astype(value.dtype)
-  return y, (query, key, value, weights, total, y)
+  dtype, fill = value.dtype, _fill(query, key)
+  query = query * query.shape[-1] ** -0.5
+  query, key, value = (_heads_first(x, fill) for x in (query, key, value))
+  scores = _product("bhqd,bhkd->bhqk", query, key, jnp.float32)
+  if fill:
+    real = jnp.arange(key.shape[2]) < key.shape[2] - fill
+    scores = jnp.where(real, scores, -jnp.inf)
+  weights = jnp.exp(scores - scores.max(axis=-1, keepdims=True)).astype(dtype)
+  if accelerator.platform() != "cpu":
+    # XLA would keep the float32 scores for the backward pass instead.
+    weights = jax.lax.optimization_barrier(weights)
+  total = weights.astype(jnp.float32).sum(axis=-1, keepdims=True)
+  y = _product("bhqk,bhkd->bhqd", weights, value, dtype)
+  y = (y / total).astype(dtype)
+  return _tokens_first(y, fill), (query, key, value, weights, total, y)
 
 
 def _backward(residuals, dy):
   query, key, value, weights, total, y = residuals
-  dtype = value.dtype
-  dy = dy.astype(jnp.float32) / total
-  shift = (dy * y).sum(axis=-1).swapaxes(1, 2)[..., None]  # [B, h, N, 1]
+  dtype, fill = value.dtype, query.shape[2] - dy.shape[1]
+  dy = _heads_first(dy, fill).astype(jnp.float32) / total
+  shift = (dy * y).sum(axis=-1, keepdims=True)
   dy = dy.astype(dtype)
-  dscores = weights * (_product("bqhd,bkhd->bhqk", dy, value) - shift)
-  dscores = (dscores * query.shape[-1] ** -0.5).astype(dtype)
-  gradients = (
-    _product("bhqk,bkhd->bhqd", dscores, key),
-    _product("bhqk,bqhd->bhkd", dscores, query),
-    _product("bhqk,bqhd->bhkd", weights, dy),
-  )
-  return tuple(g.swapaxes(1, 2).astype(dtype) for g in gradients)
+  dweights = _product("bhqd,bhkd->bhqk", dy, value, jnp.float32)
+  dscores = (weights * (dweights - shift)).astype(dtype)
+  dquery = _product("bhqk,bhkd->bhqd", dscores, key, dtype)
+  dquery *= query.shape[-1] ** -0.5
+  dkey = _product("bhqk,bhqd->bhkd", dscores, query, dtype)
+  dvalue = _product("bhqk,bhqd->bhkd", weights, dy, dtype)
+  return tuple(_tokens_first(x, fill) for x in (dquery, dkey, dvalue))
 
 
 _attend.defvjp(_forward, _backward)
+
+
+def _fill(query, key):
+  """Return how many tokens to add on a GPU: cuBLAS needs multiples of 8.
+
+  XLA would add them to each array of [N, N] by a kernel of its own.
+  """
+  tokens = key.shape[1]
+  is_one_of_many = query.shape[1] != tokens  # No product for cuBLAS.
+  if accelerator.platform() == "cpu" or is_one_of_many:
+    return 0
+  return -tokens % 8
+
+
+def _heads_first(x, fill):
+  """Return x [B, N, h, d] as [B, h, N + fill, d]."""
+  return jnp.pad(x.swapaxes(1, 2), ((0, 0), (0, 0), (0, fill), (0, 0)))
+
+
+def _tokens_first(x, fill):
+  """Return x [B, h, N + fill, d] as [B, N, h, d]."""
+  return x[:, :, : x.shape[2] - fill].swapaxes(1, 2)

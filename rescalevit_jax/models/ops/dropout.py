@@ -1,16 +1,15 @@
-"""Dropout (Srivastava et al. 2014) with masks that cost little.
+"""Dropout (Srivastava et al. 2014) with masks of a bit an element.
 
 Stochastic depth (Huang et al. 2016) is dropout of a branch's whole output.
 
-A mask element needs 16 random bits, and a Threefry block gives 64: flax's
-Dropout, through jax.random, makes a block for each element, and on a CPU in a
-loop over whole arrays. The blocks here are those of jax.random, written out so
-that the compiler fuses them into what uses the mask.
+All masks of a step come from one key: a Threefry-2x32 block has the counter
+(row, site and column), and its 64 bits decide on four elements. The masks are
+kept for the backward pass as packed words; jax.random would make a block and a
+byte for each element, and derive a key for each site.
 """
 
 import math
 
-from flax import linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,61 +17,85 @@ import numpy as np
 _ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
 _PARITY = np.uint32(0x1BD11BDA)
 _LEVELS = 2**16
+_BLOCKS = 8  # Of four bits each, in a word.
+_MAX_COLUMNS = 2**20  # Blocks of a row; the counter's other bits are the site.
 
 
-class Dropout(nn.Module):
-  """Sets a share of the elements to 0 and scales the others up.
+def drop(
+  x: jax.Array,
+  key: jax.Array | None,
+  site: int,
+  rate: float,
+  whole: bool = False,
+) -> jax.Array:
+  """Return x [B, ..., D] with a share of it set to 0, the rest scaled up.
 
-  Attributes:
+  Args:
+    x: the input.
+    key: uint32 [2], the step's key; see `step_key`. None: x stays as it is.
+    site: number of this dropout in the model, below 2^12.
     rate: the share, in [0, 1); rounded to a multiple of 2^-16.
     whole: whether an image is set to 0 as a whole or not at all.
   """
-
-  rate: float
-  whole: bool = False
-
-  @nn.compact
-  def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-    """Returns x [B, ..., D], with dropout in training (rng `dropout`)."""
-    kept = max(1, _LEVELS - round(self.rate * _LEVELS))
-    if not train or kept == _LEVELS:
-      return x
-    shape = (len(x), *[1] * (x.ndim - 1)) if self.whole else x.shape
-    mask = random_mask(self.make_rng("dropout"), shape, kept)
-    return jnp.where(mask, x * (_LEVELS / kept), 0).astype(x.dtype)
+  kept = max(1, _LEVELS - round(rate * _LEVELS))
+  if key is None or kept == _LEVELS:
+    return x
+  shape = (len(x), *[1] * (x.ndim - 1)) if whole else x.shape
+  mask = unpack(packed_mask(key, site, shape, kept), shape[-1])
+  return jnp.where(mask, x * (_LEVELS / kept), 0).astype(x.dtype)
 
 
-def random_mask(key: jax.Array, shape: tuple[int, ...], kept: int) -> jax.Array:
-  """Draws a mask; an element is a function of the key and its place alone.
+def step_key(key: jax.Array) -> jax.Array:
+  """Return the key of all masks of a step, uint32 [2], from a PRNG key."""
+  return jax.random.bits(key, (2,), jnp.uint32)
+
+
+def packed_mask(
+  key: jax.Array, site: int, shape: tuple[int, ...], kept: int
+) -> jax.Array:
+  """Return a random mask as words; a bit depends on its place and key alone.
 
   Args:
-    key: a PRNG key.
+    key: uint32 [2].
+    site: number of the mask among those of this key.
     shape: of the mask, [..., D]; up to 2^32 rows.
-    kept: an element is True with probability kept / 2^16.
+    kept: a bit is 1 with probability kept / 2^16.
 
   Returns:
-    bool of that shape: its 4 parts along the last axis are made of the 4
-    quarters of the Threefry-2x32 blocks with the counters (row, column in the
-    part).
+    uint32 [..., W], W = ceil(D / 32): bit k of word w is element k W + w.
   """
   *rows, features = shape
-  part = (*rows, -(-features // 4))
-  row = jnp.zeros(part, jnp.uint32)
+  words = -(-features // (4 * _BLOCKS))
+  assert words * _BLOCKS <= _MAX_COLUMNS
+  counters = (*rows, words, _BLOCKS)
+  row = jnp.zeros(counters, jnp.uint32)
   for axis in range(len(rows)):
     stride = np.uint32(math.prod(rows[axis + 1 :]))
-    row += stride * jax.lax.broadcasted_iota(jnp.uint32, part, axis)
-  column = jax.lax.broadcasted_iota(jnp.uint32, part, len(rows))
-  key0, key1 = jax.random.bits(key, (2,), jnp.uint32)
-  x, y = threefry2x32(key0, key1, row, column)
+    row += stride * jax.lax.broadcasted_iota(jnp.uint32, counters, axis)
+  word, block = (
+    jax.lax.broadcasted_iota(jnp.uint32, counters, len(rows) + i)
+    for i in range(2)
+  )
+  column = np.uint32(site * _MAX_COLUMNS) + word * np.uint32(_BLOCKS) + block
+  x, y = threefry2x32(key[0], key[1], row, column)
   low = np.uint32(_LEVELS - 1)
-  quarters = [part < kept for part in (x & low, x >> 16, y & low, y >> 16)]
-  return jnp.concatenate(quarters, axis=-1)[..., :features]
+  bits = jnp.zeros(counters, jnp.uint32)
+  for i, drawn in enumerate((x & low, x >> 16, y & low, y >> 16)):
+    bits |= (drawn < kept).astype(jnp.uint32) << (4 * block + np.uint32(i))
+  return bits.sum(-1, dtype=jnp.uint32)  # Each bit is in one block alone.
+
+
+def unpack(words: jax.Array, features: int) -> jax.Array:
+  """Return the mask, bool [..., D], of words [..., W]; see `packed_mask`."""
+  bit = jnp.arange(4 * _BLOCKS, dtype=jnp.uint32)[:, None]
+  bits = (words[..., None, :] >> bit) & np.uint32(1)
+  return bits.reshape(*words.shape[:-1], -1)[..., :features] > 0
 
 
 def threefry2x32(
   key0: jax.Array, key1: jax.Array, x: jax.Array, y: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-  """Threefry-2x32, 20 rounds (Salmon et al. 2011): uint32 to uint32."""
+  """Return Threefry-2x32 of 20 rounds (Salmon et al. 2011), all uint32."""
   keys = (key0, key1, key0 ^ key1 ^ _PARITY)
   x, y = x + keys[0], y + keys[1]
   for i in range(5):

@@ -1,0 +1,72 @@
+"""Random access to records, at a cost that the number of records leaves alone.
+
+tfds' own data source reads lists of positions, and array_record allocates and
+scans 24 bytes for each record of a file whenever it is given a list: 130 ms a
+batch with 10 million records in a file. Ranges are free of that.
+"""
+
+import bisect
+from collections.abc import Iterator, Sequence
+import itertools
+import resource
+
+from array_record.python import array_record_module
+
+_READ_AT_ONCE = 1000  # Records.
+
+
+class ArrayRecordFiles:
+  """The records of consecutive array_record files.
+
+  Safe to read in several threads. A file is opened when it is first read, which
+  reads its index: about 0.1 ms and 8 KB for 1,000 records.
+
+  Args:
+    paths: of the files.
+    counts: number of records in each.
+  """
+
+  def __init__(self, paths: Sequence[str], counts: Sequence[int]):
+    self._paths = paths
+    self._stops = list(itertools.accumulate(counts))
+    self._readers = {}
+    _allow_open_files(len(paths))
+
+  def __len__(self) -> int:
+    return self._stops[-1]
+
+  def __getitem__(self, index: int) -> bytes:
+    file = bisect.bisect_right(self._stops, index)
+    position = index - (self._stops[file - 1] if file else 0)
+    return self._reader(file).read(position, position + 1)[0]
+
+  def __iter__(self) -> Iterator[bytes]:
+    first = 0
+    for file, last in enumerate(self._stops):
+      for start in range(0, last - first, _READ_AT_ONCE):
+        stop = min(start + _READ_AT_ONCE, last - first)
+        yield from self._reader(file).read(start, stop)
+      first = last
+
+  def _reader(self, file):
+    if file not in self._readers:
+      reader = array_record_module.ArrayRecordReader(
+        self._paths[file],
+        options="readahead_buffer_size:0",  # For access in any order.
+        file_reader_buffer_size=2**15,
+      )
+      if not reader.ok():
+        reader.read([0])  # Raises an error that gives the reason.
+      # Another thread may have opened it meanwhile.
+      self._readers.setdefault(file, reader)
+    return self._readers[file]
+
+
+def _allow_open_files(count):
+  """Raise the limit on open files: ImageNet has 1,024, the usual limit."""
+  limit, highest = resource.getrlimit(resource.RLIMIT_NOFILE)
+  if limit != resource.RLIM_INFINITY:
+    limit += count
+    if highest != resource.RLIM_INFINITY:
+      limit = min(limit, highest)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (limit, highest))

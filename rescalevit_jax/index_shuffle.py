@@ -1,0 +1,59 @@
+"""Compute a random order one index at a time.
+
+A sorted or shuffled array of all indices takes time and memory that grow with
+the data set, and has to be made before the first batch. Here an index is
+encrypted instead: a Feistel network with modular addition on a rectangle of
+about `size` cells (Black and Rogaway, "Ciphers with Arbitrary Finite Domains",
+2002). `grain.experimental.index_shuffle` does the same for one index a call; it
+is experimental, may change the order, takes 4 microseconds an index and 0.5 s
+to import.
+"""
+
+import hashlib
+import math
+
+import numpy as np
+
+# Sets of five images still have visibly unequal orders with 8 rounds.
+_ROUNDS = 12
+# Odd constants of a mixing function (SplitMix64).
+_MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
+_MIX_2 = np.uint64(0x94D049BB133111EB)
+_HALF = np.uint64(32)
+
+
+def shuffle(
+  indices: np.ndarray, size: int, seed: int, epoch: int
+) -> np.ndarray:
+  """Return the entries at `indices` of a random permutation.
+
+  Only exact integer arithmetic is used, so the permutation is the same on every
+  platform and with every version of NumPy.
+
+  Args:
+    indices: [N] integers, each at least 0 and below `size`.
+    size: length of the permutation, at most 2^31.
+    seed: of all permutations, at least 0.
+    epoch: which of them, at least 0.
+
+  Returns:
+    int32 [N], each at least 0 and below `size`.
+  """
+  rows = math.isqrt(size - 1) + 1
+  sides = np.uint64(rows), np.uint64(-(-size // rows))
+  digest = hashlib.shake_128(f"{seed},{epoch}".encode()).digest(8 * _ROUNDS)
+  keys = np.frombuffer(digest, "<u8")
+  result = _permute(indices.astype(np.uint64), sides, keys)
+  # The rectangle has fewer than `rows` cells too many: walk on past them.
+  while (outside := result >= size).any():
+    result[outside] = _permute(result[outside], sides, keys)
+  return result.astype(np.int32)
+
+
+def _permute(cells, sides, keys):
+  left, right = np.divmod(cells, sides[1])
+  for i, key in enumerate(keys):
+    mixed = (right ^ key) * _MIX_1
+    mixed = (mixed ^ (mixed >> _HALF)) * _MIX_2
+    left, right = right, (left + (mixed >> _HALF)) % sides[i % 2]
+  return left * sides[1] + right

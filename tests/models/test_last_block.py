@@ -1,0 +1,134 @@
+"""The last block computes the class token alone where that is enough."""
+
+import jax
+import numpy as np
+import pytest
+
+from rescalevit_jax import models
+from rescalevit_jax.models import base
+from rescalevit_jax.models import norms
+
+IMAGES = np.random.default_rng(0).uniform(-1, 1, (4, 8, 8, 3))
+IMAGES = IMAGES.astype(np.float32)
+
+
+def tiny(**arguments):
+  return models.create(
+    "ViT-XS_2",
+    num_classes=3,
+    image_size=8,
+    hidden_size=32,
+    mlp_dim=64,
+    num_layers=2,
+    **{"dropout_rate": 0.0, **arguments},
+  )
+
+
+def loss_and_gradient(model, variables, *collections):
+  """In training mode, with the statistics afterwards."""
+
+  def loss(params):
+    logits, new = model.apply(
+      {**variables, "params": params},
+      IMAGES,
+      train=True,
+      mutable=["batch_stats", *collections],
+    )
+    return (logits**2).sum(), new.get("batch_stats", {})
+
+  found = jax.jit(jax.value_and_grad(loss, has_aux=True))
+  return found(variables["params"])
+
+
+def trained(model):
+  variables = {"batch_stats": {}, **model.init(jax.random.key(0), IMAGES)}
+  apply = jax.jit(
+    lambda x: model.apply(x, IMAGES, True, mutable=["batch_stats"])[1]
+  )
+  if variables["batch_stats"]:
+    for _ in range(norms.Rescale.CALIBRATION_BATCHES):
+      variables |= apply(variables)
+  return variables
+
+
+def assert_close(found, want):
+  jax.tree.map(
+    lambda x, y: np.testing.assert_allclose(x, y, rtol=2e-4, atol=2e-5),
+    found,
+    want,
+  )
+
+
+@pytest.mark.parametrize(
+  "norm, remat",
+  [*((norm, False) for norm in norms.NORMS), ("Rescale", True)],
+)
+def test_training_is_as_with_all_tokens(norm, remat):
+  model = tiny(norm=norm, remat=remat)
+  variables = trained(model)
+  # Whatever is observed is there for all tokens.
+  want = loss_and_gradient(model, variables, "intermediates")
+  assert_close(loss_and_gradient(model, variables, base.SETTLED), want)
+
+
+@pytest.mark.parametrize("norm", norms.NORMS)
+def test_evaluation_is_as_with_all_tokens(norm):
+  model = tiny(norm=norm)
+  variables = trained(model)
+  found = jax.jit(model.apply)(variables, IMAGES)
+  want, seen = jax.jit(
+    lambda x: model.apply(x, IMAGES, mutable=["intermediates"])
+  )(variables)
+  assert_close(found, want)
+  maps = jax.tree.leaves(seen)
+  assert [x.shape for x in maps] == [(4, 4, 17, 17)] * 2
+
+
+def rows_of_the_last_mlp(norm, train, pool="cls", collections=()):
+  model = tiny(norm=norm, pool=pool)
+  variables = model.init(jax.random.key(0), IMAGES)
+  text = str(
+    jax.make_jaxpr(
+      lambda x: model.apply(
+        variables, x, train, mutable=["batch_stats", *collections]
+      )
+    )(IMAGES)
+  )
+  return {
+    tokens: text.count(f"f32[{4 * tokens},64] = dot_general")
+    for tokens in (1, 17)
+  }
+
+
+@pytest.mark.parametrize(
+  "norm, train, collections, shortened",
+  [
+    ("LN", True, (), True),
+    ("LN", False, (), True),
+    ("BN", True, (), False),  # Statistics are those of all tokens.
+    ("BN", False, (), True),
+    ("GN", False, (), False),
+    ("Rescale", True, (), False),  # It may be calibrating.
+    ("Rescale", True, (base.SETTLED,), True),
+    ("Cal", True, (), True),
+    ("Cal", True, ("calibration", "params"), False),
+    ("Fade", True, (), False),
+    ("LN", True, ("intermediates",), False),
+  ],
+)
+def test_where_one_token_is_enough(norm, train, collections, shortened):
+  found = rows_of_the_last_mlp(norm, train, collections=collections)
+  assert found == ({1: 1, 17: 1} if shortened else {1: 0, 17: 2})
+
+
+def test_a_mean_of_patches_needs_all_tokens():
+  assert rows_of_the_last_mlp("LN", True, "gap") == {1: 0, 17: 2}
+
+
+def test_a_settled_rescale_keeps_its_statistics_and_leaves_no_trace():
+  model = tiny(norm="Rescale")
+  variables = trained(model)
+  (_, statistics), _ = loss_and_gradient(model, variables, base.SETTLED)
+  jax.tree.map(
+    np.testing.assert_array_equal, statistics, variables["batch_stats"]
+  )

@@ -1,0 +1,376 @@
+"""Training in float16: as in float32, and what overflows is skipped."""
+
+import functools
+import json
+import re
+
+import jax
+from jax import flatten_util
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rescalevit_jax import augment
+from rescalevit_jax import checkpoint
+from rescalevit_jax import errors
+from rescalevit_jax import evaluate
+from rescalevit_jax import experiment
+from rescalevit_jax import loop
+from rescalevit_jax import loss_scale
+from rescalevit_jax import models
+from rescalevit_jax import optimizer
+from rescalevit_jax import predict
+from rescalevit_jax import step
+from rescalevit_jax import train
+
+ABSURD = 2.0**60
+SIZE = 8
+IMAGES = np.random.default_rng(0).integers(0, 256, (12, 8, 8, 3), np.uint8)
+LABELS = np.random.default_rng(1).integers(0, 3, 12).astype(np.int32)
+SGD = optimizer.sgd(
+  lambda count: 0.1 / (1 + count),
+  momentum=0.9,
+  weight_decay=0.0,
+  grad_norm_clip=0.1,
+)
+
+
+@functools.cache
+def model_of(dtype):
+  return models.create(
+    "ViT-XS_4",
+    num_classes=3,
+    norm="BN",
+    image_size=SIZE,
+    hidden_size=16,
+    mlp_dim=32,
+    num_heads=2,
+    num_layers=1,
+    dropout_rate=0.0,
+    dtype=dtype,
+  )
+
+
+@functools.cache
+def train_step_of(dtype):
+  return jax.jit(
+    functools.partial(
+      step.train_step,
+      model=model_of(dtype),
+      optimizer=SGD,
+      augment=augment.Augment(crop=False),
+      image_size=SIZE,
+      ema_decay=0.9,
+    )
+  )
+
+
+@functools.cache
+def scratch_of(dtype):
+  return step.init_state(model_of(dtype), SGD, SIZE, seed=0, averages=True)
+
+
+@functools.cache
+def started(dtype):
+  """Returns a state after one step, so that nothing in it is zero."""
+  return train_once(scratch_of(dtype), dtype)[0]
+
+
+def with_scale(state, **changes):
+  return state.replace(loss_scale=state.loss_scale.replace(**changes))
+
+
+def start_with(scale):
+  return with_scale(started("float16"), scale=jnp.float32(scale))
+
+
+def train_once(state, dtype="float16", accum_steps=1):
+  images = IMAGES.reshape(accum_steps, -1, *IMAGES.shape[1:])
+  labels = LABELS.reshape(accum_steps, -1)
+  return train_step_of(dtype)(state, images, labels, 0)
+
+
+def assert_equal(a, b):
+  assert jax.tree.structure(a) == jax.tree.structure(b)
+  for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+    np.testing.assert_array_equal(x, y)
+    assert x.dtype == y.dtype
+
+
+@functools.partial(jax.jit, static_argnames="dtype")
+def gradient(state, dtype="float16"):
+  grads = step.gradient(
+    state,
+    IMAGES[None],
+    LABELS[None],
+    0,
+    model=model_of(dtype),
+    augment=augment.Augment(crop=False),
+    image_size=SIZE,
+  )[1]
+  return flatten_util.ravel_pytree(grads)[0]
+
+
+# One step.
+
+
+def test_only_float16_has_a_loss_scale():
+  for dtype in ("float32", "bfloat16"):
+    assert scratch_of(dtype).loss_scale is None
+  assert scratch_of("float16").loss_scale.scale == 2**10
+
+
+@pytest.mark.parametrize("accum_steps", [1, 2])
+def test_a_gradient_that_overflows_changes_nothing_but_the_scale(accum_steps):
+  before = start_with(ABSURD)
+  after, metrics = train_once(before, accum_steps=accum_steps)
+  scaling = after.loss_scale
+  # Each micro-batch halves the scale.
+  assert scaling.scale == ABSURD / 2**accum_steps
+  assert (scaling.skipped_steps, scaling.fin_steps) == (1, 0)
+  assert after.step == before.step + 1
+  assert_equal(
+    after.replace(step=before.step, loss_scale=before.loss_scale), before
+  )
+  assert metrics["loss_scale"] == scaling.scale
+  assert metrics["skipped_steps"] == 1
+  assert not np.isfinite(metrics["grad_norm"])
+  _, usual = train_once(started("float16"), accum_steps=accum_steps)
+  assert np.isfinite(usual["grad_norm"])
+  assert metrics["loss"] == pytest.approx(float(usual["loss"]), rel=1e-6)
+
+
+def test_the_loss_is_finite_where_the_scaled_one_is_not():
+  _, metrics = train_once(start_with(3e38))
+  assert np.isfinite(metrics["loss"])
+
+
+@pytest.mark.parametrize("accum_steps", [1, 2])
+def test_a_finite_gradient_is_applied_and_counted(accum_steps):
+  before = started("float16")
+  after, metrics = train_once(before, accum_steps=accum_steps)
+  scaling = after.loss_scale
+  assert scaling.scale == before.loss_scale.scale
+  assert scaling.fin_steps == before.loss_scale.fin_steps + accum_steps
+  assert metrics["skipped_steps"] == 0
+  full, expected = train_once(
+    started("float32"), "float32", accum_steps=accum_steps
+  )
+  assert set(expected) == {"loss", "grad_norm"}
+  assert metrics["loss"] == pytest.approx(float(expected["loss"]), rel=1e-3)
+  # Before the clipping to 0.1, of what is not scaled.
+  assert expected["grad_norm"] > 0.2
+  norm = float(expected["grad_norm"])
+  assert metrics["grad_norm"] == pytest.approx(norm, rel=1e-2)
+  for x, y in zip(
+    jax.tree.leaves(after.params), jax.tree.leaves(full.params), strict=True
+  ):
+    np.testing.assert_allclose(x, y, atol=2e-4)
+
+
+def test_the_scale_grows_after_2000_finite_gradients():
+  before = with_scale(started("float16"), fin_steps=jnp.int32(2000))
+  after, _ = train_once(before)
+  assert after.loss_scale.scale == 2 * before.loss_scale.scale
+  assert after.loss_scale.fin_steps == 0
+
+
+def test_small_gradients_vanish_without_the_scale():
+  exact = gradient(started("float32"), "float32")
+
+  def error(scale):
+    found = gradient(start_with(scale))
+    return np.linalg.norm(found - exact) / np.linalg.norm(exact)
+
+  assert error(2**10) < 5e-3
+  assert error(2**-14) > 10 * error(2**10)
+
+
+def test_a_skipped_step_does_not_count_in_the_averages():
+  scratch = scratch_of("float16")
+  state, _ = train_once(with_scale(scratch, scale=jnp.float32(ABSURD)))
+  assert state.loss_scale.skipped_steps == 1
+  state, _ = train_once(with_scale(state, scale=scratch.loss_scale.scale))
+  # The first update takes the latest values, wherever the average began.
+  for x, y in zip(
+    jax.tree.leaves(state.ema["params"]),
+    jax.tree.leaves(state.params),
+    strict=True,
+  ):
+    np.testing.assert_allclose(x, y, atol=1e-6)
+
+
+# Whole runs.
+
+
+@pytest.fixture
+def start_at(monkeypatch):
+  """Lets runs start from another loss scale."""
+
+  def arrange(scale):
+    monkeypatch.setattr(loss_scale, "_INITIAL_SCALE", scale)
+
+  return arrange
+
+
+@pytest.fixture
+def stop_at(monkeypatch):
+  """Ends a run during a step; its last checkpoint is the fourth's or so."""
+
+  def arrange(number):
+    real = loop.Trainer._step
+
+    def stopping(self, *batch):
+      real(self, *batch)
+      if self._progress.step == number:
+        monkeypatch.setattr(loop.Trainer, "_step", real)
+        raise InterruptedError
+
+    monkeypatch.setattr(loop.Trainer, "_step", stopping)
+
+  return arrange
+
+
+def lines(workdir):
+  text = (workdir / "metrics.jsonl").read_text()
+  assert not re.search("NaN|Infinity", text)
+  found = [json.loads(line) for line in text.splitlines()]
+  return {x["step"]: x for x in found if "train/loss" in x}
+
+
+def saved(workdir, config):
+  """Returns the state that a run would go on with."""
+  with checkpoint.Checkpoints(workdir) as checkpoints:
+    return checkpoints.restore(experiment.create(config).abstract())
+
+
+@pytest.mark.parametrize(
+  "norm", ["LN", pytest.param("Rescale", marks=pytest.mark.slow)]
+)
+def test_each_loss_of_200_steps_is_within_a_percent_of_float32s(
+  norm, tiny_config
+):
+  # Of each step, not of a mean. With larger rates, rounding errors grow from
+  # step to step, in bfloat16 more than in float16.
+  tiny_config.update({"total_steps": 2000, "warmup_steps": 100})
+  tiny_config.base_lr = 0.02
+  tiny_config.model.update({"norm": norm, "hidden_size": 32, "mlp_dim": 64})
+  tiny_config.augment.min_area = 0.6
+  losses = {}
+  for dtype in ("float32", "float16"):
+    tiny_config.dtype = dtype
+    found = experiment.create(tiny_config)
+    state, train_step = found.scratch(), found.train_step(1)
+    metrics = []
+    steps = range(1, 201)
+    with found.train_feed.batches(found.train_places, steps) as batches:
+      for images, labels in batches:
+        state, new = train_step(state, images, labels, np.uint32(0))
+        metrics.append(new["loss"])
+    losses[dtype] = np.asarray(metrics)
+  assert state.loss_scale.skipped_steps == 0
+  assert losses["float32"][-20:].mean() < 0.9 * losses["float32"][:20].mean()
+  assert (losses["float16"] != losses["float32"]).any()
+  np.testing.assert_allclose(losses["float16"], losses["float32"], rtol=0.01)
+
+
+def test_a_run_reports_what_it_skipped_and_resumes_to_the_same_bits(
+  tiny_config, tmp_path, start_at, stop_at, caplog
+):
+  start_at(2.0**26)
+  tiny_config.dtype = "float16"
+  tiny_config.accum_steps = 2
+  tiny_config.ema_decay = 0.9
+  tiny_config.progress_every = 1
+  with caplog.at_level("INFO", "rescalevit_jax"):
+    result = train.train_and_evaluate(tiny_config, tmp_path / "a")
+  found = lines(tmp_path / "a")
+  counts = [found[n]["train/skipped_steps"] for n in range(1, 13)]
+  skipped = counts[-1]
+  assert result["skipped_steps"] == skipped
+  assert counts[:3] == [1, 2, 3] and skipped < 8
+  messages = [r.getMessage() for r in caplog.records]
+  rates = []
+  for n in range(1, 13):
+    scale = found[n]["train/loss_scale"]
+    said = f"step {n}: the gradient overflowed float16, step skipped;"
+    said = f"{said} the loss scale is now {scale:g}"
+    was_skipped = counts[n - 1] > (n > 1 and counts[n - 2])
+    assert (said in messages) == was_skipped
+    assert ("train/grad_norm" in found[n]) == (not was_skipped)
+    if not was_skipped:
+      rates.append(found[n]["train/lr"])
+  # The schedule counts the other steps alone: here, three of warm-up.
+  np.testing.assert_allclose(rates[:3], [0.05 / 3, 0.1 / 3, 0.05], rtol=1e-6)
+
+  for number in (3, 7):
+    stop_at(number)
+    with pytest.raises(InterruptedError):
+      train.train_and_evaluate(tiny_config, tmp_path / "b")
+  again = train.train_and_evaluate(tiny_config, tmp_path / "b")
+  assert again["skipped_steps"] == skipped
+  a, b = (tmp_path / x / "metrics.jsonl" for x in "ab")
+  assert a.read_bytes() == b.read_bytes()
+  (state_a, progress), (state_b, _) = (
+    saved(tmp_path / x, tiny_config) for x in "ab"
+  )
+  assert_equal(state_a, state_b)
+  assert state_a.loss_scale.skipped_steps == progress.skipped_steps == skipped
+  assert state_a.loss_scale.fin_steps > 0
+  counted = [x for x in jax.tree.leaves(state_a.opt_state) if x.ndim == 0]
+  assert counted == [12 - skipped]
+  # Rescale is calibrated by eight passes of steps that were not skipped.
+  block = state_a.batch_stats["Transformer"]["encoderblock_0"]
+  assert block["Rescale_0"]["count"] == 8
+
+  tiny_config.eval_weights = "latest"
+  evaluated = evaluate.evaluate_run(tiny_config, tmp_path / "a")
+  assert evaluated["accuracy"] == result["last_accuracy"]
+  probabilities = predict.load(tmp_path / "a")([IMAGES[0]])
+  assert probabilities.sum() == pytest.approx(1, abs=1e-5)
+
+
+def test_a_run_goes_on_where_auto_is_another_dtype(
+  tiny_config, tmp_path, start_at, stop_at, monkeypatch
+):
+  start_at(2.0**30)
+  tiny_config.dtype = "auto"
+  for dtype, number, scale in (
+    ("float16", 5, 2.0**26),  # Four steps skipped, then saved.
+    ("float32", 9, None),
+    ("float16", 12, 2.0**30),
+  ):
+    monkeypatch.setattr(models, "choose_dtype", lambda d=dtype: d)
+    stop_at(number)
+    with pytest.raises(InterruptedError):
+      train.train_and_evaluate(tiny_config, tmp_path)
+    state, progress = saved(tmp_path, tiny_config)
+    assert progress.step == {5: 4, 9: 8, 12: 8}[number]
+    if scale is None:
+      assert state.loss_scale is None
+    else:
+      assert state.loss_scale.scale == scale
+      assert state.loss_scale.skipped_steps == 4
+    assert progress.skipped_steps == 4
+
+
+def test_a_gradient_that_overflows_without_a_scale_ends_the_run(
+  tiny_config, tmp_path, start_at, monkeypatch
+):
+  real = step.loss_fn
+
+  def poisoned(params, *args, **kwargs):
+    loss, aux = real(params, *args, **kwargs)
+    return loss + jnp.sqrt(0 * params["cls"].sum()), aux  # The slope is NaN.
+
+  monkeypatch.setattr(step, "loss_fn", poisoned)
+  start_at(4.0)
+  tiny_config.dtype = "float16"
+  with pytest.raises(errors.UserError) as e:
+    train.train_and_evaluate(tiny_config, tmp_path)
+  assert re.fullmatch(
+    r"step 3: loss \d\.\d+, gradient norm nan, loss scale 0\.5: not finite;"
+    r".* try a smaller base_lr or grad_norm_clip or dtype float32 in .*",
+    str(e.value),
+  )
+  assert list(lines(tmp_path)) == [2]
