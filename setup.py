@@ -8,6 +8,13 @@ import setuptools
 _ROOT = pathlib.Path(__file__).parent
 _LINUX_X86_64 = "sys_platform == 'linux' and platform_machine == 'x86_64'"
 _ELSEWHERE = "sys_platform != 'linux' or platform_machine != 'x86_64'"
+# XLA's compiler for NVIDIA GPUs, without CUDA's libraries, and the assembler
+# that it starts: to compile where there is no GPU. The first needs jaxlib's
+# version; neither depends on anything.
+_GPU_COMPILE = [
+  "jax-cuda12-pjrt>=0.10.2; sys_platform == 'linux'",
+  "nvidia-cuda-nvcc-cu12>=12.9.86; sys_platform == 'linux'",
+]
 
 
 def _version() -> str:
@@ -25,7 +32,10 @@ setuptools.setup(
   packages=setuptools.find_packages(
     include=["rescalevit_jax", "rescalevit_jax.*"]
   ),
-  package_data={"rescalevit_jax.report": ["page.html"]},
+  package_data={
+    "rescalevit_jax.benchmark": ["gpu_targets/*.txtpb"],
+    "rescalevit_jax.report": ["page.html"],
+  },
   python_requires=">=3.11",
   install_requires=[
     "absl-py>=2.3",
@@ -61,6 +71,7 @@ setuptools.setup(
   extras_require={
     # selenium drives Chromium, if there is one, to look at the report's page.
     "test": [
+      *_GPU_COMPILE,
       "hypothesis>=6.150",
       "pytest>=8.4",
       "pytest-xdist>=3.8",
@@ -70,6 +81,8 @@ setuptools.setup(
     ],
     # tests/fuzz, guided by what of the code an input reaches. Linux only.
     "fuzz": ["atheris>=3.0; sys_platform == 'linux'"],
+    # python -m rescalevit_jax.benchmark --compile_for
+    "gpu-compile": _GPU_COMPILE,
     # Sweeps as Slurm arrays.
     "slurm": ["submitit>=1.5.4"],
     # A peer, to test exported weights with.

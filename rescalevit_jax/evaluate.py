@@ -44,6 +44,16 @@ class Result:
   examples: int
 
 
+def compiled_step(
+  model: nn.Module, image_size: int, mesh: Mesh
+) -> Callable[..., Any]:
+  """Return `step.eval_step`, compiled when it is first called."""
+  return jax.jit(
+    functools.partial(step_lib.eval_step, model=model, image_size=image_size),
+    out_shardings=sharding.replicated(mesh),
+  )
+
+
 class Evaluator:
   """Evaluates a model on one split that lies on the devices.
 
@@ -69,10 +79,7 @@ class Evaluator:
     batch = min(batch, len(images))
     self._batch = -(-batch // mesh.size) * mesh.size
     self._by_device = sharding.split(mesh)
-    self._step = jax.jit(
-      functools.partial(step_lib.eval_step, model=model, image_size=image_size),
-      out_shardings=sharding.replicated(mesh),
-    )
+    self._step = compiled_step(model, image_size, mesh)
 
   def __call__(
     self,

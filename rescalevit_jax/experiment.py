@@ -41,7 +41,7 @@ class Experiment:
   Attributes:
     config: the validated config.
     mesh: the devices.
-    dataset: both splits.
+    dataset: both splits, or None where nothing is run.
     model: a `VisionTransformer`.
     rate: the learning rate as a function of the steps already done.
     optimizer: of the parameters.
@@ -49,7 +49,7 @@ class Experiment:
 
   config: ml_collections.ConfigDict
   mesh: Mesh
-  dataset: data.Dataset
+  dataset: data.Dataset | None
   model: nn.Module
   rate: optax.Schedule
   optimizer: optax.GradientTransformation
@@ -196,6 +196,23 @@ def create(config: ml_collections.ConfigDict) -> Experiment:
   progress_lib.warn_of_idle_gpu()
   create_model(config, 1)  # Its mistakes show before the data are read.
   dataset = load_dataset(config)
+  return build(config, mesh, dataset.num_classes, dataset)
+
+
+def build(
+  config: ml_collections.ConfigDict,
+  mesh: Mesh,
+  num_classes: int,
+  dataset: data.Dataset | None = None,
+) -> Experiment:
+  """Put together the parts of a run.
+
+  Args:
+    config: the validated config.
+    mesh: the devices, which need not exist if nothing is run on them.
+    num_classes: width of the head.
+    dataset: None to compile only.
+  """
   rate = optimizer_lib.schedule(
     config.base_lr,
     config.warmup_steps,
@@ -216,7 +233,7 @@ def create(config: ml_collections.ConfigDict) -> Experiment:
     config,
     mesh,
     dataset,
-    create_model(config, dataset.num_classes),
+    create_model(config, num_classes),
     rate,
     optimizer,
   )

@@ -26,6 +26,7 @@ from ml_collections import config_flags
 from rescalevit_jax import compile_cache
 from rescalevit_jax import config as config_lib
 from rescalevit_jax import config_keys
+from rescalevit_jax import cuda_plugin
 from rescalevit_jax import errors
 from rescalevit_jax import evaluate
 from rescalevit_jax import processes
@@ -83,6 +84,7 @@ def main(argv: list[str]) -> None:
   if config.deterministic:  # Read when JAX starts the devices, below.
     flag = "--xla_gpu_deterministic_ops=true"
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}"
+  cuda_plugin.hide_if_compile_only()
   compile_cache.enable()
   try:
     processes.join(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)

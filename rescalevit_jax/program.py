@@ -7,6 +7,7 @@ import sys
 import jax
 
 from rescalevit_jax import compile_cache
+from rescalevit_jax import cuda_plugin
 from rescalevit_jax import errors
 
 
@@ -22,6 +23,7 @@ def run(body: Callable[[], int | None]) -> int:
   if hasattr(sys.stdout, "reconfigure"):
     # Names of files may have characters that the terminal has not.
     sys.stdout.reconfigure(errors="backslashreplace")
+  cuda_plugin.hide_if_compile_only()
   compile_cache.enable()
   try:
     return body() or 0

@@ -53,6 +53,8 @@ def shared_dir(tmp_path_factory, worker_id) -> pathlib.Path:
 @pytest.fixture(scope="session", autouse=True)
 def compile_cache(shared_dir):
   """Compiles a step once for all tests: most of their time is XLA's."""
+  if os.environ.get("JAX_PLATFORMS") == "cpu":
+    jax.devices()  # Before a program hides the plugin that compiles for GPUs.
   jax.config.update("jax_compilation_cache_dir", str(shared_dir / "jax"))
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.05)
 

@@ -1,4 +1,4 @@
-"""What benchmark.py compares with: the same sizes and recipe, by others.
+"""Peers to compare with: the same sizes and recipe, by others.
 
 Each peer trains on one batch that lies on the device: SGD with momentum, clip
 by global norm, cross-entropy, dropout at the same places as ours.
@@ -15,6 +15,7 @@ import numpy as np
 import optax
 
 from rescalevit_jax import models
+from rescalevit_jax.benchmark import memory
 
 _CLASSES = 10
 
@@ -53,6 +54,37 @@ class FlaxViT(nn.Module):
     return nn.Dense(_CLASSES)(x.astype(jnp.float32))
 
 
+def flax_recipe(config: Any) -> tuple[FlaxViT, optax.GradientTransformation]:
+  """Return the model with the sizes of a config, and its optimizer."""
+  ours = model_of(config)
+  optimizer = optax.chain(
+    optax.clip_by_global_norm(config.grad_norm_clip or np.inf),
+    optax.sgd(config.base_lr, config.momentum),
+  )
+  return FlaxViT(ours, config.model.dropout_rate, ours.dtype), optimizer
+
+
+def flax_train_step(
+  model: FlaxViT, optimizer: optax.GradientTransformation
+) -> Callable[..., Any]:
+  """Return a jitted step; it gives away parameters and optimizer state."""
+
+  def train_step(params, opt_state, images, labels, key):
+    key, next_key = jax.random.split(key)
+
+    def loss_fn(params):
+      logits = model.apply(params, images, False, rngs={"dropout": key})
+      return optax.softmax_cross_entropy_with_integer_labels(
+        logits, labels
+      ).mean()
+
+    loss, grads = jax.value_and_grad(loss_fn)(params)
+    updates, opt_state = optimizer.update(grads, opt_state, params)
+    return optax.apply_updates(params, updates), opt_state, loss, next_key
+
+  return jax.jit(train_step, donate_argnums=(0, 1))
+
+
 class FlaxPeer:
   """flax.linen's layers under `jax.jit`.
 
@@ -61,34 +93,14 @@ class FlaxPeer:
   """
 
   def __init__(self, config):
-    ours = model_of(config)
     self.batch = config.batch
-    self._model = FlaxViT(ours, config.model.dropout_rate, ours.dtype)
+    self._model, optimizer = flax_recipe(config)
     images, labels = _batch(config)
     self._data = jnp.asarray(images), jnp.asarray(labels)
-    optimizer = optax.chain(
-      optax.clip_by_global_norm(config.grad_norm_clip or np.inf),
-      optax.sgd(config.base_lr, config.momentum),
-    )
     self._params = self._model.init(jax.random.key(0), self._data[0], True)
     self._opt_state = optimizer.init(self._params)
     self._key = jax.random.key(1)
-
-    @jax.jit
-    def train_step(params, opt_state, images, labels, key):
-      key, next_key = jax.random.split(key)
-
-      def loss_fn(params):
-        logits = self._model.apply(params, images, False, rngs={"dropout": key})
-        return optax.softmax_cross_entropy_with_integer_labels(
-          logits, labels
-        ).mean()
-
-      loss, grads = jax.value_and_grad(loss_fn)(params)
-      updates, opt_state = optimizer.update(grads, opt_state, params)
-      return optax.apply_updates(params, updates), opt_state, loss, next_key
-
-    self._train_step = train_step
+    self._train_step = flax_train_step(self._model, optimizer)
     self._forward = jax.jit(
       lambda params, x: self._model.apply(params, x, True)
     )
@@ -109,9 +121,7 @@ class FlaxPeer:
 
   def memory_bytes(self) -> int:
     """Returns what a step takes of the device."""
-    import benchmark_worker
-
-    return benchmark_worker.memory(
+    return memory.used(
       self._train_step.lower(
         self._params, self._opt_state, *self._data, self._key
       ).compile()

@@ -1,8 +1,8 @@
 r"""Measures how fast training and evaluation are, and what a start takes.
 
-  python scripts/benchmark.py --config=configs/cifar_small.py \
+  python -m rescalevit_jax.benchmark --config=configs/cifar_small.py \
       --grid model.norm=LN,BN,GN,Rescale --peer
-  python scripts/benchmark.py --config=configs/vit_b16_ln.py \
+  python -m rescalevit_jax.benchmark --config=configs/vit_b16_ln.py \
       --grid model_name=ViT-B_16,ViT-B_32,ViT-L_16,ViT-L_32 --peer
 
 Flags and grid are those of rescalevit_jax.sweep. --peer adds timm's
@@ -11,6 +11,13 @@ VisionTransformer under torch.compile and a plain flax.linen ViT (pip install -e
 turn, in several rounds, so that a busy machine slows all alike. With
 --set diagnostics_every=N it says what diagnostics cost, too. Writes
 benchmark.md and benchmark.json, with the hardware and the versions.
+
+  python -m rescalevit_jax.benchmark --config=configs/vit_b16_ln.py \
+      --compile_for=a100-40,h100
+
+measures nothing: it compiles the training step for GPUs that need not be here,
+and says what it takes of them; see forecast.py. Writes compiled.md and
+compiled.json.
 """
 
 import argparse
@@ -29,20 +36,20 @@ import sys
 import tempfile
 import time
 
-import benchmark_report
-
 from rescalevit_jax import config as config_lib
 from rescalevit_jax import errors
 from rescalevit_jax import models
 from rescalevit_jax import program
 from rescalevit_jax import progress
 from rescalevit_jax import writers
+from rescalevit_jax.benchmark import forecast
+from rescalevit_jax.benchmark import gpus
+from rescalevit_jax.benchmark import report as report_lib
 from rescalevit_jax.models import flops
 from rescalevit_jax.sweep import grid
 
 _log = logging.getLogger("rescalevit_jax.benchmark")
 
-_FOLDER = pathlib.Path(__file__).resolve().parent
 _PEERS = {"flax": "flax", "timm": "timm"}  # Subjects, and what they import.
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "torch", "timm")
 _FIRST_STEP = "the first step is done"
@@ -89,6 +96,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     metavar="DIR",
     help="folder of benchmark.md and benchmark.json; default: benchmark/",
   )
+  add(
+    "--compile_for",
+    metavar="GPU,...",
+    help=f"do not measure, but compile for {', '.join(gpus.NAMES)}",
+  )
+  add(
+    "--devices",
+    type=int,
+    default=1,
+    help="GPUs to compile for, of one host; default: 1",
+  )
   args = parser.parse_args(argv)
   progress.log_to_stderr()
   # So that the process that measures just now ends with this one.
@@ -97,6 +115,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(args):
+  if args.devices < 1:
+    raise errors.UserError("--devices: must be > 0")
   if args.rounds < 1 or not args.seconds > 0 or args.eval_images < 1:
     raise errors.UserError("--rounds, --seconds, --eval_images: must be > 0")
   runs = grid.plan(
@@ -105,6 +125,16 @@ def _run(args):
     [grid.parse_setting(text, "--set") for text in args.set],
     pathlib.Path("runs"),
   )
+  if args.compile_for:
+    forecast.forecast(
+      runs,
+      [gpus.get(name) for name in args.compile_for.split(",")],
+      devices=args.devices,
+      with_peer=args.peer,
+      command=_command(args),
+      output=args.output,
+    )
+    return
   subjects = ["ours"]
   if args.peer:
     for name, package in _PEERS.items():
@@ -116,7 +146,7 @@ def _run(args):
     {"run": run, "subject": subject, "rounds": []}
     for run in runs
     # A peer has LayerNorm, whatever our norm: once for each model is enough.
-    for subject in (subjects if _is_first(run, runs) else ["ours"])
+    for subject in (subjects if report_lib.is_first(run, runs) else ["ours"])
   ]
   args.output.mkdir(parents=True, exist_ok=True)  # It fails now or never.
   load_before = os.getloadavg()
@@ -137,14 +167,16 @@ def _run(args):
     )
   starts = []
   if not args.no_start:
-    starts = [_measure_starts(run) for run in runs if _is_first(run, runs)]
+    starts = [
+      _measure_starts(run) for run in runs if report_lib.is_first(run, runs)
+    ]
   report = {
     "command": _command(args),
     "machine": {**_machine(), "load_before": load_before},
     "entries": [_entry(entry, entries) for entry in entries],
     "starts": starts,
   }
-  text = benchmark_report.markdown(report)
+  text = report_lib.markdown(report)
   writers.write_file(
     args.output / "benchmark.json", json.dumps(report, indent=2) + "\n"
   )
@@ -154,7 +186,7 @@ def _run(args):
 
 def _command(args):
   """Returns what was asked for, but for where files lie."""
-  words = ["python scripts/benchmark.py"]
+  words = ["python -m rescalevit_jax.benchmark"]
   words += [f"--config={text}" for text in args.config]
   words += [f"--grid={text}" for text in args.grid]
   words += [
@@ -162,27 +194,22 @@ def _command(args):
     for text in args.set
     if not text.startswith("tfds_data_dir=")
   ]
-  words += ["--peer"] * args.peer + ["--no_start"] * args.no_start
+  words += ["--peer"] * args.peer
+  if args.compile_for:
+    words += [f"--compile_for={args.compile_for}", f"--devices={args.devices}"]
+    return " ".join(words)
+  words += ["--no_start"] * args.no_start
   for name in ("rounds", "seconds", "eval_images"):
     words.append(f"--{name}={getattr(args, name):g}")
   return " ".join(words)
-
-
-def _is_first(run, runs):
-  """Whether it is the first run of those that differ in the norm only."""
-
-  def key(run):
-    values = config_lib.flatten(run.config)
-    return {k: v for k, v in values.items() if k != "model.norm"}
-
-  return next(other for other in runs if key(other) == key(run)) is run
 
 
 def _measure(run, subject, options):
   done = subprocess.run(
     [
       sys.executable,
-      str(_FOLDER / "benchmark_worker.py"),
+      "-m",
+      "rescalevit_jax.benchmark.worker",
       subject,
       config_lib.to_json(run.config),
       json.dumps(options),
@@ -260,7 +287,7 @@ def _entry(entry, entries):
     "batch": config.batch,
     "dtype": rounds[0]["dtype"],
     "subject": entry["subject"],
-    "settings": benchmark_report.settings(
+    "settings": report_lib.settings(
       config, [other["run"].config for other in entries]
     ),
     **medians,
@@ -327,7 +354,3 @@ def _machine():
     "cores": len(os.sched_getaffinity(0)),
     "versions": versions,
   }
-
-
-if __name__ == "__main__":
-  sys.exit(main())

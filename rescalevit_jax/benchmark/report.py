@@ -1,11 +1,12 @@
-"""What benchmark.py found, as text."""
+"""Write the results of a speed benchmark as Markdown."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import ml_collections
 
 from rescalevit_jax import config as config_lib
+from rescalevit_jax.sweep import grid
 
 # Config keys that the table has columns for.
 _COLUMNS = ("model_name", "model.norm", "image_size", "batch", "dtype")
@@ -22,6 +23,16 @@ def settings(
     for key, value in config_lib.flatten(config).items()
     if key not in _COLUMNS and any(value != other[key] for other in others)
   }
+
+
+def is_first(run: grid.PlannedRun, runs: Sequence[grid.PlannedRun]) -> bool:
+  """Return whether no earlier run differs from this one in the norm only."""
+
+  def key(run):
+    values = config_lib.flatten(run.config)
+    return {k: v for k, v in values.items() if k != "model.norm"}
+
+  return next(other for other in runs if key(other) == key(run)) is run
 
 
 def markdown(report: Mapping[str, Any]) -> str:
@@ -55,7 +66,7 @@ def markdown(report: Mapping[str, Any]) -> str:
     cells = [
       f"{e['model']} at {e['image_size']}",
       f"{e['batch']}, {e['dtype']}",
-      _program(e),
+      program(e),
       f"{e['images_per_second']:.0f} ({low:.0f}–{high:.0f})",
       f"{1e3 * e['step_seconds']:.1f} ({1e3 * e['step_seconds_low']:.1f}–"
       f"{1e3 * e['step_seconds_high']:.1f})",
@@ -102,7 +113,8 @@ def markdown(report: Mapping[str, Any]) -> str:
   return "\n".join(lines) + "\n"
 
 
-def _program(entry):
+def program(entry: Mapping[str, Any]) -> str:
+  """Return what tells a program from others of the same model."""
   words = [entry["subject"], entry["norm"]]
   if entry["subject"] == "ours":
     words += [f"{k}={v}" for k, v in entry["settings"].items()]

@@ -1,7 +1,7 @@
-"""Measures one training program; started by benchmark.py, a process for each.
+"""Measure one training program; `speed` starts a process for each.
 
-Usage: python benchmark_worker.py SUBJECT CONFIG OPTIONS, the last two as JSON;
-the last line of the output is a JSON object.
+Usage: python -m rescalevit_jax.benchmark.worker SUBJECT CONFIG OPTIONS, the
+last two as JSON; the last line of the output is a JSON object.
 """
 
 import json
@@ -9,7 +9,6 @@ import statistics
 import sys
 import time
 
-import benchmark_peers
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,6 +21,8 @@ from rescalevit_jax import experiment as experiment_lib
 from rescalevit_jax import feed
 from rescalevit_jax import sharding
 from rescalevit_jax import step as step_lib
+from rescalevit_jax.benchmark import memory
+from rescalevit_jax.benchmark import peers
 
 _LAPS = 5  # At least as many of each function.
 _LAP_SECONDS = 0.3  # What they take, or less if that is too long for as many.
@@ -34,8 +35,8 @@ def main(subject: str, config: str, options: str) -> None:
   if subject == "ours":
     result = measure_ours(config, options)
   else:
-    result = measure_peer(benchmark_peers.PEERS[subject](config), options)
-  result["dtype"] = benchmark_peers.model_of(config).dtype.name
+    result = measure_peer(peers.PEERS[subject](config), options)
+  result["dtype"] = peers.model_of(config).dtype.name
   print(json.dumps(result), flush=True)
 
 
@@ -96,7 +97,7 @@ def measure_ours(config, options) -> dict[str, float]:
     "input_ratio": ratio(real_times, resident_times),
     "eval_images_per_second": count / statistics.median(eval_times),
     "compile_seconds": seconds,
-    "memory_bytes": memory(compiled),
+    "memory_bytes": memory.used(compiled),
     "peak_flops_per_second": matmul_flops_per_second(experiment.model.dtype),
     **_diagnostics(experiment, compiled, options["seconds"]),
   }
@@ -262,20 +263,6 @@ def ratio(a: list[float], b: list[float]) -> float:
   return statistics.median(x / y for x, y in zip(a, b, strict=True))
 
 
-def memory(compiled) -> int:
-  """Returns what a step takes of a device: measured, or else as compiled."""
-  stats = jax.devices()[0].memory_stats() or {}
-  if "peak_bytes_in_use" in stats:
-    return stats["peak_bytes_in_use"]
-  found = compiled.memory_analysis()
-  return (
-    found.argument_size_in_bytes
-    + found.output_size_in_bytes
-    - found.alias_size_in_bytes
-    + found.temp_size_in_bytes
-  )
-
-
 def matmul_flops_per_second(dtype) -> float:
   """Measures the speed of a large product of random matrices."""
   size = 2048 if jax.default_backend() == "cpu" else 8192
@@ -294,5 +281,5 @@ def matmul_flops_per_second(dtype) -> float:
 if __name__ == "__main__":
   try:
     main(*sys.argv[1:])
-  except Exception as e:  # To be told by benchmark.py, in a line.
+  except Exception as e:  # `speed` tells it in one line.
     sys.exit(f"{type(e).__name__}: {' '.join(str(e).split())[:300]}")

@@ -6,18 +6,18 @@ import os
 import subprocess
 import sys
 
-import programs
 import pytest
 import tiny_sweep
 
 from rescalevit_jax import config as config_lib
+from rescalevit_jax.benchmark import report
 
 KEYS = tiny_sweep.KEYS
 
 
 def run(*args, env=None):
   return subprocess.run(
-    [sys.executable, programs.FOLDER / "benchmark.py", *args],
+    [sys.executable, "-m", "rescalevit_jax.benchmark", *args],
     env={**os.environ, "JAX_PLATFORMS": "cpu", **(env or {})},
     cwd=tiny_sweep.ROOT,
     capture_output=True,
@@ -81,7 +81,6 @@ def test_measures_all(digits_dir, shared_dir, tmp_path):
 
 
 def test_settings_that_differ_tell_lines_apart():
-  report = programs.load("benchmark_report")
   a, b, c = (config_lib.default() for _ in range(3))
   b.model.norm, b.batch, b.model.residual = "Cal", 7, "rescale"
   c.model.norm = "BN"

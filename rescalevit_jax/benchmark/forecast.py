@@ -1,0 +1,280 @@
+"""Predict what training takes on GPUs that are not here, by compiling for them.
+
+For each config and GPU: the memory of a step and whether it fits, kernels,
+bytes, FLOPs, and a lower bound of the step's time. Nothing is run.
+"""
+
+from collections.abc import Callable, Sequence
+import importlib.metadata
+import json
+import logging
+import os
+import pathlib
+import time
+from typing import Any
+
+import jax
+import ml_collections
+
+from rescalevit_jax import accelerator
+from rescalevit_jax import experiment as experiment_lib
+from rescalevit_jax import progress
+from rescalevit_jax import writers
+from rescalevit_jax.benchmark import gpu_compile
+from rescalevit_jax.benchmark import gpus
+from rescalevit_jax.benchmark import hlo
+from rescalevit_jax.benchmark import memory
+from rescalevit_jax.benchmark import peers
+from rescalevit_jax.benchmark import report as report_lib
+from rescalevit_jax.models import norms
+from rescalevit_jax.sweep import grid
+
+_log = logging.getLogger(__name__)
+
+_PACKAGES = ("jax", "jaxlib", "jax-cuda12-pjrt", "nvidia-cuda-nvcc-cu12")
+_DEFAULT_SHARE = "0.75"  # Of a GPU's memory, which JAX takes at its start.
+
+
+def forecast(
+  runs: Sequence[grid.PlannedRun],
+  targets: Sequence[gpus.Gpu],
+  *,
+  devices: int,
+  with_peer: bool,
+  command: str,
+  output: pathlib.Path,
+) -> None:
+  """Compile every run for every GPU; print a table and write it to a folder.
+
+  Args:
+    runs: what to compile.
+    targets: what to compile for.
+    devices: GPUs of one host, which share each batch.
+    with_peer: whether to add a plain flax ViT for each model.
+    command: for the report.
+    output: folder of compiled.json and compiled.md.
+
+  Raises:
+    UserError: the wheels are missing, or a config does not suit.
+  """
+  output.mkdir(parents=True, exist_ok=True)  # It fails now or never.
+  jax.config.update("jax_platforms", "cpu")  # A GPU that is here stays free.
+  subjects = ("ours", "flax") if with_peer else ("ours",)
+  jobs = [
+    (gpu, run.config, subject)
+    for gpu in targets
+    for run in runs
+    for subject in subjects
+    # A peer has LayerNorm, whatever our norm: once for each model is enough.
+    if subject == "ours" or report_lib.is_first(run, runs)
+  ]
+  configs = [run.config for run in runs]
+  rows, start = [], time.monotonic()
+  for i, (gpu, config, subject) in enumerate(jobs):
+    row = _compile(gpu, config, subject, devices)
+    row["settings"] = report_lib.settings(config, configs)
+    rows.append(row)
+    left = (time.monotonic() - start) / (i + 1) * (len(jobs) - i - 1)
+    _log.info(
+      "%d/%d  %s  %s: %.1f GB, at least %.1f ms  ETA %s",
+      i + 1,
+      len(jobs),
+      gpu.title,
+      report_lib.program(row),
+      row["memory_bytes"] / 1e9,
+      row["step_seconds"] * 1e3,
+      progress.duration(left),
+    )
+  report = {
+    "command": command,
+    "versions": {name: importlib.metadata.version(name) for name in _PACKAGES},
+    "devices": devices,
+    "memory_share": _memory_share(),
+    "rows": rows,
+  }
+  text = markdown(report)
+  writers.write_file(
+    output / "compiled.json", json.dumps(report, indent=2) + "\n"
+  )
+  writers.write_file(output / "compiled.md", text)
+  print(text)
+
+
+def _memory_share() -> float:
+  """Return the share of a GPU's memory that JAX gives to programs."""
+  return float(os.environ.get("XLA_CLIENT_MEM_FRACTION") or _DEFAULT_SHARE)
+
+
+def _compile(
+  gpu: gpus.Gpu, config: ml_collections.ConfigDict, subject: str, devices: int
+) -> dict[str, Any]:
+  """Return the figures of one program."""
+  start = time.monotonic()
+  if subject == "ours":
+    inputs = gpu_compile.inputs_of(config)
+    needed, program = _train_step(config, gpu, inputs, devices)
+  else:
+    compiled = gpu_compile.flax_train_step(config, gpu, devices)
+    needed, program = memory.needed(compiled), hlo.read(compiled.as_text())
+  seconds = time.monotonic() - start
+  limit = _memory_share() * gpu.memory_bytes
+  with accelerator.compiling_for(gpu.accelerator):
+    if subject == "ours":
+      model = experiment_lib.create_model(config, inputs.num_classes)
+    else:
+      model = peers.model_of(config)
+  row = {
+    "gpu": gpu.name,
+    "gpu_title": gpu.title,
+    "subject": subject,
+    "norm": config.model.norm if subject == "ours" else "LN",
+    "model": config.model_name,
+    "image_size": config.image_size,
+    "batch": config.batch,
+    "dtype": model.dtype.name,
+    "attention": model.attention if subject == "ours" else "xla",
+    "memory_bytes": needed,
+    "memory_limit_bytes": limit,
+    "fits": needed <= limit,
+    "kernels": program.launches,
+    "gemms": program.gemms,
+    "kernel_kinds": dict(hlo.count_kinds(program.kernels).most_common()),
+    "traffic_bytes": program.bytes,
+    "flops": program.flops,
+    "step_seconds": program.seconds(gpu),
+    "images_per_second": config.batch / program.seconds(gpu),
+    "collectives": len(program.collectives),
+    "conditionals": len(program.conditionals),
+    "host_transfers": len(program.host_transfers),
+    "compile_seconds": seconds,
+  }
+  if not row["fits"] and subject == "ours":
+    row |= _ways_to_fit(gpu, config, inputs, devices, limit)
+  return row
+
+
+def _train_step(config, gpu, inputs, devices):
+  """Return the most memory that a step takes, and the program of most steps."""
+  settled = gpu_compile.train_step(config, gpu, inputs, devices)
+  needed = memory.needed(settled)
+  if norms.NORMS[config.model.norm].SETTLES_AFTER:  # The first step does more.
+    first = gpu_compile.train_step(config, gpu, inputs, devices, step=1)
+    needed = max(needed, memory.needed(first))
+  return needed, hlo.read(settled.as_text())
+
+
+def _ways_to_fit(gpu, config, inputs, devices, limit):
+  """Return a batch that fits, and what model.remat does to this one."""
+
+  def step(key, value):
+    _log.info("%s: does not fit, compiling %s=%s", gpu.title, key, value)
+    changed = config.copy_and_resolve_references()
+    changed.update_from_flattened_dict({key: value})
+    return _train_step(changed, gpu, inputs, devices)
+
+  found = {}
+  if not config.model.remat:
+    needed, program = step("model.remat", True)
+    found["remat_memory_bytes"] = needed
+    found["remat_step_seconds"] = program.seconds(gpu)
+  found["largest_batch"] = largest_batch(
+    lambda batch: step("batch", batch)[0],
+    config.batch,
+    config.accum_steps * devices,
+    limit,
+  )
+  return found
+
+
+def largest_batch(
+  needed: Callable[[int], float], batch: int, divisor: int, limit: float
+) -> int | None:
+  """Return about the largest batch below `batch` that fits, or None.
+
+  Memory is a + b batch, from two batches that are compiled; the result is
+  compiled, too, and found to fit. Of many batches it is a multiple of 8.
+
+  Args:
+    needed: returns the memory of a step with a batch, in bytes.
+    batch: one that does not fit.
+    divisor: of all batches.
+    limit: bytes.
+  """
+  unit = divisor * (8 if batch > 64 * divisor else 1)
+  small = max(1, batch // (4 * unit)) * unit
+  large = 2 * small
+  if large >= batch:
+    return small if small < batch and needed(small) <= limit else None
+  at_small, at_large = needed(small), needed(large)
+  slope = (at_large - at_small) / (large - small)
+  guess = small + int((limit - at_small) / slope / unit) * unit
+  guess = min(guess, (batch - 1) // unit * unit)
+  while guess > 0:
+    if needed(guess) <= limit:
+      return guess
+    guess -= unit
+  return None
+
+
+def markdown(report: dict[str, Any]) -> str:
+  """Return compiled.md for what compiled.json holds."""
+  versions = ", ".join(f"{k} {v}" for k, v in report["versions"].items())
+  share, devices = report["memory_share"], report["devices"]
+  lines = [
+    "# Compiled for GPUs",
+    "",
+    f"- Command: `{report['command']}`",
+    f"- Versions: {versions}",
+    "- Compiled, not run. Lower bound: each kernel takes as long as its bytes"
+    " at the memory's bandwidth or its products at the peak speed of their"
+    " type, whichever is longer. Launches, caches and talk between GPUs are"
+    " left out.",
+    f"- Fits: the step takes at most {100 * share:g} % of the GPU's memory,"
+    " which is what JAX takes (XLA_CLIENT_MEM_FRACTION). A data set that lies"
+    " on the GPU comes on top: CIFAR's 0.2 GB.",
+    *(
+      [f"- {devices} GPUs; all figures but images/s are one GPU's."]
+      if devices > 1
+      else []
+    ),
+    "",
+    "| GPU | model | batch, dtype, attention | program | memory, GB | fits |"
+    " kernels (products) | traffic, GB | TFLOP | lower bound, ms |"
+    " images/s, at most |",
+    "|---|---|---|---|--:|---|--:|--:|--:|--:|--:|",
+  ]
+  for row in report["rows"]:
+    cells = [
+      row["gpu_title"],
+      f"{row['model']} at {row['image_size']}",
+      f"{row['batch']}, {row['dtype']}, {row['attention']}",
+      report_lib.program(row),
+      _three(row["memory_bytes"] / 1e9),
+      _fits(row),
+      f"{row['kernels']} ({row['gemms']})",
+      _three(row["traffic_bytes"] / 1e9),
+      _three(row["flops"] / 1e12),
+      _three(1e3 * row["step_seconds"]),
+      _three(row["images_per_second"]),
+    ]
+    lines.append(f"| {' | '.join(cells)} |")
+  return "\n".join(lines) + "\n"
+
+
+def _fits(row):
+  if row["fits"]:
+    return "yes"
+  words = "no"
+  if row.get("largest_batch"):
+    words += f"; batch {row['largest_batch']} fits"
+  if "remat_memory_bytes" in row:
+    words += (
+      f"; with model.remat {_three(row['remat_memory_bytes'] / 1e9)} GB and"
+      f" {_three(1e3 * row['remat_step_seconds'])} ms"
+    )
+  return words
+
+
+def _three(x: float) -> str:
+  """Return a number with three digits that count."""
+  return f"{x:.3g}" if x < 999.5 else f"{x:.0f}"

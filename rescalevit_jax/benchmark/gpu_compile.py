@@ -1,0 +1,152 @@
+"""Compile training and evaluation for GPUs that are not here.
+
+The programs are those that XLA would run there, but for its choices by
+measurement: which algorithm of cuBLAS or cuDNN, how Triton's kernels are tiled.
+"""
+
+from collections.abc import Iterator
+import contextlib
+import dataclasses
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+import ml_collections
+import numpy as np
+
+from rescalevit_jax import accelerator
+from rescalevit_jax import builders
+from rescalevit_jax import cuda_plugin
+from rescalevit_jax import evaluate
+from rescalevit_jax import experiment as experiment_lib
+from rescalevit_jax import records
+from rescalevit_jax import sharding
+from rescalevit_jax.benchmark import gpus
+from rescalevit_jax.benchmark import peers
+
+# There is nothing to measure on; without Triton, products are cuBLAS's.
+_OPTIONS = {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False}
+
+
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+  """What a data set decides of a program.
+
+  Attributes:
+    shape: of an image as the data set has it, (H, W, 3).
+    num_classes: number of classes.
+  """
+
+  shape: tuple[int, int, int]
+  num_classes: int
+
+
+def inputs_of(config: ml_collections.ConfigDict) -> Inputs:
+  """Return shapes of a config's data set, which need not be prepared.
+
+  Raises:
+    UserError: there is no such data set, or it does not suit.
+  """
+  builder = builders.open_builder(config.dataset, config.tfds_data_dir)
+  size = config.data.image_size
+  records.check_features(builder, any_size=size is not None)
+  num_classes = records.features(builder)[1].num_classes
+  return Inputs(records.Decoder(builder, size).shape, num_classes)
+
+
+def train_step(
+  config: ml_collections.ConfigDict,
+  gpu: gpus.Gpu,
+  inputs: Inputs,
+  devices: int = 1,
+  step: int | None = None,
+) -> jax.stages.Compiled:
+  """Compile a run's training step.
+
+  Args:
+    config: of the run, valid.
+    gpu: to compile for.
+    inputs: of its data set.
+    devices: GPUs of one host, which share the batch.
+    step: its number, since norms may do more in the first; None: the last.
+
+  Raises:
+    UserError: the wheels are missing, or the config does not suit the GPU.
+  """
+  with _compiling_for(gpu, devices) as mesh:
+    sharding.check_batch(config.batch, config.accum_steps, mesh)
+    experiment = experiment_lib.build(config, mesh, inputs.num_classes)
+    micro_batch = (config.accum_steps, config.batch // config.accum_steps)
+    return _compile(
+      experiment.train_step(step or config.total_steps),
+      experiment.abstract(),
+      *_batch(micro_batch, inputs.shape, sharding.split(mesh, axis=1)),
+      np.uint32(0),
+    )
+
+
+def eval_step(
+  config: ml_collections.ConfigDict,
+  gpu: gpus.Gpu,
+  inputs: Inputs,
+  devices: int = 1,
+) -> jax.stages.Compiled:
+  """Compile the evaluation of a batch; see `train_step`."""
+  with _compiling_for(gpu, devices) as mesh:
+    experiment = experiment_lib.build(config, mesh, inputs.num_classes)
+    state, place = experiment.abstract(), sharding.split(mesh)
+    batch = (-(-config.batch_eval // devices) * devices,)
+    return _compile(
+      evaluate.compiled_step(experiment.model, config.image_size, mesh),
+      state.params,
+      state.batch_stats,
+      *_batch(batch, inputs.shape, place),
+      jax.ShapeDtypeStruct(batch, np.bool_, sharding=place),
+    )
+
+
+def flax_train_step(
+  config: ml_collections.ConfigDict, gpu: gpus.Gpu, devices: int = 1
+) -> jax.stages.Compiled:
+  """Compile the step of `peers.FlaxPeer`; see `train_step`."""
+  with _compiling_for(gpu, devices) as mesh:
+    everywhere, by_device = sharding.replicated(mesh), sharding.split(mesh)
+    model, optimizer = peers.flax_recipe(config)
+    size = config.image_size
+    images = jax.ShapeDtypeStruct(
+      (config.batch, size, size, 3), np.float32, sharding=by_device
+    )
+    params = jax.eval_shape(
+      lambda x: model.init(jax.random.key(0), x, True), images
+    )
+    replicated = (
+      params,
+      jax.eval_shape(optimizer.init, params),
+      jax.eval_shape(lambda: jax.random.key(1)),
+    )
+    params, opt_state, key = jax.tree.map(
+      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere),
+      replicated,
+    )
+    labels = jax.ShapeDtypeStruct((config.batch,), np.int32, sharding=by_device)
+    step = peers.flax_train_step(model, optimizer)
+    return _compile(step, params, opt_state, images, labels, key)
+
+
+@contextlib.contextmanager
+def _compiling_for(gpu: gpus.Gpu, devices: int) -> Iterator[Mesh]:
+  """Trace for a GPU; yields the mesh of so many."""
+  found = cuda_plugin.compile_only_devices(gpu.description, devices)
+  with accelerator.compiling_for(gpu.accelerator), cuda_plugin.without_cache():
+    yield Mesh(np.asarray(found), ("data",))
+
+
+def _compile(step: Any, *arguments: Any) -> jax.stages.Compiled:
+  return step.lower(*arguments).compile(compiler_options=_OPTIONS)
+
+
+def _batch(batch, shape, place):
+  return (
+    jax.ShapeDtypeStruct((*batch, *shape), np.uint8, sharding=place),
+    jax.ShapeDtypeStruct(batch, np.int32, sharding=place),
+  )

@@ -1,0 +1,93 @@
+"""GPUs to compile for: what they are and how fast they can be at most."""
+
+import dataclasses
+import pathlib
+import re
+
+from rescalevit_jax import accelerator
+from rescalevit_jax import errors
+
+# XLA's description of each GPU, a text of its proto GpuTargetConfigProto.
+_DESCRIPTIONS = pathlib.Path(__file__).parent / "gpu_targets"
+
+# Dense matrix products, 10^12 FLOP/s: float16 with float32 sums (bfloat16 is as
+# fast from Ampere on), TF32 from Ampere on, float32. From NVIDIA's data sheets
+# (T4, V100 SXM2, A100, L4, H100 SXM, H200, HGX B200) and its white papers on
+# the architectures GA102 (RTX 3090) and Ada (RTX 4090). Data sheets from L4 on
+# state twice as much, for sparse matrices.
+_TERAFLOPS = {
+  "t4": (65, None, 8.1),
+  "v100": (125, None, 15.7),
+  "rtx3090": (71, 35.6, 35.6),
+  "a100-40": (312, 156, 19.5),
+  "a100-80": (312, 156, 19.5),
+  "l4": (121, 60, 30.3),
+  "rtx4090": (165.2, 82.6, 82.6),
+  "h100": (989, 494.7, 66.9),
+  "h200": (989, 494.7, 66.9),
+  "b200": (2250, 1125, 75),
+}
+NAMES = tuple(_TERAFLOPS)
+
+
+@dataclasses.dataclass(frozen=True)
+class Gpu:
+  """A GPU that need not be here.
+
+  Attributes:
+    name: a key such as 'a100-40'.
+    title: the name that CUDA gives it.
+    description: XLA's, as text.
+    capability: (major, minor), its CUDA compute capability.
+    memory_bytes: size of its memory.
+    bandwidth: bytes/s of its memory.
+  """
+
+  name: str
+  title: str
+  description: str
+  capability: tuple[int, int]
+  memory_bytes: int
+  bandwidth: float
+
+  @property
+  def accelerator(self) -> accelerator.Accelerator:
+    """What the model's choice of implementations depends on."""
+    return accelerator.Accelerator("gpu", self.capability)
+
+  def flops_per_second(self, dtype: str, exact: bool = False) -> float:
+    """Return the peak speed of matrix products.
+
+    Args:
+      dtype: of the factors, as HLO writes it: 'f32', 'bf16', 'f16'.
+      exact: whether float32 factors keep all their bits, not TF32's.
+    """
+    half, tf32, single = _TERAFLOPS[self.name]
+    if dtype in ("f16", "bf16"):
+      return half * 1e12
+    return (single if exact or tf32 is None else tf32) * 1e12
+
+
+def get(name: str) -> Gpu:
+  """Return a GPU by its name, one of `NAMES`.
+
+  Raises:
+    UserError: it is not known.
+  """
+  if name not in NAMES:
+    raise errors.UserError(
+      f"--compile_for: unknown GPU {name!r}; {errors.nearest(name, NAMES)}"
+    )
+  text = (_DESCRIPTIONS / f"{name}.txtpb").read_text(encoding="utf-8")
+
+  def value(key):
+    return re.search(rf"^ *{key}: \"?([^\"\n]+)", text, re.MULTILINE).group(1)
+
+  return Gpu(
+    name,
+    value("device_description_str"),
+    text,
+    (int(value("major")), int(value("minor"))),
+    int(value("device_memory_size")),
+    float(value("memory_bandwidth")),
+  )

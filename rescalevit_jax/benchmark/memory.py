@@ -1,0 +1,20 @@
+"""Compute how much device memory a compiled program needs."""
+
+import jax
+
+
+def used(compiled: jax.stages.Compiled) -> int:
+  """Return the peak in use on the first device, or `needed` if not counted."""
+  stats = jax.devices()[0].memory_stats() or {}
+  return stats.get("peak_bytes_in_use", needed(compiled))
+
+
+def needed(compiled: jax.stages.Compiled) -> int:
+  """Return the bytes of arguments, results and temporaries on one device."""
+  found = compiled.memory_analysis()
+  return (
+    found.argument_size_in_bytes
+    + found.output_size_in_bytes
+    - found.alias_size_in_bytes
+    + found.temp_size_in_bytes
+  )

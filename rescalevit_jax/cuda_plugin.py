@@ -1,0 +1,90 @@
+"""JAX's CUDA plugin on machines without a GPU: to compile, not to run.
+
+The wheel jax-cuda12-pjrt alone compiles for GPUs (`benchmark.gpu_compile`). JAX
+takes every plugin that it finds for a device to run on, and this one has a
+traceback for each start without CUDA. So programs hide it, unless CUDA's other
+half, jax-cuda12-plugin, is installed as well.
+"""
+
+from collections.abc import Iterator
+import contextlib
+import importlib.util
+import logging
+import sys
+import types
+
+import jax
+from jax.experimental import topologies
+
+from rescalevit_jax import errors
+
+# JAX imports this module and calls its `initialize` when it starts.
+_PLUGIN = "jax_plugins.xla_cuda12"
+
+
+class _NoPlugin(types.ModuleType):
+  """Stands in for the plugin; JAX registers nothing."""
+
+  def initialize(self) -> None:
+    """Does nothing."""
+
+
+def can_compile() -> bool:
+  """Return whether the wheels that compile for GPUs are installed."""
+  return all(map(_is_installed, (_PLUGIN, "nvidia.cuda_nvcc")))
+
+
+def hide_if_compile_only() -> None:
+  """Keep JAX from starting a CUDA plugin that has no CUDA to run on.
+
+  Called before JAX starts its devices.
+  """
+  if _is_installed(_PLUGIN) and not _is_installed("jax_cuda12_plugin"):
+    sys.modules.setdefault(_PLUGIN, _NoPlugin(_PLUGIN))
+
+
+def compile_only_devices(description: str, count: int) -> list[jax.Device]:
+  """Return devices to compile for, which need not exist.
+
+  Called before JAX starts its devices, or with a plugin that is not hidden.
+
+  Args:
+    description: XLA's target config, as text.
+    count: GPUs of one host.
+
+  Raises:
+    UserError: the wheels are missing.
+  """
+  if not can_compile():
+    raise errors.UserError(
+      "--compile_for: the compiler for GPUs is not installed; run"
+      f" pip install jax-cuda12-pjrt=={jax.lib.__version__}"
+      " nvidia-cuda-nvcc-cu12"
+    )
+  if isinstance(sys.modules.get(_PLUGIN), _NoPlugin):
+    del sys.modules[_PLUGIN]
+  logging.getLogger(_PLUGIN).setLevel(logging.ERROR)  # It misses the rest.
+  return topologies.get_topology_desc(
+    platform="cuda", target_config=description, topology=f"1x1x{count}"
+  ).devices
+
+
+@contextlib.contextmanager
+def without_cache() -> Iterator[None]:
+  """Compile without JAX's cache on disk, which cannot read these programs."""
+  key = "jax_persistent_cache_min_compile_time_secs"
+  seconds = jax.config.jax_persistent_cache_min_compile_time_secs
+  jax.config.update(key, float("inf"))
+  try:
+    yield
+  finally:
+    jax.config.update(key, seconds)
+
+
+def _is_installed(module: str) -> bool:
+  if module in sys.modules:
+    return True
+  try:
+    return importlib.util.find_spec(module) is not None
+  except ModuleNotFoundError:  # Not even the package around it.
+    return False

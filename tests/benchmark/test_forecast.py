@@ -1,0 +1,175 @@
+"""The command that says what GPUs would make of a config."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import tiny_gpu
+import tiny_sweep
+
+from rescalevit_jax.benchmark import forecast
+from rescalevit_jax.benchmark import gpus
+
+
+def run(*args, **env):
+  return subprocess.run(
+    [sys.executable, "-m", "rescalevit_jax.benchmark", *args],
+    env={**os.environ, **env},
+    cwd=tiny_sweep.ROOT,
+    capture_output=True,
+    text=True,
+    check=False,
+  )
+
+
+def compile_for_h100(folder, *args, **env):
+  """Returns the row of a tiny model, and all that is said about it."""
+  done = run(
+    "--config=configs/quickstart.py",
+    "--compile_for=h100",
+    "--set=model.norm=DyT",
+    "--set=model.dropout_rate=0.0",
+    "--set=dtype=float32",
+    f"--output={folder}",
+    *args,
+    **env,
+  )
+  assert done.returncode == 0, done.stderr
+  (row,) = json.loads((folder / "compiled.json").read_text())["rows"]
+  speed = row["batch"] / row["step_seconds"]
+  assert row["images_per_second"] == pytest.approx(speed)
+  assert row["dtype"] == "float32"
+  text = (folder / "compiled.md").read_text()
+  assert text in done.stdout and str(folder) not in text
+  return row, text, done.stderr
+
+
+@tiny_gpu.needs_compiler
+def test_says_what_fits_and_how_fast_it_can_be(tmp_path):
+  row, text, log = compile_for_h100(
+    tmp_path, "--devices=2", "--set=model.num_layers=1"
+  )
+  limit = 0.75 * gpus.get("h100").memory_bytes
+  assert row["memory_limit_bytes"] == limit > row["memory_bytes"] > 0
+  assert row["fits"] and "largest_batch" not in row
+  assert row["kernels"] > row["gemms"] > 0 and row["collectives"] == 1
+  assert sum(row["kernel_kinds"].values()) == row["kernels"]
+  assert row["flops"] > 0 and row["traffic_bytes"] > 0
+  assert "2 GPUs; all figures but images/s" in text and "| yes |" in text
+  assert "1/1" in log and "ETA" in log
+
+
+@pytest.mark.slow
+@tiny_gpu.needs_compiler
+def test_says_what_would_fit(tmp_path):
+  """A share of memory so small that a large batch does not fit."""
+  row, text, log = compile_for_h100(
+    tmp_path,
+    "--set=model.num_layers=6",
+    "--set=batch=4096",
+    XLA_CLIENT_MEM_FRACTION="0.002",
+  )
+  assert not row["fits"] and row["memory_bytes"] > row["memory_limit_bytes"]
+  assert row["largest_batch"] % 8 == 0 and 64 < row["largest_batch"] < 4096
+  assert row["remat_memory_bytes"] < row["memory_bytes"]
+  assert row["remat_step_seconds"] > row["step_seconds"]
+  assert f"no; batch {row['largest_batch']} fits; with model.remat" in text
+  assert "model.remat=True" in log and f"batch={row['largest_batch']}" in log
+
+
+@pytest.mark.parametrize(
+  "flags, words",
+  [
+    (["--compile_for=h10"], "did you mean h100"),
+    (["--compile_for=h100,"], "unknown GPU ''"),
+    (["--compile_for=h100", "--devices=0"], "--devices"),
+    (["--compile_for=h100", "--set=dataset=nothing"], "nothing"),
+    (["--compile_for=h100", "--devices=3"], "not divisible by 3 devices"),
+  ],
+)
+def test_mistakes_are_one_line(flags, words, tmp_path):
+  if "--devices=3" in flags and not tiny_gpu.CAN_COMPILE:
+    pytest.skip(tiny_gpu.REASON)
+  done = run(
+    "--config=configs/quickstart.py", f"--output={tmp_path / 'o'}", *flags
+  )
+  assert done.returncode == 1
+  line = done.stderr.splitlines()[-1]
+  assert line.startswith("error: ") and words in line
+  assert "Traceback" not in done.stderr
+  assert not list(tmp_path.glob("o/*"))
+
+
+def affine(a, b):
+  """Returns the memory of a batch, and which batches were asked for."""
+  asked = []
+
+  def needed(batch):
+    asked.append(batch)
+    return a + b * batch
+
+  return needed, asked
+
+
+@pytest.mark.parametrize(
+  "a, b, batch, divisor, limit, expected",
+  [
+    (10, 1, 128, 1, 100, 88),  # 90 fit; of many, a multiple of 8.
+    (10, 1, 128, 3, 100, 90),
+    (10, 1, 12, 1, 15.5, 5),
+    (10, 1, 12, 4, 15.5, 4),
+    (10, 1, 12, 4, 13, None),
+    (200, 1, 128, 1, 100, None),  # The parameters alone do not fit.
+    (10, 1, 2, 1, 11, 1),
+    (10, 1, 1, 1, 10, None),
+  ],
+)
+def test_largest_batch(a, b, batch, divisor, limit, expected):
+  needed, asked = affine(a, b)
+  assert forecast.largest_batch(needed, batch, divisor, limit) == expected
+  assert expected is None or expected in asked  # It was compiled.
+  assert len(asked) <= 3 and max(asked, default=0) < batch
+
+
+def test_largest_batch_is_tried_again_where_memory_bends():
+  def needed(batch):
+    return batch + (20 if batch > 64 else 0)
+
+  assert forecast.largest_batch(needed, 256, 1, 100) == 80
+
+
+def test_table_says_fits_and_three_digits():
+  row = {
+    "gpu_title": "NVIDIA L4",
+    "subject": "ours",
+    "norm": "LN",
+    "settings": {"model.remat": True},
+    "model": "ViT-B_16",
+    "image_size": 224,
+    "batch": 128,
+    "dtype": "bfloat16",
+    "attention": "cudnn",
+    "memory_bytes": 9.876e9,
+    "fits": True,
+    "kernels": 1583,
+    "gemms": 223,
+    "traffic_bytes": 80.94e9,
+    "flops": 12.9e12,
+    "step_seconds": 0.02921,
+    "images_per_second": 4381.6,
+  }
+  report = {
+    "command": "c",
+    "versions": {"jax": "1"},
+    "devices": 1,
+    "memory_share": 0.75,
+    "rows": [row],
+  }
+  text = forecast.markdown(report)
+  assert text.splitlines()[-1] == (
+    "| NVIDIA L4 | ViT-B_16 at 224 | 128, bfloat16, cudnn | ours, LN,"
+    " model.remat=True | 9.88 | yes | 1583 (223) | 80.9 | 12.9 | 29.2 | 4382 |"
+  )
+  assert "at most 75 % of the GPU's memory" in text and "GPUs;" not in text

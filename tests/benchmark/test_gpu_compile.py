@@ -1,0 +1,193 @@
+"""Training and evaluation compile for GPUs, to programs as they ought to be."""
+
+import collections
+import re
+
+import jax
+import pytest
+from tiny_gpu import tiny_config
+
+from rescalevit_jax import errors
+from rescalevit_jax import experiment
+from rescalevit_jax import models
+from rescalevit_jax.benchmark import gpus
+from rescalevit_jax.benchmark import hlo
+from rescalevit_jax.models import norms
+
+ATTEND = "__cudnn$fmhaSoftmax"
+ATTEND_BACK = "__cudnn$fmhaSoftmaxBackward"
+# The resize of the images, and the head.
+FLOAT32_PRODUCTS = re.compile(r"bsh,bhwc->bswc|btw,bswc->bstc|/head/")
+
+# Norms that differ little from others, where a compilation takes long.
+RARE = ("RMS", "Derf", "BN2", "Identity")
+HALF_DTYPES = [x for x in ("bfloat16", "float16") if x in models.DTYPES]
+
+
+def assert_lean(program):
+  """Nothing waits for the host, and products are of 16 bits where they can."""
+  assert not program.conditionals and not program.host_transfers
+  single = [k.op_name for k in program.kernels if k.dtype == "f32"]
+  assert single
+  assert not [name for name in single if not FLOAT32_PRODUCTS.search(name)]
+  assert {k.dtype for k in program.kernels if k.flops} > {"f32"}
+
+
+@pytest.mark.parametrize(
+  "norm",
+  [
+    pytest.param(x, marks=[pytest.mark.slow] if x in RARE else [])
+    for x in norms.NORMS
+  ],
+)
+def test_every_norm_trains(compile_tiny, norm):
+  program = compile_tiny("train", **{"model.norm": norm})
+  assert_lean(program)
+  kinds = hlo.count_kinds(program.kernels)
+  # The last block may need the class token only, for which cuDNN is too much.
+  assert kinds[ATTEND] == kinds[ATTEND_BACK] in (1, 2)
+  assert not program.collectives
+
+
+@pytest.mark.parametrize("norm", norms.NORMS)
+def test_every_norm_evaluates(compile_tiny, norm):
+  program = compile_tiny("eval", **{"model.norm": norm})
+  assert_lean(program)
+  kinds = hlo.count_kinds(program.kernels)
+  assert kinds[ATTEND] in (1, 2) and kinds[ATTEND_BACK] == 0
+
+
+def test_first_step_of_rescale_calibrates(compile_tiny):
+  settled = compile_tiny("train", **{"model.norm": "Rescale"})
+  first = compile_tiny("train", step=1, **{"model.norm": "Rescale"})
+  assert first.bytes > settled.bytes and not settled.conditionals
+
+
+@pytest.mark.parametrize("dtype", HALF_DTYPES)
+@pytest.mark.parametrize("attention", ["cudnn", "xla"])
+def test_attention_is_what_was_asked_for(compile_tiny, dtype, attention):
+  keys = {"dtype": dtype, "model.attention": attention}
+  program = compile_tiny("eval", **keys)
+  assert_lean(program)
+  kinds = hlo.count_kinds(program.kernels)
+  assert kinds[ATTEND] == (attention == "cudnn")
+  assert {k.dtype for k in program.kernels if k.kind == ATTEND} <= {
+    {"bfloat16": "bf16", "float16": "f16"}[dtype]
+  }
+
+
+@pytest.mark.parametrize(
+  "dtype", [x for x in (*HALF_DTYPES, "float32") if x != "bfloat16"]
+)
+def test_other_types_train(compile_tiny, dtype):
+  program = compile_tiny("train", dtype=dtype)
+  kinds = hlo.count_kinds(program.kernels)
+  if dtype == "float32":
+    assert {k.dtype for k in program.kernels if k.flops} == {"f32"}
+    assert kinds[ATTEND] == 0
+    assert not program.conditionals and not program.host_transfers
+  else:
+    assert_lean(program)
+    assert kinds[ATTEND] == kinds[ATTEND_BACK] == 1
+
+
+@pytest.mark.parametrize("gpu, fused", [("a100-40", 1), ("t4", 0)])
+def test_other_gpus(compile_tiny, gpu, fused):
+  kinds = hlo.count_kinds(compile_tiny("eval", gpu).kernels)
+  assert kinds[ATTEND] == fused
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("gpu", ["a100-40", "v100", "b200"])
+def test_other_gpus_train(compile_tiny, gpu):
+  kinds = hlo.count_kinds(compile_tiny("train", gpu).kernels)
+  assert kinds[ATTEND_BACK] == (gpu != "v100")
+
+
+@pytest.mark.parametrize(
+  "norm",
+  [
+    "Rescale",
+    pytest.param("LN", marks=pytest.mark.slow),
+    pytest.param("GN", marks=pytest.mark.slow),
+  ],
+)
+def test_eight_gpus_exchange_gradients_once(compile_tiny, norm):
+  program = compile_tiny("train", devices=8, **{"model.norm": norm})
+  assert_lean(program)
+  assert {c.kind for c in program.collectives} == {"all-reduce"}
+  sizes = collections.Counter()
+  calls = collections.Counter()
+  for collective in program.collectives:
+    (dtype,) = {shape.dtype for shape in collective.shapes}
+    calls[dtype] += 1
+    sizes[dtype] += sum(shape.size for shape in collective.shapes)
+  assert set(calls.values()) == {1}  # A bucket for each type.
+  # The parameters and the loss, but no gradient of exactly zero.
+  model = experiment.create_model(tiny_config(**{"model.norm": norm}), 10)
+  variables = jax.eval_shape(
+    lambda x: model.init(jax.random.key(0), x, train=False),
+    jax.ShapeDtypeStruct((1, 32, 32, 3), "float32"),
+  )
+  count = sum(x.size for x in jax.tree.leaves(variables["params"]))
+  assert sizes.total() == pytest.approx(count, rel=0.01)
+
+
+def test_eight_gpus_evaluate(compile_tiny):
+  program = compile_tiny("eval", devices=8)
+  assert {c.kind for c in program.collectives} == {"all-reduce"}
+  # The two sums.
+  shapes = [s for c in program.collectives for s in c.shapes]
+  assert [shape.size for shape in shapes] == [1, 1]
+
+
+def test_accumulation_repeats_the_forward_pass(compile_tiny):
+  single = compile_tiny("train", dtype="float32")
+  double = compile_tiny("train", dtype="float32", accum_steps=2, batch=32)
+  # The optimizer alone runs once.
+  assert double.flops == pytest.approx(2 * single.flops, rel=1e-3)
+
+
+@pytest.mark.slow
+def test_remat_trades_time_for_memory(compile_tiny):
+  keys = {"model.attention": "xla", "batch": 256, "model.num_layers": 6}
+  plain = compile_tiny("train", **keys)
+  remat = compile_tiny("train", **keys, **{"model.remat": True})
+  assert remat.needed < 0.8 * plain.needed
+  assert remat.flops > plain.flops
+
+
+def test_flops_are_those_of_the_model(compile_tiny):
+  program = compile_tiny("eval", **{"model.attention": "cudnn"})
+  width, mlp, tokens, images = 64, 128, 65, 16
+  block = tokens * (8 * width**2 + 4 * width * mlp) + 4 * tokens**2 * width
+  # Keys and values of all tokens, the rest of the class token, whose attention
+  # XLA does not compute as matrix products.
+  last = 4 * tokens * width**2 + 4 * width**2 + 4 * width * mlp
+  resize = 2 * 3 * (32 * 24 * 24 + 32 * 32 * 24)
+  expected = block + last + 2 * 64 * 48 * width + 2 * width * 10 + resize
+  assert program.flops == images * expected
+
+
+def test_flax_peer(compile_tiny):
+  program = compile_tiny("flax")
+  kinds = hlo.count_kinds(program.kernels)
+  assert kinds["__cudnn$convBackwardFilter"] == 1 and kinds[ATTEND] == 0
+  (patches,) = (k for k in program.kernels if "convBackward" in k.kind)
+  assert patches.flops == 16 * 2 * 64 * 48 * 64
+  assert not patches.is_gemm
+
+
+@pytest.mark.parametrize("name", gpus.NAMES)
+def test_gpus(name):
+  gpu = gpus.get(name)
+  assert 7 <= gpu.capability[0] <= 10
+  assert 15e9 < gpu.memory_bytes < 200e9 and 3e11 <= gpu.bandwidth < 8e12
+  half, single = gpu.flops_per_second("f16"), gpu.flops_per_second("f32")
+  assert half >= 1.9 * single >= 1.9 * gpu.flops_per_second("f32", exact=True)
+  assert gpu.description.startswith("# ")  # Where the figures are from.
+
+
+def test_unknown_gpu_names_the_nearest():
+  with pytest.raises(errors.UserError, match="h10.*did you mean h100"):
+    gpus.get("h10")
