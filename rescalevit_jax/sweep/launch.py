@@ -38,16 +38,20 @@ def start(
   ) as log:
     log.write(f"{runs.LOG_HEADER}{now} {shlex.join(command)}\n")
     log.flush()
-    # By its path: as a module it would have to wait for the package's imports.
-    tie = [sys.executable, "-I", tied.__file__, str(os.getpid())]
     return subprocess.Popen(
-      [*tie, *command],
+      tie(command),
       stdin=subprocess.DEVNULL,
       stdout=log,
       stderr=subprocess.STDOUT,
       env={**os.environ, **environment},
       start_new_session=True,
     )
+
+
+def tie(command: Sequence[str]) -> list[str]:
+  """Returns a command that does not outlive this process: see `tied`."""
+  # By its path: as a module it would have to wait for the package's imports.
+  return [sys.executable, "-I", tied.__file__, str(os.getpid()), *command]
 
 
 def kill(process: subprocess.Popen) -> None:

@@ -108,6 +108,8 @@ class Schedule:
     runs: in the order in which they start.
     done: those that are finished already.
     slots: a place for each run at a time, as `slots.find` returns them.
+    stop_times: on the clock of `time.monotonic`, each of which acts like a
+      signal: let the runs save and stop, then end them at once.
   """
 
   def __init__(
@@ -115,7 +117,9 @@ class Schedule:
     runs: Sequence[grid.PlannedRun],
     done: Iterable[grid.PlannedRun],
     slots: Sequence[Mapping[str, str]],
+    stop_times: Sequence[float] = (),
   ):
+    self._stop_times = list(stop_times)
     self._waiting = list(runs)
     self._free = list(slots)
     self._running: list[_Running] = []
@@ -149,6 +153,9 @@ class Schedule:
     last_line = -math.inf
     while self._running or (self._waiting and not self._stopping):
       changed = self._collect()
+      while self._stop_times and time.monotonic() > self._stop_times[0]:
+        self._signals.append(signal.SIGALRM)
+        self._stop_times.pop(0)
       if self._signals:
         self._stop()
       while self._waiting and self._free and not self._stopping:
