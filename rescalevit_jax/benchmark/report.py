@@ -55,29 +55,8 @@ def markdown(report: Mapping[str, Any]) -> str:
     " train on such a batch, and classify it for evaluation, where ours goes"
     " through the test split. Compilation: of a peer, with its first step.",
     "",
-    "| model | batch, dtype | program | training images/s | step, ms"
-    " (quartiles) | evaluation images/s | share of peak | real data / resident"
-    " | memory, GB | compilation, s | ours / LN | ours / flax | ours / timm |",
-    "|---|---|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
+    *table(report["entries"]),
   ]
-  for e in report["entries"]:
-    low, high = e["images_per_second_range"]
-    ours = e["subject"] == "ours"
-    cells = [
-      f"{e['model']} at {e['image_size']}",
-      f"{e['batch']}, {e['dtype']}",
-      program(e),
-      f"{e['images_per_second']:.0f} ({low:.0f}–{high:.0f})",
-      f"{1e3 * e['step_seconds']:.1f} ({1e3 * e['step_seconds_low']:.1f}–"
-      f"{1e3 * e['step_seconds_high']:.1f})",
-      f"{e['eval_images_per_second']:.0f}",
-      f"{100 * e['peak_share']:.0f} %" if ours else "",
-      _cell(e, "input_ratio", 1),
-      _cell(e, "memory_bytes", 1e-9),
-      f"{e['compile_seconds']:.1f}",
-      *(_cell(e, f"ratio_to_{what}", 1) for what in ("LN", "flax", "timm")),
-    ]
-    lines.append(f"| {' | '.join(cells)} |")
   diagnosed = [e for e in report["entries"] if "diagnostics_share" in e]
   if diagnosed:
     lines += [
@@ -111,6 +90,35 @@ def markdown(report: Mapping[str, Any]) -> str:
       f" {second / start['cold']:.2f} |"
     )
   return "\n".join(lines) + "\n"
+
+
+def table(entries: Iterable[Mapping[str, Any]]) -> list[str]:
+  """Return the lines of a table of what `speed.describe` returns."""
+  lines = [
+    "| model | batch, dtype | program | training images/s | step, ms"
+    " (quartiles) | evaluation images/s | share of peak | real data / resident"
+    " | memory, GB | compilation, s | ours / LN | ours / flax | ours / timm |",
+    "|---|---|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
+  ]
+  for e in entries:
+    low, high = e["images_per_second_range"]
+    ours = e["subject"] == "ours"
+    cells = [
+      f"{e['model']} at {e['image_size']}",
+      f"{e['batch']}, {e['dtype']}",
+      program(e),
+      f"{e['images_per_second']:.0f} ({low:.0f}–{high:.0f})",
+      f"{1e3 * e['step_seconds']:.1f} ({1e3 * e['step_seconds_low']:.1f}–"
+      f"{1e3 * e['step_seconds_high']:.1f})",
+      f"{e['eval_images_per_second']:.0f}",
+      f"{100 * e['peak_share']:.0f} %" if ours else "",
+      _cell(e, "input_ratio", 1),
+      _cell(e, "memory_bytes", 1e-9),
+      f"{e['compile_seconds']:.1f}",
+      *(_cell(e, f"ratio_to_{what}", 1) for what in ("LN", "flax", "timm")),
+    ]
+    lines.append(f"| {' | '.join(cells)} |")
+  return lines
 
 
 def program(entry: Mapping[str, Any]) -> str:

@@ -21,7 +21,7 @@ compiled.json.
 """
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 import importlib.metadata
 import importlib.util
 import json
@@ -35,6 +35,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from typing import Any
 
 from rescalevit_jax import config as config_lib
 from rescalevit_jax import errors
@@ -47,10 +48,11 @@ from rescalevit_jax.benchmark import gpus
 from rescalevit_jax.benchmark import report as report_lib
 from rescalevit_jax.models import flops
 from rescalevit_jax.sweep import grid
+from rescalevit_jax.sweep import launch
 
 _log = logging.getLogger("rescalevit_jax.benchmark")
 
-_PEERS = {"flax": "flax", "timm": "timm"}  # Subjects, and what they import.
+PEERS = {"flax": "flax", "timm": "timm"}  # Subjects, and what they import.
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "torch", "timm")
 _FIRST_STEP = "the first step is done"
 
@@ -137,7 +139,7 @@ def _run(args):
     return
   subjects = ["ours"]
   if args.peer:
-    for name, package in _PEERS.items():
+    for name, package in PEERS.items():
       if importlib.util.find_spec(package) is None:
         _log.warning("%s is not installed: left out", package)
       else:
@@ -154,7 +156,7 @@ def _run(args):
   total, start = args.rounds * len(entries), time.monotonic()
   for i in range(total):
     entry = entries[i % len(entries)]
-    entry["rounds"].append(_measure(entry["run"], entry["subject"], options))
+    entry["rounds"].append(measure(entry["run"], entry["subject"], options))
     left = (time.monotonic() - start) / (i + 1) * (total - i - 1)
     _log.info(
       "%d/%d  %s %s: %.0f images/s  ETA %s",
@@ -172,8 +174,8 @@ def _run(args):
     ]
   report = {
     "command": _command(args),
-    "machine": {**_machine(), "load_before": load_before},
-    "entries": [_entry(entry, entries) for entry in entries],
+    "machine": {**machine(), "load_before": load_before},
+    "entries": [describe(entry, entries) for entry in entries],
     "starts": starts,
   }
   text = report_lib.markdown(report)
@@ -204,20 +206,39 @@ def _command(args):
   return " ".join(words)
 
 
-def _measure(run, subject, options):
+def measure(
+  run: grid.PlannedRun,
+  subject: str,
+  options: Mapping[str, float],
+  timeout: float | None = None,
+) -> dict[str, Any]:
+  """Return what a process of its own measures in one round.
+
+  Args:
+    run: what to measure, or what to compare a peer with.
+    subject: 'ours' or a key of `PEERS`.
+    options: `seconds` and `eval_images`, as the flags.
+    timeout: seconds, after which the process is ended.
+
+  Raises:
+    UserError: it failed.
+    subprocess.TimeoutExpired: it took longer than `timeout`.
+  """
+  command = [
+    sys.executable,
+    "-m",
+    "rescalevit_jax.benchmark.worker",
+    subject,
+    config_lib.to_json(run.config),
+    json.dumps(options),
+  ]
   done = subprocess.run(
-    [
-      sys.executable,
-      "-m",
-      "rescalevit_jax.benchmark.worker",
-      subject,
-      config_lib.to_json(run.config),
-      json.dumps(options),
-    ],
+    launch.tie(command),
     env=_environment(),
     capture_output=True,
     text=True,
     check=False,
+    timeout=timeout,
   )
   try:
     return json.loads(done.stdout.splitlines()[-1])
@@ -269,8 +290,15 @@ def _seconds_to_first_step(run, folder, i):
   raise errors.UserError(f"{run.workdir.name}: {reason}")
 
 
-def _entry(entry, entries):
-  """Returns medians over the rounds, and ratios to the peers of each round."""
+def describe(
+  entry: Mapping[str, Any], entries: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
+  """Return medians over the rounds, and ratios to the peers of each round.
+
+  Args:
+    entry: `run`, `subject` and `rounds`, a list of what `measure` returns.
+    entries: all of the report, among them those to compare with.
+  """
   rounds = entry["rounds"]
   config = entry["run"].config
   medians = {
@@ -326,7 +354,8 @@ def _ratio(ours, theirs):
   )
 
 
-def _machine():
+def machine() -> dict[str, Any]:
+  """Return the hardware and the versions that are measured with."""
   # In a process of its own, for it takes hold of every GPU.
   look = (
     "import jax; print(jax.device_count(), 'x', jax.devices()[0].device_kind)"
@@ -336,8 +365,11 @@ def _machine():
     env=_environment(),
     capture_output=True,
     text=True,
-    check=True,
+    check=False,
   )
+  if done.returncode:
+    reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
+    raise errors.UserError(f"JAX finds no devices: {reason}")
   kind = platform.processor() or platform.machine()
   info = pathlib.Path("/proc/cpuinfo")
   if info.exists():
