@@ -33,7 +33,7 @@ setuptools.setup(
     include=["rescalevit_jax", "rescalevit_jax.*"]
   ),
   package_data={
-    "rescalevit_jax.benchmark": ["gpu_targets/*.txtpb"],
+    "rescalevit_jax.benchmark": ["gpu_targets/*.txtpb", "reference.json"],
     "rescalevit_jax.report": ["page.html"],
   },
   python_requires=">=3.11",

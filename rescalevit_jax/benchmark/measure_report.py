@@ -1,0 +1,226 @@
+"""Write what `measure_gpu` found as Markdown."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rescalevit_jax import published
+from rescalevit_jax.benchmark import report as report_lib
+from rescalevit_jax.benchmark import speed
+from rescalevit_jax.sweep import grid
+
+# Largest relative difference from the reference, of losses and of the
+# gradient's norm. A CPU's bfloat16 is off by up to 0.34 % and 0.07 % (ViT-B_16
+# with LN, jax 0.10.2); a few times that. A GPU computes float32 products in
+# TF32, with three bits more than bfloat16: an eighth.
+TOLERANCES = {"bfloat16": (0.01, 0.02), "float32": (0.00125, 0.0025)}
+_LOSSES = ("loss", "second_loss", "eval_loss")
+
+
+def compare(
+  found: Mapping[str, float], reference: Mapping[str, float], dtype: str
+) -> dict[str, Any]:
+  """Return the largest differences from a reference, and if they are small.
+
+  Args:
+    found: what `norm_steps.prepare_check` measured.
+    reference: the same of a CPU in float32.
+    dtype: a key of `TOLERANCES`.
+  """
+
+  def difference(key):
+    return abs(found[key] / reference[key] - 1)
+
+  loss, grad_norm = max(map(difference, _LOSSES)), difference("grad_norm")
+  most_loss, most_grad_norm = TOLERANCES[dtype]
+  return {
+    "loss_difference": loss,
+    "grad_norm_difference": grad_norm,
+    "within": loss <= most_loss and grad_norm <= most_grad_norm,
+  }
+
+
+def brief(found: Mapping[str, Any]) -> str:
+  """Return a few words on a result, for the log."""
+  for key in ("error", "left_out"):
+    if key in found:
+      return f"{key.replace('_', ' ')}: {found[key]}"
+  if "within" in found:
+    word = "within" if found["within"] else "OUTSIDE"
+    return f"{100 * found['loss_difference']:.3f} % off, {word} the tolerance"
+  if "images_per_second" in found:
+    return f"{found['images_per_second']:.0f} images/s"
+  if "step" in found:
+    return f"step {found['step']}"
+  return f"loss {found['loss']:.4f}, without a reference"
+
+
+def markdown(
+  machine: Mapping[str, Any],
+  states: Mapping[str, str],
+  items: Mapping[str, Mapping[str, str]],
+  norms: Mapping[str, Mapping[str, Any]],
+  reference: Mapping[str, Any],
+  entries: Sequence[Mapping[str, Any]],
+  bounds: Sequence[Mapping[str, Any]],
+  runs: Mapping[str, grid.PlannedRun],
+  training: Mapping[str, Mapping[str, Any]],
+  problems: Mapping[str, str],
+) -> str:
+  """Return summary.md.
+
+  Args:
+    machine: of `speed.machine`.
+    states: of each stage, in words.
+    items: of the stage `norms`, by name.
+    norms: their results.
+    reference: what reference.json holds.
+    entries: for `speed.describe`.
+    bounds: rows of compiled.json.
+    runs: of the stage `training`, by name.
+    training: their results.
+    problems: why something failed or was left out, by its name.
+  """
+  versions = ", ".join(f"{k} {v}" for k, v in machine["versions"].items())
+  lines = [
+    "# Measurements",
+    "",
+    f"- Devices: {machine['devices']}; {machine['cores']} cores of"
+    f" {machine['processor']}",
+    f"- Versions: {versions}",
+    *(f"- Stage {stage}: {state}" for stage, state in states.items()),
+    "",
+    "## Norms",
+    "",
+    *_norms(items, norms, reference),
+    "",
+    "## Speed",
+    "",
+    *_speed(machine, entries, bounds),
+    "",
+    "## Training",
+    "",
+    *_training(runs, training),
+  ]
+  if problems:
+    lines += ["", "## Failed or left out", ""]
+    lines += [f"- {name}: {why}" for name, why in problems.items()]
+  return "\n".join(lines) + "\n"
+
+
+def _norms(items, results, reference):
+  tolerances = "; ".join(
+    f"{dtype} {100 * loss:g} % and {100 * grad_norm:g} %"
+    for dtype, (loss, grad_norm) in TOLERANCES.items()
+  )
+  lines = [
+    f"{reference['model_name']} at {reference['image_size']} on"
+    f" {reference['images']} images without dropout: largest relative"
+    " difference of the losses of step 1, of step 2 and of an evaluation after"
+    " them, and that of the first gradient's norm, from those of a CPU in"
+    f" float32. Tolerated: {tolerances}. Then the recipe's step in bfloat16;"
+    " several were compiled at the same time.",
+    "",
+    "| norm | reference loss | bfloat16: losses, gradient | float32: losses,"
+    " gradient | step, ms | step with XLA's attention, ms | compilation, s |"
+    " program, GB | finite |",
+    "|---|--:|--:|--:|--:|--:|--:|--:|---|",
+  ]
+  for norm in dict.fromkeys(item["norm"] for item in items.values()):
+
+    def get(kind, dtype, attention, norm=norm):
+      return results.get(f"{kind} {norm} {dtype} {attention}", {})
+
+    loss = reference["norms"].get(norm, {}).get("loss")
+    auto = get("time", "bfloat16", "auto")
+    xla = get("time", "bfloat16", "xla")
+    finite = {x["finite"] for x in (auto, xla) if "finite" in x}
+    cells = [
+      norm,
+      "" if loss is None else f"{loss:.4f}",
+      _differences(get("check", "bfloat16", "auto")),
+      _differences(get("check", "float32", "auto")),
+      _cell(auto, "step_seconds", 1e3),
+      _cell(xla, "step_seconds", 1e3),
+      _cell(auto, "compile_seconds", 1),
+      _cell(auto, "memory_bytes", 1e-9),
+      "no" if False in finite else "yes" if finite else "",
+    ]
+    lines.append(f"| {' | '.join(cells)} |")
+  return lines
+
+
+def _differences(found):
+  if "within" not in found:
+    return ""
+  mark = "" if found["within"] else " **too large**"
+  return (
+    f"{100 * found['loss_difference']:.3f} %,"
+    f" {100 * found['grad_norm_difference']:.3f} %{mark}"
+  )
+
+
+def _speed(machine, entries, bounds):
+  # Model and norm tell these programs apart, whatever else their configs have.
+  described = [
+    {**speed.describe(entry, entries), "settings": {}} for entry in entries
+  ]
+  lines = report_lib.table(described)
+  device = machine["devices"].partition(" x ")[2]
+  found = [
+    (entry, row)
+    for entry in described
+    for row in bounds
+    if row["gpu_title"].startswith(device)
+    and all(
+      entry[key] == row[key]
+      for key in ("subject", "norm", "model", "image_size", "batch", "dtype")
+    )
+  ]
+  if found:
+    lines += [
+      "",
+      "Beside the lower bound of the compiled program (each kernel as fast as"
+      " memory or products allow at most):",
+      "",
+      "| model | program | step, ms | bound, ms | step / bound |",
+      "|---|---|--:|--:|--:|",
+    ]
+  for entry, row in found:
+    step, bound = entry["step_seconds"], row["step_seconds"]
+    lines.append(
+      f"| {entry['model']} | {report_lib.program(entry)} | {1e3 * step:.1f} |"
+      f" {1e3 * bound:.1f} | {step / bound:.2f} |"
+    )
+  return lines
+
+
+def _training(runs, results):
+  lines = [
+    "Last: after the last step. Published: RescaleViT's, where the recipe is"
+    " its own. Minutes: evaluations and start included.",
+    "",
+    "| run | steps | last accuracy, % | best, % | published last, % | training"
+    " images/s | minutes |",
+    "|---|--:|--:|--:|--:|--:|--:|",
+  ]
+  for name, run in runs.items():
+    found = results.get(name)
+    if not found or not found.get("step"):
+      continue
+    accuracy = found["evaluations"]["accuracy"]
+    figures = published.FIGURES.get(published.match(run.config))
+    cells = [
+      name,
+      f"{found['step']} of {run.config.total_steps}",
+      f"{100 * accuracy[-1]:.2f}" if accuracy else "",
+      f"{100 * max(accuracy):.2f}" if accuracy else "",
+      "" if figures is None else f"{100 * figures.last_accuracy:.2f}",
+      f"{found['images_per_second']:.0f}" if found["finished"] else "",
+      f"{found['seconds'] / 60:.1f}" if found["finished"] else "",
+    ]
+    lines.append(f"| {' | '.join(cells)} |")
+  return lines
+
+
+def _cell(found, key, factor):
+  return f"{factor * found[key]:.1f}" if key in found else ""

@@ -1,0 +1,289 @@
+"""Run single training steps with every norm; `measure_gpu` starts it.
+
+Usage: python -m rescalevit_jax.benchmark.norm_steps CONFIG ITEMS SECONDS, the
+first two as JSON. An item is an object of `kind`, `norm`, `dtype` and
+`attention`. The output has a JSON object a line: the numbers of each item in
+turn, or its `error`. No item is begun that would not end within SECONDS, to
+judge by those before it.
+"""
+
+from collections.abc import Callable, Mapping
+import concurrent.futures
+import functools
+import json
+import math
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from typing import Any
+
+import jax
+import ml_collections
+import numpy as np
+
+from rescalevit_jax import config as config_lib
+from rescalevit_jax import data
+from rescalevit_jax import errors
+from rescalevit_jax import evaluate
+from rescalevit_jax import experiment as experiment_lib
+from rescalevit_jax import sharding
+from rescalevit_jax.benchmark import memory
+from rescalevit_jax.benchmark import worker
+from rescalevit_jax.sweep import launch
+
+IMAGES = 8  # Of a check: a CPU computes its float32 reference in seconds.
+OUT_OF_TIME = "out of time"
+_CLASSES = 10
+_SEED = np.uint32(0)
+_TIMED_SECONDS = 1.0
+_MAX_THREADS = 8  # That compile at the same time, each with threads of XLA's.
+
+
+def main(config: str, items: str, seconds: str) -> None:
+  """Run the items and print their results."""
+  config = config_lib.from_json(config)
+  items, end = json.loads(items), time.monotonic() + float(seconds)
+  threads = min(_MAX_THREADS, max(1, (os.cpu_count() or 1) // 2))
+  longest = 0.0
+  with concurrent.futures.ThreadPoolExecutor(threads) as pool:
+    for first in range(0, len(items), threads):
+      group = items[first : first + threads]
+      start = time.monotonic()
+      if start + longest > end:
+        break
+      prepare = functools.partial(_try, lambda item: _prepare(config, item))
+      # All of a group first, so that nothing compiles while a step is timed.
+      for prepared in list(pool.map(prepare, group)):
+        if callable(prepared):
+          prepared = _try(lambda run: run(), prepared)
+        print(json.dumps(prepared), flush=True)
+      longest = max(longest, time.monotonic() - start)
+
+
+def _try(function, argument):
+  """Call a function; an exception becomes {'error': a line}."""
+  try:
+    return function(argument)
+  except Exception as e:  # XLA and cuDNN raise all sorts.
+    return {"error": f"{type(e).__name__}: {errors.brief(e)}"}
+
+
+def _prepare(config, item):
+  prepare = {"check": prepare_check, "time": prepare_timing}[item["kind"]]
+  return prepare(item_config(config, item))
+
+
+def run(
+  config: ml_collections.ConfigDict,
+  items: Mapping[str, Mapping[str, str]],
+  seconds: float,
+  most_seconds: float,
+  record: Callable[[str, dict[str, Any]], None],
+) -> None:
+  """Run items in a process of their own.
+
+  One that takes the process down is recorded as an error, and another process
+  goes on with the rest.
+
+  Args:
+    config: that of all items, but for what they say.
+    items: by name.
+    seconds: no item is begun that would not end within them.
+    most_seconds: after them the process is ended; it may hang.
+    record: called with each result.
+  """
+  start = time.monotonic()
+  left = dict(items)
+  while left:
+    passed = time.monotonic() - start
+    command = [
+      sys.executable,
+      "-m",
+      __name__,
+      config_lib.to_json(config),
+      json.dumps(list(left.values())),
+      str(seconds - passed),
+    ]
+    names = iter(list(left))
+    with (
+      tempfile.TemporaryFile("w+") as log,
+      subprocess.Popen(
+        launch.tie(command), stdout=subprocess.PIPE, stderr=log, text=True
+      ) as process,
+      _killing(process, most_seconds - passed),
+    ):
+      for line in process.stdout:
+        name = next(names)
+        del left[name]
+        record(name, json.loads(line))
+      if process.wait() == 0 or not left:
+        return
+      log.seek(0)
+      lines = log.read().strip().splitlines() or ["it printed nothing"]
+    name = next(names)
+    if time.monotonic() - start > most_seconds:
+      record(name, {"error": OUT_OF_TIME})
+      return
+    del left[name]
+    record(name, {"error": f"its process ended: {lines[-1]}"})
+
+
+class _killing:
+  """End a process when a block ends, or after so many seconds."""
+
+  def __init__(self, process, seconds):
+    self._process = process
+    self._timer = threading.Timer(
+      min(seconds, threading.TIMEOUT_MAX), process.kill
+    )
+
+  def __enter__(self):
+    self._timer.start()
+
+  def __exit__(self, *exc_info):
+    self._timer.cancel()
+    self._process.kill()
+
+
+def item_config(
+  config: ml_collections.ConfigDict, item: Mapping[str, str]
+) -> ml_collections.ConfigDict:
+  """Return the config of an item.
+
+  A check has nothing random and learns fast from the start.
+  """
+  config = config.copy_and_resolve_references()
+  config.model.norm = item["norm"]
+  config.model.attention = item["attention"]
+  config.dtype = item["dtype"]
+  if item["kind"] == "check":
+    config.batch = config.batch_eval = IMAGES
+    config.model.dropout_rate = 0.0
+    config.augment.crop = False
+    config.warmup_steps = 0
+  config_lib.validate(config)
+  return config
+
+
+def prepare_check(
+  config: ml_collections.ConfigDict,
+) -> Callable[[], dict[str, float]]:
+  """Compile two training steps on a fixed batch and an evaluation of it.
+
+  Weights and images come from NumPy's generators, so that they are the same on
+  every device and with every version of JAX.
+
+  Returns:
+    A function that runs them and returns `loss` and `grad_norm` of the first
+    step, `second_loss` and, after both, `eval_loss`.
+  """
+  experiment = _experiment(config)
+  images, labels = _batch(experiment)
+  state = experiment.scratch()
+  weights = _numpy_weights(state.params)
+  state = state.replace(
+    params=jax.tree.map(sharding.put, weights, experiment.places().params)
+  )
+  step = experiment.train_step(1).lower(state, images, labels, _SEED).compile()
+  everything = np.ones(IMAGES, bool)
+  evaluation = (
+    evaluate.compiled_step(experiment.model, config.image_size, experiment.mesh)
+    .lower(state.params, state.batch_stats, images[0], labels[0], everything)
+    .compile()
+  )
+
+  def run():
+    after, first = step(state, images, labels, _SEED)
+    after, second = step(after, images, labels, _SEED)
+    sums = evaluation(
+      after.params, after.batch_stats, images[0], labels[0], everything
+    )
+    return {
+      "loss": float(first["loss"]),
+      "grad_norm": float(first["grad_norm"]),
+      "second_loss": float(second["loss"]),
+      "eval_loss": float(sums["loss"]) / IMAGES,
+    }
+
+  return run
+
+
+def prepare_timing(
+  config: ml_collections.ConfigDict,
+) -> Callable[[], dict[str, Any]]:
+  """Compile a run's training step.
+
+  Returns:
+    A function that times it on one batch and returns `worker.summary`, whether
+    loss and gradient of the first step are finite, the seconds of compilation
+    and the program's bytes.
+  """
+  experiment = _experiment(config)
+  images, labels = _batch(experiment)
+  start = time.perf_counter()
+  step = (
+    experiment.train_step(config.total_steps)
+    .lower(experiment.abstract(), images, labels, _SEED)
+    .compile()
+  )
+  seconds = time.perf_counter() - start
+
+  def run():
+    state, metrics = step(experiment.scratch(), images, labels, _SEED)
+    loss, grad_norm = float(metrics["loss"]), float(metrics["grad_norm"])
+
+    def train(steps):
+      nonlocal state
+      for _ in range(steps):
+        state, metrics = step(state, images, labels, _SEED)
+      jax.block_until_ready((state, metrics))
+
+    (times,) = worker.time_laps([train], _TIMED_SECONDS)
+    return {
+      "loss": loss,
+      "grad_norm": grad_norm,
+      "finite": math.isfinite(loss + grad_norm),
+      **worker.summary(times, config.batch),
+      "compile_seconds": seconds,
+      "memory_bytes": memory.needed(step),
+    }
+
+  return run
+
+
+def _experiment(config):
+  rng = np.random.default_rng(0)
+  images = rng.integers(0, 256, (config.batch, 32, 32, 3), np.uint8)
+  split = data.Split(images, np.arange(config.batch, dtype=np.int32) % _CLASSES)
+  names = tuple(map(str, range(_CLASSES)))
+  dataset = data.Dataset("random", split, split, _CLASSES, names)
+  mesh = sharding.create_mesh()
+  return experiment_lib.build(config, mesh, _CLASSES, dataset)
+
+
+def _batch(experiment):
+  split = experiment.dataset.train
+  return sharding.put(
+    (split.images[None], split.labels[None]),
+    sharding.split(experiment.mesh, axis=1),
+  )
+
+
+def _numpy_weights(params):
+  """Replace matrices by NumPy's random numbers of the same deviation."""
+  rng = np.random.default_rng(0)
+
+  def draw(x):
+    x = np.asarray(x)
+    if x.ndim < 2:  # Scales, biases, alphas.
+      return x
+    return rng.standard_normal(x.shape, np.float32) * x.std()
+
+  return jax.tree.map(draw, params)
+
+
+if __name__ == "__main__":
+  main(*sys.argv[1:])
