@@ -12,6 +12,11 @@ keys, set by --config.KEY=VALUE:
 
 """
 
+if __name__ == "__main__":
+  from rescalevit_jax import huge_pages
+
+  huge_pages.restart_with()  # Before the imports below, which take a second.
+
 import json
 import os
 import pathlib

@@ -54,6 +54,8 @@ def markdown(report: Mapping[str, Any]) -> str:
     " included, over one with a prepared batch that stays on the device. Peers"
     " train on such a batch, and classify it for evaluation, where ours goes"
     " through the test split. Compilation: of a peer, with its first step.",
+    "- Ours asks for huge pages, as `rescalevit_jax.main` does; peers run as"
+    " they come, unless GLIBC_TUNABLES was set for all.",
     "",
     *table(report["entries"]),
   ]

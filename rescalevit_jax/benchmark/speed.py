@@ -39,6 +39,7 @@ from typing import Any
 
 from rescalevit_jax import config as config_lib
 from rescalevit_jax import errors
+from rescalevit_jax import huge_pages
 from rescalevit_jax import models
 from rescalevit_jax import program
 from rescalevit_jax import progress
@@ -232,9 +233,14 @@ def measure(
     config_lib.to_json(run.config),
     json.dumps(options),
   ]
+  environment = _environment()
+  if (
+    subject == "ours"
+  ):  # As `rescalevit_jax.main` does; peers run as they come.
+    environment = huge_pages.environment(environment)
   done = subprocess.run(
     launch.tie(command),
-    env=_environment(),
+    env=environment,
     capture_output=True,
     text=True,
     check=False,
