@@ -14,6 +14,7 @@ import ml_collections
 import numpy as np
 import optax
 
+from rescalevit_jax import accelerator
 from rescalevit_jax import augment
 from rescalevit_jax import calibrate
 from rescalevit_jax import config as config_lib
@@ -30,6 +31,7 @@ from rescalevit_jax import step as step_lib
 from rescalevit_jax.models import fade
 from rescalevit_jax.models import norms
 from rescalevit_jax.models import vit
+from rescalevit_jax.models.ops import attention
 
 _log = logging.getLogger(__name__)
 
@@ -194,9 +196,24 @@ def create(config: ml_collections.ConfigDict) -> Experiment:
   mesh = sharding.create_mesh()
   sharding.check_batch(config.batch, config.accum_steps, mesh)
   progress_lib.warn_of_idle_gpu()
-  create_model(config, 1)  # Its mistakes show before the data are read.
+  # Its mistakes show before the data are read.
+  _log_attention(config, create_model(config, 1))
   dataset = load_dataset(config)
   return build(config, mesh, dataset.num_classes, dataset)
+
+
+def _log_attention(config, model):
+  """Log which implementation of attention a GPU runs, and why."""
+  if accelerator.platform() != "gpu":
+    return
+  if config.deterministic:
+    reason = "deterministic=True"
+  elif config.model.attention != "auto":
+    reason = "model.attention"
+  else:
+    head_dim = model.hidden_size // model.num_heads
+    reason = attention.choose(model.dtype, head_dim).reason
+  _log.info("attention by %s: %s", model.attention, reason)
 
 
 def build(

@@ -1,5 +1,6 @@
 """Attention, dropout and GELU as the models compute them."""
 
+import json
 import re
 
 import jax
@@ -16,6 +17,7 @@ from rescalevit_jax import experiment
 from rescalevit_jax import models
 from rescalevit_jax.models import branches
 from rescalevit_jax.models.ops import attention
+from rescalevit_jax.models.ops import cudnn
 from rescalevit_jax.models.ops import dropout
 
 
@@ -153,6 +155,60 @@ def test_auto_is_xla_elsewhere(platform, head_dim, reason):
   with on(platform, (9, 0)):
     found = attention.choose(jnp.dtype("bfloat16"), head_dim)
   assert found.implementation == "xla" and reason in found.reason
+
+
+def lowered_cudnn(tokens, head_dim, dtype, attend):
+  """The custom calls of attention and its gradient: their targets, configs."""
+  x = jax.ShapeDtypeStruct((2, tokens, 3, head_dim), dtype)
+
+  def loss(*arrays):
+    return attend(*arrays).astype(jnp.float32).sum()
+
+  step = jax.jit(jax.value_and_grad(loss, (0, 1, 2)))
+  text = step.trace(x, x, x).lower(lowering_platforms=("cuda",)).as_text()
+  calls = re.findall(
+    r'custom_call @(__cudnn\$\w+)\(.*?backend_config = "(.*?)"[,}]', text
+  )
+  return {
+    name: json.loads(config.replace("\\22", '"')) for name, config in calls
+  }
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("head_dim", [32, 64, 80, 128])
+@pytest.mark.parametrize("tokens", [50, 65, 197, 257, 577])
+def test_cudnn_takes_any_token_count_in_training(tokens, head_dim, dtype):
+  found = lowered_cudnn(tokens, head_dim, dtype, cudnn.attend)
+  assert set(found) == {"__cudnn$fmhaSoftmax", "__cudnn$fmhaSoftmaxBackward"}
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_cudnn_is_called_as_jax_calls_it(dtype, monkeypatch):
+  # Private, for JAX asks the devices that are here. Red means that JAX has
+  # changed what it tells XLA: see what of that `ops.cudnn` has to follow.
+  from jax._src.cudnn import fused_attention_stablehlo as jax_cudnn
+
+  monkeypatch.setattr(jax_cudnn, "check_cudnn_version", lambda: 91000)
+  monkeypatch.setattr(jax_cudnn, "check_compute_capability", lambda _: True)
+  monkeypatch.setattr(
+    jax_cudnn, "is_cuda_compute_capability_equal", lambda _: False
+  )
+
+  def of_jax(*arrays):
+    return jax.nn.dot_product_attention(*arrays, implementation="cudnn")
+
+  def without_defaults(config):
+    """Without fields that say nothing, and the seed of a dropout of 0."""
+    if not isinstance(config, dict):
+      return config
+    config = {k: without_defaults(v) for k, v in config.items() if k != "seed"}
+    nothing = (None, "0", [], {}, False, "PRIMITIVE_TYPE_INVALID")
+    return {k: v for k, v in config.items() if v not in nothing}
+
+  found, want = (
+    lowered_cudnn(50, 64, dtype, attend) for attend in (cudnn.attend, of_jax)
+  )
+  assert without_defaults(found) == without_defaults(want)
 
 
 @pytest.mark.parametrize(

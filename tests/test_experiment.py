@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from rescalevit_jax import accelerator
 from rescalevit_jax import augment
 from rescalevit_jax import errors
 from rescalevit_jax import experiment
@@ -100,3 +101,24 @@ def test_a_shift_beyond_the_image_is_refused(tiny_config):
   found = experiment.create(tiny_config)
   with pytest.raises(errors.UserError, match="pad_crop is 8.*are 8 pixels"):
     experiment.first_state(found)
+
+
+@pytest.mark.parametrize(
+  "capability, keys, line",
+  [
+    ((8, 6), {}, "attention by cudnn: fused"),
+    ((7, 5), {}, "attention by xla: cuDNN needs compute capability 8.0"),
+    ((9, 0), {"deterministic": True}, "attention by xla: deterministic=True"),
+    ((9, 0), {"model.attention": "xla"}, "attention by xla: model.attention"),
+  ],
+)
+def test_the_log_says_which_attention_and_why(
+  tiny_config, caplog, capability, keys, line
+):
+  tiny_config.update_from_flattened_dict({"dtype": "bfloat16", **keys})
+  tiny_config.model.update({"hidden_size": 32, "num_heads": 2})
+  caplog.set_level("INFO")
+  gpu = accelerator.Accelerator("gpu", capability)
+  with accelerator.compiling_for(gpu):
+    experiment.create(tiny_config)
+  assert line in caplog.text

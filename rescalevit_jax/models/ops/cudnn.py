@@ -132,7 +132,6 @@ def _config(target, shape, dtype):
     "fmha_scale": channels**-0.5,
     "mask_type": "NO_MASK",
     "dropout_rate": 0.0,
-    "seed": 0,
     "sliding_window_length": 0,
     "max_seg_per_batch": 1,
     "is_paged_attention": False,
