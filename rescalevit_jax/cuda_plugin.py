@@ -1,8 +1,8 @@
 """JAX's CUDA plugin on machines without a GPU: to compile, not to run.
 
 The wheel jax-cuda12-pjrt alone compiles for GPUs (`benchmark.gpu_compile`). JAX
-takes every plugin that it finds for a device to run on, and this one has a
-traceback for each start without CUDA. So programs hide it, unless CUDA's other
+takes every plugin that it finds for a device to run on, and this one logs a
+traceback at every start without CUDA. So programs hide it, unless CUDA's other
 half, jax-cuda12-plugin, is installed as well.
 """
 
@@ -63,7 +63,8 @@ def compile_only_devices(description: str, count: int) -> list[jax.Device]:
     )
   if isinstance(sys.modules.get(_PLUGIN), _NoPlugin):
     del sys.modules[_PLUGIN]
-  logging.getLogger(_PLUGIN).setLevel(logging.ERROR)  # It misses the rest.
+  # It warns that jax-cuda12-plugin is missing.
+  logging.getLogger(_PLUGIN).setLevel(logging.ERROR)
   return topologies.get_topology_desc(
     platform="cuda", target_config=description, topology=f"1x1x{count}"
   ).devices

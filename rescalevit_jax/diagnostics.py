@@ -166,7 +166,7 @@ class Diagnostics:
     """
     every = self._config.diagnostics_every
     arguments = (images, labels, np.uint32(self._config.seed))
-    train_step = self._experiment.train_step(step)
+    train_step = self._experiment.train_step(step, self._progress.skipped_steps)
     if every and not self._compiled:
       self._programs.compile(state, images, labels)
       self._compiled = True
@@ -198,8 +198,8 @@ class Diagnostics:
     )
     sums = self._progress
     sums.summed_steps += 1
-    sums.clipped_steps += factor < 1
-    count = step - 1 - sums.skipped_steps
+    sums.clipped_steps += 0 < factor < 1
+    count = max(0, step - 1 - sums.skipped_steps)
     sums.effective_lr += float(self._rates[count]) * factor
     if "diagnostics" not in metrics:
       return None

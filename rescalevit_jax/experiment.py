@@ -91,7 +91,7 @@ class Experiment:
     )
     return places.reshape(config.accum_steps, -1)
 
-  def train_step(self, step: int) -> Callable[..., Any]:
+  def train_step(self, step: int, skipped: int = 0) -> Callable[..., Any]:
     """Returns `step.train_step`, compiled when it is first called.
 
     Its arguments are the state, which is given away, and images, labels and
@@ -101,18 +101,20 @@ class Experiment:
     Args:
       step: number of the step, from 1. Norms that do less after their first
         passes have a second program, from step `settled_from` on.
+      skipped: steps before it that a loss scale made the run skip.
     """
-    return self._train_steps[1 < self.settled_from <= step]
+    first = self.settled_from
+    return self._train_steps[first is not None and step - skipped >= first]
 
   @functools.cached_property
-  def settled_from(self) -> int:
+  def settled_from(self) -> int | None:
     """The first step whose passes all come after `Norm.SETTLES_AFTER`.
 
-    1, hence never, in float16, where steps may be skipped.
+    None: all steps are the same, or may be skipped, as in float16.
     """
-    if self.model.dtype == jnp.float16:
-      return 1
     passes = norms.NORMS[self.config.model.norm].SETTLES_AFTER
+    if not passes or self.model.dtype == jnp.float16:
+      return None
     return 1 + -(-passes // self.config.accum_steps)
 
   @functools.cached_property

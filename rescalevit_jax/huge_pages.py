@@ -27,12 +27,17 @@ def environment(variables: Mapping[str, str]) -> dict[str, str]:
   return {**variables, _VARIABLE: tunables}
 
 
-def restart_with() -> None:
+def restart_with(module: str) -> None:
   """Start this program again, in the same process, if it lacks huge pages.
 
   To be called first, since nothing is kept but the command line.
+
+  Args:
+    module: what `python -m` has to run. Nothing happens in other programs, such
+      as a notebook that runs the module.
   """
   wanted = environment(os.environ)
-  if sys.platform == "linux" and wanted != dict(os.environ):
+  mine = sys.executable and module in sys.orig_argv
+  if sys.platform == "linux" and mine and wanted != dict(os.environ):
     command = [sys.executable, *sys.orig_argv[1:]]
     os.execve(sys.executable, command, wanted)

@@ -76,10 +76,12 @@ class Trainer:
     )
     self._metrics = None  # Of the step that the device works on.
     self._first_step = progress.step + 1
-    self._settled_from = experiment.settled_from
+    # From here on there is another program, if it is a later step.
+    settled_from = (experiment.settled_from or 1) + progress.skipped_steps
+    self._recompiled = max(settled_from, self._first_step)
     self._profile = profile.Profile(
       folder / "profile",
-      progress.step + 1 + _WARM_UP_STEPS,
+      self._recompiled + _WARM_UP_STEPS,
       config.profile_steps,
     )
     self._seconds_before = progress.seconds
@@ -117,6 +119,10 @@ class Trainer:
     """Starts a step, then waits for the one before it and reports on that."""
     progress = self._progress
     step = progress.step + 1
+    if self._first_step < step == self._recompiled:
+      _log.info("the norms are calibrated: compiling the step without it")
+      self._finish_step()
+      self._lap(progress.step)
     self._profile.before(step, self._state)
     self._state, metrics = self._diagnostics.train_step(
       step, self._state, images, labels
@@ -129,7 +135,7 @@ class Trainer:
       _log.info("the first step is done after %.1f s", seconds)
       self._writer.open()
       self._timer.first_step_done(step)
-    elif step == self._settled_from:  # A second program was compiled.
+    elif step == self._recompiled:
       jax.block_until_ready(metrics)
       self._timer.first_step_done(step)
 
@@ -154,7 +160,7 @@ class Trainer:
       self._writer.write(step, line)
 
   def _skip_or_fail(self, loss, grad_norm, loss_scale):
-    """Logs a skipped step; raises UserError where that is no way out."""
+    """Log a skipped step; raise UserError if there is no use in more."""
     what = f"loss {loss}, gradient norm {grad_norm}"
     if loss_scale is None:
       self._fail(what)
@@ -173,7 +179,8 @@ class Trainer:
     if not due and quiet < _SECONDS_BETWEEN_LINES:
       return
     # The optimizer counts no skipped step.
-    rate = float(self._rate(step - 1 - self._progress.skipped_steps))
+    count = max(0, step - 1 - self._progress.skipped_steps)
+    rate = float(self._rate(count))
     steps, seconds = self._lap(step)
     self._timer.log(loss, rate, steps, seconds)
     if due:
@@ -198,7 +205,7 @@ class Trainer:
   def _fail(self, what):
     self._checkpoints.wait()
     last = self._checkpoints.latest_step()
-    wider = "" if self._state.loss_scale is None else " or dtype float32"
+    wider = "" if self._state.loss_scale is None else ", or dtype float32,"
     raise errors.UserError(
       f"step {self._progress.step}: {what}: {errors.NOT_FINITE}; the last"
       f" checkpoint is that of step {last}; try a smaller base_lr or"

@@ -15,7 +15,8 @@ keys, set by --config.KEY=VALUE:
 if __name__ == "__main__":
   from rescalevit_jax import huge_pages
 
-  huge_pages.restart_with()  # Before the imports below, which take a second.
+  # Before the imports below, which take a second.
+  huge_pages.restart_with("rescalevit_jax.main")
 
 import json
 import os

@@ -104,8 +104,8 @@ def train_step(
     image_size: edge of the model's input, in pixels.
     mixing: what happens to labels, and to pairs of images of a micro-batch.
     ema_decay: of the averages, if the state has them.
-    settled: whether the norm has had its `SETTLES_AFTER` passes before; leaves
-      out of the program what only those do.
+    settled: whether the first `Norm.SETTLES_AFTER` passes are over. If so, the
+      program omits calibration.
     gather: brings parameters, of which a device may hold a part, to all.
     scatter: leaves each device its part of a gradient.
 

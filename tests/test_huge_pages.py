@@ -12,7 +12,7 @@ SCRIPT = """
 import os, sys
 print(os.getpid(), os.environ.get("GLIBC_TUNABLES"), sys.argv[1:])
 from rescalevit_jax import huge_pages
-huge_pages.restart_with()
+huge_pages.restart_with("-c")
 print("running")
 """
 

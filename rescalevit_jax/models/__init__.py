@@ -62,7 +62,7 @@ def create(
     pool: what the head sees: the class token ('cls') or the mean of the patches
       ('gap'). Parameters are the same.
     gelu: 'erf' as in RescaleViT or 'tanh' as in Google's code.
-    attention: 'xla', 'cudnn', or 'auto': see `attention.choose`.
+    attention: 'xla', 'cudnn', or 'auto': see `ops.attention.choose`.
     remat: whether training computes each block's inside a second time instead
       of keeping it in memory.
     init: 'torch' as in RescaleViT, 'google', 'unit': see `initializers`.

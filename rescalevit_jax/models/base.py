@@ -8,8 +8,8 @@ import jax.numpy as jnp
 
 from rescalevit_jax.models import fade
 
-# The collection that is mutable in training passes after the first
-# `Norm.SETTLES_AFTER`: their program does not contain what only these do.
+# A collection without variables. It is mutable in training passes after the
+# first `Norm.SETTLES_AFTER`, and tells norms to omit their calibration.
 SETTLED = "settled"
 
 
@@ -58,8 +58,9 @@ class Norm(nn.Module):
 
   def is_settled(self, train: bool) -> bool:
     """Return whether this is a training pass after `SETTLES_AFTER`."""
-    settled = self.is_mutable_collection(SETTLED)
-    return train and settled and not self.is_initializing()
+    # Where parameters are mutable, everything is: flax's `mutable=True`.
+    everything = self.is_mutable_collection("params")
+    return train and self.is_mutable_collection(SETTLED) and not everything
 
   @staticmethod
   def as_linear(params: Any, batch_stats: Any) -> tuple[Any, Any] | None:

@@ -22,9 +22,9 @@ from rescalevit_jax.models.ops import gradients
 class MultiHeadAttention(nn.Module):
   """Self-attention of the tokens x: queries [B, M, D] -> [B, M, D].
 
-  Queries are those of all tokens, or of some.
+  `queries` may hold fewer tokens than x.
 
-  The probabilities [B, h, N, N], float32, are sown as
+  The probabilities [B, h, M, N], float32, are sown as
   `intermediates/.../attention`.
 
   With `qk_norm`, each head's queries and keys pass through an RMSNorm of their

@@ -106,7 +106,9 @@ def _forward(x, log_frozen, share):
   # Exactly LayerNorm's at 0, exactly the frozen one at 1.
   between = own * jnp.exp(share * (log_own - log_frozen))
   scale = jnp.where(share < 1, between, jnp.exp(-log_frozen))
-  kept = jax.lax.optimization_barrier((mean, own, scale))  # As there.
+  kept = jax.lax.optimization_barrier(
+    (mean, own, scale)
+  )  # As in `normalization`.
   if accelerator.platform() == "cpu":
     mean, own, scale = kept
   return ((x - mean) * scale, log_own), (x, *kept, share)

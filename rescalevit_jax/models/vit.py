@@ -76,8 +76,9 @@ class EncoderBlock(nn.Module):
   In training an image skips a branch of block l of L with the probability
   l/L * stochastic_depth (Huang et al. 2016, arXiv:1603.09382, equation 4).
 
-  With `only_cls` the caller needs the class token alone. Then the other tokens
-  end as keys and values where the norm allows it, and the result is [B, 1, D].
+  With `only_cls` the caller needs the class token alone. If the norm maps each
+  token by itself, the others are computed only up to their keys and values, and
+  the result is [B, 1, D].
   """
 
   block: int

@@ -20,7 +20,7 @@ def tiny(**arguments):
     hidden_size=32,
     mlp_dim=64,
     num_layers=2,
-    **{"dropout_rate": 0.0, **arguments},
+    **{"dropout_rate": 0.3, **arguments},
   )
 
 
@@ -33,6 +33,7 @@ def loss_and_gradient(model, variables, *collections):
       IMAGES,
       train=True,
       mutable=["batch_stats", *collections],
+      rngs={"dropout": jax.random.key(1)},
     )
     return (logits**2).sum(), new.get("batch_stats", {})
 
@@ -43,7 +44,13 @@ def loss_and_gradient(model, variables, *collections):
 def trained(model):
   variables = {"batch_stats": {}, **model.init(jax.random.key(0), IMAGES)}
   apply = jax.jit(
-    lambda x: model.apply(x, IMAGES, True, mutable=["batch_stats"])[1]
+    lambda x: model.apply(
+      x,
+      IMAGES,
+      True,
+      mutable=["batch_stats"],
+      rngs={"dropout": jax.random.key(0)},
+    )[1]
   )
   if variables["batch_stats"]:
     for _ in range(norms.Rescale.CALIBRATION_BATCHES):
@@ -90,7 +97,11 @@ def rows_of_the_last_mlp(norm, train, pool="cls", collections=()):
   text = str(
     jax.make_jaxpr(
       lambda x: model.apply(
-        variables, x, train, mutable=["batch_stats", *collections]
+        variables,
+        x,
+        train,
+        mutable=["batch_stats", *collections],
+        rngs={"dropout": jax.random.key(0)},
       )
     )(IMAGES)
   )
@@ -123,6 +134,15 @@ def test_where_one_token_is_enough(norm, train, collections, shortened):
 
 def test_a_mean_of_patches_needs_all_tokens():
   assert rows_of_the_last_mlp("LN", True, "gap") == {1: 0, 17: 2}
+
+
+def test_a_pass_in_which_all_is_mutable_calibrates():
+  model = tiny(norm="Rescale")
+  variables = model.init(jax.random.key(0), IMAGES)
+  rngs = {"dropout": jax.random.key(0)}
+  _, new = model.apply(variables, IMAGES, True, mutable=True, rngs=rngs)
+  block = new["batch_stats"]["Transformer"]["encoderblock_0"]
+  assert block["Rescale_0"]["count"] == 1
 
 
 def test_a_settled_rescale_keeps_its_statistics_and_leaves_no_trace():

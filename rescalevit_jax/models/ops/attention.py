@@ -53,8 +53,8 @@ def cudnn_problem(dtype: jnp.dtype, head_dim: int) -> str | None:
       f" {head_dim}"
     )
   device = accelerator.current()
-  if device.platform != "gpu":
-    return f"cuDNN needs an NVIDIA GPU, not a {device.platform.upper()}"
+  if device.platform != "gpu" or device.compute_capability == (0, 0):
+    return f"cuDNN needs an NVIDIA GPU, not this {device.platform.upper()}"
   if device.compute_capability < (8, 0):
     major, minor = device.compute_capability
     return (
@@ -120,7 +120,9 @@ def _forward(query, key, value):
     # XLA would keep the float32 scores for the backward pass instead.
     weights = jax.lax.optimization_barrier(weights)
   total = weights.astype(jnp.float32).sum(axis=-1, keepdims=True)
-  y = _product("bhqk,bhkd->bhqd", weights, value, dtype)
+  # Before the division a sum over N tokens may overflow float16.
+  wide = jnp.float32 if dtype == jnp.float16 else dtype
+  y = _product("bhqk,bhkd->bhqd", weights, value, wide)
   y = (y / total).astype(dtype)
   return _tokens_first(y, fill), (query, key, value, weights, total, y)
 

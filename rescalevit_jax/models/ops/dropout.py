@@ -3,10 +3,13 @@
 Stochastic depth (Huang et al. 2016) is dropout of a branch's whole output.
 
 All masks of a step come from one key: a Threefry-2x32 block has the counter
-(row, site and column), and its 64 bits decide on four elements. jax.random
-would make a block for each element and derive a key for each site. On a GPU the
-masks are kept for the backward pass as packed words, not as a byte an element.
+(image, token, site, column), and its 64 bits decide on four elements.
+jax.random would make a block for each element and derive a key for each site.
+On a GPU the masks are kept for the backward pass as packed words, not as a byte
+an element.
 """
+
+import math
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +21,9 @@ _ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
 _PARITY = np.uint32(0x1BD11BDA)
 _LEVELS = 2**16
 _BLOCKS = 8  # Of four bits each, in a word.
-_MAX_COLUMNS = 2**20  # Blocks of a row; the counter's other bits are the site.
+# A block's two counters hold image and token, and site and column.
+_MAX_TOKENS = 2**14
+_MAX_COLUMNS = 2**20
 
 
 def drop(
@@ -58,15 +63,17 @@ def random_mask(
   Args:
     key: uint32 [2].
     site: number of the mask among those of this key.
-    shape: of the mask, [..., D]; up to 2^32 rows.
+    shape: of the mask, [B, ..., D]: up to 2^18 images of 2^14 tokens.
     kept: an element is True with probability kept / 2^16.
 
   Returns:
     bool of that shape: its 4 parts along the last axis are made of the 4
-    quarters of the blocks with the counters (row, site and column in the part).
+    quarters of the blocks with the counters (image and token, site and column
+    in the part).
   """
   *rows, features = shape
   words = -(-features // (4 * _BLOCKS))
+  assert math.prod(rows[1:]) <= _MAX_TOKENS
   assert words * _BLOCKS <= _MAX_COLUMNS
   if accelerator.platform() == "cpu":
     # The compiler makes the mask where it is used: faster than to unpack it.
@@ -87,27 +94,26 @@ def random_mask(
 def _quarters(key, site, rows, columns, kept):
   """Return four parts of a mask, bool [*rows, *columns] each."""
   shape = (*rows, *columns)
-
-  def number(axes, offset):
-    """Number the elements of some axes from an offset on."""
-    strides = np.cumprod([1, *(shape[axis] for axis in axes[:0:-1])])[::-1]
-    return sum(
-      (
-        np.uint32(stride) * jax.lax.broadcasted_iota(jnp.uint32, shape, axis)
-        for axis, stride in zip(axes, strides, strict=True)
-      ),
-      start=jnp.full(shape, offset, jnp.uint32),
-    )
-
-  axes = list(range(len(shape)))
+  # A token's masks are the same whether the others are computed or not.
+  strides = [_MAX_TOKENS, *_strides(rows[1:]), *_strides(columns)]
+  numbers = [
+    np.uint32(stride) * jax.lax.broadcasted_iota(jnp.uint32, shape, axis)
+    for axis, stride in enumerate(strides)
+  ]
+  first = np.uint32(site * _MAX_COLUMNS)
   x, y = threefry2x32(
     key[0],
     key[1],
-    number(axes[: len(rows)], 0),
-    number(axes[len(rows) :], site * _MAX_COLUMNS),
+    sum(numbers[: len(rows)]),
+    sum(numbers[len(rows) :], start=first),
   )
   low = np.uint32(_LEVELS - 1)
   return [half < kept for half in (x & low, x >> 16, y & low, y >> 16)]
+
+
+def _strides(shape):
+  """Return the strides of an array of this shape in elements."""
+  return [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
 
 
 def threefry2x32(

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 def fan_out(x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
   """Return x three times.
 
-  The gradients are added in the order in which cuBLAS can add all of them: XLA
-  makes an addition part of a product if the product is its left side and does
-  not add something else already.
+  The gradients are added in the order in which cuBLAS can add all of them. XLA
+  fuses an addition into a matrix product only if the product is the left
+  operand and has no other addition fused.
   """
   return x, x, x
 
@@ -71,7 +71,7 @@ def _add_to_batch_forward(x, y):
 
 def _add_to_batch_backward(_, dz):
   ones = jnp.ones((1, len(dz)), dz.dtype)
-  dy = ones @ dz.reshape(len(dz), -1)
+  dy = jnp.dot(ones, dz.reshape(len(dz), -1), precision="highest")
   return dz, dy.reshape(dz.shape[1:])
 
 
