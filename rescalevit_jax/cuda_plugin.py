@@ -20,6 +20,7 @@ from rescalevit_jax import errors
 
 # JAX imports this module and calls its `initialize` when it starts.
 _PLUGIN = "jax_plugins.xla_cuda12"
+_NVCC = "nvidia.cuda_nvcc"
 
 
 class _NoPlugin(types.ModuleType):
@@ -31,7 +32,7 @@ class _NoPlugin(types.ModuleType):
 
 def can_compile() -> bool:
   """Return whether the wheels that compile for GPUs are installed."""
-  return all(map(_is_installed, (_PLUGIN, "nvidia.cuda_nvcc")))
+  return all(map(_is_installed, (_PLUGIN, _NVCC)))
 
 
 def hide_if_compile_only() -> None:
@@ -68,6 +69,15 @@ def compile_only_devices(description: str, count: int) -> list[jax.Device]:
   return topologies.get_topology_desc(
     platform="cuda", target_config=description, topology=f"1x1x{count}"
   ).devices
+
+
+def compiler_options() -> dict[str, str]:
+  """Return XLA's options to compile with the wheels' assembler.
+
+  XLA may find another one on this machine first, too new for an old GPU.
+  """
+  spec = importlib.util.find_spec(_NVCC)
+  return {"xla_gpu_cuda_data_dir": spec.submodule_search_locations[0]}
 
 
 @contextlib.contextmanager

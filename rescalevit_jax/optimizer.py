@@ -16,7 +16,7 @@ OPTIMIZERS = ("sgd", "adamw", "muon")
 # those which start at 0 can move (Brock et al. 2021, section 4.1).
 _LEAST_NORM = 1e-3
 
-_SMALL = 2**14  # Elements of a small array, for `global_norm`.
+_SMALL = 2**10  # Elements of a small array, for `global_norm`.
 
 
 def schedule(
@@ -227,8 +227,10 @@ def global_norm(tree: Any) -> jax.Array:
   """
   leaves = [x.astype(jnp.float32) for x in jax.tree.leaves(tree)]
   small = [x.ravel() for x in leaves if x.size <= _SMALL]
+  # By the first axis: a reshaped sum would move parts between devices (fsdp).
   large = [jnp.square(x) for x in leaves if x.size > _SMALL]
-  sums = [*(jnp.square(x) for x in small), *(x.sum(-1).ravel() for x in large)]
+  sums = [jnp.square(x) for x in small]
+  sums += [x.sum(range(1, x.ndim)) for x in large]
   # Without the barrier XLA would make a sum of sums of it.
   sums = jax.lax.optimization_barrier(jnp.concatenate(sums))
   return jnp.sqrt(sums.sum())

@@ -55,7 +55,8 @@ def main(fsdp, data_dir):
     for x in jax.tree.leaves((state.params, state.opt_state))
   )
   found["parameters"], found["held"] = parameters, int(held)
-  found["shapes"] = [sorted(x.shape) for x in jax.tree.leaves(state.params)]
+  found["sizes"] = [x.size for x in jax.tree.leaves(state.params)]
+  found["cls"] = state.params["cls"].size
   print(json.dumps(found))
 
 

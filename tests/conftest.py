@@ -9,8 +9,8 @@ import signal
 import fast_xla
 import jax
 import pytest
+import small_run
 
-from rescalevit_jax import config as config_lib
 from rescalevit_jax import data
 from rescalevit_jax import train
 
@@ -93,7 +93,7 @@ def tiny_run(digits_dir, shared_dir) -> pathlib.Path:
   with open(shared_dir / "tiny_run.lock", "w") as lock:
     fcntl.flock(lock, fcntl.LOCK_EX)
     workdir = shared_dir / "tiny_run"
-    config = _tiny_config(digits_dir)
+    config = small_run.config(digits_dir)
     config.image_size = 12
     train.train_and_evaluate(config, workdir)
   return workdir
@@ -105,7 +105,7 @@ def default_run(digits_dir, shared_dir) -> pathlib.Path:
   with open(shared_dir / "default_run.lock", "w") as lock:
     fcntl.flock(lock, fcntl.LOCK_EX)
     workdir = shared_dir / "default_run"
-    train.train_and_evaluate(_tiny_config(digits_dir), workdir)
+    train.train_and_evaluate(small_run.config(digits_dir), workdir)
   return workdir
 
 
@@ -118,40 +118,10 @@ def test_digits(digits_dir) -> data.Split:
 @pytest.fixture
 def tiny_config(digits_dir):
   """The config of a run on the digits that takes a second."""
-  return _tiny_config(digits_dir)
+  return small_run.config(digits_dir)
 
 
 @pytest.fixture(scope="module")
 def module_config(digits_dir):
   """The same, for runs that the tests of a module share."""
-  return _tiny_config(digits_dir)
-
-
-def _tiny_config(digits_dir):
-  config = config_lib.default()
-  config.update(
-    {
-      "dataset": "digits",
-      "tfds_data_dir": str(digits_dir),
-      "model_name": "ViT-XS_2",
-      "image_size": 8,
-      "batch": 48,
-      "batch_eval": 100,
-      "total_steps": 12,
-      "warmup_steps": 3,
-      "eval_every": 5,
-      "progress_every": 2,
-      "checkpoint_every": 4,
-    }
-  )
-  config.model.update(
-    {
-      "patch_size": 4,
-      "hidden_size": 16,
-      "mlp_dim": 32,
-      "num_heads": 2,
-      "num_layers": 2,
-      "norm": "Rescale",
-    }
-  )
-  return config
+  return small_run.config(digits_dir)

@@ -6,10 +6,10 @@ XLA_FLAGS=--xla_force_host_platform_device_count=8.
 
 import sys
 
-import conftest
 import jax
 from jax.sharding import Mesh
 import numpy as np
+import small_run
 
 from rescalevit_jax import diagnostics
 from rescalevit_jax import experiment as experiment_lib
@@ -18,7 +18,7 @@ from rescalevit_jax import sharding
 
 def main(data_dir):
   assert jax.device_count() == 8
-  config = conftest._tiny_config(data_dir)
+  config = small_run.config(data_dir)
   config.model.num_layers = 1
   sharding._MIN_SPLIT = 100  # Elements; the model is small.
   found = []

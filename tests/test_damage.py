@@ -40,10 +40,10 @@ def whole(digits_dir, default_run, tmp_path_factory):
 
   The second one has the checkpoints of steps 4 and 8, and the best one.
   """
-  import conftest
+  import small_run
 
   folder = tmp_path_factory.mktemp("whole")
-  config = conftest._tiny_config(digits_dir)
+  config = small_run.config(digits_dir)
   (folder / "finished").symlink_to(default_run)
   real = loop.Trainer._step
   with pytest.MonkeyPatch.context() as patch:

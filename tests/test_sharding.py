@@ -71,9 +71,11 @@ def test_a_step_sums_the_gradients_once_and_moves_nothing_else(digits_dir):
   found = dict(collectives("0", digits_dir))
   (shapes,) = found.pop("all-reduce")
   sizes = [math.prod(map(int, filter(None, s.split(",")))) for s in shapes]
-  # The gradient of every parameter, and the loss.
-  assert sum(sizes) == found.pop("parameters") + 1
-  del found["held"], found["shapes"]
+  # The gradient of every parameter but the class token, which is that of its
+  # position, and the loss.
+  cls = found.pop("cls")
+  assert sum(sizes) == found.pop("parameters") - cls + 1
+  del found["held"], found["sizes"]
   assert not any(found.values())
 
 
@@ -81,7 +83,7 @@ def test_fsdp_gathers_parameters_and_no_activations(digits_dir):
   found = collectives("1", digits_dir)
   assert found["all-gather"]
   for shape in itertools.chain(*found["all-gather"]):
-    assert sorted(map(int, shape.split(","))) in found["shapes"]
+    assert math.prod(map(int, shape.split(","))) in found["sizes"]
   assert not found["all-to-all"] and not found["collective-permute"]
   whole = collectives("0", digits_dir)["held"]
   assert found["held"] < 0.2 * whole  # Of parameters and momenta.

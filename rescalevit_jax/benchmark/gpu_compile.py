@@ -142,7 +142,8 @@ def _compiling_for(gpu: gpus.Gpu, devices: int) -> Iterator[Mesh]:
 
 
 def _compile(step: Any, *arguments: Any) -> jax.stages.Compiled:
-  return step.lower(*arguments).compile(compiler_options=_OPTIONS)
+  options = {**_OPTIONS, **cuda_plugin.compiler_options()}
+  return step.lower(*arguments).compile(compiler_options=options)
 
 
 def _batch(batch, shape, place):

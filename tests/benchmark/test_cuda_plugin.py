@@ -75,7 +75,9 @@ def test_xla_takes_every_description(name):
     warnings.simplefilter("error")
     for _ in range(2):
       jax.clear_caches()
-      text = jax.jit(jnp.sin).lower(x).compile().as_text()
+      program = jax.jit(jnp.sin).lower(x)
+      compiled = program.compile(cuda_plugin.compiler_options())
+      text = compiled.as_text()
   assert "fusion(" in text
 
 
