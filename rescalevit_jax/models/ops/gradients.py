@@ -71,7 +71,9 @@ def _add_to_batch_forward(x, y):
 
 def _add_to_batch_backward(_, dz):
   ones = jnp.ones((1, len(dz)), dz.dtype)
-  dy = jnp.dot(ones, dz.reshape(len(dz), -1), precision="highest")
+  # Not for bfloat16: of a product of full precision XLA makes a reduction.
+  precision = "highest" if dz.dtype == jnp.float32 else None
+  dy = jnp.dot(ones, dz.reshape(len(dz), -1), precision=precision)
   return dz, dy.reshape(dz.shape[1:])
 
 
