@@ -13,8 +13,9 @@ from rescalevit_jax.benchmark import hlo
 def compile_tiny(shared_dir):
   """Returns a function from (what, GPU, devices, keys) to the program.
 
-  The program is an `hlo.Program` with one attribute more, `needed`, the memory
-  in bytes. The workers of one test session share what they compile.
+  The program is an `hlo.Program` with two attributes more: its `text`, and
+  `needed`, the memory in bytes. The workers of one test session share what they
+  compile.
   """
   if not tiny_gpu.CAN_COMPILE:
     pytest.skip(tiny_gpu.REASON)
@@ -36,7 +37,7 @@ def compile_tiny(shared_dir):
           )
       text, needed = json.loads(path.read_text())
       found[name] = hlo.read(text)
-      found[name].needed = needed
+      found[name].text, found[name].needed = text, needed
     return found[name]
 
   return compile_tiny

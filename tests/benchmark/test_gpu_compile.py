@@ -49,6 +49,13 @@ def test_every_norm_trains(compile_tiny, norm):
   assert not program.collectives
 
 
+@pytest.mark.parametrize("norm", ["LN", "BN"])
+def test_the_batch_is_not_the_minor_axis_of_activations(compile_tiny, norm):
+  # [tokens, channels, images]: XLA would transpose them around each product.
+  keys = {"batch": 64, "model.hidden_size": 128, "model.norm": norm}
+  assert "65,128,64]" not in compile_tiny("train", **keys).text
+
+
 @pytest.mark.parametrize("norm", norms.NORMS)
 def test_every_norm_evaluates(compile_tiny, norm):
   program = compile_tiny("eval", **{"model.norm": norm})

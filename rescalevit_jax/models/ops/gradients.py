@@ -56,11 +56,10 @@ add_bias.defvjp(_add_bias_forward, _add_bias_backward)
 def add_to_batch(x: jax.Array, y: jax.Array) -> jax.Array:
   """Return x + y, [B, ...], with y [...] added to each of the B elements.
 
-  The gradient of y is a product with ones. XLA's layout assignment wants the
-  axes that a reduction sums over to be the minor ones. A sum over the batch
-  that leaves two axes therefore makes B the minor axis of its input, and from
-  there of all activations of a ViT on a GPU, which are then transposed before
-  and after every product.
+  The gradient of y is a sum over the batch, of flat arrays. If a sum leaves two
+  axes, XLA's layout assignment wants those that it is over to be the minor
+  ones. B would be the minor axis of this gradient, and from there of all
+  activations of a ViT on a GPU, which are then transposed around each product.
   """
   return x + y
 
@@ -70,10 +69,9 @@ def _add_to_batch_forward(x, y):
 
 
 def _add_to_batch_backward(_, dz):
-  ones = jnp.ones((1, len(dz)), dz.dtype)
-  # Not for bfloat16: of a product of full precision XLA makes a reduction.
-  precision = "highest" if dz.dtype == jnp.float32 else None
-  dy = jnp.dot(ones, dz.reshape(len(dz), -1), precision=precision)
+  # The barrier keeps XLA from making one sum over [B, ...] of it again.
+  flat = jax.lax.optimization_barrier(dz.reshape(len(dz), -1))
+  dy = flat.astype(jnp.float32).sum(axis=0).astype(dz.dtype)
   return dz, dy.reshape(dz.shape[1:])
 
 
