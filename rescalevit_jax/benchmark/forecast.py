@@ -154,7 +154,7 @@ def _compile(
 
 
 def _train_step(config, gpu, inputs, devices):
-  """Return the most memory that a step takes, and the program of most steps."""
+  """Return a step's peak memory, and the steady-state program."""
   settled = gpu_compile.train_step(config, gpu, inputs, devices)
   needed = memory.needed(settled)
   if norms.NORMS[config.model.norm].SETTLES_AFTER:  # The first step does more.

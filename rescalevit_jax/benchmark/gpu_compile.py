@@ -1,7 +1,7 @@
 """Compile training and evaluation for GPUs that are not here.
 
-The programs are those that XLA would run there, but for its choices by
-measurement: which algorithm of cuBLAS or cuDNN, how Triton's kernels are tiled.
+XLA would run the same programs there, except for autotuning: the
+algorithms of cuBLAS and cuDNN, the tiling of Triton's kernels.
 """
 
 from collections.abc import Iterator

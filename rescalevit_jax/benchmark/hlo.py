@@ -2,8 +2,8 @@
 
 `jax.stages.Compiled.as_text()` is the text. Each instruction of the program
 that is not bookkeeping is a kernel: a fusion, a call of a library, a copy. It
-reads its operands and writes its results once: of an operand that is only
-sliced the slices, of a result that is updated in place the update. Scratch
+reads its operands and writes its results once; a sliced operand counts as its
+slices, an in-place result as its update. Scratch
 memory of libraries is left out.
 """
 

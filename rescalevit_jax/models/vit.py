@@ -164,7 +164,7 @@ class Encoder(nn.Module):
   """Class token and positions, the blocks, the final norm.
 
   Maps patches [B, N - 1, D] and the class token [1, 1, D] to [B, N, D], or to
-  [B, 1, D], the class token, where no more is needed.
+  [B, 1, D] if only the class token is needed.
   """
 
   num_layers: int

@@ -100,8 +100,8 @@ def _attend(query, key, value):
   return _forward(query, key, value)[0]
 
 
-# Divides the products by the softmax's sum, not the N^2 probabilities. The
-# gradient, too, and no more than the exponentials of [B, h, M, N] is kept: with
+# The softmax's sum divides the products, not the N^2 probabilities, in both
+# passes. Of shape [B, h, M, N] only the exponentials E are kept. With
 # E = exp(S - max S), Z = sum E and Y = E V / Z,
 #
 #   dV = E^T (dY / Z),  dS = E * ((dY / Z) V^T - sum_d(dY * Y) / Z).

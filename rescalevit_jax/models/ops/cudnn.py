@@ -1,8 +1,9 @@
 """cuDNN's fused attention, as the custom calls that XLA compiles for it.
 
 `jax.nn.dot_product_attention` makes the same calls, but refuses odd token
-counts in training: it takes its empty bias for a bias, which cuDNN would need
-of an even size. A ViT with a class token has an odd count, as a rule.
+counts in training: it
+applies the rule for a bias, an even size, to its empty bias. A ViT with a class
+token usually has an odd count.
 
 Shapes: B images, N tokens, h heads of d channels.
 """

@@ -57,9 +57,9 @@ def add_to_batch(x: jax.Array, y: jax.Array) -> jax.Array:
   """Return x + y, [B, ...], with y [...] added to each of the B elements.
 
   The gradient of y is a sum over the batch, of flat arrays. If a sum leaves two
-  axes, XLA's layout assignment wants those that it is over to be the minor
-  ones. B would be the minor axis of this gradient, and from there of all
-  activations of a ViT on a GPU, which are then transposed around each product.
+  axes or more, XLA makes the summed axes minor in its input. B would be minor
+  in this gradient, and the layout would spread to all activations of a ViT on a
+  GPU, with transposes around each product.
   """
   return x + y
 
