@@ -370,7 +370,7 @@ def test_a_gradient_that_overflows_without_a_scale_ends_the_run(
     train.train_and_evaluate(tiny_config, tmp_path)
   assert re.fullmatch(
     r"step 3: loss \d\.\d+, gradient norm nan, loss scale 0\.5: not finite;"
-    r".* try a smaller base_lr or grad_norm_clip or dtype float32 in .*",
+    r".* try a smaller base_lr or grad_norm_clip, or dtype float32, in .*",
     str(e.value),
   )
   assert list(lines(tmp_path)) == [2]
