@@ -15,7 +15,7 @@ import jax
 
 @dataclasses.dataclass(frozen=True)
 class Accelerator:
-  """What the choice of an implementation depends on.
+  """Properties that the choice of an implementation depends on.
 
   Attributes:
     platform: 'cpu', 'gpu' or 'tpu'.

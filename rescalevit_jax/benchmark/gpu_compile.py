@@ -30,7 +30,7 @@ _OPTIONS = {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False}
 
 @dataclasses.dataclass(frozen=True)
 class Inputs:
-  """What a data set decides of a program.
+  """Properties of a data set that a program depends on.
 
   Attributes:
     shape: of an image as the data set has it, (H, W, 3).

@@ -52,7 +52,7 @@ class Gpu:
 
   @property
   def accelerator(self) -> accelerator.Accelerator:
-    """What the model's choice of implementations depends on."""
+    """The description that the model chooses implementations by."""
     return accelerator.Accelerator("gpu", self.capability)
 
   def flops_per_second(self, dtype: str, exact: bool = False) -> float:

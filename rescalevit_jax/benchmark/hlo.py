@@ -99,13 +99,13 @@ class Instruction:
 
   @property
   def target(self) -> str:
-    """What a custom call calls; empty otherwise."""
+    """Target of a custom call; empty otherwise."""
     found = re.search(r'custom_call_target="([^"]*)"', self.attributes)
     return found.group(1) if found else ""
 
   @property
   def op_name(self) -> str:
-    """Where in the model it comes from."""
+    """Path of the module that it comes from."""
     found = re.search(r'op_name="([^"]*)"', self.attributes)
     return found.group(1) if found else ""
 
@@ -128,7 +128,7 @@ class Instruction:
 
 @dataclasses.dataclass(frozen=True)
 class Kernel:
-  """What runs on the GPU at one go.
+  """One launch on the GPU.
 
   Attributes:
     kind: the library's function, or the opcode.
@@ -157,7 +157,7 @@ class Kernel:
 
   @property
   def is_gemm(self) -> bool:
-    """Whether it is a library's matrix product, or has one in it."""
+    """True for a matrix product of a library or a fusion with one."""
     return self.flops > 0 and not self.kind.startswith("__cudnn")
 
   def seconds(self, gpu: gpus.Gpu) -> float:
