@@ -12,7 +12,7 @@ def get_config():
   config.model_name = "ViT-S_16"
   config.model.patch_size = 4
   config.model.norm = "Cal"
-  config.model.residual = "rescale"
+  config.model.residual = "rescalenet"
   config.model.init = "unit"
   config.model.pool = "gap"
   config.model.dropout_rate = 0.0
@@ -36,5 +36,5 @@ def get_config():
   config.augment.pad_crop = 4
   config.augment.flip = True
   config.augment.auto = "trivial"
-  config.augment.erase = 0.25
+  config.augment.random_erasing = 0.25
   return config

@@ -9,32 +9,32 @@ from rescalevit_jax import config as config_lib
 from rescalevit_jax import errors
 
 _UNIT = {"model.init": "unit"}
-_BOTH = {"model.residual": "rescale", "model.init": "unit"}
+_BOTH = {"model.residual": "rescalenet", "model.init": "unit"}
 _CALIBRATED = {"calibration": "all"}
 # Alphas and the branches' multipliers: near 1 / width of the small model, and
 # the same for others.
-_SLOW = {"scalar_lr": 0.02}
+_SLOW = {"scalar_lr_mult": 0.02}
 
 METHODS = {
   "LN": {},
   "LN-google": {"model.init": "google"},
   "LN-unit": _UNIT,
-  "LN-rescale-unit": _BOTH,
-  "LN-rescale-unit-slow": {**_BOTH, **_SLOW},
+  "LN-rescalenet-unit": _BOTH,
+  "LN-rescalenet-unit-slow": {**_BOTH, **_SLOW},
   "Rescale": {"model.norm": "Rescale"},
   "DyT": {"model.norm": "DyT"},
-  "DyT-rescale-unit": {"model.norm": "DyT", **_CALIBRATED, **_BOTH},
+  "DyT-rescalenet-unit": {"model.norm": "DyT", **_CALIBRATED, **_BOTH},
   "Derf": {"model.norm": "Derf"},
-  "Derf-rescale-unit": {"model.norm": "Derf", **_CALIBRATED, **_BOTH},
+  "Derf-rescalenet-unit": {"model.norm": "Derf", **_CALIBRATED, **_BOTH},
   "Cal": {"model.norm": "Cal"},
   "Cal-unit": {"model.norm": "Cal", **_UNIT},
-  "Cal-rescale": {"model.norm": "Cal", "model.residual": "rescale"},
-  "Cal-rescale-unit": {"model.norm": "Cal", **_BOTH},
-  "Cal-rescale-unit-slow": {"model.norm": "Cal", **_BOTH, **_SLOW},
+  "Cal-rescalenet": {"model.norm": "Cal", "model.residual": "rescalenet"},
+  "Cal-rescalenet-unit": {"model.norm": "Cal", **_BOTH},
+  "Cal-rescalenet-unit-slow": {"model.norm": "Cal", **_BOTH, **_SLOW},
 }
 
 
-def get_config(run="Cal-rescale"):
+def get_config(run="Cal-rescalenet"):
   """Returns the config of METHOD, or of METHOD,MODEL at 224x224 pixels."""
   method, _, model_name = run.partition(",")
   if method not in METHODS:

@@ -15,9 +15,9 @@ METHODS = {
   "Fade": {"model.norm": "Fade"},
   "Fade-DyT": {"model.norm": "Fade", "fade.alpha": 0.5},
   # One scale for class token and patches: folds.
-  "Fade-one": {"model.norm": "Fade", "fade.apart": False},
+  "Fade-one": {"model.norm": "Fade", "fade.separate_cls": False},
   # What the parts are good for.
-  "Fade-together": {"model.norm": "Fade", "fade.width": 1.0},
+  "Fade-together": {"model.norm": "Fade", "fade.site_fraction": 1.0},
   "Fade-abrupt": {"model.norm": "Fade", "fade.end": 0.1},
 }
 

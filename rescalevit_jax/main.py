@@ -13,7 +13,7 @@ keys, set by --config.KEY=VALUE:
 """
 
 if __name__ == "__main__":
-  from rescalevit_jax import huge_pages
+  from rescalevit_jax.runtime import huge_pages
 
   # Before the imports below, which take a second.
   huge_pages.restart_with("rescalevit_jax.main")
@@ -29,19 +29,19 @@ from absl import flags
 import jax
 from ml_collections import config_flags
 
-from rescalevit_jax import compile_cache
 from rescalevit_jax import config as config_lib
-from rescalevit_jax import config_keys
-from rescalevit_jax import cuda_plugin
 from rescalevit_jax import errors
-from rescalevit_jax import evaluate
-from rescalevit_jax import processes
-from rescalevit_jax import progress
 from rescalevit_jax import resumed
-from rescalevit_jax import run_folder
-from rescalevit_jax import train
+from rescalevit_jax.config import keys
+from rescalevit_jax.distributed import processes
+from rescalevit_jax.runs import folder
+from rescalevit_jax.runtime import cache
+from rescalevit_jax.runtime import cuda_plugin
+from rescalevit_jax.runtime import terminal
+from rescalevit_jax.training import evaluate
+from rescalevit_jax.training import train
 
-__doc__ += config_keys.describe("  {name} = {default}\n      {meaning}")
+__doc__ += keys.describe("  {name} = {default}\n      {meaning}")
 
 _CONFIG = config_flags.DEFINE_config_file(
   "config",
@@ -84,14 +84,14 @@ def main(argv: list[str]) -> None:
   """Trains or evaluates, as the flags say."""
   if len(argv) > 1:
     _fail(f"unknown argument {argv[1]!r}: flags begin with --", code=2)
-  progress.log_to_stderr()
+  terminal.log_to_stderr()
   config = _CONFIG.value
-  workdir = _WORKDIR.value or run_folder.default_workdir(config)
+  workdir = _WORKDIR.value or folder.default_workdir(config)
   if config.deterministic:  # Read when JAX starts the devices, below.
     flag = "--xla_gpu_deterministic_ops=true"
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}"
   cuda_plugin.hide_if_compile_only()
-  compile_cache.enable()
+  cache.enable_compilation_cache()
   try:
     processes.join(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
     if _MODE.value == "train":
@@ -156,7 +156,7 @@ def _prepared(argv: list[str]) -> tuple[list[str], dict[str, None]]:
       result.append(arg)
       continue
     key, equals, value = arg.removeprefix("--config.").partition("=")
-    config_keys.check_key(key)
+    keys.check_key(key)
     if not equals and argv[i + 1 : i + 2] == ["None"]:
       raise errors.UserError(f"write --config.{key}=None, with =")
     if value == "None":

@@ -32,11 +32,12 @@ import warnings
 import numpy as np
 
 from rescalevit_jax import errors
-from rescalevit_jax import images as images_lib
-from rescalevit_jax import program
-from rescalevit_jax import progress
-from rescalevit_jax import trained
-from rescalevit_jax import writers
+from rescalevit_jax.analysis import trained
+from rescalevit_jax.data import image_files
+from rescalevit_jax.runtime import atomic_file
+from rescalevit_jax.runtime import cli
+from rescalevit_jax.runtime import terminal
+from rescalevit_jax.training import progress
 
 _log = logging.getLogger("rescalevit_jax.predict")  # Even as __main__.
 
@@ -73,7 +74,7 @@ def classify(
 
   def submit(paths):
     return [
-      (path, pool.submit(images_lib.model_input, path, model.image_size))
+      (path, pool.submit(image_files.model_input, path, model.image_size))
       for path in paths
     ]
 
@@ -90,10 +91,10 @@ def classify(
 def main(argv: Sequence[str] | None = None) -> int:
   """Classifies the files of the command line; returns the exit code."""
   args = _parse(argv)
-  progress.log_to_stderr()
+  terminal.log_to_stderr()
   # What Pillow has to say of odd files; errors come as exceptions.
   warnings.filterwarnings("ignore", module="PIL")
-  return program.run(lambda: _run(args))
+  return cli.run(lambda: _run(args))
 
 
 def _parse(argv):
@@ -163,13 +164,13 @@ def _run(args):
       rows.append((_text(str(file)), top))
   if args.output is not None:
     count = min(args.top, len(model.class_names))
-    writers.write_file(args.output, _WRITERS[_suffix(args.output)](rows, count))
+    atomic_file.write(args.output, _WRITERS[_suffix(args.output)](rows, count))
     print(f"{args.output}: {len(rows)} images", flush=True)
   problems = [f"{len(empty)} folders have no images"] if empty else []
   if skipped:
     problems.append(f"{skipped} of {len(files)} files could not be classified")
   if problems:
-    return program.fail(f"{', '.join(problems)}, see above")
+    return cli.fail(f"{', '.join(problems)}, see above")
   return 0
 
 
@@ -196,7 +197,7 @@ def _find(names):
     path = pathlib.Path(name)
     if not name:
       raise errors.UserError("an empty name is given for a file")
-    found = images_lib.find(path) if path.is_dir() else [path]
+    found = image_files.find(path) if path.is_dir() else [path]
     files += found
     if not found:
       empty.append(name)
@@ -244,7 +245,7 @@ def _with_progress(model, files, batch):
         len(files),
         0 if speed >= 10 else 2,
         speed,
-        progress.duration((len(files) - done) / speed),
+        terminal.duration((len(files) - done) / speed),
       )
 
 

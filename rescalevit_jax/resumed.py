@@ -6,12 +6,12 @@
 import pathlib
 
 from rescalevit_jax import errors
-from rescalevit_jax import run_folder
+from rescalevit_jax.runs import folder
 
 
 def get_config(workdir):
   """Returns the config of the run in a folder."""
-  config = run_folder.read_config(pathlib.Path(workdir))
+  config = folder.read_config(pathlib.Path(workdir))
   if config is None:
     raise errors.UserError(
       f"{workdir}: no run there to go on with; give --config to begin one"

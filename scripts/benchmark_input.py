@@ -29,14 +29,14 @@ import numpy as np
 from PIL import Image
 import tensorflow_datasets as tfds
 
-from rescalevit_jax import data
-from rescalevit_jax import feed
-from rescalevit_jax import program
-from rescalevit_jax import progress
-from rescalevit_jax import records
-from rescalevit_jax import sharding
-from rescalevit_jax import tensorflow_cpu
-from rescalevit_jax import writers
+from rescalevit_jax.data import dataset
+from rescalevit_jax.data import loader
+from rescalevit_jax.data import records
+from rescalevit_jax.distributed import sharding
+from rescalevit_jax.runtime import atomic_file
+from rescalevit_jax.runtime import cli
+from rescalevit_jax.runtime import tensorflow_cpu
+from rescalevit_jax.runtime import terminal
 
 _ROUNDS = 3  # Figures are their medians.
 _STEPS = 200  # Whose time is measured, at each of several places.
@@ -62,11 +62,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     "--scratch", help="where the data sets lie meanwhile, 0.4 KB a record"
   )
   parser.add_argument("--output", type=pathlib.Path, metavar="DIR")
-  return program.run(lambda: _run(parser.parse_args(argv)))
+  return cli.run(lambda: _run(parser.parse_args(argv)))
 
 
 def _run(args):
-  progress.log_to_stderr()
+  terminal.log_to_stderr()
   tensorflow_cpu.load()  # Which tfds imports; quietly.
   found = [[] for _ in args.records]
   with tempfile.TemporaryDirectory(dir=args.scratch) as scratch:
@@ -95,8 +95,8 @@ def _run(args):
   if args.output is not None:
     args.output.mkdir(parents=True, exist_ok=True)
     found = {"batch": args.batch, "streaming": grown, "decoding": decoded}
-    writers.write_file(args.output / "input.md", text)
-    writers.write_file(
+    atomic_file.write(args.output / "input.md", text)
+    atomic_file.write(
       args.output / "input.json", json.dumps(found, indent=2) + "\n"
     )
 
@@ -157,12 +157,12 @@ def measure(folder: str, count: int, batch: int) -> dict[str, float]:
   start = time.perf_counter()
   builder = tfds.builder_from_directory(folder)
   split = records.StreamedSplit(builder, "train", None)
-  images = feed.Feed(split, mesh)
+  images = loader.Loader(split, mesh)
   opened = time.perf_counter() - start
   planning, first, usual, processor = [], [], [], []
 
   def plan(step):
-    return data.indices(0, step, batch, count)
+    return dataset.indices(0, step, batch, count)
 
   for place in range(_PLACES):
     step = 1 + place * 10 * (count // batch + 1)  # Ten epochs later.

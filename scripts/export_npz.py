@@ -9,12 +9,12 @@ import os
 import pathlib
 import sys
 
-from rescalevit_jax import checkpoint
 from rescalevit_jax import errors
-from rescalevit_jax import fold
-from rescalevit_jax import pretrained
-from rescalevit_jax import program
-from rescalevit_jax import run_folder
+from rescalevit_jax.pretrained import fold
+from rescalevit_jax.pretrained import load
+from rescalevit_jax.runs import checkpoint
+from rescalevit_jax.runs import folder
+from rescalevit_jax.runtime import cli
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     help="put the norm (Cal, Rescale, Fade) into the layers after it",
   )
   args = parser.parse_args(argv)
-  return program.run(lambda: _run(args))
+  return cli.run(lambda: _run(args))
 
 
 def _run(args):
@@ -49,10 +49,10 @@ def _run(args):
   params, batch_stats, step = checkpoint.load_variables(
     pathlib.Path(args.workdir), args.checkpoint
   )
-  model = run_folder.require_config(args.workdir).model
+  model = folder.require_config(args.workdir).model
   if args.fold:
     params, batch_stats = fold.fold(model.norm, params, batch_stats)
-  pretrained.save(args.output, params, batch_stats)
+  load.save(args.output, params, batch_stats)
   folded = ", without its norm" if args.fold else ""
   print(f"{args.output}: the {args.checkpoint} weights, of step {step}{folded}")
   if words := _untold(model):
@@ -67,7 +67,7 @@ def _untold(model):
   words = ["GN"] if model.norm == "GN" else []  # It does not fold.
   words += [model.gelu] if model.gelu != "erf" else []
   words += [model.pool] if model.pool != "cls" else []
-  if model.residual == "rescale" and model.residual_c is not None:
+  if model.residual == "rescalenet" and model.residual_c is not None:
     words.append(f"c={model.residual_c!r}")
   return words
 

@@ -26,16 +26,16 @@ import sys
 
 from rescalevit_jax import config as config_lib
 from rescalevit_jax import errors
-from rescalevit_jax import plots
-from rescalevit_jax import program
-from rescalevit_jax import progress
-from rescalevit_jax import result as result_lib
-from rescalevit_jax import run_folder
-from rescalevit_jax import runs as runs_lib
 from rescalevit_jax import sweep
-from rescalevit_jax.report import rates
+from rescalevit_jax.analysis import plots
+from rescalevit_jax.report import lr_table
+from rescalevit_jax.runs import folder as folder_lib
+from rescalevit_jax.runs import result as result_lib
+from rescalevit_jax.runs import run_reader
+from rescalevit_jax.runtime import cli
+from rescalevit_jax.runtime import terminal
 from rescalevit_jax.sweep import grid
-from rescalevit_jax.sweep import launch
+from rescalevit_jax.sweep import subprocess_run
 
 _log = logging.getLogger("rescalevit_jax.norm_free")
 CONFIG = pathlib.Path(__file__).parents[1] / "configs" / "norm_free.py"
@@ -43,7 +43,7 @@ METHODS = runpy.run_path(str(CONFIG))["METHODS"]
 # What the study sets itself, and what a method is.
 OWN_KEYS = {
   "base_lr",
-  "data.held_out",
+  "data.num_val",
   "dataset",
   "eval_every",
   "model_name",
@@ -83,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   )
   add("rates", "0.05,0.1,0.2,0.4,0.8", "learning rates to choose from")
   add("seeds", "1,2,3", "seeds of the final runs")
-  add("held_out", 5000, "training images to choose by", positive)
+  add("num_val", 5000, "training images to choose by", positive)
   add("steps", 1500, "steps of the runs that choose", positive)
   add("final_steps", 1500, "steps of the final runs", positive)
   add("jobs", 1, "runs at a time", positive)
@@ -95,8 +95,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     key = setting.removeprefix("--config.").partition("=")[0]
     if key in OWN_KEYS:
       parser.error(f"{setting}: the study sets {key} itself; see --help")
-  progress.log_to_stderr()
-  return program.run(lambda: _run(args, settings))
+  terminal.log_to_stderr()
+  return cli.run(lambda: _run(args, settings))
 
 
 def _run(args, settings):
@@ -115,7 +115,7 @@ def _run(args, settings):
     return sweep.parse([*options, *settings])[1]
 
   def choosing(dataset, method):
-    keys = {"data.held_out": args.held_out, "eval_every": args.steps}
+    keys = {"data.num_val": args.num_val, "eval_every": args.steps}
     axes = {"base_lr": args.rates}
     return plan("select", args.steps, dataset, method, axes, **keys)
 
@@ -173,7 +173,7 @@ def accuracies(
   for run in [run for runs in plans.values() for run in runs]:
     result = result_lib.read(run.workdir)
     if result is None and not _has_diverged(run):
-      why = launch.failure(run.workdir, None).removeprefix("error: ")
+      why = subprocess_run.failure(run.workdir, None).removeprefix("error: ")
       raise errors.UserError(f"{run.workdir}: {why}")
     found[run.workdir] = None if result is None else result["last_accuracy"]
   return found
@@ -181,9 +181,9 @@ def accuracies(
 
 def _has_diverged(run):
   """Whether this very run has; one of another config says nothing of it."""
-  if f": {errors.NOT_FINITE}; " not in runs_lib.last_log_line(run.workdir):
+  if f": {errors.NOT_FINITE}; " not in run_reader.last_log_line(run.workdir):
     return False
-  old = run_folder.read_config(run.workdir)
+  old = folder_lib.read_config(run.workdir)
   return old is not None and not config_lib.differing_keys(old, run.config)
 
 
@@ -199,15 +199,15 @@ def _choose(key, runs, found):
       *key,
       rate,
     )
-  return rates.Outcome(*key, runs[0].config.model.norm, tried, rate)
+  return lr_table.Outcome(*key, runs[0].config.model.norm, tried, rate)
 
 
 def _write(outcomes, folder):
   folder.mkdir(parents=True, exist_ok=True)
-  text = rates.table(outcomes)
+  text = lr_table.table(outcomes)
   (folder / "table.md").write_text(text, encoding="utf-8")
-  rates.write_csv(outcomes, folder / "accuracies.csv")
-  plots.save(rates.draw(outcomes), folder / "accuracies.png")
+  lr_table.write_csv(outcomes, folder / "accuracies.csv")
+  plots.save(lr_table.draw(outcomes), folder / "accuracies.png")
   print(text)
   _log.info("written: %s/{table.md,accuracies.csv,accuracies.png}", folder)
 

@@ -23,18 +23,18 @@ import pathlib
 import sys
 from typing import Any
 
-from rescalevit_jax import attention
-from rescalevit_jax import attention_plots
-from rescalevit_jax import data
 from rescalevit_jax import errors
 from rescalevit_jax import models as models_lib
-from rescalevit_jax import plots
-from rescalevit_jax import program
-from rescalevit_jax import progress
-from rescalevit_jax import run_folder
-from rescalevit_jax import trained
-from rescalevit_jax import writers
+from rescalevit_jax.analysis import attention_maps
+from rescalevit_jax.analysis import attention_plots
+from rescalevit_jax.analysis import plots
+from rescalevit_jax.analysis import trained
+from rescalevit_jax.data import dataset as dataset_lib
 from rescalevit_jax.models import norms
+from rescalevit_jax.runs import folder as folder_lib
+from rescalevit_jax.runtime import atomic_file
+from rescalevit_jax.runtime import cli
+from rescalevit_jax.runtime import terminal
 
 _log = logging.getLogger("rescalevit_jax.plot_attention")
 
@@ -99,8 +99,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     help="folder; default: attention/ in the folder of the first run or file",
   )
   args = parser.parse_args(argv)
-  progress.log_to_stderr()
-  return program.run(lambda: _run(args))
+  terminal.log_to_stderr()
+  return cli.run(lambda: _run(args))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,14 +119,14 @@ class Subject:
   source: tuple[str, str | None, tuple[tuple[str, Any], ...]] | None
 
   @property
-  def test_split(self) -> data.Split | None:
+  def test_split(self) -> dataset_lib.Split | None:
     """Of its data set."""
     return None if self.source is None else _test_split(*self.source)
 
 
 @functools.cache
 def _test_split(dataset, folder, keys):
-  return data.load(dataset, folder, **dict(keys)).test
+  return dataset_lib.load(dataset, folder, **dict(keys)).test
 
 
 def _run(args):
@@ -160,7 +160,7 @@ def _run(args):
 def _subjects(args) -> list[Subject]:
   sources = []
   for workdir in args.workdir:
-    config = run_folder.require_config(workdir)
+    config = folder_lib.require_config(workdir)
     sources.append(
       (
         args.dataset or config.dataset,
@@ -238,7 +238,7 @@ def _measure(subjects, batch, path):
   rows = []
   for subject in subjects:
     model, images = subject.model, subject.test_split.images
-    found = attention.statistics(model, images, batch)
+    found = attention_maps.statistics(model, images, batch)
     for block in range(len(found.entropy)):
       rows.append(
         {
@@ -259,7 +259,7 @@ def _measure(subjects, batch, path):
   table = csv.DictWriter(text, rows[0], lineterminator="\n")
   table.writeheader()
   table.writerows(rows)
-  writers.write_file(path, text.getvalue())
+  atomic_file.write(path, text.getvalue())
   width = max(len(subject.model.name) for subject in subjects)
   print(f"{'':{width}}  norm     block  entropy  diagonal  sparsity")
   for row in rows:

@@ -9,10 +9,10 @@ import pathlib
 import sys
 
 from rescalevit_jax import errors
-from rescalevit_jax import plots
-from rescalevit_jax import program
-from rescalevit_jax import published
-from rescalevit_jax import runs
+from rescalevit_jax.analysis import plots
+from rescalevit_jax.analysis import reference_results
+from rescalevit_jax.runs import run_reader
+from rescalevit_jax.runtime import cli
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -40,19 +40,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     " valid_accuracy",
   )
   args = parser.parse_args(argv)
-  return program.run(lambda: _run(args))
+  return cli.run(lambda: _run(args))
 
 
 def _run(args):
   outputs = args.output or [pathlib.Path(f"curves.{x}") for x in ("png", "svg")]
   for path in outputs:
     plots.check_suffix(path)
-  found = runs.find_each(args.workdir)
+  found = run_reader.find_each(args.workdir)
   if not found:
     raise errors.UserError("no run to draw: none can be read")
   curves = {}
   if args.published is not None:
-    curves = published.read_curves(args.published)
+    curves = reference_results.read_curves(args.published)
   figure = plots.curves(found, curves)
   for path in outputs:
     plots.save(figure, path)

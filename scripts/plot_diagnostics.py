@@ -13,11 +13,11 @@ from collections.abc import Sequence
 import pathlib
 import sys
 
-from rescalevit_jax import diagnostics_plots
 from rescalevit_jax import errors
-from rescalevit_jax import plots
-from rescalevit_jax import program
-from rescalevit_jax import runs
+from rescalevit_jax.analysis import diagnostics_plots
+from rescalevit_jax.analysis import plots
+from rescalevit_jax.runs import run_reader
+from rescalevit_jax.runtime import cli
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -39,13 +39,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     " diagnostics.png and diagnostics.svg in each run's folder",
   )
   args = parser.parse_args(argv)
-  return program.run(lambda: _run(args))
+  return cli.run(lambda: _run(args))
 
 
 def _run(args):
   for path in args.output or ():
     plots.check_suffix(path)
-  found = runs.find_each(args.workdir)
+  found = run_reader.find_each(args.workdir)
   diagnosed = [r for r in found if diagnostics_plots.is_diagnosed(r)]
   if not diagnosed:
     raise errors.UserError(

@@ -19,9 +19,9 @@ import tempfile
 import numpy as np
 import tensorflow_datasets as tfds
 
-from rescalevit_jax import builders
 from rescalevit_jax import errors
-from rescalevit_jax import records
+from rescalevit_jax.data import records
+from rescalevit_jax.data import tfds_builders
 
 _PIXELS = 3 * 32 * 32  # Bytes of a record after its labels.
 _MAX_TEXT = 1 << 16  # Bytes; the official texts have less than 2 KB.
@@ -246,17 +246,17 @@ def _check_content(what, tar, member, layout, name):
 
 
 def _prepare_by_name(name: str, data_dir: str | None) -> None:
-  builder = builders.open_builder(name, data_dir)
+  builder = tfds_builders.open_builder(name, data_dir)
   if not _is_ready(builder):
     records.check_features(builder, any_size=True)
-    builders.prepare(builder)
+    tfds_builders.prepare(builder)
 
 
 def _prepare_from_archive(
   path: str, layout: Layout, data_dir: str | None
 ) -> None:
   """Lets tfds' builder take an archive instead of downloading it."""
-  builder = builders.open_builder(layout.dataset, data_dir)
+  builder = tfds_builders.open_builder(layout.dataset, data_dir)
   if _is_ready(builder):
     return
   root = builder.data_dir_root
@@ -268,7 +268,7 @@ def _prepare_from_archive(
       link = pathlib.Path(scratch, layout.archive)
       link.symlink_to(pathlib.Path(path).resolve())
       with _expected(builder, link):
-        builders.prepare(
+        tfds_builders.prepare(
           builder,
           download_dir=os.path.join(scratch, "downloads"),
           manual_dir=scratch,
@@ -283,7 +283,7 @@ def _prepare_from_archive(
 def _expected(builder: tfds.core.DatasetBuilder, path: pathlib.Path):
   """Makes a builder expect this archive, in this process only."""
   infos = builder.url_infos
-  url = builders.archive_names(builder)[path.name]
+  url = tfds_builders.archive_names(builder)[path.name]
   official, found = infos[url], tfds.download.checksums.compute_url_info(path)
   if found != official:
     print(
@@ -298,7 +298,7 @@ def _expected(builder: tfds.core.DatasetBuilder, path: pathlib.Path):
 
 
 def _is_ready(builder):
-  if builders.is_prepared(builder):
+  if tfds_builders.is_prepared(builder):
     print(f"{builder.name} is prepared already: {builder.data_dir}")
     return True
   return False

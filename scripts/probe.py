@@ -2,7 +2,7 @@ r"""Measures freshly initialised models side by side, before any training.
 
 python scripts/probe.py --config=configs/norm_free.py
 python scripts/probe.py --config=configs/norm_free.py:LN \
-    --config=configs/norm_free.py:Cal-rescale --config.seed=1
+    --config=configs/norm_free.py:Cal-rescalenet --config.seed=1
 python scripts/probe.py --config=configs/cifar_small.py \
     --grid model.norm=LN,Identity --grid model.init=torch,unit
 
@@ -31,18 +31,18 @@ import sys
 import jax
 import numpy as np
 
-from rescalevit_jax import diagnostics
 from rescalevit_jax import errors
-from rescalevit_jax import experiment as experiment_lib
-from rescalevit_jax import measurements
-from rescalevit_jax import plots
-from rescalevit_jax import probe_plots
-from rescalevit_jax import program
-from rescalevit_jax import progress
-from rescalevit_jax import writers
+from rescalevit_jax.analysis import plots
+from rescalevit_jax.analysis import probe_plots
 from rescalevit_jax.models import norms
 from rescalevit_jax.report import tables
+from rescalevit_jax.runtime import atomic_file
+from rescalevit_jax.runtime import cli
+from rescalevit_jax.runtime import terminal
 from rescalevit_jax.sweep import grid
+from rescalevit_jax.training import diagnostics
+from rescalevit_jax.training import experiment as experiment_lib
+from rescalevit_jax.training import measurements
 
 _log = logging.getLogger("rescalevit_jax.probe")
 _SETTING = "--config."
@@ -83,8 +83,8 @@ def main(argv: Sequence[str] | None = None) -> int:
   )
   settings = [x for x in argv if x.startswith(_SETTING)]
   args = parser.parse_args([x for x in argv if not x.startswith(_SETTING)])
-  progress.log_to_stderr()
-  return program.run(lambda: _run(args, settings))
+  terminal.log_to_stderr()
+  return cli.run(lambda: _run(args, settings))
 
 
 def _run(args, settings):
@@ -112,7 +112,7 @@ def _run(args, settings):
     found.append((label, config, measure(config, not args.no_sharpness)))
   rows = list(map(_summary, found))
   print(_markdown(rows))
-  writers.write_file(args.output / "probe.csv", _csv(found))
+  atomic_file.write(args.output / "probe.csv", _csv(found))
   clips = {config.grad_norm_clip for _, config, _ in found}
   figure = probe_plots.compare(
     [(label, config.model.norm, x) for label, config, x in found],
@@ -157,15 +157,17 @@ def measure(config, sharpness: bool = True) -> dict[str, float]:
     keys have in the square of `grad_norm`.
   """
   experiment = experiment_lib.create(config)
-  state = experiment_lib.first_state(experiment)
-  programs = diagnostics.Programs(experiment)
+  state = experiment_lib.initial_state(experiment)
+  programs = diagnostics.CompiledDiagnostics(experiment)
   first = range(1, 2)
-  with experiment.train_feed.batches(experiment.train_places, first) as batches:
+  with experiment.train_loader.batches(
+    experiment.train_indices, first
+  ) as batches:
     batch = next(batches)
   found, _ = programs.before_step(state, *batch)
-  gathered_by = norms.NORMS[config.model.norm].GATHERED_BY
-  if gathered_by and config.pretrained_path is None:
-    state = experiment.calibrated(state, gathered_by)
+  num_stats_batches = norms.NORMS[config.model.norm].NUM_STATS_BATCHES
+  if num_stats_batches and config.pretrained_path is None:
+    state = experiment.calibrate(state, num_stats_batches)
     seen, _ = programs.before_step(state, *batch)
     found |= {k: x for k, x in seen.items() if not k.startswith("grad_norm")}
   if sharpness:

@@ -15,8 +15,8 @@ import jax
 import numpy as np
 
 from rescalevit_jax import config as config_lib
-from rescalevit_jax import experiment as experiment_lib
-from rescalevit_jax import sharding
+from rescalevit_jax.distributed import sharding
+from rescalevit_jax.training import experiment as experiment_lib
 
 KINDS = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute"
 
@@ -39,7 +39,7 @@ def main(fsdp, data_dir):
   place = sharding.split(experiment.mesh, axis=1)
   images = jax.ShapeDtypeStruct((1, 64, 8, 8, 3), np.uint8, sharding=place)
   labels = jax.ShapeDtypeStruct((1, 64), np.int32, sharding=place)
-  state = experiment.abstract()
+  state = experiment.abstract_state()
   compiled = (
     experiment.train_step(1)
     .lower(state, images, labels, np.uint32(0))

@@ -11,8 +11,8 @@ import jax
 import pytest
 import small_run
 
-from rescalevit_jax import data
-from rescalevit_jax import train
+from rescalevit_jax.data import dataset
+from rescalevit_jax.training import train
 
 # A shell that starts the tests in the background makes them ignore signals that
 # some of them send.
@@ -80,7 +80,7 @@ def digits_dir(shared_dir) -> pathlib.Path:
   os.environ["XDG_CACHE_HOME"] = str(shared_dir / "cache")
   with open(shared_dir / "tfds.lock", "w") as lock:
     fcntl.flock(lock, fcntl.LOCK_EX)
-    data.load("digits", str(path))
+    dataset.load("digits", str(path))
   return path
 
 
@@ -110,9 +110,9 @@ def default_run(digits_dir, shared_dir) -> pathlib.Path:
 
 
 @pytest.fixture(scope="session")
-def test_digits(digits_dir) -> data.Split:
+def test_digits(digits_dir) -> dataset.Split:
   """The test split of the digits."""
-  return data.load("digits", str(digits_dir)).test
+  return dataset.load("digits", str(digits_dir)).test
 
 
 @pytest.fixture

@@ -11,9 +11,9 @@ from jax.sharding import Mesh
 import numpy as np
 import small_run
 
-from rescalevit_jax import diagnostics
-from rescalevit_jax import experiment as experiment_lib
-from rescalevit_jax import sharding
+from rescalevit_jax.distributed import sharding
+from rescalevit_jax.training import diagnostics
+from rescalevit_jax.training import experiment as experiment_lib
 
 
 def main(data_dir):
@@ -27,9 +27,9 @@ def main(data_dir):
     mesh = Mesh(np.asarray(jax.devices()[:devices]), ("data",))
     sharding.create_mesh = lambda mesh=mesh: mesh
     experiment = experiment_lib.create(config)
-    state = experiment.scratch()
-    programs = diagnostics.Programs(experiment)
-    feed, places = experiment.train_feed, experiment.train_places
+    state = experiment.init_state()
+    programs = diagnostics.CompiledDiagnostics(experiment)
+    feed, places = experiment.train_loader, experiment.train_indices
     with feed.batches(places, range(1, 2)) as batches:
       measured, params = programs.before_step(state, *next(batches))
     whole = [x.sharding.is_fully_replicated for x in jax.tree.leaves(params)]

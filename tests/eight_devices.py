@@ -15,12 +15,12 @@ from jax.sharding import Mesh
 import numpy as np
 import recipes
 
-from rescalevit_jax import checkpoint
 from rescalevit_jax import config as config_lib
 from rescalevit_jax import errors
-from rescalevit_jax import sharding
-from rescalevit_jax import train
-from rescalevit_jax import writers
+from rescalevit_jax.distributed import sharding
+from rescalevit_jax.runs import checkpoint
+from rescalevit_jax.runs import metric_writers
+from rescalevit_jax.training import train
 
 
 def _missing():
@@ -56,7 +56,7 @@ def main(norm, recipe, folder, data_dir):
     }
   )
   config.update_from_flattened_dict(recipes.RECIPES.get(recipe, {}))
-  writers.tensorflow_cpu.load = _missing  # It would only take time.
+  metric_writers.tensorflow_cpu.load = _missing  # It would only take time.
   found = {}
   sharding._MIN_SPLIT = 100  # Elements; the model is small.
   for kind in ("one", "eight", "fsdp"):

@@ -5,9 +5,9 @@ import pathlib
 
 import ml_collections
 
-from rescalevit_jax import checkpoint
 from rescalevit_jax import config as config_lib
-from rescalevit_jax import experiment
+from rescalevit_jax.runs import checkpoint
+from rescalevit_jax.training import experiment
 
 RESULT = {
   "best_accuracy": 0.5,
@@ -59,7 +59,7 @@ def write_with_checkpoint(
   workdir: pathlib.Path, config: ml_collections.ConfigDict
 ) -> pathlib.Path:
   """Writes a finished run whose best weights are those before training."""
-  state = experiment.create(config).scratch()
+  state = experiment.create(config).init_state()
   write(workdir, config_lib.flatten(config), {})
   with checkpoint.Checkpoints(workdir) as checkpoints:
     checkpoints.save_best(state, checkpoint.Progress(step=1))

@@ -3,7 +3,7 @@ import os
 import numpy as np
 import pytest
 
-from rescalevit_jax import array_cache
+from rescalevit_jax.data import array_cache
 
 ARRAYS = {
   "images": np.arange(600, dtype=np.uint8).reshape(10, 4, 5, 3),

@@ -4,7 +4,7 @@ import resource
 from array_record.python import array_record_module
 import pytest
 
-from rescalevit_jax import array_record_files
+from rescalevit_jax.data import array_record_files
 
 COUNTS = (3, 1, 1200, 2)
 

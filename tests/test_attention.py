@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 import tiny_model
 
-from rescalevit_jax import attention
-from rescalevit_jax import augment
+from rescalevit_jax.analysis import attention_maps
+from rescalevit_jax.augment import preprocess
 from rescalevit_jax.models import norms
 
 
@@ -19,7 +19,7 @@ def images():
 @pytest.mark.parametrize("norm", norms.NORMS)
 def test_rows_sum_to_one(norm, images):
   model = tiny_model.create(norm)
-  maps = attention.probabilities(
+  maps = attention_maps.probabilities(
     model.model, model.variables, model.inputs(images)
   )
   assert maps.shape == (3, 7, 2, 5, 5)
@@ -34,7 +34,7 @@ def test_blocks_are_in_order_beyond_ten(images):
     np.zeros_like, attn["MultiHeadDotProductAttention_1"]["query"]
   )
   maps = np.asarray(
-    attention.probabilities(
+    attention_maps.probabilities(
       model.model, model.variables, model.inputs(images[:1])
     )
   )
@@ -48,15 +48,15 @@ def test_rollout_by_hand():
   swap = np.array([[[0, 1], [1, 0]]] * 2, np.float32)
   # With the residual: [[1, 0], [1/4, 3/4]] and [[1/2, 1/2], [1/2, 1/2]].
   np.testing.assert_allclose(
-    attention.rollout(np.stack([first, swap])),
+    attention_maps.rollout(np.stack([first, swap])),
     [[0.625, 0.375], [0.625, 0.375]],
   )
   np.testing.assert_allclose(
-    attention.rollout(np.stack([swap, first])),
+    attention_maps.rollout(np.stack([swap, first])),
     [[0.5, 0.5], [0.5, 0.5]],
   )
   np.testing.assert_allclose(
-    attention.rollout(first[None]), [[1, 0], [0.25, 0.75]]
+    attention_maps.rollout(first[None]), [[1, 0], [0.25, 0.75]]
   )
 
 
@@ -65,7 +65,7 @@ def test_statistics_of_uniform_attention(images):
   model.variables["params"] = jax.tree.map(
     np.zeros_like, model.variables["params"]
   )
-  found = attention.statistics(model, images, batch=3)
+  found = attention_maps.statistics(model, images, batch=3)
   np.testing.assert_allclose(found.entropy, [np.log(5)] * 3, rtol=1e-5)
   np.testing.assert_allclose(found.diagonal, [0.2] * 3, rtol=1e-5)
   np.testing.assert_allclose(found.sparsity, [0] * 3, atol=1e-5)
@@ -75,10 +75,10 @@ def test_statistics_of_uniform_attention(images):
 @pytest.mark.parametrize("batch", [3, 7, 100])
 def test_statistics_count_each_image_once(images, batch):
   model = tiny_model.create()
-  found = attention.statistics(model, images, batch=batch)
+  found = attention_maps.statistics(model, images, batch=batch)
   p = np.asarray(
-    attention.probabilities(
-      model.model, model.variables, augment.prepare(images, 8)
+    attention_maps.probabilities(
+      model.model, model.variables, preprocess.prepare(images, 8)
     ),
     np.float64,
   )

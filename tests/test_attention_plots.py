@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import tiny_model
 
-from rescalevit_jax import attention
-from rescalevit_jax import attention_plots
 from rescalevit_jax import errors
-from rescalevit_jax import plots
+from rescalevit_jax.analysis import attention_maps
+from rescalevit_jax.analysis import attention_plots
+from rescalevit_jax.analysis import plots
 from rescalevit_jax.models import norms
 
 
@@ -25,7 +25,9 @@ def axes(figure):
 
 def maps_of(model, image):
   return np.asarray(
-    attention.probabilities(model.model, model.variables, model.inputs([image]))
+    attention_maps.probabilities(
+      model.model, model.variables, model.inputs([image])
+    )
   )[:, 0]
 
 
@@ -72,7 +74,7 @@ def test_class_token_lies_over_the_image(image):
 def test_rollout_is_that_of_the_class_token(image):
   model = tiny_model.create()
   panels = axes(attention_plots.draw("rollout", [model], image))
-  share = attention.rollout(maps_of(model, image))[0, 1:].reshape(2, 2)
+  share = attention_maps.rollout(maps_of(model, image))[0, 1:].reshape(2, 2)
   np.testing.assert_allclose(
     panels[1].images[1].get_array(), share / share.mean(), rtol=1e-6
   )

@@ -10,8 +10,8 @@ from PIL import Image
 import pytest
 from scipy import stats
 
-from rescalevit_jax import augment
-from rescalevit_jax import trivial_augment
+from rescalevit_jax.augment import preprocess
+from rescalevit_jax.augment import trivial_augment
 
 BILINEAR = Image.Resampling.BILINEAR
 
@@ -57,21 +57,21 @@ def test_resize_matrix_is_pillows_bilinear_resize(start, length, old, new):
   axis = np.random.default_rng(0).uniform(0, 255, old).astype(np.float32)
   crop = Image.fromarray(axis[None, start : start + length])
   want = np.asarray(crop.resize((new, 1), BILINEAR))[0]
-  matrix = augment.resize_matrix(start, length, old, new)
+  matrix = preprocess.resize_matrix(start, length, old, new)
   assert matrix.shape == (new, old)
   np.testing.assert_allclose(np.asarray(matrix) @ axis, want, atol=2e-3)
 
 
 @pytest.mark.parametrize("size", [1, 7, 32])
 def test_resize_matrix_at_the_same_size_is_the_identity(size):
-  matrix = augment.resize_matrix(0, size, size, size)
+  matrix = preprocess.resize_matrix(0, size, size, size)
   np.testing.assert_array_equal(matrix, np.eye(size))
 
 
 @pytest.mark.parametrize("length", [1, 2, 9, 24])
 @pytest.mark.parametrize("new", [1, 5, 24, 100])
 def test_rows_of_resize_matrix_sum_to_one_within_the_crop(length, new):
-  matrix = np.asarray(augment.resize_matrix(6, length, 30, new))
+  matrix = np.asarray(preprocess.resize_matrix(6, length, 30, new))
   np.testing.assert_allclose(matrix.sum(1), 1, atol=1e-6)
   assert (matrix >= 0).all()
   assert (matrix[:, :6] == 0).all()
@@ -86,7 +86,7 @@ def test_rows_of_resize_matrix_sum_to_one_within_the_crop(length, new):
 )
 def test_prepare_is_pillows_resize(height, width, size):
   images = noise(2, height, width)
-  got = augment.prepare(images, size)
+  got = preprocess.prepare(images, size)
   assert (got.shape, got.dtype) == ((2, size, size, 3), jnp.float32)
   for ours, image in zip(got, images, strict=True):
     want = pillow(image, (0, 0, height, width), size)
@@ -96,16 +96,16 @@ def test_prepare_is_pillows_resize(height, width, size):
 def test_prepare_at_the_same_size_only_scales():
   images = noise(2, 16, 16)
   want = images.astype(np.float32) / np.float32(127.5) - 1
-  np.testing.assert_allclose(augment.prepare(images, 16), want, atol=1e-7)
+  np.testing.assert_allclose(preprocess.prepare(images, 16), want, atol=1e-7)
 
 
 def test_range_of_uint8_becomes_exactly_minus_one_to_one():
   images = np.zeros((1, 4, 4, 3), np.uint8)
   images[0, 0] = 255
-  got = np.asarray(augment.prepare(images, 4))
+  got = np.asarray(preprocess.prepare(images, 4))
   assert (got[0, 0] == 1).all()
   assert (got[0, 1:] == -1).all()
-  resized = np.asarray(augment.prepare(images, 8))
+  resized = np.asarray(preprocess.prepare(images, 8))
   assert resized.min() >= -1
   assert resized.max() <= 1
 
@@ -117,7 +117,7 @@ def test_range_of_uint8_becomes_exactly_minus_one_to_one():
 def boxes_of(number, height, width, min_area, min_aspect, seed=0):
   """Draws boxes [number, 4]: top, left, height, width."""
   box = functools.partial(
-    augment.random_box,
+    preprocess.random_box,
     height=height,
     width=width,
     min_area=min_area,
@@ -251,7 +251,7 @@ def test_box_is_the_centre_where_no_draw_fits(height, width, expected):
 
 @functools.partial(jax.jit, static_argnames=("size", "settings"))
 def prepare_random(keys, images, size, settings):
-  return augment.prepare_random(keys, images, size, settings)
+  return preprocess.prepare_random(keys, images, size, settings)
 
 
 def ramp(height, width):
@@ -280,7 +280,7 @@ def test_random_crop_is_pillows_resize_of_a_box(height, width):
   image = ramp(height, width)
   image[:, :, 2] = noise(1, height, width)[0, :, :, 2]
   images = np.stack([image] * 24)
-  settings = augment.Augment(min_area=0.3)
+  settings = preprocess.Augment(min_area=0.3)
   got = prepare_random(keys_of(24), images, 48, settings)
   assert (got.shape, got.dtype) == ((24, 48, 48, 3), jnp.float32)
   boxes = set()
@@ -296,7 +296,7 @@ def test_random_crop_is_pillows_resize_of_a_box(height, width):
 def test_crops_settings_are_used():
   images = np.stack([ramp(40, 40)] * 200)
   # Up to areas of 2 % away from square: more is rounding.
-  settings = augment.Augment(min_area=0.7, min_aspect=0.98)
+  settings = preprocess.Augment(min_area=0.7, min_aspect=0.98)
   got = prepare_random(keys_of(200), images, 48, settings)
   boxes = np.array([box_seen_in(x) for x in got])
   areas = boxes[:, 2] * boxes[:, 3] / 1600
@@ -304,16 +304,16 @@ def test_crops_settings_are_used():
   assert np.abs(np.log(boxes[:, 3] / boxes[:, 2])).max() < 0.06
 
 
-EVERYTHING = {"flip": True, "auto": "trivial", "erase": 0.5}
+EVERYTHING = {"flip": True, "auto": "trivial", "random_erasing": 0.5}
 
 
 @pytest.mark.parametrize(
   "settings",
   [
-    augment.Augment(flip=True),
-    augment.Augment(crop=False, flip=True),
-    augment.Augment(**EVERYTHING),
-    augment.Augment(crop=False, pad_crop=3, **EVERYTHING),
+    preprocess.Augment(flip=True),
+    preprocess.Augment(crop=False, flip=True),
+    preprocess.Augment(**EVERYTHING),
+    preprocess.Augment(crop=False, pad_crop=3, **EVERYTHING),
   ],
 )
 def test_images_fate_depends_on_its_key_only(settings):
@@ -331,15 +331,17 @@ def test_images_fate_depends_on_its_key_only(settings):
 
 def test_other_keys_give_other_crops():
   images = np.stack([noise(1, 32, 32)[0]] * 16)
-  got = prepare_random(keys_of(16), images, 8, augment.Augment())
+  got = prepare_random(keys_of(16), images, 8, preprocess.Augment())
   assert len(np.unique(np.asarray(got).reshape(16, -1), axis=0)) > 12
 
 
 @pytest.mark.parametrize("crop", [True, False])
 def test_flip_mirrors_half_of_the_images_left_to_right(crop):
   images, keys = noise(200, 8, 8), keys_of(200)
-  plain = prepare_random(keys, images, 8, augment.Augment(crop=crop))
-  got = prepare_random(keys, images, 8, augment.Augment(crop=crop, flip=True))
+  plain = prepare_random(keys, images, 8, preprocess.Augment(crop=crop))
+  got = prepare_random(
+    keys, images, 8, preprocess.Augment(crop=crop, flip=True)
+  )
   same = np.abs(got - plain).max((1, 2, 3)) < 1e-6
   mirrored = np.abs(got - plain[:, :, ::-1]).max((1, 2, 3)) < 1e-6
   assert (same | mirrored).all()
@@ -348,9 +350,9 @@ def test_flip_mirrors_half_of_the_images_left_to_right(crop):
 
 def test_without_crop_and_flip_training_images_are_evaluation_images():
   images = noise(3, 12, 20)
-  settings = augment.Augment(crop=False)
+  settings = preprocess.Augment(crop=False)
   got = prepare_random(keys_of(3), images, 16, settings)
-  want = augment.prepare(images, 16)
+  want = preprocess.prepare(images, 16)
   np.testing.assert_allclose(got, want, atol=1e-6)
 
 
@@ -360,13 +362,13 @@ def test_without_crop_and_flip_training_images_are_evaluation_images():
 def test_pad_crop_shifts_images_and_black_comes_in():
   image = 1 + noise(1, 10, 14)[0] // 2
   images = np.stack([image] * 200)
-  settings = augment.Augment(crop=False, pad_crop=2)
+  settings = preprocess.Augment(crop=False, pad_crop=2)
   padded = np.pad(image, ((2, 2), (2, 2), (0, 0))).astype(np.float32)
   want = {}
   for top in range(5):
     for left in range(5):
       part = padded[top : top + 10, left : left + 14] / np.float32(127.5) - 1
-      want[top, left] = augment.prepare(part[None] * 127.5 + 127.5, 12)[0]
+      want[top, left] = preprocess.prepare(part[None] * 127.5 + 127.5, 12)[0]
   seen = []
   for pixels in prepare_random(keys_of(200), images, 12, settings):
     (place,) = [k for k, v in want.items() if np.abs(pixels - v).max() < 1e-3]
@@ -379,7 +381,7 @@ def test_pad_crop_shifts_images_and_black_comes_in():
 
 def test_pad_crop_at_the_same_size_only_moves_pixels():
   images = noise(16, 8, 8)
-  settings = augment.Augment(crop=False, pad_crop=1)
+  settings = preprocess.Augment(crop=False, pad_crop=1)
   got = prepare_random(keys_of(16), images, 8, settings)
   for image, pixels in zip(images, got, strict=True):
     padded = np.pad(image, ((1, 1), (1, 1), (0, 0)))
@@ -393,16 +395,18 @@ def test_trivial_augment_comes_before_the_crop():
   images, keys = noise(8, 12, 12), keys_of(8)
   own = jax.vmap(lambda key: jax.random.fold_in(key, 2))(keys)
   changed = jax.vmap(trivial_augment.apply)(own, images)
-  settings = augment.Augment(auto="trivial", flip=True)
+  settings = preprocess.Augment(auto="trivial", flip=True)
   got = prepare_random(keys, images, 16, settings)
-  want = prepare_random(keys, changed, 16, augment.Augment(flip=True))
+  want = prepare_random(keys, changed, 16, preprocess.Augment(flip=True))
   np.testing.assert_allclose(got, want, atol=1e-5)
-  assert np.abs(got - prepare_random(keys, images, 16, augment.Augment())).max()
+  assert np.abs(
+    got - prepare_random(keys, images, 16, preprocess.Augment())
+  ).max()
 
 
 def test_erasing_puts_noise_into_boxes_of_the_papers_sizes():
   images, keys = np.full((1500, 40, 40, 3), 255, np.uint8), keys_of(1500)
-  settings = augment.Augment(crop=False, erase=0.7)
+  settings = preprocess.Augment(crop=False, random_erasing=0.7)
   got = np.asarray(prepare_random(keys, images, 40, settings))
   erased = (np.abs(got - 1) > 1e-4).any(-1)
   hit = erased.any((1, 2))
@@ -423,8 +427,8 @@ def test_erasing_puts_noise_into_boxes_of_the_papers_sizes():
 
 def test_erasing_leaves_the_other_pixels_and_the_crops_alone():
   images, keys = noise(20, 16, 16), keys_of(20)
-  got = prepare_random(keys, images, 16, augment.Augment(erase=1.0))
-  plain = prepare_random(keys, images, 16, augment.Augment())
+  got = prepare_random(keys, images, 16, preprocess.Augment(random_erasing=1.0))
+  plain = prepare_random(keys, images, 16, preprocess.Augment())
   same = np.asarray(got == plain).all(-1)
   assert 0.5 < same.mean() < 0.95
   assert (same.mean((1, 2)) < 1).all()

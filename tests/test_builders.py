@@ -6,25 +6,25 @@ import time
 import fake_data
 import pytest
 
-from rescalevit_jax import builders
 from rescalevit_jax import errors
-from rescalevit_jax import tensorflow_cpu
+from rescalevit_jax.data import tfds_builders
+from rescalevit_jax.runtime import tensorflow_cpu
 
 
 def open_error(name, data_dir=None):
   with pytest.raises(errors.UserError) as info:
-    builders.open_builder(name, data_dir)
+    tfds_builders.open_builder(name, data_dir)
   assert "\n" not in str(info.value)
   return str(info.value)
 
 
 def prepare_error(builder):
   with pytest.raises(errors.UserError) as info:
-    builders.prepare(builder)
+    tfds_builders.prepare(builder)
   message = str(info.value)
   assert "\n" not in message
   assert len(message) < 700
-  assert not builders.is_prepared(builder)
+  assert not tfds_builders.is_prepared(builder)
   return message
 
 
@@ -51,7 +51,7 @@ class TestOpen:
 
   def test_home_is_understood(self, monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
-    builder = builders.open_builder("digits", "~/data")
+    builder = tfds_builders.open_builder("digits", "~/data")
     assert builder.data_dir == str(tmp_path / "data" / "digits" / "1.0.0")
 
   def test_a_folder_without_its_description_is_damaged(self, tmp_path):
@@ -72,16 +72,16 @@ class TestOpen:
 
 class TestPrepare:
   def test_second_time_does_nothing(self, tmp_path, capsys):
-    builder = builders.open_builder("fake", str(tmp_path))
-    assert not builders.is_prepared(builder)
-    builders.prepare(builder)
-    assert builders.is_prepared(builder)
+    builder = tfds_builders.open_builder("fake", str(tmp_path))
+    assert not tfds_builders.is_prepared(builder)
+    tfds_builders.prepare(builder)
+    assert tfds_builders.is_prepared(builder)
     capsys.readouterr()
-    builders.prepare(builder)
+    tfds_builders.prepare(builder)
     assert capsys.readouterr() == ("", "")
 
   def test_failure_midway_leaves_nothing(self, tmp_path):
-    builder = builders.open_builder("fake_broken", str(tmp_path))
+    builder = tfds_builders.open_builder("fake_broken", str(tmp_path))
     assert "first line second line" in prepare_error(builder)
     assert os.listdir(tmp_path) == []
 
@@ -90,15 +90,15 @@ class TestPrepare:
       raise KeyboardInterrupt
 
     monkeypatch.setattr(fake_data.FakeBroken, "example", example)
-    builder = builders.open_builder("fake_broken", str(tmp_path))
+    builder = tfds_builders.open_builder("fake_broken", str(tmp_path))
     with pytest.raises(KeyboardInterrupt):
-      builders.prepare(builder)
+      tfds_builders.prepare(builder)
     assert os.listdir(tmp_path) == []
 
   def test_place_that_cannot_be_written(self, tmp_path):
     (tmp_path / "file").touch()
     path = str(tmp_path / "file" / "x")
-    message = prepare_error(builders.open_builder("fake", path))
+    message = prepare_error(tfds_builders.open_builder("fake", path))
     assert path in message
     assert "Not a directory" in message
 
@@ -108,13 +108,13 @@ class TestPrepare:
     def example(self, split, i):
       if split == "test" and i == 0:
         monkeypatch.setattr(fake_data.Fake, "example", original)
-        builders.prepare(builders.open_builder("fake", str(tmp_path)))
+        tfds_builders.prepare(tfds_builders.open_builder("fake", str(tmp_path)))
       return original(self, split, i)
 
     monkeypatch.setattr(fake_data.Fake, "example", example)
-    builder = builders.open_builder("fake", str(tmp_path))
-    builders.prepare(builder)
-    assert builders.is_prepared(builder)
+    builder = tfds_builders.open_builder("fake", str(tmp_path))
+    tfds_builders.prepare(builder)
+    assert tfds_builders.is_prepared(builder)
     assert sorted(os.listdir(tmp_path / "fake")) == ["1.2.3"]
 
   def test_missing_tensorflow(self, tmp_path, monkeypatch):
@@ -122,7 +122,9 @@ class TestPrepare:
       raise errors.UserError("pip install tensorflow-cpu")
 
     monkeypatch.setattr(tensorflow_cpu, "load", load)
-    message = prepare_error(builders.open_builder("cifar10", str(tmp_path)))
+    message = prepare_error(
+      tfds_builders.open_builder("cifar10", str(tmp_path))
+    )
     assert "cannot prepare cifar10" in message
     assert "pip install tensorflow-cpu" in message
 
@@ -196,15 +198,15 @@ class TestDownload:
     self, server, tmp_path, monkeypatch, answer
   ):
     monkeypatch.setattr(Handler, "answer", answer)
-    builder = builders.open_builder("fake_download", str(tmp_path))
+    builder = tfds_builders.open_builder("fake_download", str(tmp_path))
     message = prepare_error(builder)
     assert "cannot download fake_download" in message
     assert "prepare it elsewhere" in message
     assert str(tmp_path / "fake_download") in message
     assert os.listdir(tmp_path) == []
     monkeypatch.setattr(Handler, "answer", "whole")
-    builders.prepare(builder)
-    assert builders.is_prepared(builder)
+    tfds_builders.prepare(builder)
+    assert tfds_builders.is_prepared(builder)
 
   def test_other_downloads_end_with_the_first_failure(
     self, server, tmp_path, monkeypatch
@@ -212,13 +214,13 @@ class TestDownload:
     # Python waits for their threads before it ends.
     monkeypatch.setattr(Handler, "answer", "error")
     monkeypatch.setattr(FakeDownload, "MORE", [f"{FakeDownload.URL}.endless"])
-    prepare_error(builders.open_builder("fake_download", str(tmp_path)))
+    prepare_error(tfds_builders.open_builder("fake_download", str(tmp_path)))
     assert Handler.endless_ended.wait(timeout=10)
 
   def test_no_connection_is_soon_given_up(self, server, tmp_path, monkeypatch):
     server.shutdown()
     server.server_close()
-    builder = builders.open_builder("fake_download", str(tmp_path))
+    builder = tfds_builders.open_builder("fake_download", str(tmp_path))
     start = time.monotonic()
     message = prepare_error(builder)
     assert time.monotonic() - start < 20
@@ -231,7 +233,7 @@ class TestDownload:
   ):
     for variable in ("https_proxy", "HTTPS_PROXY", "all_proxy", "ALL_PROXY"):
       monkeypatch.setenv(variable, "http://127.0.0.1:9")
-    builder = builders.open_builder(name, str(tmp_path))
+    builder = tfds_builders.open_builder(name, str(tmp_path))
     start = time.monotonic()
     message = prepare_error(builder)
     assert time.monotonic() - start < 20

@@ -4,19 +4,19 @@ import jax
 import numpy as np
 import pytest
 
-from rescalevit_jax import augment
-from rescalevit_jax import data
-from rescalevit_jax import experiment
-from rescalevit_jax import mixing
-from rescalevit_jax import pretrained
-from rescalevit_jax import step
+from rescalevit_jax.augment import mixing
+from rescalevit_jax.augment import preprocess
+from rescalevit_jax.data import dataset
 from rescalevit_jax.models import pointwise
+from rescalevit_jax.pretrained import load
+from rescalevit_jax.training import experiment
+from rescalevit_jax.training import train_step
 
 PLACE = ("Transformer", "encoderblock_0", "Cal_0")
 
 
-def first_state(config):
-  return experiment.first_state(experiment.create(config))
+def initial_state(config):
+  return experiment.initial_state(experiment.create(config))
 
 
 def at(tree, *path):
@@ -39,8 +39,8 @@ def different(a, b):
 
 def test_only_alpha_and_the_means_are_set(tiny_config):
   tiny_config.model.norm = "Cal"
-  state = first_state(tiny_config)
-  scratch = experiment.create(tiny_config).scratch()
+  state = initial_state(tiny_config)
+  scratch = experiment.create(tiny_config).init_state()
   changed = different(
     (state.params, state.batch_stats, state.opt_state),
     (scratch.params, scratch.batch_stats, scratch.opt_state),
@@ -61,18 +61,18 @@ def test_the_batches_are_the_first_eight_as_training_sees_them(
   tiny_config.augment.flip = True
   tiny_config.mixup = mixup
   parts = experiment.create(tiny_config)
-  state = experiment.first_state(parts)
+  state = experiment.initial_state(parts)
   # The input of the first place needs no calibration of others.
   split, seen = parts.dataset.train, []
   for number in range(1, 9):
-    places = data.indices(tiny_config.seed, number, 48, len(split))
+    places = dataset.indices(tiny_config.seed, number, 48, len(split))
     shape = (accum_steps, 48 // accum_steps)
-    crop_keys, _, mixing_keys = step.random_keys(0, number, shape)
-    x = augment.prepare_random(
+    crop_keys, _, mixing_keys = train_step.random_keys(0, number, shape)
+    x = preprocess.prepare_random(
       crop_keys.reshape(-1),
       split.images[places],
       8,
-      augment.Augment(**tiny_config.augment),
+      preprocess.Augment(**tiny_config.augment),
     )
     if mixup:
       how = mixing.Mixing(0.0, mixup, 0.0)
@@ -115,28 +115,28 @@ def test_the_key_says_which_norms(tiny_config, norm, calibration, calibrated):
   tiny_config.model.norm = norm
   tiny_config.model.num_layers = 1
   tiny_config.calibration = calibration
-  state = first_state(tiny_config)
-  scratch = experiment.create(tiny_config).scratch()
+  state = initial_state(tiny_config)
+  scratch = experiment.create(tiny_config).init_state()
   assert bool(different(state.params, scratch.params)) == calibrated
 
 
 def test_a_file_is_calibrated_but_for_what_it_brought(tiny_config, tmp_path):
   tiny_config.model.norm = "Cal"
-  brought = first_state(tiny_config)
-  pretrained.save(tmp_path / "a.npz", brought.params, brought.batch_stats)
+  brought = initial_state(tiny_config)
+  load.save(tmp_path / "a.npz", brought.params, brought.batch_stats)
   tiny_config.seed = 1
   tiny_config.pretrained_path = str(tmp_path / "a.npz")
-  state = first_state(tiny_config)
+  state = initial_state(tiny_config)
   assert not different(state.params, brought.params)
   assert not different(state.batch_stats, brought.batch_stats)
 
   tiny_config.model.norm = "LN"
   tiny_config.pretrained_path = None
-  plain = first_state(tiny_config)
-  pretrained.save(tmp_path / "b.npz", plain.params, plain.batch_stats)
+  plain = initial_state(tiny_config)
+  load.save(tmp_path / "b.npz", plain.params, plain.batch_stats)
   tiny_config.model.norm = "Cal"
   tiny_config.pretrained_path = str(tmp_path / "b.npz")
-  state = first_state(tiny_config)
+  state = initial_state(tiny_config)
   assert at(state.params, *PLACE, "alpha") != 1
   kernel = ("embedding", "kernel")
   np.testing.assert_array_equal(
@@ -148,9 +148,9 @@ def test_recomputing_changes_nothing(tiny_config):
   tiny_config.model.norm = "Cal"
   tiny_config.model.num_layers = 1
   tiny_config.model.sigma_reparam = True
-  state = first_state(tiny_config)
+  state = initial_state(tiny_config)
   tiny_config.model.remat = True
-  again = first_state(tiny_config)
+  again = initial_state(tiny_config)
   for x, y in zip(jax.tree.leaves(state), jax.tree.leaves(again), strict=True):
     np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6)
 

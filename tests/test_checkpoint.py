@@ -7,16 +7,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rescalevit_jax import checkpoint
-from rescalevit_jax import checkpoint_folders
-from rescalevit_jax import checksums
 from rescalevit_jax import errors
-from rescalevit_jax import step as step_lib
+from rescalevit_jax.runs import checkpoint
+from rescalevit_jax.runs import checkpoint_folders
+from rescalevit_jax.runs import checksums
+from rescalevit_jax.training import train_state
 
 
 def state(value, width=3):
   x = {"head": {"kernel": jnp.full((2, width), float(value))}}
-  return step_lib.TrainState(
+  return train_state.TrainState(
     step=jnp.asarray(7, jnp.int32),
     params=x,
     batch_stats={},

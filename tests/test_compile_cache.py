@@ -8,13 +8,13 @@ import sys
 import jax
 import pytest
 
-from rescalevit_jax import compile_cache
+from rescalevit_jax.runtime import cache
 
 PROGRAM = """
 from rescalevit_jax import compile_cache
 import jax, jax.numpy as jnp
-compile_cache._MIN_SECONDS = 0
-compile_cache.enable()
+cache._MIN_SECONDS = 0
+cache.enable_compilation_cache()
 print(jax.jit(lambda x: jnp.sin(x) @ x)(jnp.ones((3, 3))))
 """
 
@@ -66,8 +66,8 @@ def test_the_users_own_folder_is_left(tmp_path):
 
 
 def test_each_kind_of_processor_has_its_own(monkeypatch):
-  name = compile_cache._machine()
-  assert name == compile_cache._machine()
+  name = cache._machine()
+  assert name == cache._machine()
   read = pathlib.Path.read_text
   monkeypatch.setattr(
     pathlib.Path,
@@ -78,11 +78,11 @@ def test_each_kind_of_processor_has_its_own(monkeypatch):
   )
   if "flags\t\t:" not in read(pathlib.Path("/proc/cpuinfo")):
     pytest.skip("this processor's flags have another name")
-  assert compile_cache._machine() != name
+  assert cache._machine() != name
 
 
 def test_an_enabled_cache_stays(monkeypatch):
   before = jax.config.jax_compilation_cache_dir
   assert before  # That of the tests.
-  compile_cache.enable()
+  cache.enable_compilation_cache()
   assert jax.config.jax_compilation_cache_dir == before

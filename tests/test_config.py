@@ -5,8 +5,8 @@ import pathlib
 import pytest
 
 from rescalevit_jax import config as config_lib
-from rescalevit_jax import config_keys
 from rescalevit_jax import errors
+from rescalevit_jax.config import keys
 
 
 def test_default_is_valid_and_is_the_originals_recipe():
@@ -28,7 +28,7 @@ def test_default_is_valid_and_is_the_originals_recipe():
     "flip": False,
     "pad_crop": 0,
     "auto": "none",
-    "erase": 0.0,
+    "random_erasing": 0.0,
   }
   assert config.model.gelu == "erf" and config.model.dropout_rate == 0.1
 
@@ -45,7 +45,7 @@ def test_default_is_valid_and_is_the_originals_recipe():
     ("calibration", "always", "auto, all, none"),
     ("fade.begin", 0.8, "more than fade.end"),
     ("fade.end", 1.1, "[0, 1]"),
-    ("fade.width", 0.0, "(0, 1]"),
+    ("fade.site_fraction", 0.0, "(0, 1]"),
     ("fade.alpha", -0.5, ">= 0"),
     ("model.init", "jax", "torch, google"),
     ("model.dropout_rate", 1.0, "[0, 1)"),
@@ -76,7 +76,7 @@ def test_default_is_valid_and_is_the_originals_recipe():
     ("augment.pad_crop", -1, ">= 0"),
     ("augment.pad_crop", 4, "augment.crop is on"),
     ("augment.auto", "rand", "none, trivial"),
-    ("augment.erase", 1.1, "[0, 1]"),
+    ("augment.random_erasing", 1.1, "[0, 1]"),
     ("momentum", 1.0, "[0, 1)"),
     ("seed", -1, "2^32"),
     ("augment.min_area", 0.0, "(0, 1]"),
@@ -144,5 +144,5 @@ def test_only_keys_that_change_the_numbers_differ():
 
 def test_readme_has_the_table_of_keys():
   readme = pathlib.Path(__file__).parents[1] / "README.md"
-  table = config_keys.describe("| `{name}` | `{default}` | {meaning} |")
+  table = keys.describe("| `{name}` | `{default}` | {meaning} |")
   assert table in readme.read_text(encoding="utf-8")

@@ -9,7 +9,7 @@ import pytest
 
 from rescalevit_jax import config as config_lib
 from rescalevit_jax import errors
-from rescalevit_jax import experiment
+from rescalevit_jax.training import experiment
 
 FOLDER = pathlib.Path(__file__).parents[1] / "configs"
 
@@ -37,7 +37,7 @@ def test_every_method_of_the_study_is_another():
     model = experiment.create_model(config, 10)
     assert (model.num_layers, model.hidden_size) == (12, 64)
     assert configs.count(config) == 1
-  with pytest.raises(errors.UserError, match="'Cal-rescal'.*Cal-rescale"):
+  with pytest.raises(errors.UserError, match="'Cal-rescal'.*Cal-rescalenet"):
     module.get_config("Cal-rescal")
 
 

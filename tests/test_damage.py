@@ -10,11 +10,11 @@ import jax
 import numpy as np
 import pytest
 
-from rescalevit_jax import checkpoint
-from rescalevit_jax import checkpoint_folders
 from rescalevit_jax import errors
-from rescalevit_jax import loop
-from rescalevit_jax import train
+from rescalevit_jax.runs import checkpoint
+from rescalevit_jax.runs import checkpoint_folders
+from rescalevit_jax.training import train
+from rescalevit_jax.training import trainer
 
 
 def _truncate(path):
@@ -45,7 +45,7 @@ def whole(digits_dir, default_run, tmp_path_factory):
   folder = tmp_path_factory.mktemp("whole")
   config = small_run.config(digits_dir)
   (folder / "finished").symlink_to(default_run)
-  real = loop.Trainer._step
+  real = trainer.Trainer._step
   with pytest.MonkeyPatch.context() as patch:
 
     def step(self, *batch):
@@ -53,7 +53,7 @@ def whole(digits_dir, default_run, tmp_path_factory):
       if self._progress.step == 11:
         raise InterruptedError
 
-    patch.setattr(loop.Trainer, "_step", step)
+    patch.setattr(trainer.Trainer, "_step", step)
     with pytest.raises(InterruptedError):
       train.train_and_evaluate(config, folder / "killed")
   assert checkpoint_folders.saved_steps(folder / "killed", "last") == [4, 8]

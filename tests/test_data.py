@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
-from rescalevit_jax import builders
-from rescalevit_jax import data
 from rescalevit_jax import errors
-from rescalevit_jax import records
-from rescalevit_jax import tensorflow_cpu
+from rescalevit_jax.data import dataset as dataset_lib
+from rescalevit_jax.data import records
+from rescalevit_jax.data import tfds_builders
+from rescalevit_jax.runtime import tensorflow_cpu
 
 GOLDEN = [
   # seed, step, batch, examples, indices
@@ -28,7 +28,10 @@ GOLDEN = [
 
 def stream(seed, batch, num_examples, steps):
   return np.concatenate(
-    [data.indices(seed, s, batch, num_examples) for s in range(1, steps + 1)]
+    [
+      dataset_lib.indices(seed, s, batch, num_examples)
+      for s in range(1, steps + 1)
+    ]
   )
 
 
@@ -49,10 +52,12 @@ class TestIndices:
 
   def test_depends_on_nothing_but_its_arguments(self):
     steps = [9, 1, 40, 2, 9]
-    first = [data.indices(5, s, 8, 21) for s in steps]
-    data.indices(6, 3, 8, 21)
+    first = [dataset_lib.indices(5, s, 8, 21) for s in steps]
+    dataset_lib.indices(6, 3, 8, 21)
     for step, expected in zip(steps, first, strict=True):
-      np.testing.assert_array_equal(data.indices(5, step, 8, 21), expected)
+      np.testing.assert_array_equal(
+        dataset_lib.indices(5, step, 8, 21), expected
+      )
 
   def test_epochs_and_seeds_have_their_own_orders(self):
     orders = stream(0, 50, 50, steps=5).reshape(5, 50).tolist()
@@ -63,7 +68,7 @@ class TestIndices:
   def test_orders_are_the_same_everywhere(
     self, seed, step, batch, num_examples, expected
   ):
-    found = data.indices(seed, step, batch, num_examples)
+    found = dataset_lib.indices(seed, step, batch, num_examples)
     assert found.dtype == np.int32
     assert found.tolist() == expected
 
@@ -88,7 +93,7 @@ def prepared(tmp_path_factory):
     "fake_unlabelled",
     "fake_wrong_size",
   ):
-    builders.prepare(builders.open_builder(name, str(path)))
+    tfds_builders.prepare(tfds_builders.open_builder(name, str(path)))
   return str(path)
 
 
@@ -119,7 +124,7 @@ def assert_equal(a, b):
 
 def refuses(name, data_dir, *words):
   with pytest.raises(errors.UserError) as info:
-    data.load(name, data_dir)
+    dataset_lib.load(name, data_dir)
   message = str(info.value)
   assert "\n" not in message
   assert len(message) < 700
@@ -129,7 +134,7 @@ def refuses(name, data_dir, *words):
 
 class TestLoad:
   def test_images_come_with_their_labels(self, prepared):
-    dataset = data.load("fake", prepared)
+    dataset = dataset_lib.load("fake", prepared)
     check_split(dataset.train, "train", 30)
     check_split(dataset.test, "test", 12)
     assert dataset.name == "fake"
@@ -137,16 +142,16 @@ class TestLoad:
     assert dataset.class_names == ("a", "b", "c", "d")
 
   def test_grey_becomes_three_equal_channels(self, prepared):
-    dataset = data.load("fake_grey", prepared)
+    dataset = dataset_lib.load("fake_grey", prepared)
     check_split(dataset.train, "train", 30, (6, 5, 1))
     check_split(dataset.test, "test", 12, (6, 5, 1))
 
   def test_validation_stands_in_for_test(self, prepared):
-    dataset = data.load("fake_validation", prepared)
+    dataset = dataset_lib.load("fake_validation", prepared)
     check_split(dataset.test, "validation", 12)
 
   def test_prepares_on_first_use(self, tmp_path):
-    first = data.load("fake", str(tmp_path / "new"))
+    first = dataset_lib.load("fake", str(tmp_path / "new"))
     check_split(first.train, "train", 30)
     files = os.listdir(tmp_path / "new" / "fake" / "1.2.3")
     assert any("array_record" in name for name in files)
@@ -156,7 +161,7 @@ class TestLoad:
       tensorflow_cpu.load()
     except errors.UserError as e:
       pytest.skip(str(e))
-    builder = builders.open_builder("fake", str(tmp_path))
+    builder = tfds_builders.open_builder("fake", str(tmp_path))
     # Several shards: tf.data would read them in turns.
     builder.download_and_prepare(
       file_format="tfrecord",
@@ -164,7 +169,10 @@ class TestLoad:
     )
     files = os.listdir(tmp_path / "fake" / "1.2.3")
     assert sum("train.tfrecord" in name for name in files) == 3
-    assert_equal(data.load("fake", str(tmp_path)), data.load("fake", prepared))
+    assert_equal(
+      dataset_lib.load("fake", str(tmp_path)),
+      dataset_lib.load("fake", prepared),
+    )
 
   def test_reads_without_tensorflow(self, prepared):
     program = (
@@ -189,13 +197,13 @@ class TestCache:
     return lambda: monkeypatch.setattr(records, "read_all", fail)
 
   def test_second_start_reads_no_records(self, prepared, no_records):
-    first = data.load("fake", prepared)
+    first = dataset_lib.load("fake", prepared)
     no_records()
-    assert_equal(data.load("fake", prepared), first)
+    assert_equal(dataset_lib.load("fake", prepared), first)
 
   def test_a_changed_folder_is_read_anew(self, own, no_records):
     data_dir, folder = own
-    data.load("fake", data_dir)
+    dataset_lib.load("fake", data_dir)
     os.utime(folder / "dataset_info.json", ns=(0, 0))
     no_records()
     refuses("fake", data_dir, "read again")
@@ -206,7 +214,7 @@ class TestCache:
   def test_a_damaged_file_is_written_anew(
     self, prepared, cache, no_records, damage
   ):
-    first = data.load("fake", prepared)
+    first = dataset_lib.load("fake", prepared)
     (path,) = cache.glob("rescalevit_jax/*/train.npz")
     arrays = dict(np.load(path))
     if damage == "cut":
@@ -219,16 +227,16 @@ class TestCache:
       np.savez(path, **arrays | {"labels": arrays["labels"] + 4})
     else:
       np.savez(path, images=arrays["images"])
-    assert_equal(data.load("fake", prepared), first)
+    assert_equal(dataset_lib.load("fake", prepared), first)
     no_records()
-    assert_equal(data.load("fake", prepared), first)
+    assert_equal(dataset_lib.load("fake", prepared), first)
 
   def test_an_unwritable_cache_is_no_error(
     self, prepared, monkeypatch, tmp_path
   ):
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    check_split(data.load("fake", prepared).train, "train", 30)
+    check_split(dataset_lib.load("fake", prepared).train, "train", 30)
 
 
 class TestRefuses:
@@ -298,7 +306,7 @@ class TestRefuses:
     refuses("fake", data_dir, str(folder), "cannot read train", "remove")
 
   def test_class_names_cut_off(self, tmp_path):
-    dataset = data.load("fake_named_late", str(tmp_path))
+    dataset = dataset_lib.load("fake_named_late", str(tmp_path))
     assert dataset.class_names == ("a", "b", "c", "d")
     folder = tmp_path / "fake_named_late" / "1.2.3"
     (folder / "label.labels.txt").write_text("a\nb\n")

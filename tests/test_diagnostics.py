@@ -8,13 +8,13 @@ import numpy as np
 import programs
 import pytest
 
-from rescalevit_jax import checkpoint
-from rescalevit_jax import diagnostics
 from rescalevit_jax import errors
-from rescalevit_jax import experiment
-from rescalevit_jax import loop
-from rescalevit_jax import measurements
-from rescalevit_jax import train
+from rescalevit_jax.runs import checkpoint
+from rescalevit_jax.training import diagnostics
+from rescalevit_jax.training import experiment
+from rescalevit_jax.training import measurements
+from rescalevit_jax.training import train
+from rescalevit_jax.training import trainer
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +31,7 @@ def runs(tmp_path_factory, module_config):
   config.grad_norm_clip = 0.23
   config.progress_every = 1
   config.total_steps = 9
-  real = loop.Trainer._step
+  real = trainer.Trainer._step
 
   def killed(self, *batch):
     real(self, *batch)
@@ -47,7 +47,7 @@ def runs(tmp_path_factory, module_config):
     config.diagnostics_every = 3
     train.train_and_evaluate(config, folder / "with")
     with pytest.MonkeyPatch.context() as killing:
-      killing.setattr(loop.Trainer, "_step", killed)
+      killing.setattr(trainer.Trainer, "_step", killed)
       with pytest.raises(InterruptedError):
         train.train_and_evaluate(config, folder / "killed")
     train.train_and_evaluate(config, folder / "killed")
@@ -136,7 +136,7 @@ def test_clipping_is_counted_since_the_line_before(runs):
 def test_updates_are_those_of_the_optimizer(runs):
   folder, config = runs
   (line, _), *_ = lines(folder / "with", True)
-  params = experiment.create(config).scratch().params
+  params = experiment.create(config).init_state().params
   weights = np.sqrt(measurements.sums_of_squares(params))
   rate = line["diagnostics/effective_lr"]
   for part, weight in zip(measurements.parts(1), weights, strict=True):

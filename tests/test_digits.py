@@ -5,12 +5,12 @@ import sys
 import numpy as np
 from sklearn import datasets
 
-from rescalevit_jax import data
-from rescalevit_jax import digits
+from rescalevit_jax.data import dataset as dataset_lib
+from rescalevit_jax.data import digits
 
 
 def test_has_every_image_of_scikit_learn_once(digits_dir):
-  dataset = data.load("digits", str(digits_dir))
+  dataset = dataset_lib.load("digits", str(digits_dir))
   images, labels = datasets.load_digits(return_X_y=True)
   found = []
   for split in (dataset.train, dataset.test):
@@ -30,7 +30,7 @@ def test_has_every_image_of_scikit_learn_once(digits_dir):
 
 
 def test_splits_have_the_documented_sizes(digits_dir):
-  dataset = data.load("digits", str(digits_dir))
+  dataset = dataset_lib.load("digits", str(digits_dir))
   assert len(dataset.train.labels) == 1437
   assert len(dataset.test.labels) == 360
   assert dataset.num_classes == 10

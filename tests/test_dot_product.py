@@ -10,15 +10,15 @@ import numpy as np
 import pytest
 from scipy import special
 
-from rescalevit_jax import accelerator
 from rescalevit_jax import config as config_lib
 from rescalevit_jax import errors
-from rescalevit_jax import experiment
 from rescalevit_jax import models
 from rescalevit_jax.models import branches
 from rescalevit_jax.models.ops import attention
 from rescalevit_jax.models.ops import cudnn
 from rescalevit_jax.models.ops import dropout
+from rescalevit_jax.runtime import accelerator
+from rescalevit_jax.training import experiment
 
 
 def draw(shape, seed, dtype=np.float32):

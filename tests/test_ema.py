@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rescalevit_jax import ema
+from rescalevit_jax.optim import ema
 
 
 @pytest.mark.parametrize("decay", [0.5, 0.9, 0.9999])

@@ -5,12 +5,12 @@ import numpy as np
 import optax
 import pytest
 
-from rescalevit_jax import augment
-from rescalevit_jax import data
-from rescalevit_jax import evaluate
-from rescalevit_jax import feed
 from rescalevit_jax import models
-from rescalevit_jax import sharding
+from rescalevit_jax.augment import preprocess
+from rescalevit_jax.data import dataset
+from rescalevit_jax.data import loader
+from rescalevit_jax.distributed import sharding
+from rescalevit_jax.training import evaluate
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +29,7 @@ def setting():
     num_heads=2,
     num_layers=1,
   )
-  x = augment.prepare(images, 8)
+  x = preprocess.prepare(images, 8)
   variables = model.init(jax.random.key(0), x, train=False)
   return model, variables, images, labels, model.apply(variables, x)
 
@@ -40,7 +40,7 @@ def test_any_batch_counts_every_example_once(setting, batch):
   mesh = sharding.create_mesh()
   result = evaluate.Evaluator(
     model,
-    feed.Feed(data.Split(images, labels), mesh),
+    loader.Loader(dataset.Split(images, labels), mesh),
     image_size=8,
     batch=batch,
     mesh=mesh,
@@ -56,7 +56,7 @@ def test_it_stops_when_asked(setting):
   mesh = sharding.create_mesh()
   evaluator = evaluate.Evaluator(
     model,
-    feed.Feed(data.Split(images, labels), mesh),
+    loader.Loader(dataset.Split(images, labels), mesh),
     image_size=8,
     batch=5,
     mesh=mesh,

@@ -7,12 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rescalevit_jax import accelerator
-from rescalevit_jax import augment
 from rescalevit_jax import errors
-from rescalevit_jax import experiment
-from rescalevit_jax import mixing
-from rescalevit_jax import optimizer
+from rescalevit_jax.augment import mixing
+from rescalevit_jax.augment import preprocess
+from rescalevit_jax.optim import optimizer
+from rescalevit_jax.runtime import accelerator
+from rescalevit_jax.training import experiment
 
 OPTIMIZER = {
   "momentum": 0.8,
@@ -20,7 +20,7 @@ OPTIMIZER = {
   "weight_decay": 0.3,
   "grad_norm_clip": 0.5,
   "agc": 0.02,
-  "scalar_lr": 0.25,
+  "scalar_lr_mult": 0.25,
 }
 OTHERS = {
   "momentum": 0.5,
@@ -28,7 +28,7 @@ OTHERS = {
   "weight_decay": 0.0,
   "grad_norm_clip": 0.1,
   "agc": 0.0,
-  "scalar_lr": 1.0,
+  "scalar_lr_mult": 1.0,
 }
 
 
@@ -50,9 +50,11 @@ def test_the_optimizer_is_the_configs(name, tiny_config):
   tiny_config.update({"base_lr": 0.3, **OPTIMIZER})
   tiny_config.model.norm = "DyT"
   found = experiment.create(tiny_config)
-  params = found.scratch().params
+  params = found.init_state().params
   rate = optimizer.schedule(0.3, 3, 12, "linear")
-  assert [found.rate(n) for n in range(12)] == [rate(n) for n in range(12)]
+  assert [found.lr_schedule(n) for n in range(12)] == [
+    rate(n) for n in range(12)
+  ]
   got = two_updates(found.optimizer, params)
   want = two_updates(optimizer.create(name, rate, **OPTIMIZER), params)
   np.testing.assert_allclose(got, want, rtol=1e-6)
@@ -70,19 +72,19 @@ def test_images_and_labels_are_changed_as_the_config_says(tiny_config):
   keys = {"label_smoothing": 0.1, "mixup": 0.8, "cutmix": 0.7}
   tiny_config.update(keys)
   tiny_config.augment.update({"crop": False, "pad_crop": 2, "auto": "trivial"})
-  tiny_config.augment.update({"erase": 0.3, "flip": True})
+  tiny_config.augment.update({"random_erasing": 0.3, "flip": True})
   found = experiment.create(tiny_config).gradient_options()
   assert found["mixing"] == mixing.Mixing(0.1, 0.8, 0.7)
-  assert found["augment"] == augment.Augment(
-    crop=False, pad_crop=2, auto="trivial", erase=0.3, flip=True
+  assert found["augment"] == preprocess.Augment(
+    crop=False, pad_crop=2, auto="trivial", random_erasing=0.3, flip=True
   )
 
 
 def test_weights_are_averaged_as_the_config_says(tiny_config):
   tiny_config.ema_decay = 0.75
   found = experiment.create(tiny_config)
-  state, step, params = found.scratch(), found.train_step(1), []
-  with found.train_feed.batches(found.train_places, range(1, 3)) as batches:
+  state, step, params = found.init_state(), found.train_step(1), []
+  with found.train_loader.batches(found.train_indices, range(1, 3)) as batches:
     for images, labels in batches:
       state, _ = step(state, images, labels, np.uint32(0))
       params.append(jax.device_get(state.params))
@@ -96,11 +98,11 @@ def test_weights_are_averaged_as_the_config_says(tiny_config):
 
 def test_a_shift_beyond_the_image_is_refused(tiny_config):
   tiny_config.augment.update({"crop": False, "pad_crop": 7})
-  experiment.first_state(experiment.create(tiny_config))
+  experiment.initial_state(experiment.create(tiny_config))
   tiny_config.augment.pad_crop = 8
   found = experiment.create(tiny_config)
   with pytest.raises(errors.UserError, match="pad_crop is 8.*are 8 pixels"):
-    experiment.first_state(found)
+    experiment.initial_state(found)
 
 
 @pytest.mark.parametrize(

@@ -9,10 +9,10 @@ import programs
 import pytest
 import trees
 
-from rescalevit_jax import checkpoint
 from rescalevit_jax import errors
-from rescalevit_jax import pretrained
-from rescalevit_jax import trained
+from rescalevit_jax.analysis import trained
+from rescalevit_jax.pretrained import load
+from rescalevit_jax.runs import checkpoint
 
 
 @pytest.fixture
@@ -42,9 +42,7 @@ def export(tmp_path, monkeypatch):
 def test_export(which, export, tmp_path, capsys):
   flags = () if which == "best" else ("--checkpoint=latest",)
   assert export(*flags) == 0
-  params, stats, _ = pretrained.load(
-    tmp_path / "a.npz", *trees.fresh("BN", seed=5)
-  )
+  params, stats, _ = load.load(tmp_path / "a.npz", *trees.fresh("BN", seed=5))
   trees.same(
     trees.flat(params, stats), trees.arrays("BN", seed=which == "latest")
   )
@@ -78,7 +76,7 @@ def test_fold(default_run, test_digits, tmp_path, capsys):
   [
     ({}, None),
     ({"norm": "GN", "gelu": "tanh"}, "GN,tanh"),
-    ({"residual": "rescale", "residual_c": 3.0, "pool": "gap"}, "gap,c=3.0"),
+    ({"residual": "rescalenet", "residual_c": 3.0, "pool": "gap"}, "gap,c=3.0"),
     ({"residual_c": 3.0}, None),
   ],
 )

@@ -11,21 +11,21 @@ import numpy as np
 import pytest
 import trees
 
-from rescalevit_jax import checkpoint
 from rescalevit_jax import config as config_lib
 from rescalevit_jax import errors
-from rescalevit_jax import evaluate
-from rescalevit_jax import experiment
-from rescalevit_jax import fold
-from rescalevit_jax import loop
-from rescalevit_jax import measurements
 from rescalevit_jax import models
-from rescalevit_jax import pretrained
-from rescalevit_jax import runs
-from rescalevit_jax import train
-from rescalevit_jax import trained
+from rescalevit_jax.analysis import trained
 from rescalevit_jax.models import fade
 from rescalevit_jax.models import norms
+from rescalevit_jax.pretrained import fold
+from rescalevit_jax.pretrained import load
+from rescalevit_jax.runs import checkpoint
+from rescalevit_jax.runs import run_reader
+from rescalevit_jax.training import evaluate
+from rescalevit_jax.training import experiment
+from rescalevit_jax.training import measurements
+from rescalevit_jax.training import train
+from rescalevit_jax.training import trainer
 
 D = 6
 X = np.random.default_rng(0).normal(0.5, 2.0, (3, 4, D)).astype(np.float32)
@@ -238,14 +238,14 @@ def test_a_file_brings_how_far_it_has_faded_but_no_passes(
   """Or the schedule of the new run would be over before it begins."""
   tiny_config.model.norm = "Fade"
   parts = experiment.create(tiny_config)
-  state = parts.scratch()
+  state = parts.init_state()
   flat = flax.traverse_util.flatten_dict(state.batch_stats)
   numbers = {"count": 60, "faded": fade.FULL // 4}
   flat = {k: x + numbers.get(k[-1], 0) for k, x in flat.items()}
   saved = flax.traverse_util.unflatten_dict(flat)
-  pretrained.save(tmp_path / "a.npz", state.params, saved)
+  load.save(tmp_path / "a.npz", state.params, saved)
   tiny_config.pretrained_path = str(tmp_path / "a.npz")
-  found = experiment.first_state(experiment.create(tiny_config)).batch_stats
+  found = experiment.initial_state(experiment.create(tiny_config)).batch_stats
   assert {int(n) for n in stats(found, "count")} == {0}
   assert {int(n) for n in stats(found, "faded")} == {fade.FULL // 4}
 
@@ -370,7 +370,7 @@ def test_resumes_through_the_middle_of_a_fade(
   config.model.remat = True
   config.model.num_layers = 1
   train.train_and_evaluate(config, tmp_path / "a")
-  real = loop.Trainer._step
+  real = trainer.Trainer._step
 
   def stopping(self, *batch):
     if self._progress.step == 7:
@@ -378,7 +378,7 @@ def test_resumes_through_the_middle_of_a_fade(
     real(self, *batch)
 
   with monkeypatch.context() as patch:
-    patch.setattr(loop.Trainer, "_step", stopping)
+    patch.setattr(trainer.Trainer, "_step", stopping)
     with pytest.raises(InterruptedError):
       train.train_and_evaluate(config, tmp_path / "b")
   _, between, at = checkpoint.load_variables(tmp_path / "b", "latest")
@@ -397,12 +397,12 @@ def test_resumes_through_the_middle_of_a_fade(
     with pytest.raises(errors.UserError, match=r"folds once.*fade\.alpha"):
       fold.fold("Fade", weights, end)
     # A file of it is evaluated with its own alpha.
-    pretrained.save(tmp_path / "a.npz", weights, end)
+    load.save(tmp_path / "a.npz", weights, end)
     config.update({"eval_weights": "pretrained", "ema_decay": 0.0})
     config.update({"pretrained_path": str(tmp_path / "a.npz")})
     config.fade.alpha = 0.0
     found = evaluate.evaluate_run(config, tmp_path / "c")
-    last = runs.read(tmp_path / "a").result["last_loss"]
+    last = run_reader.read(tmp_path / "a").result["last_loss"]
     assert found["loss"] == pytest.approx(last, rel=1e-6)
   else:  # Averaged, they still are the same for all tokens.
     fold.fold("Fade", weights, end)
@@ -410,9 +410,9 @@ def test_resumes_through_the_middle_of_a_fade(
 
 def test_an_ln_file_loads_strictly_and_starts_as_ln(tmp_path):
   saved, _ = trees.fresh("LN", seed=2)
-  pretrained.save(tmp_path / "a.npz", saved, {})
+  load.save(tmp_path / "a.npz", saved, {})
   zeros = jax.tree.map(np.zeros_like, trees.fresh("Fade", seed=1))
-  params, statistics, report = pretrained.load(tmp_path / "a.npz", *zeros)
+  params, statistics, report = load.load(tmp_path / "a.npz", *zeros)
   trees.same(trees.flat(params, {}), trees.flat(saved, {}))
   assert not report.dropped and not report.reinitialized
   names = ("log_sigma", "alpha", "count", "faded")
@@ -440,7 +440,7 @@ def test_one_scale_folds_into_the_layers_that_follow(tmp_path):
     return tree, fold.fold("Fade", params, tree)
 
   tree, weights = folded()
-  pretrained.save(tmp_path / "a.npz", *weights)
+  load.save(tmp_path / "a.npz", *weights)
   model = trained.load_npz(tmp_path / "a.npz")
   assert model.model.norm == "Identity"
   x = np.random.default_rng(0).uniform(-1, 1, (5, 8, 8, 3)).astype(np.float32)
@@ -450,7 +450,9 @@ def test_one_scale_folds_into_the_layers_that_follow(tmp_path):
   assert error < 0.03 * np.ptp(want, axis=0).min()
 
   found[f"{SLOTS[1]}/log_sigma"] = LOG_SIGMA
-  with pytest.raises(errors.UserError, match=r"LayerNorm_2.*fade\.apart"):
+  with pytest.raises(
+    errors.UserError, match=r"LayerNorm_2.*fade\.separate_cls"
+  ):
     folded()
   found[f"{SLOTS[1]}/log_sigma"] = LOG_SIGMA[[0, 0]]
   found[f"{SLOTS[4]}/faded"] = np.int32(fade.FULL - 1)
@@ -483,12 +485,12 @@ def test_the_config_of_an_experiment(run, norm, model_name):
   config = get_config(run)
   config_lib.validate(config)
   assert (config.model.norm, config.model_name) == (norm, model_name)
-  assert config.fade.apart == ("one" not in run)
+  assert config.fade.separate_cls == ("one" not in run)
   assert config.fade.alpha == (0.5 if "DyT" in run else 0)
   control = get_config(run.replace(run.split(",")[0], "LN"))
   keys = {
     line.split()[0] for line in config_lib.differing_keys(control, config)
   }
-  assert keys <= {"model.norm", "fade.apart", "fade.alpha"}
+  assert keys <= {"model.norm", "fade.separate_cls", "fade.alpha"}
   with pytest.raises(errors.UserError, match="did you mean Fade"):
     get_config("fade")

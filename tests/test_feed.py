@@ -9,34 +9,36 @@ from PIL import Image
 import programs
 import pytest
 
-from rescalevit_jax import builders
-from rescalevit_jax import checkpoint
-from rescalevit_jax import data
 from rescalevit_jax import errors
-from rescalevit_jax import experiment
-from rescalevit_jax import feed
-from rescalevit_jax import records
-from rescalevit_jax import sharding
-from rescalevit_jax import train
+from rescalevit_jax.data import dataset as dataset_lib
+from rescalevit_jax.data import loader
+from rescalevit_jax.data import records
+from rescalevit_jax.data import tfds_builders
+from rescalevit_jax.distributed import sharding
 from rescalevit_jax.report import page
+from rescalevit_jax.runs import checkpoint
+from rescalevit_jax.training import experiment
+from rescalevit_jax.training import train
 
 
 @pytest.fixture
 def streamed(digits_dir):
-  return data.load("digits", str(digits_dir), source="streaming").train
+  return dataset_lib.load("digits", str(digits_dir), source="streaming").train
 
 
 @pytest.fixture
 def resident(digits_dir):
-  return data.load("digits", str(digits_dir), source="resident").train
+  return dataset_lib.load("digits", str(digits_dir), source="resident").train
 
 
 def plan(step):
-  return data.indices(0, step, 48, 1437).reshape(3, 16)
+  return dataset_lib.indices(0, step, 48, 1437).reshape(3, 16)
 
 
 def batches(split, numbers, plan=plan):
-  with feed.Feed(split, sharding.create_mesh()).batches(plan, numbers) as found:
+  with loader.Loader(split, sharding.create_mesh()).batches(
+    plan, numbers
+  ) as found:
     return [jax.device_get(batch) for batch in found]
 
 
@@ -72,7 +74,7 @@ def test_a_streamed_batch_is_read_without_those_before_it(
 def test_leaving_early_ends_the_threads(streamed):
   before = threading.active_count()
   mesh = sharding.create_mesh()
-  with feed.Feed(streamed, mesh).batches(plan, range(1, 10**6)) as found:
+  with loader.Loader(streamed, mesh).batches(plan, range(1, 10**6)) as found:
     next(found)
     assert threading.active_count() > before
   for thread in threading.enumerate():
@@ -101,14 +103,14 @@ def test_a_streamed_split_looks_like_an_array_of_images(resident, streamed):
 
 
 @pytest.mark.parametrize(
-  ("norm", "held_out"), [("LN", 0), ("Rescale", 100), ("Cal", 0)]
+  ("norm", "num_val"), [("LN", 0), ("Rescale", 100), ("Cal", 0)]
 )
 def test_a_data_set_too_large_for_memory_trains_the_same(
-  tiny_config, tmp_path, norm, held_out
+  tiny_config, tmp_path, norm, num_val
 ):
   tiny_config.model.norm = norm
   tiny_config.model.num_layers = 1
-  tiny_config.data.held_out = held_out
+  tiny_config.data.num_val = num_val
   tiny_config.accum_steps = 3
   train.train_and_evaluate(tiny_config, tmp_path / "resident")
   tiny_config.data.max_gb = 1e-4  # The digits take 0.3 MB.
@@ -127,13 +129,15 @@ def test_a_data_set_too_large_for_memory_trains_the_same(
 
 
 def test_held_out_images_are_no_longer_trained_with(digits_dir):
-  whole = data.load("digits", str(digits_dir)).train
+  whole = dataset_lib.load("digits", str(digits_dir)).train
 
   def pixels(images):
     return sorted(image.tobytes() for image in images)
 
   for source in ("resident", "streaming"):
-    dataset = data.load("digits", str(digits_dir), source=source, held_out=400)
+    dataset = dataset_lib.load(
+      "digits", str(digits_dir), source=source, num_val=400
+    )
     assert (len(dataset.train), len(dataset.test)) == (1037, 400)
     parts = [*dataset.train.images[:], *dataset.test.images[:]]
     assert pixels(parts) == pixels(whole.images)
@@ -147,22 +151,24 @@ def test_held_out_images_are_no_longer_trained_with(digits_dir):
 
 
 def test_not_all_training_images_can_be_held_out(digits_dir):
-  with pytest.raises(errors.UserError, match="held_out is 1437.* only 1437"):
-    data.load("digits", str(digits_dir), held_out=1437)
+  with pytest.raises(errors.UserError, match="num_val is 1437.* only 1437"):
+    dataset_lib.load("digits", str(digits_dir), num_val=1437)
 
 
 def test_the_limit_decides(digits_dir):
   kinds = [
-    type(data.load("digits", str(digits_dir), max_gb=max_gb).test)
+    type(dataset_lib.load("digits", str(digits_dir), max_gb=max_gb).test)
     for max_gb in (3.4e-4, 3.5e-4)  # 1797 images of 8 x 8 x 3 bytes.
   ]
-  assert kinds == [records.StreamedSplit, data.Split]
+  assert kinds == [records.StreamedSplit, dataset_lib.Split]
 
 
 def test_images_of_any_size_are_resized_as_they_are_read(tmp_path, monkeypatch):
   monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
   read = [
-    data.load("fake_variable", str(tmp_path), source=source, image_size=6)
+    dataset_lib.load(
+      "fake_variable", str(tmp_path), source=source, image_size=6
+    )
     for source in ("streaming", "resident", "resident")  # Read, then kept.
   ]
   for split in ("train", "test"):
@@ -181,11 +187,11 @@ def test_images_of_any_size_are_resized_as_they_are_read(tmp_path, monkeypatch):
 
 
 def test_tfrecord_files_are_refused_to_streaming(tmp_path):
-  builder = builders.open_builder("fake", str(tmp_path))
+  builder = tfds_builders.open_builder("fake", str(tmp_path))
   builder.download_and_prepare(file_format="tfrecord")
   with pytest.raises(errors.UserError, match="tfrecord.*data.max_gb"):
-    data.load("fake", str(tmp_path), source="streaming")
-  data.load("fake", str(tmp_path))
+    dataset_lib.load("fake", str(tmp_path), source="streaming")
+  dataset_lib.load("fake", str(tmp_path))
 
 
 class Half:
@@ -200,9 +206,9 @@ def test_own_part_is_what_the_devices_of_a_process_hold():
   mesh = sharding.create_mesh()
   x = np.arange(24 * mesh.size).reshape(3, -1)
   place = sharding.split(mesh, axis=1)
-  np.testing.assert_array_equal(sharding.own_part(x, place), x)
+  np.testing.assert_array_equal(sharding.local_shard(x, place), x)
   half = x.shape[1] // 2
-  np.testing.assert_array_equal(sharding.own_part(x, Half()), x[:, half:])
+  np.testing.assert_array_equal(sharding.local_shard(x, Half()), x[:, half:])
 
 
 def test_all_that_read_a_runs_images_heed_its_data_keys(tiny_config):

@@ -6,10 +6,10 @@ import pytest
 import trees
 
 from rescalevit_jax import errors
-from rescalevit_jax import fold
 from rescalevit_jax import models
-from rescalevit_jax import pretrained
-from rescalevit_jax import trained
+from rescalevit_jax.analysis import trained
+from rescalevit_jax.pretrained import fold
+from rescalevit_jax.pretrained import load
 
 
 def small(x):
@@ -21,9 +21,9 @@ def small(x):
   "norm, residual, options",
   [
     ("Cal", "plain", {"representation_size": 6}),
-    ("Cal", "rescale", {"sigma_reparam": True}),
-    ("Cal", "original", {"qk_norm": True}),
-    ("Rescale", "original", {}),
+    ("Cal", "rescalenet", {"sigma_reparam": True}),
+    ("Cal", "rescalevit", {"qk_norm": True}),
+    ("Rescale", "rescalevit", {}),
     ("Rescale", "layerscale", {}),
   ],
 )
@@ -46,7 +46,7 @@ def test_the_folded_model_computes_the_same(norm, residual, options, tmp_path):
   want = model.apply({"params": params, "batch_stats": stats}, x)
 
   before = trees.flat(params, stats)
-  pretrained.save(tmp_path / "a.npz", *fold.fold(norm, params, stats))
+  load.save(tmp_path / "a.npz", *fold.fold(norm, params, stats))
   trees.same(trees.flat(params, stats), before)
   folded = trained.load_npz(tmp_path / "a.npz")
   assert folded.model.norm == "Identity"

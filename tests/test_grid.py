@@ -9,8 +9,8 @@ import pytest
 
 from rescalevit_jax import config as config_lib
 from rescalevit_jax import errors
-from rescalevit_jax import run_folder
 from rescalevit_jax import sweep
+from rescalevit_jax.runs import folder
 from rescalevit_jax.sweep import grid
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -47,7 +47,7 @@ def test_every_combination_for_every_config():
   assert runs[0].reference == QUICKSTART
   # As main names them.
   for run in runs:
-    assert run.workdir == run_folder.default_workdir(run.config)
+    assert run.workdir == folder.default_workdir(run.config)
 
 
 def test_a_config_alone_is_a_run():

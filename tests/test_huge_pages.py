@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from rescalevit_jax import huge_pages
+from rescalevit_jax.runtime import huge_pages
 
 SCRIPT = """
 import os, sys

@@ -12,9 +12,9 @@ import numpy as np
 from PIL import Image
 import pytest
 
-from rescalevit_jax import augment
 from rescalevit_jax import errors
-from rescalevit_jax import images
+from rescalevit_jax.augment import preprocess
+from rescalevit_jax.data import image_files
 
 RNG = np.random.default_rng(0)
 GREY = RNG.integers(0, 256, (5, 7), dtype=np.uint8)
@@ -33,7 +33,7 @@ TURNED = {
 
 
 def pixels(image):
-  result = images.read(image)
+  result = image_files.read(image)
   assert result.mode == "RGB"
   return np.asarray(result)
 
@@ -51,7 +51,7 @@ def rgb(grey):
 
 def refused(image, *words):
   with pytest.raises(errors.UserError) as caught:
-    images.model_input(image, 4)
+    image_files.model_input(image, 4)
   message = str(caught.value)
   assert len(message.splitlines()) == 1
   for word in words:
@@ -201,7 +201,7 @@ def test_the_first_image_of_an_animation(name, tmp_path):
 @pytest.mark.parametrize("size", [(1, 1), (4000, 3000), (1, 500)])
 def test_any_size(size, tmp_path):
   path = saved(tmp_path, Image.new("RGB", size, (0, 255, 51)), "a.png")
-  x = images.model_input(path, 6)
+  x = image_files.model_input(path, 6)
   assert x.shape == (6, 6, 3) and x.dtype == np.float32
   np.testing.assert_allclose(x[3, 4], [-1, 1, -0.6], atol=1e-6)
 
@@ -225,8 +225,8 @@ def test_any_size(size, tmp_path):
 )
 def test_pixels_are_those_of_evaluation(shape, size):
   image = RNG.integers(0, 256, (*shape, 3), dtype=np.uint8)
-  expected = np.asarray(augment.prepare(image[None], size))[0]
-  found = images.model_input(image, size)
+  expected = np.asarray(preprocess.prepare(image[None], size))[0]
+  found = image_files.model_input(image, size)
   # An 80th of a grey level: the weights of `prepare` are float32.
   np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4)
 
@@ -356,7 +356,7 @@ def test_a_picture_drawn_over_and_over(tmp_path):
 def test_the_limit_of_bytes(tmp_path):
   # Of a file that Pillow would read whole.
   path = saved(tmp_path, COLOR, "a.webp")
-  os.truncate(path, images.MAX_BYTES + 1)
+  os.truncate(path, image_files.MAX_BYTES + 1)
   refused(path, "a.webp", "larger than 1 GB")
 
 
@@ -367,7 +367,7 @@ def test_a_chunk_longer_than_its_file(tmp_path):
   path.write_bytes(content[:where] + b"\xff\xff" + content[where + 2 :])
   tracemalloc.start()
   try:
-    images.read(path)
+    image_files.read(path)
     assert tracemalloc.get_traced_memory()[1] < 10e6
   finally:
     tracemalloc.stop()
@@ -429,9 +429,9 @@ def test_other_formats_are_no_images(tmp_path, monkeypatch):
 
 def test_the_limit_of_pixels(tmp_path, monkeypatch):
   path = saved(tmp_path, COLOR, "a.png")
-  monkeypatch.setattr(images, "MAX_PIXELS", 35)
+  monkeypatch.setattr(image_files, "MAX_PIXELS", 35)
   assert pixels(path).shape == (5, 7, 3)
-  monkeypatch.setattr(images, "MAX_PIXELS", 34)
+  monkeypatch.setattr(image_files, "MAX_PIXELS", 34)
   refused(path, "7 x 5 pixels")
 
 
@@ -450,7 +450,7 @@ def test_any_damage_is_one_line(name, tmp_path):
       damaged[place] = rng.integers(256)
     path.write_bytes(damaged)
     try:
-      images.model_input(path, 4)
+      image_files.model_input(path, 4)
     except errors.UserError as e:
       refusals += 1
       assert str(path) in str(e) and len(str(e).splitlines()) == 1
@@ -483,10 +483,10 @@ def test_find(tmp_path):
   (tmp_path / "folder.png").mkdir()
   (tmp_path / "gone.png").symlink_to(tmp_path / "nowhere")
   expected = ["a/z.bmp", "a.png", "b.JPG", "sub/c.webp", "sub/deep/d.tif"]
-  assert images.find(tmp_path) == [tmp_path / name for name in expected]
-  assert images.find(str(tmp_path / ".git")) == [tmp_path / ".git/e.png"]
+  assert image_files.find(tmp_path) == [tmp_path / name for name in expected]
+  assert image_files.find(str(tmp_path / ".git")) == [tmp_path / ".git/e.png"]
 
 
 def test_find_where_nothing_can_be_listed(tmp_path):
   with pytest.raises(errors.UserError, match="none: cannot be listed"):
-    images.find(tmp_path / "none")
+    image_files.find(tmp_path / "none")

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from rescalevit_jax import index_shuffle
+from rescalevit_jax.data import index_shuffle
 
 
 def order(size, seed=0, epoch=0):

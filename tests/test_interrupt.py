@@ -6,13 +6,13 @@ import threading
 
 import pytest
 
-from rescalevit_jax import interrupt
+from rescalevit_jax.training import preemption
 
 
-@pytest.mark.parametrize("number", interrupt.Interrupt.SIGNALS)
+@pytest.mark.parametrize("number", preemption.Interrupt.SIGNALS)
 def test_the_first_signal_is_noted(number):
   before = signal.getsignal(number)
-  with interrupt.Interrupt() as stop:
+  with preemption.Interrupt() as stop:
     assert not stop.requested
     os.kill(os.getpid(), number)
     assert stop.requested
@@ -21,7 +21,7 @@ def test_the_first_signal_is_noted(number):
 
 
 def test_the_second_signal_has_its_usual_effect():
-  with pytest.raises(KeyboardInterrupt), interrupt.Interrupt():
+  with pytest.raises(KeyboardInterrupt), preemption.Interrupt():
     os.kill(os.getpid(), signal.SIGINT)
     os.kill(os.getpid(), signal.SIGINT)
 
@@ -30,7 +30,7 @@ def test_another_thread_has_no_signals():
   found = []
 
   def work():
-    with interrupt.Interrupt() as stop:
+    with preemption.Interrupt() as stop:
       found.append(stop.requested)
 
   thread = threading.Thread(target=work)

@@ -10,9 +10,9 @@ import sys
 import pytest
 
 from rescalevit_jax import errors
-from rescalevit_jax import lock
-from rescalevit_jax import loop
-from rescalevit_jax import train
+from rescalevit_jax.runs import lock
+from rescalevit_jax.training import train
+from rescalevit_jax.training import trainer
 
 # Holds the lock until its standard input ends, in a folder.
 HOLDER = """
@@ -79,7 +79,7 @@ def test_training_takes_the_lock(holder, tiny_config, tmp_path):
 
 def test_training_holds_the_lock(tiny_config, tmp_path, monkeypatch):
   seen = []
-  real = loop.Trainer.run
+  real = trainer.Trainer.run
 
   def run(self, stop):
     with pytest.raises(errors.UserError, match="another process"):
@@ -88,7 +88,7 @@ def test_training_holds_the_lock(tiny_config, tmp_path, monkeypatch):
     seen.append(True)
     return real(self, stop)
 
-  monkeypatch.setattr(loop.Trainer, "run", run)
+  monkeypatch.setattr(trainer.Trainer, "run", run)
   train.train_and_evaluate(tiny_config, tmp_path / "run")
   assert seen
   assert not (tmp_path / "run" / ".lock").exists()

@@ -10,18 +10,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rescalevit_jax import augment
-from rescalevit_jax import checkpoint
 from rescalevit_jax import errors
-from rescalevit_jax import evaluate
-from rescalevit_jax import experiment
-from rescalevit_jax import loop
-from rescalevit_jax import loss_scale
 from rescalevit_jax import models
-from rescalevit_jax import optimizer
 from rescalevit_jax import predict
-from rescalevit_jax import step
-from rescalevit_jax import train
+from rescalevit_jax.augment import preprocess
+from rescalevit_jax.optim import loss_scale
+from rescalevit_jax.optim import optimizer
+from rescalevit_jax.runs import checkpoint
+from rescalevit_jax.training import evaluate
+from rescalevit_jax.training import experiment
+from rescalevit_jax.training import train
+from rescalevit_jax.training import train_state
+from rescalevit_jax.training import train_step as train_step_lib
+from rescalevit_jax.training import trainer
 
 ABSURD = 2.0**60
 SIZE = 8
@@ -55,10 +56,10 @@ def model_of(dtype):
 def train_step_of(dtype):
   return jax.jit(
     functools.partial(
-      step.train_step,
+      train_step_lib.train_step,
       model=model_of(dtype),
       optimizer=SGD,
-      augment=augment.Augment(crop=False),
+      augment=preprocess.Augment(crop=False),
       image_size=SIZE,
       ema_decay=0.9,
     )
@@ -67,7 +68,9 @@ def train_step_of(dtype):
 
 @functools.cache
 def scratch_of(dtype):
-  return step.init_state(model_of(dtype), SGD, SIZE, seed=0, averages=True)
+  return train_state.init_state(
+    model_of(dtype), SGD, SIZE, seed=0, averages=True
+  )
 
 
 @functools.cache
@@ -99,13 +102,13 @@ def assert_equal(a, b):
 
 @functools.partial(jax.jit, static_argnames="dtype")
 def gradient(state, dtype="float16"):
-  grads = step.gradient(
+  grads = train_step_lib.gradient(
     state,
     IMAGES[None],
     LABELS[None],
     0,
     model=model_of(dtype),
-    augment=augment.Augment(crop=False),
+    augment=preprocess.Augment(crop=False),
     image_size=SIZE,
   )[1]
   return flatten_util.ravel_pytree(grads)[0]
@@ -218,15 +221,15 @@ def stop_at(monkeypatch):
   """Ends a run during a step; its last checkpoint is the fourth's or so."""
 
   def arrange(number):
-    real = loop.Trainer._step
+    real = trainer.Trainer._step
 
     def stopping(self, *batch):
       real(self, *batch)
       if self._progress.step == number:
-        monkeypatch.setattr(loop.Trainer, "_step", real)
+        monkeypatch.setattr(trainer.Trainer, "_step", real)
         raise InterruptedError
 
-    monkeypatch.setattr(loop.Trainer, "_step", stopping)
+    monkeypatch.setattr(trainer.Trainer, "_step", stopping)
 
   return arrange
 
@@ -241,7 +244,7 @@ def lines(workdir):
 def saved(workdir, config):
   """Returns the state that a run would go on with."""
   with checkpoint.Checkpoints(workdir) as checkpoints:
-    return checkpoints.restore(experiment.create(config).abstract())
+    return checkpoints.restore(experiment.create(config).abstract_state())
 
 
 @pytest.mark.parametrize(
@@ -260,10 +263,10 @@ def test_each_loss_of_200_steps_is_within_a_percent_of_float32s(
   for dtype in ("float32", "float16"):
     tiny_config.dtype = dtype
     found = experiment.create(tiny_config)
-    state, train_step = found.scratch(), found.train_step(1)
+    state, train_step = found.init_state(), found.train_step(1)
     metrics = []
     steps = range(1, 201)
-    with found.train_feed.batches(found.train_places, steps) as batches:
+    with found.train_loader.batches(found.train_indices, steps) as batches:
       for images, labels in batches:
         state, new = train_step(state, images, labels, np.uint32(0))
         metrics.append(new["loss"])
@@ -357,13 +360,13 @@ def test_a_run_goes_on_where_auto_is_another_dtype(
 def test_a_gradient_that_overflows_without_a_scale_ends_the_run(
   tiny_config, tmp_path, start_at, monkeypatch
 ):
-  real = step.loss_fn
+  real = train_step_lib.loss_fn
 
   def poisoned(params, *args, **kwargs):
     loss, aux = real(params, *args, **kwargs)
     return loss + jnp.sqrt(0 * params["cls"].sum()), aux  # The slope is NaN.
 
-  monkeypatch.setattr(step, "loss_fn", poisoned)
+  monkeypatch.setattr(train_step_lib, "loss_fn", poisoned)
   start_at(4.0)
   tiny_config.dtype = "float16"
   with pytest.raises(errors.UserError) as e:

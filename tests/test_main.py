@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 import tiny_sweep
 
-from rescalevit_jax import checkpoint
-from rescalevit_jax import config_keys
+from rescalevit_jax.config import keys as keys_lib
+from rescalevit_jax.runs import checkpoint
 
 ROOT = pathlib.Path(__file__).parents[1]
 TINY = (
@@ -88,7 +88,7 @@ def test_help_names_every_flag_and_key():
   done = run("--help", config=None)
   assert "--config" in done.stdout and "--workdir" in done.stdout
   assert "--mode" in done.stdout
-  for key in config_keys.KEYS:
+  for key in keys_lib.KEYS:
     assert key in done.stdout
 
 

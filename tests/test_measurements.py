@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import tiny_model
 
-from rescalevit_jax import attention
-from rescalevit_jax import measurements
 from rescalevit_jax import models
+from rescalevit_jax.analysis import attention_maps
 from rescalevit_jax.models import norms
+from rescalevit_jax.training import measurements
 
 IMAGES = np.random.default_rng(0).uniform(-1, 1, (3, 8, 8, 3))
 IMAGES = IMAGES.astype(np.float32)
@@ -67,7 +67,7 @@ def test_the_stream_is_that_before_and_after_each_block(tiny):
 
 def test_entropy_is_that_of_the_attention_maps(tiny):
   images = np.random.default_rng(1).integers(0, 256, (3, 8, 8, 3), np.uint8)
-  want = attention.statistics(tiny, images).entropy
+  want = attention_maps.statistics(tiny, images).entropy
   found = measure(tiny.model, tiny.variables, tiny.inputs(images))
   np.testing.assert_allclose(found["attention_entropy"], want, rtol=1e-5)
   assert (np.abs(want - math.log(5)) > 1e-3).all()

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from rescalevit_jax import mixing
+from rescalevit_jax.augment import mixing
 
 LABELS = np.array([2, 0, 1, 2], np.int32)
 

@@ -10,12 +10,9 @@ import numpy as np
 import optax
 import pytest
 
-from rescalevit_jax import accelerator
-from rescalevit_jax import augment
 from rescalevit_jax import errors
 from rescalevit_jax import models
-from rescalevit_jax import optimizer
-from rescalevit_jax import step
+from rescalevit_jax.augment import preprocess
 from rescalevit_jax.models import base
 from rescalevit_jax.models import branches
 from rescalevit_jax.models import initializers
@@ -23,6 +20,10 @@ from rescalevit_jax.models import norms
 from rescalevit_jax.models import variants
 from rescalevit_jax.models import vit
 from rescalevit_jax.models.ops import dropout
+from rescalevit_jax.optim import optimizer
+from rescalevit_jax.runtime import accelerator
+from rescalevit_jax.training import train_state
+from rescalevit_jax.training import train_step as train_step_lib
 
 NORMS = tuple(norms.NORMS)
 TINY = dict(
@@ -555,11 +556,11 @@ def test_initializing_leaves_statistics_untouched(norm):
 # Each residual and option with one norm.
 OPTIONS = {
   "LN": {"qk_norm": True},
-  "BN": {"residual": "original"},
+  "BN": {"residual": "rescalevit"},
   "GN": {"sigma_reparam": True},
   "Rescale": {"residual": "skipinit"},
   "RMS": {"residual": "layerscale"},
-  "Cal": {"residual": "rescale"},
+  "Cal": {"residual": "rescalenet"},
   "BN2": {"sigma_reparam": True, "qk_norm": True},
 }
 
@@ -788,16 +789,16 @@ def test_new_norm_is_one_class_and_one_entry(monkeypatch):
     weight_decay=0.0,
     grad_norm_clip=1.0,
   )
-  state = step.init_state(model, sgd, image_size=8, seed=0)
+  state = train_state.init_state(model, sgd, image_size=8, seed=0)
   alpha = "Transformer/encoderblock_1/Tanh_2/alpha"
   before = flatten(state.params)
   assert alpha in before
   assert "Transformer/encoder_norm/scale" not in before
   train_step = functools.partial(
-    step.train_step,
+    train_step_lib.train_step,
     model=model,
     optimizer=sgd,
-    augment=augment.Augment(),
+    augment=preprocess.Augment(),
     image_size=8,
     seed=0,
   )

@@ -11,7 +11,7 @@ import pytest
 from rescalevit_jax import config as config_lib
 from rescalevit_jax import errors
 from rescalevit_jax import sweep
-from rescalevit_jax.report import rates
+from rescalevit_jax.report import lr_table
 from rescalevit_jax.sweep import schedule
 
 FINAL = "final-1500"
@@ -53,7 +53,7 @@ def study(monkeypatch):
         ("ViT-XS_4", ""),
         ("ViT-B_32", "ViT-B_32"),
       )
-      if config.data.held_out:
+      if config.data.num_val:
         accuracy = HELD_OUT.get((method, config.base_lr), 0.2)
       else:
         accuracy = TEST[method, config.seed]
@@ -84,7 +84,7 @@ def test_the_best_rate_is_trained_and_compared(study, tmp_path, capsys):
   choosing, final = configs[:4], configs[4:]
   assert {c.batch_eval for c in configs} == {500}
   for config in choosing:
-    assert (config.data.held_out, config.total_steps) == (5000, 1500)
+    assert (config.data.num_val, config.total_steps) == (5000, 1500)
     assert config.eval_every == 1500  # What comes before has no say.
   assert [(c.base_lr, c.seed) for c in final] == [
     (rate, seed) for rate in (0.2, 0.1) for seed in (1, 2, 3)
@@ -92,7 +92,7 @@ def test_the_best_rate_is_trained_and_compared(study, tmp_path, capsys):
   for config in final:
     # The test images are looked at once.
     assert config.eval_every == config.total_steps == 1500
-    assert config.data.held_out == 0
+    assert config.data.num_val == 0
   out, err = capsys.readouterr()
   assert err.count("cifar10/LN: 0.2 is the best of these") == 2
   first, second = (tmp_path / FINAL / "table.md").read_text().splitlines()[2:]
@@ -172,7 +172,7 @@ def test_runs_of_other_settings_are_refused(study, tmp_path, capsys):
   assert module.main([*flags, "--rates=0.1", "--config.batch=64"]) == 1
   error = capsys.readouterr().err.splitlines()[-1]
   assert "another config: batch" in error
-  assert module.main([*flags, "--rates=0.1", "--held_out=400"]) == 1
+  assert module.main([*flags, "--rates=0.1", "--num_val=400"]) == 1
   assert not (tmp_path / FINAL / "table.md").exists()
 
 
@@ -220,7 +220,7 @@ def test_what_is_not_finished_makes_no_table(
 def test_a_whole_study(tmp_path):
   """With real runs, on digits; what is too fast diverges."""
   flags = ["--datasets=digits", "--methods=Cal", "--rates=0.1,1e38"]
-  flags += ["--steps=4", "--final_steps=3", "--held_out=200", "--seeds=1"]
+  flags += ["--steps=4", "--final_steps=3", "--num_val=200", "--seeds=1"]
   flags += ["--jobs=2", f"--runs_dir={tmp_path}"]
   tiny = {
     "warmup_steps": 1,
@@ -255,9 +255,9 @@ def test_mistakes_are_found_before_anything_runs(wrong, study, tmp_path):
   [
     ("--method=LN", "unknown argument --method=LN"),
     ("--config.seed=5", "the study sets seed itself"),
-    ("--config.data.held_out=5", "the study sets data.held_out itself"),
+    ("--config.data.num_val=5", "the study sets data.num_val itself"),
     ("--config.model.residual=plain", "the study sets model.residual itself"),
-    ("--held_out=0", "0 is less than 1"),
+    ("--num_val=0", "0 is less than 1"),
   ],
 )
 def test_arguments_that_do_not_do_are_named(argument, words, capsys):
@@ -269,17 +269,17 @@ def test_arguments_that_do_not_do_are_named(argument, words, capsys):
 def test_the_picture_shows_the_numbers():
   """Of a method with its rates, and of one that was not tested."""
   outcomes = [
-    rates.Outcome(
+    lr_table.Outcome(
       "a", "LN", "LN", {0.1: 0.3, 0.2: None}, 0.1, {1: 0.4, 2: 0.5}
     ),
-    rates.Outcome("a", "Cal", "Cal", {0.1: 0.25, 0.2: 0.35}, 0.2),
+    lr_table.Outcome("a", "Cal", "Cal", {0.1: 0.25, 0.2: 0.35}, 0.2),
   ]
   outcomes += [
-    rates.Outcome("b", "LN-b", "LN", {0.1: 0.3}, 0.1),
-    rates.Outcome("c", "LN-b", "LN", {0.1: 0.3}, 0.1),
-    rates.Outcome("c", "LN", "LN", {0.1: 0.3}, 0.1),
+    lr_table.Outcome("b", "LN-b", "LN", {0.1: 0.3}, 0.1),
+    lr_table.Outcome("c", "LN-b", "LN", {0.1: 0.3}, 0.1),
+    lr_table.Outcome("c", "LN", "LN", {0.1: 0.3}, 0.1),
   ]
-  left, right, b, _, c, _ = rates.draw(outcomes).axes
+  left, right, b, _, c, _ = lr_table.draw(outcomes).axes
   markers = [x.get_marker() for x in (*b.get_lines(), *c.get_lines())]
   assert markers == ["s", "s", "o"]  # A method's is one, whatever is with it.
   drawn = [list(zip(*x.get_data(), strict=True)) for x in left.get_lines()]

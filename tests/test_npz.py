@@ -11,9 +11,9 @@ import pytest
 import trees
 
 from rescalevit_jax import errors
-from rescalevit_jax import npz
-from rescalevit_jax import pretrained
-from rescalevit_jax import trained
+from rescalevit_jax.analysis import trained
+from rescalevit_jax.pretrained import load
+from rescalevit_jax.pretrained import npz
 
 
 @pytest.mark.parametrize("numbering", ["old", "new"])
@@ -31,7 +31,7 @@ def test_prefixes_and_numberings(numbering, prefix, tmp_path):
     return prefix + key
 
   path = trees.write(tmp_path, {rename(k): v for k, v in saved.items()})
-  params, stats, report = pretrained.load(path, *trees.fresh(seed=1))
+  params, stats, report = load.load(path, *trees.fresh(seed=1))
   trees.same(trees.flat(params, stats), saved)
   assert set(report.loaded) == saved.keys()
   assert not report.dropped
@@ -63,7 +63,7 @@ def test_what_is_outside_the_prefix_is_dropped(prefix, state, tmp_path):
   optimizer = {state + k: v for k, v in trees.arrays("LN", seed=2).items()}
   optimizer["step"] = np.array("never looked at")
   path = trees.write(tmp_path, optimizer | params)
-  *loaded, report = pretrained.load(path, *trees.fresh("BN", seed=1))
+  *loaded, report = load.load(path, *trees.fresh("BN", seed=1))
   trees.same(trees.flat(*loaded), saved)
   assert set(report.dropped) == optimizer.keys()
 
@@ -77,7 +77,7 @@ def test_several_models_in_a_file_are_refused(tmp_path):
 @pytest.mark.parametrize("dtype", ["<f2", ">f4", "<f8"])
 def test_float_types_become_float32(dtype, tmp_path):
   saved = {k: v.astype(dtype) for k, v in trees.arrays().items()}
-  params, stats, _ = pretrained.load(
+  params, stats, _ = load.load(
     trees.write(tmp_path, saved), *trees.fresh(seed=1)
   )
   trees.same(
@@ -89,7 +89,7 @@ def test_bfloat16_is_converted_not_reinterpreted(tmp_path):
   saved = {k: v.astype(ml_dtypes.bfloat16) for k, v in trees.arrays().items()}
   path = trees.write(tmp_path, saved)
   assert np.load(path)["cls"].dtype == "V2"
-  params, stats, _ = pretrained.load(path, *trees.fresh(seed=1))
+  params, stats, _ = load.load(path, *trees.fresh(seed=1))
   trees.same(
     trees.flat(params, stats), {k: v.astype("f4") for k, v in saved.items()}
   )
@@ -257,9 +257,7 @@ def test_many_small_arrays_count_together(tmp_path, monkeypatch):
 def test_a_much_larger_head_fits(tmp_path):
   saved = trees.arrays(num_classes=21_843)
   saved = {k: v.astype("f8") for k, v in saved.items()}
-  *_, report = pretrained.load(
-    trees.write(tmp_path, saved), *trees.fresh(seed=1)
-  )
+  *_, report = load.load(trees.write(tmp_path, saved), *trees.fresh(seed=1))
   assert set(report.reinitialized) == trees.HEAD
 
 
@@ -303,7 +301,7 @@ def test_layers_that_are_not_there_are_not_made(tmp_path):
 
 def test_saved_names_are_those_of_the_published_files(tmp_path):
   trees_like_google = trees.fresh(num_classes=10, image_size=32, **trees.SMALL)
-  pretrained.save(tmp_path / "a.npz", *trees_like_google)
+  load.save(tmp_path / "a.npz", *trees_like_google)
   with np.load(tmp_path / "a.npz", allow_pickle=False) as saved:
     assert {k: v.shape for k, v in saved.items()} == {
       k: v.shape for k, v in parity.arrays("google.npz").items()
@@ -313,15 +311,15 @@ def test_saved_names_are_those_of_the_published_files(tmp_path):
 def test_save_replaces_and_leaves_nothing_beside(tmp_path):
   path = tmp_path / "weights"  # No suffix is added.
   for seed in (0, 1):
-    pretrained.save(path, *trees.fresh(seed=seed))
+    load.save(path, *trees.fresh(seed=seed))
   assert [p.name for p in tmp_path.iterdir()] == ["weights"]
-  params, stats, _ = pretrained.load(path, *trees.fresh(seed=2))
+  params, stats, _ = load.load(path, *trees.fresh(seed=2))
   trees.same(trees.flat(params, stats), trees.arrays(seed=1))
 
 
 def test_failed_save_keeps_the_old_file(tmp_path, monkeypatch):
   path = tmp_path / "a.npz"
-  pretrained.save(path, *trees.fresh())
+  load.save(path, *trees.fresh())
   before = path.read_bytes()
 
   def full(file, **arrays):
@@ -330,7 +328,7 @@ def test_failed_save_keeps_the_old_file(tmp_path, monkeypatch):
 
   monkeypatch.setattr(np, "savez", full)
   with pytest.raises(errors.UserError, match="a.npz.*No space left"):
-    pretrained.save(path, *trees.fresh(seed=1))
+    load.save(path, *trees.fresh(seed=1))
   assert path.read_bytes() == before
   assert list(tmp_path.iterdir()) == [path]
 
@@ -338,6 +336,6 @@ def test_failed_save_keeps_the_old_file(tmp_path, monkeypatch):
 @pytest.mark.parametrize("path", ["", "no/such/folder/a.npz"])
 def test_save_to_an_impossible_place(path, tmp_path):
   with pytest.raises(errors.UserError, match="cannot be written") as caught:
-    pretrained.save(tmp_path / path, *trees.fresh())
+    load.save(tmp_path / path, *trees.fresh())
   assert "\n" not in str(caught.value)
   assert not list(tmp_path.iterdir())

@@ -6,8 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rescalevit_jax import experiment
-from rescalevit_jax import optimizer
+from rescalevit_jax.optim import optimizer
+from rescalevit_jax.training import experiment
 
 
 def rates(base_lr, warmup_steps, total_steps, decay_type, steps=None):
@@ -172,7 +172,7 @@ def last_params(params, gradients, name, **kwargs):
       weight_decay=0.0,
       grad_norm_clip=0,
       agc=0.0,
-      scalar_lr=1.0,
+      scalar_lr_mult=1.0,
     )
     | kwargs
   )
@@ -295,23 +295,23 @@ def test_single_numbers_learn_at_a_rate_of_their_own(name):
   for g in grads:
     g |= {alpha: np.full(1, 0.5), pair: np.full(2, 0.5)}
   usual = last_params(params, grads, name)
-  slow = last_params(params, grads, name, scalar_lr=0.25)
+  slow = last_params(params, grads, name, scalar_lr_mult=0.25)
   for k in params:
     factor = 0.25 if k == alpha else 1.0
     np.testing.assert_allclose(
       slow[k] - params[k], factor * (usual[k] - params[k]), rtol=1e-5, atol=1e-7
     )
     assert np.abs(usual[k] - params[k]).max() > 1e-3, k
-  still = last_params(params, grads, name, scalar_lr=0.0)
+  still = last_params(params, grads, name, scalar_lr_mult=0.0)
   assert still[alpha] == 1.0
 
 
 def test_the_config_slows_scalars(tiny_config):
-  """With scalar_lr=0 alphas and multipliers stay, and nothing else does."""
-  tiny_config.model.update({"norm": "DyT", "residual": "rescale"})
-  tiny_config.scalar_lr = 0.0
+  """With scalar_lr_mult=0 only alphas and multipliers stay."""
+  tiny_config.model.update({"norm": "DyT", "residual": "rescalenet"})
+  tiny_config.scalar_lr_mult = 0.0
   made = experiment.create(tiny_config)
-  params = made.scratch().params
+  params = made.init_state().params
   updates, _ = made.optimizer.update(
     jax.tree.map(jnp.ones_like, params), made.optimizer.init(params), params
   )
@@ -338,7 +338,7 @@ def test_without_adaptive_clipping_sgd_is_the_originals():
     weight_decay=0.1,
     grad_norm_clip=1.0,
     agc=0.0,
-    scalar_lr=1.0,
+    scalar_lr_mult=1.0,
   )
   sgd = optimizer.sgd(
     lambda count: 0.1, momentum=0.9, weight_decay=0.1, grad_norm_clip=1.0

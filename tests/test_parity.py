@@ -16,10 +16,11 @@ import optax
 import parity
 import pytest
 
-from rescalevit_jax import augment
 from rescalevit_jax import models
-from rescalevit_jax import optimizer
-from rescalevit_jax import step
+from rescalevit_jax.augment import preprocess
+from rescalevit_jax.optim import optimizer
+from rescalevit_jax.training import train_state
+from rescalevit_jax.training import train_step as train_step_lib
 
 NORMS = ("LN", "BN", "GN", "Rescale")
 RUNS = ("cosine_wd0", "cosine_wd1e-4", "linear_wd0", "linear_wd1e-4", "extra")
@@ -206,7 +207,7 @@ def passes(norm, variables, batches):
 @functools.cache
 def train_gradient_of(norm):
   """Returns the gradient of the library's training loss, jitted."""
-  loss = functools.partial(step.loss_fn, model=model_of(norm))
+  loss = functools.partial(train_step_lib.loss_fn, model=model_of(norm))
   return jax.jit(jax.grad(loss, has_aux=True))
 
 
@@ -226,13 +227,13 @@ def train_step_of(norm):
       weight_decay=weight_decay,
       grad_norm_clip=max_grad_norm,
     )
-    return step.train_step(
+    return train_step_lib.train_step(
       state,
       images[None],
       labels[None],
       model=model_of(norm),
       optimizer=sgd,
-      augment=augment.Augment(crop=False),
+      augment=preprocess.Augment(crop=False),
       image_size=images.shape[1],
       seed=0,
     )
@@ -249,7 +250,7 @@ def blank_state(norm):
     weight_decay=0.0,
     grad_norm_clip=1.0,
   )
-  return step.init_state(model_of(norm), sgd, image_size=32, seed=0)
+  return train_state.init_state(model_of(norm), sgd, image_size=32, seed=0)
 
 
 @functools.cache

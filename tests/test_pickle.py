@@ -16,21 +16,21 @@ import pytest
 import test_tfrecord
 import trees
 
-from rescalevit_jax import array_cache
-from rescalevit_jax import checkpoint_folders
-from rescalevit_jax import checksums
-from rescalevit_jax import data
 from rescalevit_jax import errors
-from rescalevit_jax import images
 from rescalevit_jax import main
-from rescalevit_jax import pretrained
-from rescalevit_jax import published
-from rescalevit_jax import run_folder
-from rescalevit_jax import runs
-from rescalevit_jax import tfrecord
-from rescalevit_jax import trained
-from rescalevit_jax import writers
-from rescalevit_jax.sweep import launch
+from rescalevit_jax.analysis import reference_results
+from rescalevit_jax.analysis import trained
+from rescalevit_jax.data import array_cache
+from rescalevit_jax.data import dataset
+from rescalevit_jax.data import image_files
+from rescalevit_jax.data import tfrecord
+from rescalevit_jax.pretrained import load
+from rescalevit_jax.runs import checkpoint_folders
+from rescalevit_jax.runs import checksums
+from rescalevit_jax.runs import folder as folder_lib
+from rescalevit_jax.runs import metric_writers
+from rescalevit_jax.runs import run_reader
+from rescalevit_jax.sweep import subprocess_run
 
 ROOT = pathlib.Path(__file__).parents[1]
 PROTOCOLS = (0, pickle.HIGHEST_PROTOCOL)  # Text, and binary.
@@ -100,7 +100,7 @@ def test_weights(place, bomb, pickled, tmp_path):
     trees.write(tmp_path, arrays, path.name)
     with zipfile.ZipFile(path, "a") as z:
       z.writestr("cls.npy", pickled)
-  refused(pretrained.load, path, *trees.fresh(seed=1))
+  refused(load.load, path, *trees.fresh(seed=1))
   refused(trained.load_npz, path)
 
 
@@ -123,15 +123,15 @@ def test_files_of_a_run(name, pickled, tiny_run, tmp_path):
   run = shutil.copytree(tiny_run, tmp_path / "run")
   assert (run / name).exists()
   (run / name).write_bytes(pickled)
-  assert runs.find(tmp_path)
+  assert run_reader.find(tmp_path)
   with refused_or_ignored():
-    assert runs.read(run).metrics or name == "metrics.jsonl"
+    assert run_reader.read(run).metrics or name == "metrics.jsonl"
   with refused_or_ignored():
     trained.load(run)
-  assert launch.step_since(run, 0) == 0 or name != "metrics.jsonl"
+  assert subprocess_run.step_since(run, 0) == 0 or name != "metrics.jsonl"
   if name == "metrics.jsonl":
-    config = run_folder.read_config(run)
-    with writers.MetricWriter(run, config, lambda line: True):
+    config = folder_lib.read_config(run)
+    with metric_writers.MetricWriter(run, config, lambda line: True):
       pass
     assert (run / name).read_text() == ""
   if name == "config.json":
@@ -162,7 +162,7 @@ def test_checkpoints(kind, pickled, tiny_run, tmp_path):
 
 def test_table_of_published_curves(pickled, tmp_path):
   (tmp_path / "a.csv").write_bytes(pickled)
-  refused(published.read_curves, tmp_path / "a.csv")
+  refused(reference_results.read_curves, tmp_path / "a.csv")
 
 
 # Images and data sets.
@@ -171,7 +171,7 @@ def test_table_of_published_curves(pickled, tmp_path):
 @pytest.mark.parametrize("name", ["a.png", "a.jpg", "a.tiff", "a.pkl"])
 def test_images(name, pickled, tmp_path):
   (tmp_path / name).write_bytes(pickled)
-  refused(images.read, tmp_path / name)
+  refused(image_files.read, tmp_path / name)
 
 
 def archive(folder, members):
@@ -207,7 +207,7 @@ def test_archives(pickled, tmp_path, capsys):
 
 def test_prepared_data_sets(pickled, digits_dir, tmp_path, monkeypatch):
   monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-  good = data.load("digits", str(digits_dir))
+  good = dataset.load("digits", str(digits_dir))
   files = [p for p in (digits_dir / "digits").rglob("*") if p.is_file()]
   assert {"dataset_info.json", "features.json"} < {p.name for p in files}
   for i, path in enumerate(files):
@@ -215,12 +215,12 @@ def test_prepared_data_sets(pickled, digits_dir, tmp_path, monkeypatch):
     shutil.copytree(digits_dir / "digits", folder / "digits")
     (folder / path.relative_to(digits_dir)).write_bytes(pickled)
     with refused_or_ignored():
-      found = data.load("digits", str(folder))
+      found = dataset.load("digits", str(folder))
       np.testing.assert_array_equal(found.test.images, good.test.images)
     shutil.rmtree(folder)
   for path in (tmp_path / "cache").rglob("*.npz"):
     path.write_bytes(pickled)
-  found = data.load("digits", str(digits_dir))
+  found = dataset.load("digits", str(digits_dir))
   np.testing.assert_array_equal(found.test.images, good.test.images)
 
 

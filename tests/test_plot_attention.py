@@ -9,13 +9,13 @@ import programs
 import pytest
 import tiny_model
 
-from rescalevit_jax import attention
-from rescalevit_jax import attention_plots
-from rescalevit_jax import data
 from rescalevit_jax import errors
-from rescalevit_jax import pretrained
-from rescalevit_jax import trained
+from rescalevit_jax.analysis import attention_maps
+from rescalevit_jax.analysis import attention_plots
+from rescalevit_jax.analysis import trained
+from rescalevit_jax.data import dataset
 from rescalevit_jax.models import norms
+from rescalevit_jax.pretrained import load
 
 plot_attention = programs.load("plot_attention")
 
@@ -25,7 +25,7 @@ def test_draws_and_measures_runs_and_files(
 ):
   model = tiny_model.create("GN")
   npz = tmp_path / "gn.npz"
-  pretrained.save(npz, **model.variables)
+  load.save(npz, **model.variables)
   code = plot_attention.main(
     [
       f"--workdir={tiny_run}",
@@ -47,9 +47,9 @@ def test_draws_and_measures_runs_and_files(
     ("GN", "1"),
     ("GN", "2"),
   ]
-  images = data.load("digits", str(digits_dir)).test.images
+  images = dataset.load("digits", str(digits_dir)).test.images
   assert {r["images"] for r in rows} == {str(len(images))}
-  expected = attention.statistics(trained.load(tiny_run), images)
+  expected = attention_maps.statistics(trained.load(tiny_run), images)
   for row, entropy, diagonal, sparsity in zip(
     rows[:2],
     expected.entropy,
@@ -81,7 +81,7 @@ def test_takes_an_image_file_of_any_size(tiny_run, tmp_path):
 def test_files_of_all_norms_side_by_side(digits_dir, tmp_path):
   for norm in norms.NORMS:
     variables = tiny_model.create(norm).variables
-    pretrained.save(tmp_path / f"{norm}.npz", **variables)
+    load.save(tmp_path / f"{norm}.npz", **variables)
   words = {"GN": ":GN", "Rescale": ":tanh"}
   flags = [f"--npz={tmp_path}/{n}.npz{words.get(n, '')}" for n in norms.NORMS]
   flags += ["--dataset=digits", f"--tfds_data_dir={digits_dir}"]
@@ -90,15 +90,15 @@ def test_files_of_all_norms_side_by_side(digits_dir, tmp_path):
     rows = list(csv.DictReader(f))
   found = list(dict.fromkeys((r["model"], r["norm"]) for r in rows))
   assert found == [(norm, norm) for norm in norms.NORMS]
-  images = data.load("digits", str(digits_dir)).test.images
+  images = dataset.load("digits", str(digits_dir)).test.images
   tanh = trained.load_npz(tmp_path / "Rescale.npz", gelu="tanh")
-  expected = attention.statistics(tanh, images).entropy
+  expected = attention_maps.statistics(tanh, images).entropy
   found = [float(r["entropy_nats"]) for r in rows if r["norm"] == "Rescale"]
   np.testing.assert_allclose(found, expected, rtol=1e-6)
 
 
 def test_without_a_data_set_there_are_pictures_only(tmp_path, capsys):
-  pretrained.save(tmp_path / "a.npz", **tiny_model.create().variables)
+  load.save(tmp_path / "a.npz", **tiny_model.create().variables)
   Image.new("RGB", (9, 9), "red").save(tmp_path / "a.png")
   flags = [f"--npz={tmp_path / 'a.npz'}", f"--image={tmp_path / 'a.png'}"]
   assert plot_attention.main([*flags, "--kind=heads"]) == 0
@@ -110,7 +110,7 @@ def test_without_a_data_set_there_are_pictures_only(tmp_path, capsys):
 def test_one_file_in_two_ways(digits_dir, tmp_path):
   """Its name has a colon; the rows say how it was read."""
   npz = tmp_path / "a:b.npz"
-  pretrained.save(npz, **tiny_model.create().variables)
+  load.save(npz, **tiny_model.create().variables)
   flags = [f"--npz={npz}", f"--npz={npz}:tanh", f"--npz={npz}:LN,erf"]
   flags += ["--dataset=digits", f"--tfds_data_dir={digits_dir}"]
   assert plot_attention.main([*flags, "--kind=rollout"]) == 0

@@ -7,10 +7,10 @@ import numpy as np
 import programs
 import pytest
 
-from rescalevit_jax import diagnostics_plots
-from rescalevit_jax import probe_plots
 from rescalevit_jax import report
-from rescalevit_jax import runs as runs_lib
+from rescalevit_jax.analysis import diagnostics_plots
+from rescalevit_jax.analysis import probe_plots
+from rescalevit_jax.runs import run_reader
 
 plot_diagnostics = programs.load("plot_diagnostics")
 
@@ -47,7 +47,7 @@ def panels(figure):
 
 
 def test_maps_have_depth_upwards_and_time_to_the_right(workdir):
-  run = runs_lib.read(workdir)
+  run = run_reader.read(workdir)
   figure = diagnostics_plots.draw(run, "a $x$")
   found = panels(figure)
   assert list(found) == [

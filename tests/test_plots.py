@@ -7,10 +7,10 @@ import pytest
 
 from rescalevit_jax import config as config_lib
 from rescalevit_jax import errors
-from rescalevit_jax import plots
-from rescalevit_jax import published
-from rescalevit_jax import runs
+from rescalevit_jax.analysis import plots
+from rescalevit_jax.analysis import reference_results
 from rescalevit_jax.models import norms
+from rescalevit_jax.runs import run_reader
 
 
 def run(norm, accuracies, seed=0, **keys):
@@ -24,7 +24,7 @@ def run(norm, accuracies, seed=0, **keys):
       {"step": i, "train/loss": 3.0 / i},
       {"step": i, "test/accuracy": accuracy, "test/loss": 2.0 / i},
     ]
-  return runs.Run(pathlib.Path(f"{norm}-{seed}"), config, None, metrics)
+  return run_reader.Run(pathlib.Path(f"{norm}-{seed}"), config, None, metrics)
 
 
 def test_norms_have_colours_of_their_own():
@@ -90,7 +90,7 @@ def test_names_are_no_formulas(tmp_path):
 
 def test_published_curve_lies_faint_beside_a_run_of_its_recipe():
   key = ("cifar10", "ViT-B_32", "LN", False)
-  curves = {key: published.Curve([100, 200], [2.0, 1.0], [0.3, 0.4])}
+  curves = {key: reference_results.Curve([100, 200], [2.0, 1.0], [0.3, 0.4])}
   same = run("LN", [0.1], model_name="ViT-B_32")
   other = run("LN", [0.1], model_name="ViT-B_32", base_lr=0.1)
   ours, faint = plots.curves([same], curves).axes[0].lines

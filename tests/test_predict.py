@@ -15,9 +15,9 @@ from PIL import Image
 import pytest
 
 from rescalevit_jax import errors
-from rescalevit_jax import images
 from rescalevit_jax import predict
-from rescalevit_jax import trained
+from rescalevit_jax.analysis import trained
+from rescalevit_jax.data import image_files
 
 ROOT = pathlib.Path(__file__).parents[1]
 NAMES = ("red", "green, or so", "blue")
@@ -264,7 +264,7 @@ def test_interrupted(call, picture, monkeypatch):
   def interrupt(*args):
     raise KeyboardInterrupt
 
-  monkeypatch.setattr(images, "model_input", interrupt)
+  monkeypatch.setattr(image_files, "model_input", interrupt)
   assert call("a.png", "--output=o.csv") == (130, [], ["error: interrupted"])
   assert not pathlib.Path("o.csv").exists()
 
@@ -281,13 +281,13 @@ def test_at_most_two_batches_are_in_memory(colors, tmp_path, monkeypatch):
       taken.append(tmp_path / "a.png")
       yield taken[-1]
 
-  model_input = images.model_input
+  model_input = image_files.model_input
 
   def counted(*args):
     read.append(args)
     return model_input(*args)
 
-  monkeypatch.setattr(images, "model_input", counted)
+  monkeypatch.setattr(image_files, "model_input", counted)
   results = predict.classify(colors, endless(), batch=4)
   for done in range(1, 30):
     next(results)
@@ -301,7 +301,7 @@ def test_the_next_batch_is_read_while_the_device_computes(
 ):
   for i in range(2):
     Image.new("RGB", (2, 2)).save(tmp_path / f"{i}.png")
-  model_input, second = images.model_input, threading.Event()
+  model_input, second = image_files.model_input, threading.Event()
 
   def read(path, size):
     if path.name == "1.png":
@@ -312,7 +312,7 @@ def test_the_next_batch_is_read_while_the_device_computes(
     assert second.wait(30)
     return np.zeros((len(inputs), 3), np.float32)
 
-  monkeypatch.setattr(images, "model_input", read)
+  monkeypatch.setattr(image_files, "model_input", read)
   monkeypatch.setattr(colors, "probabilities", probabilities)
   files = sorted(tmp_path.iterdir())
   assert len(list(predict.classify(colors, files, batch=1))) == 2

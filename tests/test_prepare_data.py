@@ -12,10 +12,10 @@ import programs
 import pytest
 import tensorflow_datasets as tfds
 
-from rescalevit_jax import builders
-from rescalevit_jax import data
 from rescalevit_jax import errors
-from rescalevit_jax import tensorflow_cpu
+from rescalevit_jax.data import dataset as dataset_lib
+from rescalevit_jax.data import tfds_builders
+from rescalevit_jax.runtime import tensorflow_cpu
 
 script = programs.load("prepare_data")
 CIFAR10, CIFAR100 = script.LAYOUTS
@@ -116,7 +116,7 @@ class TestInspect:
     assert sizes(CIFAR100) == {"train.bin": 153_700_000, "test.bin": 30_740_000}
     for layout in script.LAYOUTS:
       builder = tfds.builder(layout.dataset)
-      assert layout.archive in builders.archive_names(builder)
+      assert layout.archive in tfds_builders.archive_names(builder)
 
   def test_accepts_a_whole_archive(self, tmp_path):
     # Of zeros, which compress fast.
@@ -331,7 +331,7 @@ def small(monkeypatch, tmp_path):
 
 
 def check_data(layout, data_dir):
-  dataset = data.load(layout.dataset, str(data_dir))
+  dataset = dataset_lib.load(layout.dataset, str(data_dir))
   for split, is_test in ((dataset.train, False), (dataset.test, True)):
     names = [n for n in layout.records if ("test" in n) == is_test]
     expected = [
@@ -388,7 +388,7 @@ class TestMain:
     found = tfds.download.checksums.compute_url_info(small)
     found.filename = CIFAR10.archive
     monkeypatch.setitem(builder.url_infos, url, found)
-    monkeypatch.setattr(builders, "prepare", lambda *args, **kwargs: None)
+    monkeypatch.setattr(tfds_builders, "prepare", lambda *args, **kwargs: None)
     assert script.main([f"--archive={small}", f"--data_dir={tmp_path}"]) == 0
     assert capsys.readouterr() == ("", "")
 
@@ -424,7 +424,7 @@ class TestMain:
       pathlib.Path(download_dir, "half").write_text("x")
       raise failure
 
-    monkeypatch.setattr(builders, "prepare", prepare)
+    monkeypatch.setattr(tfds_builders, "prepare", prepare)
     assert script.main([f"--archive={small}", f"--data_dir={out}"]) == code
     assert seen == [str(out)]  # In the file system that has the space.
     assert os.listdir(out) == []
@@ -440,7 +440,7 @@ class TestMain:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     args = ["--dataset=digits", f"--data_dir={tmp_path}"]
     assert script.main(args) == 0
-    assert len(data.load("digits", str(tmp_path)).test.labels) == 360
+    assert len(dataset_lib.load("digits", str(tmp_path)).test.labels) == 360
     capsys.readouterr()
     assert script.main(args) == 0
     assert "digits is prepared already" in capsys.readouterr().out

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import trees
 
-from rescalevit_jax import positions
-from rescalevit_jax import pretrained
 from rescalevit_jax.models import norms
+from rescalevit_jax.pretrained import load
+from rescalevit_jax.pretrained import positions
 
 
 def norm_keys(arrays):
@@ -21,24 +21,24 @@ def norm_keys(arrays):
 def test_round_trip_is_exact(norm, tmp_path):
   saved = trees.fresh(norm, seed=3)
   path = tmp_path / "a.npz"
-  pretrained.save(path, *saved)
-  params, stats, report = pretrained.load(path, *trees.fresh(norm, seed=4))
+  load.save(path, *saved)
+  params, stats, report = load.load(path, *trees.fresh(norm, seed=4))
   trees.same(trees.flat(params, stats), trees.flat(*saved))
   assert set(report.loaded) == trees.flat(*saved).keys()
-  assert report == pretrained.Report(loaded=report.loaded)
+  assert report == load.Report(loaded=report.loaded)
   assert bool(stats) == (norm in ("BN", "Rescale", "Cal", "BN2", "Fade"))
 
 
 def test_the_given_trees_are_not_changed(tmp_path):
   given, before = trees.fresh(seed=1), trees.fresh(seed=1)
-  pretrained.load(trees.write(tmp_path, trees.arrays()), *given)
+  load.load(trees.write(tmp_path, trees.arrays()), *given)
   trees.same(trees.flat(*given), trees.flat(*before))
 
 
 def test_jax_arrays_are_taken_as_targets(tmp_path):
   saved = trees.arrays("Rescale")
   target = jax.tree.map(jax.numpy.asarray, trees.fresh("Rescale", seed=1))
-  params, stats, _ = pretrained.load(trees.write(tmp_path, saved), *target)
+  params, stats, _ = load.load(trees.write(tmp_path, saved), *target)
   trees.same(trees.flat(params, stats), saved)
   assert all(
     isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves((params, stats))
@@ -55,7 +55,7 @@ def test_head_starts_at_zeros(case, tmp_path):
   saved = trees.arrays(num_classes=5 if case == "other classes" else 3)
   if case == "none in the file":
     saved = {k: v for k, v in saved.items() if k not in trees.HEAD}
-  params, _, report = pretrained.load(
+  params, _, report = load.load(
     trees.write(tmp_path, saved),
     *trees.fresh(seed=1),
     reinit_head=case == "on request",
@@ -81,7 +81,7 @@ def test_pre_logits_that_the_model_lacks_are_dropped_with_the_head(
 ):
   # Its head was trained on tanh(pre_logits): on anything else it is wrong.
   saved = trees.arrays(num_classes=classes, representation_size=6)
-  params, _, report = pretrained.load(
+  params, _, report = load.load(
     trees.write(tmp_path, saved), *trees.fresh(seed=1)
   )
   assert set(report.dropped) == {"pre_logits/kernel", "pre_logits/bias"}
@@ -94,7 +94,7 @@ def test_pre_logits_that_the_model_lacks_are_dropped_with_the_head(
 @pytest.mark.parametrize("classes", [3, 5])
 def test_pre_logits_that_the_model_has_are_loaded(classes, tmp_path):
   saved = trees.arrays(num_classes=classes, representation_size=6)
-  params, _, report = pretrained.load(
+  params, _, report = load.load(
     trees.write(tmp_path, saved), *trees.fresh(seed=1, representation_size=6)
   )
   kept = {"pre_logits/kernel", "pre_logits/bias"} | (
@@ -215,7 +215,7 @@ def test_weights_that_are_no_numbers_are_taken_if_asked_for(value, tmp_path):
   saved["cls"][0, 0, 3] = value
   path = trees.write(tmp_path, saved)
   trees.refuses(path, "cls", "--config.pretrained_allow_nonfinite=True")
-  loaded = pretrained.load(path, *trees.fresh(seed=1), allow_nonfinite=True)
+  loaded = load.load(path, *trees.fresh(seed=1), allow_nonfinite=True)
   trees.same(trees.flat(*loaded[:2]), saved)
 
 
@@ -237,7 +237,7 @@ def test_a_counter_must_be_a_whole_number(tmp_path):
 @pytest.mark.parametrize("norm", ["BN", "GN"])
 def test_ln_into_a_norm_with_the_same_places(norm, tmp_path):
   saved, target = trees.arrays("LN"), trees.fresh(norm, seed=1)
-  params, stats, report = pretrained.load(trees.write(tmp_path, saved), *target)
+  params, stats, report = load.load(trees.write(tmp_path, saved), *target)
   trees.same(trees.flat(params, {}), saved)
   trees.same(trees.flat({}, stats), trees.flat({}, target[1]))
   assert set(report.loaded) == saved.keys()
@@ -258,7 +258,7 @@ def test_a_norm_with_other_places_keeps_its_initial_values(
   source, norm, tmp_path
 ):
   saved, target = trees.arrays(source), trees.arrays(norm, seed=1)
-  params, stats, report = pretrained.load(
+  params, stats, report = load.load(
     trees.write(tmp_path, saved), *trees.fresh(norm, seed=1)
   )
   own = norm_keys(target)
@@ -286,7 +286,7 @@ def test_a_norm_with_other_places_keeps_its_initial_values(
 )
 def test_scale_and_bias_go_over_to_another_norm(source, norm, tmp_path):
   saved, target = trees.arrays(source), trees.arrays(norm, seed=1)
-  params, stats, report = pretrained.load(
+  params, stats, report = load.load(
     trees.write(tmp_path, saved), *trees.fresh(norm, seed=1)
   )
   theirs, ours = (norms.NORMS[name].SLOT for name in (source, norm))
@@ -313,7 +313,7 @@ def test_two_norms_in_one_place_are_dropped(tmp_path):
   saved = trees.arrays("LN")
   stray = "Transformer/encoderblock_0/Foo_0/scale"
   saved[stray] = np.full(8, 7, np.float32)
-  _, _, report = pretrained.load(
+  _, _, report = load.load(
     trees.write(tmp_path, saved), *trees.fresh("Cal", seed=1)
   )
   assert not report.carried and {*report.dropped} == norm_keys(saved) | {stray}
@@ -332,7 +332,7 @@ def test_another_norms_scale_that_is_missing_is_named(tmp_path):
 
 def test_values_left_initial_are_those_given(tmp_path):
   target = trees.fresh("Rescale", seed=1)
-  params, stats, _ = pretrained.load(
+  params, stats, _ = load.load(
     trees.write(tmp_path, trees.arrays("LN")), *target
   )
   block = "encoderblock_0"
@@ -344,7 +344,7 @@ def test_values_left_initial_are_those_given(tmp_path):
 @pytest.mark.parametrize("norm", ["LN", "GN"])
 def test_statistics_that_the_model_lacks_are_dropped(norm, tmp_path):
   saved = trees.arrays("BN")
-  params, stats, report = pretrained.load(
+  params, stats, report = load.load(
     trees.write(tmp_path, saved), *trees.fresh(norm, seed=1)
   )
   assert stats == {}
@@ -400,13 +400,13 @@ def test_a_norm_of_the_future_needs_no_entry_here(tmp_path):
     block["DyT_0"] = dict(block.pop("LayerNorm_0"), alpha=final["alpha"])
     block["DyT_2"] = dict(block.pop("LayerNorm_2"), alpha=final["alpha"])
   path = trees.write(tmp_path, trees.arrays("LN"))
-  _, _, report = pretrained.load(path, params, {})
+  _, _, report = load.load(path, params, {})
   assert not report.dropped
   assert set(report.initial) == {
     k for k in trees.flat(params, {}) if k.endswith("/alpha")
   }
   path = trees.write(tmp_path, trees.flat(params, {}), "dyt.npz")
-  got, _, report = pretrained.load(path, params, {})
+  got, _, report = load.load(path, params, {})
   trees.same(trees.flat(got, {}), trees.flat(params, {}))
   assert not report.initial and not report.dropped
 
@@ -425,7 +425,7 @@ EVERYTHING = dict(residual="skipinit", qk_norm=True, sigma_reparam=True)
     ("BN", EVERYTHING),
     ("BN2", {}),
     ("Identity", EVERYTHING),
-    ("LN", {"residual": "original"}),
+    ("LN", {"residual": "rescalevit"}),
   ],
 )
 @pytest.mark.parametrize("source", ["LN", "LN with everything", "BN"])
@@ -435,7 +435,7 @@ def test_weights_of_a_plain_model_fit_any_other_and_back(
   given = EVERYTHING if source == "LN with everything" else {}
   path = trees.write(tmp_path, trees.arrays(source[:2], **given))
   target = trees.fresh(norm, seed=1, **options)
-  params, stats, report = pretrained.load(path, *target)
+  params, stats, report = load.load(path, *target)
   for kind in ("SkipInit_2/scale", "query_norm/scale", "gamma"):
     both = given == options == EVERYTHING
     assert any(kind in key for key in report.loaded) == both
@@ -447,14 +447,14 @@ def test_weights_of_a_plain_model_fit_any_other_and_back(
   back = trees.write(tmp_path, trees.flat(*target), "back.npz")
   plain = trees.fresh("LN", seed=2)
   if norm != "Identity":
-    _, _, report = pretrained.load(back, *plain)
+    _, _, report = load.load(back, *plain)
     assert all("Norm" in k or "norm" in k for k in report.initial)
 
 
 def test_another_residual_starts_anew(tmp_path):
   path = trees.write(tmp_path, trees.arrays("Cal", residual="layerscale"))
-  target = trees.fresh("Cal", residual="rescale", seed=1)
-  *_, report = pretrained.load(path, *target)
+  target = trees.fresh("Cal", residual="rescalenet", seed=1)
+  *_, report = load.load(path, *target)
   assert len(report.initial) == len(report.dropped) == 4
   assert all("RescaleNet" in key for key in report.initial)
   assert all("LayerScale" in key for key in report.dropped)
@@ -476,7 +476,7 @@ def test_a_part_of_a_residual_is_an_error(tmp_path):
 @pytest.mark.parametrize("image_size, tokens", [(12, 10), (4, 2)])
 def test_position_embedding_follows_the_grid(image_size, tokens, tmp_path):
   saved = trees.arrays()
-  params, _, report = pretrained.load(
+  params, _, report = load.load(
     trees.write(tmp_path, saved), *trees.fresh(seed=1, image_size=image_size)
   )
   got = params["Transformer"]["posembed_input"]["pos_embedding"]
@@ -547,7 +547,7 @@ def test_summary_puts_blocks_together(tmp_path):
   path = trees.write(
     tmp_path, {f"params/{k}": v for k, v in saved.items()} | extra
   )
-  *_, report = pretrained.load(
+  *_, report = load.load(
     path, *trees.fresh("Rescale", image_size=12, seed=1, **sizes)
   )
   summary = report.summary()

@@ -12,8 +12,8 @@ import pytest
 import trees
 
 from rescalevit_jax import models
-from rescalevit_jax import positions
-from rescalevit_jax import pretrained
+from rescalevit_jax.pretrained import load
+from rescalevit_jax.pretrained import positions
 
 
 @pytest.fixture(params=parity.SOURCES)
@@ -60,7 +60,7 @@ def test_report_agrees_with_googles_loader(file, note, sizes, source):
   size = sizes.get("representation_size")
   google = log[f"{file}, representation_size={size}, num_classes {note}"]
   target = trees.fresh(num_classes=5, seed=1, **trees.SMALL | sizes)
-  params, _, report = pretrained.load(parity.path(file, source), *target)
+  params, _, report = load.load(parity.path(file, source), *target)
   keys = {
     kind: {old_numbering(k) for k in google[kind]}
     for kind in ("kept_unchanged", "replaced_by_init", "resized", "dropped")
@@ -91,7 +91,7 @@ def test_googles_own_new_names_load(tmp_path, source):
   renamed = {new(k): v for k, v in saved.items()}
   assert sum(k not in saved for k in renamed) == 4 * 14
   target = trees.fresh(num_classes=10, image_size=32, seed=1, **trees.SMALL)
-  params, _, _ = pretrained.load(trees.write(tmp_path, renamed), *target)
+  params, _, _ = load.load(trees.write(tmp_path, renamed), *target)
   trees.same(trees.flat(params, {}), saved)
 
 
@@ -105,9 +105,9 @@ def test_the_originals_weights_and_statistics_load_whole(
     if not k.startswith("ref/")
   }
   target = trees.fresh(norm, num_classes=10, image_size=32, **trees.SMALL)
-  *loaded, report = pretrained.load(trees.write(tmp_path, saved), *target)
+  *loaded, report = load.load(trees.write(tmp_path, saved), *target)
   trees.same(trees.flat(*loaded), saved)
-  assert report == pretrained.Report(loaded=report.loaded)
+  assert report == load.Report(loaded=report.loaded)
 
 
 @pytest.mark.parametrize("norm", ["LN", "BN", "GN", "Rescale"])
@@ -116,7 +116,7 @@ def test_nothing_that_the_original_loads_is_lost(norm, source):
   target = trees.fresh(
     norm, num_classes=10, image_size=32, seed=1, **trees.SMALL
   )
-  *_, report = pretrained.load(
+  *_, report = load.load(
     parity.path("google.npz", source), *target, reinit_head=True
   )
   loaded, initial = grouped(report.loaded), grouped(report.initial)
@@ -144,9 +144,7 @@ def outputs(
     **settings,
   )
   model = models.create("ViT-B_16", gelu=gelu, **settings)
-  params, _, _ = pretrained.load(
-    parity.path(file, source), *trees.fresh(**settings)
-  )
+  params, _, _ = load.load(parity.path(file, source), *trees.fresh(**settings))
   if head is not None:
     assert not params["head"]["kernel"].any()
     params["head"] = dict(zip(("kernel", "bias"), head, strict=True))
@@ -180,7 +178,7 @@ def test_outputs(gelu, ref, source):
 
 def test_position_embedding_of_larger_images(source):
   target = trees.fresh(num_classes=5, image_size=48, **trees.SMALL)
-  params, _, _ = pretrained.load(parity.path("google.npz", source), *target)
+  params, _, _ = load.load(parity.path("google.npz", source), *target)
   close(
     params["Transformer"]["posembed_input"]["pos_embedding"],
     parity.arrays("google_ref.npz", source)["google/resized_posemb"],

@@ -7,9 +7,9 @@ import numpy as np
 import programs
 import pytest
 
-from rescalevit_jax import augment
-from rescalevit_jax import experiment
+from rescalevit_jax.augment import preprocess
 from rescalevit_jax.models import vit
+from rescalevit_jax.training import experiment
 
 probe = programs.load("probe")
 
@@ -119,10 +119,10 @@ def test_norms_that_gather_statistics_have_them(norm, tiny_config):
   tiny_config.augment.crop = False
   found = probe.measure(tiny_config, False)
   parts = experiment.create(tiny_config)
-  state = parts.scratch()
+  state = parts.init_state()
   # Those of the probe itself, as in training mode.
   model, x = parts.model, parts.dataset.test.images[:64]
-  x = augment.prepare(x, tiny_config.image_size)
+  x = preprocess.prepare(x, tiny_config.image_size)
   variables = {"params": state.params, "batch_stats": state.batch_stats}
   _, seen = model.apply(
     variables,

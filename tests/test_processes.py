@@ -18,10 +18,10 @@ import numpy as np
 import pytest
 import tiny_sweep
 
-from rescalevit_jax import checkpoint
 from rescalevit_jax import errors
-from rescalevit_jax import processes as processes_lib
-from rescalevit_jax import runs
+from rescalevit_jax.distributed import processes as processes_lib
+from rescalevit_jax.runs import checkpoint
+from rescalevit_jax.runs import run_reader
 
 DEVICES = 4  # Of all processes together.
 
@@ -159,7 +159,7 @@ def test_processes_on_hosts_of_their_own(setting, alone, tmp_path):
   except PermissionError as e:
     pytest.skip(f"network namespaces cannot be made here: {e}")
   # Each process has half of them.
-  assert len(runs.read(tmp_path).result["devices"]) == DEVICES
+  assert len(run_reader.read(tmp_path).result["devices"]) == DEVICES
   assert_same_numbers(alone, tmp_path)
 
 

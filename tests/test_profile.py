@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from rescalevit_jax import train
+from rescalevit_jax.training import train
 
 
 def files(folder):

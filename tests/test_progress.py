@@ -6,8 +6,9 @@ import jax
 import pytest
 
 from rescalevit_jax import models
-from rescalevit_jax import progress
 from rescalevit_jax.models import flops
+from rescalevit_jax.runtime import terminal
+from rescalevit_jax.training import progress
 
 
 @pytest.mark.parametrize(
@@ -22,7 +23,7 @@ from rescalevit_jax.models import flops
   ],
 )
 def test_durations_are_short(seconds, text):
-  assert progress.duration(seconds) == text
+  assert terminal.duration(seconds) == text
 
 
 class Clock:

@@ -7,7 +7,7 @@ import pytest
 
 from rescalevit_jax import config as config_lib
 from rescalevit_jax import errors
-from rescalevit_jax import published
+from rescalevit_jax.analysis import reference_results
 
 HEADER = "dataset,model,norm,pretrained,step,valid_loss,valid_accuracy\n"
 
@@ -20,20 +20,20 @@ def config(**changes):
 
 
 def test_figures():
-  figures = published.FIGURES
+  figures = reference_results.FIGURES
   assert len(figures) == 27
   assert figures["cifar100", "ViT-B_16", "Rescale", False] == (
-    published.Figures(0.3609, 0.3554, 162.6)
+    reference_results.Figures(0.3609, 0.3554, 162.6)
   )
   assert figures["cifar10", "ViT-L_16", "LN", True] == (
-    published.Figures(0.9899, 0.9899, 308.2)
+    reference_results.Figures(0.9899, 0.9899, 308.2)
   )
   for key, run in figures.items():
     dataset, model, norm, pretrained = key
     changes = {"dataset": dataset, "model_name": model, "model__norm": norm}
     changes["pretrained_path"] = f"in21k/{model}.npz" if pretrained else None
     changes["batch"] = 64 if model == "ViT-L_16" else 128
-    assert published.match(config(**changes)) == key
+    assert reference_results.match(config(**changes)) == key
     assert 0 < run.last_accuracy <= run.best_accuracy < 1
 
 
@@ -45,24 +45,26 @@ def test_all_figures_are_those_of_the_logs():
     whole = [r for r in csv.DictReader(f) if r["evaluations"] == "200"]
   assert {
     (r["dataset"], r["model"], r["norm"], r["pretrained"] == "True"): (
-      published.Figures(
+      reference_results.Figures(
         float(r["best_accuracy_seen"]),
         float(r["last_accuracy"]),
         float(r["minutes_rtx3090"]),
       )
     )
     for r in whole
-  } == published.FIGURES
+  } == reference_results.FIGURES
 
 
 @pytest.mark.parametrize("key", ["BN", "GN", "Rescale"])
 def test_runs_that_were_cut_off_have_no_figures(key):
-  assert ("cifar100", "ViT-L_16", key, False) not in published.FIGURES
+  assert ("cifar100", "ViT-L_16", key, False) not in reference_results.FIGURES
 
 
 def test_weights_of_ones_own_are_not_the_published_ones():
-  assert published.match(config(pretrained_path="ViT-B_32.npz")) is None
-  assert published.match(config(pretrained_path="my_cifar100.npz")) is None
+  assert reference_results.match(config(pretrained_path="ViT-B_32.npz")) is None
+  assert (
+    reference_results.match(config(pretrained_path="my_cifar100.npz")) is None
+  )
 
 
 @pytest.mark.parametrize(
@@ -76,7 +78,7 @@ def test_weights_of_ones_own_are_not_the_published_ones():
   ],
 )
 def test_match_whatever_does_not_change_the_recipe(changes):
-  assert published.match(config(**changes)) == (
+  assert reference_results.match(config(**changes)) == (
     "cifar10",
     "ViT-B_16",
     "LN",
@@ -86,7 +88,7 @@ def test_match_whatever_does_not_change_the_recipe(changes):
 
 def test_match_tells_pretrained_from_scratch():
   keys = {
-    published.match(config(pretrained_path=path))
+    reference_results.match(config(pretrained_path=path))
     for path in (None, "ViT-B_16.npz", "/in21k/ViT-B_16.npz")
   }
   assert keys == {
@@ -112,7 +114,7 @@ def test_match_tells_pretrained_from_scratch():
   ],
 )
 def test_no_match_of_another_recipe(changes):
-  assert published.match(config(**changes)) is None
+  assert reference_results.match(config(**changes)) is None
 
 
 def test_read_curves(tmp_path):
@@ -124,11 +126,11 @@ def test_read_curves(tmp_path):
     + "x,cifar10,ViT-B_32,LN,0,100,2.5,0.25\n"
     + "x,cifar10,ViT-B_32,LN,1,100,1.5,0.75\n"
   )
-  assert published.read_curves(path) == {
-    ("cifar10", "ViT-B_32", "LN", True): published.Curve(
+  assert reference_results.read_curves(path) == {
+    ("cifar10", "ViT-B_32", "LN", True): reference_results.Curve(
       (100, 200), (1.5, 0.5), (0.75, 0.9)
     ),
-    ("cifar10", "ViT-B_32", "LN", False): published.Curve(
+    ("cifar10", "ViT-B_32", "LN", False): reference_results.Curve(
       (100,), (2.5,), (0.25,)
     ),
   }
@@ -151,7 +153,7 @@ def test_read_curves_names_what_is_wrong(text, words, tmp_path):
   path = tmp_path / "curves.csv"
   path.write_text(text if text[:7] in ("", "dataset") else HEADER + text)
   with pytest.raises(errors.UserError) as e:
-    published.read_curves(path)
+    reference_results.read_curves(path)
   for word in [str(path), *words]:
     assert word in str(e.value)
 
@@ -162,4 +164,4 @@ def test_read_curves_without_such_a_file(data, tmp_path):
   if data is not None:
     path.write_bytes(data)
   with pytest.raises(errors.UserError, match=r"curves\.csv"):
-    published.read_curves(path)
+    reference_results.read_curves(path)

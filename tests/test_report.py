@@ -11,8 +11,8 @@ import sys
 import fake_runs
 import pytest
 
-from rescalevit_jax import progress
 from rescalevit_jax import report
+from rescalevit_jax.training import progress
 
 FILES = ("report.md", "report.csv", "runs.csv", "report.html")
 

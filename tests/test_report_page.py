@@ -6,8 +6,8 @@ import fake_runs
 import pytest
 
 from rescalevit_jax import config as config_lib
-from rescalevit_jax import plots
 from rescalevit_jax import report
+from rescalevit_jax.analysis import plots
 
 webdriver = pytest.importorskip("selenium.webdriver")
 

@@ -33,9 +33,9 @@ def test_plain_adds():
 
 
 def test_the_original_scales_the_residual_of_the_mlp_only():
-  close(joined("original", branch=5, num_blocks=9), X + Y)
+  close(joined("rescalevit", branch=5, num_blocks=9), X + Y)
   # Branch 6 is the MLP of block 3: sqrt(k / (k + 1)) x + scale L^(-1/2) y.
-  found = joined("original", [2.0], branch=6, num_blocks=9)
+  found = joined("rescalevit", [2.0], branch=6, num_blocks=9)
   close(found, 0.75**0.5 * X + 2 / 3 * Y)
 
 
@@ -51,13 +51,13 @@ def test_the_original_scales_the_residual_of_the_mlp_only():
 def test_rescale_is_that_of_the_paper_on_every_branch(branch, c, skip, weight):
   assert skip + weight == pytest.approx(1)  # Of the variance.
   kwargs = dict(branch=branch, num_blocks=9, c=c)
-  close(joined("rescale", **kwargs), skip**0.5 * X + weight**0.5 * Y)
-  found = joined("rescale", [3.0], **kwargs)
+  close(joined("rescalenet", **kwargs), skip**0.5 * X + weight**0.5 * Y)
+  found = joined("rescalenet", [3.0], **kwargs)
   close(found, skip**0.5 * X + 3 * weight**0.5 * Y)
 
 
 @pytest.mark.parametrize(
-  "kind", ["original", "rescale", "skipinit", "layerscale"]
+  "kind", ["rescalevit", "rescalenet", "skipinit", "layerscale"]
 )
 def test_gradients(kind):
   module = residuals.RESIDUALS[kind](4, branch=2, num_blocks=9)
@@ -125,16 +125,16 @@ def shapes(norm, residual):
 @pytest.mark.parametrize("norm", norms.NORMS)
 @pytest.mark.parametrize("kind", ["auto", *residuals.RESIDUALS])
 def test_every_norm_takes_every_residual(norm, kind):
-  """Names are a contract; `original` with Rescale has RescaleViT's."""
+  """Names are a contract; `rescalevit` with Rescale has RescaleViT's."""
   found, without = shapes(norm, kind), shapes(norm, "plain")
   want = {
     "plain": {},
-    "original": {"Rescale_2/scale": (1,)},
-    "rescale": {"RescaleNet_0/scale": (1,), "RescaleNet_2/scale": (1,)},
+    "rescalevit": {"Rescale_2/scale": (1,)},
+    "rescalenet": {"RescaleNet_0/scale": (1,), "RescaleNet_2/scale": (1,)},
     "skipinit": {"SkipInit_0/scale": (1,), "SkipInit_2/scale": (1,)},
     "layerscale": {"LayerScale_0/scale": (64,), "LayerScale_2/scale": (64,)},
   }
-  want["auto"] = want["original" if norm == "Rescale" else "plain"]
+  want["auto"] = want["rescalevit" if norm == "Rescale" else "plain"]
   added = {k: x.shape for k, x in found.items() if k not in without}
   assert added == want[kind]
   assert without.keys() <= found.keys()
@@ -146,7 +146,7 @@ def test_each_branch_has_its_number():
     "ViT-XS_4",
     num_classes=64,
     norm="Identity",
-    residual="rescale",
+    residual="rescalenet",
     residual_c=2.0,
     image_size=8,
     num_layers=2,

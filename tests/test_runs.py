@@ -8,7 +8,7 @@ import pytest
 
 from rescalevit_jax import config as config_lib
 from rescalevit_jax import errors
-from rescalevit_jax import runs
+from rescalevit_jax.runs import run_reader
 
 
 def write(folder, lines=(), result=None):
@@ -28,7 +28,7 @@ def test_reads_config_curves_and_result(tmp_path):
     '{"step": 4, "te',  # Cut off by a kill.
   ]
   write(tmp_path / "a", lines, result)
-  run = runs.read(tmp_path / "a")
+  run = run_reader.read(tmp_path / "a")
   assert run.config.total_steps == 20_000
   assert run.result == result
   assert run.step == 4
@@ -40,16 +40,16 @@ def test_reads_config_curves_and_result(tmp_path):
 def test_a_run_that_has_only_begun(tmp_path):
   write(tmp_path / "a")
   (tmp_path / "a" / "metrics.jsonl").unlink()
-  run = runs.read(tmp_path / "a")
+  run = run_reader.read(tmp_path / "a")
   assert (run.step, run.result, run.metrics) == (0, None, [])
 
 
 @pytest.mark.parametrize("name", ["config.json", "result.json"])
 def test_thousands_of_brackets_are_damage(name, tmp_path):
   write(tmp_path / "a", ['{"step": 1}\n', "[" * 100_000, '\n{"step": 2}\n'])
-  assert runs.read(tmp_path / "a").step == 2
+  assert run_reader.read(tmp_path / "a").step == 2
   (tmp_path / "a" / name).write_text("[" * 100_000)
-  (line,) = runs.find(tmp_path).damaged
+  (line,) = run_reader.find(tmp_path).damaged
   assert name in line and "damaged" in line and len(line.splitlines()) == 1
 
 
@@ -57,7 +57,7 @@ def test_thousands_of_brackets_are_damage(name, tmp_path):
 def test_a_result_that_is_no_number_is_damage(value, tmp_path):
   result = {"last_accuracy": 0.1, "best_accuracy": value, "best_step": 1}
   write(tmp_path / "a", result=result)
-  (line,) = runs.find(tmp_path).damaged
+  (line,) = run_reader.find(tmp_path).damaged
   assert line.startswith(f"{tmp_path}/a/result.json: damaged")
 
 
@@ -68,7 +68,7 @@ def test_runs_of_several_folders_are_read_once_and_the_rest_is_named(
   write(tmp_path / "b" / "too")
   write(tmp_path / "b" / "bad")
   (tmp_path / "b" / "bad" / "config.json").write_text("{")
-  found = runs.find_each([tmp_path / "a", tmp_path / "b", tmp_path / "b"])
+  found = run_reader.find_each([tmp_path / "a", tmp_path / "b", tmp_path / "b"])
   assert [run.workdir.name for run in found] == ["good", "too"]
   (line,) = capsys.readouterr().err.splitlines()
   assert line.startswith("left out: ") and "bad" in line
@@ -81,7 +81,7 @@ def test_finds_runs_below_and_names_the_damaged(tmp_path):
   (tmp_path / "bad" / "result.json").write_text("{")
   write(tmp_path / "worse")
   (tmp_path / "worse" / "config.json").write_bytes(b"\xff")
-  found = runs.find(tmp_path)
+  found = run_reader.find(tmp_path)
   assert [run.workdir.name for run in found.runs] == ["b", "a"]
   damaged = found.damaged
   assert len(damaged) == 2 and not found.not_begun
@@ -95,7 +95,7 @@ def test_config_files_of_other_programs_are_named(tmp_path, text):
   write(tmp_path / "a")
   (tmp_path / "other").mkdir()
   (tmp_path / "other" / "config.json").write_text(text)
-  found = runs.find(tmp_path)
+  found = run_reader.find(tmp_path)
   assert len(found.runs) == 1 and len(found.damaged) == 1
   assert str(tmp_path / "other" / "config.json") in found.damaged[0]
 
@@ -104,7 +104,7 @@ def test_a_norm_of_another_version_is_named(tmp_path):
   write(tmp_path / "a")
   path = tmp_path / "a" / "config.json"
   path.write_text(path.read_text().replace('"LN"', '"InstanceNorm"'))
-  assert "InstanceNorm" in runs.find(tmp_path).damaged[0]
+  assert "InstanceNorm" in run_reader.find(tmp_path).damaged[0]
 
 
 def test_a_run_that_failed_before_it_began_is_named(tmp_path):
@@ -117,15 +117,15 @@ def test_a_run_that_failed_before_it_began_is_named(tmp_path):
   }.items():
     (tmp_path / name).mkdir(exist_ok=True)
     (tmp_path / name / "log.txt").write_text(text)
-  found = runs.find(tmp_path)
+  found = run_reader.find(tmp_path)
   assert len(found.runs) == 1 and not found.damaged
   assert found.not_begun == [
     f"{tmp_path / 'b'}: error: no weights",
     f"{tmp_path / 'c'}",
   ]
-  assert not runs.find(tmp_path / "a").not_begun
+  assert not run_reader.find(tmp_path / "a").not_begun
   with pytest.raises(errors.UserError, match="no runs there"):
-    runs.find(tmp_path / "b")
+    run_reader.find(tmp_path / "b")
 
 
 def test_links_are_followed_and_runs_read_once(tmp_path):
@@ -134,7 +134,7 @@ def test_links_are_followed_and_runs_read_once(tmp_path):
   (tmp_path / "runs" / "x").symlink_to(tmp_path / "elsewhere" / "a")
   (tmp_path / "runs" / "y").symlink_to(tmp_path / "elsewhere" / "a")
   (tmp_path / "runs" / "back").symlink_to(tmp_path / "runs")
-  found = runs.find(tmp_path / "runs")
+  found = run_reader.find(tmp_path / "runs")
   assert [run.workdir.name for run in found.runs] == ["x"]
   assert not found.damaged
 
@@ -142,7 +142,7 @@ def test_links_are_followed_and_runs_read_once(tmp_path):
 def test_a_run_keeps_its_own_name(tmp_path):
   write(tmp_path / "deep" / "run")
   (tmp_path / "alias").symlink_to(tmp_path / "deep" / "run")
-  (run,) = runs.find(tmp_path).runs
+  (run,) = run_reader.find(tmp_path).runs
   assert run.workdir == tmp_path / "deep" / "run"
 
 
@@ -150,13 +150,13 @@ def test_a_run_keeps_its_own_name(tmp_path):
 def test_a_folder_that_cannot_be_listed_is_named(tmp_path):
   write(tmp_path / "a")
   (tmp_path / "closed").mkdir(mode=0)
-  (line,) = runs.find(tmp_path).damaged
+  (line,) = run_reader.find(tmp_path).damaged
   assert line.startswith(f"{tmp_path / 'closed'}: cannot be listed")
 
 
 def test_a_value_that_is_no_number_is_left_out_of_a_curve(tmp_path):
   write(tmp_path / "a", ['{"step": 1, "x": null}\n', '{"step": 2, "x": 3}\n'])
-  assert runs.read(tmp_path / "a").curve("x") == ([2], [3])
+  assert run_reader.read(tmp_path / "a").curve("x") == ([2], [3])
 
 
 def test_groups_differ_in_more_than_the_seed(tmp_path):
@@ -171,10 +171,12 @@ def test_groups_differ_in_more_than_the_seed(tmp_path):
   for i, change in enumerate(changes):
     config = config_lib.default()
     config.update(change)
-    found.append(runs.Run(tmp_path / str(i), config, None, []))
-  names = [[run.workdir.name for run in group] for group in runs.group(found)]
+    found.append(run_reader.Run(tmp_path / str(i), config, None, []))
+  names = [
+    [run.workdir.name for run in group] for group in run_reader.group(found)
+  ]
   assert names == [["2", "0"], ["1"], ["3"], ["4"]]
-  keys = runs.varied_keys([run.config for run in found])
+  keys = run_reader.varied_keys([run.config for run in found])
   assert keys == ["base_lr", "pretrained_path"]
 
 
@@ -183,12 +185,12 @@ def test_a_line_of_metrics_that_is_no_text_is_left_out(tmp_path):
   (tmp_path / "a" / "metrics.jsonl").write_bytes(
     b'{"step": 1, "x": 1}\n\xff\xfe\n{"step": 2, "x": 3}\n'
   )
-  assert runs.read(tmp_path / "a").curve("x") == ([1, 2], [1, 3])
+  assert run_reader.read(tmp_path / "a").curve("x") == ([1, 2], [1, 3])
 
 
 @pytest.mark.parametrize("name", ["", "nowhere"])
 def test_no_runs(tmp_path, name):
   with pytest.raises(errors.UserError, match="no "):
-    runs.find(tmp_path / name)
+    run_reader.find(tmp_path / name)
   with pytest.raises(errors.UserError, match="no run there"):
-    runs.read(tmp_path / name)
+    run_reader.read(tmp_path / name)

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from rescalevit_jax import errors
-from rescalevit_jax import sharding
+from rescalevit_jax.distributed import sharding
 
 
 @pytest.mark.parametrize(
@@ -104,7 +104,7 @@ def test_fsdp_gathers_parameters_and_no_activations(digits_dir):
 def test_place(shape, fsdp, expected):
   mesh = jax.sharding.AbstractMesh((8,), ("data",))
   array = jax.ShapeDtypeStruct(shape, np.float32)
-  assert sharding.place(array, mesh, fsdp).spec == jax.P(*expected)
+  assert sharding.create(array, mesh, fsdp).spec == jax.P(*expected)
 
 
 def test_put_places_whole_arrays_and_parts():

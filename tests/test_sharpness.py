@@ -11,7 +11,7 @@ import numpy as np
 import optax
 import pytest
 
-from rescalevit_jax import sharpness
+from rescalevit_jax.training import sharpness
 
 IMAGES = np.random.default_rng(0).uniform(-1, 1, (6, 4, 4, 3))
 IMAGES = IMAGES.astype(np.float32)

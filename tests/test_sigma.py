@@ -8,8 +8,8 @@ import trees
 
 from rescalevit_jax import errors
 from rescalevit_jax import models
-from rescalevit_jax import pretrained
 from rescalevit_jax.models import sigma
+from rescalevit_jax.pretrained import load
 
 X = np.random.default_rng(0).normal(size=(4, 3, 2, 6)).astype(np.float32)
 
@@ -94,9 +94,9 @@ def test_a_file_with_the_other_layers_computes_the_same(file_has_it, tmp_path):
     return model.apply({"params": params, "batch_stats": batch_stats}, x)
 
   theirs = trees.fresh(sigma_reparam=file_has_it, seed=1)
-  pretrained.save(tmp_path / "a.npz", *theirs)
+  load.save(tmp_path / "a.npz", *theirs)
   ours = trees.fresh(sigma_reparam=not file_has_it, seed=2)
-  *loaded, report = pretrained.load(tmp_path / "a.npz", *ours)
+  *loaded, report = load.load(tmp_path / "a.npz", *ours)
   np.testing.assert_allclose(
     logits(loaded, not file_has_it),
     logits(theirs, file_has_it),
@@ -115,7 +115,7 @@ def test_a_file_without_a_singular_vector_is_refused(tmp_path):
   del arrays[key]
   path = trees.write(tmp_path, arrays)
   with pytest.raises(errors.UserError, match="sigma_reparam.*singular_vector"):
-    pretrained.load(path, *trees.fresh())
+    load.load(path, *trees.fresh())
 
 
 @pytest.mark.parametrize(
@@ -134,7 +134,7 @@ def test_a_file_with_other_shapes_is_refused(leaf, change, tmp_path):
     arrays[key] = change(arrays[key])
   path = trees.write(tmp_path, arrays)
   with pytest.raises(errors.UserError, match=rf"query/.*{leaf}.*not \(1,\)"):
-    pretrained.load(path, *trees.fresh())
+    load.load(path, *trees.fresh())
 
 
 def test_a_kernel_of_zeros_has_no_singular_vector(tmp_path):
@@ -143,4 +143,4 @@ def test_a_kernel_of_zeros_has_no_singular_vector(tmp_path):
   arrays[key] = np.zeros_like(arrays[key])
   path = trees.write(tmp_path, arrays)
   with pytest.raises(errors.UserError, match="query/kernel is all zeros"):
-    pretrained.load(path, *trees.fresh(sigma_reparam=True))
+    load.load(path, *trees.fresh(sigma_reparam=True))

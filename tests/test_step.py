@@ -9,19 +9,20 @@ import numpy as np
 import optax
 import pytest
 
-from rescalevit_jax import augment
-from rescalevit_jax import mixing
 from rescalevit_jax import models
-from rescalevit_jax import optimizer
-from rescalevit_jax import step
+from rescalevit_jax.augment import mixing
+from rescalevit_jax.augment import preprocess
+from rescalevit_jax.optim import optimizer
+from rescalevit_jax.training import train_state
+from rescalevit_jax.training import train_step as train_step_lib
 
 SIZE = 8
 IMAGES = np.random.default_rng(0).integers(0, 256, (24, 8, 8, 3), np.uint8)
 LABELS = np.random.default_rng(1).integers(0, 3, 24).astype(np.int32)
 # 12 of the 24 images, in any order.
 BATCH = np.random.default_rng(2).permutation(24)[:12].astype(np.int32)
-WHOLE = augment.Augment(crop=False)
-CROPS = augment.Augment(flip=True)
+WHOLE = preprocess.Augment(crop=False)
+CROPS = preprocess.Augment(flip=True)
 
 
 @functools.cache
@@ -51,7 +52,7 @@ DESCENT = optimizer.sgd(
 
 @functools.cache
 def scratch_of(norm):
-  return step.init_state(model_of(norm), DESCENT, SIZE, seed=0)
+  return train_state.init_state(model_of(norm), DESCENT, SIZE, seed=0)
 
 
 @functools.cache
@@ -78,7 +79,7 @@ def train_step_of(
   mixing=mixing.NOTHING,
 ):
   train_step = functools.partial(
-    step.train_step,
+    train_step_lib.train_step,
     model=model_of(norm, dropout_rate),
     optimizer=sgd,
     augment=settings,
@@ -115,8 +116,8 @@ def check_close(a, b, atol=1e-5):
 
 
 def test_initial_state_depends_on_the_seed_only():
-  again = step.init_state(model_of("LN"), DESCENT, SIZE, seed=0)
-  other = step.init_state(model_of("LN"), DESCENT, SIZE, seed=1)
+  again = train_state.init_state(model_of("LN"), DESCENT, SIZE, seed=0)
+  other = train_state.init_state(model_of("LN"), DESCENT, SIZE, seed=1)
   assert same(again, scratch_of("LN"))
   assert not same(other.params, again.params)
   assert again.step == 0
@@ -231,7 +232,7 @@ def test_each_micro_batch_counts_in_the_statistics(norm):
   start = start_of(norm)
   statistics, losses = start.batch_stats, []
   for indices in BATCH.reshape(3, 4):
-    loss, statistics = step.loss_fn(
+    loss, statistics = train_step_lib.loss_fn(
       start.params,
       statistics,
       pixels(indices),
@@ -277,7 +278,7 @@ def test_loss_that_is_not_finite_shows_in_the_metrics():
 def test_averages_are_those_of_what_was_trained(norm):
   start = start_of(norm)
   averaging = start.replace(ema=jax.tree.map(jnp.copy, start.evaluated))
-  plain = step.train_step
+  plain = train_step_lib.train_step
   small = optimizer.sgd(
     optax.constant_schedule(0.1), momentum=0, weight_decay=0, grad_norm_clip=0
   )
@@ -333,7 +334,7 @@ def test_mixing_differs_between_seeds_and_steps():
 
 @functools.partial(jax.jit, static_argnames=("model", "image_size"))
 def eval_step(*args, model, image_size):
-  return step.eval_step(*args, model=model, image_size=image_size)
+  return train_step_lib.eval_step(*args, model=model, image_size=image_size)
 
 
 def evaluate(indices, mask, norm="BN", params=None):
@@ -391,9 +392,9 @@ def test_evaluation_resizes_images():
     num_heads=2,
     num_layers=1,
   )
-  state = step.init_state(model, DESCENT, 12, seed=0)
+  state = train_state.init_state(model, DESCENT, 12, seed=0)
   logits = model.apply(
-    {"params": state.params}, augment.prepare(IMAGES[BATCH], 12)
+    {"params": state.params}, preprocess.prepare(IMAGES[BATCH], 12)
   )
   want = -jax.nn.log_softmax(logits)[np.arange(12), LABELS[BATCH]].sum()
   got = eval_step(

@@ -4,7 +4,7 @@ import fake_runs
 import pytest
 
 from rescalevit_jax import errors
-from rescalevit_jax.report import study as study_lib
+from rescalevit_jax.report import run_groups
 
 
 def names(study):
@@ -17,7 +17,7 @@ def test_seeds_and_keys_that_change_no_number_share_a_group(tmp_path):
   fake_runs.write(tmp_path / "c" / "d", {"seed": 0, "batch_eval": 7}, {})
   fake_runs.write(tmp_path / "e", {"dtype": "float32"}, {})
   fake_runs.write(tmp_path / "f", {"base_lr": 0.1}, {})
-  study = study_lib.collect(tmp_path)
+  study = run_groups.collect(tmp_path)
   assert sorted(names(study)) == [["c/d", "b", "a"], ["e"], ["f"]]
   assert study.varied == ("base_lr", "dtype")
 
@@ -35,7 +35,7 @@ def test_order(tmp_path):
   for i, values in enumerate(expected):
     config = dict(zip((*keys, "image_size"), values, strict=True))
     fake_runs.write(tmp_path / f"{999 - i}", config, {})
-  study = study_lib.collect(tmp_path)
+  study = run_groups.collect(tmp_path)
   assert names(study) == [[f"{999 - i}"] for i in range(len(expected))]
   assert study.varied == ()
 
@@ -43,7 +43,7 @@ def test_order(tmp_path):
 def test_groups_with_and_without_a_value_can_be_sorted(tmp_path):
   for i, size in enumerate((96, None, 48)):
     fake_runs.write(tmp_path / f"{i}", {"model.hidden_size": size}, {})
-  study = study_lib.collect(tmp_path)
+  study = run_groups.collect(tmp_path)
   assert names(study) == [["1"], ["2"], ["0"]]
   assert study.varied == ("model.hidden_size",)
 
@@ -53,9 +53,9 @@ def test_the_pretrained_file_is_told_where_one_model_has_several(tmp_path):
   fake_runs.write(tmp_path / "a", b, {})
   fake_runs.write(tmp_path / "b", b | {"pretrained_path": "b.npz"}, {})
   fake_runs.write(tmp_path / "c", large | {"pretrained_path": "l.npz"}, {})
-  assert study_lib.collect(tmp_path).varied == ()
+  assert run_groups.collect(tmp_path).varied == ()
   fake_runs.write(tmp_path / "d", b | {"pretrained_path": "d.npz"}, {})
-  assert study_lib.collect(tmp_path).varied == ("pretrained_path",)
+  assert run_groups.collect(tmp_path).varied == ("pretrained_path",)
 
 
 def test_unfinished_and_damaged_runs_are_apart(tmp_path):
@@ -67,7 +67,7 @@ def test_unfinished_and_damaged_runs_are_apart(tmp_path):
   fake_runs.write(tmp_path / "no loss", {"seed": 3}, {"last_loss": None})
   fake_runs.write(tmp_path / "text", {"seed": 3}, {"best_accuracy": "0.5"})
   fake_runs.write(tmp_path / "foreign", {"seed": -1}, {})
-  study = study_lib.collect(tmp_path)
+  study = run_groups.collect(tmp_path)
   assert names(study) == [["ok"]]
   assert [study.name(run) for run in study.unfinished] == ["open"]
   assert study.varied == ()
@@ -86,20 +86,20 @@ def test_unfinished_and_damaged_runs_are_apart(tmp_path):
 
 def test_a_single_run_has_the_name_of_its_folder(tmp_path):
   run = fake_runs.write(tmp_path / "alone", {}, {})
-  assert names(study_lib.collect(run)) == [["alone"]]
+  assert names(run_groups.collect(run)) == [["alone"]]
 
 
 def test_no_runs(tmp_path):
   with pytest.raises(errors.UserError):
-    study_lib.collect(tmp_path)
+    run_groups.collect(tmp_path)
   with pytest.raises(errors.UserError):
-    study_lib.collect(tmp_path / "none")
+    run_groups.collect(tmp_path / "none")
 
 
 @pytest.mark.parametrize("key", ["devices", "versions"])
 def test_a_result_without_its_hardware_is_damaged(key, tmp_path):
   fake_runs.write(tmp_path / "a", {}, {key: None})
-  study = study_lib.collect(tmp_path)
+  study = run_groups.collect(tmp_path)
   assert not study.finished and key in study.damaged[0]
 
 
@@ -107,6 +107,6 @@ def test_a_result_without_its_hardware_is_damaged(key, tmp_path):
 def test_a_result_that_is_no_number_is_damaged(tmp_path, value):
   fake_runs.write(tmp_path / "a", {}, {"last_loss": value})
   fake_runs.write(tmp_path / "b", {"seed": 1}, {})
-  study = study_lib.collect(tmp_path)
+  study = run_groups.collect(tmp_path)
   assert [run.workdir.name for run in study.finished] == ["b"]
   assert "last_loss" in study.damaged[0]

@@ -14,10 +14,10 @@ import sys
 import pytest
 import tiny_sweep
 
-from rescalevit_jax import lock
 from rescalevit_jax import sweep
+from rescalevit_jax.runs import lock
+from rescalevit_jax.sweep import device_slots
 from rescalevit_jax.sweep import schedule
-from rescalevit_jax.sweep import slots
 
 CONFIG = f"--config={tiny_sweep.ROOT}/configs/quickstart.py"
 GRID = ("--grid=model.norm=LN,Rescale", "--grid=seed=0,1")
@@ -314,18 +314,18 @@ def test_planning_leaves_the_devices_alone(tmp_path, tiny):
 )
 def test_gpus_are_shared_out(count, jobs, visible, expected):
   environment = {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}
-  places = slots.share_out("gpu", count, jobs, environment)
+  places = device_slots.share_out("gpu", count, jobs, environment)
   assert [p["CUDA_VISIBLE_DEVICES"] for p in places] == expected
 
 
 def test_other_devices_are_shared_out():
-  assert slots.share_out("cpu", 1, None, {}) == [{}]
-  assert slots.share_out("cpu", 1, 3, {}) == [{}, {}, {}]
-  assert slots.share_out("tpu", 4, None, {}) == [{}]
+  assert device_slots.share_out("cpu", 1, None, {}) == [{}]
+  assert device_slots.share_out("cpu", 1, 3, {}) == [{}, {}, {}]
+  assert device_slots.share_out("tpu", 4, None, {}) == [{}]
   with pytest.raises(sweep.errors.UserError, match="there are 2 GPUs"):
-    slots.share_out("gpu", 2, 3, {})
+    device_slots.share_out("gpu", 2, 3, {})
   with pytest.raises(sweep.errors.UserError, match="one process"):
-    slots.share_out("tpu", 4, 2, {})
+    device_slots.share_out("tpu", 4, 2, {})
 
 
 def test_runs_take_the_gpus_of_their_place(tmp_path, monkeypatch):

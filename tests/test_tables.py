@@ -6,7 +6,7 @@ import io
 import fake_runs
 import pytest
 
-from rescalevit_jax.report import study as study_lib
+from rescalevit_jax.report import run_groups
 from rescalevit_jax.report import tables
 
 # Repeats the published ViT-B_32 with LN on cifar10: best 67.56, last 67.47.
@@ -37,7 +37,7 @@ def three(tmp_path):
     result |= {"images_per_second": speed}
     fake_runs.write(tmp_path / f"{seed}", PUBLISHED | {"seed": seed}, result)
   fake_runs.write(tmp_path / "open", PUBLISHED | {"seed": 3}, None)
-  return study_lib.collect(tmp_path)
+  return run_groups.collect(tmp_path)
 
 
 def test_means_and_deviations(three):
@@ -64,10 +64,10 @@ def test_difference_from_the_published_run(three):
 
 
 def test_accuracies_of_held_out_images_say_so(tmp_path):
-  held_out = PUBLISHED | {"data.held_out": 5000}
-  fake_runs.write(tmp_path / "one", held_out, {})
-  (row,) = shown(study_lib.collect(tmp_path))
-  assert row["data.held_out"] == "5000"
+  num_val = PUBLISHED | {"data.num_val": 5000}
+  fake_runs.write(tmp_path / "one", num_val, {})
+  (row,) = shown(run_groups.collect(tmp_path))
+  assert row["data.num_val"] == "5000"
   assert "published best, %" not in row
 
 
@@ -97,7 +97,7 @@ def test_what_is_shown(three):
 def test_a_single_run_has_no_deviation(tmp_path):
   speed = {"images_per_second": 0.0}
   fake_runs.write(tmp_path / "a", {"total_steps": 1000}, speed)
-  study = study_lib.collect(tmp_path)
+  study = run_groups.collect(tmp_path)
   (row,) = tables.rows(study)
   assert row["best_accuracy_mean"] == 0.5
   assert row["best_accuracy_sd"] is None
@@ -112,19 +112,19 @@ def test_a_single_run_has_no_deviation(tmp_path):
 def test_equal_runs_have_a_deviation_of_zero(tmp_path):
   for seed in (0, 1):
     fake_runs.write(tmp_path / f"{seed}", {"seed": seed}, {})
-  (line,) = shown(study_lib.collect(tmp_path))
+  (line,) = shown(run_groups.collect(tmp_path))
   assert line["best accuracy, %"] == "50.0 ± 0.00"
 
 
 def test_published_columns_only_beside_a_published_recipe(tmp_path):
   fake_runs.write(tmp_path / "a", PUBLISHED | {"base_lr": 0.1}, {})
-  study = study_lib.collect(tmp_path)
+  study = run_groups.collect(tmp_path)
   assert not any("published" in c.heading for c in tables.columns(study))
   (row,) = tables.rows(study)
   assert row["published_best_accuracy"] is None
   assert row["best_accuracy_difference"] is None
   fake_runs.write(tmp_path / "b", PUBLISHED, {"best_accuracy": 0.6758})
-  other, same = shown(study_lib.collect(tmp_path))[::-1]
+  other, same = shown(run_groups.collect(tmp_path))[::-1]
   assert other["published best, %"] == tables.NOTHING
   assert other["difference, best"] == tables.NOTHING
   assert same["difference, best"] == "0.0"
@@ -134,7 +134,7 @@ def test_a_key_in_which_groups_differ_has_a_column(tmp_path):
   for i, (rate, size) in enumerate([(0.05, None), (0.5, 96)]):
     config = {"base_lr": rate, "model.hidden_size": size}
     fake_runs.write(tmp_path / f"{i}", config, {})
-  study = study_lib.collect(tmp_path)
+  study = run_groups.collect(tmp_path)
   lines = shown(study)
   assert [line["base_lr"] for line in lines] == ["0.05", "0.5"]
   assert [line["model.hidden_size"] for line in lines] == [tables.NOTHING, "96"]
@@ -149,7 +149,7 @@ def test_a_key_in_which_groups_differ_has_a_column(tmp_path):
 def test_csv_has_full_precision(tmp_path):
   best = 0.12345678901234567
   fake_runs.write(tmp_path / "a", {}, {"best_accuracy": best})
-  study = study_lib.collect(tmp_path)
+  study = run_groups.collect(tmp_path)
   (row,) = read(tables.to_csv(tables.rows(study)))
   assert float(row["best_accuracy_mean"]) == best
   (row,) = read(tables.to_csv(tables.run_rows(study)))
@@ -173,7 +173,7 @@ def test_a_row_for_each_run(three):
 def test_left_out(three, tmp_path):
   (tmp_path / "bad").mkdir()
   (tmp_path / "bad" / "config.json").write_text("?")
-  sections = dict(tables.left_out(study_lib.collect(tmp_path)))
+  sections = dict(tables.left_out(run_groups.collect(tmp_path)))
   assert sections["Unfinished"] == ["open: step 300 of 20000"]
   assert sections["Damaged"][0].startswith("bad/config.json: ")
   assert list(dict(tables.left_out(three))) == ["Unfinished"]
@@ -181,7 +181,7 @@ def test_left_out(three, tmp_path):
 
 def test_a_run_that_failed_says_why(three, tmp_path):
   (tmp_path / "open" / "log.txt").write_text("step 300\nerror: loss nan\n")
-  sections = dict(tables.left_out(study_lib.collect(tmp_path)))
+  sections = dict(tables.left_out(run_groups.collect(tmp_path)))
   assert sections["Unfinished"] == ["open: step 300 of 20000; error: loss nan"]
 
 

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from rescalevit_jax import errors
-from rescalevit_jax import tensorflow_cpu
-from rescalevit_jax import tfrecord
+from rescalevit_jax.data import tfrecord
+from rescalevit_jax.runtime import tensorflow_cpu
 
 
 def crc32c(data):

@@ -11,19 +11,19 @@ import pytest
 import recipes
 from tensorboard.backend.event_processing import event_accumulator
 
-from rescalevit_jax import attention_plots
-from rescalevit_jax import checkpoint
-from rescalevit_jax import data
 from rescalevit_jax import errors
-from rescalevit_jax import evaluate
-from rescalevit_jax import experiment
-from rescalevit_jax import interrupt
-from rescalevit_jax import loop
-from rescalevit_jax import pretrained
-from rescalevit_jax import progress
-from rescalevit_jax import step
-from rescalevit_jax import train
-from rescalevit_jax import writers
+from rescalevit_jax.analysis import attention_plots
+from rescalevit_jax.data import dataset
+from rescalevit_jax.pretrained import load
+from rescalevit_jax.runs import checkpoint
+from rescalevit_jax.runs import metric_writers
+from rescalevit_jax.training import evaluate
+from rescalevit_jax.training import experiment
+from rescalevit_jax.training import preemption
+from rescalevit_jax.training import progress
+from rescalevit_jax.training import train
+from rescalevit_jax.training import train_step
+from rescalevit_jax.training import trainer
 
 
 def lines(workdir):
@@ -49,7 +49,7 @@ def stop_at(monkeypatch):
   """Makes runs behave as if a signal had come during a certain step."""
 
   def arrange(step_number, times=1):
-    real = loop.Trainer._step
+    real = trainer.Trainer._step
     left = [times]
 
     def stopping(self, *batch):
@@ -58,7 +58,7 @@ def stop_at(monkeypatch):
         left[0] -= 1
         raise InterruptedError
 
-    monkeypatch.setattr(loop.Trainer, "_step", stopping)
+    monkeypatch.setattr(trainer.Trainer, "_step", stopping)
 
   return arrange
 
@@ -114,10 +114,10 @@ def test_what_the_timing_leaves_out_is_no_time_of_a_step(
 
     monkeypatch.setattr(owner, name, noting)
 
-  note(loop.Trainer, "_step")
+  note(trainer.Trainer, "_step")
   note(progress.Timer, "first_step_done")
   note(progress.Timer, "restart")
-  note(writers.MetricWriter, "open")
+  note(metric_writers.MetricWriter, "open")
   tiny_config.diagnostics_every = 3
   train.train_and_evaluate(tiny_config, tmp_path)
   of_steps = [call for call in calls if call[0] == "_step"]
@@ -142,7 +142,7 @@ def test_what_the_timing_leaves_out_is_no_time_of_a_step(
     ("BN", {}, (3, 7)),
     ("GN", {}, (11,)),
     ("Rescale", {}, (3, 7, 11)),
-    ("Cal", {"residual": "rescale", "sigma_reparam": True}, (3, 7)),
+    ("Cal", {"residual": "rescalenet", "sigma_reparam": True}, (3, 7)),
     ("Derf", {"residual": "skipinit", "qk_norm": True}, (7,)),
     ("BN2", {"residual": "layerscale", "init": "unit"}, (11,)),
   ],
@@ -207,7 +207,7 @@ def test_a_signal_during_evaluation_saves_and_evaluates_later(
     stop.requested = True
     return real(self, params, batch_stats, stopped)
 
-  stop = interrupt.Interrupt()
+  stop = preemption.Interrupt()
   monkeypatch.setattr(train.interrupt, "Interrupt", lambda: stop)
   monkeypatch.setattr(evaluate.Evaluator, "__call__", interrupted)
   assert train.train_and_evaluate(tiny_config, tmp_path / "b") is None
@@ -222,7 +222,7 @@ def test_an_evaluation_made_up_for_is_written_once(
 ):
   with monkeypatch.context() as patch:
     patch.setattr(evaluate.Evaluator, "__call__", lambda *args: stop_now())
-    stop = interrupt.Interrupt()
+    stop = preemption.Interrupt()
 
     def stop_now():
       stop.requested = True
@@ -243,7 +243,7 @@ def test_a_finished_run_does_nothing_again(
 ):
   shutil.copytree(default_run, tmp_path, dirs_exist_ok=True)
   result = json.loads((tmp_path / "result.json").read_text())
-  monkeypatch.setattr(data, "load", None)
+  monkeypatch.setattr(dataset, "load", None)
   assert train.train_and_evaluate(tiny_config, tmp_path) == result
 
 
@@ -284,7 +284,7 @@ def test_seeds_differ_and_repeat(tiny_config, tmp_path):
 def test_a_loss_that_is_not_finite_stops_the_run(
   tiny_config, tmp_path, monkeypatch
 ):
-  real = step.loss_fn
+  real = train_step.loss_fn
 
   def poisoned(params, batch_stats, images, labels, dropout_key, **kwargs):
     loss, batch_stats = real(
@@ -296,11 +296,11 @@ def test_a_loss_that_is_not_finite_stops_the_run(
     )
 
   def _is_batch_of_step(labels, number):
-    places = data.indices(0, number, 48, len(train_labels))
+    places = dataset.indices(0, number, 48, len(train_labels))
     return (labels == train_labels[places]).all()
 
-  train_labels = data.load("digits", tiny_config.tfds_data_dir).train.labels
-  monkeypatch.setattr(step, "loss_fn", poisoned)
+  train_labels = dataset.load("digits", tiny_config.tfds_data_dir).train.labels
+  monkeypatch.setattr(train_step, "loss_fn", poisoned)
   with pytest.raises(errors.UserError, match="step 7: loss nan.*step 4"):
     train.train_and_evaluate(tiny_config, tmp_path)
   assert all(np.isfinite(x).all() for x in weights(tmp_path))
@@ -313,9 +313,9 @@ def test_a_pretrained_file_is_where_a_run_starts(
 ):
   params, batch_stats, _ = checkpoint.load_variables(default_run, "latest")
   path = tmp_path / "a.npz"
-  pretrained.save(path, params, batch_stats)
+  load.save(path, params, batch_stats)
   tiny_config.pretrained_path = str(path)
-  state = experiment.first_state(experiment.create(tiny_config))
+  state = experiment.initial_state(experiment.create(tiny_config))
   for x, y in zip(
     jax.tree.leaves((state.params, state.batch_stats)),
     jax.tree.leaves((params, batch_stats)),
@@ -341,9 +341,9 @@ def test_a_file_of_another_norm_is_not_evaluated(
   source, norm, words, tiny_config, tmp_path
 ):
   tiny_config.model.norm = source
-  state = experiment.create(tiny_config).scratch()
+  state = experiment.create(tiny_config).init_state()
   path = tmp_path / "a.npz"
-  pretrained.save(path, state.params, state.batch_stats)
+  load.save(path, state.params, state.batch_stats)
   tiny_config.update({"pretrained_path": str(path)})
   tiny_config.eval_weights = "pretrained"
   assert evaluate.evaluate_run(tiny_config, tmp_path / "a")["examples"] == 360
@@ -441,7 +441,7 @@ def test_keeps_the_last_checkpoints_and_the_best(tiny_config, tmp_path):
 def test_attention_pictures_go_to_tensorboard_and_change_nothing(
   tiny_config, default_run, tmp_path
 ):
-  tiny_config.attention_images = True
+  tiny_config.log_attention = True
   train.train_and_evaluate(tiny_config, tmp_path / "with")
   assert_same_run(default_run, tmp_path / "with")
   board = event_accumulator.EventAccumulator(
@@ -465,7 +465,7 @@ def test_a_picture_that_fails_does_not_end_the_run(
     raise ValueError("no ink")
 
   monkeypatch.setattr(attention_plots, "draw_all", fail)
-  tiny_config.attention_images = True
+  tiny_config.log_attention = True
   with caplog.at_level("WARNING", "rescalevit_jax"):
     assert train.train_and_evaluate(tiny_config, tmp_path)["last_step"] == 12
   assert "no ink" in caplog.text

@@ -9,13 +9,13 @@ from PIL import Image
 import pytest
 import trees
 
-from rescalevit_jax import augment
-from rescalevit_jax import checkpoint
 from rescalevit_jax import errors
 from rescalevit_jax import models
-from rescalevit_jax import pretrained
-from rescalevit_jax import trained
+from rescalevit_jax.analysis import trained
+from rescalevit_jax.augment import preprocess
 from rescalevit_jax.models import norms
+from rescalevit_jax.pretrained import load
+from rescalevit_jax.runs import checkpoint
 
 RNG = np.random.default_rng(0)
 IMAGES = RNG.integers(0, 256, (7, 10, 14, 3), dtype=np.uint8)
@@ -49,7 +49,7 @@ def colors():
 def test_probabilities_are_those_of_each_image(colors):
   found = colors(list(IMAGES), batch=3)
   assert found.shape == (7, 3) and found.dtype == np.float32
-  means = augment.prepare(IMAGES, 4).mean((1, 2))
+  means = preprocess.prepare(IMAGES, 4).mean((1, 2))
   np.testing.assert_allclose(found, jax.nn.softmax(3 * means), atol=1e-5)
 
 
@@ -187,7 +187,7 @@ def variables(norm, **kwargs):
 @pytest.mark.parametrize("norm", ["LN", "BN", "GN", "Rescale"])
 def test_a_file_of_each_norm(norm, tmp_path):
   params, stats = variables(norm, image_size=12)
-  pretrained.save(tmp_path / "some.npz", params, stats)
+  load.save(tmp_path / "some.npz", params, stats)
   said = {"norm": "GN"} if norm == "GN" else {}
   model = trained.load_npz(tmp_path / "some.npz", **said)
   assert model.name == "some" and model.image_size == 12
@@ -205,16 +205,16 @@ def test_a_file_of_each_norm(norm, tmp_path):
   "norm, options",
   [
     *((norm, {}) for norm in norms.NORMS),
-    ("Cal", {"residual": "rescale", "sigma_reparam": True}),
-    ("Rescale", {"residual": "rescale", "qk_norm": True}),
-    ("LN", {"residual": "original", "sigma_reparam": True}),
+    ("Cal", {"residual": "rescalenet", "sigma_reparam": True}),
+    ("Rescale", {"residual": "rescalenet", "qk_norm": True}),
+    ("LN", {"residual": "rescalevit", "sigma_reparam": True}),
     ("Identity", {"residual": "skipinit"}),
     ("BN", {"residual": "layerscale", "sigma_reparam": True}),
   ],
 )
 def test_a_file_tells_its_model(norm, options, tmp_path):
   params, stats = trees.fresh(norm, seed=3, **options)
-  pretrained.save(tmp_path / "a.npz", params, stats)
+  load.save(tmp_path / "a.npz", params, stats)
   model = trained.load_npz(
     tmp_path / "a.npz", norm="GN" if norm == "GN" else None
   )
@@ -226,13 +226,13 @@ def test_a_file_tells_its_model(norm, options, tmp_path):
 
 
 def test_c_of_a_residual_and_the_pool_have_to_be_said(tmp_path):
-  pretrained.save(tmp_path / "a.npz", *trees.fresh(residual="rescale"))
+  load.save(tmp_path / "a.npz", *trees.fresh(residual="rescalenet"))
   model = trained.load_npz(tmp_path / "a.npz", residual_c=3.0, pool="gap")
   assert (model.model.residual_c, model.model.pool) == (3.0, "gap")
 
 
 def test_gelu(tmp_path):
-  pretrained.save(tmp_path / "a.npz", *variables("LN"))
+  load.save(tmp_path / "a.npz", *variables("LN"))
   found = [
     trained.load_npz(tmp_path / "a.npz", gelu=gelu) for gelu in ("erf", "tanh")
   ]
@@ -241,7 +241,7 @@ def test_gelu(tmp_path):
 
 def test_a_file_with_pre_logits(tmp_path):
   params, stats = variables("LN", representation_size=6)
-  pretrained.save(tmp_path / "a.npz", params, stats)
+  load.save(tmp_path / "a.npz", params, stats)
   model = trained.load_npz(tmp_path / "a.npz")
   assert model.model.representation_size == 6
   trees.same(trees.flat(**model.variables), trees.flat(params, stats))

@@ -11,7 +11,7 @@ from PIL import ImageEnhance
 from PIL import ImageOps
 import pytest
 
-from rescalevit_jax import trivial_augment
+from rescalevit_jax.augment import trivial_augment
 
 OPERATIONS = trivial_augment.OPERATIONS
 ENHANCERS = {

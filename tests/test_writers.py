@@ -6,19 +6,20 @@ import os
 import pytest
 
 from rescalevit_jax import config as config_lib
-from rescalevit_jax import writers
+from rescalevit_jax.runs import metric_writers
+from rescalevit_jax.runtime import atomic_file
 
 
 def test_write_file_replaces_all_or_nothing(tmp_path, monkeypatch):
   path = tmp_path / "a.json"
-  writers.write_file(path, "old")
+  atomic_file.write(path, "old")
 
   def fail(*args):
     raise OSError("disk full")
 
   monkeypatch.setattr(os, "fsync", fail)
   with pytest.raises(OSError, match="disk full"):
-    writers.write_file(path, "new")
+    atomic_file.write(path, "new")
   assert path.read_text() == "old"
   assert os.listdir(tmp_path) == ["a.json"]
 
@@ -32,7 +33,7 @@ def test_lines_of_the_future_are_dropped(tmp_path):
     "[1]\n"
     '{"step": 4, "tra'
   )
-  with writers.MetricWriter(
+  with metric_writers.MetricWriter(
     tmp_path, config_lib.default(), lambda line: line["step"] <= 2
   ) as writer:
     writer.write(3, {"train/loss": 1.5}, {"train/images_per_second": 7.0})
@@ -43,7 +44,7 @@ def test_lines_of_the_future_are_dropped(tmp_path):
 
 
 def test_tensorboard_has_scalars_hyperparameters_and_the_config(tmp_path):
-  with writers.MetricWriter(
+  with metric_writers.MetricWriter(
     tmp_path, config_lib.default(), lambda line: True
   ) as writer:
     writer.write(3, {"train/loss": 1.5}, {"train/images_per_second": 7.0})
@@ -64,8 +65,8 @@ def test_an_unwritable_event_file_is_one_warning(tmp_path, monkeypatch, caplog):
   def fail():
     raise OSError("read-only file system")
 
-  monkeypatch.setattr(writers.tensorflow_cpu, "load", fail)
-  with writers.MetricWriter(
+  monkeypatch.setattr(metric_writers.tensorflow_cpu, "load", fail)
+  with metric_writers.MetricWriter(
     tmp_path, config_lib.default(), lambda line: True
   ) as writer:
     writer.write(1, {"train/loss": 1.0})

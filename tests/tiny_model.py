@@ -4,7 +4,7 @@ import jax
 import numpy as np
 
 from rescalevit_jax import models
-from rescalevit_jax import trained
+from rescalevit_jax.analysis import trained
 
 
 def create(norm="LN", num_layers=3):

@@ -10,7 +10,7 @@ import pytest
 
 from rescalevit_jax import errors
 from rescalevit_jax import models
-from rescalevit_jax import pretrained
+from rescalevit_jax.pretrained import load
 
 TINY = dict(patch_size=4, hidden_size=8, mlp_dim=16, num_heads=2, num_layers=2)
 # The sizes of the reference numbers.
@@ -85,7 +85,7 @@ def refuses(path, *parts, target=None, **kwargs):
   """Asserts a UserError of one line that names the file and the parts."""
   target = fresh(seed=1) if target is None else target
   with pytest.raises(errors.UserError) as caught:
-    pretrained.load(path, *target, **kwargs)
+    load.load(path, *target, **kwargs)
   message = str(caught.value)
   assert "\n" not in message
   assert str(path) in message

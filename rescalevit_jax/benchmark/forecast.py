@@ -16,10 +16,6 @@ from typing import Any
 import jax
 import ml_collections
 
-from rescalevit_jax import accelerator
-from rescalevit_jax import experiment as experiment_lib
-from rescalevit_jax import progress
-from rescalevit_jax import writers
 from rescalevit_jax.benchmark import gpu_compile
 from rescalevit_jax.benchmark import gpus
 from rescalevit_jax.benchmark import hlo
@@ -27,7 +23,11 @@ from rescalevit_jax.benchmark import memory
 from rescalevit_jax.benchmark import peers
 from rescalevit_jax.benchmark import report as report_lib
 from rescalevit_jax.models import norms
+from rescalevit_jax.runtime import accelerator
+from rescalevit_jax.runtime import atomic_file
+from rescalevit_jax.runtime import terminal
 from rescalevit_jax.sweep import grid
+from rescalevit_jax.training import experiment
 
 _log = logging.getLogger(__name__)
 
@@ -83,7 +83,7 @@ def forecast(
       report_lib.program(row),
       row["memory_bytes"] / 1e9,
       row["step_seconds"] * 1e3,
-      progress.duration(left),
+      terminal.duration(left),
     )
   report = {
     "command": command,
@@ -93,10 +93,10 @@ def forecast(
     "rows": rows,
   }
   text = markdown(report)
-  writers.write_file(
+  atomic_file.write(
     output / "compiled.json", json.dumps(report, indent=2) + "\n"
   )
-  writers.write_file(output / "compiled.md", text)
+  atomic_file.write(output / "compiled.md", text)
   print(text)
 
 
@@ -120,7 +120,7 @@ def _compile(
   limit = _memory_share() * gpu.memory_bytes
   with accelerator.compiling_for(gpu.accelerator):
     if subject == "ours":
-      model = experiment_lib.create_model(config, inputs.num_classes)
+      model = experiment.create_model(config, inputs.num_classes)
     else:
       model = peers.model_of(config)
   row = {

@@ -14,15 +14,15 @@ from jax.sharding import Mesh
 import ml_collections
 import numpy as np
 
-from rescalevit_jax import accelerator
-from rescalevit_jax import builders
-from rescalevit_jax import cuda_plugin
-from rescalevit_jax import evaluate
-from rescalevit_jax import experiment as experiment_lib
-from rescalevit_jax import records
-from rescalevit_jax import sharding
 from rescalevit_jax.benchmark import gpus
 from rescalevit_jax.benchmark import peers
+from rescalevit_jax.data import records
+from rescalevit_jax.data import tfds_builders
+from rescalevit_jax.distributed import sharding
+from rescalevit_jax.runtime import accelerator
+from rescalevit_jax.runtime import cuda_plugin
+from rescalevit_jax.training import evaluate
+from rescalevit_jax.training import experiment as experiment_lib
 
 # There is nothing to measure on; without Triton, products are cuBLAS's.
 _OPTIONS = {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False}
@@ -47,7 +47,7 @@ def inputs_of(config: ml_collections.ConfigDict) -> Inputs:
   Raises:
     UserError: there is no such data set, or it does not suit.
   """
-  builder = builders.open_builder(config.dataset, config.tfds_data_dir)
+  builder = tfds_builders.open_builder(config.dataset, config.tfds_data_dir)
   size = config.data.image_size
   records.check_features(builder, any_size=size is not None)
   num_classes = records.features(builder)[1].num_classes
@@ -79,7 +79,7 @@ def train_step(
     micro_batch = (config.accum_steps, config.batch // config.accum_steps)
     return _compile(
       experiment.train_step(step or config.total_steps),
-      experiment.abstract(),
+      experiment.abstract_state(),
       *_batch(micro_batch, inputs.shape, sharding.split(mesh, axis=1)),
       np.uint32(0),
     )
@@ -94,7 +94,7 @@ def eval_step(
   """Compile the evaluation of a batch; see `train_step`."""
   with _compiling_for(gpu, devices) as mesh:
     experiment = experiment_lib.build(config, mesh, inputs.num_classes)
-    state, place = experiment.abstract(), sharding.split(mesh)
+    state, place = experiment.abstract_state(), sharding.split(mesh)
     batch = (-(-config.batch_eval // devices) * devices,)
     return _compile(
       evaluate.compiled_step(experiment.model, config.image_size, mesh),

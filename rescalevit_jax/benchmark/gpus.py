@@ -4,8 +4,8 @@ import dataclasses
 import pathlib
 import re
 
-from rescalevit_jax import accelerator
 from rescalevit_jax import errors
+from rescalevit_jax.runtime import accelerator
 
 # XLA's description of each GPU, a text of its proto GpuTargetConfigProto.
 _DESCRIPTIONS = pathlib.Path(__file__).parent / "gpu_targets"

@@ -40,17 +40,17 @@ import time
 
 from rescalevit_jax import config as config_lib
 from rescalevit_jax import errors
-from rescalevit_jax import experiment as experiment_lib
-from rescalevit_jax import program
-from rescalevit_jax import progress
-from rescalevit_jax import runs as runs_lib
-from rescalevit_jax import writers
 from rescalevit_jax.benchmark import measure_plan
 from rescalevit_jax.benchmark import measure_report
 from rescalevit_jax.benchmark import norm_steps
 from rescalevit_jax.benchmark import speed as speed_lib
-from rescalevit_jax.sweep import launch
+from rescalevit_jax.runs import run_reader
+from rescalevit_jax.runtime import atomic_file
+from rescalevit_jax.runtime import cli
+from rescalevit_jax.runtime import terminal
 from rescalevit_jax.sweep import schedule
+from rescalevit_jax.sweep import subprocess_run
+from rescalevit_jax.training import experiment
 
 _log = logging.getLogger("rescalevit_jax.benchmark")
 
@@ -67,10 +67,10 @@ _SECONDS_TO_START = 40.0  # Of a run, besides compilation, at most.
 def main(argv: Sequence[str] | None = None) -> int:
   """Measure; return the exit code."""
   args = _parser().parse_args(argv)
-  progress.log_to_stderr()
+  terminal.log_to_stderr()
   # So that the process that measures just now ends with this one.
   signal.signal(signal.SIGTERM, signal.default_int_handler)
-  return program.run(lambda: _run(args))
+  return cli.run(lambda: _run(args))
 
 
 def _parser():
@@ -175,7 +175,7 @@ def record_reference(plan: measure_plan.Plan) -> None:
     "jax": importlib.metadata.version("jax"),
     "norms": found,
   }
-  writers.write_file(plan.reference, json.dumps(reference, indent=2) + "\n")
+  atomic_file.write(plan.reference, json.dumps(reference, indent=2) + "\n")
   _log.info("see %s", plan.reference)
 
 
@@ -244,8 +244,8 @@ class Session:
         stage,
         len(left),
         len(self._names(stage)),
-        progress.duration(share * self._seconds()),
-        progress.duration(self._seconds()),
+        terminal.duration(share * self._seconds()),
+        terminal.duration(self._seconds()),
       )
       measure[stage](left, time.monotonic() + share * self._seconds())
     self._write_summary()
@@ -314,7 +314,7 @@ class Session:
         self._record("training", name, {"error": problem}, stop)
         continue
       if math.isfinite(seconds[name]):
-        _log.info("%s: about %s", name, progress.duration(seconds[name]))
+        _log.info("%s: about %s", name, terminal.duration(seconds[name]))
       # Of an earlier call, perhaps on a machine whose checkpoints are gone.
       before = self._results["training"].get(name, {})
       store = functools.partial(self._store_run, name, before)
@@ -354,7 +354,7 @@ class Session:
         break
     else:
       return math.inf
-    steps = run.config.total_steps - launch.saved_step(run.workdir)
+    steps = run.config.total_steps - subprocess_run.saved_step(run.workdir)
     images = self._test_images.get(run.config.dataset, _TEST_IMAGES)
     evaluation = images / found["eval_images_per_second"]
     return (
@@ -371,7 +371,7 @@ class Session:
       self._data_problems[name] = None
       try:
         # Here and now, so that no run has to decode the images.
-        dataset = experiment_lib.load_dataset(run.config)
+        dataset = experiment.load_dataset(run.config)
         self._test_images[name] = len(dataset.test)
       except (errors.UserError, OSError) as e:
         self._data_problems[name] = str(e)
@@ -419,7 +419,7 @@ class Session:
       len(self._names(stage)),
       name,
       measure_report.brief(found),
-      progress.duration(max(0.0, stop - time.monotonic())),
+      terminal.duration(max(0.0, stop - time.monotonic())),
     )
 
   def _write_summary(self):
@@ -445,13 +445,13 @@ class Session:
         if "error" in x or "left_out" in x
       },
     )
-    writers.write_file(self._output / "summary.md", text)
+    atomic_file.write(self._output / "summary.md", text)
 
   def _path(self, name):
     return self._output / f"{name}.json"
 
   def _write(self, name, value):
-    writers.write_file(self._path(name), json.dumps(value, indent=1) + "\n")
+    atomic_file.write(self._path(name), json.dumps(value, indent=1) + "\n")
 
 
 class _repeating:
@@ -487,7 +487,7 @@ def _is_done(found):
 def _training_result(run):
   """Return how far a run has come, with its evaluations."""
   try:
-    found = runs_lib.read(run.workdir)
+    found = run_reader.read(run.workdir)
   except errors.UserError:  # It has not begun.
     return {"finished": False, "step": 0}
   steps, accuracy = found.curve("test/accuracy")

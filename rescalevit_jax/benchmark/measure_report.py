@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rescalevit_jax import published
+from rescalevit_jax.analysis import reference_results
 from rescalevit_jax.benchmark import report as report_lib
 from rescalevit_jax.benchmark import speed
 from rescalevit_jax.sweep import grid
@@ -207,7 +207,7 @@ def _training(runs, results):
     if not found or not found.get("step"):
       continue
     accuracy = found["evaluations"]["accuracy"]
-    figures = published.FIGURES.get(published.match(run.config))
+    figures = reference_results.FIGURES.get(reference_results.match(run.config))
     cells = [
       name,
       f"{found['step']} of {run.config.total_steps}",

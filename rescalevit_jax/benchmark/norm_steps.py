@@ -25,14 +25,14 @@ import ml_collections
 import numpy as np
 
 from rescalevit_jax import config as config_lib
-from rescalevit_jax import data
 from rescalevit_jax import errors
-from rescalevit_jax import evaluate
-from rescalevit_jax import experiment as experiment_lib
-from rescalevit_jax import sharding
 from rescalevit_jax.benchmark import memory
 from rescalevit_jax.benchmark import worker
-from rescalevit_jax.sweep import launch
+from rescalevit_jax.data import dataset as dataset_lib
+from rescalevit_jax.distributed import sharding
+from rescalevit_jax.sweep import subprocess_run
+from rescalevit_jax.training import evaluate
+from rescalevit_jax.training import experiment as experiment_lib
 
 IMAGES = 8  # Of a check: a CPU computes its float32 reference in seconds.
 OUT_OF_TIME = "out of time"
@@ -111,7 +111,10 @@ def run(
     with (
       tempfile.TemporaryFile("w+") as log,
       subprocess.Popen(
-        launch.tie(command), stdout=subprocess.PIPE, stderr=log, text=True
+        subprocess_run.tie(command),
+        stdout=subprocess.PIPE,
+        stderr=log,
+        text=True,
       ) as process,
       _killing(process, most_seconds - passed),
     ):
@@ -182,10 +185,10 @@ def prepare_check(
   """
   experiment = _experiment(config)
   images, labels = _batch(experiment)
-  state = experiment.scratch()
+  state = experiment.init_state()
   weights = _numpy_weights(state.params)
   state = state.replace(
-    params=jax.tree.map(sharding.put, weights, experiment.places().params)
+    params=jax.tree.map(sharding.put, weights, experiment.shardings().params)
   )
   step = experiment.train_step(1).lower(state, images, labels, _SEED).compile()
   everything = np.ones(IMAGES, bool)
@@ -226,13 +229,13 @@ def prepare_timing(
   start = time.perf_counter()
   step = (
     experiment.train_step(config.total_steps)
-    .lower(experiment.abstract(), images, labels, _SEED)
+    .lower(experiment.abstract_state(), images, labels, _SEED)
     .compile()
   )
   seconds = time.perf_counter() - start
 
   def run():
-    state, metrics = step(experiment.scratch(), images, labels, _SEED)
+    state, metrics = step(experiment.init_state(), images, labels, _SEED)
     loss, grad_norm = float(metrics["loss"]), float(metrics["grad_norm"])
 
     def train(steps):
@@ -257,9 +260,11 @@ def prepare_timing(
 def _experiment(config):
   rng = np.random.default_rng(0)
   images = rng.integers(0, 256, (config.batch, 32, 32, 3), np.uint8)
-  split = data.Split(images, np.arange(config.batch, dtype=np.int32) % _CLASSES)
+  split = dataset_lib.Split(
+    images, np.arange(config.batch, dtype=np.int32) % _CLASSES
+  )
   names = tuple(map(str, range(_CLASSES)))
-  dataset = data.Dataset("random", split, split, _CLASSES, names)
+  dataset = dataset_lib.Dataset("random", split, split, _CLASSES, names)
   mesh = sharding.create_mesh()
   return experiment_lib.build(config, mesh, _CLASSES, dataset)
 

@@ -39,17 +39,17 @@ from typing import Any
 
 from rescalevit_jax import config as config_lib
 from rescalevit_jax import errors
-from rescalevit_jax import huge_pages
 from rescalevit_jax import models
-from rescalevit_jax import program
-from rescalevit_jax import progress
-from rescalevit_jax import writers
 from rescalevit_jax.benchmark import forecast
 from rescalevit_jax.benchmark import gpus
 from rescalevit_jax.benchmark import report as report_lib
 from rescalevit_jax.models import flops
+from rescalevit_jax.runtime import atomic_file
+from rescalevit_jax.runtime import cli
+from rescalevit_jax.runtime import huge_pages
+from rescalevit_jax.runtime import terminal
 from rescalevit_jax.sweep import grid
-from rescalevit_jax.sweep import launch
+from rescalevit_jax.sweep import subprocess_run
 
 _log = logging.getLogger("rescalevit_jax.benchmark")
 
@@ -111,10 +111,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     help="GPUs to compile for, of one host; default: 1",
   )
   args = parser.parse_args(argv)
-  progress.log_to_stderr()
+  terminal.log_to_stderr()
   # So that the process that measures just now ends with this one.
   signal.signal(signal.SIGTERM, signal.default_int_handler)
-  return program.run(lambda: _run(args))
+  return cli.run(lambda: _run(args))
 
 
 def _run(args):
@@ -166,7 +166,7 @@ def _run(args):
       entry["run"].workdir.name,
       entry["subject"],
       entry["rounds"][-1]["images_per_second"],
-      progress.duration(left),
+      terminal.duration(left),
     )
   starts = []
   if not args.no_start:
@@ -180,10 +180,10 @@ def _run(args):
     "starts": starts,
   }
   text = report_lib.markdown(report)
-  writers.write_file(
+  atomic_file.write(
     args.output / "benchmark.json", json.dumps(report, indent=2) + "\n"
   )
-  writers.write_file(args.output / "benchmark.md", text)
+  atomic_file.write(args.output / "benchmark.md", text)
   print(text)
 
 
@@ -239,7 +239,7 @@ def measure(
   ):  # As `rescalevit_jax.main` does; peers run as they come.
     environment = huge_pages.environment(environment)
   done = subprocess.run(
-    launch.tie(command),
+    subprocess_run.tie(command),
     env=environment,
     capture_output=True,
     text=True,

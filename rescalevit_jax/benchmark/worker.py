@@ -14,15 +14,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from rescalevit_jax import config as config_lib
-from rescalevit_jax import data
-from rescalevit_jax import diagnostics
-from rescalevit_jax import evaluate
-from rescalevit_jax import experiment as experiment_lib
-from rescalevit_jax import feed
-from rescalevit_jax import sharding
-from rescalevit_jax import step as step_lib
 from rescalevit_jax.benchmark import memory
 from rescalevit_jax.benchmark import peers
+from rescalevit_jax.data import dataset
+from rescalevit_jax.data import loader
+from rescalevit_jax.distributed import sharding
+from rescalevit_jax.training import diagnostics
+from rescalevit_jax.training import evaluate
+from rescalevit_jax.training import experiment as experiment_lib
+from rescalevit_jax.training import train_step
 
 _LAPS = 5  # At least as many of each function.
 _LAP_SECONDS = 0.3  # What they take, or less if that is too long for as many.
@@ -45,11 +45,11 @@ def measure_ours(config, options) -> dict[str, float]:
   experiment = experiment_lib.create(config)
   by_device = sharding.split(experiment.mesh, axis=1)
   seed = np.uint32(config.seed)
-  state = experiment.scratch()
+  state = experiment.init_state()
 
   def batches(steps):
     numbers = range(1, steps + 1)
-    return experiment.train_feed.batches(experiment.train_places, numbers)
+    return experiment.train_loader.batches(experiment.train_indices, numbers)
 
   with batches(1) as found:
     images, labels = next(found)
@@ -77,10 +77,10 @@ def measure_ours(config, options) -> dict[str, float]:
   real_times, resident_times = time_laps([run, resident], options["seconds"])
   test = experiment.dataset.test
   count = min(len(test), options["eval_images"])
-  test = data.Split(*test.read(range(count)))
+  test = dataset.Split(*test.read(range(count)))
   evaluator = evaluate.Evaluator(
     experiment.model,
-    feed.Feed(test, experiment.mesh),
+    loader.Loader(test, experiment.mesh),
     image_size=config.image_size,
     batch=config.batch_eval,
     mesh=experiment.mesh,
@@ -114,12 +114,12 @@ def _diagnostics(experiment, step, seconds):
   config = experiment.config
   if not config.diagnostics_every:
     return {}
-  state = experiment.scratch()
-  with experiment.train_feed.batches(
-    experiment.train_places, range(1, 2)
+  state = experiment.init_state()
+  with experiment.train_loader.batches(
+    experiment.train_indices, range(1, 2)
   ) as found:
     images, labels = next(found)
-  programs = diagnostics.Programs(experiment)
+  programs = diagnostics.CompiledDiagnostics(experiment)
   programs.compile(state, images, labels)
 
   def run(steps, look):
@@ -161,11 +161,11 @@ def _resident(experiment, by_device):
   images = rng.standard_normal((*shape, size, size, 3), np.float32)
   labels = rng.integers(0, model.num_classes, shape, np.int32)
   images, labels = sharding.put((images, labels), by_device)
-  state = experiment.scratch()
+  state = experiment.init_state()
 
   def step(state, images, labels):
     key = jax.random.fold_in(jax.random.key(0), state.step)
-    gradient = jax.value_and_grad(step_lib.loss_fn, has_aux=True)
+    gradient = jax.value_and_grad(train_step.loss_fn, has_aux=True)
 
     def micro_step(carry, micro_batch):
       batch_stats, sums = carry
@@ -183,7 +183,7 @@ def _resident(experiment, by_device):
     else:
       carry, _ = jax.lax.scan(micro_step, carry, (images, labels))
     batch_stats, (loss, grads) = carry
-    return step_lib.update(
+    return train_step.update(
       state,
       loss,
       grads,

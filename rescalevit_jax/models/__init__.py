@@ -4,7 +4,6 @@ import dataclasses
 
 import jax.numpy as jnp
 
-from rescalevit_jax import accelerator
 from rescalevit_jax import errors
 from rescalevit_jax.models import fade as fade_lib
 from rescalevit_jax.models import initializers
@@ -13,6 +12,7 @@ from rescalevit_jax.models import residuals
 from rescalevit_jax.models import variants
 from rescalevit_jax.models import vit
 from rescalevit_jax.models.ops import attention as attention_lib
+from rescalevit_jax.runtime import accelerator
 
 GELUS = ("erf", "tanh")
 POOLS = ("cls", "gap")
@@ -49,9 +49,9 @@ def create(
     name: a key of `variants.VARIANTS`, such as 'ViT-B_16'.
     num_classes: width of the head.
     norm: a key of `norms.NORMS`.
-    residual: a key of `residuals.RESIDUALS`, or 'auto': `original` with
+    residual: a key of `residuals.RESIDUALS`, or 'auto': `rescalevit` with
       Rescale, `plain` with all others.
-    residual_c: c of the residual `rescale`; None: twice the encoder blocks.
+    residual_c: c of the residual `rescalenet`; None: twice the encoder blocks.
     qk_norm: whether queries and keys are normalized: see `branches`.
     sigma_reparam: whether the linear layers of the blocks learn their largest
       singular value: see `sigma`.

@@ -38,7 +38,7 @@ class Norm(nn.Module):
   # The values of the config key `calibration` that have it calibrated.
   CALIBRATED_BY: ClassVar[tuple[str, ...]] = ()
   # How many training batches it takes to gather evaluation's statistics.
-  GATHERED_BY: ClassVar[int] = 0
+  NUM_STATS_BATCHES: ClassVar[int] = 0
   # Training passes after which a training pass does less; 0: all are the same.
   SETTLES_AFTER: ClassVar[int] = 0
   # |f| of the method `function` beyond which its slope is less than a tenth of

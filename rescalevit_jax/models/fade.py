@@ -16,8 +16,8 @@ from flax import traverse_util
 import jax
 import jax.numpy as jnp
 
-from rescalevit_jax import accelerator
 from rescalevit_jax.models.ops import normalization
+from rescalevit_jax.runtime import accelerator
 
 # How far a place has faded is counted in parts, since an average of the weights
 # takes integers as they are: it ends at `FULL` exactly.
@@ -35,13 +35,13 @@ class Ramp:
   Attributes:
     begin: passes after which it begins.
     end: passes after which it is done.
-    apart: whether class token and patches have a scale of their own.
+    separate_cls: whether class token and patches have a scale of their own.
     alpha: of the tanh at the end; 0: a linear map.
   """
 
   begin: float
   end: float
-  apart: bool
+  separate_cls: bool
   alpha: float = 0.0
 
   def faded(self, passes: jax.Array) -> jax.Array:
@@ -58,23 +58,24 @@ class Schedule:
   Attributes:
     begin: training passes after which the first place begins.
     end: training passes after which the last one is done.
-    width: what a place takes of the time between, in (0, 1]; 1: all at once.
-    apart: whether class token and patches have scales of their own.
+    site_fraction: fraction of the time between that one site takes, in
+      (0, 1]; 1: all sites at once.
+    separate_cls: whether class token and patches have scales of their own.
     alpha: of the tanh that places end as; 0: linear maps.
   """
 
   begin: float
   end: float
-  width: float
-  apart: bool
+  site_fraction: float
+  separate_cls: bool
   alpha: float = 0.0
 
   def ramp(self, place: int, places: int) -> Ramp:
     """Returns when a place fades, of those from 0 to places - 1."""
-    length = self.width * (self.end - self.begin)
+    length = self.site_fraction * (self.end - self.begin)
     delay = (self.end - self.begin - length) * place / max(1, places - 1)
     begin = self.begin + delay
-    return Ramp(begin, begin + length, self.apart, self.alpha)
+    return Ramp(begin, begin + length, self.separate_cls, self.alpha)
 
 
 @jax.custom_vjp
@@ -130,7 +131,7 @@ def _backward(residuals, gradients):
 normalize.defvjp(_forward, _backward)
 
 
-def rewound(batch_stats: Any) -> Any:
+def reset_counters(batch_stats: Any) -> Any:
   """Returns the statistics with no passes counted: those of another run were.
 
   So the mean of sigma begins anew, too, but at places that are done. How far a
@@ -149,8 +150,11 @@ def by_token(kinds: jax.Array, tokens: int) -> jax.Array:
   return jnp.concatenate([kinds[:1], patches])[:, None]
 
 
-def moved(
-  log_frozen: jax.Array, log_own: jax.Array, passes: jax.Array, apart: bool
+def update_running_mean(
+  log_frozen: jax.Array,
+  log_own: jax.Array,
+  passes: jax.Array,
+  separate_cls: bool,
 ) -> jax.Array:
   """Moves the running means towards those of a batch.
 
@@ -158,9 +162,9 @@ def moved(
     log_frozen: of class token and patches, [2].
     log_own: of the batch's tokens, [B, N, 1].
     passes: [] int32, batches with this one: up to 100 the mean is over all.
-    apart: whether the two are apart; else both are the mean over all tokens.
+    separate_cls: whether the two differ; else both are the mean over tokens.
   """
-  if apart:
+  if separate_cls:
     found = jnp.stack([log_own[:, 0].mean(), log_own[:, 1:].mean()])
   else:
     found = jnp.broadcast_to(log_own.mean(), 2)

@@ -83,8 +83,8 @@ class Fade(Affine):
     y, log_own = fade.normalize(x, log_frozen, share)
     if train and not self.is_initializing():
       count = self.count.value + 1
-      apart = self.ramp is None or self.ramp.apart
-      moved = fade.moved(log_sigma, log_own, count, apart)
+      apart = self.ramp is None or self.ramp.separate_cls
+      moved = fade.update_running_mean(log_sigma, log_own, count, apart)
       self.log_sigma.value = jnp.where(faded < fade.FULL, moved, log_sigma)
       self.count.value = count
       if self.ramp is not None:
@@ -92,15 +92,15 @@ class Fade(Affine):
         self.alpha.value = jnp.float32(self.ramp.alpha)
         self.faded.value = jnp.maximum(faded, self.ramp.faded(count))
     if self.ramp is None:
-      return self.bent(y, share * self.alpha.value)
+      return self.scaled_tanh(y, share * self.alpha.value)
     if self.ramp.alpha > 0:
-      y = self.bent(y, share * self.ramp.alpha)
+      y = self.scaled_tanh(y, share * self.ramp.alpha)
     return y
 
   def is_per_token(self, train):
     return not train
 
-  def bent(self, y, alpha):
+  def scaled_tanh(self, y, alpha):
     """Returns tanh(alpha * y) / alpha [B, N, D]; y itself for alpha 0."""
     curved = self.function(alpha * y) / jnp.where(alpha > 0, alpha, 1.0)
     return jnp.where(alpha > 0, curved, y)
@@ -136,7 +136,9 @@ class BatchNorm(Affine):
   running variance takes the unbiased estimate, unlike `flax.linen.BatchNorm`.
   """
 
-  GATHERED_BY: ClassVar[int] = 48  # Then the start has a weight of 0.9^48.
+  NUM_STATS_BATCHES: ClassVar[int] = (
+    48  # Then the start has a weight of 0.9^48.
+  )
 
   def setup(self):
     super().setup()
@@ -204,9 +206,9 @@ class Rescale(base.Norm):
 
   SLOT: ClassVar[str] = "Rescale"
   FINAL: ClassVar[bool] = False
-  RESIDUAL: ClassVar[str] = "original"
+  RESIDUAL: ClassVar[str] = "rescalevit"
   CALIBRATION_BATCHES: ClassVar[int] = 8
-  GATHERED_BY: ClassVar[int] = CALIBRATION_BATCHES
+  NUM_STATS_BATCHES: ClassVar[int] = CALIBRATION_BATCHES
   SETTLES_AFTER: ClassVar[int] = CALIBRATION_BATCHES
 
   def setup(self):

@@ -18,7 +18,7 @@ class Residual(nn.Module):
     features: channels D.
     branch: its number k, from 1; even ones are MLPs.
     num_blocks: encoder blocks L.
-    c: of `Rescale`; None: 2L.
+    c: of `RescaleNet`; None: 2L.
     dtype: of the output.
   """
 
@@ -37,7 +37,7 @@ class Residual(nn.Module):
     return x + y
 
 
-class Original(Residual):
+class RescaleViT(Residual):
   """What RescaleViT coded: the MLP's residual is scaled, attention's is not.
 
   With k the number of the block of L and one learned scale a block,
@@ -58,7 +58,7 @@ class Original(Residual):
     return _join(skip, x, branch, y, self.dtype)
 
 
-class Rescale(Residual):
+class RescaleNet(Residual):
   """RescaleNet's, of every branch (Shao et al. 2020, NeurIPS).
 
     x = sqrt((k - 1 + c) / (k + c)) * x + scale * (k + c)^(-1/2) * branch(x)
@@ -122,8 +122,8 @@ def _join(skip, x, branch, y, dtype):
 
 RESIDUALS: dict[str, type[Residual]] = {
   "plain": Residual,
-  "original": Original,
-  "rescale": Rescale,
+  "rescalevit": RescaleViT,
+  "rescalenet": RescaleNet,
   "skipinit": SkipInit,
   "layerscale": LayerScale,
 }

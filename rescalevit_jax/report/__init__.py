@@ -14,13 +14,13 @@ import logging
 import os
 import pathlib
 
-from rescalevit_jax import program
-from rescalevit_jax import progress
-from rescalevit_jax import published
-from rescalevit_jax import writers
+from rescalevit_jax.analysis import reference_results
 from rescalevit_jax.report import page
-from rescalevit_jax.report import study as study_lib
+from rescalevit_jax.report import run_groups
 from rescalevit_jax.report import tables
+from rescalevit_jax.runtime import atomic_file
+from rescalevit_jax.runtime import cli
+from rescalevit_jax.runtime import terminal
 
 _log = logging.getLogger(__name__)
 
@@ -54,12 +54,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     help="leave out the attention maps: no model is loaded",
   )
   args = parser.parse_args(argv)
-  progress.log_to_stderr()
-  return program.run(lambda: _run(args))
+  terminal.log_to_stderr()
+  return cli.run(lambda: _run(args))
 
 
 def _run(args):
-  curves = published.read_curves(args.published) if args.published else {}
+  curves = (
+    reference_results.read_curves(args.published) if args.published else {}
+  )
   table, paths = write(
     args.runs_dir,
     args.output or args.runs_dir,
@@ -74,7 +76,7 @@ def _run(args):
 def write(
   runs_dir: str | os.PathLike[str],
   output: str | os.PathLike[str],
-  curves: dict[published.Key, published.Curve],
+  curves: dict[reference_results.Key, reference_results.Curve],
   index: int | None,
 ) -> tuple[str, list[pathlib.Path]]:
   """Writes report.md, report.csv, runs.csv and report.html.
@@ -91,7 +93,7 @@ def write(
   Raises:
     UserError: there is no such folder, or no run in it.
   """
-  study = study_lib.collect(runs_dir)
+  study = run_groups.collect(runs_dir)
   for line in study.damaged:
     _log.warning("left out: %s", line)
   for line in study.not_begun:
@@ -110,11 +112,11 @@ def write(
     ),
   }
   for name, text in files.items():
-    writers.write_file(output / name, text())
+    atomic_file.write(output / name, text())
   return table, [output / name for name in files]
 
 
-def describe(study: study_lib.Study) -> list[str]:
+def describe(study: run_groups.Study) -> list[str]:
   """Returns what a reader of the table has to know, a sentence or two each."""
   finished = study.finished
   others = {
@@ -138,8 +140,8 @@ def describe(study: study_lib.Study) -> list[str]:
     "Minutes are those of the whole run, compilation and evaluations included;"
     " images/s those of training alone.",
   ]
-  keys = {published.match(group[0].config) for group in study.groups}
-  if keys & published.FIGURES.keys():
+  keys = {reference_results.match(group[0].config) for group in study.groups}
+  if keys & reference_results.FIGURES.keys():
     notes.append(
       "Published are the figures in the logs of RescaleViT: one run each, the"
       " best of 200 evaluations, one RTX 3090, fp16. Difference: our mean minus"

@@ -13,17 +13,17 @@ import jax
 from matplotlib import figure as figure_lib
 import numpy as np
 
-from rescalevit_jax import attention_plots
-from rescalevit_jax import builders
-from rescalevit_jax import diagnostics_plots
 from rescalevit_jax import errors
-from rescalevit_jax import experiment
-from rescalevit_jax import plots
-from rescalevit_jax import published
-from rescalevit_jax import runs as runs_lib
-from rescalevit_jax import trained
-from rescalevit_jax.report import study as study_lib
+from rescalevit_jax.analysis import attention_plots
+from rescalevit_jax.analysis import diagnostics_plots
+from rescalevit_jax.analysis import plots
+from rescalevit_jax.analysis import reference_results
+from rescalevit_jax.analysis import trained
+from rescalevit_jax.data import tfds_builders
+from rescalevit_jax.report import run_groups
 from rescalevit_jax.report import tables
+from rescalevit_jax.runs import run_reader
+from rescalevit_jax.training import experiment
 
 _log = logging.getLogger(__name__)
 
@@ -35,11 +35,11 @@ _DPI = 110
 
 
 def render(
-  study: study_lib.Study,
+  study: run_groups.Study,
   columns: Sequence[tables.Column],
   rows: Sequence[dict[str, Any]],
   notes: Sequence[str],
-  curves: Mapping[published.Key, published.Curve],
+  curves: Mapping[reference_results.Key, reference_results.Curve],
   index: int | None,
 ) -> str:
   """Returns the page, which refers to nothing outside itself.
@@ -114,7 +114,9 @@ def _class(column):
   return ' class="number"' if column.numeric else ""
 
 
-def _sections(runs: Iterable[runs_lib.Run]) -> dict[str, list[runs_lib.Run]]:
+def _sections(
+  runs: Iterable[run_reader.Run],
+) -> dict[str, list[run_reader.Run]]:
   """Returns, by title, the runs whose pictures belong side by side."""
   sections = {}
   for run in runs:
@@ -194,8 +196,8 @@ def _note(reason):
 
 def _image(config, index) -> np.ndarray:
   """Returns a test image, uint8 [H, W, 3]."""
-  builder = builders.open_builder(config.dataset, config.tfds_data_dir)
-  if not builders.is_prepared(builder):
+  builder = tfds_builders.open_builder(config.dataset, config.tfds_data_dir)
+  if not tfds_builders.is_prepared(builder):
     # No table is worth a download.
     raise errors.UserError(
       f"the data set {config.dataset} is not prepared in"

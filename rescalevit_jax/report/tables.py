@@ -10,10 +10,10 @@ import statistics
 from typing import Any
 
 from rescalevit_jax import config as config_lib
-from rescalevit_jax import config_keys
-from rescalevit_jax import published
-from rescalevit_jax import runs as runs_lib
-from rescalevit_jax.report import study as study_lib
+from rescalevit_jax.analysis import reference_results
+from rescalevit_jax.config import keys
+from rescalevit_jax.report import run_groups
+from rescalevit_jax.runs import run_reader
 
 NOTHING = "–"
 
@@ -35,7 +35,7 @@ class Column:
   numeric: bool = True
 
 
-def rows(study: study_lib.Study) -> list[dict[str, Any]]:
+def rows(study: run_groups.Study) -> list[dict[str, Any]]:
   """Returns a row for each group, machine-readable.
 
   Accuracies are fractions; None where there is no value, as with the standard
@@ -44,14 +44,14 @@ def rows(study: study_lib.Study) -> list[dict[str, Any]]:
   return [_row(group, study.varied) for group in study.groups]
 
 
-def run_rows(study: study_lib.Study) -> list[dict[str, Any]]:
+def run_rows(study: run_groups.Study) -> list[dict[str, Any]]:
   """Returns a row for each run that could be read, the finished ones first."""
   runs = (*study.finished, *study.unfinished)
-  varied = study_lib.varied_keys(run.config for run in runs)
+  varied = run_groups.varied_keys(run.config for run in runs)
   return [_run_row(study.name(run), run, varied) for run in runs]
 
 
-def columns(study: study_lib.Study) -> list[Column]:
+def columns(study: run_groups.Study) -> list[Column]:
   """Returns the columns of the table that people read."""
 
   def text(heading, key):
@@ -86,7 +86,7 @@ def columns(study: study_lib.Study) -> list[Column]:
     number("resolution", "resolution", str),
   ]
   for key in study.varied:
-    kind = config_keys.KEYS[key].optional or type(config_keys.KEYS[key].default)
+    kind = keys.KEYS[key].optional or type(keys.KEYS[key].default)
     column = text(key, key)
     numeric = kind in (int, float)
     result.append(dataclasses.replace(column, numeric=numeric))
@@ -100,7 +100,8 @@ def columns(study: study_lib.Study) -> list[Column]:
     number("parameters, M", "parameters", lambda x: _short(x / 1e6)),
   ]
   if any(
-    published.match(g[0].config) in published.FIGURES for g in study.groups
+    reference_results.match(g[0].config) in reference_results.FIGURES
+    for g in study.groups
   ):
     result += [
       number("published best, %", "published_best_accuracy", percent),
@@ -141,23 +142,23 @@ def to_csv(rows: Sequence[dict[str, Any]]) -> str:
   return text.getvalue()
 
 
-def devices(run: runs_lib.Run) -> str:
+def devices(run: run_reader.Run) -> str:
   """Returns '1 x NVIDIA H100', of a finished run."""
   counts = collections.Counter(map(str, run.result["devices"]))
   return ", ".join(f"{n} x {kind}" for kind, n in counts.items()) or "unknown"
 
 
-def versions(run: runs_lib.Run) -> str:
+def versions(run: run_reader.Run) -> str:
   """Returns 'python 3.11.2, jax 0.10.2, …', of a finished run."""
   items = run.result["versions"].items()
   return ", ".join(f"{name} {version}" for name, version in items) or "unknown"
 
 
-def left_out(study: study_lib.Study) -> list[tuple[str, list[str]]]:
+def left_out(study: run_groups.Study) -> list[tuple[str, list[str]]]:
   """Returns titles and lines that name the runs that no mean contains."""
   unfinished = []
   for run in study.unfinished:
-    last = runs_lib.last_log_line(run.workdir)
+    last = run_reader.last_log_line(run.workdir)
     unfinished.append(
       f"{study.name(run)}: step {run.step} of {run.config.total_steps}"
       + (f"; {last}" if last.startswith("error: ") else "")
@@ -176,7 +177,7 @@ def _naming(config, varied):
     "dataset": config.dataset,
     "model": config.model_name,
     "norm": config.model.norm,
-    "pretrained": study_lib.pretrained(config),
+    "pretrained": run_groups.pretrained(config),
     "resolution": config.image_size,
     **{key: values[key] for key in varied},
   }
@@ -197,7 +198,7 @@ def _row(group, varied):
   speeds = [run.result["images_per_second"] for run in group]
   add("images_per_second", [speed for speed in speeds if speed > 0])
   row["parameters"] = group[0].result["parameters"]
-  figures = published.FIGURES.get(published.match(config))
+  figures = reference_results.FIGURES.get(reference_results.match(config))
   for key in ("best_accuracy", "last_accuracy"):
     theirs = getattr(figures, key, None)
     row[f"published_{key}"] = theirs

@@ -34,33 +34,33 @@ import signal
 import sys
 from typing import Any, NoReturn
 
-from rescalevit_jax import config_keys
 from rescalevit_jax import errors
-from rescalevit_jax import experiment
-from rescalevit_jax import program
-from rescalevit_jax import progress
-from rescalevit_jax import result as result_lib
-from rescalevit_jax import run_folder
+from rescalevit_jax.config import keys
+from rescalevit_jax.runs import folder as folder_lib
+from rescalevit_jax.runs import result as result_lib
+from rescalevit_jax.runtime import cli
+from rescalevit_jax.runtime import terminal
 from rescalevit_jax.sweep import cluster
+from rescalevit_jax.sweep import device_slots
 from rescalevit_jax.sweep import grid
-from rescalevit_jax.sweep import launch
 from rescalevit_jax.sweep import schedule
-from rescalevit_jax.sweep import slots
+from rescalevit_jax.sweep import subprocess_run
+from rescalevit_jax.training import experiment
 
 _log = logging.getLogger("rescalevit_jax.sweep")  # Not "__main__".
 
 
 def main(argv: Sequence[str]) -> int:
   """Does what the command line says; returns the exit code."""
-  progress.log_to_stderr()
-  return program.run(lambda: _sweep(argv))
+  terminal.log_to_stderr()
+  return cli.run(lambda: _sweep(argv))
 
 
 def _sweep(argv):
   try:
     options, runs = parse(argv)
   except errors.UserError as e:
-    return program.fail(str(e), 2)
+    return cli.fail(str(e), 2)
   if options.dry_run:
     _print_commands(runs)
     return 0
@@ -73,7 +73,7 @@ def _sweep(argv):
       parameters=options.slurm_args,
     )
   except KeyboardInterrupt:
-    return program.fail("interrupted; the same command goes on", 130)
+    return cli.fail("interrupted; the same command goes on", 130)
   return outcome.exit_code
 
 
@@ -126,7 +126,7 @@ def split(
   done, left = [], []
   for run in runs:
     try:
-      run_folder.check_same_run(run.config, run.workdir)
+      folder_lib.check_same_run(run.config, run.workdir)
       result = result_lib.read(run.workdir)
     except errors.UserError as e:
       # Folders of a sweep are chosen by another flag than a run's.
@@ -192,7 +192,7 @@ def execute(
     done += [run for run in left if run not in failures]
     outcome = schedule.Outcome(done, failed)
   else:
-    places = slots.find(jobs)
+    places = device_slots.find(jobs)
     outcome = schedule.Schedule(left, done, places).run()
   outcome.log()
   return outcome
@@ -217,7 +217,7 @@ def _missing_weights(runs):
   paths = [
     run.config.pretrained_path
     for run in runs
-    if run.config.pretrained_path and not launch.saved_step(run.workdir)
+    if run.config.pretrained_path and not subprocess_run.saved_step(run.workdir)
   ]
   return [p for p in dict.fromkeys(paths) if not pathlib.Path(p).is_file()]
 
@@ -304,7 +304,7 @@ def _split_settings(argv: Sequence[str]) -> tuple[list[str], list[str]]:
       continue
     setting = word.removeprefix("--config.")
     if "=" not in setting:
-      key = config_keys.KEYS.get(setting)
+      key = keys.KEYS.get(setting)
       if key is not None and isinstance(key.default, bool):
         setting += "=True"  # As in main; its value would be =False.
       elif words and not words[0].startswith("--"):

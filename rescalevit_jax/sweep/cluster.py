@@ -17,7 +17,7 @@ from typing import Any
 
 from rescalevit_jax import errors
 from rescalevit_jax.sweep import grid
-from rescalevit_jax.sweep import launch
+from rescalevit_jax.sweep import subprocess_run
 
 _log = logging.getLogger(__name__)
 
@@ -48,11 +48,11 @@ class Task:
   def __call__(self) -> None:
     """Runs until the end; raises RuntimeError if the run does not finish."""
     os.chdir(self._folder)
-    self._process = launch.start(self._command, self._workdir, {})
+    self._process = subprocess_run.start(self._command, self._workdir, {})
     self._wait()
     code = self._process.wait()
     if not (self._workdir / "result.json").exists():
-      raise RuntimeError(launch.failure(self._workdir, code))
+      raise RuntimeError(subprocess_run.failure(self._workdir, code))
 
   def checkpoint(self):
     """Lets the run save and stop; returns the job that goes on with it."""
@@ -193,7 +193,7 @@ def run_locally(
         if (run.workdir / "result.json").exists():
           _log.info("done: %s", run.workdir)
           continue
-        failed.append((run, launch.failure(run.workdir, None)))
+        failed.append((run, subprocess_run.failure(run.workdir, None)))
         _log.info("failed: %s: %s", run.workdir, failed[-1][1])
       time.sleep(_SECONDS_BETWEEN_LOOKS)
   finally:

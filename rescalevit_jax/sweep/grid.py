@@ -12,9 +12,9 @@ import ml_collections
 from ml_collections import config_flags
 
 from rescalevit_jax import config as config_lib
-from rescalevit_jax import config_keys
 from rescalevit_jax import errors
-from rescalevit_jax import run_folder
+from rescalevit_jax.config import keys as keys_lib
+from rescalevit_jax.runs import folder
 
 # Told by the name of every run's folder: see `run_folder.default_workdir`.
 _NAMED = ("dataset", "model_name", "model.norm", "seed")
@@ -76,7 +76,7 @@ def parse_setting(text: str, flag: str) -> Setting:
     UserError: it is not of this form, or there is no such key.
   """
   key, equals, value = text.partition("=")
-  config_keys.check_key(key)
+  keys_lib.check_key(key)
   if not equals:
     raise errors.UserError(f"{flag}: {text!r} has no value; write KEY=VALUE")
   return Setting(key, value)
@@ -177,7 +177,7 @@ def _plan_run(reference, settings, unnamed, runs_dir) -> PlannedRun:
   values = config_lib.flatten(config)
   name = "-".join(
     [
-      run_folder.default_workdir(config).name,
+      folder.default_workdir(config).name,
       *(f"{key}={values[key]}".replace("/", "_") for key in unnamed),
     ]
   )

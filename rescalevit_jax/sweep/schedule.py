@@ -9,12 +9,12 @@ import signal
 import subprocess
 import time
 
-from rescalevit_jax import experiment
-from rescalevit_jax import progress
-from rescalevit_jax import runs as runs_lib
 from rescalevit_jax.models import flops
+from rescalevit_jax.runs import run_reader
+from rescalevit_jax.runtime import terminal
 from rescalevit_jax.sweep import grid
-from rescalevit_jax.sweep import launch
+from rescalevit_jax.sweep import subprocess_run
+from rescalevit_jax.training import experiment
 
 _log = logging.getLogger(__name__)
 
@@ -97,7 +97,7 @@ class _Running:
 
   def steps(self) -> int:
     """Steps done since it was started."""
-    step = launch.step_since(self.run.workdir, self.started)
+    step = subprocess_run.step_since(self.run.workdir, self.started)
     return max(0, step - self.first_step)
 
 
@@ -144,7 +144,7 @@ class Schedule:
       self._loop()
     finally:
       for running in self._running:
-        launch.kill(running.process)
+        subprocess_run.kill(running.process)
       for number, handler in previous.items():
         signal.signal(number, handler)
     return self._outcome
@@ -183,17 +183,17 @@ class Schedule:
     elif len(self._signals) > 1 and not self._outcome.killed:
       self._outcome.killed = True
       for running in self._running:
-        launch.kill(running.process)
+        subprocess_run.kill(running.process)
 
   def _launch(self, run):
     slot = self._free.pop(0)
-    first_step = launch.saved_step(run.workdir)
+    first_step = subprocess_run.saved_step(run.workdir)
     started = time.time()
     _log.info(
       "%s %s", "starting" if not first_step else "going on with", run.workdir
     )
     try:
-      process = launch.start(run.command, run.workdir, slot)
+      process = subprocess_run.start(run.command, run.workdir, slot)
     except OSError as e:
       self._free.append(slot)
       self._outcome.failed.append((run, f"error: {e}"))
@@ -214,7 +214,7 @@ class Schedule:
       elif self._stopping and code <= 0:
         self._outcome.left.append(run)
       else:
-        why = launch.failure(run.workdir, code)
+        why = subprocess_run.failure(run.workdir, code)
         self._outcome.failed.append((run, why))
         _log.info("failed: %s: %s", run.workdir, why)
     return bool(ended)
@@ -230,12 +230,12 @@ class Schedule:
       len(self._outcome.failed),
       len(self._running),
       len(self._waiting) + len(self._outcome.left),
-      f", ETA {progress.duration(eta)}" if eta is not None else "",
+      f", ETA {terminal.duration(eta)}" if eta is not None else "",
     )
     for running in self._running:
-      line = runs_lib.last_log_line(running.run.workdir)
+      line = run_reader.last_log_line(running.run.workdir)
       line = re.sub(r"^\d\d:\d\d:\d\d ", "", line)
-      if line.startswith(runs_lib.LOG_HEADER):
+      if line.startswith(run_reader.LOG_HEADER):
         line = "starting"
       _log.info("  %s: %s", running.run.workdir.name, line[:160])
 
@@ -243,7 +243,7 @@ class Schedule:
     """Seconds that the rest takes at the pace so far; None if none is known."""
     done, left = self._work_done, 0.0
     for run in self._waiting:
-      steps = run.config.total_steps - launch.saved_step(run.workdir)
+      steps = run.config.total_steps - subprocess_run.saved_step(run.workdir)
       left += steps * self._work[run.workdir]
     for running in self._running:
       config, per_step = running.run.config, self._work[running.run.workdir]

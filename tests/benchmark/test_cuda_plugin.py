@@ -11,9 +11,9 @@ from jax.sharding import SingleDeviceSharding
 import pytest
 import tiny_gpu
 
-from rescalevit_jax import cuda_plugin
 from rescalevit_jax import errors
 from rescalevit_jax.benchmark import gpus
+from rescalevit_jax.runtime import cuda_plugin
 
 
 def run(code, **environment):

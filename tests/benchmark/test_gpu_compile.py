@@ -8,11 +8,11 @@ import pytest
 from tiny_gpu import tiny_config
 
 from rescalevit_jax import errors
-from rescalevit_jax import experiment
 from rescalevit_jax import models
 from rescalevit_jax.benchmark import gpus
 from rescalevit_jax.benchmark import hlo
 from rescalevit_jax.models import norms
+from rescalevit_jax.training import experiment
 
 ATTEND = "__cudnn$fmhaSoftmax"
 ATTEND_BACK = "__cudnn$fmhaSoftmaxBackward"

@@ -82,10 +82,10 @@ def test_measures_all(digits_dir, shared_dir, tmp_path):
 
 def test_settings_that_differ_tell_lines_apart():
   a, b, c = (config_lib.default() for _ in range(3))
-  b.model.norm, b.batch, b.model.residual = "Cal", 7, "rescale"
+  b.model.norm, b.batch, b.model.residual = "Cal", 7, "rescalenet"
   c.model.norm = "BN"
   assert report.settings(a, [a, b, c]) == {"model.residual": "auto"}
-  assert report.settings(b, [a, b, c]) == {"model.residual": "rescale"}
+  assert report.settings(b, [a, b, c]) == {"model.residual": "rescalenet"}
   assert report.settings(c, [a, c]) == {}
 
 

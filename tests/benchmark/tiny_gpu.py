@@ -5,10 +5,10 @@ import os
 import pytest
 
 from rescalevit_jax import config as config_lib
-from rescalevit_jax import cuda_plugin
 from rescalevit_jax.benchmark import gpu_compile
 from rescalevit_jax.benchmark import gpus
 from rescalevit_jax.benchmark import memory
+from rescalevit_jax.runtime import cuda_plugin
 
 CAN_COMPILE = (
   cuda_plugin.can_compile() and os.environ.get("JAX_PLATFORMS") == "cpu"

@@ -19,8 +19,8 @@ import time
 import tiny_sweep
 import trials
 
-from rescalevit_jax import checkpoint_folders
-from rescalevit_jax import data
+from rescalevit_jax.data import dataset
+from rescalevit_jax.runs import checkpoint_folders
 
 _STEPS = 10  # A checkpoint.
 # How much more in the last third than in the one before: MiB, and MiB for each
@@ -102,7 +102,7 @@ def main(argv: Sequence[str] | None = None) -> None:
   with tempfile.TemporaryDirectory() as folder:
     folder = pathlib.Path(folder)
     data_dir = folder / "tfds"
-    data.load("digits", str(data_dir))
+    dataset.load("digits", str(data_dir))
     env = {**os.environ, "JAX_PLATFORMS": "cpu"}
     print("checkpoints, MiB, open files, threads")
     watch(folder, data_dir, args.checkpoints, env)

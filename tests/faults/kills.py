@@ -25,7 +25,7 @@ import time
 import tiny_sweep
 import trials
 
-from rescalevit_jax import data
+from rescalevit_jax.data import dataset
 
 # Norm and accum_steps; a few kills take the first ones only.
 KINDS = [
@@ -237,7 +237,7 @@ def main(argv: Sequence[str] | None = None) -> None:
   with tempfile.TemporaryDirectory() as folder:
     folder = pathlib.Path(folder)
     os.environ["XDG_CACHE_HOME"] = str(folder / "cache")
-    data.load("digits", str(folder / "tfds"))
+    dataset.load("digits", str(folder / "tfds"))
     rng = random.Random(args.seed)
     env = tiny_sweep.environment(folder)
     wanted = args.norms and args.norms.split(",")

@@ -16,8 +16,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tiny_sweep
 
-from rescalevit_jax import checkpoint_folders
-from rescalevit_jax import checksums
+from rescalevit_jax.runs import checkpoint_folders
+from rescalevit_jax.runs import checksums
 
 TOTAL_STEPS = 24
 EVAL_EVERY = 3

@@ -14,17 +14,17 @@ from absl import flags
 
 from fuzz import choices as choices_lib
 from rescalevit_jax import config as config_lib
-from rescalevit_jax import config_keys
 from rescalevit_jax import errors
 from rescalevit_jax import main
-from rescalevit_jax import run_folder
+from rescalevit_jax.config import keys
+from rescalevit_jax.runs import folder as folder_lib
 
 _ROOT = pathlib.Path(__file__).parents[2]
 _CONFIG = b"--config=" + os.fsencode(_ROOT / "configs" / "quickstart.py")
 _RUN = b"--workdir=RUN"
 _JSON = config_lib.to_json(config_lib.default()).encode()
 _KEYS = (
-  *(key.encode() for key in config_keys.KEYS),
+  *(key.encode() for key in keys.KEYS),
   *(b"model", b"augment", b"model.norm.x", b"", b".", b"seed.x", b"__class__"),
   *(b"get", b"model.get", b"_fields", b"update", b"dataset ", b"model..norm"),
 )
@@ -137,7 +137,7 @@ def run(path: pathlib.Path) -> None:
     raise AssertionError("a config that is not valid") from e
   again = config_lib.from_json(config_lib.to_json(config))
   assert config_lib.flatten(again) == config_lib.flatten(config)
-  workdir = run_folder.default_workdir(config)
+  workdir = folder_lib.default_workdir(config)
   assert workdir.parent == pathlib.Path("runs") and workdir.name != ".."
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from fuzz import choices as choices_lib
-from rescalevit_jax import images
+from rescalevit_jax.data import image_files
 
 _PIXELS = 1_000_000  # Instead of images.MAX_PIXELS.
 
@@ -167,12 +167,12 @@ def _checksums(content):
 
 
 def run(path: pathlib.Path) -> None:
-  pixels, images.MAX_PIXELS = images.MAX_PIXELS, _PIXELS
+  pixels, image_files.MAX_PIXELS = image_files.MAX_PIXELS, _PIXELS
   try:
     with warnings.catch_warnings():
       warnings.simplefilter("ignore")
-      x = images.model_input(path, 4)
+      x = image_files.model_input(path, 4)
   finally:
-    images.MAX_PIXELS = pixels
+    image_files.MAX_PIXELS = pixels
   assert x.shape == (4, 4, 3) and x.dtype == np.float32
   assert np.abs(x).max() <= 1

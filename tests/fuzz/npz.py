@@ -10,8 +10,8 @@ import numpy as np
 import trees
 
 from fuzz import choices as choices_lib
-from rescalevit_jax import npz
-from rescalevit_jax import pretrained
+from rescalevit_jax.pretrained import load
+from rescalevit_jax.pretrained import npz
 
 _SIZES = dict(num_layers=1, hidden_size=4, mlp_dim=4)
 _MODEL = trees.fresh("BN", **_SIZES)
@@ -196,7 +196,7 @@ def _zip(members, end):
 def run(path: pathlib.Path) -> None:
   slack, npz.SLACK = npz.SLACK, _SLACK
   try:
-    _, _, report = pretrained.load(path, *_MODEL)
+    _, _, report = load.load(path, *_MODEL)
     report.summary()
   finally:
     npz.SLACK = slack

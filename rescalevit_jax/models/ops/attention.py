@@ -11,8 +11,8 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from rescalevit_jax import accelerator
 from rescalevit_jax.models.ops import cudnn
+from rescalevit_jax.runtime import accelerator
 
 IMPLEMENTATIONS = ("auto", "xla", "cudnn")
 

@@ -5,7 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from rescalevit_jax import accelerator
+from rescalevit_jax.runtime import accelerator
 
 EPSILON = 1e-6
 

@@ -1,0 +1,1 @@
+"""Trained models: attention maps, probes, plots and published results."""

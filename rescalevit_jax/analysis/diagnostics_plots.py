@@ -1,0 +1,245 @@
+"""A picture of a run's diagnostics, by depth and time."""
+
+from collections.abc import Iterable, Iterator
+import dataclasses
+import math
+
+import matplotlib
+from matplotlib import axes as axes_lib
+from matplotlib import colors
+from matplotlib import figure as figure_lib
+from matplotlib import ticker
+import numpy as np
+
+from rescalevit_jax.analysis import plots
+from rescalevit_jax.runs import run_reader
+from rescalevit_jax.training import diagnostics
+from rescalevit_jax.training import measurements
+
+_COLUMNS = (4, 5)
+_COLORMAP, _DIVERGING = "viridis", "PuOr"
+_MISSING = "#d9d9d9"
+_ORDERS = 5  # Of magnitude, that the colours of a panel span at most.
+
+
+@dataclasses.dataclass(frozen=True)
+class Quantity:
+  """A quantity with a value for each part of the model.
+
+  Attributes:
+    name: in metrics.jsonl, after the part's.
+    title: for people.
+    unit: of the axis or the colours.
+    scale: 'log', 'linear', 'signed' (about 0) or 'share' (from 0 to 1).
+  """
+
+  name: str
+  title: str
+  unit: str
+  scale: str
+
+
+STREAM_CLS = Quantity("stream_rms_cls", "Stream, class token", "RMS", "log")
+STREAM = Quantity("stream_rms_patches", "Stream, patches", "RMS", "log")
+GRADIENT = Quantity("grad_norm", "Gradient, before clipping", "norm", "log")
+GRADIENT_QK = Quantity(
+  "grad_norm_qk", "Gradient of queries and keys", "norm", "log"
+)
+ENTROPY = Quantity("attention_entropy", "Attention entropy", "nats", "linear")
+SATURATION = (
+  Quantity(
+    "saturation_attention", "Saturated before attention", "share", "share"
+  ),
+  Quantity("saturation_mlp", "Saturated before the MLP", "share", "share"),
+)
+_BY_TIME = (
+  STREAM_CLS,
+  STREAM,
+  Quantity("stream_mean_cls", "Stream, class token", "mean", "signed"),
+  Quantity("stream_mean_patches", "Stream, patches", "mean", "signed"),
+  GRADIENT,
+  GRADIENT_QK,
+  Quantity("update_ratio", "Update of a step", "|update| / |weights|", "log"),
+  ENTROPY,
+  *SATURATION,
+)
+
+
+def is_diagnosed(run: run_reader.Run) -> bool:
+  """Whether there are diagnostics of a run."""
+  return any(_lines(run))
+
+
+def _lines(run):
+  return [x for x in run.metrics if any(map(_is_diagnostic, x))]
+
+
+def _is_diagnostic(name):
+  return name.startswith(diagnostics.PREFIX)
+
+
+def draw(run: run_reader.Run, name: str) -> figure_lib.Figure:
+  """Draws a run: what has parts by depth and time, the rest over time.
+
+  Grey is what is 0 on a logarithmic scale, or not finite.
+
+  Args:
+    run: one with diagnostics.
+    name: of the run, for the title.
+  """
+  lines = _lines(run)
+  steps = np.array([line["step"] for line in lines])
+  names = parts(set().union(*lines))
+  rows = {}
+  for quantity in _BY_TIME:
+    found = np.array(
+      [[_of_part(line, part, quantity) for line in lines] for part in names]
+    )
+    there = ~np.isnan(found).all(axis=1)
+    if there.any():
+      labels = [_label(p) for p, t in zip(names, there, strict=True) if t]
+      rows[quantity] = labels, found[there]
+  figure, axes = grid(len(rows) + 3)
+  for quantity, (labels, values) in rows.items():
+    _draw_map(figure, next(axes), quantity, steps, labels, values)
+  _draw_over_time(axes, run)
+  config = run.config
+  title = (
+    f"{name}: {config.model.norm}, {config.model_name} on {config.dataset},"
+    f" seed {config.seed}"
+  )
+  figure.suptitle(plots.plain(title), fontsize="medium")
+  return figure
+
+
+def parts(names: Iterable[str]) -> list[str]:
+  """Returns the parts of a model; `names` are those of its quantities."""
+  blocks = {name.split("/")[-2] for name in names if "block_" in name}
+  return measurements.parts(len(blocks))
+
+
+def _of_part(line, part, quantity):
+  name = f"{diagnostics.PREFIX}{part}/{quantity.name}"
+  value = line.get(name)
+  return value if isinstance(value, int | float) else np.nan
+
+
+def _label(part):
+  return part.removeprefix("block_").lstrip("0") or "0" if "_" in part else part
+
+
+def grid(count: int) -> tuple[figure_lib.Figure, Iterator[axes_lib.Axes]]:
+  """Returns a figure of so many panels, and an iterator of them."""
+  columns = min(_COLUMNS, key=lambda columns: -count % columns)
+  rows = math.ceil(count / columns)
+  figure = figure_lib.Figure(
+    figsize=(3.3 * columns, 2.6 * rows + 0.4), layout="constrained"
+  )
+  axes = list(figure.subplots(rows, columns, squeeze=False).flat)
+  for ax in axes[count:]:
+    ax.set_visible(False)
+  return figure, iter(axes)
+
+
+def _draw_map(figure, ax, quantity, steps, labels, values):
+  middles = (steps[1:] + steps[:-1]) / 2
+  last = steps[-1] + (steps[-1] - middles[-1] if len(middles) else 1)
+  edges = np.concatenate([[0], middles, [last]])
+  if quantity.scale == "log":
+    values = np.where(values > 0, values, np.nan)
+  norm, extend = _norm(quantity.scale, values)
+  colormap = _DIVERGING if quantity.scale == "signed" else _COLORMAP
+  ax.set_facecolor(_MISSING)
+  mesh = ax.pcolormesh(
+    edges,
+    np.arange(len(labels) + 1) - 0.5,
+    np.ma.masked_invalid(values),
+    cmap=matplotlib.colormaps[colormap],
+    norm=norm,
+    rasterized=True,
+  )
+  ax.set_title(quantity.title, fontsize="small")
+  ax.set_xlabel("step", fontsize="small")
+  ax.set_ylabel("block", fontsize="small")
+  every = math.ceil(len(labels) / 8)
+  words = {i for i, label in enumerate(labels) if not label.isdecimal()}
+  numbers = [i for i, label in enumerate(labels) if label.isdecimal()]
+  ticks = sorted({*words, *numbers[::every]})
+  ax.set_yticks(ticks, [labels[i] for i in ticks])
+  ax.xaxis.set_major_locator(ticker.MaxNLocator(4, integer=True))
+  ax.tick_params(labelsize="x-small")
+  bar = figure.colorbar(mesh, ax=ax, extend=extend)
+  bar.set_label(quantity.unit, fontsize="small")
+  bar.ax.tick_params(labelsize="x-small", which="both")
+
+
+def _norm(scale, values):
+  """Returns what maps values to colours, and which end is cut off."""
+  if scale == "share":
+    return colors.Normalize(0, 1), "neither"
+  known = values[np.isfinite(values)]
+  if not known.size:
+    return colors.Normalize(0, 1), "neither"
+  low, high = known.min(), known.max()
+  if scale == "signed":
+    bound = max(abs(low), abs(high)) or 1.0
+    return colors.Normalize(-bound, bound), "neither"
+  if scale == "linear":
+    margin = 1e-3 * abs(high) * (high - low < 1e-3 * abs(high))
+    return colors.Normalize(low - margin, high + margin), "neither"
+  bottom = max(low, high * 10**-_ORDERS)
+  if high < 1.1 * bottom:
+    bottom, high = bottom / 1.1, high * 1.1
+  return colors.LogNorm(bottom, high), "min" if bottom > low else "neither"
+
+
+def _draw_over_time(axes, run):
+  """Draws what the model has as a whole, in three panels."""
+  style = {"color": "#0072B2", "marker": "o", "markersize": 3}
+  other = {"color": "#D55E00", "marker": "s", "markersize": 3}
+
+  def curve(name):
+    return run.curve(diagnostics.PREFIX + name)
+
+  ax = next(axes)
+  steps, shares = curve("clipped_share")
+  ax.plot(steps, [100 * share for share in shares], **style)
+  ax.set(ylim=(-4, 104))
+  _label_axes(ax, "Steps clipped, since the point before", "%")
+  ax = next(axes)
+  ax.plot(*run.curve("train/lr"), "--", color="#555555", label="schedule")
+  ax.plot(*curve("effective_lr"), **style, label="after clipping")
+  ax.legend(frameon=False, fontsize="x-small")
+  _label_axes(ax, "Learning rate", "rate")
+  ax = next(axes)
+  steps, values = map(np.array, curve("sharpness"))
+  for sign, look, label in ((1, style, "> 0"), (-1, other, "< 0")):
+    of_sign = sign * values > 0
+    if of_sign.any():
+      ax.plot(
+        steps[of_sign],
+        np.abs(values[of_sign]),
+        **look,
+        linestyle="-" if sign > 0 else "none",
+        label=label,
+      )
+  if values.size and (values < 0).any():
+    ax.legend(frameon=False, fontsize="x-small")
+  if values.any() and np.abs(values).max() > 10 * np.abs(values).min():
+    ax.set_yscale("log")
+  _label_axes(ax, "Sharpness", "|eigenvalue|")
+
+
+def _label_axes(ax, title, unit):
+  ax.set_title(title, fontsize="small")
+  ax.set_xlabel("step", fontsize="small")
+  ax.set_ylabel(unit, fontsize="small")
+  ax.set_xlim(left=0)
+  tidy(ax)
+
+
+def tidy(ax: axes_lib.Axes) -> None:
+  """Gives lines a background that does not draw the eye."""
+  ax.tick_params(labelsize="x-small", which="both")
+  ax.grid(alpha=0.25)
+  ax.spines[["top", "right"]].set_visible(False)

@@ -1,0 +1,1 @@
+"""Random crops, flips and colors, mixup and CutMix, on the device."""

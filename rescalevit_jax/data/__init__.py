@@ -1,0 +1,1 @@
+"""Datasets, from tfds to batches on the device."""

@@ -1,0 +1,89 @@
+"""The mesh and what lies where on it.
+
+Data parallel: one axis, `data`, over all devices; batches are split along it.
+Everything else is on every device, but for large parameters and momenta with
+`sharding.fsdp`.
+"""
+
+import math
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec
+import numpy as np
+
+from rescalevit_jax import errors
+
+_MIN_SPLIT = 2**14  # Elements of an array that is worth splitting.
+
+
+def create_mesh() -> Mesh:
+  """Returns a mesh of all devices of all processes."""
+  return Mesh(np.asarray(jax.devices()), ("data",))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+  """Every device holds the whole array."""
+  return NamedSharding(mesh, PartitionSpec())
+
+
+def split(mesh: Mesh, axis: int = 0) -> NamedSharding:
+  """Each device holds an equal part along an axis."""
+  return NamedSharding(mesh, PartitionSpec(*[None] * axis, "data"))
+
+
+def create(tree: Any, mesh: Mesh, fsdp: bool) -> Any:
+  """Returns where the arrays of a state lie, as a tree of shardings.
+
+  Args:
+    tree: of arrays, or of anything with a shape.
+    mesh: the devices.
+    fsdp: whether each device holds an equal part of the large arrays, along
+      the longest axis that the devices divide; the rest lies everywhere.
+  """
+
+  def place_array(x):
+    divisible = [n if n % mesh.size == 0 else 0 for n in x.shape]
+    if not fsdp or math.prod(x.shape) < _MIN_SPLIT or not any(divisible):
+      return replicated(mesh)
+    return split(mesh, divisible.index(max(divisible)))
+
+  return jax.tree.map(place_array, tree)
+
+
+def put(tree: Any, sharding: NamedSharding) -> Any:
+  """Places arrays that every process holds in full on the devices."""
+
+  def put_array(x):
+    x = np.asarray(x)
+    return jax.make_array_from_callback(x.shape, sharding, lambda i: x[i])
+
+  return jax.tree.map(put_array, tree)
+
+
+def local_shard(x: np.ndarray, place: NamedSharding) -> np.ndarray:
+  """Returns the part of an array that this process' devices hold.
+
+  Args:
+    x: the whole array.
+    place: split along at most one axis, in the order of the processes.
+  """
+  parts = place.addressable_devices_indices_map(x.shape).values()
+  own = []
+  for size, *slices in zip(x.shape, *parts, strict=True):
+    bounds = [part.indices(size) for part in slices]
+    own.append(slice(min(b[0] for b in bounds), max(b[1] for b in bounds)))
+  return x[tuple(own)]
+
+
+def check_batch(batch: int, accum_steps: int, mesh: Mesh) -> None:
+  """Raises UserError if a micro-batch cannot be split over the devices."""
+  if batch // accum_steps % mesh.size:
+    parts = f"{mesh.size} devices"
+    if accum_steps > 1:
+      parts = f"accum_steps ({accum_steps}) times {parts}"
+    raise errors.UserError(
+      f"config: batch is {batch}, not divisible by {parts}"
+    )

@@ -1,0 +1,1 @@
+"""Optimizers, schedules, clipping, loss scaling and averages of weights."""

@@ -1,0 +1,1 @@
+"""Weights in .npz files: detect, transfer, load, save and fold."""

@@ -1,0 +1,151 @@
+"""Where a run's numbers go: metrics.jsonl and TensorBoard."""
+
+from collections.abc import Callable, Mapping
+import json
+import logging
+import os
+import pathlib
+from typing import Any
+
+import ml_collections
+import numpy as np
+
+from rescalevit_jax import config as config_lib
+from rescalevit_jax import errors
+from rescalevit_jax.runtime import atomic_file
+from rescalevit_jax.runtime import tensorflow_cpu
+
+_log = logging.getLogger(__name__)
+
+
+class MetricWriter:
+  """Writes scalars to metrics.jsonl and TensorBoard.
+
+  metrics.jsonl has one object a line: step, then scalars. It holds only what a
+  repeated run would write again, so no times; those go to TensorBoard alone.
+
+  Args:
+    workdir: the run's folder.
+    config: of the run, for TensorBoard.
+    keep: whether a line of an earlier start, as a dict, stays: a run that goes
+      on from a checkpoint writes the later ones again.
+  """
+
+  def __init__(
+    self,
+    workdir: pathlib.Path,
+    config: ml_collections.ConfigDict,
+    keep: Callable[[Mapping[str, Any]], bool],
+  ):
+    path = workdir / "metrics.jsonl"
+    if path.exists():
+      text = path.read_text(encoding="utf-8", errors="replace")
+      lines = text.splitlines()
+      kept = [
+        line for line in lines if _is_whole(line) and keep(json.loads(line))
+      ]
+      atomic_file.write(path, "".join(f"{line}\n" for line in kept))
+    self._file = open(path, "a", encoding="utf-8")
+    self._board = _TensorBoard(workdir, config)
+
+  def __enter__(self) -> "MetricWriter":
+    return self
+
+  def __exit__(self, *exc_info):
+    self._file.close()
+    self._board.close()
+
+  def open(self) -> None:
+    """Opens TensorBoard's file, which takes seconds, if not the first write."""
+    self._board.open()
+
+  def write(
+    self,
+    step: int,
+    scalars: Mapping[str, float],
+    timings: Mapping[str, float] | None = None,
+  ) -> None:
+    """Writes one line of scalars; `timings` only to TensorBoard."""
+    self._file.write(json.dumps({"step": step, **scalars}) + "\n")
+    self._file.flush()
+    self._board.write(step, {**scalars, **(timings or {})})
+
+  def write_images(
+    self, step: int, draw: Callable[[], Mapping[str, np.ndarray]]
+  ) -> None:
+    """Writes pictures, uint8 [H, W, 3], to TensorBoard.
+
+    Args:
+      step: of the run.
+      draw: returns them by name; what it raises ends TensorBoard's files, not
+        the run.
+    """
+    self._board.write_images(step, draw)
+
+  def sync(self) -> None:
+    """Makes sure that all lines are on disk, whatever happens next."""
+    self._file.flush()
+    os.fsync(self._file.fileno())
+
+
+class _TensorBoard:
+  """clu's writer, made when first used: importing TensorFlow takes seconds.
+
+  Training goes on without it: one warning says why.
+  """
+
+  def __init__(self, workdir, config):
+    self._workdir = workdir
+    self._config = config
+    self._writer = None
+    self._works = True
+
+  def open(self):
+    self._try(lambda writer: None)
+
+  def write(self, step, scalars):
+    self._try(lambda writer: writer.write_scalars(step, scalars))
+
+  def write_images(self, step, draw):
+    def write(writer):
+      images = {name: image[None] for name, image in draw().items()}
+      writer.write_images(step, images)
+
+    self._try(write)
+
+  def close(self):
+    if self._writer is not None:
+      self._try(lambda writer: writer.close())
+
+  def _try(self, action):
+    if not self._works:
+      return
+    try:
+      if self._writer is None:
+        self._writer = self._create()
+      action(self._writer)
+    except Exception as e:  # TensorFlow raises all sorts.
+      self._works = False
+      _log.warning("no TensorBoard files from here on: %s", errors.brief(e))
+
+  def _create(self):
+    tensorflow_cpu.load()
+    try:
+      from clu import metric_writers
+    except ImportError as e:
+      raise errors.UserError(f"cannot import clu.metric_writers: {e}") from e
+    writer = metric_writers.SummaryWriter(str(self._workdir))
+    values = config_lib.flatten(self._config)
+    writer.write_hparams(
+      {k: str(v) if v is None else v for k, v in values.items()}
+    )
+    text = config_lib.to_json(self._config)
+    writer.write_texts(0, {"config": f"```json\n{text}```"})
+    return writer
+
+
+def _is_whole(line):
+  try:
+    return "step" in json.loads(line)
+  except (RecursionError, TypeError, ValueError):
+    return False  # Cut off when the process was killed.

@@ -1,0 +1,234 @@
+"""What lies in the folders of runs, read back: configs, results, curves."""
+
+from collections.abc import Iterable, Iterator, Sequence
+import dataclasses
+import json
+import os
+import pathlib
+import sys
+from typing import Any
+
+import ml_collections
+
+from rescalevit_jax import config as config_lib
+from rescalevit_jax import errors
+from rescalevit_jax.config import keys
+from rescalevit_jax.runs import folder as folder_lib
+from rescalevit_jax.runs import result as result_lib
+
+LOG_HEADER = "--- "  # Begins the line of a start in log.txt.
+_TAIL_BYTES = 65_536  # More than a line of metrics, diagnostics included.
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+  """A run, finished or not.
+
+  Attributes:
+    workdir: its folder.
+    config: as run.
+    result: what result.json says, None before the end.
+    metrics: the lines of metrics.jsonl, in order of steps.
+  """
+
+  workdir: pathlib.Path
+  config: ml_collections.ConfigDict
+  result: dict[str, Any] | None
+  metrics: list[dict[str, Any]]
+
+  @property
+  def step(self) -> int:
+    """The last step that the metrics tell of."""
+    return self.metrics[-1]["step"] if self.metrics else 0
+
+  def curve(self, name: str) -> tuple[list[int], list[float]]:
+    """Returns the steps and values of a scalar, such as 'test/accuracy'."""
+    lines = [x for x in self.metrics if isinstance(x.get(name), int | float)]
+    return [line["step"] for line in lines], [line[name] for line in lines]
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+  """What there is in a folder.
+
+  Attributes:
+    runs: in order of their paths.
+    damaged: a line for each run or folder that cannot be read.
+    not_begun: a line for each run that a sweep started and that failed before
+      it had a config.
+  """
+
+  runs: list[Run]
+  damaged: list[str]
+  not_begun: list[str]
+
+
+def read(workdir: str | pathlib.Path) -> Run:
+  """Reads a run's folder.
+
+  Raises:
+    UserError: there is no run, or a file of it is damaged.
+  """
+  workdir = pathlib.Path(workdir)
+  config = folder_lib.require_config(workdir)
+  try:
+    config_lib.validate(config)
+  except errors.UserError as e:
+    raise errors.UserError(
+      f"{workdir / 'config.json'}: damaged, or of another version ({e})"
+    ) from e
+  return Run(workdir, config, result_lib.read(workdir), _metrics(workdir))
+
+
+def find(folder: str | pathlib.Path) -> Found:
+  """Reads all runs in a folder and below it.
+
+  Links are followed, and each run is read once.
+
+  Raises:
+    UserError: there is no such folder, or no run in it.
+  """
+  folder = pathlib.Path(folder)
+  if not folder.is_dir():
+    raise errors.UserError(f"{folder}: no such folder; give one with runs")
+  runs, damaged, not_begun = [], [], []
+  for workdir, files in _folders(folder, damaged):
+    if "config.json" in files:
+      try:
+        runs.append(read(workdir))
+      except (errors.UserError, OSError) as e:
+        damaged.append(str(e))
+    elif workdir != folder and _is_log(workdir / "log.txt"):
+      last = last_log_line(workdir)
+      reason = "" if last.startswith(LOG_HEADER) else f": {last}"
+      not_begun.append(f"{workdir}{reason}")
+  if not (runs or damaged or not_begun):
+    raise errors.UserError(f"{folder}: no runs there (no config.json)")
+  runs.sort(key=lambda run: run.workdir)
+  return Found(runs, sorted(damaged), sorted(not_begun))
+
+
+def find_each(folders: Iterable[str | pathlib.Path]) -> list[Run]:
+  """Reads all runs in several folders, each once; says what is left out.
+
+  Raises:
+    UserError: a folder is missing, or there is no run in it.
+  """
+  runs, others = {}, {}
+  for folder in folders:
+    found = find(folder)
+    runs |= {run.workdir.resolve(): run for run in found.runs}
+    others |= dict.fromkeys((*found.damaged, *found.not_begun))
+  for line in others:
+    print(f"left out: {line}", file=sys.stderr)
+  return list(runs.values())
+
+
+def group(runs: Iterable[Run]) -> list[tuple[Run, ...]]:
+  """Puts runs together that differ only in the seed.
+
+  And in keys that do not change a run's numbers.
+  """
+  groups = {}
+  for run in runs:
+    values = config_lib.flatten(run.config)
+    key = tuple(values[k] for k in _identifying_keys())
+    groups.setdefault(key, []).append(run)
+  return [
+    tuple(sorted(group, key=lambda run: (run.config.seed, run.workdir)))
+    for group in groups.values()
+  ]
+
+
+def varied_keys(configs: Sequence[ml_collections.ConfigDict]) -> list[str]:
+  """Returns the keys that change a run's numbers and in which configs differ.
+
+  The seed is not among them.
+  """
+  flat = [config_lib.flatten(config) for config in configs]
+  return [
+    key
+    for key in _identifying_keys()
+    if any(f[key] != flat[0][key] for f in flat)
+  ]
+
+
+def last_log_line(workdir: pathlib.Path) -> str:
+  """Returns the last line of log.txt, '' if there is none."""
+  lines = tail(workdir / "log.txt")
+  return lines[-1] if lines else ""
+
+
+def tail(path: pathlib.Path) -> list[str]:
+  """Returns the last lines of a file that may be long, without empty ones.
+
+  There are none if it cannot be read.
+  """
+  try:
+    with open(path, "rb") as f:
+      size = f.seek(0, os.SEEK_END)
+      f.seek(max(0, size - _TAIL_BYTES))
+      text = f.read().decode(errors="replace")
+  except OSError:
+    return []
+  return [line.strip() for line in text.splitlines() if line.strip()]
+
+
+def _identifying_keys():
+  return [
+    name
+    for name, key in keys.KEYS.items()
+    if name != "seed" and not key.resumable
+  ]
+
+
+def _folders(
+  top: pathlib.Path, damaged: list[str]
+) -> Iterator[tuple[pathlib.Path, list[str]]]:
+  """Yields each folder once, with the names of its files.
+
+  Under a name without links where it has one; what cannot be listed is added to
+  `damaged`.
+  """
+
+  def note(error):
+    damaged.append(f"{error.filename}: cannot be listed ({error.strerror})")
+
+  seen, waiting = set(), [top]
+  while waiting:
+    for name, folders, files in os.walk(waiting.pop(0), onerror=note):
+      real = os.path.realpath(name)
+      folders[:] = sorted(set(folders) - {"checkpoints"})
+      if real in seen:
+        folders.clear()
+        continue
+      seen.add(real)
+      parent = pathlib.Path(name)
+      waiting += [p for p in map(parent.joinpath, folders) if p.is_symlink()]
+      yield parent, files
+
+
+def _is_log(path):
+  """Whether a sweep has written this file; others have logs, too."""
+  try:
+    with open(path, "rb") as f:
+      return f.read(len(LOG_HEADER)) == LOG_HEADER.encode()
+  except OSError:
+    return False
+
+
+def _metrics(workdir):
+  try:
+    # A character that is none is part of a damaged line, left out below.
+    text = (workdir / "metrics.jsonl").read_text("utf-8", errors="replace")
+  except FileNotFoundError:
+    return []
+  lines = []
+  for line in text.splitlines():
+    try:
+      value = json.loads(line)
+      value["step"]
+    except (KeyError, RecursionError, TypeError, ValueError):
+      continue  # Being written just now, or cut off.
+    lines.append(value)
+  return lines

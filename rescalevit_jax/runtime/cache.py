@@ -1,0 +1,48 @@
+"""The user's cache folder, and the cache of compiled programs in it.
+
+`${XDG_CACHE_HOME:-~/.cache}/rescalevit_jax/compiled-MACHINE/`, through JAX's
+persistent compilation cache. Everything in there can be deleted at any time.
+"""
+
+import hashlib
+import os
+import pathlib
+import platform
+
+import jax
+
+_MIN_SECONDS = 0.05  # Of a compilation that is worth a file.
+
+
+def root() -> pathlib.Path:
+  """Returns this package's folder among the user's caches."""
+  caches = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+  return pathlib.Path(caches, "rescalevit_jax")
+
+
+def enable_compilation_cache() -> None:
+  """Switches the cache on, unless JAX_COMPILATION_CACHE_DIR names another.
+
+  Called before anything is compiled. JAX_ENABLE_COMPILATION_CACHE=false
+  switches it off.
+  """
+  if jax.config.jax_compilation_cache_dir:
+    return
+  folder = root() / f"compiled-{_machine()}"
+  jax.config.update("jax_compilation_cache_dir", str(folder))
+  jax.config.update("jax_persistent_cache_min_compile_time_secs", _MIN_SECONDS)
+
+
+def _machine() -> str:
+  """Returns a name for this kind of processor.
+
+  What is compiled for one may be wrong for another; machines of a cluster often
+  share a home folder.
+  """
+  text = f"{platform.system()} {platform.machine()} {platform.processor()}"
+  info = pathlib.Path("/proc/cpuinfo")
+  if info.exists():
+    kinds = ("model name", "flags", "Features", "CPU part")
+    lines = info.read_text(errors="replace").splitlines()
+    text += "".join(sorted({x for x in lines if x.startswith(kinds)}))
+  return hashlib.sha256(text.encode()).hexdigest()[:12]

@@ -1,0 +1,1 @@
+"""The training of a run, from initial state to last evaluation."""

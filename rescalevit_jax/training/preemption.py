@@ -1,0 +1,57 @@
+"""SIGTERM and SIGINT ask a run to save and stop."""
+
+import logging
+import signal
+import threading
+
+import jax
+from jax.experimental import multihost_utils
+
+_log = logging.getLogger(__name__)
+
+
+class Interrupt:
+  """Whether somebody asked this process to stop.
+
+  Used as a context manager around the training loop. The first signal is only
+  noted, for the loop to act on; the second one has its usual effect. Several
+  processes of one run stop after the same step: JAX has a handler of SIGTERM
+  for that, and tells all of them.
+
+  Attributes:
+    requested: whether a signal has come.
+  """
+
+  SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+  def __init__(self):
+    self.requested = False
+    self._previous = {}
+
+  def __enter__(self) -> "Interrupt":
+    # Python lets only the main thread set handlers; elsewhere there are none.
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    if in_main_thread and jax.process_count() == 1:
+      self._previous = {s: signal.signal(s, self._handle) for s in self.SIGNALS}
+    return self
+
+  def __exit__(self, *exc_info):
+    self._restore()
+
+  def poll(self, step: int) -> None:
+    """Asks the other processes, if there are any; called once each step."""
+    if jax.process_count() > 1:
+      self.requested = multihost_utils.reached_preemption_sync_point(step)
+
+  def _handle(self, number, frame):
+    del frame
+    self.requested = True
+    self._restore()
+    _log.info(
+      "%s: saving and stopping; once more to stop at once",
+      signal.Signals(number).name,
+    )
+
+  def _restore(self):
+    for number, handler in self._previous.items():
+      signal.signal(number, handler)

@@ -1,0 +1,135 @@
+"""Progress of a run: throughput, ETA, warnings about slow runs."""
+
+import logging
+import os
+import time
+
+from flax import linen as nn
+import jax
+import jax.numpy as jnp
+
+from rescalevit_jax.models import flops
+from rescalevit_jax.runtime import terminal
+
+_log = logging.getLogger(__name__)
+
+# Share of a large matrix product's speed that a training step reaches.
+_EFFICIENCY = 0.4
+_LONG_RUN_SECONDS = 3600.0
+_SLOW_DEVICE = 1e10  # FLOP/s of a matrix product, below that of any in use.
+
+
+class Timer:
+  """Counts the time of training alone, and says how it goes.
+
+  Compilation and evaluation are left out: `restart` begins anew after them.
+
+  Args:
+    total_steps: of the run.
+    batch: images a step.
+    step: steps done before this start.
+  """
+
+  def __init__(self, total_steps: int, batch: int, step: int):
+    self._total_steps, self._batch = total_steps, batch
+    self._step = self._first_step = step
+    self._start = self._mark = self.last_line = time.monotonic()
+
+  def first_step_done(self, step: int) -> None:
+    """Begins to count: the step's compilation is over."""
+    self._step = self._first_step = step
+    self._start = self._mark = time.monotonic()
+
+  def restart(self) -> None:
+    """Leaves out the time since the last `lap`."""
+    self._mark = time.monotonic()
+
+  def lap(self, step: int) -> tuple[int, float]:
+    """Returns steps and seconds since the last lap or restart."""
+    now = time.monotonic()
+    steps, seconds = step - self._step, now - self._mark
+    self._step, self._mark = step, now
+    return steps, seconds
+
+  def log(self, loss: float, rate: float, steps: int, seconds: float) -> None:
+    """Writes a progress line; `steps` and `seconds` are the last lap's."""
+    self.last_line = now = time.monotonic()
+    speed = eta = ""
+    if steps:
+      speed = images_per_second(steps, seconds, self._batch)
+      speed = f"  {speed:.{0 if speed >= 10 else 2}f} images/s"
+    if self._step > self._first_step:
+      pace = (now - self._start) / (self._step - self._first_step)
+      eta = (
+        f"  ETA {terminal.duration(pace * (self._total_steps - self._step))}"
+      )
+    _log.info(
+      "step %d/%d  loss %.4f  lr %.5f%s%s",
+      self._step,
+      self._total_steps,
+      loss,
+      rate,
+      speed,
+      eta,
+    )
+
+
+def images_per_second(steps: int, seconds: float, batch: int) -> float:
+  """Returns the throughput, or 0 where nothing was measured."""
+  return steps * batch / seconds if seconds > 0 else 0.0
+
+
+def warn_of_idle_gpu() -> None:
+  """Warns if the machine has an NVIDIA GPU that JAX does not see."""
+  if jax.default_backend() == "cpu" and os.path.exists("/dev/nvidiactl"):
+    _log.warning(
+      "this machine has an NVIDIA GPU, but JAX sees only the CPU: install it"
+      " with `pip install -e '.[cuda13]'` (or cuda12)"
+    )
+
+
+def warn_of_long_run(
+  model: nn.Module,
+  *,
+  image_size: int,
+  batch: int,
+  steps: int,
+  eval_images: int,
+  evaluations: int,
+) -> None:
+  """Estimates the run from a matrix product's speed; says so if it is long."""
+  forward = flops.forward_flops(model, image_size)
+  total = forward * (3 * batch * steps + eval_images * evaluations)
+  share = _EFFICIENCY * jax.device_count()
+  if total / (share * _SLOW_DEVICE) < _LONG_RUN_SECONDS:
+    return  # Measuring takes 0.1 s, before the first step.
+  rate = share * _matmul_flops_per_second(model.dtype)
+  step_seconds = 3 * forward * batch / rate
+  eval_seconds = forward * eval_images / rate
+  seconds = total / rate
+  if seconds > _LONG_RUN_SECONDS:
+    _log.warning(
+      "this will take long, about %s on %d x %s (estimated): %s for each"
+      " of %d steps of %d images, %s for each of %d evaluations",
+      terminal.duration(seconds),
+      jax.device_count(),
+      jax.devices()[0].device_kind,
+      f"{step_seconds:.2g} s",
+      steps,
+      batch,
+      terminal.duration(eval_seconds),
+      evaluations,
+    )
+
+
+def _matmul_flops_per_second(dtype):
+  size = 1024 if jax.default_backend() == "cpu" else 4096
+  x = jnp.ones((size, size), dtype)
+  multiply = jax.jit(jnp.matmul)
+  multiply(x, x).block_until_ready()
+  times = []
+  for _ in range(3):
+    start = time.perf_counter()
+    multiply(x, x).block_until_ready()
+    times.append(time.perf_counter() - start)
+  return 2 * size**3 / min(times)

@@ -1,0 +1,139 @@
+"""train_and_evaluate: a run from its folder to its result."""
+
+import contextlib
+import functools
+import json
+import logging
+import pathlib
+import tempfile
+from typing import Any
+
+import jax
+import ml_collections
+
+from rescalevit_jax import config as config_lib
+from rescalevit_jax.distributed import processes
+from rescalevit_jax.runs import checkpoint
+from rescalevit_jax.runs import checkpoint_folders
+from rescalevit_jax.runs import folder as folder_lib
+from rescalevit_jax.runs import lock
+from rescalevit_jax.runs import metric_writers
+from rescalevit_jax.runs import result as result_lib
+from rescalevit_jax.runtime import atomic_file
+from rescalevit_jax.training import experiment as experiment_lib
+from rescalevit_jax.training import preemption
+from rescalevit_jax.training import progress as progress_lib
+from rescalevit_jax.training import trainer as trainer_lib
+
+_log = logging.getLogger(__name__)
+
+
+def train_and_evaluate(
+  config: ml_collections.ConfigDict,
+  workdir: str | pathlib.Path,
+  draw_attention: trainer_lib.DrawAttention | None = None,
+) -> dict[str, Any] | None:
+  """Trains a model, or goes on with it, and evaluates it on the way.
+
+  Args:
+    config: of the run; see `config_keys.KEYS`.
+    workdir: the run's folder; made if it is not there.
+    draw_attention: draws the pictures of `log_attention`.
+
+  Returns:
+    What result.json says, or None if a signal stopped the run before its end.
+
+  Raises:
+    UserError: the config, the data, the weights or the folder do not do, or the
+      loss is not finite, or another process works on this run.
+  """
+  workdir = pathlib.Path(workdir)
+  config_lib.validate(config)
+  with _own_folder(workdir) as folder:
+    return _train_and_evaluate(config, workdir, folder, draw_attention)
+
+
+@contextlib.contextmanager
+def _own_folder(workdir):
+  """Locks the run's folder; gives processes beside the first one another.
+
+  All of them do the same, and one is enough to write it down. Checkpoints are
+  written together: orbax shares them out.
+  """
+  if jax.process_index() == 0:
+    with lock.hold(workdir):
+      yield workdir
+  else:
+    with tempfile.TemporaryDirectory() as folder:
+      yield pathlib.Path(folder)
+
+
+def _train_and_evaluate(config, workdir, folder, draw_attention):
+  folder_lib.check_same_run(config, workdir)
+  if (result := result_lib.read(workdir)) is not None:
+    _log.info(
+      "%s: this run is finished: %s", workdir, result_lib.accuracies(result)
+    )
+    return result
+  if jax.process_index() == 0:
+    checkpoint_folders.pass_over_damaged(workdir)
+  processes.wait_for_all("checkpoints looked at")
+  experiment = experiment_lib.create(config)
+  state, progress = None, checkpoint.Progress()
+  if not checkpoint_folders.saved_steps(workdir, "last"):
+    state = experiment_lib.initial_state(experiment)
+  with (
+    checkpoint.Checkpoints(workdir, config.keep_checkpoints) as checkpoints,
+    preemption.Interrupt() as stop,
+  ):
+    if state is None:
+      abstract = experiment.abstract_state()
+      items, progress = checkpoints.restore(abstract.to_checkpoint())
+      state = abstract.from_checkpoint(items, progress.skipped_steps)
+      _log.info("going on from the checkpoint of step %d", progress.step)
+    else:
+      checkpoints.forget_best(after=0)
+    parameters = sum(x.size for x in jax.tree.leaves(state.params))
+    atomic_file.remove_temporary(folder)
+    atomic_file.write(folder / "config.json", config_lib.to_json(config))
+    atomic_file.write(
+      folder / "class_names.json",
+      json.dumps(experiment.dataset.class_names, indent=2) + "\n",
+    )
+    keep = functools.partial(_is_of_the_past, progress)
+    with metric_writers.MetricWriter(folder, config, keep) as writer:
+      trainer = trainer_lib.Trainer(
+        experiment,
+        state,
+        progress,
+        checkpoints,
+        writer,
+        folder,
+        draw_attention,
+      )
+      del state  # The trainer gives it to the device's next step.
+      finished = trainer.run(stop)
+  if not finished:
+    _log.info(
+      "stopped at step %d of %d; the same command goes on from there",
+      progress.step,
+      config.total_steps,
+    )
+    return None
+  result = result_lib.create(
+    progress,
+    images_per_second=progress_lib.images_per_second(
+      progress.timed_steps, progress.timed_seconds, config.batch
+    ),
+    parameters=parameters,
+  )
+  atomic_file.write(folder / "result.json", json.dumps(result, indent=2) + "\n")
+  _log.info("finished: %s; see %s", result_lib.accuracies(result), workdir)
+  return result
+
+
+def _is_of_the_past(progress, line):
+  """Whether a metrics line was written before the checkpoint was."""
+  if "test/loss" in line:
+    return line["step"] <= progress.last_step
+  return line["step"] <= progress.step

@@ -1,0 +1,98 @@
+"""The state of training, created from scratch or from a checkpoint."""
+
+from typing import Any
+
+import flax
+from flax import linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+
+from rescalevit_jax.distributed import sharding
+from rescalevit_jax.optim import loss_scale as loss_scale_lib
+
+
+@flax.struct.dataclass
+class TrainState:
+  """All that a step changes.
+
+  Attributes:
+    step: [] int32, steps done.
+    params: the model's parameters, float32.
+    batch_stats: statistics of norms and layers; empty where there are none.
+    opt_state: the optimizer's state.
+    ema: `params` and `batch_stats` averaged over the steps, or None.
+    loss_scale: of a model that computes in float16; None with others.
+  """
+
+  step: jax.Array
+  params: Any
+  batch_stats: Any
+  opt_state: Any
+  ema: dict[str, Any] | None = None
+  loss_scale: loss_scale_lib.LossScale | None = None
+
+  @property
+  def evaluated(self) -> dict[str, Any]:
+    """The collections `params` and `batch_stats` of the model to evaluate."""
+    if self.ema is not None:
+      return self.ema
+    return {"params": self.params, "batch_stats": self.batch_stats}
+
+  def to_checkpoint(self) -> dict[str, Any]:
+    """Return the trees that a checkpoint saves, by name.
+
+    `variables` are evaluated. `optimizer` has the step, the optimizer's state
+    and, with an EMA, the collections that training continues with.
+    """
+    optimizer = {"step": self.step, "opt_state": self.opt_state}
+    if self.ema is not None:
+      optimizer |= {"params": self.params, "batch_stats": self.batch_stats}
+    items = {"variables": self.evaluated, "optimizer": optimizer}
+    if self.loss_scale is not None:
+      items["loss_scale"] = self.loss_scale
+    return items
+
+  def from_checkpoint(
+    self, items: dict[str, Any], skipped_steps: int
+  ) -> "TrainState":
+    """Return the state that a checkpoint holds.
+
+    `self` may be abstract. If the checkpoint has no loss scale although the run
+    needs one, because its dtype was another, a new one is created.
+    """
+    variables = items["variables"]
+    if self.ema is not None:
+      variables = {"ema": variables}
+    loss_scale = items.get("loss_scale")
+    if loss_scale is None and self.loss_scale is not None:
+      loss_scale = sharding.put(
+        loss_scale_lib.create(skipped_steps),
+        self.loss_scale.scale.sharding,
+      )
+    return TrainState(**variables, **items["optimizer"], loss_scale=loss_scale)
+
+
+def init_state(
+  model: nn.Module,
+  optimizer: optax.GradientTransformation,
+  image_size: int,
+  seed: int | jax.Array,
+  *,
+  averages: bool = False,
+) -> TrainState:
+  """Returns the state at step 0, from scratch; with averages or without."""
+  images = jnp.zeros((1, image_size, image_size, 3))
+  variables = model.init(jax.random.key(seed), images, train=False)
+  state = TrainState(
+    step=jnp.zeros((), jnp.int32),
+    params=variables["params"],
+    batch_stats=variables.get("batch_stats", {}),
+    opt_state=optimizer.init(variables["params"]),
+    loss_scale=(
+      loss_scale_lib.create() if model.dtype == jnp.float16 else None
+    ),
+  )
+  if averages:
+    state = state.replace(ema=jax.tree.map(jnp.copy, state.evaluated))
+  return state

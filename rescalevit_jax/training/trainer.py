@@ -1,0 +1,288 @@
+"""The training loop."""
+
+from collections.abc import Callable, Mapping
+import logging
+import math
+import pathlib
+import time
+from typing import Any
+
+import jax
+import numpy as np
+
+from rescalevit_jax import errors
+from rescalevit_jax.runs import checkpoint
+from rescalevit_jax.runs import metric_writers
+from rescalevit_jax.training import diagnostics
+from rescalevit_jax.training import evaluate
+from rescalevit_jax.training import experiment as experiment_lib
+from rescalevit_jax.training import preemption
+from rescalevit_jax.training import profiler
+from rescalevit_jax.training import progress as progress_lib
+from rescalevit_jax.training import train_state
+
+_log = logging.getLogger(__name__)
+
+_SECONDS_BETWEEN_LINES = 10.0
+_WARM_UP_STEPS = 3  # Before a profile.
+
+# (step, experiment, variables) -> pictures, uint8 [H, W, 3], by name.
+DrawAttention = Callable[
+  [int, experiment_lib.Experiment, Mapping[str, Any]], Mapping[str, np.ndarray]
+]
+
+
+class Trainer:
+  """The training loop and what it works with.
+
+  Args:
+    experiment: data, model and optimizer.
+    state: where to begin; given away to the device.
+    progress: what the run knows of itself, updated on the way.
+    checkpoints: where the state is saved.
+    writer: where the metrics go.
+    folder: for other files of the run.
+    draw_attention: draws the pictures of `log_attention`; None: no pictures.
+  """
+
+  def __init__(
+    self,
+    experiment: experiment_lib.Experiment,
+    state: train_state.TrainState,
+    progress: checkpoint.Progress,
+    checkpoints: checkpoint.Checkpoints,
+    writer: metric_writers.MetricWriter,
+    folder: pathlib.Path,
+    draw_attention: DrawAttention | None = None,
+  ):
+    config, mesh = experiment.config, experiment.mesh
+    self._config = config
+    self._experiment = experiment
+    self._lr_schedule = experiment.lr_schedule
+    self._draw_attention = draw_attention
+    self._state = state
+    self._progress = progress
+    self._checkpoints = checkpoints
+    self._writer = writer
+
+    dataset = experiment.dataset
+    self._train = experiment.train_loader
+    self._train_places = experiment.train_indices
+    self._evaluator = evaluate.Evaluator(
+      experiment.model,
+      experiment.test_loader,
+      image_size=config.image_size,
+      batch=config.batch_eval,
+      mesh=mesh,
+    )
+    self._diagnostics = diagnostics.Diagnostics(experiment, progress)
+    progress_lib.warn_of_long_run(
+      experiment.model,
+      image_size=config.image_size,
+      batch=config.batch,
+      steps=config.total_steps - progress.step,
+      eval_images=len(dataset.test),
+      evaluations=-(-(config.total_steps - progress.step) // config.eval_every),
+    )
+    self._metrics = None  # Of the step that the device works on.
+    self._first_step = progress.step + 1
+    # From here on there is another program, if it is a later step.
+    settled_from = (experiment.settled_from or 1) + progress.skipped_steps
+    self._recompiled = max(settled_from, self._first_step)
+    self._profile = profiler.Profile(
+      folder / "profile",
+      self._recompiled + _WARM_UP_STEPS,
+      config.profile_steps,
+    )
+    self._seconds_before = progress.seconds
+    self._started = time.monotonic()
+    self._timer = progress_lib.Timer(
+      config.total_steps, config.batch, progress.step
+    )
+
+  def run(self, stop: preemption.Interrupt) -> bool:
+    """Trains until the end, or until `stop` and says so by False."""
+    config, progress = self._config, self._progress
+    if progress.step < config.total_steps:
+      _log.info("compiling the training step")
+    steps = range(progress.step + 1, config.total_steps + 1)
+    with self._train.batches(self._train_places, steps) as batches:
+      return self._loop(stop, batches)
+
+  def _loop(self, stop, batches):
+    config, progress = self._config, self._progress
+    while True:
+      stop.poll(progress.step)
+      if self._evaluation_is_due():
+        self._evaluate(stop)
+      at_end = progress.step == config.total_steps
+      due = progress.step > 0 and progress.step % config.checkpoint_every == 0
+      if stop.requested or at_end or due:
+        self._save()
+      if stop.requested or at_end:
+        self._profile.end(self._state)
+        self._checkpoints.wait()
+        return progress.last_step == config.total_steps
+      self._step(*next(batches))
+
+  def _step(self, images, labels):
+    """Starts a step, then waits for the one before it and reports on that."""
+    progress = self._progress
+    step = progress.step + 1
+    if self._first_step < step == self._recompiled:
+      _log.info("the norms are calibrated: compiling the step without it")
+      self._finish_step()
+      self._lap(progress.step)
+    self._profile.before(step, self._state)
+    self._state, metrics = self._diagnostics.train_step(
+      step, self._state, images, labels
+    )
+    self._finish_step()
+    progress.step, self._metrics = step, metrics
+    if step == self._first_step:
+      jax.block_until_ready(metrics)
+      seconds = time.monotonic() - self._started
+      _log.info("the first step is done after %.1f s", seconds)
+      self._writer.open()
+      self._timer.first_step_done(step)
+    elif step == self._recompiled:
+      jax.block_until_ready(metrics)
+      self._timer.first_step_done(step)
+
+  def _finish_step(self):
+    """Waits for the metrics of the last step and reports on it."""
+    if self._metrics is None:
+      return
+    step, metrics = self._progress.step, jax.device_get(self._metrics)
+    self._metrics = None
+    loss, grad_norm = float(metrics["loss"]), float(metrics["grad_norm"])
+    scaling = {}  # Of float16.
+    if "loss_scale" in metrics:
+      self._progress.skipped_steps = int(metrics["skipped_steps"])
+      scaling = {
+        "train/loss_scale": float(metrics["loss_scale"]),
+        "train/skipped_steps": self._progress.skipped_steps,
+      }
+    if not math.isfinite(loss + grad_norm):
+      self._skip_or_fail(loss, grad_norm, scaling.get("train/loss_scale"))
+    self._report(step, loss, grad_norm, scaling)
+    if line := self._diagnostics.finish_step(step, metrics):
+      self._writer.write(step, line)
+
+  def _skip_or_fail(self, loss, grad_norm, loss_scale):
+    """Log a skipped step; raise UserError if there is no use in more."""
+    what = f"loss {loss}, gradient norm {grad_norm}"
+    if loss_scale is None:
+      self._fail(what)
+    if not math.isfinite(loss) or loss_scale < 1:
+      self._fail(f"{what}, loss scale {loss_scale:g}")
+    _log.info(
+      "step %d: the gradient overflowed float16, step skipped; the loss scale"
+      " is now %g",
+      self._progress.step,
+      loss_scale,
+    )
+
+  def _report(self, step, loss, grad_norm, scaling):
+    due = step % self._config.progress_every == 0
+    quiet = time.monotonic() - self._timer.last_line
+    if not due and quiet < _SECONDS_BETWEEN_LINES:
+      return
+    # The optimizer counts no skipped step.
+    count = max(0, step - 1 - self._progress.skipped_steps)
+    lr = float(self._lr_schedule(count))
+    steps, seconds = self._lap(step)
+    self._timer.log(loss, lr, steps, seconds)
+    if due:
+      line = {
+        "train/loss": loss,
+        "train/grad_norm": grad_norm,
+        "train/lr": lr,
+        **scaling,
+      }
+      if not math.isfinite(grad_norm):  # JSON has no such numbers.
+        del line["train/grad_norm"]
+      self._writer.write(
+        step,
+        line,
+        {
+          "train/images_per_second": progress_lib.images_per_second(
+            steps, seconds, self._config.batch
+          )
+        },
+      )
+
+  def _fail(self, what):
+    self._checkpoints.wait()
+    last = self._checkpoints.latest_step()
+    wider = "" if self._state.loss_scale is None else ", or dtype float32,"
+    raise errors.UserError(
+      f"step {self._progress.step}: {what}: {errors.NOT_FINITE}; the last"
+      f" checkpoint is that of step {last}; try a smaller base_lr or"
+      f" grad_norm_clip{wider} in a new --workdir"
+    )
+
+  def _lap(self, step):
+    steps, seconds = self._timer.lap(step)
+    self._progress.timed_steps += steps
+    self._progress.timed_seconds += seconds
+    return steps, seconds
+
+  def _evaluation_is_due(self):
+    step = self._progress.step
+    return step not in (0, self._progress.last_step) and (
+      step % self._config.eval_every == 0 or step == self._config.total_steps
+    )
+
+  def _evaluate(self, stop):
+    self._finish_step()
+    progress = self._progress
+    self._lap(progress.step)
+    variables = self._state.evaluated
+    result = self._evaluator(
+      variables["params"], variables["batch_stats"], lambda: stop.requested
+    )
+    self._timer.restart()
+    if result is None:
+      return
+    if not math.isfinite(result.loss):
+      self._fail(f"test loss {result.loss}")
+    self._writer.write(
+      progress.step,
+      {"test/loss": result.loss, "test/accuracy": result.accuracy},
+    )
+    if self._config.log_attention and self._draw_attention is not None:
+      self._writer.write_images(
+        progress.step,
+        lambda: self._draw_attention(
+          progress.step, self._experiment, variables
+        ),
+      )
+      self._timer.restart()
+    progress.last_step = progress.step
+    progress.last_accuracy, progress.last_loss = result.accuracy, result.loss
+    progress.examples_evaluated = result.examples
+    if result.accuracy > progress.best_accuracy:
+      progress.best_accuracy = result.accuracy
+      progress.best_step = progress.step
+      self._checkpoints.save_best(variables, progress)
+    _log.info(
+      "step %d/%d  test loss %.4f  test accuracy %.4f  best %.4f at step %d",
+      progress.step,
+      self._config.total_steps,
+      result.loss,
+      result.accuracy,
+      progress.best_accuracy,
+      progress.best_step,
+    )
+
+  def _save(self):
+    progress = self._progress
+    self._finish_step()
+    self._writer.sync()
+    if progress.step == self._checkpoints.latest_step():
+      return
+    self._lap(progress.step)
+    progress.seconds = self._seconds_before + time.monotonic() - self._started
+    self._checkpoints.save(self._state.to_checkpoint(), progress)
+    self._timer.restart()
