@@ -20,7 +20,6 @@ if __name__ == "__main__":
 
 import json
 import os
-import pathlib
 import sys
 from typing import NoReturn
 
@@ -95,7 +94,7 @@ def main(argv: list[str]) -> None:
   try:
     processes.join(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
     if _MODE.value == "train":
-      train.train_and_evaluate(config, pathlib.Path(workdir))
+      train.train_and_evaluate(config, workdir, _draw_attention)
     else:
       result = evaluate.evaluate_run(config, workdir)
       if jax.process_index() == 0:
@@ -109,6 +108,13 @@ def main(argv: list[str]) -> None:
     _fail(f"{' '.join(str(e).split())[:300]}{advice}", code=1)
   except KeyboardInterrupt:
     _fail("interrupted; a saved run goes on by the same command", code=130)
+
+
+def _draw_attention(step, experiment, variables):
+  # Its import takes half a second, which the first step need not wait for.
+  from rescalevit_jax.analysis import attention_plots
+
+  return attention_plots.draw_during_training(step, experiment, variables)
 
 
 def parse(argv: list[str]) -> list[str]:

@@ -238,5 +238,5 @@ class TestDownload:
     message = prepare_error(builder)
     assert time.monotonic() - start < 20
     archive = name.replace("cifar", "cifar-") + "-binary.tar.gz"
-    assert f"scripts/prepare_data.py --archive {archive}" in message
+    assert f"rescalevit_jax.data.prepare --archive {archive}" in message
     assert os.listdir(tmp_path) == []

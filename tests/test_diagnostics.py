@@ -5,10 +5,10 @@ import math
 
 import jax
 import numpy as np
-import programs
 import pytest
 
 from rescalevit_jax import errors
+from rescalevit_jax.analysis import probe
 from rescalevit_jax.runs import checkpoint
 from rescalevit_jax.training import diagnostics
 from rescalevit_jax.training import experiment
@@ -149,7 +149,7 @@ def test_updates_are_those_of_the_optimizer(runs):
 def test_the_probe_measures_what_a_run_does_at_step_1(runs):
   folder, config = runs
   (line, _), *_ = lines(folder / "with", True)
-  found = programs.load("probe").measure(config)
+  found = probe.measure(config)
   of_all = [found.pop(f"{x}") for x in ("grad_norm", "grad_share_qk")]
   assert found.pop("clip_factor") == min(1, config.grad_norm_clip / of_all[0])
   want = {

@@ -5,11 +5,11 @@ import shutil
 
 import fake_runs
 import numpy as np
-import programs
 import pytest
 import trees
 
 from rescalevit_jax import errors
+from rescalevit_jax.analysis import export_npz
 from rescalevit_jax.analysis import trained
 from rescalevit_jax.pretrained import load
 from rescalevit_jax.runs import checkpoint
@@ -18,7 +18,7 @@ from rescalevit_jax.runs import checkpoint
 @pytest.fixture
 def export(tmp_path, monkeypatch):
   """Runs the script on a run whose best and latest weights differ."""
-  script = programs.load("export_npz")
+  script = export_npz
 
   def load_variables(workdir, which):
     if pathlib.Path(workdir) != tmp_path / "run":
@@ -63,7 +63,7 @@ def test_fold_refuses_what_it_cannot_fold(norm, export, tmp_path, capsys):
 def test_fold(default_run, test_digits, tmp_path, capsys):
   path = tmp_path / "a.npz"
   flags = [f"--workdir={default_run}", f"--output={path}", "--fold"]
-  assert programs.load("export_npz").main(flags) == 0
+  assert export_npz.main(flags) == 0
   assert "without its norm" in capsys.readouterr().out
   folded, run = trained.load_npz(path), trained.load(default_run)
   assert run.model.norm == "Rescale" and folded.model.norm == "Identity"

@@ -6,10 +6,10 @@ import fake_data
 import jax
 import numpy as np
 from PIL import Image
-import programs
 import pytest
 
 from rescalevit_jax import errors
+from rescalevit_jax.analysis import plot_attention
 from rescalevit_jax.data import dataset as dataset_lib
 from rescalevit_jax.data import loader
 from rescalevit_jax.data import records
@@ -215,6 +215,6 @@ def test_all_that_read_a_runs_images_heed_its_data_keys(tiny_config):
   tiny_config.data.image_size = 6
   assert experiment.load_dataset(tiny_config).test.images[3].shape == (6, 6, 3)
   assert page._image(tiny_config, 3).shape == (6, 6, 3)
-  plot = programs.load("plot_attention")
+  plot = plot_attention
   source = ("digits", tiny_config.tfds_data_dir, (("image_size", 6),))
   assert plot._test_split(*source).images[3].shape == (6, 6, 3)

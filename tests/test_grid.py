@@ -10,6 +10,7 @@ import pytest
 from rescalevit_jax import config as config_lib
 from rescalevit_jax import errors
 from rescalevit_jax import sweep
+from rescalevit_jax.config import overrides
 from rescalevit_jax.runs import folder
 from rescalevit_jax.sweep import grid
 
@@ -21,8 +22,8 @@ ORIGINAL = str(ROOT / "configs" / "original.py")
 def plan(*axes, configs=(QUICKSTART,), settings=(), runs_dir="runs"):
   return grid.plan(
     configs,
-    [grid.parse_axis(axis) for axis in axes],
-    [grid.parse_setting(s, "--config") for s in settings],
+    [overrides.parse_axis(axis) for axis in axes],
+    [overrides.parse_setting(s, "--config") for s in settings],
     pathlib.Path(runs_dir),
   )
 

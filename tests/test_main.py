@@ -235,7 +235,12 @@ def test_eval_mode_without_a_checkpoint(tiny, tmp_path):
 
 def test_eval_mode_of_an_npz_with_another_head(tiny, finished, tmp_path):
   npz = tmp_path / "other.npz"
-  export = [sys.executable, "scripts/export_npz.py", f"--workdir={finished}"]
+  export = [
+    sys.executable,
+    "-m",
+    "rescalevit_jax.analysis.export_npz",
+    f"--workdir={finished}",
+  ]
   subprocess.run([*export, f"--output={npz}"], cwd=ROOT, check=True)
   with np.load(npz) as file:
     arrays = dict(file)

@@ -1,17 +1,17 @@
-"""scripts/norm_free.py: what it runs, and its arithmetic."""
+"""rescalevit_jax.report.norm_free: what it runs, and its arithmetic."""
 
 import csv
 import re
 import shutil
 
 import fake_runs
-import programs
 import pytest
 
 from rescalevit_jax import config as config_lib
 from rescalevit_jax import errors
 from rescalevit_jax import sweep
 from rescalevit_jax.report import lr_table
+from rescalevit_jax.report import norm_free
 from rescalevit_jax.sweep import schedule
 
 FINAL = "final-1500"
@@ -33,7 +33,7 @@ def study(monkeypatch):
 
   With a learning rate of 9, and with seed 9, runs diverge.
   """
-  module, planned = programs.load("norm_free"), []
+  module, planned = norm_free, []
 
   def execute(runs, runs_dir, *, jobs):
     done, left = sweep.split(runs)
@@ -231,7 +231,7 @@ def test_a_whole_study(tmp_path):
     "model.num_heads": 2,
   }
   flags += [f"--config.{key}={value}" for key, value in tiny.items()]
-  assert programs.load("norm_free").main(flags) == 0
+  assert norm_free.main(flags) == 0
   row = (tmp_path / "final-3" / "table.md").read_text().splitlines()[2]
   assert re.fullmatch(
     r"\| digits \| Cal \| 0\.1 \| 0\.1: [\d.]+, 1e\+38: diverged \|"
@@ -257,13 +257,18 @@ def test_mistakes_are_found_before_anything_runs(wrong, study, tmp_path):
     ("--config.seed=5", "the study sets seed itself"),
     ("--config.data.num_val=5", "the study sets data.num_val itself"),
     ("--config.model.residual=plain", "the study sets model.residual itself"),
-    ("--num_val=0", "0 is less than 1"),
+    ("--config=nowhere.py", "nowhere.py: "),
   ],
 )
-def test_arguments_that_do_not_do_are_named(argument, words, capsys):
-  with pytest.raises(SystemExit):
-    programs.load("norm_free").main([argument])
+def test_invalid_arguments_are_named(argument, words, capsys):
+  assert norm_free.main([argument]) == 1
   assert words in capsys.readouterr().err
+
+
+def test_numbers_have_a_minimum(capsys):
+  with pytest.raises(SystemExit):
+    norm_free.main(["--num_val=0"])
+  assert "0 is less than 1" in capsys.readouterr().err
 
 
 def test_the_picture_shows_the_numbers():

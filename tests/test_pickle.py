@@ -11,7 +11,6 @@ import tarfile
 import zipfile
 
 import numpy as np
-import programs
 import pytest
 import test_tfrecord
 import trees
@@ -23,6 +22,7 @@ from rescalevit_jax.analysis import trained
 from rescalevit_jax.data import array_cache
 from rescalevit_jax.data import dataset
 from rescalevit_jax.data import image_files
+from rescalevit_jax.data import prepare
 from rescalevit_jax.data import tfrecord
 from rescalevit_jax.pretrained import load
 from rescalevit_jax.runs import checkpoint_folders
@@ -184,7 +184,7 @@ def archive(folder, members):
 
 
 def test_archives(pickled, tmp_path, capsys):
-  script = programs.load("prepare_data")
+  script = prepare
   path = tmp_path / "cifar-10-binary.tar.gz"
   layout = script.LAYOUTS[0]
   size = layout.records["test_batch.bin"] * layout.record_bytes

@@ -5,19 +5,17 @@ import shutil
 
 import numpy as np
 from PIL import Image
-import programs
 import pytest
 import tiny_model
 
 from rescalevit_jax import errors
 from rescalevit_jax.analysis import attention_maps
 from rescalevit_jax.analysis import attention_plots
+from rescalevit_jax.analysis import plot_attention
 from rescalevit_jax.analysis import trained
 from rescalevit_jax.data import dataset
 from rescalevit_jax.models import norms
 from rescalevit_jax.pretrained import load
-
-plot_attention = programs.load("plot_attention")
 
 
 def test_draws_and_measures_runs_and_files(

@@ -1,9 +1,8 @@
 """The program that draws curves."""
 
-import programs
 import pytest
 
-plot_curves = programs.load("plot_curves")
+from rescalevit_jax.analysis import plot_curves
 
 
 def test_draws_all_runs_of_a_folder(tiny_run, tmp_path, capsys):

@@ -4,15 +4,13 @@ import json
 
 import fake_runs
 import numpy as np
-import programs
 import pytest
 
 from rescalevit_jax import report
 from rescalevit_jax.analysis import diagnostics_plots
+from rescalevit_jax.analysis import plot_diagnostics
 from rescalevit_jax.analysis import probe_plots
 from rescalevit_jax.runs import run_reader
-
-plot_diagnostics = programs.load("plot_diagnostics")
 
 STEPS = (1, 100, 200, 300)
 PARTS = ("embedding", "block_00", "block_01", "head")

@@ -8,16 +8,15 @@ import tracemalloc
 import zlib
 
 import numpy as np
-import programs
 import pytest
 import tensorflow_datasets as tfds
 
 from rescalevit_jax import errors
 from rescalevit_jax.data import dataset as dataset_lib
+from rescalevit_jax.data import prepare as script
 from rescalevit_jax.data import tfds_builders
 from rescalevit_jax.runtime import tensorflow_cpu
 
-script = programs.load("prepare_data")
 CIFAR10, CIFAR100 = script.LAYOUTS
 # The official layouts, with few images.
 SMALL10 = dataclasses.replace(

@@ -4,14 +4,12 @@ import csv
 import pathlib
 
 import numpy as np
-import programs
 import pytest
 
+from rescalevit_jax.analysis import probe
 from rescalevit_jax.augment import preprocess
 from rescalevit_jax.models import vit
 from rescalevit_jax.training import experiment
-
-probe = programs.load("probe")
 
 CONFIG = """
 from rescalevit_jax import config as config_lib

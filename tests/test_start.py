@@ -7,7 +7,9 @@ from rescalevit_jax import config as config_lib
 
 PROGRAM = """
 import os, sys
-from rescalevit_jax import config, main, step, train, writers
+from rescalevit_jax import config, main
+from rescalevit_jax.runs import metric_writers
+from rescalevit_jax.training import train, train_state
 
 def at_first_step(writer):
   print(calls, *{name.partition(".")[0] for name in sys.modules})
@@ -19,9 +21,9 @@ def init_state(*args, **kwargs):
   calls += 1
   return original(*args, **kwargs)
 
-calls, original = 0, step.init_state
-step.init_state = init_state
-writers.MetricWriter.open = at_first_step
+calls, original = 0, train_state.init_state
+train_state.init_state = init_state
+metric_writers.MetricWriter.open = at_first_step
 train.train_and_evaluate(config.from_json(sys.argv[1]), sys.argv[2])
 """
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 import math
 import textwrap
+from typing import Any
 
 import matplotlib
 from matplotlib import figure as figure_lib
@@ -18,6 +19,7 @@ from rescalevit_jax.analysis import attention_maps
 from rescalevit_jax.analysis import plots
 from rescalevit_jax.analysis import trained
 from rescalevit_jax.data import image_files
+from rescalevit_jax.training import experiment as experiment_lib
 
 _COLUMNS = 8
 _ORIGINAL_BLOCKS = (0, 3, 6, 9)
@@ -31,6 +33,22 @@ class _Panel:
   title: str
   values: np.ndarray
   over: np.ndarray | None = None
+
+
+def draw_during_training(
+  step: int,
+  experiment: experiment_lib.Experiment,
+  variables: Mapping[str, Any],
+) -> dict[str, np.ndarray]:
+  """Draw the attention on the first test image, for `trainer.DrawAttention`."""
+  model = trained.TrainedModel(
+    f"step {step}",
+    experiment.model,
+    variables,
+    experiment.config.image_size,
+    experiment.dataset.class_names,
+  )
+  return draw_all(model, experiment.dataset.test.images[0])
 
 
 def draw(

@@ -6,6 +6,7 @@ import pathlib
 import ml_collections
 
 from rescalevit_jax import config as config_lib
+from rescalevit_jax.config import overrides
 from rescalevit_jax.models import norms
 from rescalevit_jax.sweep import grid
 
@@ -110,7 +111,7 @@ def _plan_run(reference, settings, runs_dir):
   (run,) = grid.plan(
     [f"{_CONFIGS}/{reference}"],
     [],
-    [grid.parse_setting(text, "measure_gpu") for text in settings],
+    [overrides.parse_setting(text, "measure_gpu") for text in settings],
     runs_dir,
   )
   return run

@@ -43,6 +43,7 @@ from rescalevit_jax import models
 from rescalevit_jax.benchmark import forecast
 from rescalevit_jax.benchmark import gpus
 from rescalevit_jax.benchmark import report as report_lib
+from rescalevit_jax.config import overrides
 from rescalevit_jax.models import flops
 from rescalevit_jax.runtime import atomic_file
 from rescalevit_jax.runtime import cli
@@ -124,8 +125,8 @@ def _run(args):
     raise errors.UserError("--rounds, --seconds, --eval_images: must be > 0")
   runs = grid.plan(
     args.config,
-    [grid.parse_axis(text) for text in args.grid],
-    [grid.parse_setting(text, "--set") for text in args.set],
+    [overrides.parse_axis(text) for text in args.grid],
+    [overrides.parse_setting(text, "--set") for text in args.set],
     pathlib.Path("runs"),
   )
   if args.compile_for:

@@ -140,7 +140,7 @@ class StreamedSplit:
         f"{builder.data_dir}: prepared as {builder.info.file_format.value},"
         " which can only be read as a whole: set data.max_gb to at least"
         " its size in memory, or prepare it as array_record in another"
-        " tfds_data_dir by scripts/prepare_data.py"
+        " tfds_data_dir by rescalevit_jax.data.prepare"
       )
     self._decode = Decoder(builder, image_size)
     self._num_classes = features(builder)[1].num_classes

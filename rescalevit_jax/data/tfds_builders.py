@@ -129,7 +129,7 @@ def _advice(builder, error):
   archives = list(archive_names(builder))
   if builder.name in NAMES and archives:
     return (
-      "; without internet: python scripts/prepare_data.py --archive"
+      "; without internet: python -m rescalevit_jax.data.prepare --archive"
       f" {archives[0]}"
     )
   return (

@@ -20,6 +20,7 @@ from rescalevit_jax.report import run_groups
 from rescalevit_jax.report import tables
 from rescalevit_jax.runtime import atomic_file
 from rescalevit_jax.runtime import cli
+from rescalevit_jax.runtime import markdown as markdown_lib
 from rescalevit_jax.runtime import terminal
 
 _log = logging.getLogger(__name__)
@@ -160,11 +161,11 @@ def describe(study: run_groups.Study) -> list[str]:
 
 def _markdown(study, table, notes):
   lines = ["# Comparison of runs", ""]
-  lines += [f"- {tables.escape_markdown(note)}" for note in notes]
+  lines += [f"- {markdown_lib.escape(note)}" for note in notes]
   lines += ["", table]
   for title, items in tables.left_out(study):
     lines += [f"## {title}", ""]
-    lines += [f"- {tables.escape_markdown(item)}" for item in items]
+    lines += [f"- {markdown_lib.escape(item)}" for item in items]
     lines += [""]
   return "\n".join(lines).rstrip() + "\n"
 

@@ -4,7 +4,6 @@ import collections
 from collections.abc import Callable, Sequence
 import csv
 import dataclasses
-import html
 import io
 import statistics
 from typing import Any
@@ -14,8 +13,7 @@ from rescalevit_jax.analysis import reference_results
 from rescalevit_jax.config import keys
 from rescalevit_jax.report import run_groups
 from rescalevit_jax.runs import run_reader
-
-NOTHING = "–"
+from rescalevit_jax.runtime import markdown as markdown_lib
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +59,7 @@ def columns(study: run_groups.Study) -> list[Column]:
     return Column(
       heading,
       key,
-      lambda row: NOTHING if row[key] is None else form(row[key]),
+      lambda row: markdown_lib.NOTHING if row[key] is None else form(row[key]),
     )
 
   def accuracy(heading, key):
@@ -115,21 +113,14 @@ def columns(study: run_groups.Study) -> list[Column]:
 def markdown(columns: Sequence[Column], rows: Sequence[dict[str, Any]]) -> str:
   """Returns the table in Markdown."""
   lines = [
-    [escape_markdown(column.heading) for column in columns],
+    [markdown_lib.escape(column.heading) for column in columns],
     ["--:" if column.numeric else "---" for column in columns],
     *(
-      [escape_markdown(column.text(row)) for column in columns] for row in rows
+      [markdown_lib.escape(column.text(row)) for column in columns]
+      for row in rows
     ),
   ]
   return "".join(f"| {' | '.join(line)} |\n" for line in lines)
-
-
-def escape_markdown(text: str) -> str:
-  """Escapes what Markdown would take for a cell's border or for HTML."""
-  text = html.escape(" ".join(text.split()), quote=False)
-  for character in "\\|`*":
-    text = text.replace(character, f"\\{character}")
-  return text
 
 
 def to_csv(rows: Sequence[dict[str, Any]]) -> str:
@@ -232,7 +223,7 @@ def _run_row(name, run, varied):
 
 
 def _plain(value):
-  return NOTHING if value is None else str(value)
+  return markdown_lib.NOTHING if value is None else str(value)
 
 
 def _short(number):

@@ -35,7 +35,7 @@ import sys
 from typing import Any, NoReturn
 
 from rescalevit_jax import errors
-from rescalevit_jax.config import keys
+from rescalevit_jax.config import overrides
 from rescalevit_jax.runs import folder as folder_lib
 from rescalevit_jax.runs import result as result_lib
 from rescalevit_jax.runtime import cli
@@ -86,7 +86,7 @@ def parse(
     UserError: a flag, a config or a value does not do.
   """
   parser = _parser()
-  rest, settings = _split_settings(argv)
+  rest, settings = overrides.split_settings(argv)
   options, unknown = parser.parse_known_args(rest)
   if unknown:
     name = unknown[0].partition("=")[0]
@@ -103,8 +103,8 @@ def parse(
   options.slurm_args = cluster.parse_parameters(options.slurm_args)
   runs = grid.plan(
     options.config,
-    [grid.parse_axis(text) for text in options.grid],
-    [grid.parse_setting(text, "--config.KEY") for text in settings],
+    [overrides.parse_axis(text) for text in options.grid],
+    [overrides.parse_setting(text, "--config.KEY") for text in settings],
     pathlib.Path(options.runs_dir),
   )
   for run in runs:
@@ -291,23 +291,3 @@ def _parser():
     " slurm_partition=gpu or gpus_per_node=1; may be given again",
   )
   return parser
-
-
-def _split_settings(argv: Sequence[str]) -> tuple[list[str], list[str]]:
-  """Takes --config.KEY=VALUE and --config.KEY VALUE out of a command line."""
-  rest, settings = [], []
-  words = list(argv)
-  while words:
-    word = words.pop(0)
-    if not word.startswith("--config."):
-      rest.append(word)
-      continue
-    setting = word.removeprefix("--config.")
-    if "=" not in setting:
-      key = keys.KEYS.get(setting)
-      if key is not None and isinstance(key.default, bool):
-        setting += "=True"  # As in main; its value would be =False.
-      elif words and not words[0].startswith("--"):
-        setting += f"={words.pop(0)}"
-    settings.append(setting)
-  return rest, settings

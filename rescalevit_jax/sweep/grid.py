@@ -7,33 +7,15 @@ import pathlib
 import sys
 from typing import Any
 
-from absl import flags
 import ml_collections
-from ml_collections import config_flags
 
 from rescalevit_jax import config as config_lib
 from rescalevit_jax import errors
-from rescalevit_jax.config import keys as keys_lib
+from rescalevit_jax.config import overrides
 from rescalevit_jax.runs import folder
 
 # Told by the name of every run's folder: see `run_folder.default_workdir`.
 _NAMED = ("dataset", "model_name", "model.norm", "seed")
-
-
-@dataclasses.dataclass(frozen=True)
-class Setting:
-  """A config key with a value, as `--config.KEY=VALUE` gives it.
-
-  Attributes:
-    key: a key of `config_keys.KEYS`.
-    text: the value as written.
-  """
-
-  key: str
-  text: str
-
-  def __str__(self) -> str:
-    return f"{self.key}={self.text}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +31,7 @@ class PlannedRun:
 
   workdir: pathlib.Path
   reference: str
-  settings: tuple[Setting, ...]
+  settings: tuple[overrides.Setting, ...]
   config: ml_collections.ConfigDict
 
   @property
@@ -65,43 +47,10 @@ class PlannedRun:
     ]
 
 
-def parse_setting(text: str, flag: str) -> Setting:
-  """Parses KEY=VALUE.
-
-  Args:
-    text: to be parsed.
-    flag: where it stood, for the message.
-
-  Raises:
-    UserError: it is not of this form, or there is no such key.
-  """
-  key, equals, value = text.partition("=")
-  keys_lib.check_key(key)
-  if not equals:
-    raise errors.UserError(f"{flag}: {text!r} has no value; write KEY=VALUE")
-  return Setting(key, value)
-
-
-def parse_axis(text: str) -> list[Setting]:
-  """Parses KEY=VALUE,VALUE,... of --grid.
-
-  Raises:
-    UserError: it is not of this form, or there is no such key.
-  """
-  whole = parse_setting(text, "--grid")
-  values = whole.text.split(",")
-  for i, value in enumerate(values):
-    if not value:
-      raise errors.UserError(f"--grid: {text!r} has an empty value")
-    if value in values[:i]:
-      raise errors.UserError(f"--grid: {text!r} has {value} twice")
-  return [Setting(whole.key, value) for value in values]
-
-
 def plan(
   references: Sequence[str],
-  axes: Sequence[Sequence[Setting]],
-  settings: Sequence[Setting],
+  axes: Sequence[Sequence[overrides.Setting]],
+  settings: Sequence[overrides.Setting],
   runs_dir: pathlib.Path,
 ) -> list[PlannedRun]:
   """Returns the runs of a sweep: each config with each point of the grid.
@@ -133,39 +82,7 @@ def plan(
   return list(planned.values())
 
 
-def load_config(
-  reference: str, settings: Sequence[Setting]
-) -> ml_collections.ConfigDict:
-  """Returns the config that `main` would make of the same arguments.
-
-  Args:
-    reference: FILE, or FILE:ARGS for get_config(ARGS).
-    settings: what is changed in it.
-
-  Raises:
-    UserError: the file or a value does not do.
-  """
-  argv = ["", f"--config={reference}"]
-  argv += [f"--config.{s}" for s in settings if s.text != "None"]
-  values = flags.FlagValues()
-  try:
-    flag = config_flags.DEFINE_config_file(
-      "config", flag_values=values, sys_argv=argv
-    )
-    values(argv)
-    if flag.value is None:
-      raise errors.UserError("get_config() returns None")
-    flag.value.update_from_flattened_dict(
-      {s.key: None for s in settings if s.text == "None"}
-    )
-    config_lib.validate(flag.value)
-    return flag.value
-  except Exception as e:  # get_config() may raise anything.
-    why = errors.explain(e, (errors.UserError, flags.Error))
-    raise errors.UserError(f"--config={reference}: {why}") from e
-
-
-def _is_named(axis: Sequence[Setting]) -> bool:
+def _is_named(axis: Sequence[overrides.Setting]) -> bool:
   if axis[0].key == "pretrained_path":
     # Names say scratch or pretrained, not which file.
     return len([s for s in axis if s.text != "None"]) <= 1
@@ -173,7 +90,7 @@ def _is_named(axis: Sequence[Setting]) -> bool:
 
 
 def _plan_run(reference, settings, unnamed, runs_dir) -> PlannedRun:
-  config = load_config(reference, settings)
+  config = overrides.load_config(reference, settings)
   values = config_lib.flatten(config)
   name = "-".join(
     [

@@ -385,6 +385,7 @@ def test_the_reference_is_what_the_model_computes(tmp_path):
 def test_a_run_stops_at_its_deadline(digits_dir, shared_dir, tmp_path):
   code = f"""
 import pathlib, time
+from rescalevit_jax.config import overrides
 from rescalevit_jax.sweep import grid
 from rescalevit_jax.sweep import launch
 from rescalevit_jax.sweep import schedule
@@ -393,7 +394,7 @@ settings[settings.index("total_steps=40")] = "total_steps=1000000"
 (run,) = grid.plan(
   ["configs/quickstart.py"],
   [],
-  [grid.parse_setting(text, "") for text in settings],
+  [overrides.parse_setting(text, "") for text in settings],
   pathlib.Path({str(tmp_path)!r}),
 )
 class Clock:

@@ -1,15 +1,13 @@
-"""Archives of CIFAR for scripts/prepare_data.py."""
+"""Archives of CIFAR for rescalevit_jax.data.prepare."""
 
 import dataclasses
 import gzip
 import pathlib
 import tarfile
 
-import programs
-
 from fuzz import choices as choices_lib
+from rescalevit_jax.data import prepare as _script
 
-_script = programs.load("prepare_data")
 # The official layouts, with an image a file.
 _LAYOUTS = tuple(
   dataclasses.replace(layout, records=dict.fromkeys(layout.records, 1))

@@ -1,8 +1,10 @@
-"""Draws and measures what the tokens of trained models attend to.
+r"""Draws and measures what the tokens of trained models attend to.
 
-python scripts/plot_attention.py --workdir=runs/a
-python scripts/plot_attention.py --workdir=runs/a --workdir=runs/b --index=7
-python scripts/plot_attention.py --npz=ViT-B_16.npz:tanh --image=cat.jpeg
+python -m rescalevit_jax.analysis.plot_attention --workdir=runs/a
+python -m rescalevit_jax.analysis.plot_attention --workdir=runs/a \
+    --workdir=runs/b --index=7
+python -m rescalevit_jax.analysis.plot_attention --npz=ViT-B_16.npz:tanh \
+    --image=cat.jpeg
 
 Writes four pictures, as PNG and SVG (tokens: each token to each token, head 0
 of blocks 0, 3, 6 and 9; heads: every head of one block; class_token: over the

@@ -1,6 +1,7 @@
-"""Draws accuracy and loss over steps, of one run or of several.
+r"""Draws accuracy and loss over steps, of one run or of several.
 
-python scripts/plot_curves.py --workdir=runs/a --workdir=runs/b --output=a.png
+python -m rescalevit_jax.analysis.plot_curves --workdir=runs/a \
+    --workdir=runs/b --output=a.png
 """
 
 import argparse

@@ -1,6 +1,6 @@
 """Writes a run's weights as an `.npz` with the keys of Google's checkpoints.
 
-python scripts/export_npz.py --workdir=runs/a --output=a.npz
+python -m rescalevit_jax.analysis.export_npz --workdir=runs/a --output=a.npz
 """
 
 import argparse

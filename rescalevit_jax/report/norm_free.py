@@ -1,4 +1,4 @@
-"""LN against no norm: chooses learning rates, trains, makes the table.
+r"""LN against no norm: chooses learning rates, trains, makes the table.
 
 Each method of configs/norm_free.py is trained with every learning rate of a
 grid, on all training images but some, and tested on those, with seed 0; then
@@ -8,9 +8,11 @@ only makes the table: table.md, accuracies.csv and accuracies.png in
 RUNS_DIR/final-FINAL_STEPS, in place of what an earlier command has left there.
 A run whose loss is not finite is told as such, and not tried again.
 
-python scripts/norm_free.py --jobs=4 --final_steps=6000
-python scripts/norm_free.py --methods=LN,Cal --datasets=cifar10 --rates=0.1,0.2
-python scripts/norm_free.py --model=ViT-B_32 --steps=20000 --final_steps=20000
+python -m rescalevit_jax.report.norm_free --jobs=4 --final_steps=6000
+python -m rescalevit_jax.report.norm_free --methods=LN,Cal --datasets=cifar10 \
+    --rates=0.1,0.2
+python -m rescalevit_jax.report.norm_free --model=ViT-B_32 --steps=20000 \
+    --final_steps=20000
 
 --config.KEY=VALUE sets a key in all runs. Exit code: 0 when finished or stopped
 by a signal, 1 after a failure, 130 after a second signal.
@@ -21,13 +23,13 @@ from collections.abc import Mapping, Sequence
 import dataclasses
 import logging
 import pathlib
-import runpy
 import sys
 
 from rescalevit_jax import config as config_lib
 from rescalevit_jax import errors
 from rescalevit_jax import sweep
 from rescalevit_jax.analysis import plots
+from rescalevit_jax.config import overrides
 from rescalevit_jax.report import lr_table
 from rescalevit_jax.runs import folder as folder_lib
 from rescalevit_jax.runs import result as result_lib
@@ -38,10 +40,8 @@ from rescalevit_jax.sweep import grid
 from rescalevit_jax.sweep import subprocess_run
 
 _log = logging.getLogger("rescalevit_jax.norm_free")
-CONFIG = pathlib.Path(__file__).parents[1] / "configs" / "norm_free.py"
-METHODS = runpy.run_path(str(CONFIG))["METHODS"]
-# What the study sets itself, and what a method is.
-OWN_KEYS = {
+# Keys that the study sets itself, besides those of the methods.
+_OWN_KEYS = {
   "base_lr",
   "data.num_val",
   "dataset",
@@ -49,7 +49,6 @@ OWN_KEYS = {
   "model_name",
   "seed",
   "total_steps",
-  *(key for method in METHODS.values() for key in method),
 }
 
 
@@ -74,7 +73,10 @@ def main(argv: Sequence[str] | None = None) -> int:
       f"--{name}", type=kind, default=default, help=f"{meaning} ({default})"
     )
 
-  add("methods", ",".join(METHODS), "methods of configs/norm_free.py")
+  add("config", "configs/norm_free.py", "config file with METHODS", str)
+  parser.add_argument(
+    "--methods", type=names, help="methods of that file (all of them)"
+  )
   add("datasets", "cifar10,cifar100", "data sets")
   parser.add_argument(
     "--model",
@@ -89,24 +91,36 @@ def main(argv: Sequence[str] | None = None) -> int:
   add("jobs", 1, "runs at a time", positive)
   add("runs_dir", pathlib.Path("runs/norm_free"), "folder", pathlib.Path)
   args, settings = parser.parse_known_args(argv)
-  for setting in settings:
-    if not setting.startswith("--config."):
-      parser.error(f"unknown argument {setting}")
-    key = setting.removeprefix("--config.").partition("=")[0]
-    if key in OWN_KEYS:
-      parser.error(f"{setting}: the study sets {key} itself; see --help")
   terminal.log_to_stderr()
   return cli.run(lambda: _run(args, settings))
 
 
+def _check_settings(settings, methods):
+  """Raises UserError for unknown arguments and for keys of the study."""
+  own_keys = _OWN_KEYS.union(*methods.values())
+  for setting in settings:
+    if not setting.startswith("--config."):
+      raise errors.UserError(f"unknown argument {setting}; see --help")
+    key = setting.removeprefix("--config.").partition("=")[0]
+    if key in own_keys:
+      raise errors.UserError(
+        f"{setting}: the study sets {key} itself; leave it out"
+      )
+
+
 def _run(args, settings):
+  known = overrides.methods(args.config)
+  _check_settings(settings, known)
+  args.methods = args.methods or list(known)
   if args.model:
     args.runs_dir /= args.model
 
   def plan(phase, steps, dataset, method, axes, **keys):
     """Returns a sweep's runs: of one method on one data set."""
     folder = args.runs_dir / f"{phase}-{steps}" / dataset / method
-    reference = f"{CONFIG}:{method}" + (f",{args.model}" if args.model else "")
+    reference = f"{args.config}:{method}" + (
+      f",{args.model}" if args.model else ""
+    )
     options = [f"--config={reference}", f"--runs_dir={folder}"]
     for name, values in axes.items():
       options += ["--grid", f"{name}={','.join(values)}"]

@@ -1,7 +1,7 @@
 """Prepares a data set: downloads it, or takes archives that you bring.
 
-python scripts/prepare_data.py --dataset=cifar10
-python scripts/prepare_data.py --archive=cifar-10-binary.tar.gz
+python -m rescalevit_jax.data.prepare --dataset=cifar10
+python -m rescalevit_jax.data.prepare --archive=cifar-10-binary.tar.gz
 """
 
 import argparse

@@ -1,9 +1,9 @@
 r"""Measures freshly initialised models side by side, before any training.
 
-python scripts/probe.py --config=configs/norm_free.py
-python scripts/probe.py --config=configs/norm_free.py:LN \
+python -m rescalevit_jax.analysis.probe --config=configs/norm_free.py
+python -m rescalevit_jax.analysis.probe --config=configs/norm_free.py:LN \
     --config=configs/norm_free.py:Cal-rescalenet --config.seed=1
-python scripts/probe.py --config=configs/cifar_small.py \
+python -m rescalevit_jax.analysis.probe --config=configs/cifar_small.py \
     --grid model.norm=LN,Identity --grid model.init=torch,unit
 
 A config without :ARGS stands for all METHODS of its file if it has some, else
@@ -25,7 +25,6 @@ import itertools
 import logging
 import math
 import pathlib
-import runpy
 import sys
 
 import jax
@@ -34,12 +33,12 @@ import numpy as np
 from rescalevit_jax import errors
 from rescalevit_jax.analysis import plots
 from rescalevit_jax.analysis import probe_plots
+from rescalevit_jax.config import overrides
 from rescalevit_jax.models import norms
-from rescalevit_jax.report import tables
 from rescalevit_jax.runtime import atomic_file
 from rescalevit_jax.runtime import cli
+from rescalevit_jax.runtime import markdown as markdown_lib
 from rescalevit_jax.runtime import terminal
-from rescalevit_jax.sweep import grid
 from rescalevit_jax.training import diagnostics
 from rescalevit_jax.training import experiment as experiment_lib
 from rescalevit_jax.training import measurements
@@ -89,10 +88,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(args, settings):
   settings = [
-    grid.parse_setting(text.removeprefix(_SETTING), _SETTING + "KEY")
+    overrides.parse_setting(text.removeprefix(_SETTING), _SETTING + "KEY")
     for text in settings
   ]
-  points = list(itertools.product(*map(grid.parse_axis, args.grid)))
+  points = list(itertools.product(*map(overrides.parse_axis, args.grid)))
   configs = {}
   files = {reference.partition(":")[0] for reference in args.config}
   stems = {pathlib.Path(file).stem for file in files}
@@ -104,7 +103,7 @@ def _run(args, settings):
         label = f"{path if same else pathlib.Path(path).stem}: {label}"
       if label in configs:
         raise errors.UserError(f"{label} is given twice; give each model once")
-      configs[label] = grid.load_config(file, [*settings, *point])
+      configs[label] = overrides.load_config(file, [*settings, *point])
   args.output.mkdir(parents=True, exist_ok=True)
   found = []
   for i, (label, config) in enumerate(configs.items(), start=1):
@@ -135,13 +134,13 @@ def _variants(reference, points):
   if method:
     yield method, reference, ()
     return
-  grid.load_config(reference, ())  # Its mistakes, in one line.
-  if methods := runpy.run_path(path).get("METHODS"):
+  overrides.load_config(reference, ())  # Its mistakes, in one line.
+  if methods := overrides.methods(path):
     for method in methods:
       yield method, f"{path}:{method}", ()
     return
   for norm in norms.NORMS:
-    yield norm, reference, (grid.Setting("model.norm", norm),)
+    yield norm, reference, (overrides.Setting("model.norm", norm),)
 
 
 def measure(config, sharpness: bool = True) -> dict[str, float]:
@@ -222,12 +221,14 @@ def _summary(model):
 
 
 def _number(x):
-  return tables.NOTHING if x is None or not math.isfinite(x) else f"{x:.3g}"
+  return (
+    markdown_lib.NOTHING if x is None or not math.isfinite(x) else f"{x:.3g}"
+  )
 
 
 def _markdown(rows):
   lines = [list(rows[0]), ["---"] * 2 + ["--:"] * (len(rows[0]) - 2)]
-  lines += [list(map(tables.escape_markdown, row.values())) for row in rows]
+  lines += [list(map(markdown_lib.escape, row.values())) for row in rows]
   return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 

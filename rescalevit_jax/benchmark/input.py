@@ -1,6 +1,6 @@
 """Measures reading from disk: how its cost grows with the data set.
 
-python scripts/benchmark_input.py --output=docs/results/input
+python -m rescalevit_jax.benchmark.input --output=docs/results/input
 
 Writes data sets of small synthetic images as array_record files, 10,000 images
 in each, and reads batches of them at steps far apart, in new processes, with
