@@ -30,10 +30,10 @@ from ml_collections import config_flags
 
 from rescalevit_jax import config as config_lib
 from rescalevit_jax import errors
-from rescalevit_jax import resumed
 from rescalevit_jax.config import keys
 from rescalevit_jax.distributed import processes
 from rescalevit_jax.runs import folder
+from rescalevit_jax.runs import resumed_config
 from rescalevit_jax.runtime import cache
 from rescalevit_jax.runtime import cuda_plugin
 from rescalevit_jax.runtime import terminal
@@ -154,8 +154,10 @@ def _prepared(argv: list[str]) -> tuple[list[str], dict[str, None]]:
         "no run: give --config, such as --config=configs/quickstart.py, or the"
         " --workdir of a run; --help says more"
       )
-    resumed.get_config(workdir)  # Its errors, without ml_collections' words.
-    argv.insert(1, f"--config={resumed.__file__}:{workdir}")
+    resumed_config.get_config(
+      workdir
+    )  # Its errors, without ml_collections' words.
+    argv.insert(1, f"--config={resumed_config.__file__}:{workdir}")
   result = argv[:1]
   for i, arg in enumerate(argv[1:], start=1):
     if not arg.startswith("--config."):

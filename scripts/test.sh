@@ -4,7 +4,7 @@
 #
 # Usage: bash scripts/test.sh [FLAG]...
 #
-# The flags go to pytest: tests/test_data.py, -k resume, -n 0. --slow adds the
+# The flags go to pytest: tests/data/test_dataset.py, -k resume, -n 0. --slow adds the
 # tests marked slow, which are skipped without it, and lets XLA optimize what it
 # compiles as it does for users.
 # PYTHON and EXTRAS: see scripts/env.sh.

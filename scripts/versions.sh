@@ -5,7 +5,7 @@
 #
 # Usage: [PYTHON=python3.12] bash scripts/versions.sh lowest|newest [FLAG]...
 #
-# The flags go to pytest: tests/test_data.py, -k resume, -n 0.
+# The flags go to pytest: tests/data/test_dataset.py, -k resume, -n 0.
 #
 # PYTHON  the interpreter to use; otherwise python3
 set -euo pipefail

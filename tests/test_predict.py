@@ -11,6 +11,7 @@ import threading
 
 import jax
 import numpy as np
+import paths
 from PIL import Image
 import pytest
 
@@ -19,7 +20,6 @@ from rescalevit_jax import predict
 from rescalevit_jax.analysis import trained
 from rescalevit_jax.data import image_files
 
-ROOT = pathlib.Path(__file__).parents[1]
 NAMES = ("red", "green, or so", "blue")
 
 
@@ -358,7 +358,7 @@ def process(run, *args, **kwargs):
   env.pop("PYTHONUNBUFFERED", None)  # It would hide what is left to flush.
   return subprocess.Popen(
     [sys.executable, "-m", "rescalevit_jax.predict", "--workdir", run, *args],
-    cwd=ROOT,
+    cwd=paths.ROOT,
     env=env,
     stderr=subprocess.PIPE,
     text=True,
@@ -412,7 +412,7 @@ def test_importing_needs_no_tensorflow():
     "import sys; from rescalevit_jax import predict;"
     " assert not {'tensorflow', 'matplotlib'} & sys.modules.keys()"
   )
-  subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+  subprocess.run([sys.executable, "-c", code], cwd=paths.ROOT, check=True)
 
 
 def test_a_terminal_without_the_letters(tiny_run, tmp_path):
@@ -426,7 +426,7 @@ def test_a_terminal_without_the_letters(tiny_run, tmp_path):
       f"--workdir={tiny_run}",
       str(path),
     ],
-    cwd=ROOT,
+    cwd=paths.ROOT,
     env={**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONIOENCODING": "ascii"},
     capture_output=True,
     check=False,

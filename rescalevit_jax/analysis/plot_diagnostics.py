@@ -1,8 +1,9 @@
-"""Draws the diagnostics of runs, a picture each, by depth and time.
+r"""Draws the diagnostics of runs, a picture each, by depth and time.
 
 python -m rescalevit_jax.analysis.plot_diagnostics --workdir=runs/a
 python -m rescalevit_jax.analysis.plot_diagnostics --workdir=runs
-python -m rescalevit_jax.analysis.plot_diagnostics --workdir=runs/a --output=a.png
+python -m rescalevit_jax.analysis.plot_diagnostics --workdir=runs/a \
+    --output=a.png
 
 A run has diagnostics if it was trained with --config.diagnostics_every=100, or
 another number of steps.

@@ -18,8 +18,9 @@ training  RescaleViT's recipe with its 200 evaluations: ViT-B_32 on CIFAR-10
           it ends in time. When none does, the first takes what time is left;
           it saves, and the next call goes on with it.
 
-DIR holds CIFAR as prepared by rescalevit_jax.data.prepare; then neither TensorFlow
-nor a network is needed. Exit code: 1 if something failed or a loss is off.
+DIR holds CIFAR as prepared by rescalevit_jax.data.prepare; then neither
+TensorFlow nor a network is needed. Exit code: 1 if something failed or a loss
+is off.
 """
 
 import argparse

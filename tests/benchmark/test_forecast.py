@@ -5,9 +5,9 @@ import os
 import subprocess
 import sys
 
+import paths
 import pytest
 import tiny_gpu
-import tiny_sweep
 
 from rescalevit_jax.benchmark import forecast
 from rescalevit_jax.benchmark import gpus
@@ -17,7 +17,7 @@ def run(*args, **env):
   return subprocess.run(
     [sys.executable, "-m", "rescalevit_jax.benchmark", *args],
     env={**os.environ, **env},
-    cwd=tiny_sweep.ROOT,
+    cwd=paths.ROOT,
     capture_output=True,
     text=True,
     check=False,

@@ -10,6 +10,7 @@ import time
 import types
 import zipfile
 
+import paths
 import pytest
 import tiny_sweep
 
@@ -20,7 +21,7 @@ from rescalevit_jax.benchmark import measure_report
 from rescalevit_jax.benchmark import norm_steps
 from rescalevit_jax.sweep import schedule
 
-SCRIPT = tiny_sweep.ROOT / "scripts" / "measure_gpu.sh"
+SCRIPT = paths.ROOT / "scripts" / "measure_gpu.sh"
 # Every program that Python starts finds these not installed, and no network.
 BLOCK = """
 import importlib.machinery, socket, sys
@@ -406,7 +407,7 @@ assert launch.saved_step(run.workdir) > 20
 """
   done = subprocess.run(
     [sys.executable, "-c", code],
-    cwd=tiny_sweep.ROOT,
+    cwd=paths.ROOT,
     env=tiny_sweep.environment(shared_dir),
     capture_output=True,
     text=True,

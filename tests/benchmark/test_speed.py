@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 
+import paths
 import pytest
 import tiny_sweep
 
@@ -19,7 +20,7 @@ def run(*args, env=None):
   return subprocess.run(
     [sys.executable, "-m", "rescalevit_jax.benchmark", *args],
     env={**os.environ, "JAX_PLATFORMS": "cpu", **(env or {})},
-    cwd=tiny_sweep.ROOT,
+    cwd=paths.ROOT,
     capture_output=True,
     text=True,
     check=False,

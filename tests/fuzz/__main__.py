@@ -110,7 +110,8 @@ def _again(path):
 
 
 def _modules(target):
-  sys.path[0] = str(pathlib.Path(__file__).parents[1])
+  tests = pathlib.Path(__file__).parents[1]
+  sys.path[:1] = [str(tests), str(tests / "helpers")]
   names = (target, "judge", "choices")
   return tuple(importlib.import_module(f"fuzz.{name}") for name in names)
 

@@ -11,6 +11,7 @@ import pathlib
 import sys
 
 from absl import flags
+import paths
 
 from fuzz import choices as choices_lib
 from rescalevit_jax import config as config_lib
@@ -19,8 +20,7 @@ from rescalevit_jax import main
 from rescalevit_jax.config import keys
 from rescalevit_jax.runs import folder as folder_lib
 
-_ROOT = pathlib.Path(__file__).parents[2]
-_CONFIG = b"--config=" + os.fsencode(_ROOT / "configs" / "quickstart.py")
+_CONFIG = b"--config=" + os.fsencode(paths.ROOT / "configs" / "quickstart.py")
 _RUN = b"--workdir=RUN"
 _JSON = config_lib.to_json(config_lib.default()).encode()
 _KEYS = (

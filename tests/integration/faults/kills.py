@@ -1,6 +1,7 @@
 r"""Kills training at random moments; the run must come out the same.
 
-  PYTHONPATH=.:tests python tests/faults/kills.py --kills=160 --seed=0
+  PYTHONPATH=.:tests/helpers python tests/integration/faults/kills.py \
+      --kills=160 --seed=0
 
 Processes are stopped (SIGSTOP), looked at and then killed, so that it is known
 in which phase they died. Only kills of a living process count. After each one

@@ -5,12 +5,12 @@ import itertools
 import json
 import math
 import os
-import pathlib
 import subprocess
 import sys
 
 import jax
 import numpy as np
+import paths
 import pytest
 
 from rescalevit_jax import errors
@@ -29,7 +29,7 @@ from rescalevit_jax.distributed import sharding
   ],
 )
 def test_eight_devices_train_as_one(norm, recipe, digits_dir, tmp_path):
-  script = pathlib.Path(__file__).parent / "eight_devices.py"
+  script = paths.HELPERS / "eight_devices.py"
   done = run_on_eight_devices(script, norm, recipe, tmp_path, digits_dir)
   assert done.returncode == 0, done.stderr[-3000:]
   assert done.stdout.endswith("equal\n")
@@ -37,7 +37,7 @@ def test_eight_devices_train_as_one(norm, recipe, digits_dir, tmp_path):
 
 @pytest.mark.slow
 def test_eight_devices_measure_as_one(digits_dir):
-  script = pathlib.Path(__file__).parent / "diagnostics_on_eight.py"
+  script = paths.HELPERS / "diagnostics_on_eight.py"
   done = run_on_eight_devices(script, digits_dir)
   assert done.returncode == 0, done.stderr[-3000:]
   assert done.stdout.endswith("equal\n")
@@ -61,7 +61,7 @@ def run_on_eight_devices(*command):
 
 @functools.cache
 def collectives(fsdp, digits_dir):
-  script = pathlib.Path(__file__).parent / "collectives.py"
+  script = paths.HELPERS / "collectives.py"
   done = run_on_eight_devices(script, fsdp, digits_dir)
   assert done.returncode == 0, done.stderr[-3000:]
   return json.loads(done.stdout.splitlines()[-1])

@@ -6,11 +6,11 @@ import re
 import subprocess
 import sys
 
+import paths
 import pytest
 import tiny_sweep
 
-ROOT = pathlib.Path(__file__).parents[1]
-PAGE = ROOT / "docs" / "walkthrough.md"
+PAGE = paths.ROOT / "docs" / "walkthrough.md"
 
 
 @pytest.fixture(scope="module")
@@ -18,7 +18,7 @@ def folder(request, tmp_path_factory, digits_dir, shared_dir):
   """What a reader has in front of her, and what the page leaves there."""
   folder = tmp_path_factory.mktemp("walkthrough")
   for name in ("configs", "scripts"):
-    (folder / name).symlink_to(ROOT / name)
+    (folder / name).symlink_to(paths.ROOT / name)
   blocks = re.findall(
     r"^```(bash|python)\n(.*?)^```$", PAGE.read_text(), re.MULTILINE | re.DOTALL
   )
@@ -71,7 +71,9 @@ def test_leaves_what_it_says(folder, request):
 
 
 @pytest.mark.parametrize(
-  "page", [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))], ids=str
+  "page",
+  [paths.ROOT / "README.md", *sorted(paths.ROOT.glob("docs/*.md"))],
+  ids=str,
 )
 def test_links_lead_somewhere(page):
   targets = re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text())

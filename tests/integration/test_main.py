@@ -12,13 +12,13 @@ import time
 
 import jax
 import numpy as np
+import paths
 import pytest
 import tiny_sweep
 
 from rescalevit_jax.config import keys as keys_lib
 from rescalevit_jax.runs import checkpoint
 
-ROOT = pathlib.Path(__file__).parents[1]
 TINY = (
   "model.patch_size=4",
   "model.hidden_size=16",
@@ -52,7 +52,7 @@ def command(*args, config="configs/quickstart.py", keys=()):
 def run(*args, env=None, preexec_fn=None, **kwargs):
   return subprocess.run(
     command(*args, **kwargs),
-    cwd=ROOT,
+    cwd=paths.ROOT,
     env={**os.environ, "JAX_PLATFORMS": "cpu", **(env or {})},
     capture_output=True,
     text=True,
@@ -176,7 +176,7 @@ def finished(digits_dir, tmp_path_factory):
   done = run(
     f"--workdir={workdir}",
     keys=(*TINY, f"tfds_data_dir={digits_dir}"),
-    env={"PYTHONPATH": str(ROOT)},
+    env={"PYTHONPATH": str(paths.ROOT)},
   )
   assert done.returncode == 0, done.stderr
   assert list(workdir.glob("events.out.tfevents*"))
@@ -241,7 +241,7 @@ def test_eval_mode_of_an_npz_with_another_head(tiny, finished, tmp_path):
     "rescalevit_jax.analysis.export_npz",
     f"--workdir={finished}",
   ]
-  subprocess.run([*export, f"--output={npz}"], cwd=ROOT, check=True)
+  subprocess.run([*export, f"--output={npz}"], cwd=paths.ROOT, check=True)
   with np.load(npz) as file:
     arrays = dict(file)
   arrays["head/kernel"] = np.zeros((16, 7), np.float32)
@@ -347,7 +347,7 @@ def test_a_run_goes_on_after_a_signal(finished, tiny, tmp_path, number):
   workdir = tmp_path / "run"
   process = subprocess.Popen(
     command(f"--workdir={workdir}", keys=tiny),
-    cwd=ROOT,
+    cwd=paths.ROOT,
     stderr=subprocess.PIPE,
     text=True,
   )

@@ -19,7 +19,7 @@ import zipfile
 import numpy as np
 
 HERE = pathlib.Path(__file__).resolve().parent
-FULL = HERE.parents[2] / "shared" / "parity"
+FULL = HERE.parents[3] / "shared" / "parity"
 LIMIT = 2_000_000  # Bytes in all.
 
 # Training batches kept. Rescale's twelve show the whole schedule and both its

@@ -1,12 +1,12 @@
 import json
 import os
-import pathlib
 import shutil
 import subprocess
 import sys
 
 import fake_data
 import numpy as np
+import paths
 import pytest
 import tensorflow_datasets as tfds
 
@@ -180,7 +180,7 @@ class TestLoad:
       f"data.load('fake', {prepared!r})\n"
       "assert 'tensorflow' not in sys.modules"
     )
-    here = str(pathlib.Path(__file__).parent)
+    here = str(paths.HELPERS)
     subprocess.run(
       [sys.executable, "-c", program],
       env=os.environ | {"PYTHONPATH": os.pathsep.join([here, *sys.path])},

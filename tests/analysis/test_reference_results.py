@@ -1,8 +1,8 @@
 """The published figures, which configs they belong to, and their curves."""
 
 import csv
-import pathlib
 
+import paths
 import pytest
 
 from rescalevit_jax import config as config_lib
@@ -38,7 +38,7 @@ def test_figures():
 
 
 def test_all_figures_are_those_of_the_logs():
-  path = pathlib.Path(__file__).parents[2] / "shared" / "seed_results"
+  path = paths.SHARED / "seed_results"
   if not path.exists():
     pytest.skip(f"needs {path / 'runs.csv'}")
   with open(path / "runs.csv", newline="") as f:

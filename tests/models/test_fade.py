@@ -1,13 +1,13 @@
 """The norm Fade: LayerNorm at first, a linear map at last, slowly between."""
 
 import functools
-import pathlib
 import runpy
 
 import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
+import paths
 import pytest
 import trees
 
@@ -480,7 +480,7 @@ def test_without_a_schedule_it_stays_layer_norm():
 )
 def test_the_config_of_an_experiment(run, norm, model_name):
   """The methods differ in the norm alone: the comparison is a fair one."""
-  path = pathlib.Path(__file__).parents[1] / "configs" / "remove_norm.py"
+  path = paths.ROOT / "configs" / "remove_norm.py"
   get_config = runpy.run_path(str(path))["get_config"]
   config = get_config(run)
   config_lib.validate(config)

@@ -1,9 +1,9 @@
 """The program that measures fresh models side by side."""
 
 import csv
-import pathlib
 
 import numpy as np
+import paths
 import pytest
 
 from rescalevit_jax.analysis import probe
@@ -94,7 +94,7 @@ def test_a_config_stands_for(
 
 
 def test_models_of_two_files_are_told_apart(measured, tmp_path, capsys):
-  folder = pathlib.Path(__file__).parents[1] / "configs"
+  folder = paths.ROOT / "configs"
   flags = [
     f"--config={folder / name}.py:LN" for name in ("norm_free", "remove_norm")
   ]

@@ -5,6 +5,7 @@ import shlex
 import subprocess
 import sys
 
+import paths
 import pytest
 
 from rescalevit_jax import config as config_lib
@@ -14,9 +15,8 @@ from rescalevit_jax.config import overrides
 from rescalevit_jax.runs import folder
 from rescalevit_jax.sweep import grid
 
-ROOT = pathlib.Path(__file__).parents[1]
-QUICKSTART = str(ROOT / "configs" / "quickstart.py")
-ORIGINAL = str(ROOT / "configs" / "original.py")
+QUICKSTART = str(paths.ROOT / "configs" / "quickstart.py")
+ORIGINAL = str(paths.ROOT / "configs" / "original.py")
 
 
 def plan(*axes, configs=(QUICKSTART,), settings=(), runs_dir="runs"):
@@ -118,7 +118,11 @@ def test_the_command_makes_the_same_config():
   )
   command = [sys.executable, "-c", code, *run.command[3:]]
   done = subprocess.run(
-    shlex.join(command), shell=True, capture_output=True, text=True, cwd=ROOT
+    shlex.join(command),
+    shell=True,
+    capture_output=True,
+    text=True,
+    cwd=paths.ROOT,
   )
   assert done.stdout.strip() == config_lib.to_json(run.config).strip(), done
 

@@ -1,7 +1,6 @@
 """Names, types and ranges of the config keys."""
 
-import pathlib
-
+import paths
 import pytest
 
 from rescalevit_jax import config as config_lib
@@ -143,6 +142,6 @@ def test_only_keys_that_change_the_numbers_differ():
 
 
 def test_readme_has_the_table_of_keys():
-  readme = pathlib.Path(__file__).parents[1] / "README.md"
+  readme = paths.ROOT / "README.md"
   table = keys.describe("| `{name}` | `{default}` | {meaning} |")
   assert table in readme.read_text(encoding="utf-8")

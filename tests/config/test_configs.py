@@ -1,17 +1,17 @@
 """The files of configs/: all of them are valid."""
 
 import importlib.util
-import pathlib
 
 import jax
 import jax.numpy as jnp
+import paths
 import pytest
 
 from rescalevit_jax import config as config_lib
 from rescalevit_jax import errors
 from rescalevit_jax.training import experiment
 
-FOLDER = pathlib.Path(__file__).parents[1] / "configs"
+FOLDER = paths.ROOT / "configs"
 
 
 def load(name):

@@ -8,8 +8,8 @@ import sys
 import time
 
 import fast_xla
+import paths
 
-ROOT = pathlib.Path(__file__).parents[1]
 KEYS = (
   "model.patch_size=4",
   "model.hidden_size=16",
@@ -40,7 +40,7 @@ def environment(folder: pathlib.Path) -> dict[str, str]:
     "JAX_COMPILATION_CACHE_DIR": str(folder / "jax_processes"),
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     "XLA_FLAGS": fast_xla.flags(),
-    "PYTHONPATH": os.pathsep.join([str(hidden), str(ROOT)]),
+    "PYTHONPATH": os.pathsep.join([str(hidden), str(paths.ROOT)]),
   }
 
 
@@ -61,7 +61,7 @@ def start(
       *(f"--config.{key}" for key in keys),
       *args,
     ],
-    cwd=ROOT,
+    cwd=paths.ROOT,
     env=env,
     stdout=subprocess.PIPE,
     stderr=subprocess.PIPE,

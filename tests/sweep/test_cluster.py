@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 
+import paths
 import pytest
 import tiny_sweep
 
@@ -122,7 +123,7 @@ def slurm(tmp_path, monkeypatch):
 
 def flags(folder, digits_dir, *args):
   return [
-    f"--config={tiny_sweep.ROOT}/configs/quickstart.py",
+    f"--config={paths.ROOT}/configs/quickstart.py",
     f"--runs_dir={folder / 'runs'}",
     f"--config.tfds_data_dir={digits_dir}",
     *(f"--config.{key}" for key in tiny_sweep.KEYS),
@@ -180,13 +181,13 @@ def test_slurm_starts_stops_and_requeues_a_job(slurm, digits_dir, tiny):
   command = [sys.executable, "-m", "submitit.core._submit"]
   command.append(str(slurm / "runs" / ".submitit"))
   workdir = slurm / "runs" / f"{NAME}1"
-  job = subprocess.Popen(command, env=env, cwd=tiny_sweep.ROOT)
+  job = subprocess.Popen(command, env=env, cwd=paths.ROOT)
   tiny_sweep.wait_for(lambda: (workdir / "log.txt").exists(), job)
   job.send_signal(signal.SIGUSR2)
   assert job.wait(timeout=60) != 0
   assert "scontrol requeue 4242_1" in (slurm / "calls").read_text()
   assert not (workdir / "result.json").exists()
-  assert subprocess.run(command, env=env, cwd=tiny_sweep.ROOT).returncode == 0
+  assert subprocess.run(command, env=env, cwd=paths.ROOT).returncode == 0
   assert (workdir / "result.json").exists()
   assert not (slurm / "runs" / f"{NAME}0").exists()
 

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 
+import paths
 import pytest
 import tiny_sweep
 import trials
@@ -201,7 +202,7 @@ def test_a_file_system_without_locks(trial, whole, tmp_path):
 
 
 def test_event_files_that_cannot_be_written(trial, whole):
-  env = {"PYTHONPATH": str(tiny_sweep.ROOT)}  # With TensorFlow.
+  env = {"PYTHONPATH": str(paths.ROOT)}  # With TensorFlow.
   process = trial.start(**env)
   with frozen(trial, process, 5):
     for path in trial.workdir.glob("events.out.tfevents*"):

@@ -1,6 +1,7 @@
-"""A full day of training in small: memory and open files must stay level.
+r"""A full day of training in small: memory and open files must stay level.
 
-  PYTHONPATH=.:tests python tests/faults/full_day.py --checkpoints=2000
+  PYTHONPATH=.:tests/helpers python tests/integration/faults/full_day.py \
+      --checkpoints=2000
 
 One process writes a checkpoint every ten steps and a line of metrics every
 step, to TensorBoard too, and evaluates every hundred; what the system says of

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+import paths
 import tiny_sweep
 
 from rescalevit_jax.runs import checkpoint_folders
@@ -61,7 +62,7 @@ class Trial:
           f"--workdir={self.workdir}",
           *(f"--config.{key}" for key in self.keys),
         ],
-        cwd=tiny_sweep.ROOT,
+        cwd=paths.ROOT,
         env={**self.env, **env},
         stderr=log,
       )

@@ -1,6 +1,6 @@
 """The config of a run that is there already, as a config file.
 
-`--config=resumed.py:WORKDIR`; what `main` takes where --config is not given.
+`--config=resumed_config.py:WORKDIR`; what `main` takes where --config is not given.
 """
 
 import pathlib

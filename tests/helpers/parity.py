@@ -16,10 +16,11 @@ import pathlib
 import tempfile
 
 import numpy as np
+import paths
 import pytest
 
-FULL = pathlib.Path(__file__).resolve().parents[2] / "shared" / "parity"
-REDUCED = pathlib.Path(__file__).resolve().parent / "data"
+FULL = paths.SHARED / "parity"
+REDUCED = paths.ROOT / "tests" / "data" / "reference"
 SOURCES = ("full", "reduced")
 
 

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 
+import paths
 import pytest
 import tiny_sweep
 
@@ -19,7 +20,7 @@ from rescalevit_jax.runs import lock
 from rescalevit_jax.sweep import device_slots
 from rescalevit_jax.sweep import schedule
 
-CONFIG = f"--config={tiny_sweep.ROOT}/configs/quickstart.py"
+CONFIG = f"--config={paths.ROOT}/configs/quickstart.py"
 GRID = ("--grid=model.norm=LN,Rescale", "--grid=seed=0,1")
 NAMES = [
   f"digits-ViT-XS_2-{norm}-scratch-seed{seed}"
@@ -292,7 +293,7 @@ def test_planning_leaves_the_devices_alone(tmp_path, tiny):
   )
   done = subprocess.run(
     [sys.executable, "-c", code, CONFIG, *GRID],
-    cwd=tiny_sweep.ROOT,
+    cwd=paths.ROOT,
     env=tiny["env"],
     capture_output=True,
     text=True,
@@ -401,10 +402,10 @@ def test_eta_is_work_over_pace(tmp_path, monkeypatch):
 def test_the_originals_study(dataset, tmp_path):
   """The real scripts, in a root whose environment is ready."""
   for name in ("configs", "rescalevit_jax"):
-    (tmp_path / name).symlink_to(tiny_sweep.ROOT / name)
+    (tmp_path / name).symlink_to(paths.ROOT / name)
   (tmp_path / "scripts").mkdir()
   (tmp_path / "scripts" / "env.sh").write_text("")
-  for path in (tiny_sweep.ROOT / "scripts").glob("*.sh"):
+  for path in (paths.ROOT / "scripts").glob("*.sh"):
     if path.name != "env.sh":
       shutil.copy(path, tmp_path / "scripts")
   python = tmp_path / ".venv" / "bin" / "python"

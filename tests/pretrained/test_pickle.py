@@ -11,6 +11,7 @@ import tarfile
 import zipfile
 
 import numpy as np
+import paths
 import pytest
 import test_tfrecord
 import trees
@@ -32,7 +33,6 @@ from rescalevit_jax.runs import metric_writers
 from rescalevit_jax.runs import run_reader
 from rescalevit_jax.sweep import subprocess_run
 
-ROOT = pathlib.Path(__file__).parents[1]
 PROTOCOLS = (0, pickle.HIGHEST_PROTOCOL)  # Text, and binary.
 
 
@@ -240,7 +240,7 @@ def test_no_module_can_load_a_pickle_or_run_text():
   files = [
     path
     for folder in ("rescalevit_jax", "scripts", "configs")
-    for path in (ROOT / folder).rglob("*.py")
+    for path in (paths.ROOT / folder).rglob("*.py")
   ]
   assert len(files) > 40
   for path in files:

@@ -7,7 +7,7 @@ import socket
 import subprocess
 import sys
 
-import tiny_sweep
+import paths
 
 _STARTED = []
 
@@ -82,7 +82,7 @@ def start(
         *(f"--config.{key}" for key in keys),
         *args,
       ],
-      cwd=tiny_sweep.ROOT,
+      cwd=paths.ROOT,
       env={**env, **(step(i) if slurm else {})},
       stdout=subprocess.PIPE,
       stderr=subprocess.PIPE,

@@ -15,6 +15,7 @@ import jax
 import many_processes
 import networks
 import numpy as np
+import paths
 import pytest
 import tiny_sweep
 
@@ -268,7 +269,7 @@ processes.wait_for_all("both are there")
   both = [
     subprocess.Popen(
       [sys.executable, "-c", program, address, str(i)],
-      cwd=tiny_sweep.ROOT,
+      cwd=paths.ROOT,
       env={**os.environ, "JAX_PLATFORMS": "cpu"},
       stderr=subprocess.PIPE,
       text=True,

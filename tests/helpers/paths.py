@@ -1,0 +1,8 @@
+"""Folders that tests use."""
+
+import pathlib
+
+HELPERS = pathlib.Path(__file__).resolve().parent
+ROOT = HELPERS.parents[1]
+# Data sets and reference numbers that a user does not have.
+SHARED = ROOT.parent / "shared"
