@@ -1,6 +1,6 @@
-"""The config of a run that is there already, as a config file.
+"""The config file of a run that exists already.
 
-`--config=resumed_config.py:WORKDIR`; what `main` takes where --config is not given.
+`main` uses `--config=resumed_config.py:WORKDIR` if only --workdir is given.
 """
 
 import pathlib
