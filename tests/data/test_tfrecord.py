@@ -1,37 +1,10 @@
-import struct
-
 import numpy as np
 import pytest
+import tfrecord_frames
 
 from rescalevit_jax import errors
 from rescalevit_jax.data import tfrecord
 from rescalevit_jax.runtime import tensorflow_cpu
-
-
-def crc32c(data):
-  """Bit by bit, from the polynomial."""
-  crc = 0xFFFFFFFF
-  for byte in data:
-    crc ^= byte
-    for _ in range(8):
-      crc = (crc >> 1) ^ (0x82F63B78 if crc & 1 else 0)
-  return crc ^ 0xFFFFFFFF
-
-
-def masked(crc):
-  return (((crc >> 15) | (crc << 17)) + 0xA282EAD8) & 0xFFFFFFFF
-
-
-def frame(record):
-  length = struct.pack("<Q", len(record))
-  return b"".join(
-    (
-      length,
-      struct.pack("<I", masked(crc32c(length))),
-      record,
-      struct.pack("<I", masked(crc32c(record))),
-    )
-  )
 
 
 def random_records(count):
@@ -40,14 +13,14 @@ def random_records(count):
 
 
 def test_checksum_has_the_published_check_value():
-  assert crc32c(b"123456789") == 0xE3069283
+  assert tfrecord_frames.crc32c(b"123456789") == 0xE3069283
   found = tfrecord.masked_crc32c([memoryview(b"123456789")])
-  assert found.tolist() == [masked(0xE3069283)]
+  assert found.tolist() == [tfrecord_frames.masked(0xE3069283)]
 
 
 def test_reads_all_records_in_order(tmp_path):
   records = random_records(2500)
-  (tmp_path / "a").write_bytes(b"".join(map(frame, records)))
+  (tmp_path / "a").write_bytes(b"".join(map(tfrecord_frames.frame, records)))
   assert [bytes(r) for r in tfrecord.read(tmp_path / "a")] == records
 
 
@@ -70,15 +43,15 @@ def test_an_empty_file_has_no_records(tmp_path):
 
 @pytest.mark.parametrize("cut", [1, 4, 5, 20, 47])
 def test_a_file_cut_off_is_an_error(tmp_path, cut):
-  file = b"".join(map(frame, (b"x" * 32, b"y" * 32)))
+  file = b"".join(map(tfrecord_frames.frame, (b"x" * 32, b"y" * 32)))
   (tmp_path / "a").write_bytes(file[:-cut])
   with pytest.raises(ValueError, match="cut off"):
     list(tfrecord.read(tmp_path / "a"))
 
 
 def test_every_changed_bit_of_a_record_is_an_error(tmp_path):
-  file = b"".join(map(frame, (b"abcdef", b"ghijk", b"lmnop")))
-  start = len(frame(b"abcdef")) + 12
+  file = b"".join(map(tfrecord_frames.frame, (b"abcdef", b"ghijk", b"lmnop")))
+  start = len(tfrecord_frames.frame(b"abcdef")) + 12
   for bit in range(start * 8, (start + 5 + 4) * 8):
     damaged = bytearray(file)
     damaged[bit // 8] ^= 1 << bit % 8
@@ -88,6 +61,8 @@ def test_every_changed_bit_of_a_record_is_an_error(tmp_path):
 
 
 def test_a_record_too_short_for_an_example_is_an_error(tmp_path):
-  (tmp_path / "a").write_bytes(frame(b"abcdef") + frame(b"abc"))
+  (tmp_path / "a").write_bytes(
+    tfrecord_frames.frame(b"abcdef") + tfrecord_frames.frame(b"abc")
+  )
   with pytest.raises(ValueError, match="3 bytes"):
     list(tfrecord.read(tmp_path / "a"))

@@ -13,7 +13,7 @@ import zipfile
 import numpy as np
 import paths
 import pytest
-import test_tfrecord
+import tfrecord_frames
 import trees
 
 from rescalevit_jax import errors
@@ -229,7 +229,7 @@ def test_records(pickled, tmp_path):
   path.write_bytes(pickled)
   with pytest.raises(ValueError):
     list(tfrecord.read(path))
-  path.write_bytes(test_tfrecord.frame(pickled))
+  path.write_bytes(tfrecord_frames.frame(pickled))
   assert [bytes(record) for record in tfrecord.read(path)] == [pickled]
 
 
