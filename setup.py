@@ -44,6 +44,7 @@ setuptools.setup(
     "grain>=0.2.15",
     "jax>=0.10.2",
     "jaxlib>=0.10.2",
+    "jaxtyping>=0.3",
     "matplotlib>=3.10",
     "ml_collections>=1.1",
     "numpy>=2.0",
