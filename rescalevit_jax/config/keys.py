@@ -8,7 +8,7 @@ from rescalevit_jax.config import renamed
 from rescalevit_jax.models import initializers
 from rescalevit_jax.models import norms
 from rescalevit_jax.models import variants
-from rescalevit_jax.optim import optimizer
+from rescalevit_jax.optim import optimizers
 
 KEYS = {
   "dataset": key_lib.Key(
@@ -124,7 +124,7 @@ KEYS = {
   "optimizer": key_lib.Key(
     "sgd",
     "`muon`: Muon for the blocks' kernels, AdamW for the rest",
-    optimizer.OPTIMIZERS,
+    optimizers.OPTIMIZERS,
   ),
   "momentum": key_lib.below_one(
     0.9, "momentum of SGD and Muon, beta_1 of AdamW"

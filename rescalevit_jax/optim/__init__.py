@@ -1,1 +1,1 @@
-"""Optimizers, schedules, clipping, loss scaling and averages of weights."""
+"""Learning-rate schedule, clipping, optimizers, loss scaling and EMA."""

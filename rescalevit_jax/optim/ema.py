@@ -1,39 +1,42 @@
-"""Weights averaged over the steps: an exponential moving average, EMA."""
+"""Exponential moving average (EMA) of the weights over the steps."""
 
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array
+from jaxtyping import Int
+from jaxtyping import PyTree
+from jaxtyping import Shaped
 
 
-def update(average: Any, latest: Any, step: jax.Array, decay: float) -> Any:
-  """Moves an average towards the latest values.
+def update(
+  average: PyTree[Shaped[Array, "..."]],
+  latest: PyTree[Shaped[Array, "..."]],
+  step: Int[Array, ""],
+  decay: float,
+) -> PyTree[Shaped[Array, "..."]]:
+  """Return the moving average after one more step.
 
   The bias-corrected moving average of Kingma & Ba 2015 (arXiv:1412.6980),
   section 3, as a recursion. After step t,
 
     average += (1 - decay) / (1 - decay^t) * (latest - average)
 
-  so that the first step takes the latest values, and where the average began
-  does not matter.
+  The first step returns the latest values, whatever the initial average.
 
   Args:
-    average: a tree of arrays.
-    latest: the same of their values now; integers, which count, are taken as
-      they are.
-    step: [] int32, t.
+    average: averages after the previous step.
+    latest: current values. Integers are counters and are copied.
+    step: t, from 1.
     decay: in (0, 1).
-
-  Returns:
-    The tree of averages after the step.
   """
-  # Not 1 - decay^t, which float32 would round to a few digits.
-  share = (1 - decay) / -jnp.expm1(step * math.log(decay))
+  # Not 1 - decay^t, which loses most digits in float32.
+  weight = (1 - decay) / -jnp.expm1(step * math.log(decay))
 
   def move(average, latest):
     if jnp.issubdtype(latest.dtype, jnp.integer):
       return latest
-    return average + share * (latest - average)
+    return average + weight * (latest - average)
 
   return jax.tree.map(move, average, latest)

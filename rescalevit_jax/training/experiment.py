@@ -26,7 +26,8 @@ from rescalevit_jax.models import fade
 from rescalevit_jax.models import norms
 from rescalevit_jax.models import vit
 from rescalevit_jax.models.ops import attention
-from rescalevit_jax.optim import optimizer as optimizer_lib
+from rescalevit_jax.optim import optimizers
+from rescalevit_jax.optim import schedule
 from rescalevit_jax.pretrained import load
 from rescalevit_jax.runtime import accelerator
 from rescalevit_jax.training import calibration
@@ -233,13 +234,13 @@ def build(
     num_classes: width of the head.
     dataset: None to compile only.
   """
-  lr_schedule = optimizer_lib.schedule(
+  lr_schedule = schedule.create(
     config.base_lr,
     config.warmup_steps,
     config.total_steps,
     config.decay_type,
   )
-  optimizer = optimizer_lib.create(
+  optimizer = optimizers.create(
     config.optimizer,
     lr_schedule,
     momentum=config.momentum,

@@ -12,9 +12,9 @@ import optax
 from rescalevit_jax.augment import mixing as mixing_lib
 from rescalevit_jax.augment import preprocess
 from rescalevit_jax.models import base
+from rescalevit_jax.optim import clipping
 from rescalevit_jax.optim import ema as ema_lib
 from rescalevit_jax.optim import loss_scale as loss_scale_lib
-from rescalevit_jax.optim import optimizer as optimizer_lib
 from rescalevit_jax.training import train_state
 
 
@@ -218,7 +218,7 @@ def update(
       count -= loss_scale.skipped_steps
     ema = ema_lib.update(state.ema, new.evaluated, count, ema_decay)
     new = new.replace(ema=ema)
-  metrics = {"loss": loss, "grad_norm": optimizer_lib.global_norm(grads)}
+  metrics = {"loss": loss, "grad_norm": clipping.global_norm(grads)}
   if loss_scale is None:
     return new, metrics
   finite = jnp.isfinite(metrics["grad_norm"])

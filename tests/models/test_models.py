@@ -20,7 +20,7 @@ from rescalevit_jax.models import norms
 from rescalevit_jax.models import variants
 from rescalevit_jax.models import vit
 from rescalevit_jax.models.ops import dropout
-from rescalevit_jax.optim import optimizer
+from rescalevit_jax.optim import optimizers
 from rescalevit_jax.runtime import accelerator
 from rescalevit_jax.training import train_state
 from rescalevit_jax.training import train_step as train_step_lib
@@ -783,7 +783,7 @@ class TanhNorm(base.Norm):
 def test_new_norm_is_one_class_and_one_entry(monkeypatch):
   monkeypatch.setitem(norms.NORMS, "Tanh", TanhNorm)
   model = tiny(norm="Tanh")
-  sgd = optimizer.sgd(
+  sgd = optimizers.sgd(
     optax.constant_schedule(0.1),
     momentum=0.9,
     weight_decay=0.0,

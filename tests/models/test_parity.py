@@ -18,7 +18,8 @@ import pytest
 
 from rescalevit_jax import models
 from rescalevit_jax.augment import preprocess
-from rescalevit_jax.optim import optimizer
+from rescalevit_jax.optim import optimizers
+from rescalevit_jax.optim import schedule
 from rescalevit_jax.training import train_state
 from rescalevit_jax.training import train_step as train_step_lib
 
@@ -218,10 +219,10 @@ def train_step_of(norm):
   @functools.partial(jax.jit, static_argnames="max_grad_norm")
   def train_step(state, images, labels, linear, weight_decay, max_grad_norm):
     rates = [
-      optimizer.schedule(BASE_LR, WARMUP, TOTAL, decay_type)
+      schedule.create(BASE_LR, WARMUP, TOTAL, decay_type)
       for decay_type in ("cosine", "linear")
     ]
-    sgd = optimizer.sgd(
+    sgd = optimizers.sgd(
       lambda n: jnp.where(linear, rates[1](n), rates[0](n)),
       momentum=0.9,
       weight_decay=weight_decay,
@@ -244,8 +245,8 @@ def train_step_of(norm):
 @functools.cache
 def blank_state(norm):
   """Returns a state at step 0; that of the optimizer suits all the runs."""
-  sgd = optimizer.sgd(
-    optimizer.schedule(BASE_LR, WARMUP, TOTAL, "cosine"),
+  sgd = optimizers.sgd(
+    schedule.create(BASE_LR, WARMUP, TOTAL, "cosine"),
     momentum=0.9,
     weight_decay=0.0,
     grad_norm_clip=1.0,
@@ -389,7 +390,7 @@ def test_training(norm, source, run):
 def test_learning_rates_of_training(norm, source, run):
   want = reference(norm, source)[f"ref/train/{run}/lr"]
   decay_type = "linear" if run.startswith("linear") else "cosine"
-  rate = optimizer.schedule(BASE_LR, WARMUP, TOTAL, decay_type)
+  rate = schedule.create(BASE_LR, WARMUP, TOTAL, decay_type)
   got = jax.vmap(rate)(jnp.arange(TOTAL))
   np.testing.assert_allclose(got, want, rtol=0, atol=LR_ATOL)
 
@@ -478,7 +479,7 @@ def test_schedule(source, setting, decay_type):
   want = data[f"{setting}{decay_type}"]
   base, warmup, total = data[f"{setting}base_warmup_total"]
   assert len(want) == total
-  rate = optimizer.schedule(base, int(warmup), int(total), decay_type)
+  rate = schedule.create(base, int(warmup), int(total), decay_type)
   got = np.asarray(jax.vmap(rate)(jnp.arange(len(want))))
   kept = ~np.isnan(want)  # The reduced set has holes.
   assert kept.all() or (source == "reduced" and kept.sum() >= 100)
@@ -492,7 +493,7 @@ def test_schedule_of_google_is_one_update_behind(source, decay_type):
   data = parity.arrays("lr_schedule.npz", source)
   want = data[f"info_google_{decay_type}"]
   base, warmup, total = data["base_warmup_total"]
-  rate = optimizer.schedule(base, int(warmup), int(total), decay_type)
+  rate = schedule.create(base, int(warmup), int(total), decay_type)
   got = np.asarray(jax.vmap(rate)(jnp.arange(len(want) - 1)), np.float64)
   if decay_type == "linear":
     floor = np.where(np.arange(1, len(want)) < warmup, 0.0, 1e-5)

@@ -15,7 +15,7 @@ from rescalevit_jax import models
 from rescalevit_jax import predict
 from rescalevit_jax.augment import preprocess
 from rescalevit_jax.optim import loss_scale
-from rescalevit_jax.optim import optimizer
+from rescalevit_jax.optim import optimizers
 from rescalevit_jax.runs import checkpoint
 from rescalevit_jax.training import evaluate
 from rescalevit_jax.training import experiment
@@ -28,7 +28,7 @@ ABSURD = 2.0**60
 SIZE = 8
 IMAGES = np.random.default_rng(0).integers(0, 256, (12, 8, 8, 3), np.uint8)
 LABELS = np.random.default_rng(1).integers(0, 3, 12).astype(np.int32)
-SGD = optimizer.sgd(
+SGD = optimizers.sgd(
   lambda count: 0.1 / (1 + count),
   momentum=0.9,
   weight_decay=0.0,
@@ -244,7 +244,9 @@ def lines(workdir):
 def saved(workdir, config):
   """Returns the state that a run would go on with."""
   with checkpoint.Checkpoints(workdir) as checkpoints:
-    return checkpoints.restore(experiment.create(config).abstract_state())
+    abstract = experiment.create(config).abstract_state()
+    items, progress = checkpoints.restore(abstract.to_checkpoint())
+    return abstract.from_checkpoint(items, progress.skipped_steps), progress
 
 
 @pytest.mark.parametrize(

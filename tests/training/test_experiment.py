@@ -10,7 +10,8 @@ import pytest
 from rescalevit_jax import errors
 from rescalevit_jax.augment import mixing
 from rescalevit_jax.augment import preprocess
-from rescalevit_jax.optim import optimizer
+from rescalevit_jax.optim import optimizers
+from rescalevit_jax.optim import schedule
 from rescalevit_jax.runtime import accelerator
 from rescalevit_jax.training import experiment
 
@@ -44,24 +45,24 @@ def two_updates(made, params):
   return flatten_util.ravel_pytree(updates)[0]
 
 
-@pytest.mark.parametrize("name", optimizer.OPTIMIZERS)
+@pytest.mark.parametrize("name", optimizers.OPTIMIZERS)
 def test_the_optimizer_is_the_configs(name, tiny_config):
   tiny_config.update({"optimizer": name, "decay_type": "linear"})
   tiny_config.update({"base_lr": 0.3, **OPTIMIZER})
   tiny_config.model.norm = "DyT"
   found = experiment.create(tiny_config)
   params = found.init_state().params
-  rate = optimizer.schedule(0.3, 3, 12, "linear")
+  rate = schedule.create(0.3, 3, 12, "linear")
   assert [found.lr_schedule(n) for n in range(12)] == [
     rate(n) for n in range(12)
   ]
   got = two_updates(found.optimizer, params)
-  want = two_updates(optimizer.create(name, rate, **OPTIMIZER), params)
+  want = two_updates(optimizers.create(name, rate, **OPTIMIZER), params)
   np.testing.assert_allclose(got, want, rtol=1e-6)
   # The numbers above would not be these without each of the keys.
   for key, other in OTHERS.items():
     changed = {**OPTIMIZER, key: other}
-    different = two_updates(optimizer.create(name, rate, **changed), params)
+    different = two_updates(optimizers.create(name, rate, **changed), params)
     same = np.allclose(got, different, rtol=1e-3, atol=0)
     # What follows Adam's direction hardly depends on a gradient's size.
     scale = key in ("grad_norm_clip", "agc") and name != "sgd"

@@ -12,7 +12,7 @@ import pytest
 from rescalevit_jax import models
 from rescalevit_jax.augment import mixing
 from rescalevit_jax.augment import preprocess
-from rescalevit_jax.optim import optimizer
+from rescalevit_jax.optim import optimizers
 from rescalevit_jax.training import train_state
 from rescalevit_jax.training import train_step as train_step_lib
 
@@ -42,7 +42,7 @@ def model_of(norm, dropout_rate=0.0):
 
 
 # Plain gradient descent at rate 1: the update is the gradient.
-DESCENT = optimizer.sgd(
+DESCENT = optimizers.sgd(
   optax.constant_schedule(1.0),
   momentum=0.0,
   weight_decay=0.0,
@@ -180,7 +180,7 @@ def test_loss_and_gradient_are_those_of_the_images_asked_for(norm):
 
 
 def test_gradient_norm_is_the_one_before_clipping():
-  clipping = optimizer.sgd(
+  clipping = optimizers.sgd(
     optax.constant_schedule(1.0),
     momentum=0.0,
     weight_decay=0.0,
@@ -279,7 +279,7 @@ def test_averages_are_those_of_what_was_trained(norm):
   start = start_of(norm)
   averaging = start.replace(ema=jax.tree.map(jnp.copy, start.evaluated))
   plain = train_step_lib.train_step
-  small = optimizer.sgd(
+  small = optimizers.sgd(
     optax.constant_schedule(0.1), momentum=0, weight_decay=0, grad_norm_clip=0
   )
   kwargs = dict(

@@ -1,0 +1,18 @@
+"""Kernels in a parameter tree: recognize them and count their input axes."""
+
+import jax
+from jax.tree_util import KeyPath
+
+
+def is_kernel(path: KeyPath) -> bool:
+  """Return whether a parameter is the kernel of a linear layer."""
+  return path[-1].key == "kernel"
+
+
+def num_input_axes(path: KeyPath, kernel: jax.Array) -> int:
+  """Return the number of leading axes of a kernel that are inputs.
+
+  Query, key and value have [D, h, D/h], all other kernels [..., outputs].
+  """
+  to_heads = path[-2].key in ("query", "key", "value")
+  return 1 if to_heads else kernel.ndim - 1

@@ -1,0 +1,53 @@
+"""The learning-rate schedule against values computed by hand."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rescalevit_jax.optim import schedule
+
+
+def rates(base_lr, warmup_steps, total_steps, decay_type, steps=None):
+  """Return the learning rates of steps 1, 2, ... as optax counts them."""
+  lr_schedule = schedule.create(base_lr, warmup_steps, total_steps, decay_type)
+  return np.array(
+    [lr_schedule(jnp.int32(n)) for n in range(steps or total_steps)]
+  )
+
+
+def test_linear_schedule_by_hand():
+  want = [0.5, 1, 1.5, 2, 1.6, 1.2, 0.8, 0.4, 0]
+  np.testing.assert_allclose(rates(2.0, 4, 9, "linear"), want, atol=1e-6)
+
+
+def test_cosine_schedule_by_hand():
+  quarter = 0.5**0.5 / 2  # cos(45 degrees) / 2
+  want = [1 / 3, 2 / 3, 1, 0.5 + quarter, 0.5, 0.5 - quarter, 0]
+  np.testing.assert_allclose(rates(1.0, 3, 7, "cosine"), want, atol=1e-6)
+
+
+@pytest.mark.parametrize("decay_type", ["cosine", "linear"])
+def test_without_warmup_the_first_step_has_decayed_already(decay_type):
+  got = rates(1.0, 0, 4, decay_type)
+  quarter = 0.5**0.5 / 2
+  want = {
+    "linear": [0.75, 0.5, 0.25, 0],
+    "cosine": [0.5 + quarter, 0.5, 0.5 - quarter, 0],
+  }
+  np.testing.assert_allclose(got, want[decay_type], atol=1e-6)
+
+
+@pytest.mark.parametrize("decay_type", ["cosine", "linear"])
+def test_warmup_of_all_steps_ends_at_the_base_rate(decay_type):
+  got = rates(3.0, 3, 3, decay_type)
+  np.testing.assert_allclose(got, [1, 2, 3], atol=1e-6)
+
+
+@pytest.mark.parametrize("decay_type", ["cosine", "linear"])
+@pytest.mark.parametrize("warmup_steps", [0, 1, 7])
+def test_first_step_moves_and_last_does_not(warmup_steps, decay_type):
+  got = rates(0.05, warmup_steps, 20, decay_type, steps=25)
+  assert got[0] > 0
+  assert got[18] > 0
+  np.testing.assert_allclose(got[19:], 0, atol=1e-9)
+  assert got.max() <= np.float32(0.05)
