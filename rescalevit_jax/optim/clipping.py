@@ -4,9 +4,7 @@ import math
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array
-from jaxtyping import Float
-from jaxtyping import PyTree
+from jaxtyping import Array, Float, PyTree
 import optax
 
 from rescalevit_jax.optim import kernels

@@ -4,10 +4,7 @@ import math
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array
-from jaxtyping import Int
-from jaxtyping import PyTree
-from jaxtyping import Shaped
+from jaxtyping import Array, Int, PyTree, Shaped
 
 
 def update(

@@ -15,8 +15,7 @@ from typing import Any
 from flax.training import dynamic_scale
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array
-from jaxtyping import Int
+from jaxtyping import Array, Int
 
 # Flax starts at 2^16, where the first gradients of small LN models from scratch
 # overflow: LN divides their class token, which is 0, by sqrt(1e-6). The skipped
