@@ -32,7 +32,7 @@ import warnings
 import numpy as np
 
 from rescalevit_jax import errors
-from rescalevit_jax.analysis import trained
+from rescalevit_jax.analysis import trained_model
 from rescalevit_jax.data import image_files
 from rescalevit_jax.runtime import atomic_file
 from rescalevit_jax.runtime import cli
@@ -48,11 +48,11 @@ _WIDEST_NAME = 60  # Of those that stdout's columns make room for.
 
 Top = list[tuple[str, float]]
 
-load = trained.load
+load = trained_model.load
 
 
 def classify(
-  model: trained.TrainedModel,
+  model: trained_model.TrainedModel,
   files: Iterable[pathlib.Path],
   batch: int = 64,
 ) -> Iterator[tuple[pathlib.Path, np.ndarray | errors.UserError]]:

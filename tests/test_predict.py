@@ -17,7 +17,7 @@ import pytest
 
 from rescalevit_jax import errors
 from rescalevit_jax import predict
-from rescalevit_jax.analysis import trained
+from rescalevit_jax.analysis import trained_model
 from rescalevit_jax.data import image_files
 
 NAMES = ("red", "green, or so", "blue")
@@ -33,7 +33,7 @@ class Colors:
 @pytest.fixture
 def colors(monkeypatch):
   """Lets the command line find this model."""
-  model = trained.TrainedModel("colors", Colors(), {}, 4, NAMES)
+  model = trained_model.TrainedModel("colors", Colors(), {}, 4, NAMES)
 
   def load(workdir, which):
     if workdir != "run":

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rescalevit_jax.analysis import trained
+from rescalevit_jax.analysis import trained_model
 from rescalevit_jax.augment import preprocess
 from rescalevit_jax.runtime import terminal
 
@@ -94,7 +94,7 @@ class Statistics:
 
 
 def statistics(
-  model: trained.TrainedModel, images: np.ndarray, batch: int = 64
+  model: trained_model.TrainedModel, images: np.ndarray, batch: int = 64
 ) -> Statistics:
   """Measures the attention of a model on images, each counted once.
 

@@ -17,7 +17,7 @@ import numpy as np
 from rescalevit_jax import errors
 from rescalevit_jax.analysis import attention_maps
 from rescalevit_jax.analysis import plots
-from rescalevit_jax.analysis import trained
+from rescalevit_jax.analysis import trained_model
 from rescalevit_jax.data import image_files
 from rescalevit_jax.training import experiment as experiment_lib
 
@@ -41,7 +41,7 @@ def draw_during_training(
   variables: Mapping[str, Any],
 ) -> dict[str, np.ndarray]:
   """Draw the attention on the first test image, for `trainer.DrawAttention`."""
-  model = trained.TrainedModel(
+  model = trained_model.TrainedModel(
     f"step {step}",
     experiment.model,
     variables,
@@ -53,7 +53,7 @@ def draw_during_training(
 
 def draw(
   kind: str,
-  models: Sequence[trained.TrainedModel],
+  models: Sequence[trained_model.TrainedModel],
   image: image_files.Source,
   block: int = 0,
 ) -> figure_lib.Figure:
@@ -84,7 +84,7 @@ def draw(
 
 
 def draw_all(
-  model: trained.TrainedModel, image: image_files.Source
+  model: trained_model.TrainedModel, image: image_files.Source
 ) -> dict[str, np.ndarray]:
   """Returns {'attention/KIND': uint8 [H, W, 3]} of all kinds."""
   return {

@@ -30,7 +30,7 @@ from rescalevit_jax import models as models_lib
 from rescalevit_jax.analysis import attention_maps
 from rescalevit_jax.analysis import attention_plots
 from rescalevit_jax.analysis import plots
-from rescalevit_jax.analysis import trained
+from rescalevit_jax.analysis import trained_model
 from rescalevit_jax.data import dataset as dataset_lib
 from rescalevit_jax.models import norms
 from rescalevit_jax.runs import folder as folder_lib
@@ -116,7 +116,7 @@ class Subject:
       known.
   """
 
-  model: trained.TrainedModel
+  model: trained_model.TrainedModel
   path: str
   source: tuple[str, str | None, tuple[tuple[str, Any], ...]] | None
 
@@ -173,12 +173,12 @@ def _subjects(args) -> list[Subject]:
   first = (args.dataset, args.tfds_data_dir, ()) if args.dataset else None
   first = sources[0] if sources else first
   subjects = [
-    Subject(trained.load(workdir, args.checkpoint), workdir, source)
+    Subject(trained_model.load(workdir, args.checkpoint), workdir, source)
     for workdir, source in zip(args.workdir, sources, strict=True)
   ]
   for reference in args.npz:
     path, said = _parse_reference(reference)
-    model = trained.load_npz(path, **said)
+    model = trained_model.load_npz(path, **said)
     if "norm" not in said and model.model.norm == "LN":
       _log.info("%s: taken for LN; write %s:GN if it is GN", path, path)
     subjects.append(Subject(model, path, first))

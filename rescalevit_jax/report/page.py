@@ -18,7 +18,7 @@ from rescalevit_jax.analysis import attention_plots
 from rescalevit_jax.analysis import diagnostics_plots
 from rescalevit_jax.analysis import plots
 from rescalevit_jax.analysis import reference_results
-from rescalevit_jax.analysis import trained
+from rescalevit_jax.analysis import trained_model
 from rescalevit_jax.data import tfds_builders
 from rescalevit_jax.report import run_groups
 from rescalevit_jax.report import tables
@@ -165,7 +165,7 @@ def _attention(study, index):
       _log.info("attention on %s: model %d of %d", title, i, len(firsts))
       for run in groups[first.workdir]:
         try:
-          model = trained.load(run.workdir)
+          model = trained_model.load(run.workdir)
           model.name = study.name(run)
           models.append(model)
           break

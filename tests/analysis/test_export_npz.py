@@ -10,7 +10,7 @@ import trees
 
 from rescalevit_jax import errors
 from rescalevit_jax.analysis import export_npz
-from rescalevit_jax.analysis import trained
+from rescalevit_jax.analysis import trained_model
 from rescalevit_jax.pretrained import load
 from rescalevit_jax.runs import checkpoint
 
@@ -65,7 +65,7 @@ def test_fold(default_run, test_digits, tmp_path, capsys):
   flags = [f"--workdir={default_run}", f"--output={path}", "--fold"]
   assert export_npz.main(flags) == 0
   assert "without its norm" in capsys.readouterr().out
-  folded, run = trained.load_npz(path), trained.load(default_run)
+  folded, run = trained_model.load_npz(path), trained_model.load(default_run)
   assert run.model.norm == "Rescale" and folded.model.norm == "Identity"
   images = list(test_digits.images[:20])
   np.testing.assert_allclose(folded(images), run(images), atol=1e-5)

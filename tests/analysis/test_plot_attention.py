@@ -12,7 +12,7 @@ from rescalevit_jax import errors
 from rescalevit_jax.analysis import attention_maps
 from rescalevit_jax.analysis import attention_plots
 from rescalevit_jax.analysis import plot_attention
-from rescalevit_jax.analysis import trained
+from rescalevit_jax.analysis import trained_model
 from rescalevit_jax.data import dataset
 from rescalevit_jax.models import norms
 from rescalevit_jax.pretrained import load
@@ -47,7 +47,7 @@ def test_draws_and_measures_runs_and_files(
   ]
   images = dataset.load("digits", str(digits_dir)).test.images
   assert {r["images"] for r in rows} == {str(len(images))}
-  expected = attention_maps.statistics(trained.load(tiny_run), images)
+  expected = attention_maps.statistics(trained_model.load(tiny_run), images)
   for row, entropy, diagonal, sparsity in zip(
     rows[:2],
     expected.entropy,
@@ -89,7 +89,7 @@ def test_files_of_all_norms_side_by_side(digits_dir, tmp_path):
   found = list(dict.fromkeys((r["model"], r["norm"]) for r in rows))
   assert found == [(norm, norm) for norm in norms.NORMS]
   images = dataset.load("digits", str(digits_dir)).test.images
-  tanh = trained.load_npz(tmp_path / "Rescale.npz", gelu="tanh")
+  tanh = trained_model.load_npz(tmp_path / "Rescale.npz", gelu="tanh")
   expected = attention_maps.statistics(tanh, images).entropy
   found = [float(r["entropy_nats"]) for r in rows if r["norm"] == "Rescale"]
   np.testing.assert_allclose(found, expected, rtol=1e-6)
@@ -129,7 +129,7 @@ def test_words_of_a_file(tmp_path, monkeypatch):
     said.append((path, kwargs))
     raise errors.UserError("enough")
 
-  monkeypatch.setattr(trained, "load_npz", load_npz)
+  monkeypatch.setattr(trained_model, "load_npz", load_npz)
   plot_attention.main(["--npz=a.npz:Cal,gap,c=3,tanh", "--image=a.png"])
   words = {"norm": "Cal", "gelu": "tanh", "pool": "gap", "residual_c": 3.0}
   assert said == [("a.npz", words)]

@@ -14,7 +14,7 @@ import trees
 from rescalevit_jax import config as config_lib
 from rescalevit_jax import errors
 from rescalevit_jax import models
-from rescalevit_jax.analysis import trained
+from rescalevit_jax.analysis import trained_model
 from rescalevit_jax.models import fade
 from rescalevit_jax.models import norms
 from rescalevit_jax.pretrained import fold
@@ -441,7 +441,7 @@ def test_one_scale_folds_into_the_layers_that_follow(tmp_path):
 
   tree, weights = folded()
   load.save(tmp_path / "a.npz", *weights)
-  model = trained.load_npz(tmp_path / "a.npz")
+  model = trained_model.load_npz(tmp_path / "a.npz")
   assert model.model.norm == "Identity"
   x = np.random.default_rng(0).uniform(-1, 1, (5, 8, 8, 3)).astype(np.float32)
   want = tiny().apply({"params": params, "batch_stats": tree}, x)

@@ -7,7 +7,7 @@ import trees
 
 from rescalevit_jax import errors
 from rescalevit_jax import models
-from rescalevit_jax.analysis import trained
+from rescalevit_jax.analysis import trained_model
 from rescalevit_jax.pretrained import fold
 from rescalevit_jax.pretrained import load
 
@@ -48,7 +48,7 @@ def test_the_folded_model_computes_the_same(norm, residual, options, tmp_path):
   before = trees.flat(params, stats)
   load.save(tmp_path / "a.npz", *fold.fold(norm, params, stats))
   trees.same(trees.flat(params, stats), before)
-  folded = trained.load_npz(tmp_path / "a.npz")
+  folded = trained_model.load_npz(tmp_path / "a.npz")
   assert folded.model.norm == "Identity"
   assert folded.model.residual == residual
   assert not folded.model.sigma_reparam

@@ -11,7 +11,7 @@ import pytest
 import trees
 
 from rescalevit_jax import errors
-from rescalevit_jax.analysis import trained
+from rescalevit_jax.analysis import trained_model
 from rescalevit_jax.pretrained import load
 from rescalevit_jax.pretrained import npz
 
@@ -238,7 +238,7 @@ def test_a_bomb_is_not_unpacked(tmp_path, monkeypatch):
   try:
     trees.refuses(tmp_path / "a.npz", "head/x would take", "0.0 GiB")
     with pytest.raises(errors.UserError, match="head/x would take"):
-      trained.load_npz(tmp_path / "a.npz")
+      trained_model.load_npz(tmp_path / "a.npz")
     assert tracemalloc.get_traced_memory()[1] < 10e6
   finally:
     tracemalloc.stop()
@@ -293,7 +293,7 @@ def test_layers_that_are_not_there_are_not_made(tmp_path):
   path = trees.write(tmp_path, arrays)
   trees.refuses(path, key)
   with pytest.raises(errors.UserError, match="whole Vision Transformer"):
-    trained.load_npz(path)
+    trained_model.load_npz(path)
 
 
 # Writing.

@@ -19,7 +19,7 @@ import trees
 from rescalevit_jax import errors
 from rescalevit_jax import main
 from rescalevit_jax.analysis import reference_results
-from rescalevit_jax.analysis import trained
+from rescalevit_jax.analysis import trained_model
 from rescalevit_jax.data import array_cache
 from rescalevit_jax.data import dataset
 from rescalevit_jax.data import image_files
@@ -101,7 +101,7 @@ def test_weights(place, bomb, pickled, tmp_path):
     with zipfile.ZipFile(path, "a") as z:
       z.writestr("cls.npy", pickled)
   refused(load.load, path, *trees.fresh(seed=1))
-  refused(trained.load_npz, path)
+  refused(trained_model.load_npz, path)
 
 
 @pytest.mark.parametrize("place", ["file", "object"])
@@ -127,7 +127,7 @@ def test_files_of_a_run(name, pickled, tiny_run, tmp_path):
   with refused_or_ignored():
     assert run_reader.read(run).metrics or name == "metrics.jsonl"
   with refused_or_ignored():
-    trained.load(run)
+    trained_model.load(run)
   assert subprocess_run.step_since(run, 0) == 0 or name != "metrics.jsonl"
   if name == "metrics.jsonl":
     config = folder_lib.read_config(run)
@@ -155,7 +155,7 @@ def test_checkpoints(kind, pickled, tiny_run, tmp_path):
     if name.name != checksums.NAME:
       checksums.write(run / place)  # As whoever plants it would.
     with refused_or_ignored():
-      trained.load(run, {"best": "best", "last": "latest"}[kind])
+      trained_model.load(run, {"best": "best", "last": "latest"}[kind])
     (run / name).write_bytes(content)
     checksums.write(run / place)
 

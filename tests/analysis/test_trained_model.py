@@ -11,7 +11,7 @@ import trees
 
 from rescalevit_jax import errors
 from rescalevit_jax import models
-from rescalevit_jax.analysis import trained
+from rescalevit_jax.analysis import trained_model
 from rescalevit_jax.augment import preprocess
 from rescalevit_jax.models import norms
 from rescalevit_jax.pretrained import load
@@ -40,7 +40,9 @@ class Colors:
 @pytest.fixture
 def colors():
   names = ("red", "green", "blue")
-  return trained.TrainedModel("colors", Colors(), {"params": 3.0}, 4, names)
+  return trained_model.TrainedModel(
+    "colors", Colors(), {"params": 3.0}, 4, names
+  )
 
 
 # Calling.
@@ -103,7 +105,7 @@ def test_top(colors):
 
 @pytest.mark.parametrize("which", ["best", "latest"])
 def test_a_run_is_as_accurate_as_its_result_says(which, tiny_run, test_digits):
-  model = trained.load(tiny_run, which)
+  model = trained_model.load(tiny_run, which)
   result = json.loads((tiny_run / "result.json").read_text())
   key = "best_accuracy" if which == "best" else "last_accuracy"
   probabilities = model(test_digits.images, batch=100)
@@ -118,14 +120,14 @@ def test_a_run_is_as_accurate_as_its_result_says(which, tiny_run, test_digits):
 def test_the_checkpoint_asked_for_is_read(copied):
   best, last = (copied / "checkpoints" / k for k in ("best", "last"))
   shutil.rmtree(best)
-  found = trained.load(copied, "latest").variables
+  found = trained_model.load(copied, "latest").variables
   params, _, _ = checkpoint.load_variables(copied, "latest")
   jax.tree.map(np.testing.assert_array_equal, found["params"], params)
   with pytest.raises(errors.UserError, match="no best checkpoint"):
-    trained.load(copied)
+    trained_model.load(copied)
   shutil.copytree(last, best)
   shutil.rmtree(last)
-  assert trained.load(str(copied)).image_size == 12
+  assert trained_model.load(str(copied)).image_size == 12
 
 
 @pytest.mark.parametrize(
@@ -142,7 +144,7 @@ def test_a_config_of_another_model_is_named(old, new, words, copied):
   assert old in text
   path.write_text(text.replace(old, new))
   with pytest.raises(errors.UserError, match="not of the model") as caught:
-    trained.load(copied)
+    trained_model.load(copied)
   assert words in str(caught.value) and "\n" not in str(caught.value)
 
 
@@ -151,26 +153,26 @@ def test_a_run_of_another_machine_can_be_used(copied):
   text = path.read_text()
   assert '"attention": "auto"' in text
   path.write_text(text.replace('"attention": "auto"', '"attention": "cudnn"'))
-  assert trained.load(copied).model.attention == "xla"
+  assert trained_model.load(copied).model.attention == "xla"
 
 
 def test_class_names(copied):
   path = copied / "class_names.json"
   names = [f"class, {i}" for i in range(10)]
   path.write_text(json.dumps(names))
-  assert trained.load(copied).class_names == tuple(names)
+  assert trained_model.load(copied).class_names == tuple(names)
   path.unlink()  # Of an older run.
-  assert trained.load(copied).class_names == tuple("0123456789")
+  assert trained_model.load(copied).class_names == tuple("0123456789")
   for text in ("[", "3", json.dumps(list(range(10))), json.dumps(["a"] * 9)):
     path.write_text(text)
     with pytest.raises(errors.UserError, match=r"class_names\.json") as caught:
-      trained.load(copied)
+      trained_model.load(copied)
     assert "delete it" in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_what_is_no_run(tmp_path):
   with pytest.raises(errors.UserError, match=r"nothing: no run there"):
-    trained.load(tmp_path / "nothing")
+    trained_model.load(tmp_path / "nothing")
 
 
 # Files.
@@ -189,7 +191,7 @@ def test_a_file_of_each_norm(norm, tmp_path):
   params, stats = variables(norm, image_size=12)
   load.save(tmp_path / "some.npz", params, stats)
   said = {"norm": "GN"} if norm == "GN" else {}
-  model = trained.load_npz(tmp_path / "some.npz", **said)
+  model = trained_model.load_npz(tmp_path / "some.npz", **said)
   assert model.name == "some" and model.image_size == 12
   assert model.class_names == ("0", "1", "2")
   assert model.model.norm == norm
@@ -215,7 +217,7 @@ def test_a_file_of_each_norm(norm, tmp_path):
 def test_a_file_tells_its_model(norm, options, tmp_path):
   params, stats = trees.fresh(norm, seed=3, **options)
   load.save(tmp_path / "a.npz", params, stats)
-  model = trained.load_npz(
+  model = trained_model.load_npz(
     tmp_path / "a.npz", norm="GN" if norm == "GN" else None
   )
   want = models.create(
@@ -227,14 +229,15 @@ def test_a_file_tells_its_model(norm, options, tmp_path):
 
 def test_c_of_a_residual_and_the_pool_have_to_be_said(tmp_path):
   load.save(tmp_path / "a.npz", *trees.fresh(residual="rescalenet"))
-  model = trained.load_npz(tmp_path / "a.npz", residual_c=3.0, pool="gap")
+  model = trained_model.load_npz(tmp_path / "a.npz", residual_c=3.0, pool="gap")
   assert (model.model.residual_c, model.model.pool) == (3.0, "gap")
 
 
 def test_gelu(tmp_path):
   load.save(tmp_path / "a.npz", *variables("LN"))
   found = [
-    trained.load_npz(tmp_path / "a.npz", gelu=gelu) for gelu in ("erf", "tanh")
+    trained_model.load_npz(tmp_path / "a.npz", gelu=gelu)
+    for gelu in ("erf", "tanh")
   ]
   assert [model.model.gelu for model in found] == ["erf", "tanh"]
 
@@ -242,7 +245,7 @@ def test_gelu(tmp_path):
 def test_a_file_with_pre_logits(tmp_path):
   params, stats = variables("LN", representation_size=6)
   load.save(tmp_path / "a.npz", params, stats)
-  model = trained.load_npz(tmp_path / "a.npz")
+  model = trained_model.load_npz(tmp_path / "a.npz")
   assert model.model.representation_size == 6
   trees.same(trees.flat(**model.variables), trees.flat(params, stats))
   assert model(IMAGES).shape == (7, 3)
@@ -251,7 +254,7 @@ def test_a_file_with_pre_logits(tmp_path):
 def test_a_file_without_a_head_shows_all_but_classes(tmp_path):
   arrays = trees.arrays("LN")
   kept = {k: v for k, v in arrays.items() if k not in trees.HEAD}
-  model = trained.load_npz(trees.write(tmp_path, kept))
+  model = trained_model.load_npz(trees.write(tmp_path, kept))
   assert model.class_names == ()
   logits = model.model.apply(model.variables, model.inputs(IMAGES))
   assert np.isfinite(logits).all()
@@ -289,7 +292,7 @@ def without(arrays, word):
 def test_files_that_hold_no_such_model(arrays, words, kwargs, tmp_path):
   path = trees.write(tmp_path, arrays)
   with pytest.raises(errors.UserError) as caught:
-    trained.load_npz(path, **kwargs)
+    trained_model.load_npz(path, **kwargs)
   message = str(caught.value)
   assert words in message and str(path) in message and "\n" not in message
 
@@ -297,16 +300,16 @@ def test_files_that_hold_no_such_model(arrays, words, kwargs, tmp_path):
 def test_a_file_that_is_none(tmp_path):
   (tmp_path / "a.npz").write_text("hello")
   with pytest.raises(errors.UserError, match=r"a\.npz: not a readable"):
-    trained.load_npz(tmp_path / "a.npz")
+    trained_model.load_npz(tmp_path / "a.npz")
 
 
 def test_an_unknown_checkpoint_is_named(tiny_run):
   with pytest.raises(errors.UserError, match="'newest'.* best, latest"):
-    trained.load(tiny_run, "newest")
+    trained_model.load(tiny_run, "newest")
 
 
 @pytest.mark.parametrize("names", ["abcdefghij", None, {}])
 def test_class_names_are_a_list(copied, names):
   (copied / "class_names.json").write_text(json.dumps(names))
   with pytest.raises(errors.UserError, match=r"class_names\.json: is no list"):
-    trained.load(copied)
+    trained_model.load(copied)

@@ -1,6 +1,6 @@
 """Trained models, from a run's folder or from an `.npz`, ready to be called.
 
-model = trained.load("runs/a")
+model = trained_model.load("runs/a")
 probabilities = model(["cat.png", "dog.jpeg"])
 names = model.top(probabilities[0])
 """
