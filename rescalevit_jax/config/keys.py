@@ -1,5 +1,7 @@
 """Every config key: default, meaning and valid values, in one table."""
 
+from collections.abc import Iterable
+
 from rescalevit_jax import errors
 from rescalevit_jax import models
 from rescalevit_jax.augment import preprocess
@@ -324,14 +326,16 @@ def check_key(name: str) -> None:
     )
 
 
-def describe(row: str) -> str:
-  """Returns a line a key, for the README and --help.
+def describe(row: str, names: Iterable[str] = KEYS) -> str:
+  """Return one line per key, for --help and docs/configuration.md.
 
   Args:
-    row: a line's format, with {name}, {default}, {meaning}.
+    row: format of a line, with {name}, {default}, {meaning}.
+    names: the keys to describe.
   """
   lines = []
-  for name, key in KEYS.items():
+  for name in names:
+    key = KEYS[name]
     valid = key.valid
     if not isinstance(valid, str):
       valid = ", ".join(valid)

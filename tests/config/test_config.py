@@ -5,7 +5,7 @@ import pytest
 
 from rescalevit_jax import config as config_lib
 from rescalevit_jax import errors
-from rescalevit_jax.config import keys
+from rescalevit_jax.config import __main__ as page_lib
 
 
 def test_default_is_valid_and_is_the_originals_recipe():
@@ -141,7 +141,18 @@ def test_only_keys_that_change_the_numbers_differ():
   ]
 
 
-def test_readme_has_the_table_of_keys():
-  readme = paths.ROOT / "README.md"
-  table = keys.describe("| `{name}` | `{default}` | {meaning} |")
-  assert table in readme.read_text(encoding="utf-8")
+def test_page_of_keys_is_current():
+  page = paths.ROOT / "docs" / "configuration.md"
+  text = page.read_text(encoding="utf-8")
+  assert page_lib.fill(text) == text, (
+    f"run: python -m rescalevit_jax.config {page}"
+  )
+
+
+@pytest.mark.parametrize(
+  "patterns, count", [("data* [!d]*", 0), ("* seed", 2)], ids=["none", "twice"]
+)
+def test_page_of_keys_shows_each_once(patterns, count):
+  tables = [f"<!-- keys: {x} -->\n<!-- end -->" for x in patterns.split()]
+  with pytest.raises(errors.UserError, match=f"is in {count} tables"):
+    page_lib.fill("\n".join(tables))
