@@ -18,7 +18,7 @@ from rescalevit_jax.config import keys
 from rescalevit_jax.runtime import atomic_file
 from rescalevit_jax.runtime import cli
 
-_TABLE = re.compile(r"(<!-- keys: (.*) -->\n).*?(<!-- end -->)", re.DOTALL)
+_TABLE = re.compile(r"(<!-- keys: ([^\n]*) -->\n).*?(<!-- end -->)", re.DOTALL)
 _HEAD = "| key | default | meaning |\n|---|---|---|\n"
 _ROW = "| `{name}` | `{default}` | {meaning} |"
 
