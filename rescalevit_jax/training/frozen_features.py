@@ -1,0 +1,125 @@
+"""Classifiers on frozen features: k nearest neighbours and a linear probe.
+
+Both judge a representation without training the model, in closed form and on
+the device.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+import numpy as np
+
+NEIGHBORS = 20
+TEMPERATURE = 0.07
+# Ridge penalties, relative to the number of training examples; the features
+# have unit variance.
+PENALTIES = tuple(10.0**n for n in range(-7, 2))
+_CHUNK = 1024  # Test examples compared with all training examples at a time.
+_VALIDATION = 0.1  # Fraction of the training examples that choose the penalty.
+
+
+def knn_logits(
+  train: Float[np.ndarray, "N D"],
+  labels: Int[np.ndarray, " N"],
+  test: Float[np.ndarray, "M D"],
+  num_classes: int,
+) -> Float[np.ndarray, "M C"]:
+  """Compute the votes of the 20 nearest training features.
+
+  Wu et al. 2018 (arXiv:1805.01978), section 3.4, with the constants of DINO
+  (arXiv:2104.14294): a neighbour votes with exp(cosine similarity / 0.07).
+
+  Returns:
+    Logarithms of the votes; -inf for classes without one.
+  """
+  k = min(NEIGHBORS, len(train))
+  keys = _normalize(jnp.asarray(train, jnp.float32))
+  labels = jnp.asarray(labels)
+
+  @jax.jit
+  def vote(queries):
+    similarity = jnp.matmul(
+      _normalize(queries), keys.T, precision=jax.lax.Precision.HIGHEST
+    )
+    nearest, indices = jax.lax.top_k(similarity, k)
+    weights = jax.nn.one_hot(labels[indices], num_classes)
+    # Of the largest similarity 1, to stay in float32's range.
+    weights *= jnp.exp((nearest - 1) / TEMPERATURE)[..., None]
+    return jnp.log(weights.sum(1))
+
+  return _in_chunks(vote, test)
+
+
+def linear_probe_logits(
+  train: Float[np.ndarray, "N D"],
+  labels: Int[np.ndarray, " N"],
+  test: Float[np.ndarray, "M D"],
+  num_classes: int,
+) -> tuple[Float[np.ndarray, "M C"], float]:
+  """Fit a ridge regression to one-hot labels and apply it.
+
+  The last tenth of the training examples chooses the penalty among `PENALTIES`;
+  then all of them fit the weights.
+
+  Returns:
+    The regression's outputs for the test features, and the relative penalty.
+  """
+  mean, std = train.mean(0), train.std(0) + 1e-6
+  train, test = ((x - mean) / std for x in (train, test))
+  targets = np.eye(num_classes, dtype=np.float32)[labels]
+  # Both parts need an example.
+  count = min(max(1, round(len(train) * (1 - _VALIDATION))), len(train) - 1)
+  best = (-1.0, PENALTIES[0])
+  for penalty in PENALTIES:
+    weights, bias = _ridge(train[:count], targets[:count], penalty)
+    predicted = (train[count:] @ weights + bias).argmax(-1)
+    accuracy = float((predicted == labels[count:]).mean())
+    best = max(best, (accuracy, penalty))
+  weights, bias = _ridge(train, targets, best[1])
+  apply = jax.jit(
+    lambda x: jnp.matmul(x, weights, precision=jax.lax.Precision.HIGHEST) + bias
+  )
+  return _in_chunks(apply, test), best[1]
+
+
+@jax.jit
+def _gram(features, targets):
+  """Compute means and centred products of features and targets."""
+  mean, target_mean = features.mean(0), targets.mean(0)
+  centered = features - mean
+  multiply = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
+  return (
+    mean,
+    target_mean,
+    multiply(centered.T, centered),
+    multiply(centered.T, targets - target_mean),
+  )
+
+
+def _ridge(features, targets, penalty):
+  mean, target_mean, gram, products = _gram(
+    jnp.asarray(features, jnp.float32), jnp.asarray(targets)
+  )
+  size = len(gram)
+  scale = penalty * len(features)
+  weights = jax.scipy.linalg.solve(
+    gram + scale * jnp.eye(size), products, assume_a="pos"
+  )
+  return np.asarray(weights), np.asarray(target_mean - mean @ weights)
+
+
+def _normalize(x: Float[Array, "N D"]) -> Float[Array, "N D"]:
+  return x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
+
+
+def _in_chunks(function, x):
+  """Apply a compiled function to chunks of one size; the last is padded."""
+  chunk = min(_CHUNK, len(x))
+  results = []
+  for start in range(0, len(x), chunk):
+    part = np.asarray(x[start : start + chunk], np.float32)
+    padded = np.pad(part, ((0, chunk - len(part)), (0, 0)))
+    results.append(np.asarray(function(padded))[: len(part)])
+  return np.concatenate(results)

@@ -1,0 +1,67 @@
+"""Classifiers on frozen features, against scikit-learn."""
+
+import numpy as np
+import pytest
+from sklearn import datasets
+from sklearn import linear_model
+from sklearn import neighbors
+
+from rescalevit_jax.training import frozen_features
+
+
+@pytest.fixture(scope="module")
+def digits():
+  """Raw pixels as features: 1400 to train, 397 to test."""
+  x, y = datasets.load_digits(return_X_y=True)
+  x = x.astype(np.float32)
+  return x[:1400], y[:1400], x[1400:], y[1400:]
+
+
+def test_neighbours_vote_as_in_scikit_learn(digits):
+  train, labels, test, _ = digits
+  found = frozen_features.knn_logits(train, labels, test, 10)
+  peer = neighbors.KNeighborsClassifier(
+    20,
+    metric="cosine",
+    weights=lambda distance: np.exp(-distance / 0.07),
+    algorithm="brute",
+  ).fit(train, labels)
+  votes = np.exp(found)
+  np.testing.assert_allclose(
+    votes / votes.sum(1, keepdims=True), peer.predict_proba(test), atol=1e-4
+  )
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_fewer_training_examples_than_neighbours(digits, count):
+  train, labels, test, _ = digits
+  found = frozen_features.knn_logits(train[:count], labels[:count], test, 10)
+  assert set(found.argmax(-1)) <= set(labels[:count])
+
+
+def test_the_linear_probe_is_a_ridge_regression(digits):
+  train, labels, test, _ = digits
+  found, penalty = frozen_features.linear_probe_logits(train, labels, test, 10)
+  assert penalty in frozen_features.PENALTIES
+  mean, std = train.mean(0), train.std(0) + 1e-6
+  x = (train - mean) / std
+  alpha = penalty * ((x - x.mean(0)) ** 2).sum() / x.shape[1]
+  peer = linear_model.Ridge(alpha).fit(x, np.eye(10)[labels])
+  np.testing.assert_allclose(
+    found, peer.predict((test - mean) / std), atol=2e-3
+  )
+
+
+def test_both_classify_digits(digits):
+  train, labels, test, expected = digits
+  knn = frozen_features.knn_logits(train, labels, test, 10)
+  probe, _ = frozen_features.linear_probe_logits(train, labels, test, 10)
+  assert (knn.argmax(-1) == expected).mean() > 0.93
+  assert (probe.argmax(-1) == expected).mean() > 0.85
+
+
+def test_constant_features_do_no_harm(digits):
+  train, labels, test, _ = digits
+  train, test = np.zeros_like(train), np.zeros_like(test)
+  found, _ = frozen_features.linear_probe_logits(train, labels, test, 10)
+  assert np.isfinite(found).all()
