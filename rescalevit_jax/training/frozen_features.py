@@ -66,7 +66,8 @@ def linear_probe_logits(
   Returns:
     The regression's outputs for the test features, and the relative penalty.
   """
-  mean, std = train.mean(0), train.std(0) + 1e-6
+  mean, std = train.mean(0), train.std(0)
+  std = np.where(std > 1e-6, std, np.inf)  # Ignores constant features.
   train, test = ((x - mean) / std for x in (train, test))
   targets = np.eye(num_classes, dtype=np.float32)[labels]
   # Both parts need an example.
