@@ -1,0 +1,167 @@
+r"""Draw the accuracies of the norm-free study from its CSV file.
+
+python -m rescalevit_jax.report.plot_accuracies \
+    docs/results/norm_free/accuracies_6000.csv --output=docs/images/accuracy.svg
+python -m rescalevit_jax.report.plot_accuracies --rates \
+    docs/results/norm_free/accuracies.csv --output=accuracies.png
+
+Draws the test accuracy of each method; with --rates also the accuracies on
+held-out images by learning rate. A method's norm is its name up to the first
+hyphen.
+"""
+
+import argparse
+from collections.abc import Sequence
+import csv
+import pathlib
+import statistics
+import sys
+
+from matplotlib import figure as figure_lib
+
+from rescalevit_jax import errors
+from rescalevit_jax.analysis import plots
+from rescalevit_jax.models import norms
+from rescalevit_jax.report import lr_table
+from rescalevit_jax.runtime import cli
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+  """Draw the accuracies; return the exit code."""
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  parser.add_argument("csv", type=pathlib.Path)
+  parser.add_argument(
+    "--output",
+    action="append",
+    type=pathlib.Path,
+    required=True,
+    help="picture, .png or .svg; repeatable",
+  )
+  parser.add_argument(
+    "--rates", action="store_true", help="draw held-out accuracies too"
+  )
+  parser.add_argument(
+    "--label",
+    action="append",
+    default=[],
+    metavar="METHOD=TEXT",
+    help="draw this method under another name; repeatable. If given, methods"
+    " without a label are left out",
+  )
+  args = parser.parse_args(argv)
+  return cli.run(lambda: _run(args))
+
+
+def _run(args):
+  outcomes = read(args.csv)
+  labels = dict(label.split("=", 1) for label in args.label if "=" in label)
+  if unknown := set(labels) - {x.method for x in outcomes}:
+    raise errors.UserError(
+      f"--label: {args.csv} has no method {min(unknown)!r}; correct its name"
+    )
+  if len(labels) < len(args.label):
+    raise errors.UserError("--label: no '='; write METHOD=TEXT")
+  if labels:
+    outcomes = [x for x in outcomes if x.method in labels]
+  figure = lr_table.draw(outcomes) if args.rates else bars(outcomes, labels)
+  for path in args.output:
+    plots.save(figure, path)
+
+
+def read(path: pathlib.Path) -> list[lr_table.Outcome]:
+  """Return the outcomes in a file that `lr_table.write_csv` wrote.
+
+  If a method was tested at several learning rates, the one with the best
+  held-out accuracy counts.
+
+  Raises:
+    UserError: the file is not such a file.
+  """
+  tried, tested = {}, {}
+  try:
+    with open(path, encoding="utf-8", newline="") as f:
+      for row in csv.DictReader(f):
+        key, rate = (row["dataset"], row["method"]), float(row["base_lr"])
+        accuracy = float(row["accuracy"]) if row["accuracy"] else None
+        rates = tried.setdefault(key, {})
+        if row["phase"] == "select":
+          rates[rate] = accuracy
+        else:
+          seeds = tested.setdefault(key, {}).setdefault(rate, {})
+          seeds[int(row["seed"])] = accuracy
+  except (KeyError, ValueError) as e:
+    raise errors.UserError(
+      f"{path}: {e} is not as expected; use an accuracies.csv of"
+      " rescalevit_jax.report.norm_free"
+    ) from e
+  if not tested:
+    raise errors.UserError(
+      f"{path}: has no tested run; use an accuracies.csv of"
+      " rescalevit_jax.report.norm_free"
+    )
+  outcomes = []
+  for (dataset, method), rates in tried.items():
+    norm = method.partition("-")[0]
+    if norm not in norms.NORMS:
+      raise errors.UserError(
+        f"{path}: method {method!r}: {errors.nearest(norm, norms.NORMS)}"
+      )
+    finals = tested.get((dataset, method), {})
+    rate = max(finals, key=lambda x: rates.get(x) or 0.0, default=None)
+    outcomes.append(
+      lr_table.Outcome(
+        dataset, method, norm, rates, rate, finals.get(rate, {})
+      )
+    )
+  return outcomes
+
+
+def bars(
+  outcomes: Sequence[lr_table.Outcome], labels: dict[str, str]
+) -> figure_lib.Figure:
+  """Return a figure with a bar for each tested method, a panel per dataset.
+
+  Args:
+    outcomes: methods without a tested run are left out.
+    labels: names to draw instead of the methods' names.
+  """
+  tested = [x for x in outcomes if x.percent]
+  datasets = list(dict.fromkeys(x.dataset for x in tested))
+  methods = list(dict.fromkeys(x.method for x in tested))
+  height = 0.38 * len(methods) + 0.8
+  figure = figure_lib.Figure((9, height), layout="constrained")
+  panels = figure.subplots(1, len(datasets), sharey=True, squeeze=False)[0]
+  for axes, dataset in zip(panels, datasets, strict=True):
+    shown = {x.method: x for x in tested if x.dataset == dataset}
+    for place, method in enumerate(methods):
+      if method not in shown:
+        axes.text(0, place, "  not run", va="center", color="0.4")
+    for x in shown.values():
+      mean = statistics.fmean(x.percent)
+      spread = statistics.stdev(x.percent) if len(x.percent) > 1 else None
+      axes.barh(
+        methods.index(x.method),
+        mean,
+        height=0.7,
+        xerr=spread,
+        color=plots.norm_color(x.norm),
+      )
+      text = f"{mean:.1f}" + (f" ± {spread:.1f}" if spread else " (1 seed)")
+      axes.text(
+        mean + (spread or 0), methods.index(x.method), f"  {text}", va="center"
+      )
+    axes.set_title(dataset, loc="left")
+    axes.set_xlabel("test accuracy, %")
+    axes.set_xlim(0, 1.4 * axes.dataLim.x1)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.set_yticks(
+      range(len(methods)), [plots.plain(labels.get(x, x)) for x in methods]
+    )
+  panels[0].invert_yaxis()
+  return figure
+
+
+if __name__ == "__main__":
+  sys.exit(main())

@@ -1,0 +1,18 @@
+"""The picture of an encoder block."""
+
+from rescalevit_jax import models
+from rescalevit_jax.analysis import plot_block
+from rescalevit_jax.models import norms
+
+
+def test_names_every_norm_and_residual(tmp_path):
+  assert plot_block.main([f"--output={tmp_path / 'block.svg'}"]) == 0
+  assert (tmp_path / "block.svg").stat().st_size > 5000
+  texts = [x.get_text() for x in plot_block.draw().axes[0].texts]
+  assert "model.norm: " + ", ".join(norms.NORMS) in texts
+  assert "model.residual: " + ", ".join(models.RESIDUALS) in texts
+
+
+def test_other_formats_are_refused(tmp_path, capsys):
+  assert plot_block.main([f"--output={tmp_path / 'block.gif'}"]) == 1
+  assert ".png or .svg" in capsys.readouterr().err

@@ -1,0 +1,69 @@
+"""Pictures of a study's accuracies, from its CSV file."""
+
+import pytest
+
+from rescalevit_jax.report import lr_table
+from rescalevit_jax.report import plot_accuracies
+
+LN = lr_table.Outcome(
+  "a", "LN", "LN", {0.1: 0.3, 0.2: None}, 0.1, {1: 0.5, 2: 0.7}
+)
+CAL = lr_table.Outcome("a", "Cal-x", "Cal", {}, 0.4, {1: 0.8})
+OTHER = lr_table.Outcome("b", "LN", "LN", {}, 0.1, {1: 0.2})
+
+
+@pytest.fixture
+def table(tmp_path):
+  path = tmp_path / "accuracies.csv"
+  lr_table.write_csv([LN, CAL, OTHER], path)
+  return path
+
+
+def test_reads_the_file_that_the_study_writes(table):
+  assert plot_accuracies.read(table) == [LN, CAL, OTHER]
+
+
+def test_best_held_out_rate_counts_among_those_tested(tmp_path):
+  path = tmp_path / "accuracies.csv"
+  row = "a,LN,{},{},{},{}\n".format
+  path.write_text(
+    "dataset,method,phase,base_lr,seed,accuracy\n"
+    + row("select", 0.1, 0, 0.3)
+    + row("select", 0.2, 0, 0.4)
+    + row("select", 0.4, 0, 0.5)
+    + row("final", 0.1, 1, 0.9)
+    + row("final", 0.2, 1, 0.8)
+  )
+  (outcome,) = plot_accuracies.read(path)
+  assert (outcome.rate, outcome.tested) == (0.2, {1: 0.8})
+
+
+def test_bars_show_means_and_missing_methods():
+  left, right = plot_accuracies.bars([LN, CAL, OTHER], {"LN": "LayerNorm"}).axes
+  assert [x.get_width() for x in left.patches] == pytest.approx([60, 80])
+  texts = [x.get_text().strip() for x in left.texts]
+  assert texts == ["60.0 ± 14.1", "80.0 (1 seed)"]
+  assert [x.get_text() for x in left.get_yticklabels()] == ["LayerNorm", "Cal-x"]
+  assert "not run" in [x.get_text().strip() for x in right.texts]
+
+
+@pytest.mark.parametrize("flags", [[], ["--rates"], ["--label=LN=LayerNorm"]])
+def test_command_writes_a_picture(table, tmp_path, flags):
+  output = tmp_path / "a.svg"
+  assert plot_accuracies.main([str(table), f"--output={output}", *flags]) == 0
+  assert output.stat().st_size > 3000
+
+
+@pytest.mark.parametrize("label", ["LayerNorm", "DyT=tanh"])
+def test_wrong_labels_are_named(table, tmp_path, label, capsys):
+  argv = [str(table), f"--output={tmp_path / 'a.svg'}", f"--label={label}"]
+  assert plot_accuracies.main(argv) == 1
+  assert "--label" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ["a,b\n1,2\n", "dataset,method,phase\n"])
+def test_other_files_are_refused(tmp_path, text, capsys):
+  path = tmp_path / "other.csv"
+  path.write_text(text)
+  assert plot_accuracies.main([str(path), f"--output={tmp_path}/a.svg"]) == 1
+  assert "accuracies.csv" in capsys.readouterr().err
