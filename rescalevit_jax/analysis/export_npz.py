@@ -11,7 +11,7 @@ import sys
 
 from rescalevit_jax import errors
 from rescalevit_jax.pretrained import fold
-from rescalevit_jax.pretrained import load
+from rescalevit_jax.pretrained import npz
 from rescalevit_jax.runs import checkpoint
 from rescalevit_jax.runs import folder
 from rescalevit_jax.runtime import cli
@@ -52,7 +52,7 @@ def _run(args):
   model = folder.require_config(args.workdir).model
   if args.fold:
     params, batch_stats = fold.fold(model.norm, params, batch_stats)
-  load.save(args.output, params, batch_stats)
+  npz.save(args.output, params, batch_stats)
   folded = ", without its norm" if args.fold else ""
   print(f"{args.output}: the {args.checkpoint} weights, of step {step}{folded}")
   if words := _untold(model):

@@ -1,4 +1,4 @@
-"""Which model a set of weights belongs to, told by names and shapes."""
+"""Detect which model a set of weights belongs to, by names and shapes."""
 
 from collections.abc import Mapping
 import dataclasses
@@ -9,10 +9,10 @@ from rescalevit_jax.models import base
 from rescalevit_jax.models import norms
 from rescalevit_jax.models import residuals
 from rescalevit_jax.models import variants
-from rescalevit_jax.pretrained import npz
+from rescalevit_jax.pretrained import param_keys
 
-# Which keys a model has besides a plain one's, by what asks for them. Rescale's
-# own residual has its parameter beside the norm's.
+# Model options that add arrays to a plain block, with patterns of their keys.
+# The parameter of a residual is a sibling of the norm's.
 _RESIDUALS = {R.SLOT: name for name, R in residuals.RESIDUALS.items() if R.SLOT}
 OPTIONS = {
   "residual": re.compile(rf".*/({'|'.join(_RESIDUALS)})_\d/scale"),
@@ -23,7 +23,7 @@ OPTIONS = {
 
 
 def option(key: str) -> str | None:
-  """Returns which of `OPTIONS` a key belongs to; None if it is none's."""
+  """Return the entry of `OPTIONS` that a key belongs to, or None."""
   for name, pattern in OPTIONS.items():
     if pattern.fullmatch(key):
       return name
@@ -31,15 +31,15 @@ def option(key: str) -> str | None:
 
 
 def settings(arrays: Mapping[str, Any]) -> dict[str, Any]:
-  """Infers the arguments of `models.create` that change a block's arrays.
+  """Infer the arguments of `models.create` that add or rename arrays.
 
-  GN's are LN's, so that it is not told from it, and no array shows c of the
-  residual `rescalenet`.
+  GN has the same arrays as LN and is reported as LN. The constant c of the
+  residual `rescalenet` cannot be inferred.
 
   Args:
-    arrays: by key, in the old numbering.
+    arrays: arrays by key.
   """
-  found = {option(key) for key in arrays}
+  options = {option(key) for key in arrays}
   residual = "plain"
   for key in arrays:
     if match := OPTIONS["residual"].fullmatch(key):
@@ -47,15 +47,16 @@ def settings(arrays: Mapping[str, Any]) -> dict[str, Any]:
   return {
     "norm": norm(arrays),
     "residual": residual,
-    "qk_norm": "qk_norm" in found,
-    "sigma_reparam": "sigma_reparam" in found,
+    "qk_norm": "qk_norm" in options,
+    "sigma_reparam": "sigma_reparam" in options,
   }
 
 
 def norm(arrays: Mapping[str, Any]) -> str:
-  """Infers the norm from the keys; see `settings`."""
+  """Infer the name of the norm; see `settings`."""
   plain = [key for key in arrays if option(key) is None]
-  slots = {match[3] for match in map(npz.BLOCK.fullmatch, plain) if match}
+  matches = map(param_keys.BLOCK.fullmatch, plain)
+  slots = {match[3] for match in matches if match}
   for name, Norm in norms.NORMS.items():
     if Norm.SLOT != base.Norm.SLOT and f"{Norm.SLOT}_0" in slots:
       return name
@@ -65,42 +66,47 @@ def norm(arrays: Mapping[str, Any]) -> str:
     return "Fade"
   if any(option(key) == "in_mlp" for key in arrays):
     return "BN2"
-  return "BN" if any(key.startswith(npz.STATS) for key in plain) else "LN"
+  return (
+    "BN" if any(key.startswith(param_keys.STATS) for key in plain) else "LN"
+  )
 
 
-def other_model(
+def size_mismatch(
   path: str, file: Mapping[str, Any], model: Mapping[str, Any], details: str
 ) -> str | None:
-  """Says that a file holds a model of other sizes.
+  """Return an error message if a file's model has other sizes.
 
   Args:
-    path: of the file.
-    file: its arrays (anything with a shape) by key, in the old numbering.
-    model: the same of the model.
-    details: what does not fit; said where no other model can be advised.
+    path: the file's path.
+    file: arrays of the file, or anything with a shape, by key.
+    model: the same for the model.
+    details: the mismatching arrays; used if no named variant has these sizes.
 
   Returns:
-    A line for the user, or None if the sizes are the same.
+    One line, or None if the sizes agree.
   """
   theirs, ours = sizes(file), sizes(model)
   if all(None in (theirs[k], ours[k]) or theirs[k] == ours[k] for k in ours):
     return None
   name = _variant(theirs)
   return (
-    f"{path} is a {name or 'ViT'} checkpoint ({_describe(theirs)}), the model"
-    f" is {_variant(ours) or 'a ViT'} ({_describe(ours)}): "
+    f"{path}: this is a {name or 'ViT'} checkpoint ({_describe(theirs)}), the"
+    f" model is {_variant(ours) or 'a ViT'} ({_describe(ours)}); "
     + (f"choose --config.model_name={name}" if name else details)
   )
 
 
 def sizes(arrays: Mapping[str, Any]) -> dict[str, int | None]:
-  """Infers a Variant's fields; None for what the arrays do not agree on.
+  """Infer the sizes of a model, by the fields of `variants.Variant`.
 
   Args:
-    arrays: anything with a shape, by key, in the old numbering.
+    arrays: arrays, or anything with a shape, by key.
+
+  Returns:
+    The sizes. None where arrays are missing or disagree.
   """
 
-  def edge(pattern, rank, axis):
+  def common_size(pattern, rank, axis):
     found = {
       array.shape[axis]
       for key, array in arrays.items()
@@ -109,16 +115,17 @@ def sizes(arrays: Mapping[str, Any]) -> dict[str, int | None]:
     return found.pop() if len(found) == 1 else None
 
   block = r"Transformer/encoderblock_\d+/"
-  blocks = {int(b[2]) for b in map(npz.BLOCK.fullmatch, arrays) if b}
-  whole = bool(blocks) and max(blocks) == len(blocks) - 1
+  matches = map(param_keys.BLOCK.fullmatch, arrays)
+  blocks = {int(match[2]) for match in matches if match}
+  complete = bool(blocks) and max(blocks) == len(blocks) - 1
   return {
-    "patch_size": edge("embedding/kernel", 4, 0),
-    "hidden_size": edge("cls|embedding/(kernel|bias)", 1, -1),
-    "mlp_dim": edge(block + "MlpBlock_3/Dense_0/kernel", 2, 1),
-    "num_heads": edge(
+    "patch_size": common_size("embedding/kernel", 4, 0),
+    "hidden_size": common_size("cls|embedding/(kernel|bias)", 1, -1),
+    "mlp_dim": common_size(block + "MlpBlock_3/Dense_0/kernel", 2, 1),
+    "num_heads": common_size(
       block + "MultiHeadDotProductAttention_1/query/kernel", 3, 1
     ),
-    "num_layers": len(blocks) if whole else None,
+    "num_layers": len(blocks) if complete else None,
   }
 
 

@@ -1,38 +1,38 @@
-"""Position embeddings of another image size."""
+"""Resize position embeddings to another image size."""
 
 import math
 
+from jaxtyping import Float
 import numpy as np
 
 
-def resize(pos: np.ndarray, tokens: int) -> np.ndarray:
-  """Interpolates a position embedding to another square grid.
+def resize(
+  pos: Float[np.ndarray, "1 old D"], tokens: int
+) -> Float[np.ndarray, "1 new D"]:
+  """Interpolate a position embedding to another square grid, in float32.
 
-  Google's rule: bilinear, corners aligned, no antialiasing; the class token's
-  vector is kept. The same as `scipy.ndimage.zoom(order=1)` but for the grids on
-  which that leaves the last row and column zero.
+  Google's rule: bilinear, corners aligned, no antialiasing. The class token's
+  vector is unchanged. Equals `scipy.ndimage.zoom(order=1)`, except for grids
+  where scipy leaves the last row and column zero.
 
   Args:
-    pos: [1, 1 + g * g, D], any float type.
-    tokens: 1 + n * n.
-
-  Returns:
-    [1, 1 + n * n, D] float32.
+    pos: vectors of the class token and of a square grid.
+    tokens: number of vectors in the result, 1 + n * n.
 
   Raises:
     ValueError: a grid is not square.
   """
   old, new = _grid(pos.shape[1]), _grid(tokens)
-  # Whole numbers, because rounding must not carry the last row past the edge.
+  # In integers: rounding could move the last row past the edge.
   steps = max(new - 1, 1)
   below, rest = np.divmod(np.arange(new) * (old - 1), steps)
   above = np.minimum(below + 1, old - 1)
-  share = (rest / steps)[:, None, None]
+  weight = (rest / steps)[:, None, None]
 
   def resize_rows(grid):
-    # The rows that are needed, before they take twice the memory.
+    # Select rows before the conversion, which doubles the memory.
     lower, upper = (grid[i].astype(np.float64) for i in (below, above))
-    return (1 - share) * lower + share * upper
+    return (1 - weight) * lower + weight * upper
 
   grid = resize_rows(pos[0, 1:].reshape(old, old, -1))
   grid = resize_rows(grid.swapaxes(0, 1)).swapaxes(0, 1)

@@ -1,35 +1,54 @@
-"""What a file's weights and a model's need not share: norm, options, head.
+"""Rules for loading weights into a model with another norm, option or head.
 
-Keys are those of `pretrained.flatten`.
+Each rule compares the keys of a file with those of the model, see `param_keys`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+import dataclasses
 import re
 from typing import Any
 
 import numpy as np
 
 from rescalevit_jax.pretrained import detect
-from rescalevit_jax.pretrained import npz
-
-HEAD = ("head/kernel", "head/bias")
-PRE_LOGITS = ("pre_logits/kernel", "pre_logits/bias")
+from rescalevit_jax.pretrained import param_keys
 
 _FINAL_NORM = "encoder_norm"
 _AFFINE = {"scale", "bias"}
 
 
-def same_places(
+@dataclasses.dataclass
+class Difference:
+  """Keys that are not copied between file and model.
+
+  Attributes:
+    initial: the model's keys that stay at their initial values.
+    ignored: the file's keys that are not used.
+    notes: reasons, one sentence each.
+  """
+
+  initial: set[str] = dataclasses.field(default_factory=set)
+  ignored: set[str] = dataclasses.field(default_factory=set)
+  notes: list[str] = dataclasses.field(default_factory=list)
+
+  def add(self, initial: set[str], ignored: set[str], *notes: str) -> None:
+    """Add keys and notes."""
+    self.initial |= initial
+    self.ignored |= ignored
+    self.notes += notes
+
+
+def affine_names(
   file: Mapping[str, Any], model: Mapping[str, Any]
 ) -> dict[str, str]:
-  """Finds scale and bias of a norm that another one takes over.
+  """Map scale and bias of the file's norm to those of a different norm.
 
-  They are what norms have in common, and stand in one place by other names:
-  `LayerNorm_0/scale` of a file is `Cal_0/scale` of a model.
+  Both have them at the same sites under different names, such as
+  `LayerNorm_0/scale` in the file and `Cal_0/scale` in the model.
 
   Returns:
-    The model's keys by the file's. Empty, if the norms are of the same name, if
-    one of them lacks scale or bias, or if the file has two for one place.
+    The model's keys by the file's. Empty if the norms have the same name, if
+    one of them lacks scale or bias, or if the file has two norms at a site.
   """
   ours, theirs = _in_blocks(model), _in_blocks(file)
   both = (ours, theirs)
@@ -37,23 +56,112 @@ def same_places(
     return {}
   if not all({leaf for _, leaf in keys} >= _AFFINE for keys in both):
     return {}
-  names = {_number(slot): slot for slot, _ in ours}
-  found = {
-    key: key.replace(f"/{slot}/", f"/{names[_number(slot)]}/")
+  our_slots = {_site(slot): slot for slot, _ in ours}
+  names = {
+    key: key.replace(f"/{slot}/", f"/{our_slots[_site(slot)]}/")
     for (slot, leaf), keys in theirs.items()
-    if leaf in _AFFINE and _number(slot) in names
+    if leaf in _AFFINE and _site(slot) in our_slots
     for key in keys
   }
-  return found if len({*found.values()}) == len(found) else {}
+  return names if len({*names.values()}) == len(names) else {}
 
 
-def besides_affine(keys) -> set[str]:
-  """Returns a norm's parameters that are neither its scale nor its bias."""
+def find(
+  file: Mapping[str, Any], model: Mapping[str, Any], affine_only: bool
+) -> Difference:
+  """Find the keys in which file and model may differ.
+
+  Args:
+    file: arrays of the file; norms already have the model's names.
+    model: arrays of the model.
+    affine_only: whether only scale and bias of the file's norm are used.
+  """
+  difference = Difference()
+  _compare_norms(file, model, difference)
+  if affine_only:
+    difference.add(
+      _besides_affine(model),
+      _besides_affine(file),
+      "only scale and bias of the file's norm are used, as the model's norm is"
+      " a different one",
+    )
+  _compare_options(file, model, difference)
+  if not model.keys() & set(param_keys.PRE_LOGITS):
+    difference.ignored |= file.keys() & set(param_keys.PRE_LOGITS)
+  return difference
+
+
+def why_new_head(
+  file: Mapping[str, Any],
+  model: Mapping[str, Any],
+  reinit_head: bool,
+) -> str | None:
+  """Return why the head starts at zeros; None if the file's head must fit."""
+  if not file.keys() & set(param_keys.HEAD):
+    return "the file has none"
+  kernel, bias = (file.get(key, np.zeros(())) for key in param_keys.HEAD)
+  if kernel.ndim != 2 or bias.shape != kernel.shape[1:]:
+    return None
+  pre_logits = set(param_keys.PRE_LOGITS)
+  if file.keys() & pre_logits and not model.keys() & pre_logits:
+    return "the file's head needs pre_logits, which the model does not have"
+  inputs, classes = model["head/kernel"].shape
+  if kernel.shape[0] != inputs:
+    return None
+  if reinit_head:
+    return "config.reinit_head is set"
+  if kernel.shape[1] != classes:
+    return f"the file has {kernel.shape[1]} classes, the model has {classes}"
+  return None
+
+
+def _compare_norms(file, model, difference):
+  """Compare parameters and statistics of the norms.
+
+  Parameters are not copied if the norms have different names. Statistics are
+  not copied if they have no key in common, as when only one side has any. If
+  the file has only a part of the model's, that is an error of the file.
+  """
+  ours, theirs = (
+    {key: slot for key in keys if (slot := _norm_slot(key))}
+    for keys in (model, file)
+  )
+  # All final norms have one name, so only the blocks' norms tell them apart.
+  our_slots, their_slots = (
+    {*slots.values()} - {_FINAL_NORM} for slots in (ours, theirs)
+  )
+  if their_slots and not their_slots & our_slots:
+    difference.add(
+      {*ours},
+      {*theirs},
+      f"the file's norm ({', '.join(sorted(their_slots))}) is not the model's"
+      f" ({', '.join(sorted(our_slots)) or 'none'})",
+    )
+  ours, theirs = (
+    {key for key in keys if _is_statistic(key)} for keys in (model, file)
+  )
+  if not ours & theirs:
+    difference.add(ours, theirs)
+
+
+def _compare_options(file, model, difference):
+  """Compare the arrays of each option; those of different kinds are skipped."""
+  for name in detect.OPTIONS:
+    ours, theirs = (
+      {key for key in keys if detect.option(key) == name}
+      for keys in (model, file)
+    )
+    if not ours & theirs:
+      difference.add(ours, theirs)
+
+
+def _besides_affine(keys: Iterable[str]) -> set[str]:
+  """Return the keys of norms that are neither scale nor bias."""
   return {key for key in keys if _norm_slot(key) and _leaf(key) not in _AFFINE}
 
 
-def _in_blocks(keys) -> dict[tuple[str, str], list[str]]:
-  """Returns the keys of the blocks' norms by slot and leaf."""
+def _in_blocks(keys: Iterable[str]) -> dict[tuple[str, str], list[str]]:
+  """Return the keys of the blocks' norms by slot and leaf."""
   found = {}
   for key in keys:
     slot = _norm_slot(key)
@@ -62,7 +170,7 @@ def _in_blocks(keys) -> dict[tuple[str, str], list[str]]:
   return found
 
 
-def _number(slot):
+def _site(slot):
   return slot.rpartition("_")[2]
 
 
@@ -71,86 +179,16 @@ def _leaf(key):
 
 
 def _norm_slot(key: str) -> str | None:
-  """Returns 'LayerNorm_0', 'encoder_norm', ...; None if key is no norm's."""
+  """Return 'LayerNorm_0', 'encoder_norm', ...; None if key is no norm's."""
   if detect.option(key) is not None:
     return None
   if key.startswith(f"Transformer/{_FINAL_NORM}/"):
     return _FINAL_NORM
-  block = npz.BLOCK.fullmatch(key)
+  block = param_keys.BLOCK.fullmatch(key)
   if not block or re.match("MultiHeadDotProductAttention|MlpBlock", block[3]):
     return None
   return block[3]
 
 
-def norms(file, model) -> tuple[set[str], set[str], list[str]]:
-  """Finds the norm's keys that are not translated between file and model.
-
-  Parameters are not if the norms have other places, and statistics are not if
-  they are of another kind or only one side has any. A part of them missing is
-  no such case.
-
-  Returns:
-    The model's keys to leave initial, the file's keys to drop, and notes.
-  """
-  initial, dropped, notes = set(), set(), []
-  ours, theirs = (
-    {key: slot for key in keys if (slot := _norm_slot(key))}
-    for keys in (model, file)
-  )
-  # The final norm's name is one for all: only the blocks' tell norms apart.
-  slots, others = ({*s.values()} - {_FINAL_NORM} for s in (ours, theirs))
-  if others and not others & slots:
-    initial |= ours.keys()
-    dropped |= theirs.keys()
-    notes.append(
-      f"the file's norm ({', '.join(sorted(others))}) is not the model's"
-      f" ({', '.join(sorted(slots)) or 'none'})"
-    )
-  ours, theirs = (
-    {key for key in keys if _is_statistic(key)} for keys in (model, file)
-  )
-  if not ours & theirs:
-    initial |= ours
-    dropped |= theirs
-  return initial, dropped, notes
-
-
 def _is_statistic(key: str) -> bool:
-  return key.startswith(npz.STATS) and detect.option(key) is None
-
-
-def options(file, model) -> tuple[set[str], set[str]]:
-  """Finds the keys of options that only one side has, or each in its own way.
-
-  Returns:
-    The model's keys to leave initial, and the file's keys to drop.
-  """
-  initial, dropped = set(), set()
-  for name in detect.OPTIONS:
-    ours, theirs = (
-      {key for key in keys if detect.option(key) == name}
-      for keys in (model, file)
-    )
-    if not ours & theirs:
-      initial |= ours
-      dropped |= theirs
-  return initial, dropped
-
-
-def why_new_head(file, model, dropped, reinit_head) -> str | None:
-  """Returns why the file's head is not taken; None if it must fit."""
-  if not file.keys() & set(HEAD):
-    return "the file has none"
-  kernel, bias = (file.get(key, np.zeros(())) for key in HEAD)
-  if kernel.ndim != 2 or bias.shape != kernel.shape[1:]:
-    return None
-  if dropped & set(PRE_LOGITS):
-    return "the file's needs pre_logits, which the model does not have"
-  inputs, classes = model["head/kernel"].shape
-  if kernel.shape[0] != inputs:
-    return None
-  if reinit_head:
-    return "as asked for"
-  if kernel.shape[1] != classes:
-    return f"the file's has {kernel.shape[1]} classes, the model's {classes}"
-  return None
+  return key.startswith(param_keys.STATS) and detect.option(key) is None

@@ -111,9 +111,7 @@ def read(path: pathlib.Path) -> list[lr_table.Outcome]:
     finals = tested.get((dataset, method), {})
     rate = max(finals, key=lambda x: rates.get(x) or 0.0, default=None)
     outcomes.append(
-      lr_table.Outcome(
-        dataset, method, norm, rates, rate, finals.get(rate, {})
-      )
+      lr_table.Outcome(dataset, method, norm, rates, rate, finals.get(rate, {}))
     )
   return outcomes
 

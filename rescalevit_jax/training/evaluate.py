@@ -158,11 +158,11 @@ def evaluate_run(
         f"{config.pretrained_path}: cannot be evaluated as it is: it has no"
         f" {missing[0]} for this model and data set"
       )
-    if report.lost:
+    if report.unsupported:
       raise errors.UserError(
         f"{config.pretrained_path}: cannot be evaluated as it is: the model has"
-        f" no place for its {report.lost[0]}; choose the model.norm and other"
-        " model.* keys that it was trained with"
+        f" no place for its {report.unsupported[0]}; choose the model.norm and"
+        " other model.* keys that it was trained with"
       )
     gather = jax.jit(
       lambda tree: tree, out_shardings=sharding.replicated(experiment.mesh)

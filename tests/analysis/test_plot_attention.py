@@ -15,19 +15,19 @@ from rescalevit_jax.analysis import plot_attention
 from rescalevit_jax.analysis import trained_model
 from rescalevit_jax.data import dataset
 from rescalevit_jax.models import norms
-from rescalevit_jax.pretrained import load
+from rescalevit_jax.pretrained import npz
 
 
 def test_draws_and_measures_runs_and_files(
   tiny_run, digits_dir, tmp_path, capsys
 ):
   model = tiny_model.create("GN")
-  npz = tmp_path / "gn.npz"
-  load.save(npz, **model.variables)
+  path = tmp_path / "gn.npz"
+  npz.save(path, **model.variables)
   code = plot_attention.main(
     [
       f"--workdir={tiny_run}",
-      f"--npz={npz}:GN",
+      f"--npz={path}:GN",
       "--index=3",
       f"--output={tmp_path / 'out'}",
     ]
@@ -79,7 +79,7 @@ def test_takes_an_image_file_of_any_size(tiny_run, tmp_path):
 def test_files_of_all_norms_side_by_side(digits_dir, tmp_path):
   for norm in norms.NORMS:
     variables = tiny_model.create(norm).variables
-    load.save(tmp_path / f"{norm}.npz", **variables)
+    npz.save(tmp_path / f"{norm}.npz", **variables)
   words = {"GN": ":GN", "Rescale": ":tanh"}
   flags = [f"--npz={tmp_path}/{n}.npz{words.get(n, '')}" for n in norms.NORMS]
   flags += ["--dataset=digits", f"--tfds_data_dir={digits_dir}"]
@@ -96,7 +96,7 @@ def test_files_of_all_norms_side_by_side(digits_dir, tmp_path):
 
 
 def test_without_a_data_set_there_are_pictures_only(tmp_path, capsys):
-  load.save(tmp_path / "a.npz", **tiny_model.create().variables)
+  npz.save(tmp_path / "a.npz", **tiny_model.create().variables)
   Image.new("RGB", (9, 9), "red").save(tmp_path / "a.png")
   flags = [f"--npz={tmp_path / 'a.npz'}", f"--image={tmp_path / 'a.png'}"]
   assert plot_attention.main([*flags, "--kind=heads"]) == 0
@@ -107,18 +107,18 @@ def test_without_a_data_set_there_are_pictures_only(tmp_path, capsys):
 
 def test_one_file_in_two_ways(digits_dir, tmp_path):
   """Its name has a colon; the rows say how it was read."""
-  npz = tmp_path / "a:b.npz"
-  load.save(npz, **tiny_model.create().variables)
-  flags = [f"--npz={npz}", f"--npz={npz}:tanh", f"--npz={npz}:LN,erf"]
+  path = tmp_path / "a:b.npz"
+  npz.save(path, **tiny_model.create().variables)
+  flags = [f"--npz={path}", f"--npz={path}:tanh", f"--npz={path}:LN,erf"]
   flags += ["--dataset=digits", f"--tfds_data_dir={digits_dir}"]
   assert plot_attention.main([*flags, "--kind=rollout"]) == 0
   with open(tmp_path / "attention" / "attention.csv", newline="") as f:
     rows = list(csv.DictReader(f))
   found = list(dict.fromkeys((r["model"], r["path"], r["gelu"]) for r in rows))
   assert found == [
-    (f"{npz}", f"{npz}", "erf"),
-    (f"{npz}:tanh", f"{npz}", "tanh"),
-    (f"{npz}:LN,erf", f"{npz}", "erf"),
+    (f"{path}", f"{path}", "erf"),
+    (f"{path}:tanh", f"{path}", "tanh"),
+    (f"{path}:LN,erf", f"{path}", "erf"),
   ]
 
 

@@ -14,7 +14,7 @@ from rescalevit_jax import models
 from rescalevit_jax.analysis import trained_model
 from rescalevit_jax.augment import preprocess
 from rescalevit_jax.models import norms
-from rescalevit_jax.pretrained import load
+from rescalevit_jax.pretrained import npz
 from rescalevit_jax.runs import checkpoint
 
 RNG = np.random.default_rng(0)
@@ -189,7 +189,7 @@ def variables(norm, **kwargs):
 @pytest.mark.parametrize("norm", ["LN", "BN", "GN", "Rescale"])
 def test_a_file_of_each_norm(norm, tmp_path):
   params, stats = variables(norm, image_size=12)
-  load.save(tmp_path / "some.npz", params, stats)
+  npz.save(tmp_path / "some.npz", params, stats)
   said = {"norm": "GN"} if norm == "GN" else {}
   model = trained_model.load_npz(tmp_path / "some.npz", **said)
   assert model.name == "some" and model.image_size == 12
@@ -216,7 +216,7 @@ def test_a_file_of_each_norm(norm, tmp_path):
 )
 def test_a_file_tells_its_model(norm, options, tmp_path):
   params, stats = trees.fresh(norm, seed=3, **options)
-  load.save(tmp_path / "a.npz", params, stats)
+  npz.save(tmp_path / "a.npz", params, stats)
   model = trained_model.load_npz(
     tmp_path / "a.npz", norm="GN" if norm == "GN" else None
   )
@@ -228,13 +228,13 @@ def test_a_file_tells_its_model(norm, options, tmp_path):
 
 
 def test_c_of_a_residual_and_the_pool_have_to_be_said(tmp_path):
-  load.save(tmp_path / "a.npz", *trees.fresh(residual="rescalenet"))
+  npz.save(tmp_path / "a.npz", *trees.fresh(residual="rescalenet"))
   model = trained_model.load_npz(tmp_path / "a.npz", residual_c=3.0, pool="gap")
   assert (model.model.residual_c, model.model.pool) == (3.0, "gap")
 
 
 def test_gelu(tmp_path):
-  load.save(tmp_path / "a.npz", *variables("LN"))
+  npz.save(tmp_path / "a.npz", *variables("LN"))
   found = [
     trained_model.load_npz(tmp_path / "a.npz", gelu=gelu)
     for gelu in ("erf", "tanh")
@@ -244,7 +244,7 @@ def test_gelu(tmp_path):
 
 def test_a_file_with_pre_logits(tmp_path):
   params, stats = variables("LN", representation_size=6)
-  load.save(tmp_path / "a.npz", params, stats)
+  npz.save(tmp_path / "a.npz", params, stats)
   model = trained_model.load_npz(tmp_path / "a.npz")
   assert model.model.representation_size == 6
   trees.same(trees.flat(**model.variables), trees.flat(params, stats))

@@ -11,11 +11,11 @@ import trees
 
 from fuzz import choices as choices_lib
 from rescalevit_jax.pretrained import load
-from rescalevit_jax.pretrained import npz
+from rescalevit_jax.pretrained import untrusted_npz
 
 _SIZES = dict(num_layers=1, hidden_size=4, mlp_dim=4)
 _MODEL = trees.fresh("BN", **_SIZES)
-_SLACK = 1 << 24  # Instead of npz.SLACK.
+_SLACK = 1 << 24  # Instead of untrusted_npz.SLACK.
 _FIELDS = dict(
   version=2, flags=2, method=2, time=4, crc=4, packed=4, size=4, extra=2
 )
@@ -194,9 +194,9 @@ def _zip(members, end):
 
 
 def run(path: pathlib.Path) -> None:
-  slack, npz.SLACK = npz.SLACK, _SLACK
+  slack, untrusted_npz.SLACK = untrusted_npz.SLACK, _SLACK
   try:
     _, _, report = load.load(path, *_MODEL)
     report.summary()
   finally:
-    npz.SLACK = slack
+    untrusted_npz.SLACK = slack

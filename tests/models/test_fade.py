@@ -19,6 +19,7 @@ from rescalevit_jax.models import fade
 from rescalevit_jax.models import norms
 from rescalevit_jax.pretrained import fold
 from rescalevit_jax.pretrained import load
+from rescalevit_jax.pretrained import npz
 from rescalevit_jax.runs import checkpoint
 from rescalevit_jax.runs import run_reader
 from rescalevit_jax.training import evaluate
@@ -243,7 +244,7 @@ def test_a_file_brings_how_far_it_has_faded_but_no_passes(
   numbers = {"count": 60, "faded": fade.FULL // 4}
   flat = {k: x + numbers.get(k[-1], 0) for k, x in flat.items()}
   saved = flax.traverse_util.unflatten_dict(flat)
-  load.save(tmp_path / "a.npz", state.params, saved)
+  npz.save(tmp_path / "a.npz", state.params, saved)
   tiny_config.pretrained_path = str(tmp_path / "a.npz")
   found = experiment.initial_state(experiment.create(tiny_config)).batch_stats
   assert {int(n) for n in stats(found, "count")} == {0}
@@ -397,7 +398,7 @@ def test_resumes_through_the_middle_of_a_fade(
     with pytest.raises(errors.UserError, match=r"folds once.*fade\.alpha"):
       fold.fold("Fade", weights, end)
     # A file of it is evaluated with its own alpha.
-    load.save(tmp_path / "a.npz", weights, end)
+    npz.save(tmp_path / "a.npz", weights, end)
     config.update({"eval_weights": "pretrained", "ema_decay": 0.0})
     config.update({"pretrained_path": str(tmp_path / "a.npz")})
     config.fade.alpha = 0.0
@@ -410,7 +411,7 @@ def test_resumes_through_the_middle_of_a_fade(
 
 def test_an_ln_file_loads_strictly_and_starts_as_ln(tmp_path):
   saved, _ = trees.fresh("LN", seed=2)
-  load.save(tmp_path / "a.npz", saved, {})
+  npz.save(tmp_path / "a.npz", saved, {})
   zeros = jax.tree.map(np.zeros_like, trees.fresh("Fade", seed=1))
   params, statistics, report = load.load(tmp_path / "a.npz", *zeros)
   trees.same(trees.flat(params, {}), trees.flat(saved, {}))
@@ -440,7 +441,7 @@ def test_one_scale_folds_into_the_layers_that_follow(tmp_path):
     return tree, fold.fold("Fade", params, tree)
 
   tree, weights = folded()
-  load.save(tmp_path / "a.npz", *weights)
+  npz.save(tmp_path / "a.npz", *weights)
   model = trained_model.load_npz(tmp_path / "a.npz")
   assert model.model.norm == "Identity"
   x = np.random.default_rng(0).uniform(-1, 1, (5, 8, 8, 3)).astype(np.float32)

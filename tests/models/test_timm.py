@@ -9,7 +9,7 @@ import trees
 
 from rescalevit_jax import models
 from rescalevit_jax.models.ops import normalization
-from rescalevit_jax.pretrained import load
+from rescalevit_jax.pretrained import npz
 
 _REASON = "needs torch and timm: pip install -e '.[timm]'"
 torch = pytest.importorskip("torch", reason=_REASON)
@@ -49,7 +49,7 @@ def test_logits_are_equal(image_size, classes, sizes, tmp_path):
   expected = np.asarray(jax.jit(model.apply)({"params": params}, images))
   assert np.ptp(expected, axis=0).min() > 0.01  # Images tell them apart.
 
-  load.save(tmp_path / "a.npz", params, {})
+  npz.save(tmp_path / "a.npz", params, {})
   theirs = vision_transformer.VisionTransformer(
     img_size=image_size,
     patch_size=sizes["patch_size"],

@@ -28,12 +28,12 @@ def test_b32_into_b16_is_told_in_these_words():
     trees.flat(*trees.shapes(name, 224, (("num_classes", 10),)))
     for name in ("ViT-B_32", "ViT-B_16")
   )
-  assert detect.other_model("b.npz", theirs, ours, "details") == (
-    "b.npz is a ViT-B_32 checkpoint (patch 32, hidden 768, MLP 3072, 12"
+  assert detect.size_mismatch("b.npz", theirs, ours, "details") == (
+    "b.npz: this is a ViT-B_32 checkpoint (patch 32, hidden 768, MLP 3072, 12"
     " heads, 12 layers), the model is ViT-B_16 (patch 16, hidden 768, MLP"
-    " 3072, 12 heads, 12 layers): choose --config.model_name=ViT-B_32"
+    " 3072, 12 heads, 12 layers); choose --config.model_name=ViT-B_32"
   )
-  assert detect.other_model("b.npz", ours, ours, "details") is None
+  assert detect.size_mismatch("b.npz", ours, ours, "details") is None
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from rescalevit_jax import errors
 from rescalevit_jax import models
 from rescalevit_jax.analysis import trained_model
 from rescalevit_jax.pretrained import fold
-from rescalevit_jax.pretrained import load
+from rescalevit_jax.pretrained import npz
 
 
 def small(x):
@@ -46,7 +46,7 @@ def test_the_folded_model_computes_the_same(norm, residual, options, tmp_path):
   want = model.apply({"params": params, "batch_stats": stats}, x)
 
   before = trees.flat(params, stats)
-  load.save(tmp_path / "a.npz", *fold.fold(norm, params, stats))
+  npz.save(tmp_path / "a.npz", *fold.fold(norm, params, stats))
   trees.same(trees.flat(params, stats), before)
   folded = trained_model.load_npz(tmp_path / "a.npz")
   assert folded.model.norm == "Identity"

@@ -14,6 +14,7 @@ from rescalevit_jax import errors
 from rescalevit_jax.analysis import trained_model
 from rescalevit_jax.pretrained import load
 from rescalevit_jax.pretrained import npz
+from rescalevit_jax.pretrained import untrusted_npz
 
 
 @pytest.mark.parametrize("numbering", ["old", "new"])
@@ -175,7 +176,7 @@ def test_array_stored_twice(tmp_path):
   path = trees.write(tmp_path, trees.arrays())
   with zipfile.ZipFile(path, "a") as z:
     z.writestr("cls.npy", z.read("cls.npy"))
-  trees.refuses(path, "several arrays of one name")
+  trees.refuses(path, "several arrays have the name cls")
 
 
 def test_foreign_archives(tmp_path):
@@ -231,13 +232,13 @@ def test_a_size_that_the_data_do_not_have(shape, dtype, tmp_path):
 
 
 def test_a_bomb_is_not_unpacked(tmp_path, monkeypatch):
-  monkeypatch.setattr(npz, "SLACK", 1 << 20)
+  monkeypatch.setattr(untrusted_npz, "SLACK", 1 << 20)
   add(tmp_path / "a.npz", claim((1 << 24,)) + bytes(1 << 26), "head/x.npy")
   assert (tmp_path / "a.npz").stat().st_size < 1 << 17
   tracemalloc.start()
   try:
-    trees.refuses(tmp_path / "a.npz", "head/x would take", "0.0 GiB")
-    with pytest.raises(errors.UserError, match="head/x would take"):
+    trees.refuses(tmp_path / "a.npz", "head/x exceeds the limit", "0.0 GiB")
+    with pytest.raises(errors.UserError, match="head/x exceeds the limit"):
       trained_model.load_npz(tmp_path / "a.npz")
     assert tracemalloc.get_traced_memory()[1] < 10e6
   finally:
@@ -245,13 +246,13 @@ def test_a_bomb_is_not_unpacked(tmp_path, monkeypatch):
 
 
 def test_many_small_arrays_count_together(tmp_path, monkeypatch):
-  monkeypatch.setattr(npz, "SLACK", 1 << 16)
+  monkeypatch.setattr(untrusted_npz, "SLACK", 1 << 16)
   arrays = trees.arrays()
   arrays |= {f"head/{i}": np.zeros(1 << 10, "f4") for i in range(100)}
-  trees.refuses(trees.write(tmp_path, arrays), "would take")
+  trees.refuses(trees.write(tmp_path, arrays), "exceeds the limit")
   # Each byte of this one becomes four.
   arrays = trees.arrays() | {"head/x": np.zeros(1 << 15, "f2")}
-  trees.refuses(trees.write(tmp_path, arrays), "would take")
+  trees.refuses(trees.write(tmp_path, arrays), "exceeds the limit")
 
 
 def test_a_much_larger_head_fits(tmp_path):
@@ -264,7 +265,7 @@ def test_a_much_larger_head_fits(tmp_path):
 @pytest.mark.parametrize("method", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
 def test_what_numpy_does_not_write_is_not_unpacked(method, tmp_path):
   add(tmp_path / "a.npz", claim((8,)) + bytes(32), method=method)
-  trees.refuses(tmp_path / "a.npz", "cls", "packed in a way")
+  trees.refuses(tmp_path / "a.npz", "cls", "compression method")
 
 
 def test_a_header_of_any_length_is_not_read(tmp_path):
@@ -276,11 +277,11 @@ def test_a_header_of_any_length_is_not_read(tmp_path):
 @pytest.mark.parametrize("name", ["a\nb", "\x1b[2J", "x" * 300])
 def test_names_that_no_array_has(name, tmp_path):
   add(tmp_path / "a.npz", b"", name)
-  assert len(trees.refuses(tmp_path / "a.npz", "no array's name")) < 400
+  assert len(trees.refuses(tmp_path / "a.npz", "not a valid array name")) < 400
 
 
 def test_a_million_members_are_not_listed(tmp_path, monkeypatch):
-  monkeypatch.setattr(npz, "_LONGEST_READ", 1 << 16)
+  monkeypatch.setattr(untrusted_npz, "_MAX_READ", 1 << 16)
   arrays = {f"opt/{i}": np.zeros(1) for i in range(2000)}
   path = trees.write(tmp_path, trees.arrays() | arrays)
   trees.refuses(path, "list of members")
@@ -301,7 +302,7 @@ def test_layers_that_are_not_there_are_not_made(tmp_path):
 
 def test_saved_names_are_those_of_the_published_files(tmp_path):
   trees_like_google = trees.fresh(num_classes=10, image_size=32, **trees.SMALL)
-  load.save(tmp_path / "a.npz", *trees_like_google)
+  npz.save(tmp_path / "a.npz", *trees_like_google)
   with np.load(tmp_path / "a.npz", allow_pickle=False) as saved:
     assert {k: v.shape for k, v in saved.items()} == {
       k: v.shape for k, v in parity.arrays("google.npz").items()
@@ -311,7 +312,7 @@ def test_saved_names_are_those_of_the_published_files(tmp_path):
 def test_save_replaces_and_leaves_nothing_beside(tmp_path):
   path = tmp_path / "weights"  # No suffix is added.
   for seed in (0, 1):
-    load.save(path, *trees.fresh(seed=seed))
+    npz.save(path, *trees.fresh(seed=seed))
   assert [p.name for p in tmp_path.iterdir()] == ["weights"]
   params, stats, _ = load.load(path, *trees.fresh(seed=2))
   trees.same(trees.flat(params, stats), trees.arrays(seed=1))
@@ -319,7 +320,7 @@ def test_save_replaces_and_leaves_nothing_beside(tmp_path):
 
 def test_failed_save_keeps_the_old_file(tmp_path, monkeypatch):
   path = tmp_path / "a.npz"
-  load.save(path, *trees.fresh())
+  npz.save(path, *trees.fresh())
   before = path.read_bytes()
 
   def full(file, **arrays):
@@ -328,7 +329,7 @@ def test_failed_save_keeps_the_old_file(tmp_path, monkeypatch):
 
   monkeypatch.setattr(np, "savez", full)
   with pytest.raises(errors.UserError, match="a.npz.*No space left"):
-    load.save(path, *trees.fresh(seed=1))
+    npz.save(path, *trees.fresh(seed=1))
   assert path.read_bytes() == before
   assert list(tmp_path.iterdir()) == [path]
 
@@ -336,6 +337,6 @@ def test_failed_save_keeps_the_old_file(tmp_path, monkeypatch):
 @pytest.mark.parametrize("path", ["", "no/such/folder/a.npz"])
 def test_save_to_an_impossible_place(path, tmp_path):
   with pytest.raises(errors.UserError, match="cannot be written") as caught:
-    load.save(tmp_path / path, *trees.fresh())
+    npz.save(tmp_path / path, *trees.fresh())
   assert "\n" not in str(caught.value)
   assert not list(tmp_path.iterdir())

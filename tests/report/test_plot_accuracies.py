@@ -43,7 +43,10 @@ def test_bars_show_means_and_missing_methods():
   assert [x.get_width() for x in left.patches] == pytest.approx([60, 80])
   texts = [x.get_text().strip() for x in left.texts]
   assert texts == ["60.0 ± 14.1", "80.0 (1 seed)"]
-  assert [x.get_text() for x in left.get_yticklabels()] == ["LayerNorm", "Cal-x"]
+  assert [x.get_text() for x in left.get_yticklabels()] == [
+    "LayerNorm",
+    "Cal-x",
+  ]
   assert "not run" in [x.get_text().strip() for x in right.texts]
 
 

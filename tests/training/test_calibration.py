@@ -8,7 +8,7 @@ from rescalevit_jax.augment import mixing
 from rescalevit_jax.augment import preprocess
 from rescalevit_jax.data import dataset
 from rescalevit_jax.models import pointwise
-from rescalevit_jax.pretrained import load
+from rescalevit_jax.pretrained import npz
 from rescalevit_jax.training import experiment
 from rescalevit_jax.training import train_step
 
@@ -123,7 +123,7 @@ def test_the_key_says_which_norms(tiny_config, norm, calibration, calibrated):
 def test_a_file_is_calibrated_but_for_what_it_brought(tiny_config, tmp_path):
   tiny_config.model.norm = "Cal"
   brought = initial_state(tiny_config)
-  load.save(tmp_path / "a.npz", brought.params, brought.batch_stats)
+  npz.save(tmp_path / "a.npz", brought.params, brought.batch_stats)
   tiny_config.seed = 1
   tiny_config.pretrained_path = str(tmp_path / "a.npz")
   state = initial_state(tiny_config)
@@ -133,7 +133,7 @@ def test_a_file_is_calibrated_but_for_what_it_brought(tiny_config, tmp_path):
   tiny_config.model.norm = "LN"
   tiny_config.pretrained_path = None
   plain = initial_state(tiny_config)
-  load.save(tmp_path / "b.npz", plain.params, plain.batch_stats)
+  npz.save(tmp_path / "b.npz", plain.params, plain.batch_stats)
   tiny_config.model.norm = "Cal"
   tiny_config.pretrained_path = str(tmp_path / "b.npz")
   state = initial_state(tiny_config)

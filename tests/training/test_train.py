@@ -14,7 +14,7 @@ from tensorboard.backend.event_processing import event_accumulator
 from rescalevit_jax import errors
 from rescalevit_jax.analysis import attention_plots
 from rescalevit_jax.data import dataset
-from rescalevit_jax.pretrained import load
+from rescalevit_jax.pretrained import npz
 from rescalevit_jax.runs import checkpoint
 from rescalevit_jax.runs import metric_writers
 from rescalevit_jax.training import evaluate
@@ -313,7 +313,7 @@ def test_a_pretrained_file_is_where_a_run_starts(
 ):
   params, batch_stats, _ = checkpoint.load_variables(default_run, "latest")
   path = tmp_path / "a.npz"
-  load.save(path, params, batch_stats)
+  npz.save(path, params, batch_stats)
   tiny_config.pretrained_path = str(path)
   state = experiment.initial_state(experiment.create(tiny_config))
   for x, y in zip(
@@ -343,7 +343,7 @@ def test_a_file_of_another_norm_is_not_evaluated(
   tiny_config.model.norm = source
   state = experiment.create(tiny_config).init_state()
   path = tmp_path / "a.npz"
-  load.save(path, state.params, state.batch_stats)
+  npz.save(path, state.params, state.batch_stats)
   tiny_config.update({"pretrained_path": str(path)})
   tiny_config.eval_weights = "pretrained"
   assert evaluate.evaluate_run(tiny_config, tmp_path / "a")["examples"] == 360

@@ -1,7 +1,7 @@
-"""The layers of sigma_reparam among a model's arrays, and plain ones.
+"""Convert layers with sigma_reparam to plain layers and back.
 
-Arrays are by key as in an `.npz`: statistics have the prefix `batch_stats/`.
-See `models.sigma` for what gamma and singular_vector are.
+Arrays are by key, see `param_keys`. `models.sigma` explains gamma and
+singular_vector.
 """
 
 from collections.abc import Mapping
@@ -10,20 +10,21 @@ import math
 import numpy as np
 
 from rescalevit_jax.models import sigma
-from rescalevit_jax.pretrained import npz
+from rescalevit_jax.pretrained import param_keys
 
 _GAMMA = "gamma"
 _VECTOR = "singular_vector"
 
 
-def plain(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-  """Returns arrays whose kernels are those that the layers multiply by.
+def to_plain(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+  """Return the arrays of the equivalent plain layers.
 
-  Without gammas and singular vectors; other arrays are the same.
+  Kernels are multiplied by gamma / sigma(W). Gammas and singular vectors are
+  removed, all other arrays are unchanged.
 
   Raises:
-    KeyError: a gamma's kernel or singular vector is missing.
-    ValueError: they do not fit together.
+    KeyError: the kernel or singular vector of a gamma is missing.
+    ValueError: their shapes do not match.
   """
   arrays = dict(arrays)
   for layer in _layers(arrays):
@@ -40,32 +41,35 @@ def plain(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
   return arrays
 
 
-def start(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-  """Returns the gammas and singular vectors that leave kernels as they are.
+def from_plain(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+  """Return gammas and singular vectors that leave the kernels unchanged.
 
   Args:
-    arrays: with the kernels, and of the result's keys the shapes.
+    arrays: kernels of plain layers, and arrays with the keys and shapes of the
+      result.
 
   Raises:
-    ValueError: a kernel is all zeros, of no singular vector.
+    ValueError: a kernel is all zeros, so it has no singular vector.
   """
-  found = {}
+  result = {}
   rng = np.random.default_rng(0)
   for layer in _layers(arrays):
     kernel, key = arrays[f"{layer}kernel"], _vector_key(layer)
     if not kernel.any():
       raise ValueError(f"{layer}kernel is all zeros")
     v = rng.standard_normal(arrays[key].shape, np.float32)
-    found[key] = np.asarray(sigma.singular_vector(kernel, v))
-    found[f"{layer}{_GAMMA}"] = np.float32([sigma.largest(kernel, found[key])])
-  return found
+    result[key] = np.asarray(sigma.singular_vector(kernel, v))
+    result[f"{layer}{_GAMMA}"] = np.float32(
+      [sigma.largest(kernel, result[key])]
+    )
+  return result
 
 
 def _layers(arrays):
-  """Returns what the layers' keys begin with."""
+  """Return the layers' paths, with a trailing slash."""
   suffix = f"/{_GAMMA}"
   return [key.removesuffix(_GAMMA) for key in arrays if key.endswith(suffix)]
 
 
 def _vector_key(layer):
-  return f"{npz.STATS}{layer}{_VECTOR}"
+  return f"{param_keys.STATS}{layer}{_VECTOR}"
