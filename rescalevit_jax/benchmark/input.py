@@ -162,7 +162,7 @@ def measure(folder: str, count: int, batch: int) -> dict[str, float]:
   planning, first, usual, processor = [], [], [], []
 
   def plan(step):
-    return dataset.indices(0, step, batch, count)
+    return dataset.batch_indices(0, step, batch, count)
 
   for place in range(_PLACES):
     step = 1 + place * 10 * (count // batch + 1)  # Ten epochs later.

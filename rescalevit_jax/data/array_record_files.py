@@ -1,8 +1,8 @@
-"""Random access to records in time that does not depend on their number.
+"""Random access to records in constant time.
 
-tfds' own data source reads lists of positions, and array_record allocates and
-scans 24 bytes for each record of a file whenever it is given a list: 130 ms a
-batch with 10 million records in a file. Reading a range avoids this.
+tfds' own data source reads lists of positions. For each list, array_record
+allocates and scans 24 bytes per record of the file: 130 ms a batch with 10
+million records. Reading a range avoids this.
 """
 
 import bisect
@@ -18,12 +18,12 @@ _READ_AT_ONCE = 1000  # Records.
 class ArrayRecordFiles:
   """The records of consecutive array_record files.
 
-  Safe to read in several threads. A file is opened when it is first read, which
-  reads its index: about 0.1 ms and 8 KB for 1,000 records.
+  Reading is thread-safe. A file is opened and its index is read on first
+  access, which takes about 0.1 ms and 8 KB for 1,000 records.
 
   Args:
-    paths: of the files.
-    counts: number of records in each.
+    paths: the files.
+    counts: number of records in each file.
   """
 
   def __init__(self, paths: Sequence[str], counts: Sequence[int]):
@@ -52,18 +52,18 @@ class ArrayRecordFiles:
     if file not in self._readers:
       reader = array_record_module.ArrayRecordReader(
         self._paths[file],
-        options="readahead_buffer_size:0",  # For access in any order.
+        options="readahead_buffer_size:0",  # For random access.
         file_reader_buffer_size=2**15,
       )
       if not reader.ok():
-        reader.read([0])  # Raises an error that gives the reason.
+        reader.read([0])  # Raises an error with the reason.
       # Another thread may have opened it meanwhile.
       self._readers.setdefault(file, reader)
     return self._readers[file]
 
 
 def _allow_open_files(count):
-  """Raise the limit on open files: ImageNet has 1,024, the usual limit."""
+  """Raise the limit on open files; ImageNet has 1,024, the usual limit."""
   limit, highest = resource.getrlimit(resource.RLIMIT_NOFILE)
   if limit != resource.RLIM_INFINITY:
     limit += count

@@ -1,10 +1,12 @@
-"""From tfds to arrays, and from (seed, step) to the indices of a batch."""
+"""Load image data sets from tfds, and compute the indices of a batch."""
 
 from collections.abc import Sequence
 import dataclasses
 import logging
 import math
 
+from jaxtyping import Int32
+from jaxtyping import UInt8
 import numpy as np
 import tensorflow_datasets as tfds
 
@@ -19,26 +21,28 @@ _log = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-  """Images with their labels, in memory.
+  """Images and labels in memory.
 
   Attributes:
-    images: uint8 [N, H, W, 3].
-    labels: int32 [N], each at least 0 and below the number of classes.
+    images: RGB images.
+    labels: class indices.
   """
 
-  images: np.ndarray
-  labels: np.ndarray
+  images: UInt8[np.ndarray, "N H W 3"]
+  labels: Int32[np.ndarray, " N"]
 
   def __len__(self) -> int:
     return len(self.labels)
 
-  def read(self, indices: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-    """Returns images and labels of some places."""
+  def read(
+    self, indices: Sequence[int]
+  ) -> tuple[UInt8[np.ndarray, "B H W 3"], Int32[np.ndarray, " B"]]:
+    """Return the images and labels at some indices."""
     return self.images[indices], self.labels[indices]
 
-  def at(self, places: np.ndarray) -> "Split":
-    """Returns the split of the images at some places."""
-    return Split(*self.read(places))
+  def subset(self, indices: np.ndarray) -> "Split":
+    """Return the split of the examples at some indices."""
+    return Split(*self.read(indices))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,12 +50,12 @@ class Dataset:
   """An image classification data set.
 
   Attributes:
-    name: as it was asked for.
-    train: the split `train`, without what is held out.
-    test: the split `test`, or `validation` where there is none; or what is held
-      out of `train`.
+    name: the requested name.
+    train: the split `train`, without the images of a validation split.
+    test: the validation split taken from `train` if `num_val` is set, otherwise
+      the split `test`, or `validation` if there is no `test`.
     num_classes: number of classes.
-    class_names: their names, in the order of the labels.
+    class_names: class names by label.
   """
 
   name: str
@@ -70,27 +74,27 @@ def load(
   image_size: int | None = None,
   num_val: int = 0,
 ) -> Dataset:
-  """Opens a data set, after preparing it if that was not done before.
+  """Load a data set; prepare it first if necessary.
 
-  The images and their order depend neither on the format of the prepared files
-  (array_record or tfrecord) nor on `source`.
+  Images and their order are the same for both formats of prepared files
+  (array_record, tfrecord) and for all values of `source`.
 
   Args:
-    name: 'cifar10', 'cifar100', 'digits', or another tfds data set of images
-      with one label each; greyscale becomes three equal channels.
-    data_dir: where prepared data sets lie; None for tfds' own place.
-    source: 'resident': all images are read now, and kept on disk as arrays, see
-      `array_cache`; 'streaming': they are read when they are needed; 'auto':
-      the first if they take at most `max_gb`.
-    max_gb: 10^9 bytes.
-    image_size: edge that images are resized to as they are read; None: they
-      stay as they are, and must have one size.
-    num_val: images of `train` to test with, drawn at random once and for all;
-      they are not trained with, and the test images not looked at. 0: none.
+    name: "cifar10", "cifar100", "digits", or another tfds data set of images
+      with one label each. Greyscale becomes three equal channels.
+    data_dir: folder of prepared data sets; None for the default of tfds.
+    source: "resident": read all images now, and cache the arrays on disk, see
+      `array_cache`; "streaming": read images from disk batch by batch; "auto":
+      "resident" if the images take at most `max_gb`.
+    max_gb: limit for "auto", in 10^9 bytes.
+    image_size: edge to resize images to; None: no resizing, and all images must
+      have one size.
+    num_val: size of a validation split, which is taken from `train` and
+      replaces the test images. The images are the same in every run. 0: none.
 
   Raises:
-    UserError: there is no such data set, it does not suit, it cannot be
-      prepared, its files are damaged, or all of `train` would be held out.
+    UserError: the data set is unknown, not suitable, cannot be prepared or is
+      damaged, or `num_val` leaves no training images.
   """
   builder = tfds_builders.open_builder(name, data_dir)
   records.check_features(builder, any_size=image_size is not None)
@@ -104,7 +108,7 @@ def load(
     raise errors.UserError(
       f"{builder.data_dir}: damaged, {len(class_names)} class names instead"
       f" of {label.num_classes}; remove this folder to prepare the data set"
-      " anew"
+      " again"
     )
   if source == "auto":
     images = sum(builder.info.splits[split].num_examples for split in splits)
@@ -114,49 +118,51 @@ def load(
   read = records.StreamedSplit if source == "streaming" else _load_split
   train = read(builder, splits[0], image_size)
   if num_val:
-    train, test = _hold_out(train, num_val, name)
+    train, test = _split_validation(train, num_val, name)
   else:
     test = read(builder, splits[1], image_size)
   return Dataset(name, train, test, label.num_classes, tuple(class_names))
 
 
-def indices(seed: int, step: int, batch: int, num_examples: int) -> np.ndarray:
-  """Returns which examples a batch is made of: a pure function.
+def batch_indices(
+  seed: int, step: int, batch: int, num_examples: int
+) -> Int32[np.ndarray, " batch"]:
+  """Return the indices of the examples in a batch, a pure function.
 
-  The batches of steps 1, 2, ... are consecutive parts of one endless stream of
-  epochs, each of which has every example once, in an order of its own.
+  The batches of steps 1, 2, ... are consecutive parts of an endless sequence of
+  epochs. Each epoch has every example once, in a new random order.
 
   Args:
-    seed: of the order, at least 0.
-    step: from 1 on.
-    batch: size of a batch; may be larger than `num_examples`.
+    seed: seed of the order, at least 0.
+    step: training step, from 1.
+    batch: batch size; may exceed `num_examples`.
     num_examples: size of the data set.
-
-  Returns:
-    int32 [batch], each at least 0 and below `num_examples`.
   """
   start, stop = (step - 1) * batch, step * batch
   parts = []
   for epoch in range(start // num_examples, (stop - 1) // num_examples + 1):
     first = epoch * num_examples
-    places = np.arange(
+    positions = np.arange(
       max(start - first, 0), min(stop - first, num_examples), dtype=np.int64
     )
-    parts.append(index_shuffle.shuffle(places, num_examples, seed, epoch))
+    parts.append(index_shuffle.shuffle(positions, num_examples, seed, epoch))
   return np.concatenate(parts)
 
 
-def _hold_out(train, count, name):
+def _split_validation(train, count, name):
   if count >= len(train):
     raise errors.UserError(
-      f"config: data.num_val is {count}, but {name} has only {len(train)}"
-      " training images"
+      f"config: data.num_val ({count}) leaves no training images: {name} has"
+      f" {len(train)}; lower data.num_val"
     )
-  # The same images whatever the run's seed, which is below 2^32.
-  test = index_shuffle.shuffle(np.arange(count), len(train), 2**32, 0)
-  is_test = np.zeros(len(train), bool)
-  is_test[test] = True
-  return train.at(np.flatnonzero(~is_test)), train.at(np.flatnonzero(is_test))
+  # The seed of a run is below 2^32, so these images do not depend on it.
+  indices = index_shuffle.shuffle(np.arange(count), len(train), 2**32, 0)
+  is_val = np.zeros(len(train), bool)
+  is_val[indices] = True
+  return (
+    train.subset(np.flatnonzero(~is_val)),
+    train.subset(np.flatnonzero(is_val)),
+  )
 
 
 def _test_split(builder):
@@ -164,16 +170,16 @@ def _test_split(builder):
     if split in builder.info.splits and "train" in builder.info.splits:
       return split
   raise errors.UserError(
-    f"data set {builder.name} has the splits"
-    f" {', '.join(builder.info.splits) or '(none)'}: train and test (or"
-    " validation) are needed"
+    f"dataset: {builder.name} lacks train and test (or validation); its"
+    f" splits are {', '.join(builder.info.splits) or '(none)'}; choose another"
+    " data set"
   )
 
 
 def _load_split(
   builder: tfds.core.DatasetBuilder, split: str, image_size: int | None
 ) -> Split:
-  """Reads a split from the cache or, failing that, from its records."""
+  """Load a split from the cache, or decode its records."""
   decode = records.Decoder(builder, image_size)
   num_classes = records.features(builder)[1].num_classes
   count = builder.info.splits[split].num_examples
@@ -183,26 +189,26 @@ def _load_split(
   arrays = array_cache.load(path)
   if arrays is not None:
     cached = Split(arrays.get("images"), arrays.get("labels"))
-    if _is_sound(cached, (count, *decode.shape), num_classes):
+    if _is_valid(cached, (count, *decode.shape), num_classes):
       return cached
   _log.info("reading %s %s: %s images ...", builder.name, split, f"{count:,}")
   try:
     result = _decode_all(records.read_all(builder, split), decode, count)
-  except Exception as e:  # Damaged files raise all sorts.
+  except Exception as e:  # Damaged files raise many types.
     raise errors.UserError(
       f"{builder.data_dir}: damaged, cannot read {split} ({errors.brief(e)});"
-      " remove this folder to prepare the data set anew"
+      " remove this folder to prepare the data set again"
     ) from e
-  if not _is_sound(result, result.images.shape, num_classes):
+  if not _is_valid(result, result.images.shape, num_classes):
     raise errors.UserError(
-      f"{builder.name} has examples without a label in its split {split}:"
-      " choose a data set whose train and test images are all labelled"
+      f"dataset: {builder.name} has examples without a label in"
+      f" {split}; choose a data set with labelled train and test images"
     )
   array_cache.save(path, dataclasses.asdict(result))
   return result
 
 
-def _is_sound(split, shape, num_classes):
+def _is_valid(split, shape, num_classes):
   images, labels = split.images, split.labels
   return (
     images is not None
@@ -213,11 +219,11 @@ def _is_sound(split, shape, num_classes):
   )
 
 
-def _decode_all(found, decode, count):
+def _decode_all(encoded, decode, count):
   images = np.empty((count, *decode.shape), np.uint8)
   labels = np.empty(count, np.int32)
   done = 0
-  for record in found:
+  for record in encoded:
     if done == count:
       raise ValueError(f"more than {count} examples")
     images[done], labels[done] = decode(record)

@@ -3,6 +3,8 @@
 from collections.abc import Iterator
 from typing import Any
 
+from jaxtyping import Bool
+from jaxtyping import Integer
 import numpy as np
 from PIL import Image
 import tensorflow_datasets as tfds
@@ -13,14 +15,14 @@ _SPLIT_SEED = 0
 class Digits(tfds.core.GeneratorBasedBuilder):
   """1,797 greyscale images of 8x8 pixels in 10 classes.
 
-  1,437 are for training, the other 360 (20 % of each class, to one
-  image) for testing: a split that is the same everywhere.
+  1,437 images are for training and 360, 20 % of each class, for testing. The
+  split is the same on every machine.
   """
 
   VERSION = tfds.core.Version("1.0.0")
   RELEASE_NOTES = {"1.0.0": "Initial release."}
-  # Read by builders.prepare. The images are passed as Pillow's because tfds
-  # would encode NumPy arrays by TensorFlow.
+  # Read by tfds_builders.prepare. Images are passed as Pillow images, as tfds
+  # would encode NumPy arrays with TensorFlow.
   NEEDS_TENSORFLOW = False
 
   def _info(self) -> tfds.core.DatasetInfo:
@@ -29,7 +31,7 @@ class Digits(tfds.core.GeneratorBasedBuilder):
       description=(
         "The handwritten digits that come with scikit-learn: the test part"
         " of the UCI data set Optical Recognition of Handwritten Digits."
-        " The 17 grey levels are spread over 0 to 255."
+        " The 17 grey levels are scaled to 0 to 255."
       ),
       features=tfds.features.FeaturesDict(
         {
@@ -43,7 +45,7 @@ class Digits(tfds.core.GeneratorBasedBuilder):
 
   def _split_generators(self, dl_manager):
     del dl_manager  # Nothing to download.
-    # Imported here, as it takes a second that only preparing needs.
+    # A slow import, needed for preparing only.
     from sklearn import datasets
 
     images, labels = datasets.load_digits(return_X_y=True)
@@ -61,16 +63,12 @@ class Digits(tfds.core.GeneratorBasedBuilder):
       yield i, {"image": Image.fromarray(images[i]), "label": int(labels[i])}
 
 
-def test_mask(labels: np.ndarray) -> np.ndarray:
-  """Chooses every fifth image of each class, in a fixed random order.
+def test_mask(labels: Integer[np.ndarray, " N"]) -> Bool[np.ndarray, " N"]:
+  """Return the mask of the test split: ceil(N / 5) images.
 
-  Args:
-    labels: integers [N].
-
-  Returns:
-    bool [N], true for the ceil(N / 5) images of the test split.
+  It has every fifth image of each class, in a fixed random order.
   """
-  # Raw bits: numpy promises them for all its versions, a permutation not.
+  # Raw bits are the same in all versions of numpy, permutations are not.
   bits = np.random.Philox(_SPLIT_SEED).random_raw(len(labels))
   mask = np.zeros(len(labels), bool)
   mask[np.lexsort((bits, labels))[::5]] = True

@@ -1,45 +1,29 @@
-"""Image files, of any size that memory has room for, as a model takes them."""
+"""Find and read image files, and resize them for a model."""
 
-import io
-import mmap
 import os
 import pathlib
-import re
 
+from jaxtyping import Float
 import numpy as np
 from PIL import Image
 from PIL import ImageOps
-from PIL import TiffImagePlugin
 
 from rescalevit_jax import errors
-
-# An image takes up to 14 bytes a pixel while it is read: 1.1 GB at this size.
-# A file of AVIF or WebP is in memory, too; 16 bits of 4 channels are 0.64 GB.
-MAX_PIXELS = 80_000_000
-MAX_BYTES = 1_000_000_000
-# Each goes through all pixels of a JPEG file, however little it says: 10 s at
-# this number. What other programs write has about ten.
-_MAX_SCANS = 2000
-
-# Only these: of others, Pillow reads the header alone, calls other programs
-# (EPS is one for Ghostscript), or can be made to take any time or memory.
-FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+from rescalevit_jax.data import untrusted_image
 
 Source = str | os.PathLike[str] | Image.Image | np.ndarray
 
 
 def find(folder: str | os.PathLike[str]) -> list[pathlib.Path]:
-  """Finds the files in a folder and below it that by their names are images.
+  """Return the image files in a folder and its subfolders, sorted.
 
-  Hidden files and folders are left out, links to folders are not followed.
-
-  Returns:
-    The paths, sorted.
+  Files are recognized by their names. Hidden files and folders are skipped, and
+  links to folders are not followed.
 
   Raises:
     UserError: a folder cannot be listed.
   """
-  formats = _formats()
+  formats = untrusted_image.supported_formats()
   suffixes = {
     suffix
     for suffix, kind in Image.registered_extensions().items()
@@ -48,7 +32,8 @@ def find(folder: str | os.PathLike[str]) -> list[pathlib.Path]:
 
   def fail(error):
     raise errors.UserError(
-      f"{error.filename}: cannot be listed ({error.strerror})"
+      f"{error.filename}: cannot be listed ({error.strerror}); choose another"
+      " folder"
     ) from error
 
   found = []
@@ -65,118 +50,59 @@ def find(folder: str | os.PathLike[str]) -> list[pathlib.Path]:
 
 
 def read(image: Source) -> Image.Image:
-  """Reads an image as 8-bit RGB.
+  """Read an image as 8-bit RGB.
 
-  Turned as its EXIF data say, the first one of an animation, transparent parts
-  on white; 16-bit greys are rounded to 8 bits.
+  The EXIF orientation is applied. Of an animation the first image is read.
+  Transparent parts become white, and 16-bit greys are rounded to 8 bits.
 
   Args:
     image: a path, a Pillow image, which is not changed, or a uint8 array
       [H, W, 3], [H, W, 1] or [H, W].
 
   Raises:
-    UserError: it cannot be read as an image, or a file is of none of `FORMATS`
-      or has more than `MAX_PIXELS` pixels or `MAX_BYTES`.
+    UserError: the image cannot be read, or `untrusted_image` refuses the file.
   """
   if isinstance(image, str | os.PathLike):
     try:
-      with (
-        _File(io.FileIO(image)) as file,
-        Image.open(file, formats=_formats()) as opened,
-      ):
-        _check_size(opened)
-        if opened.format in ("JPEG", "MPO"):
-          _check_scans(file)
+      with untrusted_image.open_image(image) as opened:
         return _rgb(opened)
-    except Exception as e:  # Pillow's decoders raise all sorts.
+    except Exception as e:  # Pillow's decoders raise many types.
       raise errors.UserError(
-        f"{os.fspath(image)}: cannot be read as an image ({_reason(e, image)})"
+        f"{os.fspath(image)}: cannot be read as an image ({_reason(e, image)});"
+        " choose another file"
       ) from e
   if isinstance(image, Image.Image):
     try:
       return _rgb(image.copy())
-    except Exception as e:  # It may be of a file that is read only now.
+    except Exception as e:  # Its file may be read only now.
       raise errors.UserError(
-        f"a {image.mode} image cannot be converted ({_reason(e)})"
+        f"a {image.mode} image cannot be converted ({_reason(e)}); convert it"
+        " to RGB"
       ) from e
   return _from_array(np.asarray(image))
 
 
-def model_input(image: Source, size: int) -> np.ndarray:
-  """Resizes an image as evaluation does.
+def model_input(image: Source, size: int) -> Float[np.ndarray, "S S 3"]:
+  """Read an image and resize it as evaluation does, to values in [-1, 1].
 
   Args:
-    image: as `read` takes it.
+    image: see `read`.
     size: edge S of the result.
 
-  Returns:
-    [S, S, 3] float32 in [-1, 1].
-
   Raises:
-    UserError: it cannot be read as an image.
+    UserError: see `read`.
   """
   image = read(image)
   x = np.empty((size, size, 3), np.float32)
   for i in range(3):
-    # A channel in float32: Pillow would round the RGB image's pixels.
+    # One float32 channel at a time: Pillow would round the pixels of RGB.
     channel = image.getchannel(i).convert("F")
     x[..., i] = channel.resize((size, size), Image.Resampling.BILINEAR)
   return x / np.float32(127.5) - 1
 
 
-class _File(io.BufferedReader):
-  """A file of which no more is read than it has, and that a few times only.
-
-  Pillow asks for as many bytes as a file says, and Python allocates them first.
-  Time is then linear in the file's size: 1 s a MB at worst, for a damaged GIF.
-  """
-
-  def __init__(self, raw: io.FileIO):
-    super().__init__(raw)
-    self._size = os.fstat(raw.fileno()).st_size
-    if self._size > MAX_BYTES:
-      raise ValueError(f"it is larger than {MAX_BYTES / 1e9:g} GB")
-    self._left = 16 * self._size + (1 << 26)
-
-  def read(self, size: int | None = -1) -> bytes:
-    if size is None or size < 0:
-      size = self._size
-    content = super().read(min(size, self._size))
-    self._left -= len(content)
-    if self._left < 0:
-      raise ValueError("its parts are one and the same, over and over")
-    return content
-
-
-def _formats():
-  Image.init()
-  # Pillow may have been built without the libraries of some.
-  return [name for name in FORMATS if name in Image.OPEN]
-
-
-def _check_size(image):
-  sizes = [image.size]
-  if image.format == "TIFF":  # A tile may be larger than its image.
-    tags = (TiffImagePlugin.TILEWIDTH, TiffImagePlugin.TILELENGTH)
-    sizes.append(tuple(image.tag_v2.get(tag, 0) for tag in tags))
-  for width, height in sizes:
-    if not isinstance(width, int) or not isinstance(height, int):
-      raise ValueError("its tiles are of no size")  # But bytes, or several.
-    if width * height > MAX_PIXELS:
-      raise ValueError(
-        f"{width} x {height} pixels are more than {MAX_PIXELS / 1e6:g} million;"
-        " make it smaller"
-      )
-
-
-def _check_scans(file):
-  with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-    if sum(1 for _ in re.finditer(b"\xff\xda", content)) > _MAX_SCANS:
-      raise ValueError(f"it has more than {_MAX_SCANS} scans; save it anew")
-
-
 def _rgb(image):
-  """Converts an image, which may be changed."""
+  """Convert an image to RGB; the image may be changed."""
   ImageOps.exif_transpose(image, in_place=True)
   if image.mode.startswith("I"):
     image = _eight_bits(image)
@@ -191,7 +117,7 @@ def _rgb(image):
 
 
 def _eight_bits(image):
-  """From greys of 0 to 65535, which Pillow's own conversion would clip."""
+  """Convert greys of 0 to 65535; Pillow's own conversion would clip them."""
   greys = np.asarray(image)
   if greys.min() < 0 or greys.max() > 65535:
     raise ValueError(
@@ -214,7 +140,7 @@ def _from_array(array):
     or not array.size
   ):
     raise errors.UserError(
-      f"an image array is {array.dtype} {list(array.shape)}: give uint8"
+      f"an image array is {array.dtype} {list(array.shape)}; give uint8"
       " [H, W, 3], or [H, W] for greys"
     )
   return Image.fromarray(array).convert("RGB")
@@ -229,5 +155,5 @@ def _reason(error, path=None):
     return error.strerror
   if isinstance(error, Image.UnidentifiedImageError):
     empty = path is not None and os.path.getsize(path) == 0
-    return "it is empty" if empty else "it is no image that Pillow knows"
+    return "it is empty" if empty else "its format is not supported"
   return " ".join(str(error).split()).rstrip(".") or type(error).__name__

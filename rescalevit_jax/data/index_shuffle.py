@@ -1,17 +1,19 @@
 """Compute a random order one index at a time.
 
-A sorted or shuffled array of all indices takes time and memory that grow with
-the data set, and has to be made before the first batch. Here an index is
-encrypted instead: a Feistel network with modular addition on a rectangle of
-about `size` cells (Black and Rogaway, "Ciphers with Arbitrary Finite Domains",
-2002). `grain.experimental.index_shuffle` does the same for one index a call; it
-is experimental, may change the order, takes 4 microseconds an index and 0.5 s
-to import.
+Shuffling an array of all indices takes time and memory proportional to the data
+set, before the first batch. Here each index is encrypted instead, by a Feistel
+network with modular addition on a rectangle of about `size` cells (Black and
+Rogaway, "Ciphers with Arbitrary Finite Domains", 2002).
+`grain.experimental.index_shuffle` shuffles one index per call. It is
+experimental and may change the order. It takes 4 microseconds an index and
+0.5 s to import.
 """
 
 import hashlib
 import math
 
+from jaxtyping import Int32
+from jaxtyping import Integer
 import numpy as np
 
 # Sets of five images still have visibly unequal orders with 8 rounds.
@@ -23,28 +25,25 @@ _HALF = np.uint64(32)
 
 
 def shuffle(
-  indices: np.ndarray, size: int, seed: int, epoch: int
-) -> np.ndarray:
-  """Return the entries at `indices` of a random permutation.
+  indices: Integer[np.ndarray, " N"], size: int, seed: int, epoch: int
+) -> Int32[np.ndarray, " N"]:
+  """Return the entries at `indices` of a random permutation of 0 to size - 1.
 
   Only exact integer arithmetic is used, so the permutation is the same on every
   platform and with every version of NumPy.
 
   Args:
-    indices: [N] integers, each at least 0 and below `size`.
+    indices: positions in the permutation.
     size: length of the permutation, at most 2^31.
-    seed: of all permutations, at least 0.
-    epoch: which of them, at least 0.
-
-  Returns:
-    int32 [N], each at least 0 and below `size`.
+    seed: seed of the sequence of permutations, at least 0.
+    epoch: index of the permutation in this sequence, at least 0.
   """
   rows = math.isqrt(size - 1) + 1
   sides = np.uint64(rows), np.uint64(-(-size // rows))
   digest = hashlib.shake_128(f"{seed},{epoch}".encode()).digest(8 * _ROUNDS)
   keys = np.frombuffer(digest, "<u8")
   result = _permute(indices.astype(np.uint64), sides, keys)
-  # The rectangle has fewer than `rows` cells too many: walk on past them.
+  # The rectangle has up to `rows` - 1 extra cells: encrypt again to leave them.
   while (outside := result >= size).any():
     result[outside] = _permute(result[outside], sides, keys)
   return result.astype(np.int32)

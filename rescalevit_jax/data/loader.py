@@ -1,4 +1,4 @@
-"""From a split, wherever its images are, to batches on the devices."""
+"""Load batches of a split, in memory or on disk, onto the devices."""
 
 from collections.abc import Callable, Iterator
 import contextlib
@@ -9,6 +9,9 @@ import os
 import jax
 from jax.sharding import Mesh
 from jax.sharding import NamedSharding
+from jaxtyping import Array
+from jaxtyping import Int32
+from jaxtyping import UInt8
 import numpy as np
 
 from rescalevit_jax.data import dataset
@@ -18,20 +21,20 @@ from rescalevit_jax.distributed import sharding
 _READ_AHEAD_BYTES = 2**30
 _MAX_THREADS = 16
 
-# From the number of a batch to its examples' places in the split, int32
-# [..., B]; the last axis is split over the devices.
-Plan = Callable[[int], np.ndarray]
+# Returns the indices of a batch's examples by the batch's number. The last axis
+# is sharded over the devices.
+BatchIndices = Callable[[int], Int32[np.ndarray, "... B"]]
 
 
 class Loader:
   """Batches of one split.
 
-  Those of a split in memory are taken from the devices, which hold it as a
-  whole. Those of a streamed one are read by threads, ahead of time, and by each
-  process for its own devices only. Both give the same batches.
+  A split in memory is copied to all devices, and batches are gathered there. A
+  streamed split is read ahead by threads, and each process reads only the
+  examples of its own devices. Both give the same batches.
 
   Args:
-    split: the images.
+    split: images and labels.
     mesh: the devices.
   """
 
@@ -47,60 +50,62 @@ class Loader:
 
   @contextlib.contextmanager
   def batches(
-    self, plan: Plan, numbers: range
-  ) -> Iterator[Iterator[tuple[jax.Array, jax.Array]]]:
-    """Opens an iterator of batches; it begins at any of them at once.
+    self, batch_indices: BatchIndices, numbers: range
+  ) -> Iterator[
+    Iterator[tuple[UInt8[Array, "... B H W 3"], Int32[Array, "... B"]]]
+  ]:
+    """Open an iterator of batches of images and labels.
 
     Args:
-      plan: of the batches.
-      numbers: the batches wanted.
-
-    Yields:
-      The iterator of images, [..., B, H, W, 3] uint8, and labels, [..., B]
-      int32.
+      batch_indices: returns the indices of a batch's examples.
+      numbers: the requested batches. The start takes the same time for all.
     """
     if isinstance(self._split, dataset.Split):
-      yield map(self._take, map(plan, numbers))
+      yield map(self._gather, map(batch_indices, numbers))
       return
-    import grain  # Not needed otherwise.
+    import grain  # Not needed for splits in memory.
 
-    place = self._place(plan(numbers.start).ndim)
+    first = batch_indices(numbers.start)
+    batch_sharding = self._sharding(first.ndim)
 
     def read(number):
-      indices = plan(number)
-      own = sharding.local_shard(indices, place)
+      indices = batch_indices(number)
+      own = sharding.local_shard(indices, batch_sharding)
       images, labels = self._split.read(own.ravel())
       images = images.reshape(*own.shape, *images.shape[1:])
       return images, labels.reshape(own.shape), indices.shape
 
-    def put(found):
-      images, labels, shape = found
-      make = functools.partial(jax.make_array_from_process_local_data, place)
+    def put(local):
+      images, labels, shape = local
+      make = functools.partial(
+        jax.make_array_from_process_local_data, batch_sharding
+      )
       return make(images, (*shape, *images.shape[-3:])), make(labels, shape)
 
     threads = min(os.cpu_count() or 1, _MAX_THREADS)
-    own = sharding.local_shard(plan(numbers.start), place)
+    own = sharding.local_shard(first, batch_sharding)
     batch_bytes = own.size * math.prod(self._split.shape)
     ahead = min(2 * threads, max(2, _READ_AHEAD_BYTES // batch_bytes))
     options = grain.ReadOptions(threads, ahead)
     numbers = grain.MapDataset.range(numbers.start, numbers.stop)
-    found = iter(numbers.map(read).to_iter_dataset(options))
+    local_batches = iter(numbers.map(read).to_iter_dataset(options))
     try:
-      yield map(put, found)
+      yield map(put, local_batches)
     finally:
-      found.close()
+      local_batches.close()
 
-  def _take(self, indices):
-    place = self._place(indices.ndim)
-    return _taking(place)(*self._arrays, sharding.put(indices, place))
+  def _gather(self, indices):
+    batch_sharding = self._sharding(indices.ndim)
+    gather = _compiled_gather(batch_sharding)
+    return gather(*self._arrays, sharding.put(indices, batch_sharding))
 
-  def _place(self, axes: int) -> NamedSharding:
+  def _sharding(self, axes: int) -> NamedSharding:
     return sharding.split(self._mesh, axis=axes - 1)
 
 
 @functools.cache
-def _taking(place):
+def _compiled_gather(batch_sharding):
   def take(images, labels, indices):
     return images[indices], labels[indices]
 
-  return jax.jit(take, out_shardings=place)
+  return jax.jit(take, out_shardings=batch_sharding)

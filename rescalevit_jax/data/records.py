@@ -1,7 +1,6 @@
-"""The records of a prepared tfds data set: images with their labels.
+"""Read and decode the records of a prepared tfds data set.
 
-One decoder for all that reads them, so that it makes no difference whether a
-split is read as a whole or a batch at a time.
+Whole splits and single batches are decoded by the same code.
 """
 
 from collections.abc import Iterator, Sequence
@@ -10,6 +9,8 @@ import io
 import operator
 import os
 
+from jaxtyping import Int32
+from jaxtyping import UInt8
 import numpy as np
 from PIL import Image
 import tensorflow_datasets as tfds
@@ -19,14 +20,14 @@ from rescalevit_jax.data import tfrecord
 
 
 def check_features(builder: tfds.core.DatasetBuilder, any_size: bool) -> None:
-  """Checks that a data set has images, with one label each.
+  """Check that a data set has images with one label each.
 
   Args:
-    builder: of the data set, which need not be prepared.
+    builder: builder of the data set, which need not be prepared.
     any_size: whether the images may differ in size.
 
   Raises:
-    UserError: it does not suit.
+    UserError: the data set is not suitable.
   """
   image, label = features(builder)
   if not (
@@ -34,25 +35,25 @@ def check_features(builder: tfds.core.DatasetBuilder, any_size: bool) -> None:
     and isinstance(label, tfds.features.ClassLabel)
   ):
     raise errors.UserError(
-      f"data set {builder.name} has no pair of an image and a class label:"
-      " choose an image classification data set"
+      f"dataset: {builder.name} has no images with class labels; choose"
+      " an image classification data set"
     )
   if None in image.shape[:2] and not any_size:
     raise errors.UserError(
-      f"the images of {builder.name} differ in size: set data.image_size, such"
-      " as 256, to have all of them resized, or choose a data set with images"
-      " of one size, such as imagenet_resized/64x64"
+      f"dataset: images of {builder.name} differ in size; resize them by"
+      " data.image_size, such as 256, or choose a data set with images of one"
+      " size, such as imagenet_resized/64x64"
     )
   if image.shape[-1] not in (1, 3) or image.np_dtype != np.uint8:
     raise errors.UserError(
-      f"the images of {builder.name} are {image.np_dtype.__name__}"
-      f" {list(image.shape)}: choose a data set with uint8 images of 1 or 3"
+      f"dataset: images of {builder.name} are {image.np_dtype.__name__}"
+      f" {list(image.shape)}; choose a data set with uint8 images of 1 or 3"
       " channels"
     )
 
 
 def features(builder: tfds.core.DatasetBuilder):
-  """Returns the features of the image and of the label; None for no such."""
+  """Return the features of image and label, None where missing."""
   found = dict(builder.info.features.items())
   return tuple(
     found.get(key) if isinstance(key, str) else None for key in _keys(builder)
@@ -60,21 +61,20 @@ def features(builder: tfds.core.DatasetBuilder):
 
 
 class Decoder:
-  """Turns records into arrays.
+  """A function from a record to an image and a label.
 
   Args:
-    builder: of a data set that suits, see `check_features`.
-    image_size: edge S that images are resized to, whatever their shape, as
-      evaluation does; None: they stay as they are.
+    builder: builder of a data set that `check_features` accepts.
+    image_size: edge to resize images to, as evaluation does; None: no resizing.
 
   Attributes:
-    shape: of an image, (H, W, 3).
+    shape: shape of an image, (H, W, 3).
   """
 
   def __init__(self, builder: tfds.core.DatasetBuilder, image_size: int | None):
     self._image_key, self._label_key = _keys(builder)
-    # Leaves other features alone, and images to Pillow: tfds would take OpenCV
-    # where it is installed, whose JPEG decoder differs.
+    # Skip other features, and decode images with Pillow: tfds would use OpenCV
+    # if installed, whose JPEG decoder differs.
     self._features = tfds.features.FeaturesDict(
       {key: builder.info.features[key] for key in _keys(builder)}
     )
@@ -83,12 +83,14 @@ class Decoder:
     if image_size is not None:
       self.shape = (image_size, image_size, 3)
 
-  def __call__(self, record: bytes | memoryview) -> tuple[np.ndarray, int]:
-    """Returns an image, uint8 [H, W, 3], and its label.
+  def __call__(
+    self, record: bytes | memoryview
+  ) -> tuple[UInt8[np.ndarray, "H W 3"], int]:
+    """Decode an image and its label.
 
     Raises:
-      ValueError: the image is not of the size that the data set says.
-      Exception: of many kinds, if the record is damaged.
+      ValueError: the image does not have the data set's size.
+      Exception: any type, if the record is damaged.
     """
     example = self._features.deserialize_example_np(
       record, decoders={self._image_key: tfds.decode.SkipDecoding()}
@@ -99,14 +101,14 @@ class Decoder:
       image = image.resize(self.shape[:2], Image.Resampling.BILINEAR)
     pixels = np.asarray(image)
     if pixels.shape != self.shape:
-      raise ValueError(f"an image is {list(pixels.shape)}")
+      raise ValueError(f"an image has shape {list(pixels.shape)}")
     return pixels, int(example[self._label_key])
 
 
 def read_all(
   builder: tfds.core.DatasetBuilder, split: str
 ) -> Iterator[bytes | memoryview]:
-  """Yields the serialised examples of a split in the order of its shards."""
+  """Yield the serialized examples of a split in the order of its shards."""
   if builder.info.file_format.value == "tfrecord":
     for path in builder.info.splits[split].filepaths:
       yield from tfrecord.read(path)
@@ -115,18 +117,18 @@ def read_all(
 
 
 class StreamedSplit:
-  """A split whose images stay on disk; safe to read in several threads.
+  """A split whose images stay on disk; reading is thread-safe.
 
   Args:
-    builder: of a prepared data set that suits.
-    split: its name.
+    builder: builder of a prepared data set that `check_features` accepts.
+    split: name of the split.
     image_size: see `Decoder`.
 
   Attributes:
-    shape: of an image, (H, W, 3).
+    shape: shape of an image, (H, W, 3).
 
   Raises:
-    UserError: it was prepared in a format that cannot be read in any order.
+    UserError: the file format has no random access.
   """
 
   def __init__(
@@ -137,35 +139,31 @@ class StreamedSplit:
   ):
     if builder.info.file_format.value != "array_record":
       raise errors.UserError(
-        f"{builder.data_dir}: prepared as {builder.info.file_format.value},"
-        " which can only be read as a whole: set data.max_gb to at least"
-        " its size in memory, or prepare it as array_record in another"
-        " tfds_data_dir by rescalevit_jax.data.prepare"
+        f"{builder.data_dir}: {builder.info.file_format.value} files have no"
+        " random access; set data.max_gb to at least the data set's size in"
+        " memory, or prepare it as array_record in another tfds_data_dir by"
+        " rescalevit_jax.data.prepare"
       )
     self._decode = Decoder(builder, image_size)
     self._num_classes = features(builder)[1].num_classes
     self._where = f"{builder.data_dir}: {split}"
     self._records = _open(builder, split)
-    self._places = range(len(self._records))
+    self._indices: Sequence[int] = range(len(self._records))
     self.shape = self._decode.shape
 
   def __len__(self) -> int:
-    return len(self._places)
+    return len(self._indices)
 
-  def at(self, places: np.ndarray) -> "StreamedSplit":
-    """Returns the split of the images at some places."""
+  def subset(self, indices: np.ndarray) -> "StreamedSplit":
+    """Return the split of the examples at some indices."""
     part = copy.copy(self)
-    part._places = places
+    part._indices = indices
     return part
 
-  def read(self, indices: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-    """Reads examples.
-
-    Args:
-      indices: [B], their places in the split.
-
-    Returns:
-      Images, uint8 [B, H, W, 3], and labels, int32 [B].
+  def read(
+    self, indices: Sequence[int]
+  ) -> tuple[UInt8[np.ndarray, "B H W 3"], Int32[np.ndarray, " B"]]:
+    """Read the images and labels at some indices.
 
     Raises:
       UserError: a record is damaged or has no label.
@@ -174,25 +172,25 @@ class StreamedSplit:
     labels = np.empty(len(indices), np.int32)
     try:
       for i, index in enumerate(indices):
-        record = self._records[int(self._places[index])]
+        record = self._records[int(self._indices[index])]
         images[i], labels[i] = self._decode(record)
       if not ((labels >= 0) & (labels < self._num_classes)).all():
         raise ValueError("an example has no label")
-    except Exception as e:  # Damaged files raise all sorts.
+    except Exception as e:  # Damaged files raise many types.
       raise errors.UserError(
         f"{self._where}: cannot be read ({errors.brief(e)}); remove this folder"
-        " to prepare the data set anew, or choose another one"
+        " to prepare the data set again, or choose another one"
       ) from e
     return images, labels
 
   @property
   def images(self) -> "_Images":
-    """The images alone, read when asked for: by a place or a slice."""
+    """The images, read on access by an index or a slice."""
     return _Images(self)
 
 
 class _Images:
-  """What an array of all images would be."""
+  """Images of a split on disk, indexed like an array."""
 
   def __init__(self, split):
     self._split = split
@@ -200,13 +198,13 @@ class _Images:
   def __len__(self):
     return len(self._split)
 
-  def __getitem__(self, places: int | slice) -> np.ndarray:
-    if isinstance(places, slice):
-      return self._split.read(range(*places.indices(len(self))))[0]
-    place = operator.index(places)
-    if not -len(self) <= place < len(self):
-      raise IndexError(f"image {place} of {len(self)}")
-    return self._split.read([place % len(self)])[0][0]
+  def __getitem__(self, item: int | slice) -> np.ndarray:
+    if isinstance(item, slice):
+      return self._split.read(range(*item.indices(len(self))))[0]
+    index = operator.index(item)
+    if not -len(self) <= index < len(self):
+      raise IndexError(f"image {index} of {len(self)}")
+    return self._split.read([index % len(self)])[0][0]
 
 
 def _keys(builder):
@@ -215,7 +213,7 @@ def _keys(builder):
 
 
 def _open(builder, split):
-  # Not needed by a run whose arrays are in the cache.
+  # A run with cached arrays does not need this import.
   from rescalevit_jax.data import array_record_files
 
   files = builder.info.splits[split].file_instructions

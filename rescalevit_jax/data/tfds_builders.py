@@ -1,13 +1,10 @@
-"""tfds builders: finding one by its name, preparing its files."""
+"""Find a tfds builder by name, and prepare its data set."""
 
-from collections.abc import Iterator
 import contextlib
 import difflib
-import logging
 import os
 import re
 import shutil
-import threading
 import traceback
 import urllib.error
 
@@ -15,13 +12,13 @@ from google.protobuf import json_format
 import requests
 import tensorflow_datasets as tfds
 from tensorflow_datasets.core.download import download_manager
-from tensorflow_datasets.core.download import downloader
 
 from rescalevit_jax import errors
 from rescalevit_jax.data import digits
+from rescalevit_jax.runtime import compat
 from rescalevit_jax.runtime import tensorflow_cpu
 
-# What this project is about, named first in hints; tfds has hundreds.
+# The data sets to suggest first; tfds has hundreds.
 NAMES = ("cifar10", "cifar100", digits.Digits.name)
 
 _NETWORK_ERRORS = (
@@ -30,48 +27,47 @@ _NETWORK_ERRORS = (
   tfds.download.DownloadError,
   download_manager.NonMatchingChecksumError,
 )
-_RETRIES = 2
-_TIMEOUT = (10, 20)  # Seconds to connect, and between two pieces of a file.
 
 
 def open_builder(name: str, data_dir: str | None) -> tfds.core.DatasetBuilder:
-  """Returns the builder of a data set, prepared or not.
+  """Return the builder of a data set, prepared or not.
 
   Args:
-    name: as tfds has it: 'cifar10', 'imagenet_resized/32x32'.
-    data_dir: where prepared data sets lie; None for tfds' own place.
+    name: name in tfds, such as "cifar10" or "imagenet_resized/32x32".
+    data_dir: folder of prepared data sets; None for the default of tfds.
 
   Raises:
-    UserError: there is no such data set, or its folder is damaged.
+    UserError: the data set is unknown, or its folder is damaged.
   """
   if data_dir is not None:
     data_dir = os.path.expanduser(data_dir)
   try:
     builder = tfds.builder(name, data_dir=data_dir)
-  except Exception as e:  # tfds raises all sorts.
+  except Exception as e:  # tfds raises many types.
     known = tfds.list_builders(with_community_datasets=False)
     if re.split("[/:]", name)[0] in known:
-      message = f"cannot open data set {name!r}: {_reason(e)}"
+      message = f"dataset: {name!r} cannot be opened ({_reason(e)})"
       if isinstance(e, json_format.ParseError):
-        message += "; its dataset_info.json is damaged: remove its folder"
+        message += "; its dataset_info.json is damaged, remove its folder"
       raise errors.UserError(message) from e
     close = difflib.get_close_matches(name.lower(), known, n=3)
     valid = dict.fromkeys((*close, *NAMES))
     raise errors.UserError(
-      f"unknown data set {name!r}: {errors.nearest(name.lower(), valid)}, or"
+      f"dataset: unknown data set {name!r};"
+      f" {errors.nearest(name.lower(), valid)}, or"
       " any other image classification data set of tfds"
     ) from e
   if os.path.exists(builder.data_dir) and not is_prepared(builder):
     raise errors.UserError(
       f"{builder.data_dir}: damaged, dataset_info.json is missing; remove"
-      " this folder to prepare the data set anew"
+      " this folder to prepare the data set again"
     )
   return builder
 
 
 def is_prepared(builder: tfds.core.DatasetBuilder) -> bool:
-  """Returns whether a data set's files are there."""
-  # The builder's own method warns where they are not.
+  """Return whether a data set is prepared."""
+  # The builder's own method warns if it is not.
   return os.path.exists(os.path.join(builder.data_dir, "dataset_info.json"))
 
 
@@ -80,23 +76,23 @@ def prepare(
   download_dir: str | None = None,
   manual_dir: str | None = None,
 ) -> None:
-  """Downloads a data set and writes its files (array_record), if need be.
+  """Download a data set and write its files (array_record), if necessary.
 
   Args:
-    builder: of `open_builder`.
-    download_dir: for downloads and what is extracted from them; None for tfds'
-      own place.
-    manual_dir: folder in which tfds finds files that it need not download; None
-      for tfds' own place.
+    builder: builder of the data set.
+    download_dir: folder for downloads and extracted files; None for the default
+      of tfds.
+    manual_dir: folder of files that tfds uses in place of downloads; None for
+      the default of tfds.
 
   Raises:
-    UserError: this cannot be done: no internet, no TensorFlow, no space, no
-      permission, or tfds' reason. The data set is then not prepared at all.
+    UserError: there is no internet, TensorFlow, space or permission, or tfds
+      fails. Nothing half prepared is left.
   """
   if is_prepared(builder):
     return
   try:
-    with _tidy(builder), _impatient():
+    with _clean_up_after_failure(builder), compat.tfds_download_timeouts():
       if getattr(builder, "NEEDS_TENSORFLOW", True):
         tensorflow_cpu.load()
       builder.download_and_prepare(
@@ -106,40 +102,40 @@ def prepare(
         ),
         file_format="array_record",
       )
-  except Exception as e:  # tfds raises all sorts.
-    # Ends its progress bars, which would come after the error's line.
+  except Exception as e:  # tfds raises many types.
+    # End its progress bars, which would follow the error's line.
     traceback.clear_frames(e.__traceback__)
-    if is_prepared(builder):  # Another process was faster.
+    if is_prepared(builder):  # By another process in the meantime.
       return
-    message = f"cannot prepare {builder.name} in {builder.data_dir_root}: "
     if isinstance(e, _NETWORK_ERRORS):
-      message = f"cannot download {builder.name}: "
-    raise errors.UserError(message + _reason(e) + _advice(builder, e)) from e
+      raise errors.UserError(
+        f"{builder.name}: cannot be downloaded ({_reason(e)}); without"
+        f" internet, {_offline_advice(builder)}"
+      ) from e
+    raise errors.UserError(
+      f"{builder.data_dir_root}: {builder.name} cannot be prepared"
+      f" ({_reason(e)}); solve this and start again"
+    ) from e
 
 
 def archive_names(builder: tfds.core.DatasetBuilder) -> dict[str, str]:
-  """Returns {file name: URL} of what tfds downloads for a data set."""
+  """Return the URLs that tfds downloads for a data set, by file name."""
   infos = builder.url_infos or {}
   return {info.filename: url for url, info in infos.items() if info.filename}
 
 
-def _advice(builder, error):
-  if not isinstance(error, _NETWORK_ERRORS):
-    return ""
+def _offline_advice(builder):
   archives = list(archive_names(builder))
   if builder.name in NAMES and archives:
-    return (
-      "; without internet: python -m rescalevit_jax.data.prepare --archive"
-      f" {archives[0]}"
-    )
+    return f"python -m rescalevit_jax.data.prepare --archive {archives[0]}"
   return (
-    "; without internet: prepare it elsewhere and copy its folder to"
+    "prepare it elsewhere and copy its folder to"
     f" {os.path.dirname(builder.data_dir)}"
   )
 
 
 def _reason(error):
-  """Returns an exception's message as one line of moderate length."""
+  """Return an exception's message as one line of moderate length."""
   if isinstance(error, requests.RequestException):
     url = getattr(error.request, "url", None)
     return f"no connection to {url}" if url else "the connection broke off"
@@ -150,41 +146,8 @@ def _reason(error):
 
 
 @contextlib.contextmanager
-def _impatient() -> Iterator[None]:
-  """Makes tfds give up after half a minute without a connection.
-
-  By itself it tries for 3.5 minutes where there is no network, and far longer
-  where packets are dropped. Nor would its threads end before their downloads,
-  keeping an interrupted process.
-  """
-  retries, open_url = downloader.MAX_RETRIES, downloader._open_url
-  ended = threading.Event()
-
-  @contextlib.contextmanager
-  def open_impatiently(url, **kwargs):
-    with open_url(url, timeout=_TIMEOUT, **kwargs) as (response, blocks):
-      yield response, until_ended(blocks)
-
-  def until_ended(blocks):
-    for block in blocks:
-      if ended.is_set():
-        raise InterruptedError
-      yield block
-
-  # Warns of each retry, in threads that may outlive this function.
-  logging.getLogger("urllib3").setLevel(logging.ERROR)
-  downloader.MAX_RETRIES = _RETRIES
-  downloader._open_url = open_impatiently
-  try:
-    yield
-  finally:
-    ended.set()
-    downloader.MAX_RETRIES, downloader._open_url = retries, open_url
-
-
-@contextlib.contextmanager
-def _tidy(builder: tfds.core.DatasetBuilder) -> Iterator[None]:
-  """Removes unfinished downloads and empty folders after a failure."""
+def _clean_up_after_failure(builder):
+  """Remove unfinished downloads and empty folders after a failure."""
   root = builder.data_dir_root
   downloads = root / "downloads"
 

@@ -1,7 +1,7 @@
-"""Reads TFRecord files without TensorFlow.
+"""Read TFRecord files without TensorFlow.
 
-So a prepared data set gives the same arrays in either of tfds' file formats,
-from the same decoder, on a machine without TensorFlow too.
+Both file formats of tfds are decoded by the same code and give the same arrays,
+also on a machine without TensorFlow.
 """
 
 from collections.abc import Iterator
@@ -9,6 +9,7 @@ import functools
 import os
 import struct
 
+from jaxtyping import UInt32
 import numpy as np
 
 # A record: length (8 bytes), checksum of the length (4), data, checksum of the
@@ -18,14 +19,11 @@ _BATCH = 1024  # Records whose checksums are computed together.
 
 
 def read(path: str | os.PathLike[str]) -> Iterator[memoryview]:
-  """Yields the records of a TFRecord file in their order.
-
-  Args:
-    path: of the file.
+  """Yield the records of a TFRecord file in order.
 
   Raises:
-    ValueError: the file is cut off or a checksum does not fit.
-    OSError: it cannot be read.
+    ValueError: the file is truncated or a checksum is wrong.
+    OSError: the file cannot be read.
   """
   with open(path, "rb") as f:
     file = memoryview(f.read())
@@ -34,11 +32,11 @@ def read(path: str | os.PathLike[str]) -> Iterator[memoryview]:
   while offset < len(file):
     start = offset + _HEADER.size
     if start > len(file):
-      raise ValueError(f"cut off at byte {offset}")
+      raise ValueError(f"truncated at byte {offset}")
     length, _ = _HEADER.unpack_from(file, offset)
     offset = start + length + _FOOTER.size
     if offset > len(file):
-      raise ValueError(f"cut off in the record at byte {start}")
+      raise ValueError(f"truncated in the record at byte {start}")
     records.append(file[start : start + length])
     checksums.append(_FOOTER.unpack_from(file, start + length)[0])
   for i in range(0, len(records), _BATCH):
@@ -48,14 +46,14 @@ def read(path: str | os.PathLike[str]) -> Iterator[memoryview]:
     yield from batch
 
 
-def masked_crc32c(records: list[memoryview]) -> np.ndarray:
-  """Returns the TFRecord checksums of records, uint32 [len(records)].
+def masked_crc32c(records: list[memoryview]) -> UInt32[np.ndarray, " N"]:
+  """Return the TFRecord checksums of records.
 
   Args:
-    records: of at least 4 bytes each, as all serialised examples have.
+    records: N records of at least 4 bytes each, as all serialized examples are.
   """
-  # All records at once, two bytes at a time. They are aligned at their ends:
-  # zeros ahead of a record leave a state of 0 as it is.
+  # All records are processed at once, two bytes at a time. They are aligned at
+  # their ends: leading zeros leave a state of 0 unchanged.
   width = -(-max(map(len, records)) // 2) * 2
   rows = np.zeros((len(records), width), np.uint8)
   for row, record in zip(rows, records, strict=True):
@@ -63,7 +61,7 @@ def masked_crc32c(records: list[memoryview]) -> np.ndarray:
       raise ValueError(f"a record of {len(record)} bytes")
     start = width - len(record)
     row[start:] = record
-    # The same as starting with a state of ones.
+    # Equivalent to an initial state of ones.
     row[start : start + 4] ^= 0xFF
   table = _table()
   crc = np.zeros(len(records), np.uint32)
@@ -74,8 +72,8 @@ def masked_crc32c(records: list[memoryview]) -> np.ndarray:
 
 
 @functools.cache
-def _table() -> np.ndarray:
-  """CRC-32C (Castagnoli, reflected) of every two bytes, uint32 [65536]."""
+def _table():
+  """Return the CRC-32C (Castagnoli, reflected) of every two bytes."""
   crc = np.arange(1 << 16, dtype=np.uint32)
   for _ in range(16):
     crc = np.where(crc & 1, (crc >> 1) ^ np.uint32(0x82F63B78), crc >> 1)

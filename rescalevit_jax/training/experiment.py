@@ -88,7 +88,7 @@ class Experiment:
   def train_indices(self, step: int) -> np.ndarray:
     """Returns the places of a step's images in that split, int32 [A, B]."""
     config = self.config
-    places = dataset_lib.indices(
+    places = dataset_lib.batch_indices(
       config.seed, step, config.batch, len(self.dataset.train)
     )
     return places.reshape(config.accum_steps, -1)

@@ -29,7 +29,7 @@ GOLDEN = [
 def stream(seed, batch, num_examples, steps):
   return np.concatenate(
     [
-      dataset_lib.indices(seed, s, batch, num_examples)
+      dataset_lib.batch_indices(seed, s, batch, num_examples)
       for s in range(1, steps + 1)
     ]
   )
@@ -52,11 +52,11 @@ class TestIndices:
 
   def test_depends_on_nothing_but_its_arguments(self):
     steps = [9, 1, 40, 2, 9]
-    first = [dataset_lib.indices(5, s, 8, 21) for s in steps]
-    dataset_lib.indices(6, 3, 8, 21)
+    first = [dataset_lib.batch_indices(5, s, 8, 21) for s in steps]
+    dataset_lib.batch_indices(6, 3, 8, 21)
     for step, expected in zip(steps, first, strict=True):
       np.testing.assert_array_equal(
-        dataset_lib.indices(5, step, 8, 21), expected
+        dataset_lib.batch_indices(5, step, 8, 21), expected
       )
 
   def test_epochs_and_seeds_have_their_own_orders(self):
@@ -68,7 +68,7 @@ class TestIndices:
   def test_orders_are_the_same_everywhere(
     self, seed, step, batch, num_examples, expected
   ):
-    found = dataset_lib.indices(seed, step, batch, num_examples)
+    found = dataset_lib.batch_indices(seed, step, batch, num_examples)
     assert found.dtype == np.int32
     assert found.tolist() == expected
 
@@ -176,8 +176,8 @@ class TestLoad:
 
   def test_reads_without_tensorflow(self, prepared):
     program = (
-      "import sys, fake_data\nfrom rescalevit_jax import data\n"
-      f"data.load('fake', {prepared!r})\n"
+      "import sys, fake_data\nfrom rescalevit_jax.data import dataset\n"
+      f"dataset.load('fake', {prepared!r})\n"
       "assert 'tensorflow' not in sys.modules"
     )
     here = str(paths.HELPERS)
@@ -255,7 +255,7 @@ class TestRefuses:
     refuses("fake_train_only", prepared, "train, extra", "validation")
 
   def test_no_train_split(self, prepared):
-    refuses("fake_test_only", prepared, "splits test:", "train")
+    refuses("fake_test_only", prepared, "splits are test;", "train")
 
   def test_hidden_labels(self, prepared):
     refuses("fake_unlabelled", prepared, "test", "without a label")

@@ -72,8 +72,8 @@ def test_test_split_is_mixed():
 def test_needs_no_tensorflow(tmp_path):
   (tmp_path / "tensorflow.py").write_text("raise ImportError('not there')")
   program = (
-    "from rescalevit_jax import data\n"
-    f"d = data.load('digits', {str(tmp_path / 'tfds')!r})\n"
+    "from rescalevit_jax.data import dataset\n"
+    f"d = dataset.load('digits', {str(tmp_path / 'tfds')!r})\n"
     "print(len(d.train.labels), len(d.test.labels))"
   )
   path = os.pathsep.join([str(tmp_path), *filter(None, sys.path)])

@@ -15,6 +15,7 @@ import pytest
 from rescalevit_jax import errors
 from rescalevit_jax.augment import preprocess
 from rescalevit_jax.data import image_files
+from rescalevit_jax.data import untrusted_image
 
 RNG = np.random.default_rng(0)
 GREY = RNG.integers(0, 256, (5, 7), dtype=np.uint8)
@@ -310,7 +311,7 @@ def test_what_is_no_image(tmp_path):
     return tmp_path / name
 
   text = path("text.png", b"not an image")
-  assert str(text) in refused(text, "no image that Pillow knows")
+  assert str(text) in refused(text, "format is not supported")
   refused(str(path("empty.png", b"")), "empty.png", "it is empty")
   refused(tmp_path / "none.png", "none.png", "no such file")
   (tmp_path / "folder.png").mkdir()
@@ -356,7 +357,7 @@ def test_a_picture_drawn_over_and_over(tmp_path):
 def test_the_limit_of_bytes(tmp_path):
   # Of a file that Pillow would read whole.
   path = saved(tmp_path, COLOR, "a.webp")
-  os.truncate(path, image_files.MAX_BYTES + 1)
+  os.truncate(path, untrusted_image.MAX_BYTES + 1)
   refused(path, "a.webp", "larger than 1 GB")
 
 
@@ -408,7 +409,7 @@ def test_a_tile_whose_size_is_no_number(tmp_path):
   assert width in content
   content = content.replace(width, struct.pack("<HHLL", 322, 7, 1, 16))
   (tmp_path / "a.tiff").write_bytes(content)
-  refused(tmp_path / "a.tiff", "of no size")
+  refused(tmp_path / "a.tiff", "size of its tiles")
 
 
 def pixels_of_tile(path):
@@ -423,15 +424,15 @@ def test_other_formats_are_no_images(tmp_path, monkeypatch):
   called = []
   monkeypatch.setattr(subprocess, "check_call", called.append)
   for path in sorted(tmp_path.iterdir()):
-    refused(path.rename(path.with_suffix(".png")), "no image that")
+    refused(path.rename(path.with_suffix(".png")), "format is not supported")
   assert not called  # Pillow has Ghostscript draw an .eps.
 
 
 def test_the_limit_of_pixels(tmp_path, monkeypatch):
   path = saved(tmp_path, COLOR, "a.png")
-  monkeypatch.setattr(image_files, "MAX_PIXELS", 35)
+  monkeypatch.setattr(untrusted_image, "MAX_PIXELS", 35)
   assert pixels(path).shape == (5, 7, 3)
-  monkeypatch.setattr(image_files, "MAX_PIXELS", 34)
+  monkeypatch.setattr(untrusted_image, "MAX_PIXELS", 34)
   refused(path, "7 x 5 pixels")
 
 

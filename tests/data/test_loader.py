@@ -32,7 +32,7 @@ def resident(digits_dir):
 
 
 def plan(step):
-  return dataset_lib.indices(0, step, 48, 1437).reshape(3, 16)
+  return dataset_lib.batch_indices(0, step, 48, 1437).reshape(3, 16)
 
 
 def batches(split, numbers, plan=plan):
@@ -150,8 +150,10 @@ def test_held_out_images_are_no_longer_trained_with(digits_dir):
   np.testing.assert_array_equal(labels, first.labels)
 
 
-def test_not_all_training_images_can_be_held_out(digits_dir):
-  with pytest.raises(errors.UserError, match="num_val is 1437.* only 1437"):
+def test_a_validation_split_of_all_training_images_is_an_error(digits_dir):
+  with pytest.raises(
+    errors.UserError, match=r"num_val \(1437\) leaves.* has 1437"
+  ):
     dataset_lib.load("digits", str(digits_dir), num_val=1437)
 
 

@@ -125,7 +125,7 @@ class TestPrepare:
     message = prepare_error(
       tfds_builders.open_builder("cifar10", str(tmp_path))
     )
-    assert "cannot prepare cifar10" in message
+    assert "cifar10 cannot be prepared" in message
     assert "pip install tensorflow-cpu" in message
 
 
@@ -200,7 +200,7 @@ class TestDownload:
     monkeypatch.setattr(Handler, "answer", answer)
     builder = tfds_builders.open_builder("fake_download", str(tmp_path))
     message = prepare_error(builder)
-    assert "cannot download fake_download" in message
+    assert "fake_download: cannot be downloaded" in message
     assert "prepare it elsewhere" in message
     assert str(tmp_path / "fake_download") in message
     assert os.listdir(tmp_path) == []

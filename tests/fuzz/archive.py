@@ -6,12 +6,12 @@ import pathlib
 import tarfile
 
 from fuzz import choices as choices_lib
-from rescalevit_jax.data import prepare as _script
+from rescalevit_jax.data import untrusted_archive
 
 # The official layouts, with an image a file.
 _LAYOUTS = tuple(
   dataclasses.replace(layout, records=dict.fromkeys(layout.records, 1))
-  for layout in _script.LAYOUTS
+  for layout in untrusted_archive.LAYOUTS
 )
 # First byte and end of each field of a tar header.
 _FIELDS = {
@@ -168,4 +168,4 @@ def _extension(choices):
 
 
 def run(path: pathlib.Path) -> None:
-  _script.inspect(str(path), _LAYOUTS)
+  untrusted_archive.check(str(path), _LAYOUTS)

@@ -12,6 +12,7 @@ from PIL import Image
 
 from fuzz import choices as choices_lib
 from rescalevit_jax.data import image_files
+from rescalevit_jax.data import untrusted_image
 
 _PIXELS = 1_000_000  # Instead of images.MAX_PIXELS.
 
@@ -167,12 +168,12 @@ def _checksums(content):
 
 
 def run(path: pathlib.Path) -> None:
-  pixels, image_files.MAX_PIXELS = image_files.MAX_PIXELS, _PIXELS
+  pixels, untrusted_image.MAX_PIXELS = untrusted_image.MAX_PIXELS, _PIXELS
   try:
     with warnings.catch_warnings():
       warnings.simplefilter("ignore")
       x = image_files.model_input(path, 4)
   finally:
-    image_files.MAX_PIXELS = pixels
+    untrusted_image.MAX_PIXELS = pixels
   assert x.shape == (4, 4, 3) and x.dtype == np.float32
   assert np.abs(x).max() <= 1

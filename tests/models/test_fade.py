@@ -364,7 +364,13 @@ def test_resumes_through_the_middle_of_a_fade(
   config = tiny_config
   config.model.norm = "Fade"
   config.fade.update(
-    {"begin": 0.25, "end": 0.75, "width": 0.5, "apart": False, "alpha": alpha}
+    {
+      "begin": 0.25,
+      "end": 0.75,
+      "site_fraction": 0.5,
+      "separate_cls": False,
+      "alpha": alpha,
+    }
   )
   config.ema_decay = 0.9
   config.accum_steps = 2
@@ -457,7 +463,7 @@ def test_one_scale_folds_into_the_layers_that_follow(tmp_path):
     folded()
   found[f"{SLOTS[1]}/log_sigma"] = LOG_SIGMA[[0, 0]]
   found[f"{SLOTS[4]}/faded"] = np.int32(fade.FULL - 1)
-  with pytest.raises(errors.UserError, match=r"encoder_norm.*once it has"):
+  with pytest.raises(errors.UserError, match=r"encoder_norm.*after it has"):
     folded()
 
 

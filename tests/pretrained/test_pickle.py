@@ -25,6 +25,7 @@ from rescalevit_jax.data import dataset
 from rescalevit_jax.data import image_files
 from rescalevit_jax.data import prepare
 from rescalevit_jax.data import tfrecord
+from rescalevit_jax.data import untrusted_archive
 from rescalevit_jax.pretrained import load
 from rescalevit_jax.runs import checkpoint_folders
 from rescalevit_jax.runs import checksums
@@ -184,13 +185,12 @@ def archive(folder, members):
 
 
 def test_archives(pickled, tmp_path, capsys):
-  script = prepare
   path = tmp_path / "cifar-10-binary.tar.gz"
-  layout = script.LAYOUTS[0]
+  layout = untrusted_archive.LAYOUTS[0]
   size = layout.records["test_batch.bin"] * layout.record_bytes
   for content in (pickled, gzip.compress(pickled)):
     path.write_bytes(content)
-    refused(script.inspect, str(path), script.LAYOUTS)
+    refused(untrusted_archive.check, str(path), untrusted_archive.LAYOUTS)
   for name, content in (
     # The python version of the data set consists of pickles.
     ("cifar-10-batches-py/data_batch_1", pickled),
@@ -200,7 +200,7 @@ def test_archives(pickled, tmp_path, capsys):
   ):
     path = archive(tmp_path, {name: content})
     out = tmp_path / "out"
-    assert script.main([f"--archive={path}", f"--data_dir={out}"]) == 1
+    assert prepare.main([f"--archive={path}", f"--data_dir={out}"]) == 1
     assert capsys.readouterr().err.count("\n") == 1
     assert not out.exists()
 

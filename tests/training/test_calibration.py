@@ -65,7 +65,7 @@ def test_the_batches_are_the_first_eight_as_training_sees_them(
   # The input of the first place needs no calibration of others.
   split, seen = parts.dataset.train, []
   for number in range(1, 9):
-    places = dataset.indices(tiny_config.seed, number, 48, len(split))
+    places = dataset.batch_indices(tiny_config.seed, number, 48, len(split))
     shape = (accum_steps, 48 // accum_steps)
     crop_keys, _, mixing_keys = train_step.random_keys(0, number, shape)
     x = preprocess.prepare_random(

@@ -296,7 +296,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(
     )
 
   def _is_batch_of_step(labels, number):
-    places = dataset.indices(0, number, 48, len(train_labels))
+    places = dataset.batch_indices(0, number, 48, len(train_labels))
     return (labels == train_labels[places]).all()
 
   train_labels = dataset.load("digits", tiny_config.tfds_data_dir).train.labels

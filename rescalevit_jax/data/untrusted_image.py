@@ -1,0 +1,93 @@
+"""Guards for image files that may come from anywhere."""
+
+from collections.abc import Iterator
+import contextlib
+import io
+import mmap
+import os
+import re
+
+from PIL import Image
+from PIL import TiffImagePlugin
+
+# Reading takes up to 14 bytes a pixel: 1.1 GB at this size. AVIF and WebP files
+# are also held in memory; 16 bits of 4 channels are 0.64 GB.
+MAX_PIXELS = 80_000_000
+MAX_BYTES = 1_000_000_000
+# Each scan passes over all pixels of a JPEG file, however short it is: 10 s at
+# this number. Other programs write about ten.
+_MAX_SCANS = 2000
+
+# For other formats, Pillow reads the header only, calls other programs
+# (Ghostscript for EPS), or needs unbounded time or memory.
+FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+
+
+def supported_formats() -> list[str]:
+  """Return the entries of `FORMATS` that this build of Pillow supports."""
+  supported = {*Image.registered_extensions().values()}
+  return [name for name in FORMATS if name in supported]
+
+
+@contextlib.contextmanager
+def open_image(path: str | os.PathLike[str]) -> Iterator[Image.Image]:
+  """Open an image file of one of `FORMATS` for decoding.
+
+  Raises:
+    ValueError: the file is too large in bytes, pixels or scans.
+    Exception: any type, from Pillow's decoders, also while decoding.
+  """
+  with (
+    _BoundedFile(io.FileIO(path)) as file,
+    Image.open(file, formats=supported_formats()) as image,
+  ):
+    _check_size(image)
+    if image.format in ("JPEG", "MPO"):
+      _check_scans(file)
+    yield image
+
+
+class _BoundedFile(io.BufferedReader):
+  """A file that bounds the size of one read and of all reads together.
+
+  Pillow requests as many bytes as a file declares, and Python allocates them
+  first. With this bound, time is linear in the file's size: 1 s a MB at worst,
+  for a damaged GIF.
+  """
+
+  def __init__(self, raw: io.FileIO):
+    super().__init__(raw)
+    self._size = os.fstat(raw.fileno()).st_size
+    if self._size > MAX_BYTES:
+      raise ValueError(f"it is larger than {MAX_BYTES / 1e9:g} GB")
+    self._left = 16 * self._size + (1 << 26)
+
+  def read(self, size: int | None = -1) -> bytes:
+    if size is None or size < 0:
+      size = self._size
+    content = super().read(min(size, self._size))
+    self._left -= len(content)
+    if self._left < 0:
+      raise ValueError("it refers to the same bytes over and over")
+    return content
+
+
+def _check_size(image):
+  sizes = [image.size]
+  if image.format == "TIFF":  # A tile may be larger than its image.
+    tags = (TiffImagePlugin.TILEWIDTH, TiffImagePlugin.TILELENGTH)
+    sizes.append(tuple(image.tag_v2.get(tag, 0) for tag in tags))
+  for width, height in sizes:
+    if not isinstance(width, int) or not isinstance(height, int):
+      raise ValueError("the size of its tiles is not a number")
+    if width * height > MAX_PIXELS:
+      raise ValueError(
+        f"{width} x {height} pixels are more than {MAX_PIXELS / 1e6:g} million;"
+        " make it smaller"
+      )
+
+
+def _check_scans(file):
+  with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+    if sum(1 for _ in re.finditer(b"\xff\xda", content)) > _MAX_SCANS:
+      raise ValueError(f"it has more than {_MAX_SCANS} scans; save it anew")
