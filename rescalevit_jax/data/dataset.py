@@ -5,8 +5,7 @@ import dataclasses
 import logging
 import math
 
-from jaxtyping import Int32
-from jaxtyping import UInt8
+from jaxtyping import Int32, UInt8
 import numpy as np
 import tensorflow_datasets as tfds
 

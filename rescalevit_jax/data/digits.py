@@ -3,8 +3,7 @@
 from collections.abc import Iterator
 from typing import Any
 
-from jaxtyping import Bool
-from jaxtyping import Integer
+from jaxtyping import Bool, Integer
 import numpy as np
 from PIL import Image
 import tensorflow_datasets as tfds

@@ -12,8 +12,7 @@ experimental and may change the order. It takes 4 microseconds an index and
 import hashlib
 import math
 
-from jaxtyping import Int32
-from jaxtyping import Integer
+from jaxtyping import Int32, Integer
 import numpy as np
 
 # Sets of five images still have visibly unequal orders with 8 rounds.

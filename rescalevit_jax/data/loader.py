@@ -9,9 +9,7 @@ import os
 import jax
 from jax.sharding import Mesh
 from jax.sharding import NamedSharding
-from jaxtyping import Array
-from jaxtyping import Int32
-from jaxtyping import UInt8
+from jaxtyping import Array, Int32, UInt8
 import numpy as np
 
 from rescalevit_jax.data import dataset

@@ -9,8 +9,7 @@ import io
 import operator
 import os
 
-from jaxtyping import Int32
-from jaxtyping import UInt8
+from jaxtyping import Int32, UInt8
 import numpy as np
 from PIL import Image
 import tensorflow_datasets as tfds
