@@ -1,4 +1,4 @@
-"""The config of a run: made, checked, compared, to and from JSON."""
+"""The config of a run: defaults, validation, comparison and JSON."""
 
 from collections.abc import Iterator
 import json
@@ -13,7 +13,7 @@ from rescalevit_jax.config import renamed
 
 
 def default() -> ml_collections.ConfigDict:
-  """Returns the default config: RescaleViT's recipe, ViT-B_16 with LN."""
+  """Return the default config: RescaleViT's recipe, ViT-B_16 with LN."""
   config = ml_collections.ConfigDict()
   for name, key in keys.KEYS.items():
     *path, leaf = name.split(".")
@@ -29,7 +29,7 @@ def default() -> ml_collections.ConfigDict:
 
 
 def flatten(config: ml_collections.ConfigDict) -> dict[str, Any]:
-  """Returns {'model.norm': 'LN', …}: every key with its dotted name."""
+  """Return all values by dotted key, such as {"model.norm": "LN", ...}."""
 
   def items(node: Any, prefix: str) -> Iterator[tuple[str, Any]]:
     for name, value in node.items():
@@ -42,10 +42,10 @@ def flatten(config: ml_collections.ConfigDict) -> dict[str, Any]:
 
 
 def validate(config: ml_collections.ConfigDict) -> None:
-  """Checks names, types and ranges of all keys.
+  """Check names, types and ranges of all keys.
 
   Raises:
-    UserError: naming the key, its value and the valid ones.
+    UserError: a key or value is invalid.
   """
   values = flatten(config)
   for name in values:
@@ -56,61 +56,69 @@ def validate(config: ml_collections.ConfigDict) -> None:
         f"config: key {name!r} is missing; start from"
         " rescalevit_jax.config.default()"
       )
-    value = values[name]
-    kind = key.optional or type(key.default)
-    if value is not None and type(value) is not kind:
-      raise errors.UserError(
-        f"config: {name} is {value!r}, but must be of type {kind.__name__}"
-      )
-    if value == "":
-      raise errors.UserError(f"config: {name} is empty")
-    if key.accepts(value):
-      continue
-    if new := renamed.VALUES.get(name, {}).get(value):
-      raise errors.UserError(
-        f"config: {name}={value} is now named {new}; use the new name"
-      )
-    if isinstance(key.valid, str):
-      raise errors.UserError(
-        f"config: {name} is {value!r}, but must be {key.valid}"
-      )
-    raise errors.UserError(
-      f"config: {name} is {value!r}; {errors.nearest(str(value), key.valid)}"
-    )
+    if problem := _problem(name, key, values[name]):
+      raise errors.UserError(f"config: {name} is {problem}")
+  for problem in _conflicts(config):
+    raise errors.UserError(f"config: {problem}")
+
+
+def _problem(name, key, value):
+  """Return what is wrong with one value, and the fix; None if it is valid."""
+  kind = key.optional or type(key.default)
+  if value is not None and type(value) is not kind:
+    return f"{value!r}; use a value of type {kind.__name__}"
+  if value == "":
+    return "empty; give a value"
+  if key.accepts(value):
+    return None
+  if new := renamed.VALUES.get(name, {}).get(value):
+    return f"{value!r}, which is now named {new}; use the new name"
+  if isinstance(key.valid, str):
+    return f"{value!r}; use a value {key.valid}"
+  return f"{value!r}; {errors.nearest(str(value), key.valid)}"
+
+
+def _conflicts(config):
+  """Yield the conflicts between keys, each with its fix."""
   if config.warmup_steps > config.total_steps:
-    raise errors.UserError(
-      f"config: warmup_steps is {config.warmup_steps}, more than total_steps,"
-      f" {config.total_steps}"
+    yield (
+      f"warmup_steps ({config.warmup_steps}) exceeds total_steps"
+      f" ({config.total_steps}); lower warmup_steps"
     )
   if config.fade.begin > config.fade.end:
-    raise errors.UserError(
-      f"config: fade.begin is {config.fade.begin}, more than fade.end,"
-      f" {config.fade.end}"
+    yield (
+      f"fade.begin ({config.fade.begin}) exceeds fade.end"
+      f" ({config.fade.end}); lower fade.begin"
     )
   if config.augment.pad_crop and config.augment.crop:
-    raise errors.UserError(
-      f"config: augment.pad_crop is {config.augment.pad_crop}, but augment.crop"
-      " is on; choose one of the two"
+    yield (
+      f"augment.pad_crop ({config.augment.pad_crop}) and augment.crop are both"
+      " on; choose one of them"
     )
   if config.batch % config.accum_steps:
-    raise errors.UserError(
-      f"config: batch is {config.batch}, not divisible by accum_steps,"
-      f" {config.accum_steps}"
+    yield (
+      f"batch ({config.batch}) is not divisible by accum_steps"
+      f" ({config.accum_steps}); change one of them"
     )
   if config.batch == config.accum_steps and (config.mixup or config.cutmix):
-    raise errors.UserError(
-      "config: mixup and cutmix need two images or more in a micro-batch, which"
-      f" has batch / accum_steps = 1; reduce accum_steps, {config.accum_steps}"
+    yield (
+      "mixup and cutmix need micro-batches of two or more images, but"
+      f" batch / accum_steps is 1; lower accum_steps ({config.accum_steps})"
     )
 
 
 def to_json(config: ml_collections.ConfigDict) -> str:
-  """Returns the text of a run's config.json."""
+  """Return the text of a run's config.json."""
   return json.dumps(config.to_dict(), indent=2) + "\n"
 
 
 def from_json(text: str) -> ml_collections.ConfigDict:
-  """Reads config.json back; raises ValueError or KeyError if it is damaged."""
+  """Return the config of a config.json, with renamed keys updated.
+
+  Raises:
+    ValueError: the text is damaged.
+    KeyError: the text has an unknown key.
+  """
   config = default()
   saved = ml_collections.ConfigDict(json.loads(text))
   config.update_from_flattened_dict(renamed.update(flatten(saved)))
@@ -120,9 +128,9 @@ def from_json(text: str) -> ml_collections.ConfigDict:
 def differing_keys(
   old: ml_collections.ConfigDict, new: ml_collections.ConfigDict
 ) -> list[str]:
-  """Names the keys in which two runs differ, with both values.
+  """Return the keys in which two runs differ, with both values.
 
-  Keys that do not change a run's numbers are left out.
+  Keys that do not change a run's numbers are omitted.
   """
   old, new = flatten(old), flatten(new)
   return [

@@ -1,4 +1,4 @@
-"""What a config key is, and which values it takes."""
+"""The definition of a config key: default, meaning and valid values."""
 
 from collections.abc import Callable
 import dataclasses
@@ -11,13 +11,14 @@ class Key:
   """A config key.
 
   Attributes:
-    default: its value if nothing is said, as in RescaleViT.
-    meaning: one line for the README and for --help.
-    valid: what a value must be, or a collection of the valid ones.
-    check: whether a value is valid; None if `valid` lists them or all are.
-    optional: the type of a value that may also be None.
-    resumable: whether a run may go on with another value: it does not change
-      the run's numbers, by more than rounding in the case of batch_eval.
+    default: default value, as in RescaleViT.
+    meaning: one line for --help and docs/configuration.md.
+    valid: collection of the valid values, or their description.
+    check: predicate of the valid values; None if `valid` lists them or if all
+      values are valid.
+    optional: type of the values other than None; None if None is not valid.
+    resumable: whether a run may resume with another value. Such a key changes
+      the run's numbers by rounding at most.
   """
 
   default: Any
@@ -28,7 +29,7 @@ class Key:
   resumable: bool = False
 
   def accepts(self, value: Any) -> bool:
-    """Returns whether a value, of the right type, is valid."""
+    """Return whether a value of the correct type is valid."""
     if value is None:
       return self.optional is not None
     if self.check is not None:
@@ -37,23 +38,23 @@ class Key:
 
 
 def positive(default: Any, meaning: str, **kwargs) -> Key:
-  """Returns the key of a number above 0; the rest is as in `Key`."""
+  """Return the key of a number above 0; see `Key`."""
   return Key(default, meaning, "> 0", lambda x: 0 < x < math.inf, **kwargs)
 
 
 def at_least(low: int, default: Any, meaning: str, **kwargs) -> Key:
-  """Returns the key of a number that is `low` or more."""
+  """Return the key of a number of at least `low`; see `Key`."""
   return Key(
     default, meaning, f">= {low}", lambda x: low <= x < math.inf, **kwargs
   )
 
 
 def below_one(default: float, meaning: str, **kwargs) -> Key:
-  """Returns the key of a share that is not the whole."""
+  """Return the key of a fraction in [0, 1); see `Key`."""
   return Key(default, meaning, "in [0, 1)", lambda x: 0 <= x < 1, **kwargs)
 
 
 def size(meaning: str) -> Key:
-  """Returns the key of one of the model's sizes."""
-  meaning = f"{meaning}; None: as in the table of models"
+  """Return the key of a model size."""
+  meaning = f"{meaning}; None: as `model_name`"
   return positive(None, meaning, optional=int)

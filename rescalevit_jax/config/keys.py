@@ -15,89 +15,96 @@ from rescalevit_jax.optim import optimizers
 KEYS = {
   "dataset": key_lib.Key(
     "cifar10",
-    "`cifar10`, `cifar100`, `digits` (comes with the package), or another"
-    " tfds data set of images with one label each",
+    "data set of tfds with one label per image: `cifar10`, `cifar100`,"
+    " `digits` (included in the package), ...",
   ),
   "tfds_data_dir": key_lib.Key(
     None,
-    "where prepared data sets lie; None: `~/tensorflow_datasets`",
+    "folder of prepared data sets; None: `~/tensorflow_datasets`",
     optional=str,
     resumable=True,
   ),
   "data.source": key_lib.Key(
     "auto",
-    "where images are during the run: on the devices (`resident`) or on disk"
-    " (`streaming`); `auto`: on disk if they take more than `data.max_gb`",
+    "storage of images during the run: on the devices (`resident`) or on"
+    " disk (`streaming`); `auto`: on the devices if they take at most"
+    " `data.max_gb`",
     ("auto", "resident", "streaming"),
     resumable=True,
   ),
   "data.max_gb": key_lib.positive(
-    4.0, "what images may take of a device, in 10^9 bytes", resumable=True
+    4.0, "limit of `data.source=auto`, in 10^9 bytes", resumable=True
   ),
   "data.image_size": key_lib.positive(
     None,
-    "edge that images are resized to as they are read, for data sets whose"
-    " images differ in size; None: they stay as they are",
+    "edge to resize images to when they are read, for data sets of mixed"
+    " image sizes; None: no resizing",
     optional=int,
   ),
   "data.num_val": key_lib.at_least(
     0,
     0,
-    "training images to evaluate with in place of the test images, and not to"
-    " train with: what settings are chosen by; 0: none",
+    "size of a validation split, which is taken from the training images"
+    " and replaces the test images; for tuning; 0: none",
   ),
   "model_name": key_lib.Key("ViT-B_16", "size of the model", variants.VARIANTS),
-  "model.norm": key_lib.Key("LN", "the norm", norms.NORMS),
+  "model.norm": key_lib.Key("LN", "normalization layer", norms.NORMS),
   "model.residual": key_lib.Key(
     "auto",
-    "how a branch joins the stream; `auto`: `rescalevit` with Rescale, `plain`"
-    " with all other norms",
+    "residual connection; `auto`: `rescalevit` with Rescale, `plain` with"
+    " all other norms",
     models.RESIDUALS,
   ),
   "model.residual_c": key_lib.positive(
     None,
-    "c of `residual=rescalenet`; None: twice the encoder blocks",
+    "constant c of `residual=rescalenet`; None: twice the number of encoder"
+    " blocks",
     optional=float,
   ),
   "model.qk_norm": key_lib.Key(
-    False, "RMSNorm of each head's queries and keys"
+    False, "RMSNorm of queries and keys in each head"
   ),
   "model.sigma_reparam": key_lib.Key(
     False,
-    "the linear layers of the blocks learn their largest singular value"
-    " (sigmaReparam)",
+    "sigmaReparam: linear layers in the blocks learn their largest singular"
+    " value",
   ),
   "model.dropout_rate": key_lib.below_one(
-    0.1, "dropout after the embedding and in the MLP"
+    0.1, "dropout rate after the embedding and in the MLP"
   ),
   "model.stochastic_depth": key_lib.below_one(
     0.0,
-    "probability that an image skips a branch of the last block; less before",
+    "drop probability of the branches of the last block; increases linearly"
+    " from 0 with depth",
   ),
   "model.pool": key_lib.Key(
     "cls",
-    "what the head sees: the class token, or the mean of the patches (`gap`)",
+    "input of the head: class token (`cls`) or mean of the patch tokens"
+    " (`gap`)",
     models.POOLS,
   ),
   "model.gelu": key_lib.Key(
-    "erf", "`erf` as RescaleViT, `tanh` as Google's code", models.GELUS
+    "erf",
+    "GELU: exact (`erf`, as RescaleViT) or approximate (`tanh`, as Google's"
+    " code)",
+    models.GELUS,
   ),
   "model.init": key_lib.Key(
     "torch",
-    "start from scratch as RescaleViT (`torch`), as Google's code, or with"
-    " tokens and layers of unit variance (`unit`)",
+    "initialization: as RescaleViT (`torch`), as Google's code (`google`),"
+    " or unit variance of tokens and layer outputs (`unit`)",
     initializers.SCHEMES,
   ),
   "model.attention": key_lib.Key(
     "auto",
-    "how attention is computed, by XLA or by cuDNN; changes the result by"
-    " rounding at most",
+    "implementation of attention, XLA or cuDNN; results differ by rounding"
+    " only",
     models.ATTENTIONS,
     resumable=True,
   ),
   "model.remat": key_lib.Key(
     False,
-    "save memory: training computes each block's inside twice",
+    "save memory: recompute the activations of each block in the backward pass",
     resumable=True,
   ),
   "model.representation_size": key_lib.positive(
@@ -105,16 +112,16 @@ KEYS = {
     "width of Google's `pre_logits` layer; None: no such layer",
     optional=int,
   ),
-  "model.patch_size": key_lib.size("edge of a patch, in pixels"),
+  "model.patch_size": key_lib.size("edge of a patch in pixels"),
   "model.hidden_size": key_lib.size("width of a token"),
   "model.mlp_dim": key_lib.size("width of the MLP"),
-  "model.num_heads": key_lib.size("attention heads"),
-  "model.num_layers": key_lib.size("encoder blocks"),
-  "image_size": key_lib.positive(224, "edge of the model's input, in pixels"),
-  "batch": key_lib.positive(128, "images an update"),
+  "model.num_heads": key_lib.size("number of attention heads"),
+  "model.num_layers": key_lib.size("number of encoder blocks"),
+  "image_size": key_lib.positive(224, "edge of the model's input in pixels"),
+  "batch": key_lib.positive(128, "images per update"),
   "batch_eval": key_lib.positive(
     128,
-    "images an evaluation step; changes the result by rounding at most",
+    "images per evaluation step; results differ by rounding only",
     resumable=True,
   ),
   "base_lr": key_lib.positive(0.05, "learning rate at the end of the warm-up"),
@@ -122,10 +129,11 @@ KEYS = {
   "decay_type": key_lib.Key(
     "cosine", "decay of the learning rate to 0", ("cosine", "linear")
   ),
-  "total_steps": key_lib.positive(20_000, "updates of the run"),
+  "total_steps": key_lib.positive(20_000, "number of updates"),
   "optimizer": key_lib.Key(
     "sgd",
-    "`muon`: Muon for the blocks' kernels, AdamW for the rest",
+    "optimizer; `muon`: Muon for the kernels of the blocks, AdamW for all"
+    " other parameters",
     optimizers.OPTIMIZERS,
   ),
   "momentum": key_lib.below_one(
@@ -135,38 +143,38 @@ KEYS = {
   "weight_decay": key_lib.at_least(
     0,
     0.0,
-    "coupled weight decay of all parameters with SGD; decoupled one of kernels"
-    " with AdamW and Muon",
+    "weight decay: coupled, of all parameters (SGD); decoupled, of kernels"
+    " (AdamW, Muon)",
   ),
   "grad_norm_clip": key_lib.at_least(
-    0, 1.0, "largest global norm of a gradient; 0: any"
+    0, 1.0, "maximum global norm of the gradient; 0: no clipping"
   ),
   "agc": key_lib.at_least(
     0,
     0.0,
-    "adaptive gradient clipping: largest norm of a unit's gradient over that"
-    " of its weights; 0: any",
+    "adaptive gradient clipping: maximum ratio of gradient norm to weight"
+    " norm per unit; 0: no clipping",
   ),
   "scalar_lr_mult": key_lib.at_least(
     0,
     1.0,
-    "learning rate of parameters that are one number (a place's alpha and"
-    " shift, a branch's multiplier, a layer's gamma with sigma_reparam), in"
-    " times the others'",
+    "learning-rate multiplier for one-element parameters, such as alphas"
+    " and shifts of norms, multipliers of residuals and gammas of"
+    " sigma_reparam",
   ),
   "ema_decay": key_lib.below_one(
     0.0,
-    "decay a step of the averaged weights and statistics, which then are what"
-    " is evaluated and saved as the best; 0: no average",
+    "decay per step of the moving average of weights and statistics, which"
+    " is evaluated and saved as the best checkpoint; 0: no average",
   ),
   "accum_steps": key_lib.positive(
-    1, "micro-batches an update; each has `batch / accum_steps` images"
+    1, "micro-batches per update, of `batch / accum_steps` images each"
   ),
   "eval_every": key_lib.positive(
     100, "steps between evaluations; the last step is always evaluated"
   ),
   "progress_every": key_lib.positive(
-    50, "steps between progress lines and training metrics"
+    50, "steps between log lines and training metrics"
   ),
   "checkpoint_every": key_lib.positive(
     1000,
@@ -174,140 +182,143 @@ KEYS = {
     resumable=True,
   ),
   "keep_checkpoints": key_lib.positive(
-    2, "how many of the last checkpoints to keep", resumable=True
+    2, "number of recent checkpoints to keep", resumable=True
   ),
   "log_attention": key_lib.Key(
     False,
-    "attention pictures of the first test image to TensorBoard, at each"
+    "write attention maps of the first test image to TensorBoard at each"
     " evaluation",
     resumable=True,
   ),
   "diagnostics_every": key_lib.at_least(
     0,
     0,
-    "steps between looks into the model: stream, gradients, updates, attention,"
-    " sharpness; 0: none",
+    "steps between diagnostics: residual stream, gradients, updates,"
+    " attention, sharpness; 0: none",
     resumable=True,
   ),
   "profile_steps": key_lib.at_least(
-    0, 0, "steps to record into `profile/`; 0: none", resumable=True
+    0, 0, "number of steps to profile into `profile/`; 0: none", resumable=True
   ),
   "eval_weights": key_lib.Key(
     "best",
-    "what `--mode eval` evaluates: the `best` or `latest` checkpoint, or"
-    " the `pretrained` file",
+    "weights for `--mode eval`: the `best` or `latest` checkpoint, or the"
+    " `pretrained` file",
     ("best", "latest", "pretrained"),
     resumable=True,
   ),
   "pretrained_path": key_lib.Key(
-    None, "`.npz` to start from; None: from scratch", optional=str
+    None,
+    "`.npz` file of initial weights; None: train from scratch",
+    optional=str,
   ),
   "pretrained_allow_nonfinite": key_lib.Key(
-    False, "start from an `.npz` even if it holds NaN or infinite weights"
+    False, "accept NaN and infinite weights in the `.npz`"
   ),
   "calibration": key_lib.Key(
     "auto",
-    "norms that start from statistics of the first 8 training batches: Cal"
+    "norms to initialize from statistics of 8 training batches: Cal"
     " (`auto`), Cal, DyT and Derf (`all`), or none",
     ("auto", "all", "none"),
   ),
   "fade.begin": key_lib.Key(
     0.1,
-    "share of the steps after which the first place of the norm Fade begins to"
+    "fraction of the run at which the first site of the norm Fade begins to"
     " fade",
     "in [0, 1]",
     lambda x: 0 <= x <= 1,
   ),
   "fade.end": key_lib.Key(
     0.7,
-    "share of the steps after which the last place, the final norm, is done",
+    "fraction of the run at which the last site, the final norm, has faded",
     "in [0, 1]",
     lambda x: 0 <= x <= 1,
   ),
   "fade.site_fraction": key_lib.Key(
     0.5,
-    "what a place takes of the time between; less: one place after the other,"
-    " 1: all at once",
+    "duration of one site's fade as a fraction of the time from begin to"
+    " end; 1: all sites fade together",
     "in (0, 1]",
     lambda x: 0 < x <= 1,
   ),
   "fade.separate_cls": key_lib.Key(
     True,
-    "class token and patches have scales of their own; without, the result"
-    " folds into the layers that follow",
+    "separate scales for class token and patches; if False, the faded norm"
+    " folds into the next linear layers",
   ),
   "fade.alpha": key_lib.at_least(
     0,
     0.0,
-    "alpha of the tanh that a place ends as, after division by its scale: 0.5"
-    " as DyT starts; 0: a linear map, as Cal",
+    "alpha of the tanh that a faded site applies after division by its"
+    " scale, such as 0.5 for DyT's initial value; 0: a linear map, as Cal",
   ),
   "reinit_head": key_lib.Key(
-    False, "start with a head of zeros even where the `.npz` has one"
+    False, "initialize the head with zeros even if the `.npz` has one that fits"
   ),
   "seed": key_lib.Key(
     0,
-    "of initialization, order of images, crops and dropout",
+    "seed of initialization, image order, augmentation and dropout",
     "in [0, 2^32)",
     lambda x: 0 <= x < 2**32,
   ),
   "dtype": key_lib.Key(
     "auto",
-    "of the computation; `auto`: `bfloat16` on TPU and GPU, `float16` on a GPU"
-    " without `bfloat16` (T4, V100), `float32` on a CPU",
+    "dtype of the computation; `auto`: `bfloat16` on TPU and GPU, `float16`"
+    " on a GPU without `bfloat16` (T4, V100), `float32` on a CPU",
     models.DTYPES,
   ),
   "deterministic": key_lib.Key(
-    False, "the same bits in each run on a GPU too, at some cost in speed"
+    False, "bitwise reproducible runs on GPUs, at some cost in speed"
   ),
   "sharding.fsdp": key_lib.Key(
     False,
-    "save memory on several devices: each keeps a part of parameters and"
-    " momenta",
+    "save memory on several devices: shard parameters and optimizer state",
     resumable=True,
   ),
   "label_smoothing": key_lib.below_one(
-    0.0, "share of a label that all classes have alike"
+    0.0,
+    "label smoothing: fraction of the target spread evenly over all classes",
   ),
-  "mixup": key_lib.at_least(
-    0, 0.0, "alpha of mixup, which blends pairs of images; 0: none"
-  ),
+  "mixup": key_lib.at_least(0, 0.0, "alpha of mixup; 0: no mixup"),
   "cutmix": key_lib.at_least(
     0,
     0.0,
-    "alpha of CutMix, which puts a part of one image into another; with mixup,"
-    " each image draws one of the two; 0: none",
+    "alpha of CutMix; with mixup, each image draws one of the two; 0: no"
+    " CutMix",
   ),
   "augment.crop": key_lib.Key(
-    True, "random crop (RandomResizedCrop) in training"
+    True, "random crop in training (RandomResizedCrop)"
   ),
   "augment.min_area": key_lib.Key(
     0.05,
-    "smallest share of the image in a crop",
+    "minimum area of a crop as a fraction of the image",
     "in (0, 1]",
     lambda x: 0 < x <= 1,
   ),
   "augment.min_aspect": key_lib.Key(
     0.75,
-    "smallest width / height of a crop; the largest is its inverse",
+    "minimum aspect ratio width / height of a crop; the maximum is its inverse",
     "in [0.01, 1]",
     lambda x: 0.01 <= x <= 1,
   ),
-  "augment.flip": key_lib.Key(False, "mirror half of the training images"),
+  "augment.flip": key_lib.Key(
+    False, "flip training images horizontally with probability 0.5"
+  ),
   "augment.pad_crop": key_lib.at_least(
     0,
     0,
-    "instead of `augment.crop`: shift by up to so many pixels, black comes in;"
-    " 0: none",
+    "maximum random shift in pixels, with black padding, in place of"
+    " `augment.crop`; 0: none",
   ),
   "augment.auto": key_lib.Key(
     "none",
-    "`trivial`: TrivialAugment, a random operation before the crop",
+    "automatic augmentation; `trivial`: TrivialAugment, one random"
+    " operation before the crop",
     preprocess.AUTO,
   ),
   "augment.random_erasing": key_lib.Key(
     0.0,
-    "share of the training images in which a box is replaced by noise",
+    "probability of random erasing, which replaces a box by noise",
     "in [0, 1]",
     lambda x: 0 <= x <= 1,
   ),

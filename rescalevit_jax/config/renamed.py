@@ -1,4 +1,4 @@
-"""Keys and values of earlier versions, and their new names."""
+"""Config keys and values of earlier versions, with their new names."""
 
 from typing import Any
 
@@ -16,7 +16,7 @@ VALUES = {
 
 
 def update(values: dict[str, Any]) -> dict[str, Any]:
-  """Return a flattened config of an earlier version with the new names."""
+  """Return the flattened config of an earlier version with new names."""
   values = {KEYS.get(name, name): value for name, value in values.items()}
   for name, new in VALUES.items():
     if name in values:
