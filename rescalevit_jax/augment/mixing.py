@@ -1,12 +1,13 @@
-"""Softer labels and mixed images: label smoothing, mixup and CutMix.
+"""Label smoothing, mixup and CutMix, inside the jitted training step.
 
-On the device, inside the jitted step, after the augmentation of each image.
+They follow the augmentation of single images.
 """
 
 import dataclasses
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int32, Key
 import numpy as np
 
 _QUANTILES = 4096
@@ -14,13 +15,13 @@ _QUANTILES = 4096
 
 @dataclasses.dataclass(frozen=True)
 class Mixing:
-  """What training does to labels, and to images together with theirs.
+  """Settings of label smoothing, mixup and CutMix.
 
   Attributes:
-    label_smoothing: the share of a label that all classes have alike.
-    mixup: alpha of mixup's Beta(alpha, alpha); 0: none.
-    cutmix: the same of CutMix; if both are on, each image draws one of them,
-      with even chances (as timm does).
+    label_smoothing: fraction of the target spread evenly over all classes.
+    mixup: alpha of mixup's Beta(alpha, alpha); 0: no mixup.
+    cutmix: alpha of CutMix's Beta(alpha, alpha); 0: no CutMix. If both are on,
+      each image draws one of them with equal probability, as in timm.
   """
 
   label_smoothing: float = 0.0
@@ -32,27 +33,27 @@ NOTHING = Mixing()
 
 
 def mix(
-  keys: jax.Array,
-  images: jax.Array,
-  labels: jax.Array,
+  keys: Key[Array, " B"],
+  images: Float[Array, "B S S 3"],
+  labels: Int32[Array, " B"],
   num_classes: int,
   mixing: Mixing,
-) -> tuple[jax.Array, jax.Array]:
-  """Mixes each image, and its label, with the one before it in the batch.
+) -> tuple[Float[Array, "B S S 3"], Int32[Array, " B"] | Float[Array, "B C"]]:
+  """Mix each image and label with the previous one in the batch.
 
-  Which is a random one, as the batch is in random order; devices have to send
-  each other one image.
+  The previous image is a random one, as batches are in random order. Devices
+  send each other one image only.
 
   Args:
-    keys: [B] PRNG keys, one an image.
-    images: [B, S, S, 3] float32.
-    labels: [B] int32.
-    num_classes: C.
-    mixing: what to do.
+    keys: one PRNG key per image.
+    images: augmented images.
+    labels: class indices.
+    num_classes: number of classes C.
+    mixing: settings.
 
   Returns:
-    Images [B, S, S, 3] and targets [B, C], float32; each row sums to 1. If
-    nothing is to be done: images and labels as they were.
+    Images and targets; each row of the targets sums to 1. If `mixing` is
+    `NOTHING`, the given images and labels.
   """
   if mixing == NOTHING:
     return images, labels
@@ -69,24 +70,27 @@ def mix(
   return images, targets
 
 
-def smooth(labels: jax.Array, num_classes: int, smoothing: float) -> jax.Array:
-  """Label smoothing (Szegedy et al. 2016, arXiv:1512.00567, section 7).
+def smooth(
+  labels: Int32[Array, " B"], num_classes: int, smoothing: float
+) -> Float[Array, "B C"]:
+  """Return smoothed targets (Szegedy et al., arXiv:1512.00567, section 7).
+
+  The target is 1 - s + s / C for the label and s / C for all other classes.
 
   Args:
-    labels: [B] int32.
-    num_classes: C.
+    labels: class indices.
+    num_classes: number of classes C.
     smoothing: s in [0, 1).
-
-  Returns:
-    [B, C] float32: 1 - s + s / C for the label, s / C for the others.
   """
   return (1 - smoothing) * jax.nn.one_hot(labels, num_classes) + (
     smoothing / num_classes
   )
 
 
-def weights(key: jax.Array, size: int, mixing: Mixing) -> jax.Array:
-  """Draws how much of its own each pixel of an image keeps: [S, S] float32."""
+def weights(
+  key: Key[Array, ""], size: int, mixing: Mixing
+) -> Float[Array, "S S"]:
+  """Draw the weight of an image's own value for each pixel."""
   coin_key, mixup_key, cutmix_key = jax.random.split(key, 3)
   drawn = []
   if mixing.mixup:
@@ -98,40 +102,43 @@ def weights(key: jax.Array, size: int, mixing: Mixing) -> jax.Array:
   return jnp.where(jax.random.bernoulli(coin_key), *drawn)
 
 
-def mixup_weights(key: jax.Array, size: int, alpha: float) -> jax.Array:
-  """All pixels keep a share of Beta(alpha, alpha): [S, S].
+def mixup_weights(
+  key: Key[Array, ""], size: int, alpha: float
+) -> Float[Array, "S S"]:
+  """Draw the weights of mixup: Beta(alpha, alpha), equal for all pixels.
 
-  Zhang et al. 2018 (arXiv:1710.09412), section 2; each image draws its own.
+  Zhang et al. 2018 (arXiv:1710.09412), section 2; each image has its own draw.
   """
   return jnp.full((size, size), random_beta(key, alpha))
 
 
-def cutmix_weights(key: jax.Array, size: int, alpha: float) -> jax.Array:
-  """Pixels of a box keep nothing, the others everything: [S, S].
+def cutmix_weights(
+  key: Key[Array, ""], size: int, alpha: float
+) -> Float[Array, "S S"]:
+  """Draw the weights of CutMix: 0 in a box, 1 elsewhere.
 
-  Yun et al. 2019 (arXiv:1905.04899), section 3.1: the box has the edge
-  S sqrt(1 - share), with a share of Beta(alpha, alpha), and its centre anywhere
-  in the image. As in their code, what of it is outside does not count.
+  Yun et al. 2019 (arXiv:1905.04899), section 3.1: the edge of the box is
+  S sqrt(1 - lambda), with lambda drawn from Beta(alpha, alpha). Its centre is
+  uniform in the image. As in their code, the box is clipped to the image.
   """
-  share_key, centre_key = jax.random.split(key)
-  edge = size * jnp.sqrt(1 - random_beta(share_key, alpha))
+  lambda_key, centre_key = jax.random.split(key)
+  edge = size * jnp.sqrt(1 - random_beta(lambda_key, alpha))
   centre = jax.random.uniform(centre_key, (2, 1), maxval=size)
   rows, columns = jnp.abs(jnp.arange(size) + 0.5 - centre) < edge / 2
   return jnp.where(rows[:, None] & columns, 0.0, 1.0)
 
 
-def random_beta(key: jax.Array, alpha: float) -> jax.Array:
-  """Draws from Beta(alpha, alpha): [] float32.
+def random_beta(key: Key[Array, ""], alpha: float) -> Float[Array, ""]:
+  """Draw from Beta(alpha, alpha) by interpolating tabulated quantiles.
 
-  Between tabulated quantiles: `jax.random.beta` tries until it succeeds, in
-  loops of which several devices would have to agree on the end.
+  `jax.random.beta` uses rejection sampling, whose loop would have to end on all
+  devices at once.
   """
-  from scipy import (
-    special,
-  )  # Slow to import; runs without mixing do not need it.
+  # A slow import, needed with mixing only.
+  from scipy import special
 
   table = special.betaincinv(alpha, alpha, np.linspace(0, 1, _QUANTILES + 1))
   table = jnp.asarray(table, jnp.float32)
-  place = _QUANTILES * jax.random.uniform(key)
-  i = place.astype(jnp.int32)
-  return table[i] + (place - i) * (table[i + 1] - table[i])
+  position = _QUANTILES * jax.random.uniform(key)
+  i = position.astype(jnp.int32)
+  return table[i] + (position - i) * (table[i + 1] - table[i])

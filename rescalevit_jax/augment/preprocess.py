@@ -1,7 +1,7 @@
-"""uint8 images to model input, on the device, inside the jitted step.
+"""Convert uint8 images to model input, inside the jitted step.
 
-Crop and resize are one bilinear map per axis, so an image [H, W, 3] becomes
-rows [S, H] @ image @ columns [S, W]^T: two small matrix products.
+Crop and resize are one bilinear map per axis: two small matrix products,
+rows [S, H] @ image [H, W, 3] @ columns [S, W]^T.
 """
 
 import dataclasses
@@ -10,6 +10,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int32, Key, Num, UInt8
 
 from rescalevit_jax.augment import trivial_augment
 
@@ -18,20 +19,20 @@ AUTO = ("none", "trivial")
 
 @dataclasses.dataclass(frozen=True)
 class Augment:
-  """What training does to an image.
+  """Settings of the augmentation of a training image.
 
   Attributes:
     crop: whether to take a random crop (RandomResizedCrop) or the whole image.
-    min_area: smallest share of the image's area that a crop covers; the largest
+    min_area: minimum area of a crop as a fraction of the image; the maximum
       is 1.
-    min_aspect: smallest ratio width / height of a crop; the largest is its
-      inverse.
-    flip: whether half of the images are mirrored left to right.
-    pad_crop: pixels; instead of `crop`, the image is shifted by up to so many
-      in each direction, and black comes in.
-    auto: 'trivial' for a random operation before the crop; see
-      `trivial_augment`; or 'none'.
-    random_erasing: probability that a box of an image becomes noise.
+    min_aspect: minimum aspect ratio width / height of a crop; the maximum is
+      its inverse.
+    flip: whether to flip horizontally with probability 0.5.
+    pad_crop: maximum random shift in pixels in each direction, with black
+      padding, in place of `crop`; 0: none.
+    auto: "trivial": one random operation before the crop, see
+      `trivial_augment`; or "none".
+    random_erasing: probability of random erasing.
   """
 
   crop: bool = True
@@ -43,15 +44,14 @@ class Augment:
   random_erasing: float = 0.0
 
 
-def prepare(images: jax.Array, size: int) -> jax.Array:
-  """Resizes whole images, for evaluation.
+def prepare(
+  images: Num[Array, "B H W 3"], size: int
+) -> Float[Array, "B S S 3"]:
+  """Resize whole images, as for evaluation, and scale them to [-1, 1].
 
   Args:
-    images: [B, H, W, 3] uint8.
+    images: values in [0, 255].
     size: edge S of the result.
-
-  Returns:
-    [B, S, S, 3] float32 in [-1, 1].
   """
   _, height, width, _ = images.shape
   if height == width == size:
@@ -62,22 +62,22 @@ def prepare(images: jax.Array, size: int) -> jax.Array:
 
 
 def prepare_random(
-  keys: jax.Array, images: jax.Array, size: int, augment: Augment
-) -> jax.Array:
-  """Crops, resizes and flips images at random, for training.
+  keys: Key[Array, " B"],
+  images: UInt8[Array, "B H W 3"],
+  size: int,
+  augment: Augment,
+) -> Float[Array, "B S S 3"]:
+  """Augment and resize training images, and scale them to [-1, 1].
 
   Args:
-    keys: [B] PRNG keys, one an image: its fate depends on nothing else.
-    images: [B, H, W, 3] uint8.
+    keys: one PRNG key per image, the only source of its randomness.
+    images: values in [0, 255].
     size: edge S of the result.
-    augment: what to do.
-
-  Returns:
-    [B, S, S, 3] float32 in [-1, 1].
+    augment: settings.
   """
   _, height, width, _ = images.shape
   crop_keys, flip_keys = jax.vmap(jax.random.split, out_axes=1)(keys)
-  # Splitting is folding in 0 and 1: other numbers give other keys.
+  # Splitting folds in 0 and 1; other numbers give independent keys.
   auto_keys, erase_keys = (
     jax.vmap(jax.random.fold_in, (0, None))(keys, n) for n in (2, 3)
   )
@@ -112,33 +112,27 @@ def prepare_random(
 
 
 def random_shift(
-  key: jax.Array, height: int, width: int, pad: int
-) -> jax.Array:
-  """Draws a crop of an image's own size out of one with a border.
+  key: Key[Array, ""], height: int, width: int, pad: int
+) -> Int32[Array, "4"]:
+  """Draw a crop of the original size from a padded image.
 
-  He et al. 2016 (arXiv:1512.03385), section 4.2, with a border of 4 pixels.
+  He et al. 2016 (arXiv:1512.03385), section 4.2, with 4 pixels of padding.
 
   Returns:
-    [4] int32: top, left, height, width, in pixels of the padded image.
+    Top, left, height and width in pixels of the padded image.
   """
   corner = jax.random.randint(key, (2,), 0, 2 * pad + 1)
   return jnp.concatenate([corner, jnp.array([height, width])])
 
 
-def erase(key: jax.Array, image: jax.Array, share: float) -> jax.Array:
-  """Random erasing: at times, replaces a box by noise.
+def erase(
+  key: Key[Array, ""], image: Float[Array, "S S 3"], probability: float
+) -> Float[Array, "S S 3"]:
+  """Replace a box of an image by noise with some probability.
 
-  Zhong et al. 2020 (arXiv:1708.04896), section 3.2: the box has 2 to 40 % of
-  the area and an aspect ratio of 0.3 to 1/0.3, here with a uniform logarithm;
-  each of its pixels' values is uniform over their range.
-
-  Args:
-    key: a PRNG key.
-    image: [S, S, 3] float32 in [-1, 1].
-    share: the probability that anything is erased.
-
-  Returns:
-    [S, S, 3] float32.
+  Random erasing (Zhong et al. 2020, arXiv:1708.04896, section 3.2): the box
+  covers 2 to 40 % of the area. Its aspect ratio is 0.3 to 1/0.3, here with a
+  uniform logarithm. The noise is uniform in [-1, 1].
   """
   coin_key, box_key, noise_key = jax.random.split(key, 3)
   size = len(image)
@@ -150,28 +144,28 @@ def erase(key: jax.Array, image: jax.Array, share: float) -> jax.Array:
   columns = (left <= pixel) & (pixel < left + width)
   inside = (rows[:, None] & columns)[..., None]
   noise = jax.random.uniform(noise_key, image.shape, minval=-1, maxval=1)
-  erased = inside & jax.random.bernoulli(coin_key, share)
+  erased = inside & jax.random.bernoulli(coin_key, probability)
   return jnp.where(erased, noise, image)
 
 
 def random_box(
-  key: jax.Array,
+  key: Key[Array, ""],
   height: int,
   width: int,
   min_area: float,
   min_aspect: float,
   tries: int = 10,
   max_area: float = 1.0,
-) -> jax.Array:
-  """Draws a crop as torchvision's RandomResizedCrop does.
+) -> Int32[Array, "4"]:
+  """Draw a crop as torchvision's RandomResizedCrop does.
 
-  The area is uniform in [min_area, max_area] of the image's, the logarithm of
-  the aspect ratio uniform in [min_aspect, 1 / min_aspect]. The first of ten
-  draws that fits the image is placed at random; if none fits, the largest
-  centred box with an allowed aspect ratio is taken.
+  The fraction of the area is uniform in [min_area, max_area]. The aspect ratio
+  has a uniform logarithm in [min_aspect, 1 / min_aspect]. The first of ten
+  draws that fits the image gets a random position. If none fits, the result is
+  the largest centred box with an allowed aspect ratio.
 
   Returns:
-    [4] int32: top, left, height, width, in pixels.
+    Top, left, height and width in pixels.
   """
   area_key, aspect_key, top_key, left_key = jax.random.split(key, 4)
   area = (
@@ -205,21 +199,22 @@ def random_box(
 
 
 def resize_matrix(
-  start: jax.Array, length: jax.Array, old: int, new: int
-) -> jax.Array:
-  """Bilinear weights that crop and resize one axis.
+  start: Int32[Array, ""] | int,
+  length: Int32[Array, ""] | int,
+  old: int,
+  new: int,
+) -> Float[Array, "new old"]:
+  """Return the bilinear weights that crop and resize one axis.
 
-  Half-pixel centres; when shrinking, the triangle widens with the scale
-  (antialiasing), as in Pillow. Pixels outside the crop have no weight.
+  Pixels have half-integer centres. When shrinking, the triangle filter widens
+  with the scale (antialiasing), as in Pillow. Pixels outside the crop have
+  weight 0. Each row sums to 1.
 
   Args:
-    start: first pixel of the crop, a scalar.
-    length: pixels of the crop, a scalar.
-    old: pixels of the axis.
-    new: pixels of the result.
-
-  Returns:
-    [new, old] float32; each row sums to 1.
+    start: first pixel of the crop.
+    length: number of pixels of the crop.
+    old: number of pixels of the axis.
+    new: number of pixels of the result.
   """
   scale = length / new
   center = start + (jnp.arange(new, dtype=jnp.float32)[:, None] + 0.5) * scale
@@ -231,7 +226,7 @@ def resize_matrix(
 
 
 def _resize(images, rows, columns):
-  # Full float32: TF32 would round the pixels.
+  # In full float32: TF32 would round the pixels.
   einsum = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
   rows = jnp.broadcast_to(rows, (len(images), *rows.shape[1:]))
   columns = jnp.broadcast_to(columns, (len(images), *columns.shape[1:]))

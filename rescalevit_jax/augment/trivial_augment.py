@@ -1,8 +1,8 @@
 """TrivialAugment (Müller & Hutter 2021, arXiv:2103.10158), on the device.
 
-Each image undergoes one operation, drawn uniformly, and so is its strength, out
-of the paper's "wide" search space. Operations are those of Pillow, which the
-paper uses, without its rounding and with bilinear interpolation.
+Each image gets one operation of uniform strength, drawn uniformly from the
+paper's "wide" search space. Operations equal Pillow's, which the paper uses,
+without rounding and with bilinear interpolation.
 """
 
 import functools
@@ -11,9 +11,10 @@ import math
 import jax
 import jax.numpy as jnp
 from jax.scipy import ndimage
+from jaxtyping import Array, Float, Int, Key, UInt8
 
 _STRENGTHS = 31
-# The wide search space: what strength 1 means.
+# The wide search space: values at strength 1.
 _SHEAR = 0.99
 _SHIFT = 32.0  # Pixels.
 _ANGLE = math.radians(135)
@@ -21,16 +22,10 @@ _ENHANCEMENT = 0.99
 _POSTERIZE_BITS = 6
 
 
-def apply(key: jax.Array, image: jax.Array) -> jax.Array:
-  """Applies a random operation to an image.
-
-  Args:
-    key: a PRNG key.
-    image: [H, W, 3] uint8.
-
-  Returns:
-    [H, W, 3] float32 in [0, 255].
-  """
+def apply(
+  key: Key[Array, ""], image: UInt8[Array, "H W 3"]
+) -> Float[Array, "H W 3"]:
+  """Apply a random operation to an image; the result is in [0, 255]."""
   operation_key, strength_key, sign_key = jax.random.split(key, 3)
   return operate(
     image,
@@ -41,20 +36,20 @@ def apply(key: jax.Array, image: jax.Array) -> jax.Array:
 
 
 def operate(
-  image: jax.Array, operation: jax.Array, strength: jax.Array, sign: jax.Array
-) -> jax.Array:
-  """Applies one of the operations.
+  image: UInt8[Array, "H W 3"],
+  operation: Int[Array, ""],
+  strength: Float[Array, ""],
+  sign: Float[Array, ""],
+) -> Float[Array, "H W 3"]:
+  """Apply an operation to an image; the result is in [0, 255].
 
-  All of geometry is one warp, which for the others moves nothing.
+  All geometric operations are one warp, which is the identity for the others.
 
   Args:
-    image: [H, W, 3] uint8.
-    operation: its place in `OPERATIONS`.
+    image: values in [0, 255].
+    operation: index in `OPERATIONS`.
     strength: in [0, 1].
-    sign: -1 or 1, for operations that go either way.
-
-  Returns:
-    [H, W, 3] float32 in [0, 255].
+    sign: -1 or 1, for operations with a direction.
   """
 
   def amount(*names):
@@ -77,21 +72,21 @@ def operate(
 
 
 def warp(
-  image: jax.Array, shear: jax.Array, shift: jax.Array, angle: jax.Array
-) -> jax.Array:
-  """Shears and shifts from the top left corner and rotates about the centre.
+  image: Float[Array, "H W C"],
+  shear: Float[Array, "2"],
+  shift: Float[Array, "2"],
+  angle: Float[Array, ""],
+) -> Float[Array, "H W C"]:
+  """Shear and shift an image from its top left corner, rotate about its centre.
 
-  As Pillow's transform: the result's pixel at (x, y) is where the map says in
-  the image, or black if that is outside.
+  As in Pillow, the transform maps a pixel of the result to a position in the
+  image. Positions outside the image are black.
 
   Args:
-    image: [H, W, C] float32.
-    shear: [2], of x by y and of y by x.
-    shift: [2], in x and y, pixels.
-    angle: in radians, counterclockwise.
-
-  Returns:
-    [H, W, C] float32.
+    image: any values.
+    shear: shear of x by y and of y by x.
+    shift: shift of x and y in pixels.
+    angle: counterclockwise, in radians.
   """
   height, width, _ = image.shape
   x, y = jnp.meshgrid(jnp.arange(width) + 0.5, jnp.arange(height) + 0.5)
@@ -110,24 +105,24 @@ def warp(
   return jnp.where(inside[..., None], jax.vmap(interpolate, -1, -1)(image), 0.0)
 
 
-# Below: images x are [H, W, 3] float32 in [0, 255], whole numbers.
+# Below, images x are [H, W, 3] float32, integers in [0, 255].
 
 
 def _enhance(degenerate, strength, sign, x):
-  """Moves an image away from a poorer one, or towards it (PIL.ImageEnhance)."""
-  poorer = degenerate(x)
+  """Move an image away from a degenerate one, or towards it (ImageEnhance)."""
+  base = degenerate(x)
   factor = 1 + _ENHANCEMENT * sign * strength
-  return jnp.clip(poorer + factor * (x - poorer), 0.0, 255.0)
+  return jnp.clip(base + factor * (x - base), 0.0, 255.0)
 
 
 def _grey(x):
-  """[H, W, 1]: what Pillow calls L (ITU-R 601-2)."""
+  """Return the luma, Pillow's mode L (ITU-R 601-2), as [H, W, 1]."""
   weights = jnp.array([0.299, 0.587, 0.114])
   return (x * weights).sum(-1, keepdims=True)
 
 
 def _smooth(x):
-  """Pillow's filter SMOOTH, which leaves the border as it is."""
+  """Apply Pillow's filter SMOOTH, which does not change the border."""
   sums = jax.lax.reduce_window(
     x, 0.0, jax.lax.add, (3, 3, 1), (1, 1, 1), "valid"
   )
@@ -147,7 +142,7 @@ def _solarize(strength, sign, x):
 
 
 def _autocontrast(strength, sign, x):
-  """Stretches each channel to the whole range."""
+  """Stretch each channel to the whole range."""
   del strength, sign
   low, high = x.min((0, 1)), x.max((0, 1))
   stretched = (x - low) * 255 / jnp.maximum(high - low, 1)
@@ -155,7 +150,7 @@ def _autocontrast(strength, sign, x):
 
 
 def _equalize(strength, sign, x):
-  """Makes each channel's histogram flat, as PIL.ImageOps.equalize does it."""
+  """Equalize the histogram of each channel, as PIL.ImageOps.equalize."""
   del strength, sign
 
   def equalize(channel):

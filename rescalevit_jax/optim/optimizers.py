@@ -104,7 +104,7 @@ def muon(momentum: float, b2: float) -> optax.GradientTransformation:
   Nesterov momentum of the gradient by the nearest semi-orthogonal matrix, with
   five Newton-Schulz iterations. Optax also corrects the momentum's bias towards
   0, which matters in the first steps only. A kernel is a matrix from all its
-  inputs to all its outputs; those of attention are [D, D]. The factor
+  inputs to all its outputs, [D, D] in attention. The factor
   0.2 sqrt(max(inputs, outputs)) gives updates the size of AdamW's, so both
   share one learning rate and weight decay (Liu et al. 2025, arXiv:2502.16982,
   section 2.2).

@@ -41,7 +41,7 @@ class Difference:
 def affine_names(
   file: Mapping[str, Any], model: Mapping[str, Any]
 ) -> dict[str, str]:
-  """Map scale and bias of the file's norm to those of a different norm.
+  """Map keys of scale and bias of the file's norm to the model's norm.
 
   Both have them at the same sites under different names, such as
   `LayerNorm_0/scale` in the file and `Cal_0/scale` in the model.
@@ -126,7 +126,7 @@ def _compare_norms(file, model, difference):
     {key: slot for key in keys if (slot := _norm_slot(key))}
     for keys in (model, file)
   )
-  # All final norms have one name, so only the blocks' norms tell them apart.
+  # All final norms have one name, so only the blocks' norms are compared.
   our_slots, their_slots = (
     {*slots.values()} - {_FINAL_NORM} for slots in (ours, theirs)
   )
@@ -145,7 +145,7 @@ def _compare_norms(file, model, difference):
 
 
 def _compare_options(file, model, difference):
-  """Compare the arrays of each option; those of different kinds are skipped."""
+  """Compare the arrays of each option; skip options of one side only."""
   for name in detect.OPTIONS:
     ours, theirs = (
       {key for key in keys if detect.option(key) == name}
