@@ -40,6 +40,8 @@ setuptools.setup(
   install_requires=[
     "absl-py>=2.3",
     "clu>=0.0.12",
+    # Earlier versions empty the lock file, which names its holder.
+    "filelock>=4.3",
     "flax>=0.12.2",
     "grain>=0.2.15",
     "jax>=0.10.2",

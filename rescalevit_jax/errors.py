@@ -9,9 +9,6 @@ _TENSORSTORES_NOTES = re.compile(
   r"\s*\[(tensorstore_spec|source locations)='.*?'\]"
 )
 
-# What a run that has diverged says of its loss.
-NOT_FINITE = "not finite"
-
 
 class UserError(Exception):
   """A mistake in a flag, a file or the machine's state.

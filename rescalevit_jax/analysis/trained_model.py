@@ -261,7 +261,7 @@ def _difference(variables, like):
 
 
 def _class_names(workdir, num_classes):
-  path = workdir / "class_names.json"
+  path = workdir / folder.CLASS_NAMES
   try:
     names = json.loads(path.read_text(encoding="utf-8"))
   except FileNotFoundError:

@@ -493,7 +493,7 @@ def _training_result(run):
     return {"finished": False, "step": 0}
   steps, accuracy = found.curve("test/accuracy")
   return {
-    "finished": found.result is not None,
+    "finished": found.is_finished,
     "step": found.step,
     "evaluations": {
       "step": steps,

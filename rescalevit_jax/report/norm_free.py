@@ -25,15 +25,12 @@ import logging
 import pathlib
 import sys
 
-from rescalevit_jax import config as config_lib
 from rescalevit_jax import errors
 from rescalevit_jax import sweep
 from rescalevit_jax.analysis import plots
 from rescalevit_jax.config import overrides
 from rescalevit_jax.report import lr_table
-from rescalevit_jax.runs import folder as folder_lib
 from rescalevit_jax.runs import result as result_lib
-from rescalevit_jax.runs import run_reader
 from rescalevit_jax.runtime import cli
 from rescalevit_jax.runtime import terminal
 from rescalevit_jax.sweep import grid
@@ -140,8 +137,7 @@ def _run(args, settings):
 
   def execute(plans):
     planned = [run for runs in plans.values() for run in runs]
-    left = [run for run in planned if not _has_diverged(run)]
-    return sweep.execute(left, args.runs_dir, jobs=args.jobs)
+    return sweep.execute(planned, args.runs_dir, jobs=args.jobs)
 
   plans = {
     (dataset, method): choosing(dataset, method)
@@ -185,20 +181,12 @@ def accuracies(
   """
   found = {}
   for run in [run for runs in plans.values() for run in runs]:
-    result = result_lib.read(run.workdir)
-    if result is None and not _has_diverged(run):
+    result = result_lib.read_same_run(run.config, run.workdir)
+    if result is None:
       why = subprocess_run.failure(run.workdir, None).removeprefix("error: ")
       raise errors.UserError(f"{run.workdir}: {why}")
-    found[run.workdir] = None if result is None else result["last_accuracy"]
+    found[run.workdir] = result.get("last_accuracy")
   return found
-
-
-def _has_diverged(run):
-  """Whether this very run has; one of another config says nothing of it."""
-  if f": {errors.NOT_FINITE}; " not in run_reader.last_log_line(run.workdir):
-    return False
-  old = folder_lib.read_config(run.workdir)
-  return old is not None and not config_lib.differing_keys(old, run.config)
 
 
 def _choose(key, runs, found):

@@ -82,14 +82,14 @@ def collect(folder: str | os.PathLike[str]) -> Study:
       sorted(line.removeprefix(f"{folder}{os.sep}") for line in lines)
     )
 
-  finished = [run for run in whole if run.result is not None]
+  finished = [run for run in whole if run.is_finished]
   groups = sorted(
     run_reader.group(finished), key=lambda group: _order(group[0].config)
   )
   return Study(
     folder,
     tuple(groups),
-    tuple(run for run in whole if run.result is None),
+    tuple(run for run in whole if not run.is_finished),
     below(damaged),
     below(found.not_begun),
     varied_keys(group[0].config for group in groups),
@@ -124,7 +124,7 @@ def varied_keys(
 
 def _check(run):
   """Raises UserError unless the run's files have what the tables need."""
-  if run.result is None:
+  if not run.is_finished:
     return
   for key, does in {
     **dict.fromkeys(_NUMBERS, _is_number),

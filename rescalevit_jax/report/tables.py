@@ -149,10 +149,12 @@ def left_out(study: run_groups.Study) -> list[tuple[str, list[str]]]:
   """Returns titles and lines that name the runs that no mean contains."""
   unfinished = []
   for run in study.unfinished:
-    last = run_reader.last_log_line(run.workdir)
+    reason = run_reader.last_log_line(run.workdir)
+    if run.result is not None:
+      reason = f"error: {run.result['error']}"
     unfinished.append(
       f"{study.name(run)}: step {run.step} of {run.config.total_steps}"
-      + (f"; {last}" if last.startswith("error: ") else "")
+      + (f"; {reason}" if reason.startswith("error: ") else "")
     )
   sections = [
     ("Unfinished", unfinished),
@@ -202,12 +204,12 @@ def _row(group, varied):
 
 def _run_row(name, run, varied):
   result = run.result or {}
-  finished = run.result is not None
+  finished = run.is_finished
   return {
     "run": name,
     **_naming(run.config, varied),
     "seed": run.config.seed,
-    "state": "finished" if finished else "unfinished",
+    "state": result.get("status", "unfinished"),
     "step": result.get("last_step", run.step),
     "total_steps": run.config.total_steps,
     **{

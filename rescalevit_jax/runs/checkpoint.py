@@ -1,11 +1,10 @@
-"""Orbax checkpoints: the last ones, to go on from, and the best one.
+"""Orbax checkpoints of a run: the last ones, to resume from, and the best one.
 
-Where they lie is in `checkpoint_folders`. `variables` holds the collections
-`params` and `batch_stats` as they are evaluated; where those are averages over
-the steps, `optimizer` has the ones that training goes on with. `loss_scale` is
-there if the run computes in float16. A checkpoint is
-written to a temporary folder and renamed, so that what has its final name was
-whole; sums of its files tell whether it still is.
+`checkpoint_folders` lists their files. `variables` has the collections `params`
+and `batch_stats` that are evaluated. With an EMA these are averages, and
+`optimizer` has the values that training continues with. `loss_scale` exists in
+float16 only. A checkpoint is written to a temporary folder and renamed when it
+is complete; checksums of its files detect damage.
 """
 
 from collections.abc import Mapping
@@ -22,13 +21,14 @@ from rescalevit_jax import errors
 from rescalevit_jax.distributed import processes
 from rescalevit_jax.runs import checkpoint_folders
 from rescalevit_jax.runs import checksums
+from rescalevit_jax.runs import folder as folder_lib
 
 _log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass
 class Progress:
-  """What a run knows about itself beside its state; saved with it.
+  """Counters and results of a run, saved in each checkpoint.
 
   Attributes:
     step: steps done.
@@ -40,9 +40,9 @@ class Progress:
     examples_evaluated: test images counted by the last evaluation.
     seconds: wall time of the run, restarts included.
     timed_steps: training steps in `timed_seconds`.
-    timed_seconds: time of training alone: no compilation, no evaluation.
+    timed_seconds: training time without compilation and evaluation.
     summed_steps: steps since the last line of diagnostics.
-    clipped_steps: how many of them had their gradient clipped.
+    clipped_steps: those of them whose gradient was clipped.
     effective_lr: sum of their learning rates after clipping.
     skipped_steps: steps of the run whose gradient overflowed float16.
   """
@@ -64,11 +64,11 @@ class Progress:
 
 
 class Checkpoints:
-  """The checkpoints of a run; saving is asynchronous.
+  """The checkpoints of a run, saved asynchronously.
 
   Args:
     workdir: the run's folder.
-    keep: how many of the last ones to keep.
+    keep: number of last checkpoints to keep.
   """
 
   def __init__(self, workdir: pathlib.Path, keep: int = 1):
@@ -85,34 +85,34 @@ class Checkpoints:
       self._best.close()
 
   def latest_step(self) -> int | None:
-    """Returns the step that a run would go on from, None if there is none."""
+    """Return the step that a run resumes from, None for the start."""
     return self._last.latest_step()
 
   def save(self, items: Mapping[str, Any], progress: Progress) -> None:
-    """Saves a checkpoint to resume from.
+    """Save a checkpoint to resume from.
 
     Args:
       items: trees by name: `variables`, `optimizer` and perhaps `loss_scale`.
       progress: of the run.
 
     Raises:
-      UserError: it, or the one before it, cannot be written.
+      UserError: this checkpoint or the previous one cannot be written.
     """
     args = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
     args["progress"] = ocp.args.JsonSave(dataclasses.asdict(progress))
     with _writing(self._last):
-      self._best.wait_until_finished()  # `progress` tells of it.
+      self._best.wait_until_finished()  # `progress` refers to it.
       self._last.save(progress.step, args=ocp.args.Composite(**args))
 
   def save_best(self, variables: Mapping[str, Any], progress: Progress) -> None:
-    """Saves the best variables so far.
+    """Save the best variables so far.
 
     Raises:
-      UserError: they, or those before them, cannot be written.
+      UserError: this checkpoint or the previous one cannot be written.
     """
     with _writing(self._best):
       if jax.process_count() > 1:
-        # Orbax's barriers of two managers at a time get in each other's way.
+        # Orbax's barriers interfere if two managers save at a time.
         self._last.wait_until_finished()
       self._best.save(
         progress.step,
@@ -123,16 +123,16 @@ class Checkpoints:
       )
 
   def restore(self, like: Mapping[str, Any]) -> tuple[dict[str, Any], Progress]:
-    """Restores the latest checkpoint; deletes best ones of later steps.
+    """Restore the latest checkpoint; delete best ones of later steps.
 
     Args:
       like: the trees of `save`, of `jax.ShapeDtypeStruct`s with shardings.
 
     Returns:
-      The trees and the progress. `loss_scale` is left out if it was not saved.
+      The trees and the progress, without `loss_scale` if it was not saved.
 
     Raises:
-      UserError: the checkpoint cannot be read or is of another model.
+      UserError: the checkpoint cannot be read or has another model.
     """
 
     def read(manager, step):
@@ -147,36 +147,40 @@ class Checkpoints:
 
     items = _restore(self._last, read)
     progress = Progress(**items.pop("progress"))
-    self.forget_best(after=progress.best_step)
+    self.delete_best(after=progress.best_step)
     best = progress.best_step
     if best in (0, *self._best.all_steps()):
       return items, progress
     if checkpoint_folders.was_damaged(self._workdir, "best", best):
       _log.warning(
-        "the weights of the best step so far, %d, are lost; those of the next"
-        " better one will be kept",
+        "the best checkpoint (step %d) is lost; the next better one will be"
+        " saved",
         best,
       )
     else:
-      # A better one has replaced it, which the run will come to again.
+      # A later, better one has replaced it; the run reaches that step again.
       progress.best_accuracy, progress.best_step = -1.0, 0
     return items, progress
 
-  def forget_best(self, after: int) -> None:
-    """Deletes best variables of later steps: of a future that was cut off.
+  def delete_best(self, after: int) -> None:
+    """Delete best checkpoints of later steps, which the run repeats.
 
     Raises:
-      UserError: they cannot be moved out of the way.
+      UserError: they cannot be moved.
     """
     processes.wait_for_all("best checkpoints listed")
     if jax.process_index() == 0:
       with _writing(self._best):
-        checkpoint_folders.forget_best(self._workdir, after)
-    processes.wait_for_all("best checkpoints forgotten")
+        checkpoint_folders.delete_best(self._workdir, after)
+    processes.wait_for_all("best checkpoints deleted")
     self._best.reload()
 
   def wait(self) -> None:
-    """Waits until all is on disk; raises UserError if it cannot be."""
+    """Wait until all is on disk.
+
+    Raises:
+      UserError: a checkpoint cannot be written.
+    """
     with _writing(self._last):
       self._best.wait_until_finished()
       self._last.wait_until_finished()
@@ -185,7 +189,7 @@ class Checkpoints:
 def load_variables(
   workdir: pathlib.Path, which: str
 ) -> tuple[dict[str, Any], dict[str, Any], int]:
-  """Reads a run's weights, whatever its model, onto the first own device.
+  """Load a run's weights onto the first local device.
 
   Args:
     workdir: the run's folder.
@@ -203,10 +207,10 @@ def load_variables(
       f"unknown checkpoint {which!r}; {errors.nearest(which, kinds)}"
     )
   kind = kinds[which]
-  if not checkpoint_folders.saved_steps(workdir, kind):
+  if not folder_lib.saved_steps(workdir, kind):
     raise errors.UserError(
-      f"{workdir}: no {which} checkpoint; --workdir must be the folder of a run"
-      " that has saved one"
+      f"{workdir}: no {which} checkpoint; give the folder of a run that has"
+      " saved one"
     )
   device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
 
@@ -225,11 +229,11 @@ def load_variables(
 
 
 def _manager(workdir, kind, keep, *, readonly=False):
-  folder = (pathlib.Path(workdir) / "checkpoints" / kind).absolute()
+  folder = folder_lib.checkpoints(workdir, kind).absolute()
 
   def write_checksums():
-    # Called before the folder gets its final name; one is written at a time.
-    for temporary in folder.glob("*.orbax-checkpoint-tmp"):
+    # Called before the folder is renamed; one is written at a time.
+    for temporary in folder.glob(f"*{ocp.utils.TMP_DIR_SUFFIX}"):
       checksums.write(temporary)
 
   return ocp.CheckpointManager(
@@ -243,7 +247,7 @@ def _manager(workdir, kind, keep, *, readonly=False):
     options=ocp.CheckpointManagerOptions(
       max_to_keep=keep,
       create=not readonly,
-      # What another process is writing just now is left alone.
+      # Another process may be writing there.
       cleanup_tmp_directories=not readonly,
       async_options=ocp.AsyncOptions(
         post_finalization_callback=write_checksums
@@ -256,10 +260,10 @@ def _manager(workdir, kind, keep, *, readonly=False):
 def _writing(manager):
   try:
     yield
-  except Exception as e:  # Orbax and tensorstore raise all sorts.
+  except Exception as e:  # Orbax and TensorStore raise any type.
     raise errors.UserError(
       f"{manager.directory}: cannot write the checkpoint ({errors.brief(e)});"
-      " free some space or mend the folder, then start the same command again"
+      " free some space or repair the folder, then run the same command"
     ) from e
 
 
@@ -268,8 +272,8 @@ def _restore(manager, read):
   folder = pathlib.Path(manager.directory) / str(step)
   try:
     return read(manager, step)
-  except Exception as e:  # Orbax and tensorstore raise all sorts.
+  except Exception as e:  # Orbax and TensorStore raise any type.
     raise errors.UserError(
       f"{folder}: the checkpoint is damaged or not of this model"
-      f" ({errors.brief(e)}); move it away to use another one, if there is one"
+      f" ({errors.brief(e)}); move it away to use an older one"
     ) from e

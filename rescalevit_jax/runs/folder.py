@@ -1,4 +1,4 @@
-"""The folder of a run: its name, and the config of the run that it holds."""
+"""Paths in the folder of a run, and its config."""
 
 import pathlib
 
@@ -6,14 +6,22 @@ import ml_collections
 
 from rescalevit_jax import config as config_lib
 from rescalevit_jax import errors
-from rescalevit_jax.runs import checkpoint_folders
 
-# RecursionError: of thousands of nested brackets.
+CONFIG = "config.json"
+CLASS_NAMES = "class_names.json"
+METRICS = "metrics.jsonl"
+RESULT = "result.json"
+EVALUATION = "eval.json"  # Of --mode=eval.
+LOG = "log.txt"  # Of runs that a sweep started.
+PROFILE = "profile"
+LOCK = ".lock"
+CHECKPOINTS = "checkpoints"
+# RecursionError: thousands of nested brackets.
 _DAMAGE = (AttributeError, KeyError, RecursionError, TypeError, ValueError)
 
 
 def default_workdir(config: ml_collections.ConfigDict) -> pathlib.Path:
-  """Returns runs/DATASET-MODEL-NORM-scratch-seed0 or …-pretrained-seed0."""
+  """Return runs/DATASET-MODEL-NORM-scratch-seed0 or …-pretrained-seed0."""
   start = "scratch" if config.pretrained_path is None else "pretrained"
   return pathlib.Path("runs") / "-".join(
     [
@@ -26,50 +34,55 @@ def default_workdir(config: ml_collections.ConfigDict) -> pathlib.Path:
   )
 
 
+def checkpoints(workdir: str | pathlib.Path, kind: str) -> pathlib.Path:
+  """Return the folder of a run's checkpoints.
+
+  Args:
+    workdir: the run's folder.
+    kind: 'last', 'best' or 'damaged'; 'deleted' for one that is being deleted.
+  """
+  return pathlib.Path(workdir) / CHECKPOINTS / kind
+
+
+def saved_steps(workdir: str | pathlib.Path, kind: str) -> list[int]:
+  """Return the steps of a run's checkpoints, in order.
+
+  Args:
+    workdir: the run's folder, which need not exist.
+    kind: 'last' or 'best'.
+  """
+  names = [path.name for path in checkpoints(workdir, kind).glob("*")]
+  return sorted(int(name) for name in names if name.isdecimal())
+
+
 def read_config(
   workdir: str | pathlib.Path,
 ) -> ml_collections.ConfigDict | None:
-  """Reads the config of the run in a folder; None if there is no run."""
-  path = pathlib.Path(workdir) / "config.json"
+  """Return the config of the run in a folder, None if there is no run.
+
+  Raises:
+    UserError: config.json is damaged.
+  """
+  path = pathlib.Path(workdir) / CONFIG
   try:
     return config_lib.from_json(path.read_text(encoding="utf-8"))
   except FileNotFoundError:
     return None
   except _DAMAGE as e:
     raise errors.UserError(
-      f"{path}: damaged, or of another program ({e}); use another folder"
+      f"{path}: damaged or from another program ({e}); use another folder"
     ) from e
 
 
 def require_config(workdir: str | pathlib.Path) -> ml_collections.ConfigDict:
-  """Does the same; raises UserError if there is no run."""
+  """Return the config of the run in a folder.
+
+  Raises:
+    UserError: there is no run, or config.json is damaged.
+  """
   config = read_config(workdir)
   if config is None:
     raise errors.UserError(
-      f"{workdir}: no run there (no config.json); give the folder of a run"
+      f"{workdir}: no run there (no {CONFIG}); give the folder of a run"
     )
   return config
-
-
-def check_same_run(
-  config: ml_collections.ConfigDict, workdir: pathlib.Path
-) -> None:
-  """Raises UserError if the folder holds a run of another config.
-
-  A run that has saved nothing yet may change its config.
-  """
-  workdir = pathlib.Path(workdir)
-  saved = checkpoint_folders.saved_steps(workdir, "last")
-  if not saved and not (workdir / "result.json").exists():
-    return
-  old = read_config(workdir)
-  if old is None:
-    raise errors.UserError(
-      f"{workdir}: holds a run without its config.json; choose another"
-      " --workdir"
-    )
-  if keys := config_lib.differing_keys(old, config):
-    raise errors.UserError(
-      f"{workdir}: holds a run of another config: {', '.join(keys)}; choose"
-      " another --workdir or the old values"
-    )

@@ -12,6 +12,7 @@ import numpy as np
 
 from rescalevit_jax import config as config_lib
 from rescalevit_jax import errors
+from rescalevit_jax.runs import folder as folder_lib
 from rescalevit_jax.runtime import atomic_file
 from rescalevit_jax.runtime import tensorflow_cpu
 
@@ -37,7 +38,7 @@ class MetricWriter:
     config: ml_collections.ConfigDict,
     keep: Callable[[Mapping[str, Any]], bool],
   ):
-    path = workdir / "metrics.jsonl"
+    path = workdir / folder_lib.METRICS
     if path.exists():
       text = path.read_text(encoding="utf-8", errors="replace")
       lines = text.splitlines()

@@ -1,4 +1,9 @@
-"""result.json: what a finished run says of itself."""
+"""result.json: how a run ended.
+
+A run is finished if the file exists with status "finished", the default. A
+diverged run has status "diverged" with `step` and `error`. A run that stopped
+for another reason has no result.json; the same command resumes it.
+"""
 
 import importlib.metadata
 import json
@@ -8,22 +13,29 @@ import platform
 from typing import Any
 
 import jax
+import ml_collections
 
+from rescalevit_jax import config as config_lib
 from rescalevit_jax import errors
 from rescalevit_jax.runs import checkpoint
+from rescalevit_jax.runs import folder as folder_lib
+from rescalevit_jax.runtime import atomic_file
+
+FINISHED, DIVERGED = "finished", "diverged"
 
 
 def create(
   progress: checkpoint.Progress, *, images_per_second: float, parameters: int
 ) -> dict[str, Any]:
-  """Returns what is written at the end of a run.
+  """Return the result of a finished run.
 
   Args:
     progress: of the run.
-    images_per_second: of training.
-    parameters: how many the model has.
+    images_per_second: training throughput.
+    parameters: number of parameters of the model.
   """
   return {
+    "status": FINISHED,
     "best_accuracy": progress.best_accuracy,
     "best_step": progress.best_step,
     "last_accuracy": progress.last_accuracy,
@@ -45,19 +57,38 @@ def create(
   }
 
 
+def diverged(step: int, error: str) -> dict[str, Any]:
+  """Return the result of a run whose loss or gradient is not finite."""
+  return {"status": DIVERGED, "step": step, "error": error}
+
+
+def write(workdir: pathlib.Path, result: dict[str, Any]) -> None:
+  """Write result.json."""
+  text = json.dumps(result, indent=2) + "\n"
+  atomic_file.write(workdir / folder_lib.RESULT, text)
+
+
 def read(workdir: str | pathlib.Path) -> dict[str, Any] | None:
-  """Returns result.json of a finished run, or None.
+  """Return result.json, None if the run has not ended.
 
   Raises:
     UserError: it is damaged.
   """
-  path = pathlib.Path(workdir) / "result.json"
+  path = pathlib.Path(workdir) / folder_lib.RESULT
   try:
-    result = json.loads(path.read_text(encoding="utf-8"))
-    for name in ("last_accuracy", "best_accuracy", "best_step"):
-      value = result[name]
-      if not isinstance(value, int | float) or not math.isfinite(value):
-        raise ValueError(f"{name} is {value!r}")
+    result = {
+      "status": FINISHED,  # Earlier versions wrote none.
+      **json.loads(path.read_text(encoding="utf-8")),
+    }
+    if result["status"] == DIVERGED:
+      _check(result, step=int, error=str)
+    elif result["status"] == FINISHED:
+      number = int | float
+      _check(
+        result, last_accuracy=number, best_accuracy=number, best_step=number
+      )
+    else:
+      raise ValueError(f"status is {result['status']!r}")
     return result
   except FileNotFoundError:
     return None
@@ -73,9 +104,60 @@ def read(workdir: str | pathlib.Path) -> dict[str, Any] | None:
     ) from e
 
 
+def is_finished(result: dict[str, Any] | None) -> bool:
+  """Return whether a run with this result needs no further training."""
+  return result is not None and result["status"] == FINISHED
+
+
+def has_diverged(result: dict[str, Any] | None) -> bool:
+  """Return whether a run with this result has diverged."""
+  return result is not None and result["status"] == DIVERGED
+
+
+def read_same_run(
+  config: ml_collections.ConfigDict, workdir: str | pathlib.Path
+) -> dict[str, Any] | None:
+  """Return the result of this config's run, None if it must be trained.
+
+  A run without result and checkpoints may change its config. So may a diverged
+  run without checkpoints; its result then does not count.
+
+  Raises:
+    UserError: the folder holds a run of another config, or is damaged.
+  """
+  result = read(workdir)
+  saved = folder_lib.saved_steps(workdir, "last")
+  if result is None and not saved:
+    return None
+  old = folder_lib.read_config(workdir)
+  if old is None:
+    raise errors.UserError(
+      f"{workdir}: holds a run without its {folder_lib.CONFIG}; choose another"
+      " --workdir"
+    )
+  differing = config_lib.differing_keys(old, config)
+  if differing and has_diverged(result) and not saved:
+    return None
+  if differing:
+    raise errors.UserError(
+      f"{workdir}: holds a run of another config: {', '.join(differing)};"
+      " choose another --workdir or the old values"
+    )
+  return result
+
+
 def accuracies(result: dict[str, Any]) -> str:
-  """Returns the end of a line of the log."""
+  """Return the accuracies of a finished run as part of a log line."""
   return (
     f"test accuracy {result['last_accuracy']:.4f}, best"
     f" {result['best_accuracy']:.4f} at step {result['best_step']}"
   )
+
+
+def _check(result, **types):
+  for name, kind in types.items():
+    value = result[name]
+    if not isinstance(value, kind):
+      raise TypeError(f"{name} is {value!r}")
+    if not isinstance(value, str) and not math.isfinite(value):
+      raise ValueError(f"{name} is {value!r}")

@@ -27,7 +27,7 @@ class Run:
   Attributes:
     workdir: its folder.
     config: as run.
-    result: what result.json says, None before the end.
+    result: result.json, None if the run has neither finished nor diverged.
     metrics: the lines of metrics.jsonl, in order of steps.
   """
 
@@ -35,6 +35,11 @@ class Run:
   config: ml_collections.ConfigDict
   result: dict[str, Any] | None
   metrics: list[dict[str, Any]]
+
+  @property
+  def is_finished(self) -> bool:
+    """Whether the run has reached its last step."""
+    return result_lib.is_finished(self.result)
 
   @property
   def step(self) -> int:
@@ -75,7 +80,7 @@ def read(workdir: str | pathlib.Path) -> Run:
     config_lib.validate(config)
   except errors.UserError as e:
     raise errors.UserError(
-      f"{workdir / 'config.json'}: damaged, or of another version ({e})"
+      f"{workdir / folder_lib.CONFIG}: damaged, or of another version ({e})"
     ) from e
   return Run(workdir, config, result_lib.read(workdir), _metrics(workdir))
 
@@ -93,17 +98,17 @@ def find(folder: str | pathlib.Path) -> Found:
     raise errors.UserError(f"{folder}: no such folder; give one with runs")
   runs, damaged, not_begun = [], [], []
   for workdir, files in _folders(folder, damaged):
-    if "config.json" in files:
+    if folder_lib.CONFIG in files:
       try:
         runs.append(read(workdir))
       except (errors.UserError, OSError) as e:
         damaged.append(str(e))
-    elif workdir != folder and _is_log(workdir / "log.txt"):
+    elif workdir != folder and _is_log(workdir / folder_lib.LOG):
       last = last_log_line(workdir)
       reason = "" if last.startswith(LOG_HEADER) else f": {last}"
       not_begun.append(f"{workdir}{reason}")
   if not (runs or damaged or not_begun):
-    raise errors.UserError(f"{folder}: no runs there (no config.json)")
+    raise errors.UserError(f"{folder}: no runs there (no {folder_lib.CONFIG})")
   runs.sort(key=lambda run: run.workdir)
   return Found(runs, sorted(damaged), sorted(not_begun))
 
@@ -155,7 +160,7 @@ def varied_keys(configs: Sequence[ml_collections.ConfigDict]) -> list[str]:
 
 def last_log_line(workdir: pathlib.Path) -> str:
   """Returns the last line of log.txt, '' if there is none."""
-  lines = tail(workdir / "log.txt")
+  lines = tail(workdir / folder_lib.LOG)
   return lines[-1] if lines else ""
 
 
@@ -198,7 +203,7 @@ def _folders(
   while waiting:
     for name, folders, files in os.walk(waiting.pop(0), onerror=note):
       real = os.path.realpath(name)
-      folders[:] = sorted(set(folders) - {"checkpoints"})
+      folders[:] = sorted(set(folders) - {folder_lib.CHECKPOINTS})
       if real in seen:
         folders.clear()
         continue
@@ -220,7 +225,7 @@ def _is_log(path):
 def _metrics(workdir):
   try:
     # A character that is none is part of a damaged line, left out below.
-    text = (workdir / "metrics.jsonl").read_text("utf-8", errors="replace")
+    text = (workdir / folder_lib.METRICS).read_text("utf-8", errors="replace")
   except FileNotFoundError:
     return []
   lines = []

@@ -117,23 +117,27 @@ def parse(
 
 def split(
   runs: Sequence[grid.PlannedRun],
-) -> tuple[list[grid.PlannedRun], list[grid.PlannedRun]]:
-  """Returns the finished runs and the others.
+) -> tuple[schedule.Outcome, list[grid.PlannedRun]]:
+  """Return the finished and diverged runs as an outcome, and the other runs.
 
   Raises:
     UserError: a run's folder holds another run.
   """
-  done, left = [], []
+  outcome, left = schedule.Outcome(), []
   for run in runs:
     try:
-      folder_lib.check_same_run(run.config, run.workdir)
-      result = result_lib.read(run.workdir)
+      result = result_lib.read_same_run(run.config, run.workdir)
     except errors.UserError as e:
       # Folders of a sweep are chosen by another flag than a run's.
       message = str(e).replace("--workdir", "--runs_dir")
       raise errors.UserError(message) from e
-    (left if result is None else done).append(run)
-  return done, left
+    if result is None:
+      left.append(run)
+    elif result_lib.has_diverged(result):
+      outcome.failed.append((run, f"error: {result['error']}"))
+    else:
+      outcome.done.append(run)
+  return outcome, left
 
 
 def execute(
@@ -158,12 +162,14 @@ def execute(
     UserError: a run's folder holds another run, or files are missing.
     KeyboardInterrupt: a signal, with `local`.
   """
-  done, left = split(runs)
+  outcome, left = split(runs)
   _log.info(
-    "%d runs in %s, %d of them finished", len(runs), runs_dir, len(done)
+    "%d runs in %s, %d of them finished", len(runs), runs_dir, len(outcome.done)
   )
   if not left:
-    return schedule.Outcome(done)
+    if outcome.failed:
+      outcome.log()
+    return outcome
   if missing := _missing_weights(left):
     raise errors.UserError(
       f"no such file: {', '.join(missing)} (pretrained_path); put the weights"
@@ -183,17 +189,19 @@ def execute(
     experiment.load_dataset(run.config)
   if kind == "slurm":
     _submit(left, executor)
-    return schedule.Outcome(done)
+    return outcome
   if kind == "local":
     for number in schedule.stop_signals():
       signal.signal(number, signal.default_int_handler)
     failed = cluster.run_locally(left, executor, jobs or 1)
     failures = [run for run, _ in failed]
-    done += [run for run in left if run not in failures]
-    outcome = schedule.Outcome(done, failed)
+    outcome.done += [run for run in left if run not in failures]
+    outcome.failed += failed
   else:
     places = device_slots.find(jobs)
-    outcome = schedule.Schedule(left, done, places).run()
+    diverged = outcome.failed
+    outcome = schedule.Schedule(left, outcome.done, places).run()
+    outcome.failed = diverged + outcome.failed
   outcome.log()
   return outcome
 
@@ -208,7 +216,7 @@ def _submit(left, executor):
     "watch them with `squeue --jobs=%s` and `tail %s`; stop them with `scancel"
     " %s`; the same command with --dry_run says what is finished",
     array,
-    folder / "*" / "log.txt",
+    folder / "*" / folder_lib.LOG,
     array,
   )
 
@@ -223,13 +231,15 @@ def _missing_weights(runs):
 
 
 def _print_commands(runs):
-  done, _ = split(runs)
+  outcome, left = split(runs)
   for run in runs:
     print(shlex.join(run.command))
   sys.stdout.flush()
-  for run in done:
+  for run in outcome.done:
     _log.info("finished already: %s", run.workdir)
-  for path in _missing_weights([run for run in runs if run not in done]):
+  for run, why in outcome.failed:
+    _log.info("failed already: %s: %s", run.workdir, why)
+  for path in _missing_weights(left):
     _log.info("missing: %s", path)
 
 

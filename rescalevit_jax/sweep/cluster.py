@@ -51,8 +51,8 @@ class Task:
     self._process = subprocess_run.start(self._command, self._workdir, {})
     self._wait()
     code = self._process.wait()
-    if not (self._workdir / "result.json").exists():
-      raise RuntimeError(subprocess_run.failure(self._workdir, code))
+    if why := subprocess_run.failure(self._workdir, code):
+      raise RuntimeError(why)
 
   def checkpoint(self):
     """Lets the run save and stop; returns the job that goes on with it."""
@@ -190,11 +190,11 @@ def run_locally(
         _log.info("%s: job %s", run.workdir, job.job_id)
       for run, job in [x for x in running if x[1].done()]:
         running.remove((run, job))
-        if (run.workdir / "result.json").exists():
+        if why := subprocess_run.failure(run.workdir, None):
+          failed.append((run, why))
+          _log.info("failed: %s: %s", run.workdir, why)
+        else:
           _log.info("done: %s", run.workdir)
-          continue
-        failed.append((run, subprocess_run.failure(run.workdir, None)))
-        _log.info("failed: %s: %s", run.workdir, failed[-1][1])
       time.sleep(_SECONDS_BETWEEN_LOOKS)
   finally:
     for _, job in running:

@@ -208,13 +208,13 @@ class Schedule:
       self._running.remove(running)
       self._free.append(running.slot)
       self._work_done += running.steps() * self._work[run.workdir]
-      if (run.workdir / "result.json").exists():
+      why = subprocess_run.failure(run.workdir, code)
+      if why is None:
         self._outcome.done.append(run)
         _log.info("done: %s", run.workdir)
       elif self._stopping and code <= 0:
         self._outcome.left.append(run)
       else:
-        why = subprocess_run.failure(run.workdir, code)
         self._outcome.failed.append((run, why))
         _log.info("failed: %s: %s", run.workdir, why)
     return bool(ended)

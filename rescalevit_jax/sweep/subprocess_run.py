@@ -11,7 +11,9 @@ import signal
 import subprocess
 import sys
 
-from rescalevit_jax.runs import checkpoint_folders
+from rescalevit_jax import errors
+from rescalevit_jax.runs import folder as folder_lib
+from rescalevit_jax.runs import result as result_lib
 from rescalevit_jax.runs import run_reader
 from rescalevit_jax.sweep import die_with_parent
 
@@ -34,7 +36,7 @@ def start(
   workdir.mkdir(parents=True, exist_ok=True)
   now = datetime.datetime.now().isoformat(" ", "seconds")
   with open(
-    workdir / "log.txt", "a", encoding="utf-8", errors="backslashreplace"
+    workdir / folder_lib.LOG, "a", encoding="utf-8", errors="backslashreplace"
   ) as log:
     log.write(f"{run_reader.LOG_HEADER}{now} {shlex.join(command)}\n")
     log.flush()
@@ -66,16 +68,24 @@ def kill(process: subprocess.Popen) -> None:
     os.killpg(process.pid, signal.SIGKILL)
 
 
-def failure(workdir: pathlib.Path, returncode: int | None) -> str:
-  """Says in a line why a run that has ended did not finish.
+def failure(workdir: pathlib.Path, returncode: int | None) -> str | None:
+  """Return why a run's process ended without a result, None if it has one.
 
   Args:
     workdir: the run's folder.
     returncode: of its process; None if it is not known.
   """
+  try:
+    result = result_lib.read(workdir)
+  except errors.UserError as e:
+    return f"error: {e}"
+  if result_lib.is_finished(result):
+    return None
   line = run_reader.last_log_line(workdir)
   if line.startswith("error: "):
     return line
+  if result_lib.has_diverged(result):
+    return f"error: {result['error']}"
   if returncode == 0:
     return "error: stopped by a signal; the same command goes on"
   if returncode is None:
@@ -96,7 +106,7 @@ def _signal_name(number):
 
 def saved_step(workdir: pathlib.Path) -> int:
   """Returns the step that a run would go on from, 0 for the start."""
-  return max(checkpoint_folders.saved_steps(workdir, "last"), default=0)
+  return max(folder_lib.saved_steps(workdir, "last"), default=0)
 
 
 def step_since(workdir: pathlib.Path, time: float) -> int:
@@ -107,7 +117,7 @@ def step_since(workdir: pathlib.Path, time: float) -> int:
     time: what was written before is left out, as of an earlier start; in
       seconds since 1970.
   """
-  path = workdir / "metrics.jsonl"
+  path = workdir / folder_lib.METRICS
   try:
     if path.stat().st_mtime < time:
       return 0

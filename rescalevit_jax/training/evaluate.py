@@ -20,6 +20,7 @@ from rescalevit_jax.data import loader
 from rescalevit_jax.distributed import sharding
 from rescalevit_jax.runs import checkpoint
 from rescalevit_jax.runs import folder
+from rescalevit_jax.runs import result as result_lib
 from rescalevit_jax.runtime import atomic_file
 from rescalevit_jax.training import experiment as experiment_lib
 from rescalevit_jax.training import train_step
@@ -141,7 +142,7 @@ def evaluate_run(
     UserError: the weights are not there or not of this config's model.
   """
   workdir = pathlib.Path(workdir)
-  folder.check_same_run(config, workdir)
+  result_lib.read_same_run(config, workdir)
   which = config.eval_weights
   if which == "pretrained":
     if config.pretrained_path is None:
@@ -194,6 +195,6 @@ def evaluate_run(
   if jax.process_index() == 0:
     workdir.mkdir(parents=True, exist_ok=True)
     atomic_file.write(
-      workdir / "eval.json", json.dumps(result, indent=2) + "\n"
+      workdir / folder.EVALUATION, json.dumps(result, indent=2) + "\n"
     )
   return result

@@ -12,6 +12,7 @@ import jax
 import ml_collections
 
 from rescalevit_jax import config as config_lib
+from rescalevit_jax import errors
 from rescalevit_jax.distributed import processes
 from rescalevit_jax.runs import checkpoint
 from rescalevit_jax.runs import checkpoint_folders
@@ -69,18 +70,20 @@ def _own_folder(workdir):
 
 
 def _train_and_evaluate(config, workdir, folder, draw_attention):
-  folder_lib.check_same_run(config, workdir)
-  if (result := result_lib.read(workdir)) is not None:
+  result = result_lib.read_same_run(config, workdir)
+  if result_lib.has_diverged(result):
+    raise errors.UserError(f"{workdir}: {result['error']}")
+  if result is not None:
     _log.info(
-      "%s: this run is finished: %s", workdir, result_lib.accuracies(result)
+      "%s: already finished: %s", workdir, result_lib.accuracies(result)
     )
     return result
   if jax.process_index() == 0:
-    checkpoint_folders.pass_over_damaged(workdir)
+    checkpoint_folders.move_damaged(workdir)
   processes.wait_for_all("checkpoints looked at")
   experiment = experiment_lib.create(config)
   state, progress = None, checkpoint.Progress()
-  if not checkpoint_folders.saved_steps(workdir, "last"):
+  if not folder_lib.saved_steps(workdir, "last"):
     state = experiment_lib.initial_state(experiment)
   with (
     checkpoint.Checkpoints(workdir, config.keep_checkpoints) as checkpoints,
@@ -92,12 +95,14 @@ def _train_and_evaluate(config, workdir, folder, draw_attention):
       state = abstract.from_checkpoint(items, progress.skipped_steps)
       _log.info("going on from the checkpoint of step %d", progress.step)
     else:
-      checkpoints.forget_best(after=0)
+      checkpoints.delete_best(after=0)
     parameters = sum(x.size for x in jax.tree.leaves(state.params))
     atomic_file.remove_temporary(folder)
-    atomic_file.write(folder / "config.json", config_lib.to_json(config))
+    # Of a diverged run with another config.
+    (folder / folder_lib.RESULT).unlink(missing_ok=True)
+    atomic_file.write(folder / folder_lib.CONFIG, config_lib.to_json(config))
     atomic_file.write(
-      folder / "class_names.json",
+      folder / folder_lib.CLASS_NAMES,
       json.dumps(experiment.dataset.class_names, indent=2) + "\n",
     )
     keep = functools.partial(_is_of_the_past, progress)
@@ -112,7 +117,12 @@ def _train_and_evaluate(config, workdir, folder, draw_attention):
         draw_attention,
       )
       del state  # The trainer gives it to the device's next step.
-      finished = trainer.run(stop)
+      try:
+        finished = trainer.run(stop)
+      except trainer_lib.DivergedError as e:
+        diverged = result_lib.diverged(progress.step, str(e))
+        result_lib.write(folder, diverged)
+        raise
   if not finished:
     _log.info(
       "stopped at step %d of %d; the same command goes on from there",
@@ -127,7 +137,7 @@ def _train_and_evaluate(config, workdir, folder, draw_attention):
     ),
     parameters=parameters,
   )
-  atomic_file.write(folder / "result.json", json.dumps(result, indent=2) + "\n")
+  result_lib.write(folder, result)
   _log.info("finished: %s; see %s", result_lib.accuracies(result), workdir)
   return result
 

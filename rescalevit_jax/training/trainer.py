@@ -12,6 +12,7 @@ import numpy as np
 
 from rescalevit_jax import errors
 from rescalevit_jax.runs import checkpoint
+from rescalevit_jax.runs import folder as folder_lib
 from rescalevit_jax.runs import metric_writers
 from rescalevit_jax.training import diagnostics
 from rescalevit_jax.training import evaluate
@@ -30,6 +31,10 @@ _WARM_UP_STEPS = 3  # Before a profile.
 DrawAttention = Callable[
   [int, experiment_lib.Experiment, Mapping[str, Any]], Mapping[str, np.ndarray]
 ]
+
+
+class DivergedError(errors.UserError):
+  """The loss or its gradient is not finite."""
 
 
 class Trainer:
@@ -90,7 +95,7 @@ class Trainer:
     settled_from = (experiment.settled_from or 1) + progress.skipped_steps
     self._recompiled = max(settled_from, self._first_step)
     self._profile = profiler.Profile(
-      folder / "profile",
+      folder / folder_lib.PROFILE,
       self._recompiled + _WARM_UP_STEPS,
       config.profile_steps,
     )
@@ -216,9 +221,9 @@ class Trainer:
     self._checkpoints.wait()
     last = self._checkpoints.latest_step()
     wider = "" if self._state.loss_scale is None else ", or dtype float32,"
-    raise errors.UserError(
-      f"step {self._progress.step}: {what}: {errors.NOT_FINITE}; the last"
-      f" checkpoint is that of step {last}; try a smaller base_lr or"
+    raise DivergedError(
+      f"step {self._progress.step}: training diverged ({what}); the last"
+      f" checkpoint is of step {last}; try a smaller base_lr or"
       f" grad_norm_clip{wider} in a new --workdir"
     )
 

@@ -35,7 +35,7 @@ def write(
   Args:
     workdir: made if it is not there.
     config: what differs from the default one, by dotted names.
-    result: what differs from `RESULT`; None: the run is not finished.
+    result: overrides of `RESULT`; None: the run is not finished.
     steps: lines of metrics, at steps 100, 200, …
   """
   workdir.mkdir(parents=True)

@@ -17,8 +17,8 @@ import orbax.checkpoint as ocp
 import paths
 import tiny_sweep
 
-from rescalevit_jax.runs import checkpoint_folders
 from rescalevit_jax.runs import checksums
+from rescalevit_jax.runs import folder as folder_lib
 
 TOTAL_STEPS = 24
 EVAL_EVERY = 3
@@ -136,7 +136,7 @@ def check_sane(trial: Trial, whole: Trial) -> None:
   metrics = trial.metrics().rstrip(b"\0")
   assert whole.metrics().startswith(metrics), metrics
   for kind in ("last", "best"):
-    if steps := checkpoint_folders.saved_steps(trial.workdir, kind):
+    if steps := folder_lib.saved_steps(trial.workdir, kind):
       checksums.verify(_folder(trial, kind, steps[-1]))
 
 
@@ -152,10 +152,7 @@ def check_same(trial: Trial, whole: Trial) -> None:
     a, b = (json.loads((x.workdir / name).read_text()) for x in (trial, whole))
     assert _without_times(a) == _without_times(b)
   for kind in ("last", "best"):
-    a, b = (
-      checkpoint_folders.saved_steps(x.workdir, kind)[-1]
-      for x in (trial, whole)
-    )
+    a, b = (folder_lib.saved_steps(x.workdir, kind)[-1] for x in (trial, whole))
     assert a == b
     a, b = (_folder(x, kind, a) for x in (trial, whole))
     items = ["variables", "optimizer"] if kind == "last" else ["variables"]

@@ -27,7 +27,6 @@ from rescalevit_jax.data import prepare
 from rescalevit_jax.data import tfrecord
 from rescalevit_jax.data import untrusted_archive
 from rescalevit_jax.pretrained import load
-from rescalevit_jax.runs import checkpoint_folders
 from rescalevit_jax.runs import checksums
 from rescalevit_jax.runs import folder as folder_lib
 from rescalevit_jax.runs import metric_writers
@@ -141,7 +140,7 @@ def test_files_of_a_run(name, pickled, tiny_run, tmp_path):
 
 @pytest.mark.parametrize("kind", ["best", "last"])
 def test_checkpoints(kind, pickled, tiny_run, tmp_path):
-  step = checkpoint_folders.saved_steps(tiny_run, kind)[-1]
+  step = folder_lib.saved_steps(tiny_run, kind)[-1]
   place = pathlib.Path("checkpoints", kind, str(step))
   names = [
     path.relative_to(tiny_run)

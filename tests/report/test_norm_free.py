@@ -8,11 +8,10 @@ import fake_runs
 import pytest
 
 from rescalevit_jax import config as config_lib
-from rescalevit_jax import errors
 from rescalevit_jax import sweep
 from rescalevit_jax.report import lr_table
 from rescalevit_jax.report import norm_free
-from rescalevit_jax.sweep import schedule
+from rescalevit_jax.runs import result as result_lib
 
 FINAL = "final-1500"
 # By data set, method, learning rate and seed: what the runs come to.
@@ -36,17 +35,16 @@ def study(monkeypatch):
   module, planned = norm_free, []
 
   def execute(runs, runs_dir, *, jobs):
-    done, left = sweep.split(runs)
-    planned.extend(runs)
-    failed = []
+    outcome, left = sweep.split(runs)
+    diverged = [run for run, _ in outcome.failed]
+    planned.extend(run for run in runs if run not in diverged)
     for run in left:
       config = run.config
       if 9 in (config.base_lr, config.seed):
-        why = f"error: step 3: loss nan: {errors.NOT_FINITE}; the last"
         shutil.rmtree(run.workdir, ignore_errors=True)
         fake_runs.write(run.workdir, config_lib.flatten(config))
-        (run.workdir / "log.txt").write_text(f"{why}\n")
-        failed.append((run, why))
+        result_lib.write(run.workdir, result_lib.diverged(3, "loss nan"))
+        outcome.failed.append((run, "loss nan"))
         continue
       method, _, model = run.reference.rpartition(":")[2].partition(",")
       assert (config.model_name, model) in (
@@ -62,8 +60,8 @@ def study(monkeypatch):
         config_lib.flatten(config),
         {"last_accuracy": accuracy, "best_accuracy": 0.9},
       )
-      done.append(run)
-    return schedule.Outcome(done, failed)
+      outcome.done.append(run)
+    return outcome
 
   monkeypatch.setattr(module.sweep, "execute", execute)
   return module, planned

@@ -8,6 +8,7 @@ import pytest
 
 from rescalevit_jax.report import run_groups
 from rescalevit_jax.report import tables
+from rescalevit_jax.runs import result as result_lib
 
 # Repeats the published ViT-B_32 with LN on cifar10: best 67.56, last 67.47.
 PUBLISHED = {"model_name": "ViT-B_32"}
@@ -183,6 +184,16 @@ def test_a_run_that_failed_says_why(three, tmp_path):
   (tmp_path / "open" / "log.txt").write_text("step 300\nerror: loss nan\n")
   sections = dict(tables.left_out(run_groups.collect(tmp_path)))
   assert sections["Unfinished"] == ["open: step 300 of 20000; error: loss nan"]
+
+
+def test_a_diverged_run_says_so(three, tmp_path):
+  error = "step 301: training diverged"
+  result_lib.write(tmp_path / "open", result_lib.diverged(301, error))
+  study = run_groups.collect(tmp_path)
+  sections = dict(tables.left_out(study))
+  assert sections["Unfinished"] == [f"open: step 300 of 20000; error: {error}"]
+  states = [row["state"] for row in tables.run_rows(study)]
+  assert states == ["finished"] * 3 + ["diverged"]
 
 
 def test_markdown(three):

@@ -11,6 +11,7 @@ from rescalevit_jax import errors
 from rescalevit_jax.runs import checkpoint
 from rescalevit_jax.runs import checkpoint_folders
 from rescalevit_jax.runs import checksums
+from rescalevit_jax.runs import folder as folder_lib
 from rescalevit_jax.training import train_state
 
 
@@ -30,14 +31,27 @@ def like(s):
   )
 
 
+def save(checkpoints, state, progress):
+  checkpoints.save(state.to_checkpoint(), progress)
+
+
+def save_best(checkpoints, state, progress):
+  checkpoints.save_best(state.evaluated, progress)
+
+
+def restore(checkpoints, state):
+  items, progress = checkpoints.restore(like(state).to_checkpoint())
+  return state.from_checkpoint(items, progress.skipped_steps), progress
+
+
 def test_state_and_progress_come_back(tmp_path):
   progress = checkpoint.Progress(step=7, best_accuracy=0.3, best_step=5)
   with checkpoint.Checkpoints(tmp_path, 2) as saved:
     assert saved.latest_step() is None
-    saved.save_best(state(0.05), checkpoint.Progress(step=5))
-    saved.save(state(0.1), progress)
+    save_best(saved, state(0.05), checkpoint.Progress(step=5))
+    save(saved, state(0.1), progress)
   with checkpoint.Checkpoints(tmp_path, 2) as saved:
-    found, again = saved.restore(like(state(0)))
+    found, again = restore(saved, state(0))
   assert again == progress
   assert jax.tree.structure(found) == jax.tree.structure(state(0))
   for x, y in zip(
@@ -49,10 +63,10 @@ def test_state_and_progress_come_back(tmp_path):
 def test_averages_are_what_is_read_and_training_goes_on_with_the_rest(tmp_path):
   averaging = state(0.1).replace(ema=state(0.7).evaluated)
   with checkpoint.Checkpoints(tmp_path, 2) as saved:
-    saved.save_best(averaging, checkpoint.Progress(step=7, best_step=7))
-    saved.save(averaging, checkpoint.Progress(step=7, best_step=7))
+    save_best(saved, averaging, checkpoint.Progress(step=7, best_step=7))
+    save(saved, averaging, checkpoint.Progress(step=7, best_step=7))
   with checkpoint.Checkpoints(tmp_path, 2) as saved:
-    found, _ = saved.restore(like(averaging))
+    found, _ = restore(saved, averaging)
   assert jax.tree.structure(found) == jax.tree.structure(averaging)
   assert (found.params["head"]["kernel"] == np.float32(0.1)).all()
   assert (found.ema["params"]["head"]["kernel"] == np.float32(0.7)).all()
@@ -66,7 +80,7 @@ def test_a_saved_state_does_not_change_with_the_next_step(tmp_path):
   s = state(1.0, width=200_000)
   step = jax.jit(lambda s: jax.tree.map(lambda x: x + 1, s), donate_argnums=0)
   with checkpoint.Checkpoints(tmp_path, 2) as saved:
-    saved.save(s, checkpoint.Progress(step=7))
+    save(saved, s, checkpoint.Progress(step=7))
     for _ in range(5):
       s = step(s)
   params, _, _ = checkpoint.load_variables(tmp_path, "latest")
@@ -75,22 +89,24 @@ def test_a_saved_state_does_not_change_with_the_next_step(tmp_path):
 
 def test_a_best_one_of_a_future_that_was_cut_off_is_forgotten(tmp_path):
   with checkpoint.Checkpoints(tmp_path, 1) as saved:
-    saved.save_best(state(0.5), checkpoint.Progress(step=5))
-    saved.save(
-      state(0.7), checkpoint.Progress(step=7, best_accuracy=0.4, best_step=5)
+    save_best(saved, state(0.5), checkpoint.Progress(step=5))
+    save(
+      saved,
+      state(0.7),
+      checkpoint.Progress(step=7, best_accuracy=0.4, best_step=5),
     )
-    saved.save_best(state(1.0), checkpoint.Progress(step=10))
+    save_best(saved, state(1.0), checkpoint.Progress(step=10))
   with checkpoint.Checkpoints(tmp_path, 1) as saved:
-    _, progress = saved.restore(like(state(0)))
+    _, progress = restore(saved, state(0))
     # The one of step 5 has been replaced, so that the next one is the best.
     assert (progress.best_accuracy, progress.best_step) == (-1, 0)
   with checkpoint.Checkpoints(tmp_path, 1) as saved:
     # Killed again before there was one.
-    _, progress = saved.restore(like(state(0)))
+    _, progress = restore(saved, state(0))
     assert (progress.best_accuracy, progress.best_step) == (-1, 0)
-    saved.save_best(state(0.9), checkpoint.Progress(step=9))
+    save_best(saved, state(0.9), checkpoint.Progress(step=9))
     saved.wait()
-    saved.save_best(state(1.1), checkpoint.Progress(step=10))
+    save_best(saved, state(1.1), checkpoint.Progress(step=10))
   params, _, step = checkpoint.load_variables(tmp_path, "best")
   assert step == 10
   np.testing.assert_array_equal(
@@ -103,7 +119,7 @@ def test_a_best_one_of_a_future_that_was_cut_off_is_forgotten(tmp_path):
 )
 def test_damage_is_noticed_in_reading_weights_too(tmp_path, name):
   with checkpoint.Checkpoints(tmp_path, 1) as saved:
-    saved.save_best(state(0.1), checkpoint.Progress(step=7))
+    save_best(saved, state(0.1), checkpoint.Progress(step=7))
   path = tmp_path / "checkpoints" / "best" / "7" / name
   if path.is_dir():
     shutil.rmtree(path)
@@ -122,17 +138,17 @@ def test_a_best_one_is_forgotten_at_once(tmp_path, monkeypatch):
       raise KeyboardInterrupt
 
   with checkpoint.Checkpoints(tmp_path) as saved:
-    saved.save(state(0.1), checkpoint.Progress(step=2))
-    saved.save_best(state(0.2), checkpoint.Progress(step=3, best_step=3))
+    save(saved, state(0.1), checkpoint.Progress(step=2))
+    save_best(saved, state(0.2), checkpoint.Progress(step=3, best_step=3))
   with monkeypatch.context() as patch:
     patch.setattr(shutil, "rmtree", killed)
     with checkpoint.Checkpoints(tmp_path) as saved:
       with pytest.raises(KeyboardInterrupt):
-        saved.restore(like(state(0)))
-  assert checkpoint_folders.saved_steps(tmp_path, "best") == []
-  checkpoint_folders.pass_over_damaged(tmp_path)
+        restore(saved, state(0))
+  assert folder_lib.saved_steps(tmp_path, "best") == []
+  checkpoint_folders.move_damaged(tmp_path)
   with checkpoint.Checkpoints(tmp_path) as saved:
-    _, progress = saved.restore(like(state(0)))
+    _, progress = restore(saved, state(0))
   assert progress.step == 2
   folders = [path.name for path in (tmp_path / "checkpoints").iterdir()]
   assert sorted(folders) == ["best", "last"]
@@ -141,15 +157,15 @@ def test_a_best_one_is_forgotten_at_once(tmp_path, monkeypatch):
 
 def test_another_model_is_refused(tmp_path):
   with checkpoint.Checkpoints(tmp_path, 1) as saved:
-    saved.save(state(0.1), checkpoint.Progress(step=7))
+    save(saved, state(0.1), checkpoint.Progress(step=7))
     saved.wait()
     with pytest.raises(errors.UserError, match="last/7.*not of this model"):
-      saved.restore(like(state(0, width=4)))
+      restore(saved, state(0, width=4))
 
 
 def test_every_flipped_bit_is_noticed(tmp_path):
   with checkpoint.Checkpoints(tmp_path, 1) as saved:
-    saved.save(state(0.1), checkpoint.Progress(step=7))
+    save(saved, state(0.1), checkpoint.Progress(step=7))
   folder = tmp_path / "checkpoints" / "last" / "7"
   checksums.verify(folder)
   files = [p for p in folder.glob("*/**/*") if p.stat().st_size and p.is_file()]

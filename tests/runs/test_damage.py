@@ -13,6 +13,7 @@ import pytest
 from rescalevit_jax import errors
 from rescalevit_jax.runs import checkpoint
 from rescalevit_jax.runs import checkpoint_folders
+from rescalevit_jax.runs import folder as folder_lib
 from rescalevit_jax.training import train
 from rescalevit_jax.training import trainer
 
@@ -56,7 +57,7 @@ def whole(digits_dir, default_run, tmp_path_factory):
     patch.setattr(trainer.Trainer, "_step", step)
     with pytest.raises(InterruptedError):
       train.train_and_evaluate(config, folder / "killed")
-  assert checkpoint_folders.saved_steps(folder / "killed", "last") == [4, 8]
+  assert folder_lib.saved_steps(folder / "killed", "last") == [4, 8]
   return folder
 
 
@@ -92,7 +93,7 @@ def assert_finishes_as_ever(config, killed, whole):
 
 
 def test_every_file_is_missed(killed, caplog, tmp_path):
-  """Whichever file is damaged, and however, the checkpoint is passed over."""
+  """Whichever file is damaged, and however, the checkpoint is skipped."""
   newest = killed / "checkpoints" / "last" / "8"
   spare = shutil.copytree(newest, tmp_path / "spare")
   unnoticed = set()
@@ -104,13 +105,13 @@ def test_every_file_is_missed(killed, caplog, tmp_path):
     damage(file)
     caplog.clear()
     with caplog.at_level(logging.WARNING):
-      checkpoint_folders.pass_over_damaged(killed)
-    if checkpoint_folders.saved_steps(killed, "last") == [4, 8]:
+      checkpoint_folders.move_damaged(killed)
+    if folder_lib.saved_steps(killed, "last") == [4, 8]:
       unnoticed.add(file.name)
       shutil.rmtree(newest)
     else:
-      assert checkpoint_folders.saved_steps(killed, "last") == [4]
-      assert str(newest) in caplog.text and "passed over" in caplog.text
+      assert folder_lib.saved_steps(killed, "last") == [4]
+      assert str(newest) in caplog.text and "skipped" in caplog.text
     shutil.copytree(spare, newest)
   # They have times and versions, which nothing reads.
   assert unnoticed <= {"_CHECKPOINT_METADATA", "commit_success.txt"}
@@ -156,7 +157,7 @@ def test_damaged_ones_are_kept_aside_under_names_of_their_own(
   for _ in range(2):
     newest = killed / "checkpoints" / "last" / "8"
     _flip(files_of(newest / "variables")[0])
-    checkpoint_folders.pass_over_damaged(killed)
+    checkpoint_folders.move_damaged(killed)
     shutil.copytree(whole / "killed" / "checkpoints" / "last" / "8", newest)
   names = {p.name for p in (killed / "checkpoints" / "damaged").iterdir()}
   assert names == {"last-8", "last-8-2"}
@@ -178,7 +179,7 @@ def test_a_damaged_best_one_is_passed_over_too(
   _flip(files_of(best / "variables")[0])
   with caplog.at_level(logging.WARNING):
     result = train.train_and_evaluate(tiny_config, killed)
-  assert f"{best}/variables" in caplog.text and "passed over" in caplog.text
+  assert f"{best}/variables" in caplog.text and "skipped" in caplog.text
   lines = (killed / "metrics.jsonl").read_bytes()
   assert lines == (whole / "finished" / "metrics.jsonl").read_bytes()
   expected = json.loads((whole / "finished" / "result.json").read_text())

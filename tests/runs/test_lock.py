@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import os
+import pathlib
 import signal
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from rescalevit_jax.training import trainer
 # Holds the lock until its standard input ends, in a folder.
 HOLDER = """
 import subprocess, sys
-from rescalevit_jax import lock
+from rescalevit_jax.runs import lock
 with lock.hold(sys.argv[1]):
   if len(sys.argv) > 2:  # A program that outlives this one.
     subprocess.Popen(["sleep", "60"], close_fds=False)
@@ -149,10 +150,10 @@ def test_a_file_system_without_locks(tmp_path, monkeypatch):
 
 
 def test_a_full_disk_is_locked_too(tmp_path, monkeypatch):
-  def write(descriptor, text):
+  def write_text(path, text):
     raise OSError(errno.ENOSPC, "No space left on device")
 
-  monkeypatch.setattr(os, "write", write)
+  monkeypatch.setattr(pathlib.Path, "write_text", write_text)
   with lock.hold(tmp_path):
     with pytest.raises(errors.UserError, match="unknown host"):
       with lock.hold(tmp_path):

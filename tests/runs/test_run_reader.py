@@ -30,7 +30,7 @@ def test_reads_config_curves_and_result(tmp_path):
   write(tmp_path / "a", lines, result)
   run = run_reader.read(tmp_path / "a")
   assert run.config.total_steps == 20_000
-  assert run.result == result
+  assert run.result == {"status": "finished", **result}
   assert run.step == 4
   assert run.curve("train/loss") == ([2, 4], [3.0, 2.0])
   assert run.curve("test/accuracy") == ([2], [0.6])

@@ -11,14 +11,18 @@ import signal
 import subprocess
 import sys
 
+import fake_runs
 import paths
 import pytest
 import tiny_sweep
 
 from rescalevit_jax import sweep
+from rescalevit_jax.config import overrides
 from rescalevit_jax.runs import lock
 from rescalevit_jax.sweep import device_slots
 from rescalevit_jax.sweep import schedule
+
+RESULT = json.dumps(fake_runs.RESULT)
 
 CONFIG = f"--config={paths.ROOT}/configs/quickstart.py"
 GRID = ("--grid=model.norm=LN,Rescale", "--grid=seed=0,1")
@@ -185,7 +189,7 @@ def test_a_failing_run_is_named_and_the_others_go_on(tiny, tmp_path):
   summary = done.stderr.splitlines()[-3:]
   assert summary[0].endswith("1 done, 1 failed")
   assert f"failed: {start}1e+30: error: step " in summary[1]
-  assert "not finite" in summary[1]
+  assert "training diverged" in summary[1]
   assert "the same command" in summary[2]
   assert (tmp_path / f"{start}0.1" / "result.json").exists()
   assert "Traceback" not in done.stderr
@@ -338,12 +342,14 @@ def test_runs_take_the_gpus_of_their_place(tmp_path, monkeypatch):
     "import os, pathlib, sys, time; f = pathlib.Path(sys.argv[1]);"
     "gpu = f.parent / os.environ['CUDA_VISIBLE_DEVICES'];"
     "gpu.mkdir(); time.sleep(0.3); gpu.rmdir();"
-    "(f / 'result.json').write_text('{}')"
+    "(f / 'result.json').write_text(sys.argv[2])"
   )
   monkeypatch.setattr(
     type(runs[0]),
     "command",
-    property(lambda self: [sys.executable, "-c", code, str(self.workdir)]),
+    property(
+      lambda self: [sys.executable, "-c", code, str(self.workdir), RESULT]
+    ),
   )
   places = [{"CUDA_VISIBLE_DEVICES": x} for x in ("5", "7")]
   outcome = schedule.Schedule(runs, [], places).run()
@@ -357,14 +363,15 @@ def test_a_stop_is_told_though_all_is_done(tmp_path, monkeypatch):
     "import os, pathlib, signal, sys, time;"
     "signal.signal(signal.SIGTERM, lambda *_: None);"
     "os.kill(int(sys.argv[2]), signal.SIGTERM); time.sleep(0.6);"
-    "(pathlib.Path(sys.argv[1]) / 'result.json').write_text('{}')"
+    "(pathlib.Path(sys.argv[1]) / 'result.json').write_text(sys.argv[3])"
   )
   monkeypatch.setattr(
     type(runs[0]),
     "command",
     property(
       lambda self: [
-        *(sys.executable, "-c", code, str(self.workdir), str(os.getpid()))
+        *(sys.executable, "-c", code, str(self.workdir), str(os.getpid())),
+        RESULT,
       ]
     ),
   )
@@ -480,4 +487,4 @@ def test_the_originals_study(dataset, tmp_path):
   ],
 )
 def test_settings_are_written_as_for_main(argv, settings):
-  assert sweep._split_settings(argv)[1] == settings
+  assert overrides.split_settings(argv)[1] == settings

@@ -17,6 +17,7 @@ from rescalevit_jax.data import dataset
 from rescalevit_jax.pretrained import npz
 from rescalevit_jax.runs import checkpoint
 from rescalevit_jax.runs import metric_writers
+from rescalevit_jax.runs import result as result_lib
 from rescalevit_jax.training import evaluate
 from rescalevit_jax.training import experiment
 from rescalevit_jax.training import preemption
@@ -365,11 +366,36 @@ def test_a_test_loss_that_is_not_finite_stops_the_run(
     return result
 
   monkeypatch.setattr(evaluate.Evaluator, "__call__", diverging)
-  with pytest.raises(errors.UserError, match="step 10: test loss nan.*step 8"):
+  with pytest.raises(errors.UserError, match="step 10.*loss nan.*step 8"):
     train.train_and_evaluate(tiny_config, tmp_path)
   assert [x["step"] for x in lines(tmp_path) if "test/loss" in x] == [5]
   assert checkpoint.load_variables(tmp_path, "best")[2] == 5
   assert checkpoint.load_variables(tmp_path, "latest")[2] == 8
+
+
+def test_a_diverged_run_is_not_trained_again(tiny_config, tmp_path):
+  tiny_config.base_lr = 1e30
+  with pytest.raises(errors.UserError, match="training diverged") as first:
+    train.train_and_evaluate(tiny_config, tmp_path)
+  result = result_lib.read(tmp_path)
+  assert result["status"] == "diverged" and result["error"] == str(first.value)
+  before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")}
+  with pytest.raises(errors.UserError) as second:
+    train.train_and_evaluate(tiny_config, tmp_path)
+  assert str(second.value) == f"{tmp_path}: {first.value}"
+  after = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")}
+  del before[tmp_path], after[tmp_path]  # The lock came and went.
+  assert after == before
+
+
+def test_a_diverged_run_without_checkpoints_may_change_its_config(
+  tiny_config, tmp_path
+):
+  tiny_config.base_lr = 1e30
+  with pytest.raises(errors.UserError, match="training diverged"):
+    train.train_and_evaluate(tiny_config, tmp_path)
+  tiny_config.base_lr = 0.1
+  assert train.train_and_evaluate(tiny_config, tmp_path)["status"] == "finished"
 
 
 def test_a_folder_without_its_config_is_refused(

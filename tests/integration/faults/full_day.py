@@ -21,7 +21,7 @@ import tiny_sweep
 import trials
 
 from rescalevit_jax.data import dataset
-from rescalevit_jax.runs import checkpoint_folders
+from rescalevit_jax.runs import folder as folder_lib
 
 _STEPS = 10  # A checkpoint.
 # How much more in the last third than in the one before: MiB, and MiB for each
@@ -111,10 +111,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _written(trial):
-  return (
-    max(checkpoint_folders.saved_steps(trial.workdir, "last"), default=0)
-    // _STEPS
-  )
+  return max(folder_lib.saved_steps(trial.workdir, "last"), default=0) // _STEPS
 
 
 def _look(pid, checkpoints):
