@@ -119,8 +119,10 @@ def from_json(text: str) -> ml_collections.ConfigDict:
     ValueError: the text is damaged.
     KeyError: the text has an unknown key.
   """
-  config = default()
-  saved = ml_collections.ConfigDict(json.loads(text))
+  config, values = default(), json.loads(text)
+  if not isinstance(values, dict):
+    raise ValueError("no JSON object")
+  saved = ml_collections.ConfigDict(values)
   config.update_from_flattened_dict(renamed.update(flatten(saved)))
   return config
 

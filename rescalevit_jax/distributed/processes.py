@@ -13,10 +13,10 @@ import threading
 import time
 
 import jax
-from jax._src import distributed
 from jax.experimental import multihost_utils
 
 from rescalevit_jax import errors
+from rescalevit_jax.runtime import compat
 
 _log = logging.getLogger(__name__)
 
@@ -69,7 +69,7 @@ def join(
       f"cannot join the processes of this run ({errors.brief(e)}); give"
       " --coordinator, --num_processes and --process_id to each of them"
     ) from e
-  state = distributed.global_state
+  state = compat.distributed_state()
   _log.info(
     "process %d of %d; process 0, their leader, is at %s",
     state.process_id,

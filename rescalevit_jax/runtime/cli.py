@@ -1,4 +1,4 @@
-"""What all programs share: a mistake is one line and an exit code, no more."""
+"""Run a command: a user's mistake becomes one line and an exit code."""
 
 from collections.abc import Callable
 import os
@@ -8,39 +8,40 @@ import jax
 
 from rescalevit_jax import errors
 from rescalevit_jax.runtime import cache
+from rescalevit_jax.runtime import compat
 from rescalevit_jax.runtime import cuda_plugin
 
 
 def run(body: Callable[[], int | None]) -> int:
-  """Runs a program.
+  """Run a command.
 
   Args:
     body: does the work; returns the exit code, or None for 0.
 
   Returns:
-    The exit code: `body`'s, 1 after a mistake, 130 after Ctrl-C.
+    The exit code: that of `body`, 1 after an error, 130 after Ctrl-C.
   """
   if hasattr(sys.stdout, "reconfigure"):
-    # Names of files may have characters that the terminal has not.
+    # File names may have characters that the terminal cannot show.
     sys.stdout.reconfigure(errors="backslashreplace")
   cuda_plugin.hide_if_compile_only()
   cache.enable_compilation_cache()
   try:
     return body() or 0
   except BrokenPipeError:
-    # Nobody reads on, as after `| head`; at the exit Python flushes once more.
+    # The reader has gone, as in `| head`; Python flushes again at exit.
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 1
   except (errors.UserError, OSError) as e:
     return fail(str(e))
   except jax.errors.JaxRuntimeError as e:
-    full = "RESOURCE_EXHAUSTED" in str(e)
+    full = compat.is_out_of_memory(e)
     return fail(str(e)[:300] + ": try a smaller --batch" * full)
   except KeyboardInterrupt:
     return fail("interrupted", 130)
 
 
 def fail(message: str, code: int = 1) -> int:
-  """Prints an error as one line; returns the exit code."""
+  """Print an error as one line; return the exit code."""
   print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
   return code

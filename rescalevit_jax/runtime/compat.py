@@ -68,3 +68,30 @@ def tfds_expected_file(builder: Any, url: str, info: Any) -> Iterator[None]:
     yield
   finally:
     builder.url_infos[url] = official
+
+
+def distributed_state() -> Any:
+  """Return JAX's distributed state.
+
+  Its client has the key-value store of the processes; the public API has none.
+  `jax.process_index` would start the devices.
+  """
+  from jax._src import distributed
+
+  return distributed.global_state
+
+
+def is_out_of_memory(error: Exception) -> bool:
+  """Return whether a `JaxRuntimeError` says that a device lacks memory.
+
+  XLA's status code is only part of the message.
+  """
+  return "RESOURCE_EXHAUSTED" in str(error)
+
+
+def is_abandoned_write(error: BaseException | None) -> bool:
+  """Return whether a thread of TensorStore reports that nobody awaits it.
+
+  Happens after another thread has failed, whose exception is raised.
+  """
+  return str(error) == "Event loop is closed"

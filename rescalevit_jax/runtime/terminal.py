@@ -5,12 +5,14 @@ import sys
 
 from absl import logging as absl_logging
 
+from rescalevit_jax.runtime import compat
+
 
 def log_to_stderr() -> None:
-  """Shows this package's messages, one line each, with the time of day.
+  """Show this package's log on stderr, with the time of day.
 
-  The libraries' are not shown: orbax writes some twenty for a checkpoint, and
-  what goes wrong comes as an exception.
+  The logs of libraries are hidden: orbax writes some twenty lines for each
+  checkpoint, and errors arrive as exceptions.
   """
   absl_logging.set_verbosity(absl_logging.FATAL)
   logging.getLogger("asyncio").setLevel(logging.CRITICAL)
@@ -26,14 +28,12 @@ def log_to_stderr() -> None:
 
 
 def _unraisablehook(unraisable):
-  # Tensorstore's threads report here that nobody waits for them any more once
-  # another one of them has failed.
-  if str(unraisable.exc_value) != "Event loop is closed":
+  if not compat.is_abandoned_write(unraisable.exc_value):
     sys.__unraisablehook__(unraisable)
 
 
 def duration(seconds: float) -> str:
-  """Returns '42 s', '12 min', '3 h 20 min' or '4 d 2 h'."""
+  """Return '42 s', '12 min', '3 h 20 min' or '4 d 2 h'."""
   minutes, seconds = divmod(round(seconds), 60)
   hours, minutes = divmod(minutes, 60)
   days, hours = divmod(hours, 24)

@@ -1,7 +1,14 @@
 """The private names of libraries that compat uses exist and have an effect."""
 
+import asyncio
 import inspect
+import socket
+import subprocess
+import sys
 
+import jax
+import jax.numpy as jnp
+import pytest
 import tensorflow_datasets as tfds
 from tensorflow_datasets.core.download import downloader
 
@@ -34,3 +41,41 @@ def test_tfds_builders_share_the_expected_files(tmp_path):
   with compat.tfds_expected_file(first, url, other):
     assert second.url_infos[url] == other
   assert second.url_infos[url] == official
+
+
+JOIN = """
+import sys
+import jax
+from rescalevit_jax.runtime import compat
+assert compat.distributed_state().client is None
+jax.distributed.initialize(sys.argv[1], 1, 0)
+state = compat.distributed_state()
+assert (state.process_id, state.num_processes) == (0, 1)
+assert state.coordinator_address == sys.argv[1]
+state.client.key_value_set("folder/0", "old")
+state.client.key_value_set("folder/0", "new", allow_overwrite=True)
+assert state.client.key_value_dir_get("folder") == [("folder/0", "new")]
+"""
+
+
+def test_the_distributed_client_has_a_key_value_store():
+  with socket.socket() as s:
+    s.bind(("localhost", 0))
+    address = f"localhost:{s.getsockname()[1]}"
+  subprocess.run([sys.executable, "-c", JOIN, address], check=True, timeout=60)
+
+
+def test_out_of_memory_is_recognized():
+  with pytest.raises(jax.errors.JaxRuntimeError) as e:
+    jnp.zeros(2**45).block_until_ready()
+  assert compat.is_out_of_memory(e.value)
+  assert not compat.is_out_of_memory(jax.errors.JaxRuntimeError("INTERNAL"))
+
+
+def test_a_closed_event_loop_is_recognized():
+  loop = asyncio.new_event_loop()
+  loop.close()
+  with pytest.raises(RuntimeError) as e:
+    loop.call_soon(print)
+  assert compat.is_abandoned_write(e.value)
+  assert not compat.is_abandoned_write(None)

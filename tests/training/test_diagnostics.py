@@ -10,6 +10,7 @@ import pytest
 from rescalevit_jax import errors
 from rescalevit_jax.analysis import probe
 from rescalevit_jax.runs import checkpoint
+from rescalevit_jax.runs import metric_writers
 from rescalevit_jax.training import diagnostics
 from rescalevit_jax.training import experiment
 from rescalevit_jax.training import measurements
@@ -42,7 +43,7 @@ def runs(tmp_path_factory, module_config):
     raise errors.UserError("TensorFlow would only take time")
 
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(train.writers.tensorflow_cpu, "load", missing)
+    patch.setattr(metric_writers.tensorflow_cpu, "load", missing)
     train.train_and_evaluate(config, folder / "without")
     config.diagnostics_every = 3
     train.train_and_evaluate(config, folder / "with")
