@@ -31,6 +31,7 @@ from ml_collections import config_flags
 from rescalevit_jax import config as config_lib
 from rescalevit_jax import errors
 from rescalevit_jax.config import keys
+from rescalevit_jax.config import overrides
 from rescalevit_jax.distributed import processes
 from rescalevit_jax.runs import folder
 from rescalevit_jax.runs import resumed_config
@@ -139,11 +140,11 @@ def _prepared(argv: list[str]) -> tuple[list[str], dict[str, None]]:
   Returns:
     The command line with --config, and the keys to be set to None.
   """
-  argv, nones = list(argv), {}
+  argv = list(argv)
   given = [arg.lstrip("-").partition("=") for arg in argv]
   names = [name for name, _, _ in given]
   if any(name in ("help", "helpshort", "helpfull") for name in names):
-    return argv, nones
+    return argv, {}
   if "config" not in names:
     workdir = None
     if "workdir" in names:
@@ -158,20 +159,13 @@ def _prepared(argv: list[str]) -> tuple[list[str], dict[str, None]]:
       workdir
     )  # Its errors, without ml_collections' words.
     argv.insert(1, f"--config={resumed_config.__file__}:{workdir}")
-  result = argv[:1]
-  for i, arg in enumerate(argv[1:], start=1):
-    if not arg.startswith("--config."):
-      result.append(arg)
-      continue
-    key, equals, value = arg.removeprefix("--config.").partition("=")
-    keys.check_key(key)
-    if not equals and argv[i + 1 : i + 2] == ["None"]:
-      raise errors.UserError(f"write --config.{key}=None, with =")
-    if value == "None":
-      nones[key] = None
-    else:
-      result.append(arg)
-  return result, nones
+  rest, settings = overrides.split_argv(argv)
+  texts = {setting.key: setting.text for setting in settings}
+  nones = {key: None for key, text in texts.items() if text == "None"}
+  values = [f"--config.{key}={x}" for key, x in texts.items() if x != "None"]
+  # Flags end at "--", and ml_collections reads overrides after --config only.
+  end = rest.index("--") if "--" in rest else len(rest)
+  return [*rest[:end], *values, *rest[end:]], nones
 
 
 def _fail(message: str, code: int) -> NoReturn:

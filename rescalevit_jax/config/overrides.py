@@ -1,7 +1,8 @@
-"""Config files and KEY=VALUE overrides, for all commands but `main`."""
+"""Config files and KEY=VALUE overrides on the command lines of all programs."""
 
 from collections.abc import Sequence
 import dataclasses
+import re
 import runpy
 from typing import Any
 
@@ -13,13 +14,15 @@ from rescalevit_jax import config as config_lib
 from rescalevit_jax import errors
 from rescalevit_jax.config import keys as keys_lib
 
+_PREFIX = re.compile(r"--?config\.")
+
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-  """A config key with a value, as `--config.KEY=VALUE` gives it.
+  """A config key with its value, as in `--config.KEY=VALUE`.
 
   Attributes:
-    key: a key of `config_keys.KEYS`.
+    key: a key of `keys.KEYS`.
     text: the value as written.
   """
 
@@ -31,14 +34,14 @@ class Setting:
 
 
 def parse_setting(text: str, flag: str) -> Setting:
-  """Parses KEY=VALUE.
+  """Parse KEY=VALUE.
 
   Args:
-    text: to be parsed.
-    flag: where it stood, for the message.
+    text: the argument.
+    flag: the flag of this argument, for messages.
 
   Raises:
-    UserError: it is not of this form, or there is no such key.
+    UserError: the text is not KEY=VALUE, or the key is unknown.
   """
   key, equals, value = text.partition("=")
   keys_lib.check_key(key)
@@ -48,35 +51,68 @@ def parse_setting(text: str, flag: str) -> Setting:
 
 
 def parse_axis(text: str) -> list[Setting]:
-  """Parses KEY=VALUE,VALUE,... of --grid.
+  """Parse KEY=VALUE,VALUE,... of --grid.
 
   Raises:
-    UserError: it is not of this form, or there is no such key.
+    UserError: the text does not have this form, or the key is unknown.
   """
   whole = parse_setting(text, "--grid")
   values = whole.text.split(",")
   for i, value in enumerate(values):
     if not value:
-      raise errors.UserError(f"--grid: {text!r} has an empty value")
+      raise errors.UserError(
+        f"--grid: {text!r} has an empty value; give a value"
+      )
     if value in values[:i]:
-      raise errors.UserError(f"--grid: {text!r} has {value} twice")
+      raise errors.UserError(
+        f"--grid: {text!r} has {value} twice; give each value once"
+      )
   return [Setting(whole.key, value) for value in values]
+
+
+def split_argv(argv: Sequence[str]) -> tuple[list[str], list[Setting]]:
+  """Split a command line into other arguments and config overrides.
+
+  An override is `--config.KEY=VALUE`, `--config.KEY VALUE`, or `--config.KEY`
+  for True.
+
+  Raises:
+    UserError: an override has no value, or its key is unknown.
+  """
+  rest, settings = [], []
+  words = list(argv)
+  while words:
+    word = words.pop(0)
+    prefix = _PREFIX.match(word)
+    if not prefix:
+      rest.append(word)
+      continue
+    text = word[prefix.end() :]
+    if "=" not in text:
+      keys_lib.check_key(text)
+      if isinstance(keys_lib.KEYS[text].default, bool):
+        text += "=True"
+      elif words and not words[0].startswith("--"):
+        text += f"={words.pop(0)}"
+    settings.append(parse_setting(text, f"--config.{text}"))
+  return rest, settings
 
 
 def load_config(
   reference: str, settings: Sequence[Setting]
 ) -> ml_collections.ConfigDict:
-  """Returns the config that `main` would make of the same arguments.
+  """Load a config file and apply overrides.
 
   Args:
     reference: FILE, or FILE:ARGS for get_config(ARGS).
-    settings: what is changed in it.
+    settings: overrides; of several for one key, the last counts.
 
   Raises:
-    UserError: the file or a value does not do.
+    UserError: the file or a value is invalid.
   """
+  texts = {setting.key: setting.text for setting in settings}
   argv = ["", f"--config={reference}"]
-  argv += [f"--config.{s}" for s in settings if s.text != "None"]
+  argv += [f"--config.{key}={x}" for key, x in texts.items() if x != "None"]
   values = flags.FlagValues()
   try:
     flag = config_flags.DEFINE_config_file(
@@ -84,44 +120,32 @@ def load_config(
     )
     values(argv)
     if flag.value is None:
-      raise errors.UserError("get_config() returns None")
+      raise errors.UserError("get_config() returns None; return a config")
     flag.value.update_from_flattened_dict(
-      {s.key: None for s in settings if s.text == "None"}
+      {key: None for key, text in texts.items() if text == "None"}
     )
     config_lib.validate(flag.value)
     return flag.value
-  except Exception as e:  # get_config() may raise anything.
+  except Exception as e:  # get_config() may raise any type.
     why = errors.explain(e, (errors.UserError, flags.Error))
     raise errors.UserError(f"--config={reference}: {why}") from e
 
 
 def methods(path: str) -> dict[str, dict[str, Any]]:
-  """Return the `METHODS` of a config file: overrides by name, perhaps none.
+  """Return the `METHODS` of a config file, overrides by name, or {}.
 
   Raises:
     UserError: the file cannot be run.
   """
   try:
     return runpy.run_path(path).get("METHODS", {})
-  except Exception as e:  # The file may raise anything.
-    raise errors.UserError(f"{path}: {errors.brief(e)}") from e
+  except Exception as e:  # The file may raise any type.
+    raise errors.UserError(
+      f"{path}: cannot be run ({errors.brief(e)}); correct the file"
+    ) from e
 
 
 def split_settings(argv: Sequence[str]) -> tuple[list[str], list[str]]:
-  """Takes --config.KEY=VALUE and --config.KEY VALUE out of a command line."""
-  rest, settings = [], []
-  words = list(argv)
-  while words:
-    word = words.pop(0)
-    if not word.startswith("--config."):
-      rest.append(word)
-      continue
-    setting = word.removeprefix("--config.")
-    if "=" not in setting:
-      key = keys_lib.KEYS.get(setting)
-      if key is not None and isinstance(key.default, bool):
-        setting += "=True"  # As in main; its value would be =False.
-      elif words and not words[0].startswith("--"):
-        setting += f"={words.pop(0)}"
-    settings.append(setting)
-  return rest, settings
+  """Split a command line into other arguments and KEY=VALUE texts."""
+  rest, settings = split_argv(argv)
+  return rest, [str(setting) for setting in settings]
