@@ -83,6 +83,8 @@ def split_argv(argv: Sequence[str]) -> tuple[list[str], list[Setting]]:
   words = list(argv)
   while words:
     word = words.pop(0)
+    if word == "--":  # The end of the flags.
+      return [*rest, word, *words], settings
     prefix = _PREFIX.match(word)
     if not prefix:
       rest.append(word)

@@ -20,6 +20,7 @@ QUICKSTART = str(paths.ROOT / "configs" / "quickstart.py")
     (["--config.pretrained_path", "None"], [], ["pretrained_path=None"]),
     (["--config.pretrained_path=a=b"], [], ["pretrained_path=a=b"]),
     (["--config.deterministic", "x"], ["x"], ["deterministic=True"]),
+    (["--", "--config.seed=5"], ["--", "--config.seed=5"], []),
     (["--config.deterministic=False"], [], ["deterministic=False"]),
   ],
 )
