@@ -102,8 +102,9 @@ def convert(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     "head/kernel": np.zeros((width, 1000)),
     "head/bias": np.zeros(1000),
   }
-  layers = {re.match(r"encoder\.layer\.(\d+)\.", x) for x in arrays} - {None}
-  for i in sorted({int(x[1]) for x in layers}):
+  names = "\n".join(arrays)
+  layers = set(re.findall(r"^encoder\.layer\.(\d+)\.", names, re.MULTILINE))
+  for i in sorted(map(int, layers)):
     theirs = f"encoder.layer.{i}."
     ours = f"Transformer/encoderblock_{i}/"
     attention = f"{ours}MultiHeadDotProductAttention_1/"

@@ -79,7 +79,8 @@ def read(path: pathlib.Path) -> list[lr_table.Outcome]:
   Raises:
     UserError: the file is not such a file.
   """
-  tried, tested = {}, {}
+  tried: dict[tuple[str, str], dict[float, float | None]] = {}
+  tested: dict[tuple[str, str], dict[float, dict[int, float | None]]] = {}
   try:
     with open(path, encoding="utf-8", newline="") as f:
       for row in csv.DictReader(f):
@@ -109,9 +110,11 @@ def read(path: pathlib.Path) -> list[lr_table.Outcome]:
         f"{path}: method {method!r}: {errors.nearest(norm, norms.NORMS)}"
       )
     finals = tested.get((dataset, method), {})
-    rate = max(finals, key=lambda x: rates.get(x) or 0.0, default=None)
+    tested_rate, seeds = max(
+      finals.items(), key=lambda x: rates.get(x[0]) or 0.0, default=(None, {})
+    )
     outcomes.append(
-      lr_table.Outcome(dataset, method, norm, rates, rate, finals.get(rate, {}))
+      lr_table.Outcome(dataset, method, norm, rates, tested_rate, seeds)
     )
   return outcomes
 
