@@ -1,4 +1,4 @@
-"""Label smoothing, mixup and CutMix against arithmetic by hand."""
+"""Label smoothing, mixup and CutMix against values computed by hand."""
 
 import functools
 
@@ -33,7 +33,7 @@ def weights_of(settings, number=2000, size=16):
   return np.asarray(jax.jit(draw)(keys_of(number)))
 
 
-def test_without_any_of_them_labels_stay_numbers():
+def test_without_mixing_labels_stay_integers():
   images = jnp.asarray(noise(4, 8))
   got, labels = mixing.mix(keys_of(4), images, LABELS, 3, mixing.NOTHING)
   assert got is images and labels is LABELS
@@ -56,14 +56,14 @@ SETTINGS = [
 
 
 @pytest.mark.parametrize("settings", SETTINGS)
-def test_image_and_label_are_mixed_alike_with_the_one_before(settings):
+def test_image_and_label_are_mixed_with_the_previous_ones(settings):
   images, labels = noise(12, 8), np.arange(12, dtype=np.int32)
   got, targets = mix(keys_of(12), images, labels, settings, 12)
   assert (got.shape, got.dtype) == (images.shape, jnp.float32)
   smoothing = settings.label_smoothing
   shares = set()
   for i in range(12):
-    # Solved for the weight of each pixel's own: [S, S, 3].
+    # Solve for the weight of the image's own pixel: [S, S, 3].
     own = (got[i] - images[i - 1]) / (images[i] - images[i - 1])
     own = np.median(own, axis=-1)
     share = own.mean()
@@ -85,7 +85,7 @@ def test_mixup_has_one_beta_weight_an_image(alpha):
 
 
 def box_shares(alpha, number, size):
-  """Draws CutMix's boxes as its code does, but for whole pixels."""
+  """Draw CutMix's boxes as its code does, without rounding to pixels."""
   rng = np.random.default_rng(0)
   edge = size * np.sqrt(1 - rng.beta(alpha, alpha, number))
   area = 1.0
@@ -96,7 +96,7 @@ def box_shares(alpha, number, size):
 
 
 @pytest.mark.parametrize("alpha", [0.4, 1.0])
-def test_cutmix_cuts_boxes_of_the_papers_sizes(alpha):
+def test_cutmix_boxes_have_the_papers_sizes(alpha):
   weights = weights_of(mixing.Mixing(cutmix=alpha), size=64)
   assert set(np.unique(weights)) == {0.0, 1.0}
   for cut in 1 - weights[:200]:

@@ -1,4 +1,4 @@
-"""Augmentation against Pillow and against a plain restatement of the crop."""
+"""Augmentation against Pillow and a plain implementation of the crop."""
 
 import functools
 import math
@@ -22,7 +22,7 @@ def noise(batch, height, width, seed=0):
 
 
 def pillow(image, box, size):
-  """Crops and resizes [H, W, 3] with Pillow, without rounding to integers."""
+  """Crop and resize [H, W, 3] with Pillow, without rounding to integers."""
   top, left, height, width = (int(x) for x in box)
   crop = image[top : top + height, left : left + width].astype(np.float32)
   channels = [
@@ -115,7 +115,7 @@ def test_range_of_uint8_becomes_exactly_minus_one_to_one():
 
 @functools.cache
 def boxes_of(number, height, width, min_area, min_aspect, seed=0):
-  """Draws boxes [number, 4]: top, left, height, width."""
+  """Draw boxes [number, 4]: top, left, height, width."""
   box = functools.partial(
     preprocess.random_box,
     height=height,
@@ -127,7 +127,7 @@ def boxes_of(number, height, width, min_area, min_aspect, seed=0):
 
 
 def center_box(height, width, min_aspect):
-  """Returns the largest centred box with an allowed width / height."""
+  """Return the largest centred box with an allowed width / height."""
   w, h = width, height
   if width > height / min_aspect:
     w = round(height / min_aspect)
@@ -137,7 +137,7 @@ def center_box(height, width, min_aspect):
 
 
 def plain_boxes(number, height, width, min_area, min_aspect, seed=0):
-  """The rule in plain Python, one box after the other."""
+  """Draw boxes by the rule in plain Python."""
   rng = np.random.default_rng(seed)
   boxes = []
   for _ in range(number):
@@ -230,7 +230,7 @@ def test_random_box_lies_inside_with_allowed_area_and_aspect(
   assert (((h + 0.5) * (w + 0.5))[drawn] >= min_area * height * width).all()
   assert (((w + 0.5) / (h - 0.5))[drawn] >= min_aspect).all()
   assert (((w - 0.5) / (h + 0.5))[drawn] <= 1 / min_aspect).all()
-  # And the whole of both ranges is used.
+  # Both ranges are used completely.
   assert (h * w)[drawn].min() < 1.3 * min_area * height * width
   assert top.min() == left.min() == 0
   assert (top + h).max() == height
@@ -255,7 +255,7 @@ def prepare_random(keys, images, size, settings):
 
 
 def ramp(height, width):
-  """An image whose red tells the column and whose green tells the row."""
+  """Return an image with red by column and green by row."""
   image = np.zeros((height, width, 3), np.uint8)
   image[:, :, 0] = 4 * np.arange(width)
   image[:, :, 1] = 4 * np.arange(height)[:, None]
@@ -263,7 +263,7 @@ def ramp(height, width):
 
 
 def box_seen_in(pixels):
-  """Returns the box whose resized ramp [S, S, 3] is, from its middle half."""
+  """Return the box of a resized ramp [S, S, 3], from its middle half."""
   size = len(pixels)
   values = (np.asarray(pixels, np.float64) + 1) * 127.5 / 4
   middle = np.arange(size // 4, 3 * size // 4)
@@ -295,7 +295,7 @@ def test_random_crop_is_pillows_resize_of_a_box(height, width):
 
 def test_crops_settings_are_used():
   images = np.stack([ramp(40, 40)] * 200)
-  # Up to areas of 2 % away from square: more is rounding.
+  # Within 2 % of a square area, which allows for rounding.
   settings = preprocess.Augment(min_area=0.7, min_aspect=0.98)
   got = prepare_random(keys_of(200), images, 48, settings)
   boxes = np.array([box_seen_in(x) for x in got])
@@ -316,7 +316,7 @@ EVERYTHING = {"flip": True, "auto": "trivial", "random_erasing": 0.5}
     preprocess.Augment(crop=False, pad_crop=3, **EVERYTHING),
   ],
 )
-def test_images_fate_depends_on_its_key_only(settings):
+def test_augmentation_depends_on_the_images_key_only(settings):
   images, keys = noise(8, 16, 16), keys_of(8)
   together = prepare_random(keys, images, 20, settings)
   order = np.array([5, 2, 7, 0, 1, 3, 6, 4])
@@ -356,10 +356,10 @@ def test_without_crop_and_flip_training_images_are_evaluation_images():
   np.testing.assert_allclose(got, want, atol=1e-6)
 
 
-# What is off by default.
+# Options that are off by default.
 
 
-def test_pad_crop_shifts_images_and_black_comes_in():
+def test_pad_crop_shifts_images_with_black_padding():
   image = 1 + noise(1, 10, 14)[0] // 2
   images = np.stack([image] * 200)
   settings = preprocess.Augment(crop=False, pad_crop=2)
@@ -404,7 +404,7 @@ def test_trivial_augment_comes_before_the_crop():
   ).max()
 
 
-def test_erasing_puts_noise_into_boxes_of_the_papers_sizes():
+def test_erased_boxes_have_the_papers_sizes():
   images, keys = np.full((1500, 40, 40, 3), 255, np.uint8), keys_of(1500)
   settings = preprocess.Augment(crop=False, random_erasing=0.7)
   got = np.asarray(prepare_random(keys, images, 40, settings))
@@ -425,7 +425,7 @@ def test_erasing_puts_noise_into_boxes_of_the_papers_sizes():
   assert stats.kstest(values.ravel()[:5000], stats.uniform(-1, 2).cdf)[1] > 1e-3
 
 
-def test_erasing_leaves_the_other_pixels_and_the_crops_alone():
+def test_erasing_does_not_change_other_pixels_and_crops():
   images, keys = noise(20, 16, 16), keys_of(20)
   got = prepare_random(keys, images, 16, preprocess.Augment(random_erasing=1.0))
   plain = prepare_random(keys, images, 16, preprocess.Augment())

@@ -23,7 +23,7 @@ ENHANCERS = {
 
 
 def photo(height, width):
-  """Smooth with noise, and not of full range."""
+  """Return smooth images with noise and a limited range."""
   rng = np.random.default_rng(0)
   small = Image.fromarray(rng.integers(30, 200, (5, 5, 3), np.uint8))
   smooth = np.array(small.resize((width, height)))
@@ -36,7 +36,7 @@ def operate(image, operation, strength, sign):
 
 
 def pillow(name, image, strength, sign):
-  """The wide search space as the paper's code has it: [H, W, 3] uint8."""
+  """Apply an operation of the wide search space as in the paper's code."""
   image, value = Image.fromarray(image), sign * strength
   affine = {
     "shear_x": (1, 0.99 * value, 0, 0, 1, 0),
@@ -78,13 +78,13 @@ def test_operation_is_pillows(name, strength, sign):
   if name in ("identity", "posterize", "solarize", "equalize"):
     assert (difference == 0).all()
   else:  # Pillow rounds, the poorer image of an enhancement, too.
-    # Where the edge of the image comes to lie is a matter of rounding.
+    # The position of the image's edge depends on rounding.
     assert np.mean(difference > 2.5) < 0.005, difference.max()
   if name != "identity" and strength > 0:
     assert np.abs(got - image).mean() > 0.4
 
 
-def test_enhanced_and_stretched_channels_are_those_of_the_image():
+def test_enhanced_and_stretched_channels_match_the_image():
   flat = np.full((8, 8, 3), 77, np.uint8)
   flat[..., 1] = 50
   for name in ("autocontrast", "equalize"):
@@ -94,14 +94,14 @@ def test_enhanced_and_stretched_channels_are_those_of_the_image():
 
 @functools.cache
 def many():
-  """What comes of one image, whose first row tells how it was shifted."""
+  """Augment one image, whose first row shows the shift."""
   keys = jax.random.split(jax.random.key(0), 3000)
   image = photo(16, 16)
   apply = jax.jit(jax.vmap(trivial_augment.apply, (0, None)))
   return image, np.asarray(apply(keys, image))
 
 
-def test_every_operation_and_strength_is_as_probable():
+def test_operations_and_strengths_are_uniform():
   image, got = many()
   assert 0 <= got.min() and got.max() <= 255
   number = len(OPERATIONS)
@@ -122,7 +122,7 @@ def test_every_operation_and_strength_is_as_probable():
     same = np.abs(want - x).max(-1) < 1e-3
     assert same.any()
     counts += same / same.sum()
-  # What gives the same image, as strengths of 0 do, is shared out.
+  # Operations with the same result, as at strength 0, share its count.
   shares = counts.sum((1, 2)) / len(got)
   np.testing.assert_allclose(shares, 1 / number, atol=0.03)
   rotations = counts[OPERATIONS.index("rotate"), 1:]

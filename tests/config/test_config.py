@@ -8,7 +8,7 @@ from rescalevit_jax import errors
 from rescalevit_jax.config import __main__ as page_lib
 
 
-def test_default_is_valid_and_is_the_originals_recipe():
+def test_default_is_valid_and_rescalevits_recipe():
   config = config_lib.default()
   config_lib.validate(config)
   assert (config.base_lr, config.warmup_steps) == (0.05, 500)

@@ -1,4 +1,4 @@
-"""The files of configs/: all of them are valid."""
+"""All files of configs/ are valid."""
 
 import importlib.util
 
@@ -30,7 +30,7 @@ def test_is_valid(name):
   experiment.create_model(config, 10)
 
 
-def test_every_method_of_the_study_is_another():
+def test_methods_of_the_study_differ():
   module = load("norm_free")
   configs = [module.get_config(method) for method in module.METHODS]
   for config in configs:

@@ -31,11 +31,11 @@ def test_loads_what_was_saved(tmp_path):
   assert os.listdir(path.parent) == ["x.npz"]
 
 
-def test_nothing_there(tmp_path):
+def test_a_missing_file_gives_none(tmp_path):
   assert array_cache.load(tmp_path / "x.npz") is None
 
 
-def test_no_damage_gives_other_arrays(tmp_path):
+def test_damage_never_gives_other_arrays(tmp_path):
   path = tmp_path / "x.npz"
   array_cache.save(path, ARRAYS)
   good = path.read_bytes()
@@ -68,15 +68,13 @@ def test_other_files_are_ignored(tmp_path, content):
   assert array_cache.load(path) is None
 
 
-def test_a_place_that_cannot_be_written_is_no_error(tmp_path):
+def test_an_unwritable_folder_is_not_an_error(tmp_path):
   (tmp_path / "file").touch()
   array_cache.save(tmp_path / "file" / "x.npz", ARRAYS)
   assert array_cache.load(tmp_path / "file" / "x.npz") is None
 
 
-def test_a_full_disk_leaves_the_old_file_and_nothing_else(
-  tmp_path, monkeypatch
-):
+def test_a_full_disk_leaves_only_the_old_file(tmp_path, monkeypatch):
   path = tmp_path / "x.npz"
   array_cache.save(path, ARRAYS)
   before = path.read_bytes()

@@ -25,7 +25,7 @@ def paths(tmp_path_factory):
   return write(tmp_path_factory.mktemp("records"), COUNTS)
 
 
-def test_records_come_in_any_order(paths):
+def test_records_are_read_in_any_order(paths):
   expected = [
     f"{f} {i}".encode() for f, n in enumerate(COUNTS) for i in range(n)
   ]
@@ -39,7 +39,7 @@ def test_records_come_in_any_order(paths):
 
 
 def test_no_list_of_positions_is_read(paths, monkeypatch):
-  """Its cost would grow with the file."""
+  """The cost of a list would grow with the file."""
   calls = []
 
   class Reader:

@@ -42,7 +42,7 @@ class TestIndices:
     for epoch in epochs:
       assert sorted(epoch) == list(range(20))
 
-  def test_batch_size_only_cuts_the_same_stream(self):
+  def test_batches_of_any_size_split_the_same_sequence(self):
     whole = stream(3, 20, 20, steps=15)
     for batch in (1, 7, 23, 57):
       steps = 300 // batch
@@ -50,7 +50,7 @@ class TestIndices:
         stream(3, batch, 20, steps), whole[: steps * batch]
       )
 
-  def test_depends_on_nothing_but_its_arguments(self):
+  def test_depends_on_its_arguments_only(self):
     steps = [9, 1, 40, 2, 9]
     first = [dataset_lib.batch_indices(5, s, 8, 21) for s in steps]
     dataset_lib.batch_indices(6, 3, 8, 21)
@@ -59,7 +59,7 @@ class TestIndices:
         dataset_lib.batch_indices(5, step, 8, 21), expected
       )
 
-  def test_epochs_and_seeds_have_their_own_orders(self):
+  def test_epochs_and_seeds_have_different_orders(self):
     orders = stream(0, 50, 50, steps=5).reshape(5, 50).tolist()
     orders += stream(1, 50, 50, steps=5).reshape(5, 50).tolist()
     assert len({tuple(order) for order in orders}) == 10
@@ -82,7 +82,7 @@ def cache(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="session")
 def prepared(tmp_path_factory):
-  """A data_dir with all that the tests only read."""
+  """Return a data_dir of data sets that tests do not change."""
   path = tmp_path_factory.mktemp("prepared")
   for name in (
     "fake",
@@ -99,7 +99,7 @@ def prepared(tmp_path_factory):
 
 @pytest.fixture
 def own(prepared, tmp_path):
-  """The same, to be damaged; and the folder of `fake` in it."""
+  """Return a copy of it for damage, and the folder of `fake` in it."""
   shutil.copytree(prepared, tmp_path / "own")
   return str(tmp_path / "own"), tmp_path / "own" / "fake" / "1.2.3"
 
@@ -133,7 +133,7 @@ def refuses(name, data_dir, *words):
 
 
 class TestLoad:
-  def test_images_come_with_their_labels(self, prepared):
+  def test_images_have_their_labels(self, prepared):
     dataset = dataset_lib.load("fake", prepared)
     check_split(dataset.train, "train", 30)
     check_split(dataset.test, "test", 12)
@@ -146,7 +146,7 @@ class TestLoad:
     check_split(dataset.train, "train", 30, (6, 5, 1))
     check_split(dataset.test, "test", 12, (6, 5, 1))
 
-  def test_validation_stands_in_for_test(self, prepared):
+  def test_validation_replaces_a_missing_test_split(self, prepared):
     dataset = dataset_lib.load("fake_validation", prepared)
     check_split(dataset.test, "validation", 12)
 
@@ -201,7 +201,7 @@ class TestCache:
     no_records()
     assert_equal(dataset_lib.load("fake", prepared), first)
 
-  def test_a_changed_folder_is_read_anew(self, own, no_records):
+  def test_a_changed_folder_is_read_again(self, own, no_records):
     data_dir, folder = own
     dataset_lib.load("fake", data_dir)
     os.utime(folder / "dataset_info.json", ns=(0, 0))
@@ -211,7 +211,7 @@ class TestCache:
   @pytest.mark.parametrize(
     "damage", ["cut", "shape", "images", "labels", "missing"]
   )
-  def test_a_damaged_file_is_written_anew(
+  def test_a_damaged_file_is_written_again(
     self, prepared, cache, no_records, damage
   ):
     first = dataset_lib.load("fake", prepared)
@@ -231,7 +231,7 @@ class TestCache:
     no_records()
     assert_equal(dataset_lib.load("fake", prepared), first)
 
-  def test_an_unwritable_cache_is_no_error(
+  def test_an_unwritable_cache_is_not_an_error(
     self, prepared, monkeypatch, tmp_path
   ):
     (tmp_path / "file").touch()
@@ -286,18 +286,18 @@ class TestRefuses:
     refuses("fake", prepared, found, "damaged")
 
   @pytest.mark.parametrize("size", [0, 20_000, 100_000])
-  def test_records_cut_off(self, own, size):
+  def test_truncated_records(self, own, size):
     data_dir, folder = own
     (path,) = folder.glob("*train.array_record*")
     os.truncate(path, size)
     refuses("fake", data_dir, str(folder), "cannot read train", "remove")
 
-  def test_records_missing(self, own):
+  def test_missing_records(self, own):
     data_dir, folder = own
     next(folder.glob("*test.array_record*")).unlink()
     refuses("fake", data_dir, str(folder), "cannot read test", "remove")
 
-  def test_records_changed(self, own):
+  def test_changed_records(self, own):
     data_dir, folder = own
     (path,) = folder.glob("*train.array_record*")
     content = path.read_bytes()
@@ -305,7 +305,7 @@ class TestRefuses:
     path.write_bytes(content[:where] + b"iHDR" + content[where + 4 :])
     refuses("fake", data_dir, str(folder), "cannot read train", "remove")
 
-  def test_class_names_cut_off(self, tmp_path):
+  def test_truncated_class_names(self, tmp_path):
     dataset = dataset_lib.load("fake_named_late", str(tmp_path))
     assert dataset.class_names == ("a", "b", "c", "d")
     folder = tmp_path / "fake_named_late" / "1.2.3"

@@ -1,4 +1,4 @@
-"""Image files of all kinds, good and bad, as a model takes them."""
+"""Valid and invalid image files of all kinds, as model input."""
 
 import io
 import os
@@ -60,7 +60,7 @@ def refused(image, *words):
   return message
 
 
-# What the pixels of each kind are.
+# The pixels of each kind.
 
 
 @pytest.mark.parametrize("name", ["a.png", "a.bmp", "a.tiff", "a.ppm", "A.PNG"])
@@ -69,7 +69,7 @@ def test_colors_are_kept(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["a.jpg", "a.webp", "a.gif"])
-def test_lossy_files_are_near(name, tmp_path):
+def test_lossy_files_are_close(name, tmp_path):
   smooth = np.zeros((16, 24, 3), np.uint8) + np.array([200, 120, 40], np.uint8)
   smooth[:, 12:] = 90
   found = pixels(saved(tmp_path, smooth, name)).astype(int)
@@ -109,7 +109,7 @@ def test_other_sixteen_bits():
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA"])
-def test_transparent_parts_are_put_on_white(mode, tmp_path):
+def test_transparent_parts_become_white(mode, tmp_path):
   image = np.zeros((1, 3, 4), np.uint8) + np.array([40, 40, 40, 0], np.uint8)
   image[0, :, 3] = 0, 255, 128
   image = Image.fromarray(image).convert(mode)
@@ -146,7 +146,7 @@ def test_palettes(name, transparency, tmp_path):
     (np.array([[9, 1]], np.uint8), 1, [9, 9, 9]),
   ],
 )
-def test_a_color_that_stands_for_transparent(
+def test_a_transparent_color_becomes_white(
   image, transparency, expected, tmp_path
 ):
   path = saved(tmp_path, image, "a.png", transparency=transparency)
@@ -162,7 +162,7 @@ def test_cmyk(tmp_path):
 
 
 @pytest.mark.parametrize("orientation", TURNED)
-def test_images_are_turned_as_exif_says(orientation, tmp_path):
+def test_exif_orientation_is_applied(orientation, tmp_path):
   exif = Image.Exif()
   exif[ORIENTATION] = orientation
   path = saved(tmp_path, COLOR, "a.png", exif=exif)
@@ -181,7 +181,7 @@ def test_exif_of_other_files(name, tmp_path):
   assert found[8, 24].min() > 240 and found[8, 8].max() < 15
 
 
-def test_sixteen_bits_are_turned_too(tmp_path):
+def test_exif_orientation_of_sixteen_bits(tmp_path):
   exif = Image.Exif()
   exif[ORIENTATION] = 6
   path = saved(tmp_path, GREY.astype(np.uint16) * 257, "a.png", exif=exif)
@@ -207,7 +207,7 @@ def test_any_size(size, tmp_path):
   np.testing.assert_allclose(x[3, 4], [-1, 1, -0.6], atol=1e-6)
 
 
-# What evaluation sees.
+# Comparison with evaluation.
 
 
 @pytest.mark.parametrize(
@@ -224,7 +224,7 @@ def test_any_size(size, tmp_path):
     ((250, 333), 32),
   ],
 )
-def test_pixels_are_those_of_evaluation(shape, size):
+def test_pixels_equal_the_input_of_evaluation(shape, size):
   image = RNG.integers(0, 256, (*shape, 3), dtype=np.uint8)
   expected = np.asarray(preprocess.prepare(image[None], size))[0]
   found = image_files.model_input(image, size)
@@ -235,7 +235,7 @@ def test_pixels_are_those_of_evaluation(shape, size):
 # From Python.
 
 
-def test_sources_are_alike(tmp_path):
+def test_paths_images_and_arrays_are_equal(tmp_path):
   path = saved(tmp_path, COLOR, "a.png")
   for source in (path, str(path), Image.open(path), COLOR):
     np.testing.assert_array_equal(pixels(source), COLOR)
@@ -267,7 +267,7 @@ def test_a_given_image_is_not_changed():
     (None, ("object",)),
   ],
 )
-def test_arrays_that_are_no_images(array, words):
+def test_invalid_image_arrays(array, words):
   refused(array, *words)
 
 
@@ -294,7 +294,7 @@ def test_a_damaged_pillow_image(tmp_path):
 
 
 def png(width, height):
-  """Returns the start of a PNG file that claims this size."""
+  """Return the start of a PNG file that declares this size."""
 
   def chunk(name, data):
     check = zlib.crc32(name + data)
@@ -305,7 +305,7 @@ def png(width, height):
   return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", data)
 
 
-def test_what_is_no_image(tmp_path):
+def test_files_without_an_image(tmp_path):
   def path(name, content):
     (tmp_path / name).write_bytes(content)
     return tmp_path / name
@@ -321,7 +321,7 @@ def test_what_is_no_image(tmp_path):
   refused(tmp_path / ("x" * 300), "too long")
 
 
-def test_cut_off_files(tmp_path):
+def test_truncated_files(tmp_path):
   path = saved(tmp_path, np.tile(COLOR, (20, 20, 1)), "a.jpg")
   path.write_bytes(path.read_bytes()[:-500])
   refused(path, "a.jpg", "truncated")
@@ -355,7 +355,7 @@ def test_a_picture_drawn_over_and_over(tmp_path):
 
 
 def test_the_limit_of_bytes(tmp_path):
-  # Of a file that Pillow would read whole.
+  # Pillow would read all of this file.
   path = saved(tmp_path, COLOR, "a.webp")
   os.truncate(path, untrusted_image.MAX_BYTES + 1)
   refused(path, "a.webp", "larger than 1 GB")
@@ -374,8 +374,8 @@ def test_a_chunk_longer_than_its_file(tmp_path):
     tracemalloc.stop()
 
 
-def test_strips_that_are_all_the_same(tmp_path):
-  # Each of which would have Pillow read 64 kB.
+def test_strips_of_the_same_bytes(tmp_path):
+  # Pillow would read 64 kB for each.
   count, start = 20_000, 8
   pixels = bytes(1 << 16)
   offsets = np.full(count, start, np.uint32).tobytes()
@@ -402,8 +402,8 @@ def test_bombs_in_the_tiles_of_a_small_image(edge, tmp_path):
   assert pixels_of_tile(path) == [0, 15]
 
 
-def test_a_tile_whose_size_is_no_number(tmp_path):
-  # As Python has it, bytes times a number are a lot of bytes.
+def test_a_tile_size_that_is_not_a_number(tmp_path):
+  # In Python, bytes times a number are many bytes.
   content = fuzzed.tiled(16, 8, zlib.compress(bytes(256)))
   width = struct.pack("<HHLL", 322, 4, 1, 16)
   assert width in content
@@ -416,7 +416,7 @@ def pixels_of_tile(path):
   return pixels(path)[0, [0, 15], 0].tolist()
 
 
-def test_other_formats_are_no_images(tmp_path, monkeypatch):
+def test_other_formats_are_refused(tmp_path, monkeypatch):
   image = Image.fromarray(COLOR)
   image.save(tmp_path / "a.ico")
   image.save(tmp_path / "b.tga")
@@ -488,6 +488,6 @@ def test_find(tmp_path):
   assert image_files.find(str(tmp_path / ".git")) == [tmp_path / ".git/e.png"]
 
 
-def test_find_where_nothing_can_be_listed(tmp_path):
+def test_find_in_a_folder_that_cannot_be_listed(tmp_path):
   with pytest.raises(errors.UserError, match="none: cannot be listed"):
     image_files.find(tmp_path / "none")

@@ -1,4 +1,4 @@
-"""The order of an epoch: a permutation, uniform, and the same everywhere."""
+"""The order of an epoch is a uniform permutation, equal on all platforms."""
 
 import hashlib
 import itertools
@@ -17,14 +17,14 @@ def order(size, seed=0, epoch=0):
 
 
 @pytest.mark.parametrize("sizes", [range(1, 201), [50_000], [2**20 + 1]])
-def test_every_index_comes_once(sizes):
+def test_every_index_occurs_once(sizes):
   for size in sizes:
     found = order(size, seed=3, epoch=size)
     assert found.dtype == np.int32
     np.testing.assert_array_equal(np.sort(found), np.arange(size))
 
 
-def test_an_entry_depends_on_its_own_index_alone():
+def test_an_entry_depends_on_its_index_only():
   whole = order(1437, 2**32 - 1, 10**6)
   for i in (0, 700, 1436):
     found = index_shuffle.shuffle(np.array([i]), 1437, 2**32 - 1, 10**6)
@@ -32,7 +32,7 @@ def test_an_entry_depends_on_its_own_index_alone():
 
 
 @pytest.mark.parametrize("size", [1, 10, 1437, 50_000, 2**31 - 1, 2**31])
-def test_equals_the_same_in_integers_of_any_size(size):
+def test_equals_python_integers(size):
   rows = math.isqrt(size - 1) + 1
   sides = (rows, (size + rows - 1) // rows)
   bits = hashlib.shake_128(b"4294967296,12").digest(96)
@@ -60,7 +60,7 @@ def test_all_orders_of_five_are_equally_frequent():
 
 
 @pytest.mark.parametrize("size", [10, 17])
-def test_places_and_pairs_are_uniform(size):
+def test_positions_and_pairs_are_uniform(size):
   orders = np.array([order(size, seed, epoch=1) for seed in range(4000)])
   for i in range(size - 1):
     places = np.bincount(orders[:, i], minlength=size)
@@ -78,7 +78,7 @@ def test_neighbours_epochs_and_seeds_are_uncorrelated():
     assert abs(np.corrcoef(x, y)[0, 1]) < 4 / math.sqrt(size)
 
 
-def test_seeds_and_epochs_do_not_run_into_each_other():
+def test_seeds_and_epochs_do_not_collide():
   keys = [(1, 23), (12, 3), (2**32 - 1, 0), (2**32, 0), (0, 1), (0, 2**32)]
   assert len({tuple(order(50, *key).tolist()) for key in keys}) == len(keys)
 

@@ -1,4 +1,4 @@
-"""A streamed split gives the batches of a resident one, and costs no memory."""
+"""A streamed split gives the batches of a resident one without its memory."""
 
 import threading
 
@@ -42,9 +42,9 @@ def batches(split, numbers, plan=plan):
     return [jax.device_get(batch) for batch in found]
 
 
-# Of steps 28 to 32, which lie on both sides of an epoch's end.
+# Steps 28 to 32, before and after the end of an epoch.
 @pytest.mark.parametrize("numbers", [range(1, 4), range(28, 33), range(5, 5)])
-def test_both_feeds_give_the_same_batches(resident, streamed, numbers):
+def test_streamed_and_resident_batches_are_equal(resident, streamed, numbers):
   found, expected = batches(streamed, numbers), batches(resident, numbers)
   assert len(found) == len(expected) == len(numbers)
   for step, got, want in zip(numbers, found, expected, strict=True):
@@ -55,7 +55,7 @@ def test_both_feeds_give_the_same_batches(resident, streamed, numbers):
     np.testing.assert_array_equal(want[1], resident.labels[plan(step)])
 
 
-def test_a_streamed_batch_is_read_without_those_before_it(
+def test_a_streamed_batch_is_read_without_previous_batches(
   streamed, monkeypatch
 ):
   wanted = []
@@ -71,7 +71,7 @@ def test_a_streamed_batch_is_read_without_those_before_it(
   assert sorted(wanted) == sorted(sorted(plan(i).ravel()) for i in numbers)
 
 
-def test_leaving_early_ends_the_threads(streamed):
+def test_early_exit_ends_the_threads(streamed):
   before = threading.active_count()
   mesh = sharding.create_mesh()
   with loader.Loader(streamed, mesh).batches(plan, range(1, 10**6)) as found:
@@ -128,7 +128,7 @@ def test_a_data_set_too_large_for_memory_trains_the_same(
     np.testing.assert_array_equal(x, y)
 
 
-def test_held_out_images_are_no_longer_trained_with(digits_dir):
+def test_images_of_the_validation_split_leave_training(digits_dir):
   whole = dataset_lib.load("digits", str(digits_dir)).train
 
   def pixels(images):
@@ -144,7 +144,7 @@ def test_held_out_images_are_no_longer_trained_with(digits_dir):
     labels = dataset.test.read(range(400))[1]
     if source == "resident":
       first = dataset.test
-      # At random: every digit is there, about 40 times.
+      # Drawn at random: every digit occurs about 40 times.
       assert np.bincount(labels, minlength=10).min() > 20
   np.testing.assert_array_equal(dataset.test.images[:], first.images)
   np.testing.assert_array_equal(labels, first.labels)
@@ -157,7 +157,7 @@ def test_a_validation_split_of_all_training_images_is_an_error(digits_dir):
     dataset_lib.load("digits", str(digits_dir), num_val=1437)
 
 
-def test_the_limit_decides(digits_dir):
+def test_the_limit_selects_the_source(digits_dir):
   kinds = [
     type(dataset_lib.load("digits", str(digits_dir), max_gb=max_gb).test)
     for max_gb in (3.4e-4, 3.5e-4)  # 1797 images of 8 x 8 x 3 bytes.
@@ -180,8 +180,8 @@ def test_images_of_any_size_are_resized_as_they_are_read(tmp_path, monkeypatch):
     for other in others:
       np.testing.assert_array_equal(images, other.images)
       np.testing.assert_array_equal(labels, other.labels)
-  # The first pixel, which tells the images apart, is not resized away where
-  # nothing is resized: image 3 has 4 x 6 pixels.
+  # Without resizing, the first pixel identifies the image; image 3 has 4 x 6
+  # pixels.
   whole = fake_data.image("test", 3, (4, 6, 3))
   want = np.asarray(Image.fromarray(whole).resize((6, 6), Image.BILINEAR))
   found = read[0].test.images[:]
@@ -197,14 +197,14 @@ def test_tfrecord_files_are_refused_to_streaming(tmp_path):
 
 
 class Half:
-  """A place of which this process has the devices 2 and 3 of 4."""
+  """A sharding over 4 devices; this process has the devices 2 and 3."""
 
   def addressable_devices_indices_map(self, shape):
     part = shape[1] // 4
     return {i: (slice(None), slice(part * i, part * (i + 1))) for i in (3, 2)}
 
 
-def test_own_part_is_what_the_devices_of_a_process_hold():
+def test_a_process_reads_the_examples_of_its_devices():
   mesh = sharding.create_mesh()
   x = np.arange(24 * mesh.size).reshape(3, -1)
   place = sharding.split(mesh, axis=1)
@@ -213,7 +213,7 @@ def test_own_part_is_what_the_devices_of_a_process_hold():
   np.testing.assert_array_equal(sharding.local_shard(x, Half()), x[:, half:])
 
 
-def test_all_that_read_a_runs_images_heed_its_data_keys(tiny_config):
+def test_all_readers_of_a_runs_images_use_its_data_keys(tiny_config):
   tiny_config.data.image_size = 6
   assert experiment.load_dataset(tiny_config).test.images[3].shape == (6, 6, 3)
   assert page._image(tiny_config, 3).shape == (6, 6, 3)

@@ -69,7 +69,7 @@ class TestMain:
     assert prepare.main(args) == 0
     lines = capsys.readouterr().out.splitlines()
     assert ["prepared already" in line for line in lines] == [True, True]
-    # The process goes on to expect the published files.
+    # Afterwards, the process expects the published files.
     url_infos = tfds.builder("cifar10").url_infos
     assert [x.size for x in url_infos.values()] == [170_052_171]
 
@@ -123,7 +123,7 @@ class TestMain:
     assert os.listdir(out) == []
     assert capsys.readouterr().err.count("\n") == 1
 
-  def test_place_that_cannot_be_written(self, small, tmp_path, capsys):
+  def test_unwritable_folder(self, small, tmp_path, capsys):
     (tmp_path / "file").touch()
     out = tmp_path / "file" / "out"
     assert prepare.main([f"--archive={small}", f"--data_dir={out}"]) == 1
@@ -141,7 +141,7 @@ class TestMain:
   @pytest.mark.parametrize(
     "name", ["digit", "", "imdb_reviews", "cats_vs_dogs"]
   )
-  def test_a_name_that_does_not_do(self, tmp_path, capsys, name):
+  def test_unsuitable_data_sets(self, tmp_path, capsys, name):
     assert prepare.main([f"--dataset={name}", f"--data_dir={tmp_path}"]) == 1
     assert capsys.readouterr().err.splitlines()[-1].startswith("error: ")
     assert os.listdir(tmp_path) == []

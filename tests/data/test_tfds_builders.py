@@ -36,7 +36,7 @@ class TestOpen:
     assert "did you mean cifar10" in message
     assert len(message) < 300
 
-  def test_hints_at_any_data_set_of_tfds(self):
+  def test_hints_include_all_data_sets_of_tfds(self):
     assert "did you mean mnist" in open_error("MNIST3")
 
   @pytest.mark.parametrize("name", ["", "../x", "no such", "a:b", "zzz/1"])
@@ -49,7 +49,7 @@ class TestOpen:
     assert "9.9.9" in open_error("digits:9.9.9")
     assert "no_config" in open_error("mnist/no_config")
 
-  def test_home_is_understood(self, monkeypatch, tmp_path):
+  def test_home_is_expanded(self, monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     builder = tfds_builders.open_builder("digits", "~/data")
     assert builder.data_dir == str(tmp_path / "data" / "digits" / "1.0.0")
@@ -71,7 +71,7 @@ class TestOpen:
 
 
 class TestPrepare:
-  def test_second_time_does_nothing(self, tmp_path, capsys):
+  def test_preparing_again_is_a_no_op(self, tmp_path, capsys):
     builder = tfds_builders.open_builder("fake", str(tmp_path))
     assert not tfds_builders.is_prepared(builder)
     tfds_builders.prepare(builder)
@@ -95,7 +95,7 @@ class TestPrepare:
       tfds_builders.prepare(builder)
     assert os.listdir(tmp_path) == []
 
-  def test_place_that_cannot_be_written(self, tmp_path):
+  def test_unwritable_folder(self, tmp_path):
     (tmp_path / "file").touch()
     path = str(tmp_path / "file" / "x")
     message = prepare_error(tfds_builders.open_builder("fake", path))
@@ -217,7 +217,7 @@ class TestDownload:
     prepare_error(tfds_builders.open_builder("fake_download", str(tmp_path)))
     assert Handler.endless_ended.wait(timeout=10)
 
-  def test_no_connection_is_soon_given_up(self, server, tmp_path, monkeypatch):
+  def test_no_connection_fails_soon(self, server, tmp_path, monkeypatch):
     server.shutdown()
     server.server_close()
     builder = tfds_builders.open_builder("fake_download", str(tmp_path))

@@ -42,7 +42,7 @@ def test_an_empty_file_has_no_records(tmp_path):
 
 
 @pytest.mark.parametrize("cut", [1, 4, 5, 20, 47])
-def test_a_file_cut_off_is_an_error(tmp_path, cut):
+def test_a_truncated_file_is_an_error(tmp_path, cut):
   file = b"".join(map(tfrecord_frames.frame, (b"x" * 32, b"y" * 32)))
   (tmp_path / "a").write_bytes(file[:-cut])
   with pytest.raises(ValueError, match="truncated"):

@@ -1,4 +1,4 @@
-"""Archives that may come from anywhere: accepted or refused."""
+"""Which archives from untrusted sources are accepted."""
 
 import gzip
 import os
@@ -40,7 +40,7 @@ def test_accepts_the_folder_and_the_readme(tmp_path):
   assert untrusted_archive.check(path, cifar.SMALL) == cifar.SMALL10
 
 
-def test_the_layouts_are_those_of_the_published_files():
+def test_layouts_match_the_published_files():
   def sizes(layout):
     return {k: n * layout.record_bytes for k, n in layout.records.items()}
 
@@ -58,7 +58,7 @@ def test_the_layouts_are_those_of_the_published_files():
 
 
 def test_accepts_a_whole_archive(tmp_path):
-  # Of zeros, which compress fast.
+  # Zeros compress fast.
   contents = cifar.members(cifar.SMALL10) | {
     f"{cifar.CIFAR10.folder}/{name}": bytes(count * cifar.CIFAR10.record_bytes)
     for name, count in cifar.CIFAR10.records.items()
@@ -68,7 +68,7 @@ def test_accepts_a_whole_archive(tmp_path):
     untrusted_archive.check(path, untrusted_archive.LAYOUTS) == cifar.CIFAR10
   )
   refuses(path, "30730000 bytes")
-  # Damaged in the middle of a member, by a block of a kind that is none.
+  # Damage a member by an invalid block.
   packer = zlib.compressobj(1, wbits=31)
   half = packer.compress(cifar.tar_bytes(contents)[:40_000_000])
   half += packer.flush(zlib.Z_FULL_FLUSH) + b"\xff"
@@ -188,7 +188,7 @@ def test_a_huge_text(tmp_path):
 
 
 @pytest.mark.parametrize("keep", [0, 5, 100, 0.5, 0.999, -1])
-def test_cut_off(tmp_path, keep):
+def test_truncated_archive(tmp_path, keep):
   path = tmp_path / "a"
   cifar.write(path, cifar.members(cifar.SMALL10))
   size = path.stat().st_size
@@ -209,7 +209,7 @@ def test_changed_inside(tmp_path, where, word):
   refuses(path, word)
 
 
-def test_something_after_the_end(tmp_path):
+def test_data_after_the_end(tmp_path):
   path = tmp_path / "a"
   tar = cifar.tar_bytes(cifar.members(cifar.SMALL10)) + bytes(
     20_000
@@ -265,7 +265,7 @@ def test_a_sparse_file(tmp_path):
   refuses(path, name, "not a plain file")
 
 
-def test_one_folder_again_and_again(tmp_path):
+def test_one_folder_many_times(tmp_path):
   folder = cifar.info("cifar-10-batches-bin", tarfile.DIRTYPE)
   refuses(cifar.write(tmp_path / "a", {}, [folder] * 3), "twice")
 
@@ -278,7 +278,7 @@ def test_a_file_larger_than_any(tmp_path):
   refuses(path, "larger than any of them")
 
 
-def test_a_long_name_is_cut_short(tmp_path):
+def test_a_long_name_is_truncated(tmp_path):
   path = cifar.write(tmp_path / "a", {"x" * 60_000: b""})
   with pytest.raises(errors.UserError) as raised:
     untrusted_archive.check(path, cifar.SMALL)

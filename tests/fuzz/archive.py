@@ -1,4 +1,4 @@
-"""Archives of CIFAR for rescalevit_jax.data.prepare."""
+"""Archives of CIFAR for rescalevit_jax.data.untrusted_archive."""
 
 import dataclasses
 import gzip
@@ -8,7 +8,7 @@ import tarfile
 from fuzz import choices as choices_lib
 from rescalevit_jax.data import untrusted_archive
 
-# The official layouts, with an image a file.
+# The official layouts, with one image per file.
 _LAYOUTS = tuple(
   dataclasses.replace(layout, records=dict.fromkeys(layout.records, 1))
   for layout in untrusted_archive.LAYOUTS
@@ -70,7 +70,7 @@ _GOOD = tuple(map(_good, _LAYOUTS))
 
 
 def build(choices: choices_lib.Choices) -> bytes:
-  """Returns a gzip-compressed tar file."""
+  """Return a gzip-compressed tar file."""
   members = [[bytearray(h), c] for h, c in choices.pick(_GOOD)]
   end = bytes(1024)
   while choices:
@@ -117,7 +117,7 @@ def build(choices: choices_lib.Choices) -> bytes:
 
 
 def _change(header, choices):
-  """Changes a header; its checksum stays right as a rule."""
+  """Change a header, usually with a correct checksum."""
   field = choices.pick(list(_FIELDS))
   start, end = _FIELDS[field]
   if field == "type":
@@ -142,7 +142,7 @@ def _change(header, choices):
 
 
 def _extension(choices):
-  """Returns a header that says more of the next member."""
+  """Return a header with more fields of the next member."""
   kind = choices.pick(b"xgXLKxS")
   if kind in b"LK":
     content = choices.pick(_NAMES) * choices.pick((1, 1, 1000, 20_000))

@@ -41,7 +41,7 @@ def tiff(tags: dict[int, tuple[int, int]], pixels: bytes = b"") -> bytes:
 
 
 def tiled(edge: int, compression: int, pixels: bytes) -> bytes:
-  """Returns a grey TIFF image of 16 x 16 pixels, of tiles of any size."""
+  """Return a grey TIFF image of 16 x 16 pixels with tiles of any size."""
   values = {
     **{256: 16, 257: 16, 258: 8, 259: compression, 262: 1, 277: 1},
     **{322: edge, 323: edge, 324: 8, 325: len(pixels)},
@@ -92,7 +92,7 @@ def _good():
   yield _saved(grey.convert("1"), "TIFF", compression="group4")
   if "AVIF" in Image.OPEN:
     yield _saved(color, "AVIF", exif=exif)
-  # What must not be taken for an image.
+  # Contents that are not images.
   yield b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n"
 
 
@@ -101,7 +101,7 @@ _MARKERS = b"\xc0\xc2\xc4\xd8\xd9\xda\xdb\xdd\xe0\xe1\xe2\xee\xfe"
 
 
 def build(choices: choices_lib.Choices) -> bytes:
-  """Returns an image file."""
+  """Return an image file."""
   content = choices.pick(_GOOD)
   chunks = content.startswith(b"\x89PNG") and choices.below(8)
   while choices and len(content) < 1 << 16:
@@ -119,7 +119,7 @@ def build(choices: choices_lib.Choices) -> bytes:
 
 
 def _tag(content, choices):
-  """Changes, adds or doubles an entry of TIFF's first directory."""
+  """Change, add or duplicate an entry of TIFF's first directory."""
   content = bytearray(content)
   start = struct.unpack("<L", content[4:8].ljust(4, b"\0"))[0]
   entry = start + 2 + 12 * choices.below(16)
@@ -133,7 +133,7 @@ def _tag(content, choices):
 
 
 def _segment(content, choices):
-  """Adds a segment to a JPEG file."""
+  """Add a segment to a JPEG file."""
   data = choices.word() * choices.pick((1, 1, 100))
   segment = b"\xff%c" % choices.pick(_MARKERS)
   segment += struct.pack(">H", 2 + len(data)) + data
@@ -143,7 +143,7 @@ def _segment(content, choices):
 
 
 def _chunk(content, choices):
-  """Adds a chunk to a PNG file."""
+  """Add a chunk to a PNG file."""
   kinds = b"IDAT tEXt zTXt iTXt iCCP eXIf tRNS PLTE gAMA acTL fcTL fdAT IHDR"
   data = choices.word()
   if choices.below(2):
@@ -154,7 +154,7 @@ def _chunk(content, choices):
 
 
 def _checksums(content):
-  """Makes the checksums of a PNG file right."""
+  """Correct the checksums of a PNG file."""
   content = bytearray(content)
   at = 8
   while at + 8 <= len(content):

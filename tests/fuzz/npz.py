@@ -36,11 +36,11 @@ _SHAPES = (
 
 @dataclasses.dataclass
 class Member:
-  """A file of a zip archive, with what is said of it."""
+  """A file of a zip archive, with its headers."""
 
   name: bytes
   content: bytes
-  # By field of the local and of the central header: what to say instead.
+  # False values by field, for the local and the central header.
   lies: tuple[dict[str, int], dict[str, int]]
   offset: int | None = None
 
@@ -66,7 +66,7 @@ _PREFIXES = (b"params/", b"opt/target/", b"opt/state/", b"batch_stats/", b"\0")
 
 
 def build(choices: choices_lib.Choices) -> bytes:
-  """Returns a zip archive."""
+  """Return a zip archive."""
   good = choices.pick(_GOOD)
   members = [Member(k, v, ({}, {})) for k, v in good.items()]
   end = {"count": len(members)}
@@ -125,7 +125,7 @@ def _rename(member, choices, good):
 
 
 def _header(choices):
-  """Returns the start of an .npy file, 128 bytes as a rule."""
+  """Return the start of an .npy file, usually 128 bytes."""
   text = (
     f"{{'descr': {choices.pick(_DESCRS)}, 'fortran_order':"
     f" {choices.pick(('False', 'True', '1', 'None'))},"
@@ -144,7 +144,7 @@ def _header(choices):
 
 
 def _zip(members, end):
-  """Returns the archive; `end` has what its end says."""
+  """Return the archive; `end` has the fields of its end record."""
   body, directory = [], []
   at = 0
   for member in members:

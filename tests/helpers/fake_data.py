@@ -10,7 +10,7 @@ COUNTS = {"train": 30, "test": 12}
 
 
 def image(split, i, shape=(6, 5, 3)):
-  """The image of an example; its first pixel tells which one it is."""
+  """Return the image of an example, identified by its first pixel."""
   rng = np.random.default_rng([len(split), i])
   pixels = rng.integers(0, 256, shape, np.uint8)
   pixels[0, 0, 0] = i
@@ -115,7 +115,7 @@ class FakeDeep(Fake):
 
 
 class FakeNamedLate(Fake):
-  """Learns its class names from its data, as CIFAR's builders do."""
+  """Reads its class names from its data, as CIFAR's builders do."""
 
   def _info(self):
     return tfds.core.DatasetInfo(
@@ -140,7 +140,7 @@ class FakeNamedLate(Fake):
 
 
 class FakeUnlabelled(Fake):
-  """-1 stands for no label, as in many a tfds test split."""
+  """Has the label -1 for missing ones, as many tfds test splits."""
 
   def example(self, split, i):
     hidden = split == "test" and i == 3
@@ -148,7 +148,7 @@ class FakeUnlabelled(Fake):
 
 
 class FakeWrongSize(Fake):
-  """One image is of another size than said; passed as an encoded file."""
+  """Has one image of a wrong size, passed as an encoded file."""
 
   def example(self, split, i):
     shape = (1, 1, 3) if i == 7 else self.SHAPE

@@ -4,7 +4,7 @@ import struct
 
 
 def crc32c(data):
-  """Bit by bit, from the polynomial."""
+  """Compute the checksum bit by bit from the polynomial."""
   crc = 0xFFFFFFFF
   for byte in data:
     crc ^= byte

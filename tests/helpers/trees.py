@@ -1,4 +1,4 @@
-"""Small parameter trees as checkpoints, and what tests ask of the loader."""
+"""Small parameter trees, checkpoint files, and checks of the loader."""
 
 import functools
 import pathlib
@@ -29,7 +29,7 @@ NEW_NUMBERING = {
 
 @functools.cache
 def shapes(name, image_size, settings):
-  """Returns the shapes of a model's `params` and `batch_stats`."""
+  """Return the shapes of a model's `params` and `batch_stats`."""
   model = models.create(name, image_size=image_size, **dict(settings))
   images = np.zeros((1, image_size, image_size, 3), np.float32)
   tree = jax.eval_shape(lambda: model.init(jax.random.key(0), images))
@@ -39,7 +39,7 @@ def shapes(name, image_size, settings):
 def fresh(
   norm="LN", num_classes=3, image_size=8, seed=0, name="ViT-B_16", **sizes
 ):
-  """Returns random `params` and `batch_stats` of a tiny model."""
+  """Return random `params` and `batch_stats` of a tiny model."""
   settings = dict(TINY, norm=norm, num_classes=num_classes) | sizes
   rng = np.random.default_rng(seed)
 
@@ -53,13 +53,13 @@ def fresh(
 
 
 def flat(params, batch_stats):
-  """Returns the leaves by the keys that they have in a file."""
+  """Return the leaves by their keys in a file."""
   both = {**params, "batch_stats": batch_stats}
   return traverse_util.flatten_dict(both, sep="/")
 
 
 def arrays(norm="LN", **kwargs):
-  """Returns random arrays by key, as a tiny model's file has them."""
+  """Return random arrays of a tiny model by their keys in a file."""
   return flat(*fresh(norm, **kwargs))
 
 
@@ -68,13 +68,13 @@ def stats_keys(arrays):
 
 
 def write(folder: pathlib.Path, arrays, name="file.npz"):
-  """Writes arrays to an `.npz` and returns its path."""
+  """Write arrays to an `.npz` and return its path."""
   np.savez(folder / name, **arrays)
   return folder / name
 
 
 def same(got, expected):
-  """Asserts equal keys, values and types."""
+  """Assert equal keys, values and types."""
   assert got.keys() == expected.keys()
   for key, value in expected.items():
     np.testing.assert_array_equal(got[key], value, err_msg=key)
@@ -82,14 +82,14 @@ def same(got, expected):
 
 
 def refuses(path, *parts, target=None, **kwargs):
-  """Asserts a UserError of one line that names the file and the parts."""
+  """Assert a UserError of one line that contains the path and the parts."""
   target = fresh(seed=1) if target is None else target
   with pytest.raises(errors.UserError) as caught:
     load.load(path, *target, **kwargs)
   message = str(caught.value)
   assert "\n" not in message
   assert str(path) in message
-  # The path of a temporary folder may hold any of the parts.
+  # The path of a temporary folder may contain any of the parts.
   for part in parts:
     assert part in message.replace(str(path), "")
   return message

@@ -1,4 +1,4 @@
-"""The average of the weights against the weighted sum that it is."""
+"""The moving average of the weights against the explicit weighted sum."""
 
 import jax
 import jax.numpy as jnp

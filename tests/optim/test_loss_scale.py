@@ -1,4 +1,4 @@
-"""Training in float16: as in float32, and what overflows is skipped."""
+"""Training in float16 is as in float32, and overflows are skipped."""
 
 import functools
 import json
@@ -75,7 +75,7 @@ def scratch_of(dtype):
 
 @functools.cache
 def started(dtype):
-  """Returns a state after one step, so that nothing in it is zero."""
+  """Return a state after one step, where nothing is zero."""
   return train_once(scratch_of(dtype), dtype)[0]
 
 
@@ -124,7 +124,7 @@ def test_only_float16_has_a_loss_scale():
 
 
 @pytest.mark.parametrize("accum_steps", [1, 2])
-def test_a_gradient_that_overflows_changes_nothing_but_the_scale(accum_steps):
+def test_an_overflow_changes_only_the_scale(accum_steps):
   before = start_with(ABSURD)
   after, metrics = train_once(before, accum_steps=accum_steps)
   scaling = after.loss_scale
@@ -143,7 +143,7 @@ def test_a_gradient_that_overflows_changes_nothing_but_the_scale(accum_steps):
   assert metrics["loss"] == pytest.approx(float(usual["loss"]), rel=1e-6)
 
 
-def test_the_loss_is_finite_where_the_scaled_one_is_not():
+def test_the_loss_is_finite_if_the_scaled_loss_overflows():
   _, metrics = train_once(start_with(3e38))
   assert np.isfinite(metrics["loss"])
 
@@ -161,7 +161,7 @@ def test_a_finite_gradient_is_applied_and_counted(accum_steps):
   )
   assert set(expected) == {"loss", "grad_norm"}
   assert metrics["loss"] == pytest.approx(float(expected["loss"]), rel=1e-3)
-  # Before the clipping to 0.1, of what is not scaled.
+  # The unscaled norm, before clipping to 0.1.
   assert expected["grad_norm"] > 0.2
   norm = float(expected["grad_norm"])
   assert metrics["grad_norm"] == pytest.approx(norm, rel=1e-2)
@@ -189,12 +189,12 @@ def test_small_gradients_vanish_without_the_scale():
   assert error(2**-14) > 10 * error(2**10)
 
 
-def test_a_skipped_step_does_not_count_in_the_averages():
+def test_averages_do_not_count_skipped_steps():
   scratch = scratch_of("float16")
   state, _ = train_once(with_scale(scratch, scale=jnp.float32(ABSURD)))
   assert state.loss_scale.skipped_steps == 1
   state, _ = train_once(with_scale(state, scale=scratch.loss_scale.scale))
-  # The first update takes the latest values, wherever the average began.
+  # The first update copies the latest values.
   for x, y in zip(
     jax.tree.leaves(state.ema["params"]),
     jax.tree.leaves(state.params),
@@ -208,7 +208,7 @@ def test_a_skipped_step_does_not_count_in_the_averages():
 
 @pytest.fixture
 def start_at(monkeypatch):
-  """Lets runs start from another loss scale."""
+  """Make runs start from another loss scale."""
 
   def arrange(scale):
     monkeypatch.setattr(loss_scale, "_INITIAL_SCALE", scale)
@@ -218,7 +218,7 @@ def start_at(monkeypatch):
 
 @pytest.fixture
 def stop_at(monkeypatch):
-  """Ends a run during a step; its last checkpoint is the fourth's or so."""
+  """End a run during a step; its last checkpoint is of step 4 or later."""
 
   def arrange(number):
     real = trainer.Trainer._step
@@ -242,7 +242,7 @@ def lines(workdir):
 
 
 def saved(workdir, config):
-  """Returns the state that a run would go on with."""
+  """Return the state from which a run would resume."""
   with checkpoint.Checkpoints(workdir) as checkpoints:
     abstract = experiment.create(config).abstract_state()
     items, progress = checkpoints.restore(abstract.to_checkpoint())
@@ -255,8 +255,8 @@ def saved(workdir, config):
 def test_each_loss_of_200_steps_is_within_a_percent_of_float32s(
   norm, tiny_config
 ):
-  # Of each step, not of a mean. With larger rates, rounding errors grow from
-  # step to step, in bfloat16 more than in float16.
+  # For each step, not the mean. With larger learning rates, rounding errors
+  # grow from step to step, in bfloat16 more than in float16.
   tiny_config.update({"total_steps": 2000, "warmup_steps": 100})
   tiny_config.base_lr = 0.02
   tiny_config.model.update({"norm": norm, "hidden_size": 32, "mlp_dim": 64})
@@ -279,7 +279,7 @@ def test_each_loss_of_200_steps_is_within_a_percent_of_float32s(
   np.testing.assert_allclose(losses["float16"], losses["float32"], rtol=0.01)
 
 
-def test_a_run_reports_what_it_skipped_and_resumes_to_the_same_bits(
+def test_a_run_reports_skipped_steps_and_resumes_bit_for_bit(
   tiny_config, tmp_path, start_at, stop_at, caplog
 ):
   start_at(2.0**26)
@@ -305,7 +305,7 @@ def test_a_run_reports_what_it_skipped_and_resumes_to_the_same_bits(
     assert ("train/grad_norm" in found[n]) == (not was_skipped)
     if not was_skipped:
       rates.append(found[n]["train/lr"])
-  # The schedule counts the other steps alone: here, three of warm-up.
+  # The schedule counts only the other steps: here, three of warm-up.
   np.testing.assert_allclose(rates[:3], [0.05 / 3, 0.1 / 3, 0.05], rtol=1e-6)
 
   for number in (3, 7):
@@ -324,7 +324,7 @@ def test_a_run_reports_what_it_skipped_and_resumes_to_the_same_bits(
   assert state_a.loss_scale.fin_steps > 0
   counted = [x for x in jax.tree.leaves(state_a.opt_state) if x.ndim == 0]
   assert counted == [12 - skipped]
-  # Rescale is calibrated by eight passes of steps that were not skipped.
+  # Rescale is calibrated by eight steps that were not skipped.
   block = state_a.batch_stats["Transformer"]["encoderblock_0"]
   assert block["Rescale_0"]["count"] == 8
 
@@ -335,7 +335,7 @@ def test_a_run_reports_what_it_skipped_and_resumes_to_the_same_bits(
   assert probabilities.sum() == pytest.approx(1, abs=1e-5)
 
 
-def test_a_run_goes_on_where_auto_is_another_dtype(
+def test_a_run_resumes_with_another_dtype_of_auto(
   tiny_config, tmp_path, start_at, stop_at, monkeypatch
 ):
   start_at(2.0**30)
@@ -359,7 +359,7 @@ def test_a_run_goes_on_where_auto_is_another_dtype(
     assert progress.skipped_steps == 4
 
 
-def test_a_gradient_that_overflows_without_a_scale_ends_the_run(
+def test_a_nonfinite_gradient_at_the_smallest_scale_ends_the_run(
   tiny_config, tmp_path, start_at, monkeypatch
 ):
   real = train_step_lib.loss_fn

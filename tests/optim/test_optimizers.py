@@ -18,7 +18,7 @@ PARAMS = {
 
 
 def steps_of(gradients, **kwargs):
-  """Returns the parameters after each update with the rates 0.1, 0.2, ..."""
+  """Yield the parameters after updates with learning rates 0.1, 0.2, ..."""
   sgd = optimizers.sgd(lambda count: 0.1 * (count + 1), **kwargs)
   params, state = PARAMS, sgd.init(PARAMS)
   for grads in gradients:
@@ -28,7 +28,7 @@ def steps_of(gradients, **kwargs):
 
 
 def steps_by_hand(gradients, momentum, weight_decay, grad_norm_clip):
-  """The same in plain NumPy, one line a rule."""
+  """Yield the same parameters in plain NumPy, one line per rule."""
   params = {k: np.asarray(v, np.float64) for k, v in PARAMS.items()}
   buffers = {k: 0.0 for k in params}
   for n, grads in enumerate(gradients, start=1):
@@ -69,7 +69,7 @@ def test_sgd_by_hand(momentum, weight_decay, grad_norm_clip):
       )
 
 
-def test_weight_decay_holds_for_every_parameter_and_is_not_clipped():
+def test_weight_decay_applies_to_all_parameters_and_is_not_clipped():
   zeros = jax.tree.map(jnp.zeros_like, PARAMS)
   (got,) = steps_of(
     [zeros], momentum=0.9, weight_decay=0.5, grad_norm_clip=1e-3
@@ -78,7 +78,7 @@ def test_weight_decay_holds_for_every_parameter_and_is_not_clipped():
     np.testing.assert_allclose(got[k], v * (1 - 0.1 * 0.5), rtol=1e-6)
 
 
-def test_clip_of_zero_is_none():
+def test_clip_of_zero_disables_clipping():
   huge = jax.tree.map(lambda x: 1e6 * jnp.ones_like(x), PARAMS)
   (got,) = steps_of([huge], momentum=0.9, weight_decay=0.0, grad_norm_clip=0)
   for k, v in PARAMS.items():
@@ -105,7 +105,7 @@ SHAPES = {
 }
 KERNELS = {k for k in SHAPES if k.endswith("kernel")}
 MATRICES = {k: v for k, v in SHAPES.items() if k in KERNELS and BLOCK in k}
-# What is summed over in a kernel's product.
+# Number of leading input axes of each kernel.
 INPUTS = {k: -1 for k in KERNELS} | {f"{ATTENTION}/query/kernel": 1}
 
 
@@ -119,7 +119,7 @@ def matrix(name, x):
 
 
 def last_params(params, gradients, name, **kwargs):
-  """Returns the parameters, flat, after updates with rates 0.1, 0.2, ..."""
+  """Return the flat parameters after updates with learning rates 0.1, ..."""
   kwargs = (
     dict(
       momentum=0.9,
@@ -143,7 +143,7 @@ def last_params(params, gradients, name, **kwargs):
 
 
 def adam_by_hand(gradients, b1, b2):
-  """Yields one parameter's directions."""
+  """Yield the directions of one parameter."""
   m = v = 0.0
   for t, g in enumerate(gradients, start=1):
     m, v = b1 * m + (1 - b1) * g, b2 * v + (1 - b2) * g**2
@@ -151,7 +151,7 @@ def adam_by_hand(gradients, b1, b2):
 
 
 def muon_by_hand(gradients, beta):
-  """Yields the directions of one matrix [inputs, outputs]."""
+  """Yield the directions of one matrix [inputs, outputs]."""
   m = 0.0
   for t, g in enumerate(gradients, start=1):
     m = beta * m + (1 - beta) * g
@@ -194,7 +194,7 @@ def test_adamw_and_muon_by_hand(name, grad_norm_clip):
   check_all(got, want)
 
 
-def test_muon_moves_every_direction_of_a_matrix_alike():
+def test_muon_moves_all_directions_of_a_matrix_equally():
   tall, wide = np.random.default_rng(0).standard_normal((2, 6, 4))
   for g in (tall, wide.T):
     (direction,) = muon_by_hand([g], 0.9)
@@ -228,7 +228,7 @@ def test_adaptive_clipping_by_hand():
   )
 
 
-def test_the_global_norm_is_that_after_adaptive_clipping():
+def test_the_global_norm_is_computed_after_adaptive_clipping():
   params, grads = random_tree(0), random_tree(1)
   limit = {"agc": 0.1, "grad_norm_clip": 0}
   alone = last_params(params, [grads], "sgd", **limit)
@@ -243,7 +243,7 @@ def test_the_global_norm_is_that_after_adaptive_clipping():
 
 
 @pytest.mark.parametrize("name", ["sgd", "adamw", "muon"])
-def test_single_numbers_learn_at_a_rate_of_their_own(name):
+def test_scalars_have_their_own_learning_rate(name):
   params, grads = random_tree(0), [random_tree(1), random_tree(2)]
   alpha, pair = "Transformer/encoderblock_0/Cal_0/alpha", "pair"
   params |= {alpha: np.ones(1), pair: np.ones(2)}
@@ -261,8 +261,8 @@ def test_single_numbers_learn_at_a_rate_of_their_own(name):
   assert still[alpha] == 1.0
 
 
-def test_the_config_slows_scalars(tiny_config):
-  """With scalar_lr_mult=0 only alphas and multipliers stay."""
+def test_scalar_lr_mult_of_zero_freezes_scalars(tiny_config):
+  """Only alphas and multipliers do not change."""
   tiny_config.model.update({"norm": "DyT", "residual": "rescalenet"})
   tiny_config.scalar_lr_mult = 0.0
   made = experiment.create(tiny_config)
@@ -284,7 +284,7 @@ def test_the_config_slows_scalars(tiny_config):
   }
 
 
-def test_without_adaptive_clipping_sgd_is_the_originals():
+def test_without_adaptive_clipping_sgd_is_rescalevits():
   made = optimizers.create(
     "sgd",
     lambda count: 0.1,

@@ -27,7 +27,7 @@ def test_cosine_schedule_by_hand():
 
 
 @pytest.mark.parametrize("decay_type", ["cosine", "linear"])
-def test_without_warmup_the_first_step_has_decayed_already(decay_type):
+def test_without_warmup_the_first_step_has_decayed(decay_type):
   got = rates(1.0, 0, 4, decay_type)
   quarter = 0.5**0.5 / 2
   want = {

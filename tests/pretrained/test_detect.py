@@ -1,4 +1,4 @@
-"""A checkpoint of another model is told as such."""
+"""A checkpoint of another model is reported as such."""
 
 import re
 
@@ -23,7 +23,7 @@ def test_another_model_of_the_table_is_named(tmp_path):
   assert "embedding/kernel" not in message
 
 
-def test_b32_into_b16_is_told_in_these_words():
+def test_the_message_for_b32_into_b16():
   theirs, ours = (
     trees.flat(*trees.shapes(name, 224, (("num_classes", 10),)))
     for name in ("ViT-B_32", "ViT-B_16")

@@ -1,4 +1,4 @@
-"""Folding a norm into the next layer changes nothing but the norm."""
+"""Folding a norm into the next layer gives an equivalent model."""
 
 import jax
 import numpy as np
@@ -13,7 +13,7 @@ from rescalevit_jax.pretrained import npz
 
 
 def small(x):
-  """Weights of a size that keeps the logits apart and finite."""
+  """Return weights that give distinct, finite logits."""
   return x if np.issubdtype(x.dtype, np.integer) else 0.5 * x
 
 
@@ -53,7 +53,7 @@ def test_the_folded_model_computes_the_same(norm, residual, options, tmp_path):
   assert folded.model.residual == residual
   assert not folded.model.sigma_reparam
   found = folded.model.apply(folded.variables, x)
-  # Images make a far greater difference.
+  # Logits of different images differ far more.
   error = np.abs(found - want).max()
   assert error < 1e-4 * np.abs(want).max()
   assert error < 0.03 * np.ptp(want, axis=0).min()
@@ -64,6 +64,6 @@ def test_the_folded_model_computes_the_same(norm, residual, options, tmp_path):
 @pytest.mark.parametrize(
   "norm", ["LN", "BN", "GN", "RMS", "DyT", "Derf", "BN2"]
 )
-def test_a_norm_that_does_not_fold(norm):
+def test_norms_that_do_not_fold(norm):
   with pytest.raises(errors.UserError, match=r"does not fold.*Rescale, Cal"):
     fold.fold(norm, *trees.fresh(norm))

@@ -1,4 +1,4 @@
-"""Loading agrees with Google's loader and model and with the original's.
+"""Loading agrees with the loaders and models of Google and RescaleViT.
 
 Every check runs on the full reference numbers and on the reduced ones.
 """

@@ -1,4 +1,4 @@
-"""What of a checkpoint goes where: strictness, conversions, numbers."""
+"""Loading a checkpoint: strictness, conversions, values."""
 
 import re
 
@@ -36,7 +36,7 @@ def test_the_given_trees_are_not_changed(tmp_path):
   trees.same(trees.flat(*given), trees.flat(*before))
 
 
-def test_jax_arrays_are_taken_as_targets(tmp_path):
+def test_jax_arrays_are_valid_targets(tmp_path):
   saved = trees.arrays("Rescale")
   target = jax.tree.map(jax.numpy.asarray, trees.fresh("Rescale", seed=1))
   params, stats, _ = load.load(trees.write(tmp_path, saved), *target)
@@ -77,10 +77,10 @@ def test_head_starts_at_zeros(case, tmp_path):
 
 
 @pytest.mark.parametrize("classes", [3, 5])
-def test_pre_logits_that_the_model_lacks_are_dropped_with_the_head(
+def test_pre_logits_missing_from_the_model_are_dropped_with_the_head(
   classes, tmp_path
 ):
-  # Its head was trained on tanh(pre_logits): on anything else it is wrong.
+  # The head was trained on tanh(pre_logits) and fits no other input.
   saved = trees.arrays(num_classes=classes, representation_size=6)
   params, _, report = load.load(
     trees.write(tmp_path, saved), *trees.fresh(seed=1)
@@ -93,7 +93,7 @@ def test_pre_logits_that_the_model_lacks_are_dropped_with_the_head(
 
 
 @pytest.mark.parametrize("classes", [3, 5])
-def test_pre_logits_that_the_model_has_are_loaded(classes, tmp_path):
+def test_pre_logits_of_the_model_are_loaded(classes, tmp_path):
   saved = trees.arrays(num_classes=classes, representation_size=6)
   params, _, report = load.load(
     trees.write(tmp_path, saved), *trees.fresh(seed=1, representation_size=6)
@@ -109,7 +109,7 @@ def test_pre_logits_that_the_model_has_are_loaded(classes, tmp_path):
   assert bool(params["head"]["kernel"].any()) == (classes == 3)
 
 
-def test_pre_logits_that_the_file_lacks_are_an_error(tmp_path):
+def test_pre_logits_missing_from_the_file_are_an_error(tmp_path):
   target = trees.fresh(representation_size=8)
   trees.refuses(
     trees.write(tmp_path, trees.arrays()),
@@ -132,7 +132,7 @@ def test_pre_logits_that_the_file_lacks_are_an_error(tmp_path):
     ({"head/kernel": None}, ["head/kernel", "missing", "(8, 3)"]),
   ],
 )
-def test_a_head_that_does_not_belong_here_is_an_error(
+def test_a_head_of_another_model_is_an_error(
   head, shown, reinit_head, tmp_path
 ):
   arrays = trees.arrays()
@@ -179,7 +179,7 @@ def test_missing_extra_and_misshapen_keys_are_errors(key, prefix, tmp_path):
   )
 
 
-def test_of_many_mismatches_three_are_told(tmp_path):
+def test_three_of_many_mismatches_are_named(tmp_path):
   arrays = {
     k: np.ones((7, *v.shape), "f4") if "Dense" in k else v
     for k, v in trees.arrays().items()
@@ -206,12 +206,12 @@ def test_of_many_mismatches_three_are_told(tmp_path):
     (trees.POSITIONS, np.array(1.0), "()"),
   ],
 )
-def test_values_that_are_no_weights_are_errors(key, value, part, tmp_path):
+def test_invalid_weights_are_errors(key, value, part, tmp_path):
   trees.refuses(trees.write(tmp_path, trees.arrays() | {key: value}), key, part)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_weights_that_are_no_numbers_are_taken_if_asked_for(value, tmp_path):
+def test_nonfinite_weights_are_accepted_on_request(value, tmp_path):
   saved = trees.arrays()
   saved["cls"][0, 0, 3] = value
   path = trees.write(tmp_path, saved)
@@ -220,7 +220,7 @@ def test_weights_that_are_no_numbers_are_taken_if_asked_for(value, tmp_path):
   trees.same(trees.flat(*loaded[:2]), saved)
 
 
-def test_a_counter_must_be_a_whole_number(tmp_path):
+def test_a_counter_must_be_an_integer(tmp_path):
   count = f"batch_stats/{trees.BLOCK}Rescale_0/count"
   arrays = trees.arrays("Rescale") | {count: np.array(8.0, np.float32)}
   trees.refuses(
@@ -236,7 +236,7 @@ def test_a_counter_must_be_a_whole_number(tmp_path):
 
 
 @pytest.mark.parametrize("norm", ["BN", "GN"])
-def test_ln_into_a_norm_with_the_same_places(norm, tmp_path):
+def test_ln_into_a_norm_with_the_same_names(norm, tmp_path):
   saved, target = trees.arrays("LN"), trees.fresh(norm, seed=1)
   params, stats, report = load.load(trees.write(tmp_path, saved), *target)
   trees.same(trees.flat(params, {}), saved)
@@ -255,7 +255,7 @@ def test_ln_into_a_norm_with_the_same_places(norm, tmp_path):
     ("Rescale", "BN"),
   ],
 )
-def test_a_norm_with_other_places_keeps_its_initial_values(
+def test_a_norm_with_other_names_keeps_its_initial_values(
   source, norm, tmp_path
 ):
   saved, target = trees.arrays(source), trees.arrays(norm, seed=1)
@@ -285,7 +285,7 @@ def test_a_norm_with_other_places_keeps_its_initial_values(
     ("DyT", "BN"),
   ],
 )
-def test_scale_and_bias_go_over_to_another_norm(source, norm, tmp_path):
+def test_scale_and_bias_are_copied_to_another_norm(source, norm, tmp_path):
   saved, target = trees.arrays(source), trees.arrays(norm, seed=1)
   params, stats, report = load.load(
     trees.write(tmp_path, saved), *trees.fresh(norm, seed=1)
@@ -310,7 +310,7 @@ def test_scale_and_bias_go_over_to_another_norm(source, norm, tmp_path):
   assert any("only scale and bias" in note for note in report.notes)
 
 
-def test_two_norms_in_one_place_are_dropped(tmp_path):
+def test_two_norms_at_one_site_are_dropped(tmp_path):
   saved = trees.arrays("LN")
   stray = "Transformer/encoderblock_0/Foo_0/scale"
   saved[stray] = np.full(8, 7, np.float32)
@@ -331,7 +331,7 @@ def test_another_norms_scale_that_is_missing_is_named(tmp_path):
   )
 
 
-def test_values_left_initial_are_those_given(tmp_path):
+def test_initial_values_are_the_given_ones(tmp_path):
   target = trees.fresh("Rescale", seed=1)
   params, stats, _ = load.load(
     trees.write(tmp_path, trees.arrays("LN")), *target
@@ -343,7 +343,7 @@ def test_values_left_initial_are_those_given(tmp_path):
 
 
 @pytest.mark.parametrize("norm", ["LN", "GN"])
-def test_statistics_that_the_model_lacks_are_dropped(norm, tmp_path):
+def test_statistics_missing_from_the_model_are_dropped(norm, tmp_path):
   saved = trees.arrays("BN")
   params, stats, report = load.load(
     trees.write(tmp_path, saved), *trees.fresh(norm, seed=1)
@@ -391,7 +391,7 @@ def test_a_part_of_the_norms_is_an_error(norm, tmp_path):
   )
 
 
-def test_a_norm_of_the_future_needs_no_entry_here(tmp_path):
+def test_an_unknown_norm_is_loaded(tmp_path):
   params, _ = trees.fresh("LN", seed=1)
   blocks = params["Transformer"]
   final = dict(blocks["encoder_norm"], alpha=np.ones(1, np.float32))
@@ -412,7 +412,7 @@ def test_a_norm_of_the_future_needs_no_entry_here(tmp_path):
   assert not report.initial and not report.dropped
 
 
-# What a model has besides.
+# Options of a model.
 
 
 EVERYTHING = dict(residual="skipinit", qk_norm=True, sigma_reparam=True)
@@ -430,7 +430,7 @@ EVERYTHING = dict(residual="skipinit", qk_norm=True, sigma_reparam=True)
   ],
 )
 @pytest.mark.parametrize("source", ["LN", "LN with everything", "BN"])
-def test_weights_of_a_plain_model_fit_any_other_and_back(
+def test_plain_weights_load_into_any_model_and_back(
   norm, options, source, tmp_path
 ):
   given = EVERYTHING if source == "LN with everything" else {}
@@ -452,7 +452,7 @@ def test_weights_of_a_plain_model_fit_any_other_and_back(
     assert all("Norm" in k or "norm" in k for k in report.initial)
 
 
-def test_another_residual_starts_anew(tmp_path):
+def test_another_residual_stays_initial(tmp_path):
   path = trees.write(tmp_path, trees.arrays("Cal", residual="layerscale"))
   target = trees.fresh("Cal", residual="rescalenet", seed=1)
   *_, report = load.load(path, *target)
@@ -475,7 +475,9 @@ def test_a_part_of_a_residual_is_an_error(tmp_path):
 
 
 @pytest.mark.parametrize("image_size, tokens", [(12, 10), (4, 2)])
-def test_position_embedding_follows_the_grid(image_size, tokens, tmp_path):
+def test_position_embedding_is_resized_to_the_grid(
+  image_size, tokens, tmp_path
+):
   saved = trees.arrays()
   params, _, report = load.load(
     trees.write(tmp_path, saved), *trees.fresh(seed=1, image_size=image_size)
@@ -526,8 +528,8 @@ def test_resize_equals_scipys_zoom(old, new):
 
 
 def test_resize_keeps_planes_on_every_grid():
-  # A plane is reproduced by bilinear interpolation; a row or column of zeros,
-  # which scipy leaves on some pairs (8 to 26, 24 to 22), is not one.
+  # Bilinear interpolation reproduces a plane. Scipy does not for some pairs
+  # (8 to 26, 24 to 22), where it leaves a row or column of zeros.
   for old in range(1, 41):
     y, x = np.mgrid[:old, :old] / max(old - 1, 1)
     pos = np.concatenate([[9.0], (1 + 2 * y + 3 * x).ravel()])[None, :, None]
@@ -541,7 +543,7 @@ def test_resize_keeps_planes_on_every_grid():
 # The report.
 
 
-def test_summary_puts_blocks_together(tmp_path):
+def test_summary_combines_blocks(tmp_path):
   sizes = dict(num_layers=24)
   saved = trees.arrays("LN", num_classes=5, **sizes)
   extra = {f"opt/{i}/count": np.ones(1, "f4") for i in range(50)}

@@ -1,4 +1,4 @@
-"""Files of checkpoints: names, types, damage, writing."""
+"""Checkpoint files: names, types, damage, writing."""
 
 import io
 import tracemalloc
@@ -55,7 +55,7 @@ def test_one_key_in_both_numberings_is_an_error(tmp_path):
     ("weights/", "state/x"),
   ],
 )
-def test_what_is_outside_the_prefix_is_dropped(prefix, state, tmp_path):
+def test_arrays_outside_the_prefix_are_dropped(prefix, state, tmp_path):
   saved = trees.arrays("BN")
   params = {
     k if k in trees.stats_keys(saved) else prefix + k: v
@@ -86,7 +86,7 @@ def test_float_types_become_float32(dtype, tmp_path):
   )
 
 
-def test_bfloat16_is_converted_not_reinterpreted(tmp_path):
+def test_bfloat16_is_converted(tmp_path):
   saved = {k: v.astype(ml_dtypes.bfloat16) for k, v in trees.arrays().items()}
   path = trees.write(tmp_path, saved)
   assert np.load(path)["cls"].dtype == "V2"
@@ -96,11 +96,11 @@ def test_bfloat16_is_converted_not_reinterpreted(tmp_path):
   )
 
 
-# Files that are no checkpoints.
+# Files that are not checkpoints.
 
 
 def corrupt(path):
-  """Changes the values of one array and leaves the archive as it is."""
+  """Change values of one array without changing the archive."""
   data = bytearray(path.read_bytes())
   with zipfile.ZipFile(path) as z:
     start = z.getinfo("cls.npy").header_offset
@@ -140,7 +140,7 @@ def test_truncated_file(kept, tmp_path):
   trees.refuses(path, "truncated")
 
 
-def test_hole_in_the_file(tmp_path):
+def test_missing_bytes(tmp_path):
   path = trees.write(tmp_path, trees.arrays())
   data = path.read_bytes()
   path.write_bytes(data[:3000] + data[4000:])
@@ -164,7 +164,7 @@ def test_damaged_array(tmp_path):
   trees.refuses(path, "cls", "cannot be read")
 
 
-def test_member_that_is_no_array(tmp_path):
+def test_member_that_is_not_an_array(tmp_path):
   path = trees.write(tmp_path, trees.arrays())
   with zipfile.ZipFile(path, "a") as z:
     z.writestr("note.npy", b"hello")
@@ -189,11 +189,11 @@ def test_foreign_archives(tmp_path):
   trees.refuses(tmp_path / "torch.npz", "not a ViT checkpoint", "data.pkl")
 
 
-# Files that mean harm; tests/fuzz has more.
+# Hostile files; tests/fuzz has more.
 
 
 def claim(shape, dtype="<f4"):
-  """Returns the start of an .npy file of this shape."""
+  """Return the start of an .npy file of this shape."""
   file = io.BytesIO()
   header = {"shape": shape, "fortran_order": False, "descr": dtype}
   np.lib.format.write_array_header_1_0(file, header)
@@ -201,7 +201,7 @@ def claim(shape, dtype="<f4"):
 
 
 def add(path, content, name="cls.npy", method=zipfile.ZIP_DEFLATED):
-  """Replaces or adds a member."""
+  """Replace or add a member."""
   arrays = trees.arrays()
   arrays.pop(name.removesuffix(".npy"), None)
   trees.write(path.parent, arrays, path.name)
@@ -220,7 +220,7 @@ def add(path, content, name="cls.npy", method=zipfile.ZIP_DEFLATED):
     ((1,), "<f4"),  # More follows.
   ],
 )
-def test_a_size_that_the_data_do_not_have(shape, dtype, tmp_path):
+def test_a_false_size(shape, dtype, tmp_path):
   content = claim(shape, dtype) + bytes(32)
   add(tmp_path / "a.npz", content)
   tracemalloc.start()
@@ -263,19 +263,19 @@ def test_a_much_larger_head_fits(tmp_path):
 
 
 @pytest.mark.parametrize("method", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
-def test_what_numpy_does_not_write_is_not_unpacked(method, tmp_path):
+def test_other_compression_methods_are_refused(method, tmp_path):
   add(tmp_path / "a.npz", claim((8,)) + bytes(32), method=method)
   trees.refuses(tmp_path / "a.npz", "cls", "compression method")
 
 
-def test_a_header_of_any_length_is_not_read(tmp_path):
+def test_a_long_header_is_not_read(tmp_path):
   header = b"\x93NUMPY\2\0\xff\xff\xff\x7f" + bytes(100)
   add(tmp_path / "a.npz", header)
   trees.refuses(tmp_path / "a.npz", "cls", "version (2, 0)")
 
 
 @pytest.mark.parametrize("name", ["a\nb", "\x1b[2J", "x" * 300])
-def test_names_that_no_array_has(name, tmp_path):
+def test_invalid_array_names(name, tmp_path):
   add(tmp_path / "a.npz", b"", name)
   assert len(trees.refuses(tmp_path / "a.npz", "not a valid array name")) < 400
 
@@ -287,7 +287,7 @@ def test_a_million_members_are_not_listed(tmp_path, monkeypatch):
   trees.refuses(path, "list of members")
 
 
-def test_layers_that_are_not_there_are_not_made(tmp_path):
+def test_missing_layers_are_not_created(tmp_path):
   arrays = trees.arrays()
   key = "Transformer/encoderblock_1/MlpBlock_3/Dense_0/bias"
   arrays[key.replace("_1/", "_999999999/")] = arrays.pop(key)
@@ -300,7 +300,7 @@ def test_layers_that_are_not_there_are_not_made(tmp_path):
 # Writing.
 
 
-def test_saved_names_are_those_of_the_published_files(tmp_path):
+def test_saved_names_match_the_published_files(tmp_path):
   trees_like_google = trees.fresh(num_classes=10, image_size=32, **trees.SMALL)
   npz.save(tmp_path / "a.npz", *trees_like_google)
   with np.load(tmp_path / "a.npz", allow_pickle=False) as saved:
@@ -309,7 +309,7 @@ def test_saved_names_are_those_of_the_published_files(tmp_path):
     }
 
 
-def test_save_replaces_and_leaves_nothing_beside(tmp_path):
+def test_save_replaces_the_file_and_leaves_no_other(tmp_path):
   path = tmp_path / "weights"  # No suffix is added.
   for seed in (0, 1):
     npz.save(path, *trees.fresh(seed=seed))
@@ -335,7 +335,7 @@ def test_failed_save_keeps_the_old_file(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("path", ["", "no/such/folder/a.npz"])
-def test_save_to_an_impossible_place(path, tmp_path):
+def test_save_to_an_invalid_path(path, tmp_path):
   with pytest.raises(errors.UserError, match="cannot be written") as caught:
     npz.save(tmp_path / path, *trees.fresh())
   assert "\n" not in str(caught.value)

@@ -1,4 +1,4 @@
-"""A pickle may run anything: none is loaded, wherever one lies."""
+"""Pickles, which may run any code, are never loaded from any file."""
 
 import ast
 import contextlib
@@ -37,7 +37,7 @@ PROTOCOLS = (0, pickle.HIGHEST_PROTOCOL)  # Text, and binary.
 
 
 class Bomb:
-  """An object whose pickle makes a file when it is loaded."""
+  """An object whose pickle creates a file when loaded."""
 
   def __init__(self, marker: pathlib.Path):
     self._marker = str(marker)
@@ -153,7 +153,7 @@ def test_checkpoints(kind, pickled, tiny_run, tmp_path):
     content = (run / name).read_bytes()
     (run / name).write_bytes(pickled)
     if name.name != checksums.NAME:
-      checksums.write(run / place)  # As whoever plants it would.
+      checksums.write(run / place)  # As an attacker would.
     with refused_or_ignored():
       trained_model.load(run, {"best": "best", "last": "latest"}[kind])
     (run / name).write_bytes(content)
@@ -254,7 +254,7 @@ LOADERS = {
 
 
 def faults(node):
-  """Whether a node of a program's tree could run what a file says."""
+  """Return whether a node of a syntax tree could run code from a file."""
   if isinstance(node, ast.Import):
     return {alias.name.partition(".")[0] for alias in node.names} & LOADERS
   if isinstance(node, ast.ImportFrom):
@@ -282,5 +282,5 @@ def faults(node):
     "np.compat.pickle.load(f)",
   ],
 )
-def test_such_a_module_would_be_found(text):
+def test_the_check_finds_such_modules(text):
   assert any(map(faults, ast.walk(ast.parse(text))))
