@@ -87,6 +87,16 @@ def test_commands_and_files_exist(page):
       assert (paths.ROOT / file).exists(), file
 
 
+def test_architecture_names_existing_files():
+  text = (paths.ROOT / "docs" / "architecture.md").read_text()
+  files = set(re.findall(r"`([a-z_]+/[a-z_/]+\.py)`", text))
+  assert len(files) > 20
+  for file in files:
+    assert (paths.ROOT / "rescalevit_jax" / file).exists() or (
+      paths.ROOT / file
+    ).exists(), file
+
+
 def test_readme_fits_on_three_screens():
   assert len((paths.ROOT / "README.md").read_text().splitlines()) <= 150
 
