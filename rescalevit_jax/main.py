@@ -1,13 +1,13 @@
-r"""Trains or evaluates a Vision Transformer, with a norm or without one.
+r"""Train or evaluate a Vision Transformer, with a norm or without one.
 
   python -m rescalevit_jax.main --config=configs/quickstart.py
   python -m rescalevit_jax.main --config=configs/vit_b16_rescale.py \
       --workdir=runs/a --config.dataset=cifar100 --config.model.norm=BN
   python -m rescalevit_jax.main --workdir=runs/a --mode=eval
 
-The same command again goes on where the run stopped; --workdir alone is enough
-for that. Exit code: 0 when finished, or saved and stopped by a signal, 1 after
-an error, 2 for a mistake on the command line, 130 after a second Ctrl-C. Config
+The same command resumes a run that stopped; --workdir alone is enough. Exit
+code: 0 if the run finished, or a signal stopped it after a checkpoint; 1 after
+an error; 2 for an error in the command line; 130 after a second Ctrl-C. Config
 keys, set by --config.KEY=VALUE:
 
 """
@@ -26,16 +26,15 @@ from typing import NoReturn
 from absl import app
 from absl import flags
 import jax
-from ml_collections import config_flags
+import ml_collections
 
-from rescalevit_jax import config as config_lib
 from rescalevit_jax import errors
 from rescalevit_jax.config import keys
 from rescalevit_jax.config import overrides
 from rescalevit_jax.distributed import processes
 from rescalevit_jax.runs import folder
-from rescalevit_jax.runs import resumed_config
 from rescalevit_jax.runtime import cache
+from rescalevit_jax.runtime import compat
 from rescalevit_jax.runtime import cuda_plugin
 from rescalevit_jax.runtime import terminal
 from rescalevit_jax.training import evaluate
@@ -43,51 +42,48 @@ from rescalevit_jax.training import train
 
 __doc__ += keys.describe("  {name} = {default}\n      {meaning}")
 
-_CONFIG = config_flags.DEFINE_config_file(
+_CONFIG = flags.DEFINE_string(
   "config",
   None,
   "File with a function get_config(), such as configs/quickstart.py;"
-  " FILE:ARGS calls get_config(ARGS). Default: config.json of --workdir.",
+  " FILE:ARGS calls get_config(ARGS). Default: config.json of --workdir."
+  " --config.KEY=VALUE overrides a key.",
 )
 _WORKDIR = flags.DEFINE_string(
   "workdir",
   None,
-  "Folder of the run; default: runs/ and a name made of data set, model,"
-  " norm, scratch or pretrained, and seed.",
+  "Folder of the run. Default: runs/DATASET-MODEL-NORM-scratch-seed0, or"
+  " -pretrained-.",
 )
 _MODE = flags.DEFINE_enum(
   "mode",
   "train",
   ["train", "eval"],
-  "Train, with evaluations on the way, or only evaluate"
-  " (--config.eval_weights says what).",
+  "Train and evaluate, or only evaluate the weights that"
+  " --config.eval_weights selects.",
 )
 _COORDINATOR = flags.DEFINE_string(
   "coordinator",
   None,
-  "HOST:PORT of process 0, for a run of several processes that neither srun,"
-  " mpirun nor Kubernetes started.",
+  "HOST:PORT of process 0, for a run of several processes that were not"
+  " started by srun, mpirun or Kubernetes.",
 )
 _NUM_PROCESSES = flags.DEFINE_integer(
   "num_processes",
   None,
-  "How many processes work on this run; 1: this one alone, whatever started"
-  " it.",
+  "Number of processes of this run; 1: this process alone, even under srun.",
   lower_bound=1,
 )
 _PROCESS_ID = flags.DEFINE_integer(
-  "process_id", None, "Which of them this is, from 0 on.", lower_bound=0
+  "process_id", None, "Index of this process, from 0.", lower_bound=0
 )
 
 
-def main(argv: list[str]) -> None:
-  """Trains or evaluates, as the flags say."""
-  if len(argv) > 1:
-    _fail(f"unknown argument {argv[1]!r}: flags begin with --", code=2)
+def main(config: ml_collections.ConfigDict) -> None:
+  """Train or evaluate."""
   terminal.log_to_stderr()
-  config = _CONFIG.value
   workdir = _WORKDIR.value or folder.default_workdir(config)
-  if config.deterministic:  # Read when JAX starts the devices, below.
+  if config.deterministic:  # JAX reads it when it starts the devices, below.
     flag = "--xla_gpu_deterministic_ops=true"
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}"
   cuda_plugin.hide_if_compile_only()
@@ -104,74 +100,61 @@ def main(argv: list[str]) -> None:
     _fail(str(e), code=1)
   except jax.errors.JaxRuntimeError as e:
     advice = ""
-    if "RESOURCE_EXHAUSTED" in str(e) or "emory" in str(e):
-      advice = ": try a smaller batch, or accum_steps and a smaller batch_eval"
+    if compat.is_out_of_memory(e):
+      advice = "; lower batch, or raise accum_steps and lower batch_eval"
     _fail(f"{' '.join(str(e).split())[:300]}{advice}", code=1)
   except KeyboardInterrupt:
-    _fail("interrupted; a saved run goes on by the same command", code=130)
+    _fail("interrupted; run the same command to resume", code=130)
 
 
 def _draw_attention(step, experiment, variables):
-  # Its import takes half a second, which the first step need not wait for.
+  # Its import takes half a second; the first step does not wait for it.
   from rescalevit_jax.analysis import attention_plots
 
   return attention_plots.draw_during_training(step, experiment, variables)
 
 
-def parse(argv: list[str]) -> list[str]:
-  """Parses the command line; a mistake in it or in the config is one line."""
-  try:
-    argv, nones = _prepared(argv)
-    rest = flags.FLAGS(argv)
-    if _CONFIG.value is None:
-      raise errors.UserError("--config: get_config() returns None")
-    _CONFIG.value.update_from_flattened_dict(nones)
-    config_lib.validate(_CONFIG.value)
-    return rest
-  except SystemExit:  # After --help, which absl ends with an error's code.
-    sys.exit(0)
-  except Exception as e:  # get_config() may raise anything.
-    _fail(errors.explain(e, (errors.UserError, flags.Error)), code=2)
+def parse(argv: list[str]) -> ml_collections.ConfigDict:
+  """Parse the command line; return the config.
 
-
-def _prepared(argv: list[str]) -> tuple[list[str], dict[str, None]]:
-  """Does what absl and ml_collections leave to us.
-
-  Returns:
-    The command line with --config, and the keys to be set to None.
+  Errors in the command line or the config end the process with code 2.
   """
-  argv = list(argv)
-  given = [arg.lstrip("-").partition("=") for arg in argv]
-  names = [name for name, _, _ in given]
-  if any(name in ("help", "helpshort", "helpfull") for name in names):
-    return argv, {}
-  if "config" not in names:
-    workdir = None
-    if "workdir" in names:
-      i = names.index("workdir")
-      workdir = given[i][2] or (argv[i + 1] if i + 1 < len(argv) else "")
-    if not workdir:
+  try:
+    argv = flags.FLAGS.read_flags_from_files(argv, force_gnu=False)
+    argv, settings = overrides.split_argv(argv)
+    rest = flags.FLAGS(argv)[1:]
+    if rest:
       raise errors.UserError(
-        "no run: give --config, such as --config=configs/quickstart.py, or the"
-        " --workdir of a run; --help says more"
+        f"unknown argument {rest[0]!r}; flags begin with --"
       )
-    resumed_config.get_config(
-      workdir
-    )  # Its errors, without ml_collections' words.
-    argv.insert(1, f"--config={resumed_config.__file__}:{workdir}")
-  rest, settings = overrides.split_argv(argv)
-  texts = {setting.key: setting.text for setting in settings}
-  nones = {key: None for key, text in texts.items() if text == "None"}
-  values = [f"--config.{key}={x}" for key, x in texts.items() if x != "None"]
-  # Flags end at "--", and ml_collections reads overrides after --config only.
-  end = rest.index("--") if "--" in rest else len(rest)
-  return [*rest[:end], *values, *rest[end:]], nones
+    if _CONFIG.value:
+      return overrides.load_config(_CONFIG.value, settings)
+    return overrides.update_config(_saved_config(), settings)
+  except SystemExit:  # absl exits with code 1 after --help.
+    sys.exit(0)
+  except (errors.UserError, flags.Error, OSError) as e:
+    _fail(str(e), code=2)
+
+
+def _saved_config():
+  """Return config.json of --workdir."""
+  if not _WORKDIR.value:
+    raise errors.UserError(
+      "no run given; add --config, such as --config=configs/quickstart.py, or"
+      " the --workdir of a run to resume (see --help)"
+    )
+  config = folder.read_config(_WORKDIR.value)
+  if config is None:
+    raise errors.UserError(
+      f"{_WORKDIR.value}: no run to resume; add --config to start one"
+    )
+  return config
 
 
 def _fail(message: str, code: int) -> NoReturn:
   print("error: " + " ".join(message.split()), file=sys.stderr, flush=True)
   sys.stdout.flush()
-  # Threads of libraries that met the same error would add theirs at the exit.
+  # At a normal exit, threads of libraries would print the same error again.
   os._exit(code)
 
 

@@ -56,7 +56,7 @@ _log = logging.getLogger("rescalevit_jax.benchmark")
 
 PEERS = {"flax": "flax", "timm": "timm"}  # Subjects, and what they import.
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "torch", "timm")
-_FIRST_STEP = "the first step is done"
+_FIRST_STEP = "first step done"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 import dataclasses
+import functools
 import re
 import runpy
 from typing import Any
@@ -112,25 +113,43 @@ def load_config(
   Raises:
     UserError: the file or a value is invalid.
   """
-  texts = {setting.key: setting.text for setting in settings}
-  argv = ["", f"--config={reference}"]
-  argv += [f"--config.{key}={x}" for key, x in texts.items() if x != "None"]
-  values = flags.FlagValues()
+  argument = f"--config={reference}"
   try:
-    flag = config_flags.DEFINE_config_file(
-      "config", flag_values=values, sys_argv=argv
-    )
-    values(argv)
-    if flag.value is None:
-      raise errors.UserError("get_config() returns None; return a config")
-    flag.value.update_from_flattened_dict(
-      {key: None for key, text in texts.items() if text == "None"}
-    )
-    config_lib.validate(flag.value)
-    return flag.value
+    return _parse(config_flags.DEFINE_config_file, [argument], settings)
   except Exception as e:  # get_config() may raise any type.
     why = errors.explain(e, (errors.UserError, flags.Error))
-    raise errors.UserError(f"--config={reference}: {why}") from e
+    raise errors.UserError(f"{argument}: {why}") from e
+
+
+def update_config(
+  config: ml_collections.ConfigDict, settings: Sequence[Setting]
+) -> ml_collections.ConfigDict:
+  """Return a config with overrides.
+
+  Raises:
+    UserError: a value is invalid.
+  """
+  define = functools.partial(config_flags.DEFINE_config_dict, config=config)
+  try:
+    return _parse(define, [], settings)
+  except (AttributeError, flags.Error, TypeError, ValueError) as e:
+    raise errors.UserError(str(e)) from e
+
+
+def _parse(define, argv, settings):
+  texts = {setting.key: setting.text for setting in settings}
+  argv = ["", *argv]
+  argv += [f"--config.{key}={x}" for key, x in texts.items() if x != "None"]
+  values = flags.FlagValues()
+  flag = define(name="config", flag_values=values, sys_argv=argv)
+  values(argv)
+  if flag.value is None:
+    raise errors.UserError("get_config() returns None; return a config")
+  flag.value.update_from_flattened_dict(
+    {key: None for key, text in texts.items() if text == "None"}
+  )
+  config_lib.validate(flag.value)
+  return flag.value
 
 
 def methods(path: str) -> dict[str, dict[str, Any]]:

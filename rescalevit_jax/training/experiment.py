@@ -336,7 +336,9 @@ def initial_state(experiment: Experiment) -> train_state.TrainState:
     calibrated &= any(key.endswith("/alpha") for key in report.initial)
   if not calibrated:
     return state
-  _log.info("calibrating by the first %d training batches", calibration.BATCHES)
+  _log.info(
+    "calibrating norms on the first %d training batches", calibration.BATCHES
+  )
   return experiment.calibrate(state)
 
 

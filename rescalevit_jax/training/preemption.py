@@ -48,7 +48,7 @@ class Interrupt:
     self.requested = True
     self._restore()
     _log.info(
-      "%s: saving and stopping; once more to stop at once",
+      "%s: saving a checkpoint; a second signal stops at once",
       signal.Signals(number).name,
     )
 

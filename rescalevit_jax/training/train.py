@@ -1,4 +1,4 @@
-"""train_and_evaluate: a run from its folder to its result."""
+"""A run from its folder to its result."""
 
 import contextlib
 import functools
@@ -34,19 +34,19 @@ def train_and_evaluate(
   workdir: str | pathlib.Path,
   draw_attention: trainer_lib.DrawAttention | None = None,
 ) -> dict[str, Any] | None:
-  """Trains a model, or goes on with it, and evaluates it on the way.
+  """Train and evaluate a model; resume the run if its folder has checkpoints.
 
   Args:
-    config: of the run; see `config_keys.KEYS`.
-    workdir: the run's folder; made if it is not there.
-    draw_attention: draws the pictures of `log_attention`.
+    config: of the run; see `config.keys.KEYS`.
+    workdir: the run's folder, created if missing.
+    draw_attention: draws the images of `log_attention`.
 
   Returns:
-    What result.json says, or None if a signal stopped the run before its end.
+    The content of result.json, or None if a signal stopped the run.
 
   Raises:
-    UserError: the config, the data, the weights or the folder do not do, or the
-      loss is not finite, or another process works on this run.
+    UserError: the config, the data, the weights or the folder are invalid,
+      training diverged, or another process works on this run.
   """
   workdir = pathlib.Path(workdir)
   config_lib.validate(config)
@@ -56,10 +56,9 @@ def train_and_evaluate(
 
 @contextlib.contextmanager
 def _own_folder(workdir):
-  """Locks the run's folder; gives processes beside the first one another.
+  """Lock and return the run's folder; in other processes a temporary one.
 
-  All of them do the same, and one is enough to write it down. Checkpoints are
-  written together: orbax shares them out.
+  Only the first process writes results. All write checkpoints, through orbax.
   """
   if jax.process_index() == 0:
     with lock.hold(workdir):
@@ -80,7 +79,7 @@ def _train_and_evaluate(config, workdir, folder, draw_attention):
     return result
   if jax.process_index() == 0:
     checkpoint_folders.move_damaged(workdir)
-  processes.wait_for_all("checkpoints looked at")
+  processes.wait_for_all("checkpoints checked")
   experiment = experiment_lib.create(config)
   state, progress = None, checkpoint.Progress()
   if not folder_lib.saved_steps(workdir, "last"):
@@ -93,7 +92,7 @@ def _train_and_evaluate(config, workdir, folder, draw_attention):
       abstract = experiment.abstract_state()
       items, progress = checkpoints.restore(abstract.to_checkpoint())
       state = abstract.from_checkpoint(items, progress.skipped_steps)
-      _log.info("going on from the checkpoint of step %d", progress.step)
+      _log.info("resuming from step %d", progress.step)
     else:
       checkpoints.delete_best(after=0)
     parameters = sum(x.size for x in jax.tree.leaves(state.params))
@@ -116,7 +115,7 @@ def _train_and_evaluate(config, workdir, folder, draw_attention):
         folder,
         draw_attention,
       )
-      del state  # The trainer gives it to the device's next step.
+      del state  # Its buffers are donated to the next step.
       try:
         finished = trainer.run(stop)
       except trainer_lib.DivergedError as e:
@@ -125,7 +124,8 @@ def _train_and_evaluate(config, workdir, folder, draw_attention):
         raise
   if not finished:
     _log.info(
-      "stopped at step %d of %d; the same command goes on from there",
+      "saved checkpoint and stopped at step %d of %d; run the same command to"
+      " resume",
       progress.step,
       config.total_steps,
     )
@@ -143,7 +143,7 @@ def _train_and_evaluate(config, workdir, folder, draw_attention):
 
 
 def _is_of_the_past(progress, line):
-  """Whether a metrics line was written before the checkpoint was."""
+  """Return whether a metrics line precedes the checkpoint."""
   if "test/loss" in line:
     return line["step"] <= progress.last_step
   return line["step"] <= progress.step

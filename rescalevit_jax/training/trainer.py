@@ -135,7 +135,7 @@ class Trainer:
     progress = self._progress
     step = progress.step + 1
     if self._first_step < step == self._recompiled:
-      _log.info("the norms are calibrated: compiling the step without it")
+      _log.info("norms are calibrated; compiling the step without calibration")
       self._finish_step()
       self._lap(progress.step)
     self._profile.before(step, self._state)
@@ -147,7 +147,7 @@ class Trainer:
     if step == self._first_step:
       jax.block_until_ready(metrics)
       seconds = time.monotonic() - self._started
-      _log.info("the first step is done after %.1f s", seconds)
+      _log.info("first step done after %.1f s", seconds)
       self._writer.open()
       self._timer.first_step_done(step)
     elif step == self._recompiled:
@@ -182,8 +182,7 @@ class Trainer:
     if not math.isfinite(loss) or loss_scale < 1:
       self._fail(f"{what}, loss scale {loss_scale:g}")
     _log.info(
-      "step %d: the gradient overflowed float16, step skipped; the loss scale"
-      " is now %g",
+      "step %d skipped: gradient overflowed float16; loss scale is now %g",
       self._progress.step,
       loss_scale,
     )

@@ -7,7 +7,6 @@ import pytest
 
 from rescalevit_jax import config as config_lib
 from rescalevit_jax import errors
-from rescalevit_jax import main
 from rescalevit_jax.config import keys
 from rescalevit_jax.config import overrides
 from rescalevit_jax.config import renamed
@@ -68,7 +67,4 @@ def test_config_json_with_old_values_loads(key, old, new):
 def test_an_old_key_on_a_command_line_is_an_error_with_the_new_name(old):
   with pytest.raises(errors.UserError) as error:
     overrides.parse_setting(f"{old}=1", "--set")
-  one_line(error, old, renamed.KEYS[old])
-  with pytest.raises(errors.UserError) as error:
-    main._prepared(["main.py", "--config=a.py", f"--config.{old}=1"])
   one_line(error, old, renamed.KEYS[old])

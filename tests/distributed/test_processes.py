@@ -86,7 +86,7 @@ def stop_on_the_way(workdir, setting, count, steps, **kwargs):
   logs = many_processes.finish(processes)
   assert all("stopped at step" in log for log in logs), logs
   if before:
-    assert all("going on from the checkpoint" in log for log in logs), logs
+    assert all("resuming from step" in log for log in logs), logs
 
 
 def assert_same_numbers(a, b):

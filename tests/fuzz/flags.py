@@ -121,16 +121,15 @@ def run(path: pathlib.Path) -> None:
   ]
   argv, fail = sys.argv, main._fail
   sys.argv, main._fail = ["main.py", *args], _fail
-  _forget()
+  flags.FLAGS.unparse_flags()
   try:
     with contextlib.redirect_stdout(io.StringIO()):
-      main.parse(sys.argv)
+      config = main.parse(sys.argv)
   except SystemExit as e:
     assert e.code == 0
     return
   finally:
     sys.argv, main._fail = argv, fail
-  config = main._CONFIG.value
   try:
     config_lib.validate(config)
   except errors.UserError as e:
@@ -145,11 +144,3 @@ def _fail(message, code):
   assert code == 2
   # As it is printed; it may quote what was typed, however long.
   raise errors.UserError(" ".join(message.split())[:1000])
-
-
-def _forget():
-  """Makes absl as new: it expects to parse once in a process."""
-  for name in list(flags.FLAGS):
-    if name.startswith("config."):
-      delattr(flags.FLAGS, name)
-  flags.FLAGS.unparse_flags()

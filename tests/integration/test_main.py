@@ -186,13 +186,13 @@ def finished(digits_dir, tmp_path_factory):
 def test_a_finished_run_says_so(finished, tiny):
   before = snapshot(finished)
   done = run(f"--workdir={finished}", keys=tiny)
-  assert done.returncode == 0 and "is finished" in done.stderr
+  assert done.returncode == 0 and "already finished" in done.stderr
   assert snapshot(finished) == before
 
 
 def test_workdir_alone_is_enough(finished):
   done = run(f"--workdir={finished}", config=None)
-  assert done.returncode == 0 and "is finished" in done.stderr
+  assert done.returncode == 0 and "already finished" in done.stderr
 
 
 def test_eval_mode_prints_and_writes_the_result(finished):
@@ -218,10 +218,10 @@ def test_keys_go_with_workdir_alone(finished, tmp_path):
 def test_none_is_a_value(finished, digits_dir):
   keys = [*TINY, f"tfds_data_dir={digits_dir}", "pretrained_path=None"]
   done = run(f"--workdir={finished}", keys=keys)
-  assert done.returncode == 0 and "is finished" in done.stderr
+  assert done.returncode == 0 and "already finished" in done.stderr
   args = [f"--workdir={finished}", "--config.pretrained_path", "None"]
   done = run(*args, keys=keys[:-1])
-  assert done.returncode == 0 and "is finished" in done.stderr
+  assert done.returncode == 0 and "already finished" in done.stderr
 
 
 def test_too_little_memory(tiny, tmp_path):
@@ -291,7 +291,7 @@ def test_damaged_checkpoints(finished, tiny, tmp_path):
   done = run(f"--workdir={workdir}", keys=tiny)
   assert done.returncode == 0, done.stderr
   assert f"{last}/12" in done.stderr and "skipped" in done.stderr
-  assert "going on from the checkpoint of step 8" in done.stderr
+  assert "resuming from step 8" in done.stderr
   metrics = (finished / "metrics.jsonl").read_bytes()
   assert (workdir / "metrics.jsonl").read_bytes() == metrics
   damage(spare / "checkpoints" / "last" / "8")

@@ -298,8 +298,8 @@ def test_a_run_reports_skipped_steps_and_resumes_bit_for_bit(
   rates = []
   for n in range(1, 13):
     scale = found[n]["train/loss_scale"]
-    said = f"step {n}: the gradient overflowed float16, step skipped;"
-    said = f"{said} the loss scale is now {scale:g}"
+    said = f"step {n} skipped: gradient overflowed float16;"
+    said = f"{said} loss scale is now {scale:g}"
     was_skipped = counts[n - 1] > (n > 1 and counts[n - 2])
     assert (said in messages) == was_skipped
     assert ("train/grad_norm" in found[n]) == (not was_skipped)

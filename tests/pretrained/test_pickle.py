@@ -17,7 +17,6 @@ import tfrecord_frames
 import trees
 
 from rescalevit_jax import errors
-from rescalevit_jax import main
 from rescalevit_jax.analysis import reference_results
 from rescalevit_jax.analysis import trained_model
 from rescalevit_jax.data import array_cache
@@ -135,7 +134,7 @@ def test_files_of_a_run(name, pickled, tiny_run, tmp_path):
       pass
     assert (run / name).read_text() == ""
   if name == "config.json":
-    refused(main._prepared, ["main.py", f"--workdir={run}"])
+    refused(folder_lib.require_config, run)
 
 
 @pytest.mark.parametrize("kind", ["best", "last"])

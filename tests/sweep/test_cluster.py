@@ -61,7 +61,7 @@ def test_a_preempted_job_goes_on(tiny, tmp_path):
   assert log.count("rescalevit_jax.main --config") == 2
   stopped = int(re.search(r"stopped at step (\d+) of 800", log).group(1))
   assert 0 < stopped < 800
-  assert f"going on from the checkpoint of step {stopped}\n" in log
+  assert f"resuming from step {stopped}\n" in log
   assert "finished: test accuracy" in log.splitlines()[-1]
   errors_of_job = list((tmp_path / ".submitit").glob("*.err"))
   assert "preempted" in "".join(p.read_text() for p in errors_of_job)

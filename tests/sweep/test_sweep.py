@@ -152,12 +152,12 @@ def test_a_signal_saves_and_stops(finished, tiny, tmp_path):
   assert not tiny_sweep.processes_of(runs_dir)
   assert not (runs_dir / NAMES[2]).exists()  # Not begun.
   log = (runs_dir / NAMES[1] / "log.txt").read_text()
-  assert "SIGTERM: saving and stopping" in log
+  assert "SIGTERM: saving a checkpoint" in log
   done = tiny_sweep.run(runs_dir, *GRID, **tiny)
   assert done.returncode == 0, done.stderr
   assert_same_runs(runs_dir, finished)
   log = (runs_dir / NAMES[1] / "log.txt").read_text()
-  assert "going on from the checkpoint" in log or "is finished" in log
+  assert "resuming from step" in log or "already finished" in log
 
 
 def test_a_second_signal_kills(tiny, tmp_path):

@@ -93,7 +93,7 @@ _SIGNALS = (
   ("TERM", "KILL"),
 )
 _BEFORE = ("start-up", "calibration")  # Of the loop, which signals stop.
-_CAUGHT = "once more to stop at once"
+_CAUGHT = "a second signal stops at once"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -270,9 +270,9 @@ def _table(kills):
 def _phase(trial):
   """Returns what a run's process is doing, by what it has written."""
   log = trial.said()
-  at_end = f"going on from the checkpoint of step {trials.TOTAL_STEPS}\n" in log
+  at_end = f"resuming from step {trials.TOTAL_STEPS}\n" in log
   if not at_end and "compiling the training step" not in log:
-    return "calibration" if "calibrating by" in log else "start-up"
+    return "calibration" if "calibrating norms" in log else "start-up"
   lines = trial.metrics().splitlines(keepends=True)
   last = {"step": 0}
   if lines := [line for line in lines if line.endswith(b"\n")]:
@@ -285,7 +285,7 @@ def _phase(trial):
     return "evaluation"
   if _temporary(trial):
     return "checkpoint"
-  if "the first step is done" not in log:
+  if "first step done" not in log:
     return "compilation"
   return "training"
 
