@@ -1,0 +1,339 @@
+r"""Convert a Vision Transformer of another library to an `.npz` file.
+
+  python -m rescalevit_jax.pretrained.convert model.safetensors \
+      --mean=0.5 --std=0.5 --output=vit.npz
+  python -m rescalevit_jax.pretrained.convert dino_vitbase16.pth \
+      --mean=imagenet --output=dino.npz
+
+Reads .safetensors and .pth files of timm, DeiT, DINO, DINOv2 and Hugging Face
+(ViT, DeiT, Dinov2), and .npz files of big_vision. The normalization of the
+inputs is folded into the patch embedding; it is read from config.json or
+preprocessor_config.json beside the file, or given. The output starts a run
+(--config.pretrained_path) and can be evaluated, plotted and exported.
+"""
+
+import argparse
+from collections.abc import Mapping, Sequence
+import json
+import math
+import pathlib
+import re
+import sys
+from typing import Any
+
+import numpy as np
+
+from rescalevit_jax import errors
+from rescalevit_jax.pretrained import detect
+from rescalevit_jax.pretrained import families
+from rescalevit_jax.pretrained import npz
+from rescalevit_jax.pretrained import param_keys
+from rescalevit_jax.runtime import cli
+
+_IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+_POSITIONS = "Transformer/posembed_input/pos_embedding"
+# Parts of a training checkpoint that hold the weights, the better ones first.
+_WEIGHTS = ("model_ema", "teacher", "state_dict", "model")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+  """Convert a file; return the exit code."""
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  parser.add_argument("file", type=pathlib.Path)
+  parser.add_argument("--output", type=pathlib.Path, help="default: FILE.npz")
+  parser.add_argument("--heads", type=int, help="attention heads")
+  parser.add_argument(
+    "--mean", help="of the input channels: imagenet, a number or three"
+  )
+  parser.add_argument("--std", help="likewise")
+  parser.add_argument(
+    "--fold_layer_scale",
+    action="store_true",
+    help="multiply LayerScale into the layers before it, instead of keeping it"
+    " (model.residual=layerscale)",
+  )
+  parser.add_argument(
+    "--no_class_position",
+    action="store_true",
+    help="the class token has no position embedding (timm's no_embed_class)",
+  )
+  parser.add_argument(
+    "--drop_distillation",
+    action="store_true",
+    help="leave out DeiT's distillation token and head, which changes results",
+  )
+  args = parser.parse_args(argv)
+  return cli.run(lambda: _run(args))
+
+
+def _run(args):
+  output = args.output or args.file.with_suffix(".npz")
+  if output.exists():
+    raise errors.UserError(f"{output}: exists already; choose another --output")
+  arrays = convert(
+    args.file,
+    heads=args.heads,
+    normalization=_normalization(args.mean, args.std),
+    fold_layer_scale=args.fold_layer_scale,
+    no_class_position=args.no_class_position,
+    drop_distillation=args.drop_distillation,
+  )
+  npz.save(output, *param_keys.unflatten(arrays))
+  sizes = detect.sizes(arrays)
+  print(f"{output}: {sum(x.size for x in arrays.values()):,} weights")
+  settings = {f"model.{k}": v for k, v in sizes.items()}
+  settings |= {f"model.{k}": v for k, v in detect.settings(arrays).items()}
+  print("start a run from it with")
+  for key, value in {"pretrained_path": output, **settings}.items():
+    print(f"  --config.{key}={value}")
+
+
+def convert(
+  path: pathlib.Path,
+  *,
+  heads: int | None = None,
+  normalization: tuple[Sequence[float], Sequence[float]] | None = None,
+  fold_layer_scale: bool = False,
+  no_class_position: bool = False,
+  drop_distillation: bool = False,
+) -> dict[str, np.ndarray]:
+  """Read a checkpoint of another library as arrays with Google's names.
+
+  Args:
+    path: a .safetensors, .pth or .npz file.
+    heads: attention heads; None: from config.json, else one for 64 channels.
+    normalization: mean and standard deviation of the inputs' channels, for
+      pixels in [0, 1]; None: from the files beside it.
+    fold_layer_scale: multiply LayerScale into the layers before it.
+    no_class_position: the class token has no position embedding.
+    drop_distillation: leave out DeiT's distillation token and head.
+
+  Raises:
+    UserError: the file cannot be read or is not of a plain ViT.
+  """
+  if path.suffix == ".npz":
+    return _from_big_vision(path)
+  tensors = _read_tensors(path)
+  name, prefix = families.detect(tensors, str(path))
+  tensors, prefixed = _strip(tensors, prefix)
+  families.check_plain(tensors, str(path))
+  tensors = _drop(tensors | prefixed, str(path), drop_distillation)
+  if name == "timm":
+    tensors = families.split_qkv(tensors)
+  config = _config_beside(path)
+  hidden = tensors[_norm_name(name)].shape[0]
+  heads = (
+    heads or config.get("num_attention_heads") or _default_heads(hidden, path)
+  )
+  arrays = families.read(tensors, families.TABLES[name], heads, str(path))
+  arrays = _with_biases(arrays, heads)
+  _check_complete(arrays, families.TABLES[name], path)
+  positions = arrays[_POSITIONS]
+  if drop_distillation:
+    positions = np.delete(positions, 1, axis=1)
+  arrays[_POSITIONS] = _positions(positions, no_class_position, path)
+  if fold_layer_scale:
+    arrays = families.fold_layer_scale(arrays)
+  mean, std = normalization or _normalization_beside(path, config)
+  return families.fold_input_normalization(
+    arrays, np.asarray(mean, np.float64), np.asarray(std, np.float64)
+  )
+
+
+def _read_tensors(path: pathlib.Path) -> dict[str, np.ndarray]:
+  try:
+    if path.suffix == ".safetensors":
+      from safetensors import numpy as safetensors
+
+      tensors: Mapping[str, Any] = safetensors.load_file(path)
+    else:
+      import torch
+
+      found = torch.load(path, map_location="cpu", weights_only=True)
+      for part in _WEIGHTS:
+        if isinstance(found.get(part), dict):
+          found = found[part]
+          break
+      tensors = {
+        key: x.float().numpy()
+        for key, x in found.items()
+        if isinstance(x, torch.Tensor)
+      }
+  except ImportError as e:
+    raise errors.UserError(
+      f"{path}: needs {e.name}; pip install 'rescalevit-jax[convert]'"
+    ) from e
+  except Exception as e:  # Damaged files raise errors of many kinds.
+    raise errors.UserError(
+      f"{path}: cannot be read ({errors.brief(e)}); get the file again"
+    ) from e
+  return {key: np.asarray(x, np.float32) for key, x in tensors.items()}
+
+
+def _strip(tensors, prefix):
+  """Split into the backbone's tensors, without prefix, and a head's."""
+  backbone = {
+    key.removeprefix(prefix): x
+    for key, x in tensors.items()
+    if key.startswith(prefix)
+  }
+  heads = ("classifier.", "distillation_classifier.", "head.")
+  rest = {
+    key: x
+    for key, x in tensors.items()
+    if prefix and key.startswith(heads) and not key.startswith(prefix)
+  }
+  return backbone, rest
+
+
+def _drop(tensors, path, drop_distillation):
+  kept = {}
+  for key, x in tensors.items():
+    if key in families.IGNORED:
+      continue
+    if families.DISTILLATION.fullmatch(key):
+      if not drop_distillation:
+        raise errors.UserError(
+          f"{path}: has a distillation token ({key}); --drop_distillation"
+          " leaves it out, which changes the results"
+        )
+      continue
+    key = re.sub(r"^cls_classifier\.", "classifier.", key)
+    # DINO's and DINOv2's head of training, and empty heads.
+    if x.size and not re.match(r"(head\.(mlp|last_layer)|dino_head|ibot)", key):
+      kept[key] = x
+  return kept
+
+
+def _norm_name(family):
+  return "norm.weight" if family == "timm" else "layernorm.weight"
+
+
+def _default_heads(hidden, path):
+  if hidden % 64:
+    raise errors.UserError(
+      f"{path}: does not tell its attention heads; give --heads"
+    )
+  return hidden // 64
+
+
+def _with_biases(arrays, heads):
+  """Add zero biases of query, key and value where a model has none."""
+  added = dict(arrays)
+  for key, x in arrays.items():
+    if match := re.fullmatch(r"(.*/(?:query|key|value)/)kernel", key):
+      added.setdefault(f"{match[1]}bias", np.zeros(x.shape[1:], np.float32))
+  return added
+
+
+def _check_complete(arrays, table, path):
+  blocks = sorted(
+    {int(m[1]) for m in map(re.compile(r".*encoderblock_(\d+)/").match, arrays)
+     if m}
+  )  # fmt: skip
+  optional = re.compile(r"head/.*|pre_logits/.*|.*LayerScale.*")
+  for ours, _ in table.values():
+    if optional.fullmatch(ours):
+      continue
+    for i in blocks if "{i}" in ours else [0]:
+      if ours.format(i=i) not in arrays:
+        raise errors.UserError(
+          f"{path}: has nothing for {ours.format(i=i)}; get the whole file"
+        )
+  if blocks != list(range(len(blocks))):
+    raise errors.UserError(f"{path}: lacks a block; it has {blocks}")
+
+
+def _positions(positions, no_class_position, path):
+  """Return position embeddings [1, 1 + S * S, D], the class token's first."""
+  tokens = positions.shape[1]
+  if no_class_position:
+    positions = np.pad(positions, ((0, 0), (1, 0), (0, 0)))
+  if math.isqrt(positions.shape[1] - 1) ** 2 != positions.shape[1] - 1:
+    advice = "choose a square model"
+    if math.isqrt(tokens) ** 2 == tokens:
+      advice += ", or add --no_class_position if its class token has none"
+    raise errors.UserError(
+      f"{path}: has {tokens} position embeddings, which are not those of a"
+      f" square grid and a class token; {advice}"
+    )
+  return positions
+
+
+def _config_beside(path):
+  file = path.with_name("config.json")
+  if not file.exists():
+    return {}
+  try:
+    return dict(json.loads(file.read_text(encoding="utf-8")))
+  except (RecursionError, TypeError, ValueError) as e:
+    raise errors.UserError(f"{file}: not valid JSON ({e}); remove it") from e
+
+
+def _normalization(mean, std):
+  if mean is None and std is None:
+    return None
+  if mean == "imagenet":
+    return _IMAGENET
+  if mean is None or std is None:
+    raise errors.UserError("--mean and --std: give both, or --mean=imagenet")
+  values = []
+  for flag, text in (("--mean", mean), ("--std", std)):
+    try:
+      numbers = [float(x) for x in text.split(",")]
+    except ValueError:
+      numbers = []
+    if len(numbers) not in (1, 3) or not all(map(math.isfinite, numbers)):
+      raise errors.UserError(f"{flag} ({text}): not a number or three")
+    values.append(numbers * (3 // len(numbers)))
+  if min(values[1]) <= 0:
+    raise errors.UserError(f"--std ({std}): not positive")
+  return values[0], values[1]
+
+
+def _normalization_beside(path, config):
+  found = config.get("pretrained_cfg", {})  # timm
+  if "mean" in found and "std" in found:
+    return found["mean"], found["std"]
+  file = path.with_name("preprocessor_config.json")  # Hugging Face
+  if file.exists():
+    found = json.loads(file.read_text(encoding="utf-8"))
+    if "image_mean" in found and "image_std" in found:
+      return found["image_mean"], found["image_std"]
+  raise errors.UserError(
+    f"{path}: does not tell how its inputs are normalized; give --mean and"
+    " --std, such as --mean=0.5 --std=0.5 (ViT, AugReg) or --mean=imagenet"
+    " (DeiT, DINO, DINOv2)"
+  )
+
+
+def _from_big_vision(path):
+  """Read big_vision's `.npz`, whose blocks may be stacked in one array."""
+  arrays: dict[str, np.ndarray] = {}
+  for key, x in npz.read(str(path)).arrays.items():
+    if key.startswith("MAPHead"):
+      raise errors.UserError(
+        f"{path}: pools by attention ({key}); choose a model with a class token"
+      )
+    if match := re.fullmatch(r"Transformer/encoderblock/(.*)", key):
+      for i, part in enumerate(x):
+        name = param_keys.old_numbering(
+          f"Transformer/encoderblock_{i}/{match[1]}"
+        )
+        arrays[name] = part
+    else:
+      arrays[_POSITIONS if key == "pos_embedding" else key] = x
+  for key in ("cls", _POSITIONS):
+    if key not in arrays:
+      raise errors.UserError(
+        f"{path}: has no {key}; choose a model with a class token and learned"
+        " positions"
+      )
+  arrays[_POSITIONS] = _positions(arrays[_POSITIONS], True, path)
+  return arrays
+
+
+if __name__ == "__main__":
+  sys.exit(main())
