@@ -30,7 +30,7 @@ from rescalevit_jax.benchmark import memory
 from rescalevit_jax.benchmark import worker
 from rescalevit_jax.data import dataset as dataset_lib
 from rescalevit_jax.distributed import sharding
-from rescalevit_jax.sweep import subprocess_run
+from rescalevit_jax.sweep import die_with_parent
 from rescalevit_jax.training import evaluate
 from rescalevit_jax.training import experiment as experiment_lib
 
@@ -111,7 +111,7 @@ def run(
     with (
       tempfile.TemporaryFile("w+") as log,
       subprocess.Popen(
-        subprocess_run.tie(command),
+        die_with_parent.wrap(command),
         stdout=subprocess.PIPE,
         stderr=log,
         text=True,

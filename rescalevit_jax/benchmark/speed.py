@@ -49,8 +49,8 @@ from rescalevit_jax.runtime import atomic_file
 from rescalevit_jax.runtime import cli
 from rescalevit_jax.runtime import huge_pages
 from rescalevit_jax.runtime import terminal
+from rescalevit_jax.sweep import die_with_parent
 from rescalevit_jax.sweep import grid
-from rescalevit_jax.sweep import subprocess_run
 
 _log = logging.getLogger("rescalevit_jax.benchmark")
 
@@ -240,7 +240,7 @@ def measure(
   ):  # As `rescalevit_jax.main` does; peers run as they come.
     environment = huge_pages.environment(environment)
   done = subprocess.run(
-    subprocess_run.tie(command),
+    die_with_parent.wrap(command),
     env=environment,
     capture_output=True,
     text=True,

@@ -1,7 +1,7 @@
-"""Runs `sweep.main`."""
+"""`python -m rescalevit_jax.sweep`: see `command_line`."""
 
 import sys
 
-from rescalevit_jax import sweep
+from rescalevit_jax.sweep import command_line
 
-sys.exit(sweep.main(sys.argv[1:]))
+sys.exit(command_line.main(sys.argv[1:]))

@@ -1,4 +1,4 @@
-"""Shares out the devices of a machine among runs at the same time."""
+"""Split the devices of a machine among concurrent runs."""
 
 from collections.abc import Mapping
 import logging
@@ -10,54 +10,57 @@ from rescalevit_jax import errors
 
 _log = logging.getLogger(__name__)
 
-_LOOK = "import jax; print(jax.default_backend(), jax.local_device_count())"
+_CODE = "import jax; print(jax.default_backend(), jax.local_device_count())"
 
 
 def find(jobs: int | None) -> list[dict[str, str]]:
-  """Returns a place for each run at a time: the variables to start it with.
+  """Return the environment variables for each concurrent run.
 
   Args:
-    jobs: how many; None for one a GPU, or one without GPUs.
+    jobs: number of concurrent runs; None for one per GPU, or one without GPUs.
 
   Raises:
-    UserError: the devices are too few, or JAX does not find any.
+    UserError: there are too few devices, or JAX finds none.
   """
-  # A look from this process would take memory of every GPU.
+  # A subprocess, since JAX would allocate memory on every GPU in this one.
   done = subprocess.run(
-    [sys.executable, "-c", _LOOK], capture_output=True, text=True, check=False
+    [sys.executable, "-c", _CODE],
+    capture_output=True,
+    text=True,
+    check=False,
   )
   if done.returncode:
     reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
     raise errors.UserError(f"JAX finds no devices: {reason}")
   backend, count = done.stdout.split()[-2:]
-  return share_out(backend, int(count), jobs, os.environ)
+  return split(backend, int(count), jobs, os.environ)
 
 
-def share_out(
+def split(
   backend: str, count: int, jobs: int | None, environment: Mapping[str, str]
 ) -> list[dict[str, str]]:
-  """Does what `find` does, for devices that are known.
+  """Return the environment variables for each concurrent run on known devices.
 
   Args:
-    backend: JAX's name of it: 'cpu', 'gpu' or 'tpu'.
-    count: devices that JAX sees.
+    backend: JAX's name of the backend: 'cpu', 'gpu' or 'tpu'.
+    count: number of devices that JAX finds.
     jobs: as in `find`.
-    environment: of this process.
+    environment: environment variables of this process.
   """
   if backend == "cpu":
     return [{} for _ in range(jobs or 1)]
   if backend != "gpu":
     if (jobs or 1) > 1:
       raise errors.UserError(
-        f"--jobs is {jobs}, but one process at a time can use a"
-        f" {backend.upper()}; use --jobs=1"
+        f"--jobs: {jobs} processes cannot share a {backend.upper()}; use"
+        " --jobs=1"
       )
     return [{}]
   jobs = jobs or count
   if jobs > count:
     raise errors.UserError(
-      f"--jobs is {jobs}, but there are {count} GPUs to share; use --jobs"
-      f" {count} or fewer"
+      f"--jobs: {jobs} exceeds the number of GPUs ({count}); use --jobs={count}"
+      " or less"
     )
   visible = environment.get("CUDA_VISIBLE_DEVICES", "").strip()
   ids = visible.split(",") if visible else [str(i) for i in range(count)]

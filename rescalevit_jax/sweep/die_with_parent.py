@@ -1,17 +1,18 @@
-"""Becomes another program, one that does not outlive its parent.
+"""Execute a program that dies with its parent process.
 
-  python -I tied.py PARENT_PID PROGRAM [ARGUMENT]...
+  python -I die_with_parent.py PARENT_PID PROGRAM [ARGUMENT]...
 
-A sweep that is killed by SIGKILL cannot stop its runs. Had they no tie to it,
-they would go on while the sweep, started again, starts them once more. Linux
-kills a process along with its parent if the process asks for that, and it stays
-asked for through exec. A program that asks and then becomes the run does it
-without Python's preexec_fn, which may hang in a process with threads.
+A sweep killed by SIGKILL cannot stop its runs; they would still run when the
+restarted sweep starts them again. On Linux a process can request a signal at
+its parent's death (PR_SET_PDEATHSIG), and exec preserves the request. This
+program makes the request and then executes the run. Python's preexec_fn is no
+alternative: it can deadlock in a process with threads.
 
-What the system watches is the thread that started the process: it has to live
-as long as the parent, as the main thread does.
+The kernel watches the parent thread, not the parent process. Start the program
+from a thread that lives as long as the process, such as the main thread.
 """
 
+from collections.abc import Sequence
 import ctypes
 import os
 import signal
@@ -20,14 +21,20 @@ import sys
 _PR_SET_PDEATHSIG = 1  # Of linux/prctl.h.
 
 
+def wrap(command: Sequence[str]) -> list[str]:
+  """Return a command whose process dies with this process."""
+  # A path, since `-m` would import the whole package first.
+  return [sys.executable, "-I", __file__, str(os.getpid()), *command]
+
+
 def main() -> None:
-  """Ties this process to its parent and becomes the program."""
+  """Request the signal and execute the program."""
   if sys.platform == "linux":
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
   if os.getppid() != int(sys.argv[1]):
-    return  # The parent died before it was asked for.
-  # With these submitit is told of a time-out. Slurm may send them to every
-  # process of a job, and a run would die of them; submitit's own sends SIGTERM.
+    return  # The parent died before the request.
+  # Slurm announces a time-out with these signals, perhaps to every process of a
+  # job. Only submitit's process must handle them; it sends SIGTERM to the run.
   signal.signal(signal.SIGUSR1, signal.SIG_IGN)
   signal.signal(signal.SIGUSR2, signal.SIG_IGN)
   os.execv(sys.argv[2], sys.argv[2:])

@@ -1,4 +1,4 @@
-"""From config files and a grid of values to the runs of a sweep."""
+"""Plan the runs of a sweep from config files and a grid of values."""
 
 from collections.abc import Sequence
 import dataclasses
@@ -14,19 +14,19 @@ from rescalevit_jax import errors
 from rescalevit_jax.config import overrides
 from rescalevit_jax.runs import folder
 
-# Told by the name of every run's folder: see `run_folder.default_workdir`.
+# Keys in the name of every run's folder; see `folder.default_workdir`.
 _NAMED = ("dataset", "model_name", "model.norm", "seed")
 
 
 @dataclasses.dataclass(frozen=True)
 class PlannedRun:
-  """A run that is yet to be started, or started again.
+  """A run to start or resume.
 
   Attributes:
-    workdir: its folder.
+    workdir: the run's folder.
     reference: its config file, FILE or FILE:ARGS.
-    settings: what the run changes in that.
-    config: what comes of both; valid.
+    settings: overrides of the config file.
+    config: the resulting valid config.
   """
 
   workdir: pathlib.Path
@@ -36,7 +36,7 @@ class PlannedRun:
 
   @property
   def command(self) -> list[str]:
-    """The program with its arguments."""
+    """Command line that starts the run."""
     return [
       sys.executable,
       "-m",
@@ -53,18 +53,18 @@ def plan(
   settings: Sequence[overrides.Setting],
   runs_dir: pathlib.Path,
 ) -> list[PlannedRun]:
-  """Returns the runs of a sweep: each config with each point of the grid.
+  """Return the runs of a sweep: each config at each point of the grid.
 
   Args:
     references: config files, FILE or FILE:ARGS.
-    axes: of the grid, each the settings of one key; the last varies fastest.
-    settings: of all runs.
-    runs_dir: where their folders lie. A folder's name is that of
-      `run_folder.default_workdir`, and the grid's keys of which it says
-      nothing.
+    axes: axes of the grid, each the settings of one key; the last varies
+      fastest.
+    settings: overrides for all runs.
+    runs_dir: parent of the runs' folders. A folder is named by
+      `folder.default_workdir`, followed by the other keys of the grid.
 
   Raises:
-    UserError: a config file, a key or a value does not do, or two runs would
+    UserError: a config file, a key or a value is invalid, or two runs would
       share a folder.
   """
   given = [axis[0].key for axis in axes] + [s.key for s in settings]
@@ -84,7 +84,7 @@ def plan(
 
 def _is_named(axis: Sequence[overrides.Setting]) -> bool:
   if axis[0].key == "pretrained_path":
-    # Names say scratch or pretrained, not which file.
+    # The name tells scratch from pretrained, but does not name the file.
     return len([s for s in axis if s.text != "None"]) <= 1
   return axis[0].key in _NAMED
 
@@ -102,17 +102,17 @@ def _plan_run(reference, settings, unnamed, runs_dir) -> PlannedRun:
 
 
 def _conflict(a: PlannedRun, b: PlannedRun) -> str:
-  what = " and ".join(
+  both = " and ".join(
     " ".join([f"--config={run.reference}", *map(str, run.settings)])
     for run in (a, b)
   )
   old, new = config_lib.flatten(a.config), config_lib.flatten(b.config)
   keys: list[Any] = [key for key in old if old[key] != new[key]]
   if not keys:
-    return f"{what} are the same run; leave one out"
+    return f"{both} are the same run; leave one out"
   values = ", ".join(f"{k} ({old[k]!r} and {new[k]!r})" for k in keys)
   return (
-    f"{what} would share the folder {a.workdir}: they differ in {values}; give"
-    f" {keys[0]} by --grid, so that the name tells it, or another --runs_dir to"
-    " one of them"
+    f"{both} would share the folder {a.workdir}: they differ in {values}; set"
+    f" {keys[0]} with --grid, which adds it to the name, or use another"
+    " --runs_dir"
   )

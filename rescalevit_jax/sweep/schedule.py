@@ -1,4 +1,4 @@
-"""Runs the runs of a sweep, several at a time, and says how it goes."""
+"""Schedule the runs of a sweep on this machine and log their progress."""
 
 from collections.abc import Iterable, Mapping, Sequence
 import dataclasses
@@ -18,20 +18,20 @@ from rescalevit_jax.training import experiment
 
 _log = logging.getLogger(__name__)
 
-_SECONDS_BETWEEN_LINES = 10.0
-_SECONDS_BETWEEN_LOOKS = 0.2
+_STATUS_SECONDS = 10.0
+_POLL_SECONDS = 0.2
 
 
 @dataclasses.dataclass
 class Outcome:
-  """What became of a sweep.
+  """The outcome of a sweep.
 
   Attributes:
-    done: finished runs, those of earlier sweeps included.
-    failed: why, by run, as one line.
+    done: finished runs, including those of earlier sweeps.
+    failed: failed runs, each with the reason as one line.
     left: runs that a signal stopped or kept from starting.
-    stopped: whether a signal came; all may be done nonetheless.
-    killed: whether a second signal ended the runs before they had saved.
+    stopped: True after a signal, even if all runs are done.
+    killed: True if a second signal killed the runs.
   """
 
   done: list[grid.PlannedRun] = dataclasses.field(default_factory=list)
@@ -44,13 +44,13 @@ class Outcome:
 
   @property
   def exit_code(self) -> int:
-    """Of a program: 130 after a second signal, 1 if a run failed, else 0."""
+    """Exit code: 130 after a second signal, 1 if a run failed, else 0."""
     if self.killed:
       return 130
     return 1 if self.failed else 0
 
   def log(self) -> None:
-    """Says it, with a line for each run that failed."""
+    """Log the counts, and one line for each failed run."""
     _log.info(
       "%d done, %d failed%s",
       len(self.done),
@@ -60,21 +60,21 @@ class Outcome:
     for run, why in self.failed:
       _log.info("failed: %s: %s", run.workdir, why)
     if self.left or self.failed:
-      _log.info("the same command goes on with what is not done")
+      _log.info("the same command resumes what is not done")
 
 
 def stop_signals() -> tuple[signal.Signals, ...]:
-  """Returns the signals that stop a sweep: SIGHUP unless nohup ignores it."""
+  """Return the signals that stop a sweep: SIGHUP unless nohup ignores it."""
   if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
     return signal.SIGTERM, signal.SIGINT
   return signal.SIGTERM, signal.SIGINT, signal.SIGHUP
 
 
-def work(run: grid.PlannedRun) -> float:
-  """Returns the work of one step of a run, to compare with others.
+def step_flops(run: grid.PlannedRun) -> float:
+  """Return the FLOPs of one step's forward passes, to compare runs.
 
   Raises:
-    UserError: sizes of the model do not fit together.
+    UserError: the sizes of the model are inconsistent.
   """
   forward = flops.forward_flops(_model(run), run.config.image_size)
   return float(forward * run.config.batch)
@@ -82,7 +82,7 @@ def work(run: grid.PlannedRun) -> float:
 
 def _model(run: grid.PlannedRun):
   config = run.config.copy_and_resolve_references()
-  # JAX would start the devices to know what "auto" means.
+  # "auto" would initialize the devices.
   config.dtype = "float32"
   return experiment.create_model(config, 1)
 
@@ -96,20 +96,20 @@ class _Running:
   first_step: int
 
   def steps(self) -> int:
-    """Steps done since it was started."""
+    """Return the number of steps since the start of the process."""
     step = subprocess_run.step_since(self.run.workdir, self.started)
     return max(0, step - self.first_step)
 
 
 class Schedule:
-  """Runs each run as a process of its own; goes on after one that fails.
+  """Executes each run as its own process; a failed run stops no other.
 
   Args:
-    runs: in the order in which they start.
-    done: those that are finished already.
-    slots: a place for each run at a time, as `slots.find` returns them.
-    stop_times: on the clock of `time.monotonic`, each of which acts like a
-      signal: let the runs save and stop, then end them at once.
+    runs: the runs to execute, in order.
+    done: runs that are already finished.
+    slots: environment variables for each concurrent run; see `device_slots`.
+    stop_times: times of `time.monotonic`; each acts like a signal. After the
+      first the runs save and stop, after the second they are killed.
   """
 
   def __init__(
@@ -125,17 +125,17 @@ class Schedule:
     self._running: list[_Running] = []
     self._outcome = Outcome(done=list(done))
     self._total = len(self._waiting) + len(self._outcome.done)
-    self._work = {run.workdir: work(run) for run in runs}
-    self._work_done = 0.0  # By processes that have ended, in this sweep.
+    self._step_flops = {run.workdir: step_flops(run) for run in runs}
+    self._flops_done = 0.0  # By processes of this sweep that have ended.
     self._signals: list[int] = []
     self._stopping = False
     self._start = time.monotonic()
 
   def run(self) -> Outcome:
-    """Runs until all is done, or until a signal.
+    """Run until all runs have ended, or until a signal.
 
-    SIGTERM, SIGINT and SIGHUP let the runs save and stop; a second one ends
-    them at once.
+    After SIGTERM, SIGINT or SIGHUP the runs save a checkpoint and stop. A
+    second signal kills them.
     """
     previous = {
       number: signal.signal(number, self._handle) for number in stop_signals()
@@ -161,10 +161,10 @@ class Schedule:
       while self._waiting and self._free and not self._stopping:
         self._launch(self._waiting.pop(0))
         changed = True
-      if changed or time.monotonic() - last_line > _SECONDS_BETWEEN_LINES:
+      if changed or time.monotonic() - last_line > _STATUS_SECONDS:
         self._log_status()
         last_line = time.monotonic()
-      time.sleep(_SECONDS_BETWEEN_LOOKS)
+      time.sleep(_POLL_SECONDS)
     self._outcome.left += self._waiting
 
   def _handle(self, number, frame):
@@ -175,7 +175,7 @@ class Schedule:
     if not self._stopping:
       self._stopping = self._outcome.stopped = True
       _log.info(
-        "%s: the runs save and stop; once more to stop them at once",
+        "%s: the runs save and stop; a second signal kills them",
         signal.Signals(self._signals[0]).name,
       )
       for running in self._running:
@@ -189,9 +189,7 @@ class Schedule:
     slot = self._free.pop(0)
     first_step = subprocess_run.saved_step(run.workdir)
     started = time.time()
-    _log.info(
-      "%s %s", "starting" if not first_step else "going on with", run.workdir
-    )
+    _log.info("%s %s", "resuming" if first_step else "starting", run.workdir)
     try:
       process = subprocess_run.start(run.command, run.workdir, slot)
     except OSError as e:
@@ -201,27 +199,27 @@ class Schedule:
     self._running.append(_Running(run, process, slot, started, first_step))
 
   def _collect(self):
-    """Takes note of the runs that have ended; returns whether there are any."""
+    """Record the runs that have ended; return True if there are any."""
     ended = [r for r in self._running if r.process.poll() is not None]
     for running in ended:
       run, code = running.run, running.process.returncode
       self._running.remove(running)
       self._free.append(running.slot)
-      self._work_done += running.steps() * self._work[run.workdir]
-      why = subprocess_run.failure(run.workdir, code)
-      if why is None:
+      self._flops_done += running.steps() * self._step_flops[run.workdir]
+      reason = subprocess_run.failure(run.workdir, code)
+      if reason is None:
         self._outcome.done.append(run)
         _log.info("done: %s", run.workdir)
       elif self._stopping and code <= 0:
         self._outcome.left.append(run)
       else:
-        self._outcome.failed.append((run, why))
-        _log.info("failed: %s: %s", run.workdir, why)
+        self._outcome.failed.append((run, reason))
+        _log.info("failed: %s: %s", run.workdir, reason)
     return bool(ended)
 
   def _log_status(self):
     if not self._running and (self._stopping or not self._waiting):
-      return  # The outcome says it.
+      return  # Only the outcome is left to log.
     eta = self._eta()
     _log.info(
       "%d of %d done, %d failed, %d running, %d left%s",
@@ -240,14 +238,14 @@ class Schedule:
       _log.info("  %s: %s", running.run.workdir.name, line[:160])
 
   def _eta(self):
-    """Seconds that the rest takes at the pace so far; None if none is known."""
-    done, left = self._work_done, 0.0
+    """Return the seconds left at the speed so far; None before any step."""
+    done, left = self._flops_done, 0.0
     for run in self._waiting:
       steps = run.config.total_steps - subprocess_run.saved_step(run.workdir)
-      left += steps * self._work[run.workdir]
+      left += steps * self._step_flops[run.workdir]
     for running in self._running:
-      config, per_step = running.run.config, self._work[running.run.workdir]
-      steps = running.steps()
+      config, steps = running.run.config, running.steps()
+      per_step = self._step_flops[running.run.workdir]
       done += steps * per_step
       left += (config.total_steps - running.first_step - steps) * per_step
     if not done:

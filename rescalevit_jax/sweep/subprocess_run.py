@@ -1,4 +1,4 @@
-"""Starts a run as a process of its own, and looks at how it is doing."""
+"""Start a run as a subprocess and read its progress from its folder."""
 
 from collections.abc import Mapping, Sequence
 import contextlib
@@ -9,7 +9,6 @@ import pathlib
 import shlex
 import signal
 import subprocess
-import sys
 
 from rescalevit_jax import errors
 from rescalevit_jax.runs import folder as folder_lib
@@ -23,15 +22,15 @@ def start(
   workdir: pathlib.Path,
   environment: Mapping[str, str],
 ) -> subprocess.Popen:
-  """Starts a run; what it says goes to WORKDIR/log.txt, after what is there.
+  """Start a run; append its output to WORKDIR/log.txt.
 
-  The process is in a session of its own, so that Ctrl-C reaches it only through
-  its parent, and it does not outlive the parent: see `tied`.
+  The process has its own session, since Ctrl-C must reach it only through its
+  parent. It dies with the parent; see `die_with_parent`.
 
   Args:
     command: the program with its arguments.
-    workdir: the run's folder; made if it is not there.
-    environment: variables to set besides this process's.
+    workdir: the run's folder; created if missing.
+    environment: variables to add to this process's environment.
   """
   workdir.mkdir(parents=True, exist_ok=True)
   now = datetime.datetime.now().isoformat(" ", "seconds")
@@ -41,7 +40,7 @@ def start(
     log.write(f"{run_reader.LOG_HEADER}{now} {shlex.join(command)}\n")
     log.flush()
     return subprocess.Popen(
-      tie(command),
+      die_with_parent.wrap(command),
       stdin=subprocess.DEVNULL,
       stdout=log,
       stderr=subprocess.STDOUT,
@@ -50,20 +49,8 @@ def start(
     )
 
 
-def tie(command: Sequence[str]) -> list[str]:
-  """Returns a command that does not outlive this process: see `tied`."""
-  # By its path: as a module it would have to wait for the package's imports.
-  return [
-    sys.executable,
-    "-I",
-    die_with_parent.__file__,
-    str(os.getpid()),
-    *command,
-  ]
-
-
 def kill(process: subprocess.Popen) -> None:
-  """Ends a run at once, with all that it started."""
+  """Kill a run and all its child processes."""
   with contextlib.suppress(ProcessLookupError):
     os.killpg(process.pid, signal.SIGKILL)
 
@@ -73,7 +60,7 @@ def failure(workdir: pathlib.Path, returncode: int | None) -> str | None:
 
   Args:
     workdir: the run's folder.
-    returncode: of its process; None if it is not known.
+    returncode: return code of its process; None if unknown.
   """
   try:
     result = result_lib.read(workdir)
@@ -87,9 +74,9 @@ def failure(workdir: pathlib.Path, returncode: int | None) -> str | None:
   if result_lib.has_diverged(result):
     return f"error: {result['error']}"
   if returncode == 0:
-    return "error: stopped by a signal; the same command goes on"
+    return "error: stopped by a signal; the same command resumes it"
   if returncode is None:
-    ended = "it ended before its end"
+    ended = "ended early"
   elif returncode < 0:
     ended = f"killed by {_signal_name(-returncode)}"
   else:
@@ -105,17 +92,16 @@ def _signal_name(number):
 
 
 def saved_step(workdir: pathlib.Path) -> int:
-  """Returns the step that a run would go on from, 0 for the start."""
+  """Return the step that a run would resume from, 0 without a checkpoint."""
   return max(folder_lib.saved_steps(workdir, "last"), default=0)
 
 
 def step_since(workdir: pathlib.Path, time: float) -> int:
-  """Returns the last step that a run has written metrics of.
+  """Return the last step in a run's metrics since a time, or 0.
 
   Args:
     workdir: the run's folder.
-    time: what was written before is left out, as of an earlier start; in
-      seconds since 1970.
+    time: start of the process, in seconds since 1970; older files are ignored.
   """
   path = workdir / folder_lib.METRICS
   try:
@@ -125,5 +111,5 @@ def step_since(workdir: pathlib.Path, time: float) -> int:
     return 0
   for line in reversed(run_reader.tail(path)):
     with contextlib.suppress(KeyError, RecursionError, TypeError, ValueError):
-      return json.loads(line)["step"]  # The last line may be half written.
+      return json.loads(line)["step"]  # The last line may be incomplete.
   return 0

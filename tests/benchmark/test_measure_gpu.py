@@ -388,7 +388,7 @@ def test_a_run_stops_at_its_deadline(digits_dir, shared_dir, tmp_path):
 import pathlib, time
 from rescalevit_jax.config import overrides
 from rescalevit_jax.sweep import grid
-from rescalevit_jax.sweep import launch
+from rescalevit_jax.sweep import subprocess_run
 from rescalevit_jax.sweep import schedule
 settings = {[*tiny_sweep.KEYS, f"tfds_data_dir={digits_dir}"]!r}
 settings[settings.index("total_steps=40")] = "total_steps=1000000"
@@ -400,10 +400,10 @@ settings[settings.index("total_steps=40")] = "total_steps=1000000"
 )
 class Clock:
   def __lt__(self, now):  # Comes when the run has made some steps.
-    return launch.step_since(run.workdir, 0) > 20
+    return subprocess_run.step_since(run.workdir, 0) > 20
 outcome = schedule.Schedule([run], [], [{{}}], [Clock()]).run()
 assert outcome.stopped and outcome.left == [run] and not outcome.failed
-assert launch.saved_step(run.workdir) > 20
+assert subprocess_run.saved_step(run.workdir) > 20
 """
   done = subprocess.run(
     [sys.executable, "-c", code],

@@ -1,4 +1,4 @@
-"""From flags to runs: names, values, mistakes."""
+"""Planning runs from flags: names, values, errors."""
 
 import pathlib
 import shlex
@@ -10,9 +10,9 @@ import pytest
 
 from rescalevit_jax import config as config_lib
 from rescalevit_jax import errors
-from rescalevit_jax import sweep
 from rescalevit_jax.config import overrides
 from rescalevit_jax.runs import folder
+from rescalevit_jax.sweep import command_line
 from rescalevit_jax.sweep import grid
 
 QUICKSTART = str(paths.ROOT / "configs" / "quickstart.py")
@@ -46,19 +46,19 @@ def test_every_combination_for_every_config():
   assert {r.config.model_name for r in runs[6:]} == {"ViT-B_32"}
   assert {r.config.base_lr for r in runs} == {0.25}
   assert runs[0].reference == QUICKSTART
-  # As main names them.
+  # The same name as in main.
   for run in runs:
     assert run.workdir == folder.default_workdir(run.config)
 
 
-def test_a_config_alone_is_a_run():
+def test_a_config_without_a_grid_is_one_run():
   (run,) = plan(runs_dir="elsewhere")
   assert run.workdir == pathlib.Path(
     "elsewhere/digits-ViT-XS_2-Rescale-scratch-seed0"
   )
 
 
-def test_names_tell_every_key_of_the_grid():
+def test_names_contain_every_key_of_the_grid():
   start = "digits-ViT-XS_2-Rescale-scratch-seed"
   assert names(plan("base_lr=0.1,1", "seed=3")) == [
     f"{start}3-base_lr=0.1",
@@ -72,7 +72,7 @@ def test_names_tell_every_key_of_the_grid():
   ]
 
 
-def test_names_tell_which_weights():
+def test_names_contain_the_initial_weights():
   start = "digits-ViT-XS_2-Rescale-"
   assert names(plan("pretrained_path=None,a/b.npz")) == [
     f"{start}scratch-seed0",
@@ -104,8 +104,8 @@ def test_values_have_the_type_of_their_key():
   assert values["model.representation_size"] is None
 
 
-def test_the_command_makes_the_same_config():
-  """What main makes of the command, without training."""
+def test_the_command_yields_the_same_config():
+  """Parse the command with main, without training."""
   settings = ("augment.flip=True", "pretrained_path=None", "base_lr=1")
   (run,) = plan("model.norm=BN", settings=settings, runs_dir="a folder")
   assert run.command[:3] == [sys.executable, "-m", "rescalevit_jax.main"]
@@ -149,14 +149,14 @@ def test_the_command_makes_the_same_config():
     ([], ["warmup_steps=3000"], ["warmup_steps"]),
   ],
 )
-def test_mistakes_in_keys_and_values(axes, settings, words):
+def test_invalid_keys_and_values_are_errors(axes, settings, words):
   with pytest.raises(errors.UserError) as e:
     plan(*axes, settings=settings)
   for word in words:
     assert word in str(e.value), e.value
 
 
-def test_two_runs_in_one_folder_are_named(tmp_path):
+def test_two_runs_in_one_folder_are_an_error(tmp_path):
   other = tmp_path / "other.py"
   text = pathlib.Path(QUICKSTART).read_text(encoding="utf-8")
   other.write_text(text.replace("base_lr = 0.3", "base_lr = 0.2"))
@@ -184,11 +184,11 @@ def test_two_runs_in_one_folder_are_named(tmp_path):
     ("def get_config():\n  return None\n", ["None"]),
   ],
 )
-def test_mistakes_in_a_config_file(text, words, tmp_path, capsys):
+def test_an_invalid_config_file_is_an_error(text, words, tmp_path, capsys):
   path = tmp_path / "config.py"
   if text is not None:
     path.write_text(text)
-  assert sweep.main([f"--config={path}"]) == 2
+  assert command_line.main([f"--config={path}"]) == 2
   err = capsys.readouterr().err
   assert err.startswith("error: ") and err.count("\n") == 1
   for word in (str(path), *words):
@@ -203,7 +203,7 @@ def test_mistakes_in_a_config_file(text, words, tmp_path, capsys):
     ("ViT-B_16,ln", ["LN"]),
   ],
 )
-def test_mistakes_in_the_originals_runs(reference, words):
+def test_invalid_arguments_of_original_py_are_errors(reference, words):
   with pytest.raises(errors.UserError) as e:
     plan(configs=(f"{ORIGINAL}:{reference}",))
   for word in words:

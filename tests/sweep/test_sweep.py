@@ -1,4 +1,4 @@
-"""Sweeps as a person meets them: real processes, real signals."""
+"""Sweeps with real processes and real signals."""
 
 import fcntl
 import json
@@ -16,9 +16,10 @@ import paths
 import pytest
 import tiny_sweep
 
-from rescalevit_jax import sweep
+from rescalevit_jax import errors
 from rescalevit_jax.config import overrides
 from rescalevit_jax.runs import lock
+from rescalevit_jax.sweep import command_line
 from rescalevit_jax.sweep import device_slots
 from rescalevit_jax.sweep import schedule
 
@@ -35,17 +36,17 @@ NAMES = [
 
 @pytest.fixture(scope="module")
 def tiny(digits_dir, shared_dir):
-  """What tiny_sweep.run needs besides flags."""
+  """Return the keyword arguments of tiny_sweep.run."""
   keys = (*tiny_sweep.KEYS, f"tfds_data_dir={digits_dir}")
   return {"keys": keys, "env": tiny_sweep.environment(shared_dir)}
 
 
 @pytest.fixture(scope="module")
 def finished(tiny, shared_dir):
-  """The folder of a finished sweep of GRID, two runs at a time."""
+  """Return the folder of a finished sweep of GRID, run two at a time."""
   runs_dir = shared_dir / "finished_sweep"
   with open(shared_dir / "finished_sweep.lock", "w") as f:
-    fcntl.flock(f, fcntl.LOCK_EX)  # The workers share one.
+    fcntl.flock(f, fcntl.LOCK_EX)  # Shared by the workers.
     if not (runs_dir / "stderr").exists():
       done = tiny_sweep.run(runs_dir, *GRID, "--jobs=2", **tiny)
       assert done.returncode == 0, done.stderr
@@ -69,7 +70,7 @@ def assert_one_line_error(stderr, *words):
 
 
 def assert_same_runs(a, b):
-  """Checks that two sweeps have the same numbers."""
+  """Check that two sweeps have equal results and metrics."""
   assert sorted(p.name for p in a.glob("digits*")) == NAMES
   for name in NAMES:
     results = [
@@ -82,9 +83,9 @@ def assert_same_runs(a, b):
     assert metrics[0].count(b"\n") == 24  # 20 of training, 4 of tests.
 
 
-def test_a_sweep_shows_what_is_done_and_left(finished):
+def test_progress_counts_done_and_left_runs(finished):
   stderr = (finished / "stderr").read_text()
-  assert "4 runs in" in stderr and "0 of them finished" in stderr
+  assert "4 runs in" in stderr and "0 finished" in stderr
   assert "0 of 4 done, 0 failed, 2 running, 2 left" in stderr  # At once.
   assert re.search(r"[23] of 4 done, .* left, ETA \d+ ", stderr)
   assert re.search(rf"  {NAMES[0]}: ", stderr)
@@ -112,13 +113,13 @@ def test_finished_runs_are_skipped(finished, tiny):
   before = snapshot(finished)
   done = tiny_sweep.run(finished, *GRID, **tiny)
   assert done.returncode == 0
-  assert "4 runs in" in done.stderr and "4 of them finished" in done.stderr
+  assert "4 runs in" in done.stderr and "4 finished" in done.stderr
   assert "starting" not in done.stderr
   assert snapshot(finished) == before
 
 
-def test_a_sweep_killed_twice_goes_on(finished, tiny, tmp_path):
-  """SIGKILL leaves no process behind, and the same numbers at the end."""
+def test_a_sweep_killed_twice_resumes(finished, tiny, tmp_path):
+  """SIGKILL leaves no process behind, and the results are equal."""
   runs_dir = tmp_path / "runs"
   for name in (NAMES[0], NAMES[2]):
     process = tiny_sweep.start(runs_dir, *GRID, "--jobs=2", **tiny)
@@ -148,9 +149,9 @@ def test_a_signal_saves_and_stops(finished, tiny, tmp_path):
   _, stderr = process.communicate(timeout=120)
   assert process.returncode == 0, stderr
   assert "SIGINT: the runs save and stop" in stderr
-  assert "the same command goes on" in stderr.splitlines()[-1]
+  assert "the same command resumes" in stderr.splitlines()[-1]
   assert not tiny_sweep.processes_of(runs_dir)
-  assert not (runs_dir / NAMES[2]).exists()  # Not begun.
+  assert not (runs_dir / NAMES[2]).exists()  # Not started.
   log = (runs_dir / NAMES[1] / "log.txt").read_text()
   assert "SIGTERM: saving a checkpoint" in log
   done = tiny_sweep.run(runs_dir, *GRID, **tiny)
@@ -160,18 +161,24 @@ def test_a_signal_saves_and_stops(finished, tiny, tmp_path):
   assert "resuming from step" in log or "already finished" in log
 
 
-def test_a_second_signal_kills(tiny, tmp_path):
+def test_a_second_signal_kills_and_nohup_is_respected(tiny, tmp_path):
   runs_dir = tmp_path / "runs"
   keys = (*tiny["keys"], "total_steps=100000", "checkpoint_every=100000")
   keys = [k for k in keys if k not in ("total_steps=40", "checkpoint_every=8")]
+  previous = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # As nohup does.
   process = tiny_sweep.start(runs_dir, keys=keys, env=tiny["env"])
+  signal.signal(signal.SIGHUP, previous)
   (name,) = [NAMES[2]]
   tiny_sweep.wait_for(lambda: tiny_sweep.is_under_way(runs_dir / name), process)
   (run,) = tiny_sweep.processes_of(runs_dir / name)
   os.kill(run, signal.SIGSTOP)  # A run that hangs.
+  process.send_signal(signal.SIGHUP)
+  with pytest.raises(subprocess.TimeoutExpired):
+    process.wait(timeout=1.5)
   process.send_signal(signal.SIGTERM)
   for line in process.stderr:
-    if "once more" in line:
+    assert "SIGHUP" not in line
+    if "a second signal" in line:
       break
   process.send_signal(signal.SIGTERM)
   _, stderr = process.communicate(timeout=20)
@@ -180,7 +187,7 @@ def test_a_second_signal_kills(tiny, tmp_path):
   assert not tiny_sweep.processes_of(runs_dir)
 
 
-def test_a_failing_run_is_named_and_the_others_go_on(tiny, tmp_path):
+def test_a_failing_run_is_reported_and_stops_no_other(tiny, tmp_path):
   done = tiny_sweep.run(
     tmp_path, "--grid", "base_lr=1e30,0.1", "--config.seed", "5", **tiny
   )
@@ -195,7 +202,9 @@ def test_a_failing_run_is_named_and_the_others_go_on(tiny, tmp_path):
   assert "Traceback" not in done.stderr
 
 
-def test_a_run_of_another_process_is_left_alone(finished, tiny, tmp_path):
+def test_a_run_locked_by_another_process_is_not_started(
+  finished, tiny, tmp_path
+):
   for name in NAMES[:3]:
     shutil.copytree(finished / name, tmp_path / name)
   with lock.hold(tmp_path / NAMES[3]):
@@ -214,7 +223,7 @@ def test_dry_run_prints_commands_and_writes_nothing(finished, tiny, tmp_path):
   assert snapshot(tmp_path) == before
   commands = done.stdout.splitlines()
   assert len(commands) == 4
-  assert f"finished already: {runs_dir / NAMES[1]}" in done.stderr
+  assert f"already finished: {runs_dir / NAMES[1]}" in done.stderr
   assert done.stderr.count("\n") == 1
   for command, name in zip(commands, NAMES, strict=True):
     words = shlex.split(command)
@@ -227,7 +236,7 @@ def test_dry_run_prints_commands_and_writes_nothing(finished, tiny, tmp_path):
   [
     (["--grid=model.nrom=LN"], 2, ["model.nrom", "model.norm"]),
     (["--gird=seed=1"], 2, ["--gird", "--grid"]),
-    (["--jobs=0"], 2, ["--jobs is 0"]),
+    (["--jobs=0"], 2, ["--jobs: 0"]),
     (["--jobs=two"], 2, ["--jobs", "two"]),
     (["--slurm_args=a=1"], 2, ["--cluster"]),
     (["--cluster=pbs"], 2, ["pbs", "slurm"]),
@@ -239,59 +248,61 @@ def test_dry_run_prints_commands_and_writes_nothing(finished, tiny, tmp_path):
     (["--config.pretrained_path=a.npz"], 1, ["a.npz", "pretrained_path"]),
   ],
 )
-def test_mistakes(args, code, words, tmp_path, capsys):
+def test_invalid_arguments_are_reported_in_one_line(
+  args, code, words, tmp_path, capsys
+):
   runs_dir = tmp_path / "runs"
   flags = [CONFIG, f"--runs_dir={runs_dir}", *args]
-  assert sweep.main(flags) == code
+  assert command_line.main(flags) == code
   assert_one_line_error(capsys.readouterr().err, *words)
   assert not runs_dir.exists()
 
 
-def test_no_config(capsys):
-  assert sweep.main(["--grid=seed=0"]) == 2
+def test_a_missing_config_is_an_error(capsys):
+  assert command_line.main(["--grid=seed=0"]) == 2
   assert_one_line_error(capsys.readouterr().err, "--config")
 
 
 def test_help_shows_flags_and_an_example(capsys):
   with pytest.raises(SystemExit) as e:
-    sweep.main(["--help"])
+    command_line.main(["--help"])
   assert not e.value.code
   out = capsys.readouterr().out
   for word in ("--grid model.norm=LN,BN,GN,Rescale", "--dry_run", "--cluster"):
     assert word in out
 
 
-def test_all_missing_weights_are_named_before_anything_starts(
+def test_all_missing_weights_are_reported_before_any_run_starts(
   tmp_path, capsys, digits_dir
 ):
   (tmp_path / "there.npz").write_text("")
   paths = ",".join(f"{tmp_path}/{x}.npz" for x in ("a", "there", "b"))
   flags = [CONFIG, f"--runs_dir={tmp_path / 'runs'}"]
   flags += [f"--grid=pretrained_path=None,{paths}", "--grid=seed=0,1"]
-  assert sweep.main(flags) == 1
+  assert command_line.main(flags) == 1
   err = capsys.readouterr().err
   assert_one_line_error(err, f"{tmp_path}/a.npz, {tmp_path}/b.npz (")
   assert "there.npz" not in err
   assert not (tmp_path / "runs").exists()
 
 
-def test_a_folder_with_another_run_is_named(finished, tiny, capsys):
+def test_a_folder_with_another_run_is_an_error(finished, tiny, capsys):
   before = snapshot(finished)
   flags = [CONFIG, f"--runs_dir={finished}", *GRID]
   keys = [k.replace("warmup_steps=3", "warmup_steps=4") for k in tiny["keys"]]
   flags += [f"--config.{k}" for k in keys]
-  assert sweep.main(flags) == 1
+  assert command_line.main(flags) == 1
   err = capsys.readouterr().err
   assert_one_line_error(err, NAMES[0], "warmup_steps", "--runs_dir")
   assert "--workdir" not in err
   assert snapshot(finished) == before
 
 
-def test_planning_leaves_the_devices_alone(tmp_path, tiny):
-  """On a GPU the sweep would take the memory that its runs need."""
+def test_planning_does_not_initialize_devices(tmp_path, tiny):
+  """A sweep that initializes a GPU takes the memory that its runs need."""
   code = (
-    "import sys; from rescalevit_jax import sweep;"
-    "options, runs = sweep.parse(sys.argv[1:]); sweep.split(runs);"
+    "import sys; from rescalevit_jax.sweep import command_line, execution;"
+    "_, runs = command_line.parse(sys.argv[1:]); execution.split(runs);"
     "from jax._src import xla_bridge;"
     "print(len(runs), xla_bridge.backends_are_initialized())"
   )
@@ -317,25 +328,25 @@ def test_planning_leaves_the_devices_alone(tmp_path, tiny):
     (2, 1, "GPU-a,GPU-b", ["GPU-a,GPU-b"]),
   ],
 )
-def test_gpus_are_shared_out(count, jobs, visible, expected):
+def test_gpus_are_split_among_jobs(count, jobs, visible, expected):
   environment = {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}
-  places = device_slots.share_out("gpu", count, jobs, environment)
-  assert [p["CUDA_VISIBLE_DEVICES"] for p in places] == expected
+  slots = device_slots.split("gpu", count, jobs, environment)
+  assert [s["CUDA_VISIBLE_DEVICES"] for s in slots] == expected
 
 
-def test_other_devices_are_shared_out():
-  assert device_slots.share_out("cpu", 1, None, {}) == [{}]
-  assert device_slots.share_out("cpu", 1, 3, {}) == [{}, {}, {}]
-  assert device_slots.share_out("tpu", 4, None, {}) == [{}]
-  with pytest.raises(sweep.errors.UserError, match="there are 2 GPUs"):
-    device_slots.share_out("gpu", 2, 3, {})
-  with pytest.raises(sweep.errors.UserError, match="one process"):
-    device_slots.share_out("tpu", 4, 2, {})
+def test_cpus_and_tpus_are_split_among_jobs():
+  assert device_slots.split("cpu", 1, None, {}) == [{}]
+  assert device_slots.split("cpu", 1, 3, {}) == [{}, {}, {}]
+  assert device_slots.split("tpu", 4, None, {}) == [{}]
+  with pytest.raises(errors.UserError, match=r"the number of GPUs \(2\)"):
+    device_slots.split("gpu", 2, 3, {})
+  with pytest.raises(errors.UserError, match="cannot share a TPU"):
+    device_slots.split("tpu", 4, 2, {})
 
 
-def test_runs_take_the_gpus_of_their_place(tmp_path, monkeypatch):
-  """The variables reach the processes, and each place has one run at a time."""
-  _, runs = sweep.parse(
+def test_runs_use_the_gpus_of_their_slot(tmp_path, monkeypatch):
+  """Each process gets its slot's variables; a slot has one run at a time."""
+  _, runs = command_line.parse(
     [CONFIG, f"--runs_dir={tmp_path}"] + ["--grid=seed=0,1,2,3"]
   )
   code = (
@@ -351,14 +362,14 @@ def test_runs_take_the_gpus_of_their_place(tmp_path, monkeypatch):
       lambda self: [sys.executable, "-c", code, str(self.workdir), RESULT]
     ),
   )
-  places = [{"CUDA_VISIBLE_DEVICES": x} for x in ("5", "7")]
-  outcome = schedule.Schedule(runs, [], places).run()
+  slots = [{"CUDA_VISIBLE_DEVICES": x} for x in ("5", "7")]
+  outcome = schedule.Schedule(runs, [], slots).run()
   assert not outcome.failed and len(outcome.done) == 4
 
 
-def test_a_stop_is_told_though_all_is_done(tmp_path, monkeypatch):
-  """The signal comes when the last run is about to finish."""
-  _, runs = sweep.parse([CONFIG, f"--runs_dir={tmp_path}"])
+def test_a_signal_is_recorded_even_if_all_runs_finish(tmp_path, monkeypatch):
+  """The signal arrives just before the last run finishes."""
+  _, runs = command_line.parse([CONFIG, f"--runs_dir={tmp_path}"])
   code = (
     "import os, pathlib, signal, sys, time;"
     "signal.signal(signal.SIGTERM, lambda *_: None);"
@@ -380,13 +391,13 @@ def test_a_stop_is_told_though_all_is_done(tmp_path, monkeypatch):
   assert outcome.stopped and not outcome.killed and outcome.exit_code == 0
 
 
-def test_eta_is_work_over_pace(tmp_path, monkeypatch):
-  _, runs = sweep.parse(
+def test_eta_is_remaining_flops_over_speed(tmp_path, monkeypatch):
+  _, runs = command_line.parse(
     [CONFIG, f"--runs_dir={tmp_path}"]
     + ["--grid=batch=64,128", "--config.total_steps=100"]
     + ["--config.warmup_steps=0"]
   )
-  assert schedule.work(runs[1]) == 2 * schedule.work(runs[0])
+  assert schedule.step_flops(runs[1]) == 2 * schedule.step_flops(runs[0])
   now = [0.0]
   monkeypatch.setattr(schedule.time, "monotonic", lambda: now[0])
   plan = schedule.Schedule(runs, [], [{}])
@@ -399,15 +410,15 @@ def test_eta_is_work_over_pace(tmp_path, monkeypatch):
   lines = [json.dumps({"step": step}) for step in (20, 40)]
   (workdir / "metrics.jsonl").write_text("\n".join(lines) + '\n{"ste')
   now[0] = 10.0
-  # 20 steps in 10 s; 60 are left, and 100 of twice the work.
+  # 20 steps in 10 s; 60 are left, and 100 of twice the FLOPs.
   assert plan._eta() == pytest.approx(130.0)
-  running.started = 4e9  # The file is of an earlier start.
+  running.started = 4e9  # The file is from an earlier start.
   assert plan._eta() is None
 
 
 @pytest.mark.parametrize("dataset", ["cifar10", "cifar100"])
-def test_the_originals_study(dataset, tmp_path):
-  """The real scripts, in a root whose environment is ready."""
+def test_the_study_scripts_plan_the_original_runs(dataset, tmp_path):
+  """Run the real scripts in a root with a ready environment."""
   for name in ("configs", "rescalevit_jax"):
     (tmp_path / name).symlink_to(paths.ROOT / name)
   (tmp_path / "scripts").mkdir()
@@ -449,7 +460,7 @@ def test_the_originals_study(dataset, tmp_path):
   found = []
   for command in commands:
     assert f"--config.dataset={dataset}" in command
-    _, (run,) = sweep.parse(
+    _, (run,) = command_line.parse(
       [x for x in command[3:] if not x.startswith("--workdir")]
     )
     config = run.config
@@ -467,7 +478,7 @@ def test_the_originals_study(dataset, tmp_path):
   assert found == expected
   assert done.stderr.count("missing: weights/") == 4
 
-  # Relative to where the user is.
+  # Relative to the current directory.
   done = study("--grid=seed=0,1", WEIGHTS="my weights")
   assert done.returncode == 1
   assert_one_line_error(
@@ -486,5 +497,5 @@ def test_the_originals_study(dataset, tmp_path):
     (["--config.seed", "--dry_run"], ["seed"]),
   ],
 )
-def test_settings_are_written_as_for_main(argv, settings):
+def test_settings_have_the_syntax_of_main(argv, settings):
   assert overrides.split_settings(argv)[1] == settings

@@ -1,0 +1,147 @@
+"""Execute planned runs that are not finished, here or on a cluster."""
+
+from collections.abc import Iterable, Mapping, Sequence
+import logging
+import pathlib
+from typing import Any
+
+from rescalevit_jax import errors
+from rescalevit_jax.runs import folder
+from rescalevit_jax.runs import result as result_lib
+from rescalevit_jax.sweep import device_slots
+from rescalevit_jax.sweep import grid
+from rescalevit_jax.sweep import schedule
+from rescalevit_jax.sweep import slurm
+from rescalevit_jax.sweep import subprocess_run
+from rescalevit_jax.training import experiment
+
+_log = logging.getLogger(__name__)
+
+
+def split(
+  runs: Iterable[grid.PlannedRun],
+) -> tuple[schedule.Outcome, list[grid.PlannedRun]]:
+  """Return the finished and diverged runs as an outcome, and the other runs.
+
+  Raises:
+    UserError: a run's folder holds a run of another config.
+  """
+  outcome, left = schedule.Outcome(), []
+  for run in runs:
+    try:
+      result = result_lib.read_same_run(run.config, run.workdir)
+    except errors.UserError as e:
+      # A sweep chooses its folders with another flag than a single run.
+      message = str(e).replace("--workdir", "--runs_dir")
+      raise errors.UserError(message) from e
+    if result is None:
+      left.append(run)
+    elif result_lib.has_diverged(result):
+      outcome.failed.append((run, f"error: {result['error']}"))
+    else:
+      outcome.done.append(run)
+  return outcome, left
+
+
+def missing_weights(runs: Iterable[grid.PlannedRun]) -> list[str]:
+  """Return the missing files of initial weights that runs need, each once."""
+  paths = [
+    run.config.pretrained_path
+    for run in runs
+    if run.config.pretrained_path and not subprocess_run.saved_step(run.workdir)
+  ]
+  return [p for p in dict.fromkeys(paths) if not pathlib.Path(p).is_file()]
+
+
+def execute(
+  runs: Sequence[grid.PlannedRun],
+  runs_dir: pathlib.Path,
+  *,
+  jobs: int | None = None,
+) -> schedule.Outcome:
+  """Execute the unfinished runs on this machine, logging the progress.
+
+  Args:
+    runs: the planned runs.
+    runs_dir: parent of their folders.
+    jobs: runs at a time; None for one per GPU, or one.
+
+  Raises:
+    UserError: a run's folder holds a run of another config, or files are
+      missing.
+  """
+  outcome, left = _unfinished(runs, runs_dir)
+  if left:
+    _prepare_data(left)
+    slots, diverged = device_slots.find(jobs), outcome.failed
+    outcome = schedule.Schedule(left, outcome.done, slots).run()
+    outcome.failed = diverged + outcome.failed
+  if left or outcome.failed:
+    outcome.log()
+  return outcome
+
+
+def submit(
+  runs: Sequence[grid.PlannedRun],
+  runs_dir: pathlib.Path,
+  *,
+  jobs: int | None = None,
+  parameters: Mapping[str, Any],
+) -> list[tuple[str, grid.PlannedRun]]:
+  """Submit the unfinished runs as one Slurm array, without waiting for them.
+
+  Args:
+    runs: the planned runs.
+    runs_dir: parent of their folders.
+    jobs: runs at a time; None for no limit.
+    parameters: parameters of submitit's AutoExecutor.
+
+  Returns:
+    Each submitted run with the ID of its job.
+
+  Raises:
+    UserError: a run's folder holds a run of another config, files are missing,
+      or Slurm rejects the array.
+  """
+  _, left = _unfinished(runs, runs_dir)
+  if not left:
+    return []
+  executor = slurm.create_executor(runs_dir / ".submitit", parameters, jobs)
+  _prepare_data(left)
+  ids = slurm.submit(left, executor)
+  array = ids[0].partition("_")[0]
+  _log.info(
+    "watch with `squeue --jobs=%s` and `tail %s`; stop with `scancel %s`; list"
+    " finished runs with the same command and --dry_run",
+    array,
+    left[0].workdir.parent / "*" / folder.LOG,
+    array,
+  )
+  return list(zip(ids, left, strict=True))
+
+
+def _unfinished(runs, runs_dir):
+  outcome, left = split(runs)
+  _log.info(
+    "%d runs in %s, %d finished", len(runs), runs_dir, len(outcome.done)
+  )
+  if missing := missing_weights(left):
+    raise errors.UserError(
+      f"pretrained_path: no such file: {', '.join(missing)}; download the"
+      " weights or leave these runs out"
+    )
+  return outcome, left
+
+
+def _prepare_data(runs):
+  """Prepare the data sets once; concurrent runs would each prepare them."""
+  configs = {
+    (
+      run.config.dataset,
+      run.config.tfds_data_dir,
+      *run.config.data.values(),
+    ): run.config
+    for run in runs
+  }
+  for config in configs.values():
+    experiment.load_dataset(config)

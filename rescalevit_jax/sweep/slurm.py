@@ -1,0 +1,154 @@
+"""Submit the runs of a sweep to Slurm, as one array, through submitit.
+
+Slurm warns a job before it preempts or times it out. submitit then calls
+`Task.checkpoint`, which stops the run after a checkpoint, and requeues the job,
+which resumes the run.
+"""
+
+import ast
+from collections.abc import Mapping, Sequence
+import contextlib
+import os
+import pathlib
+import subprocess
+from typing import Any
+
+from rescalevit_jax import errors
+from rescalevit_jax.sweep import grid
+from rescalevit_jax.sweep import subprocess_run
+
+# Each time-out is progress, so their number is not limited; submitit's default
+# is 3.
+_MAX_TIMEOUTS = 1000
+
+
+class Task:
+  """A run as a submitit job: pickled here, called on a compute node.
+
+  Args:
+    command: the program with its arguments.
+    workdir: the run's folder, absolute or relative to `cwd`.
+    cwd: working directory of the program.
+  """
+
+  def __init__(self, command: Sequence[str], workdir: pathlib.Path, cwd: str):
+    self._command = list(command)
+    self._workdir = workdir
+    self._cwd = cwd
+    self._process: subprocess.Popen | None = None
+
+  def __call__(self) -> None:
+    """Run until the end; raise RuntimeError if the run does not finish."""
+    os.chdir(self._cwd)
+    self._process = subprocess_run.start(self._command, self._workdir, {})
+    self._wait(self._process)
+    code = self._process.wait()
+    if reason := subprocess_run.failure(self._workdir, code):
+      raise RuntimeError(reason)
+
+  def checkpoint(self):
+    """Stop the run after a checkpoint; return the job that resumes it."""
+    from submitit import helpers
+
+    if self._process is not None:
+      self._process.terminate()
+      self._wait(self._process)
+    return helpers.DelayedSubmission(
+      Task(self._command, self._workdir, self._cwd)
+    )
+
+  def _wait(self, process: subprocess.Popen) -> None:
+    # submitit calls `checkpoint` from a signal handler, in the middle of this
+    # wait. Popen.wait holds a lock and would deadlock. WNOWAIT leaves the
+    # process to be reaped by the other call.
+    with contextlib.suppress(ChildProcessError):
+      os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+
+
+def parse_parameters(texts: Sequence[str]) -> dict[str, Any]:
+  """Parse --slurm_args; values are Python literals, or else strings."""
+  parameters: dict[str, Any] = {}
+  for text in texts:
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+      raise errors.UserError(
+        f"--slurm_args: {text!r} is not KEY=VALUE, such as timeout_min=600"
+      )
+    if key in parameters:
+      raise errors.UserError(f"--slurm_args: {key} is given twice")
+    try:
+      parameters[key] = ast.literal_eval(value)
+    except (SyntaxError, ValueError):
+      parameters[key] = value
+  return parameters
+
+
+def create_executor(
+  folder: pathlib.Path, parameters: Mapping[str, Any], jobs: int | None
+):
+  """Return submitit's executor for Slurm.
+
+  Args:
+    folder: where submitit writes its files.
+    parameters: parameters of AutoExecutor.update_parameters.
+    jobs: runs at a time; None for no limit.
+
+  Raises:
+    UserError: submitit or Slurm is not installed, or a parameter is invalid.
+  """
+  try:
+    import submitit
+  except ImportError as e:
+    raise errors.UserError(
+      f"--cluster=slurm: needs submitit ({e}); pip install -e '.[slurm]'"
+    ) from e
+  parameters = {"name": "sweep", **parameters}
+  for key in ("nodes", "tasks_per_node", "slurm_ntasks_per_node"):
+    if parameters.get(key, 1) != 1:
+      raise errors.UserError(
+        f"--slurm_args: {key} is {parameters[key]}, but each run of a sweep is"
+        " one process; leave it out"
+      )
+  if not {"timeout_min", "slurm_time"} & set(parameters):
+    raise errors.UserError(
+      "--slurm_args: timeout_min is missing, the minutes until a job is"
+      " requeued; add timeout_min=600"
+    )
+  if jobs:
+    parameters = {"slurm_array_parallelism": jobs, **parameters}
+  try:
+    executor = submitit.AutoExecutor(
+      folder, "slurm", slurm_max_num_timeout=_MAX_TIMEOUTS
+    )
+    executor.update_parameters(**parameters)
+    return executor
+  # submitit raises many types, all with clear messages.
+  except Exception as e:
+    raise errors.UserError(f"submitit: {' '.join(str(e).split())}") from e
+
+
+def submit(runs: Sequence[grid.PlannedRun], executor) -> list[str]:
+  """Submit the runs as one array.
+
+  Args:
+    runs: at least one run.
+    executor: the result of `create_executor`.
+
+  Returns:
+    The job IDs, in the order of the runs.
+
+  Raises:
+    UserError: Slurm rejects the array.
+  """
+  import submitit
+
+  try:
+    # The sweep may itself run in a job, whose variables must not be inherited.
+    with submitit.helpers.clean_env(), executor.batch():
+      jobs = [
+        executor.submit(Task(run.command, run.workdir, os.getcwd()))
+        for run in runs
+      ]
+    return [job.job_id for job in jobs]
+  except Exception as e:
+    raise errors.UserError(f"sbatch: {' '.join(str(e).split())}") from e
