@@ -1,7 +1,7 @@
-"""Runs `report.main`."""
+"""`python -m rescalevit_jax.report`: see `command_line`."""
 
 import sys
 
-from rescalevit_jax import report
+from rescalevit_jax.report import command_line
 
-sys.exit(report.main())
+sys.exit(command_line.main())

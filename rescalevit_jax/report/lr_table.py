@@ -1,4 +1,4 @@
-"""Methods, each at its own learning rate: as a table, a file and a picture."""
+"""Compare methods at their best learning rates: table, CSV and picture."""
 
 from collections.abc import Iterable, Mapping, Sequence
 import csv
@@ -10,97 +10,108 @@ from matplotlib import figure as figure_lib
 from scipy import stats
 
 from rescalevit_jax.analysis import plots
+from rescalevit_jax.runtime import markdown
 
-# The others' differences are those from it.
+# The method that all others are compared with.
 REFERENCE = "LN"
 
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-  """What came of a method on a data set.
+  """The results of a method on a data set.
 
-  A run that diverged, whose loss was not finite, has None.
+  The accuracy of a run that diverged, with a loss that is not finite, is None.
 
   Attributes:
-    dataset: its name.
-    method: its name.
-    norm: its model's.
-    tried: accuracy on the held-out images, a fraction, by learning rate.
-    rate: the learning rate chosen; None: each diverged.
-    tested: accuracy on the test images after the last step, by seed.
+    dataset: name of the data set.
+    method: name of the method.
+    norm: norm of its model.
+    val_accuracy: accuracy on held-out training images, as a fraction, by
+      learning rate.
+    lr: the selected learning rate; None if all runs diverged.
+    test_accuracy: test accuracy after the last step, as a fraction, by seed.
   """
 
   dataset: str
   method: str
   norm: str
-  tried: Mapping[float, float | None]
-  rate: float | None
-  tested: Mapping[int, float | None] = dataclasses.field(default_factory=dict)
+  val_accuracy: Mapping[float, float | None]
+  lr: float | None
+  test_accuracy: Mapping[int, float | None] = dataclasses.field(
+    default_factory=dict
+  )
 
   @property
   def percent(self) -> list[float]:
-    """Test accuracies, in percent, of the runs that did not diverge."""
-    return [100 * x for x in self.tested.values() if x is not None]
+    """Test accuracies in percent, without runs that diverged."""
+    return [100 * x for x in self.test_accuracy.values() if x is not None]
+
+  @property
+  def num_diverged(self) -> int:
+    """Number of tested runs that diverged."""
+    return len(self.test_accuracy) - len(self.percent)
 
 
 def table(outcomes: Sequence[Outcome]) -> str:
-  """Returns the outcome in Markdown.
+  """Return the results as a Markdown table.
 
-  The difference from LN is that of the means; its standard error is
-  sqrt(s1^2 / n1 + s2^2 / n2), and p that of Welch's t-test, two-sided. There
-  is none where a run diverged.
+  The difference from LN is the difference of the means. Its standard error is
+  sqrt(s1^2 / n1 + s2^2 / n2), and p is the two-sided p-value of Welch's t-test.
+  A method with a diverged run has no difference.
   """
-  lines = [
-    "| data set | method | rate | held-out accuracy by rate, % | test accuracy,"
-    " % (n) | difference from LN, points | p |",
-    "| --- | --- | --: | --- | --: | --: | --: |",
-  ]
+  rows = []
   for x in outcomes:
-    tried = ", ".join(
-      f"{rate:g}: " + ("diverged" if y is None else f"{100 * y:.1f}")
-      for rate, y in sorted(x.tried.items())
+    val = ", ".join(
+      f"{lr:g}: " + ("diverged" if y is None else f"{100 * y:.1f}")
+      for lr, y in sorted(x.val_accuracy.items())
     )
-    rate = "–" if x.rate is None else f"{x.rate:g}"
-    lines.append(
-      f"| {x.dataset} | {x.method} | {rate} | {tried} | {_mean(x)} |"
-      f" {_difference(x, outcomes)} |"
-    )
-  return "\n".join(lines) + "\n"
+    lr = markdown.NOTHING if x.lr is None else f"{x.lr:g}"
+    difference = _difference(x, outcomes)
+    rows.append([x.dataset, x.method, lr, val, _mean(x), *difference])
+  headings = [
+    "data set",
+    "method",
+    "learning rate",
+    "held-out accuracy by learning rate, %",
+    "test accuracy, % (n)",
+    f"difference from {REFERENCE}, points",
+    "p",
+  ]
+  return markdown.table("llrlrrr", headings, rows)
 
 
 def _mean(outcome):
-  values, diverged = outcome.percent, len(outcome.tested) - len(outcome.percent)
+  values, diverged = outcome.percent, outcome.num_diverged
   count = f"({len(values)}" + (f", {diverged} diverged)" if diverged else ")")
   if not values:
-    return count if diverged else "–"
-  spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
-  return f"{statistics.fmean(values):.2f}{spread} {count}"
+    return count if diverged else markdown.NOTHING
+  deviation = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+  return f"{statistics.fmean(values):.2f}{deviation} {count}"
 
 
-def _difference(outcome, outcomes):
-  """Returns the last two cells of a row."""
+def _difference(outcome, outcomes) -> tuple[str, str]:
+  """Return the difference from the reference method, and its p-value."""
+  nothing = markdown.NOTHING
   both = [outcome] + [
     x for x in outcomes if (x.dataset, x.method) == (outcome.dataset, REFERENCE)
   ]
+  if outcome is both[-1] or any(x.num_diverged or not x.percent for x in both):
+    return nothing, nothing
   values = [x.percent for x in both]
-  if outcome is both[-1] or any(
-    not x.percent or len(x.percent) < len(x.tested) for x in both
-  ):
-    return "– | –"
   text = f"{statistics.fmean(values[0]) - statistics.fmean(values[1]):+.2f}"
   if min(map(len, values)) < 2:
-    return f"{text} | –"
+    return text, nothing
   error = sum(statistics.variance(x) / len(x) for x in values) ** 0.5
   if not error:
-    return f"{text} ± 0 | –"
+    return f"{text} ± 0", nothing
   p = stats.ttest_ind(*values, equal_var=False).pvalue
-  return f"{text} ± {error:.2f} | {p:.2g}"
+  return f"{text} ± {error:.2f}", f"{p:.2g}"
 
 
 def write_csv(outcomes: Iterable[Outcome], path: pathlib.Path) -> None:
-  """Writes a line for each run: phase `select` or `final`.
+  """Write a row per run: phase `select` or `final`.
 
-  The accuracy of one that diverged is empty.
+  The accuracy of a diverged run is empty.
   """
   with open(path, "w", encoding="utf-8", newline="") as f:
     writer = csv.writer(f, lineterminator="\n")
@@ -108,16 +119,16 @@ def write_csv(outcomes: Iterable[Outcome], path: pathlib.Path) -> None:
       ["dataset", "method", "phase", "base_lr", "seed", "accuracy"]
     )
     for x in outcomes:
-      for rate, accuracy in sorted(x.tried.items()):
-        writer.writerow([x.dataset, x.method, "select", rate, 0, accuracy])
-      for seed, accuracy in sorted(x.tested.items()):
-        writer.writerow([x.dataset, x.method, "final", x.rate, seed, accuracy])
+      for lr, accuracy in sorted(x.val_accuracy.items()):
+        writer.writerow([x.dataset, x.method, "select", lr, 0, accuracy])
+      for seed, accuracy in sorted(x.test_accuracy.items()):
+        writer.writerow([x.dataset, x.method, "final", x.lr, seed, accuracy])
 
 
 def draw(outcomes: Sequence[Outcome]) -> figure_lib.Figure:
-  """Draws, a row a data set, what the rates came to and the test accuracies.
+  """Draw the held-out and the test accuracies, a row per data set.
 
-  Methods of one norm share its colour; faint: LN's mean.
+  Methods of one norm share its colour. A faint line marks LN's mean.
   """
   datasets = list(dict.fromkeys(x.dataset for x in outcomes))
   figure = figure_lib.Figure((9, 3.6 * len(datasets)), layout="constrained")
@@ -127,28 +138,28 @@ def draw(outcomes: Sequence[Outcome]) -> figure_lib.Figure:
     tested = [x for x in shown if x.percent]
     for x in shown:
       style = _style(x, outcomes)
-      rates = sorted(rate for rate, y in x.tried.items() if y is not None)
+      lrs = sorted(lr for lr, y in x.val_accuracy.items() if y is not None)
       left.plot(
-        rates, [100 * x.tried[r] for r in rates], label=x.method, **style
+        lrs, [100 * x.val_accuracy[lr] for lr in lrs], label=x.method, **style
       )
       if x in tested:
-        spread = statistics.stdev(x.percent) if len(x.percent) > 1 else None
+        deviation = statistics.stdev(x.percent) if len(x.percent) > 1 else None
         mean = statistics.fmean(x.percent)
-        right.errorbar(mean, tested.index(x), xerr=spread, **style)
+        right.errorbar(mean, tested.index(x), xerr=deviation, **style)
         if x.method == REFERENCE:
           right.axvline(mean, color="0.8", zorder=0)
     left.set_xscale("log", base=2)
-    rates = sorted({rate for x in shown for rate in x.tried})
-    left.set_xticks(rates, [f"{rate:g}" for rate in rates])
+    lrs = sorted({lr for x in shown for lr in x.val_accuracy})
+    left.set_xticks(lrs, [f"{lr:g}" for lr in lrs])
     left.set_xlabel("learning rate")
     left.set_ylabel("accuracy on held-out images, %")
-    left.set_title(f"{dataset}: choosing", loc="left")
+    left.set_title(f"{dataset}: selection", loc="left")
     right.set_yticks(
-      range(len(tested)), [f"{x.method} ({x.rate:g})" for x in tested]
+      range(len(tested)), [f"{x.method} ({x.lr:g})" for x in tested]
     )
     right.invert_yaxis()
     right.set_xlabel("test accuracy, % (bars: standard deviation)")
-    right.set_title(f"{dataset}: testing", loc="left")
+    right.set_title(f"{dataset}: test", loc="left")
   figure.legend(
     *axes[0, 0].get_legend_handles_labels(),
     loc="outside lower center",
@@ -160,12 +171,14 @@ def draw(outcomes: Sequence[Outcome]) -> figure_lib.Figure:
 
 
 def _style(outcome, outcomes):
-  """Returns how a method is drawn, with every data set alike."""
-  of_norm = dict.fromkeys(x.method for x in outcomes if x.norm == outcome.norm)
-  place = list(of_norm).index(outcome.method)
+  """Return a method's line style, the same for every data set."""
+  same_norm = dict.fromkeys(
+    x.method for x in outcomes if x.norm == outcome.norm
+  )
+  index = list(same_norm).index(outcome.method)
   return {
     "color": plots.norm_color(outcome.norm),
-    "marker": "osD^v"[place % 5],
-    "linestyle": ("-", "--", ":", "-.", (0, (5, 1)))[place % 5],
-    "markerfacecolor": "white" if place else None,
+    "marker": "osD^v"[index % 5],
+    "linestyle": ("-", "--", ":", "-.", (0, (5, 1)))[index % 5],
+    "markerfacecolor": "white" if index else None,
   }

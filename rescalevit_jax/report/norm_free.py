@@ -1,12 +1,13 @@
-r"""LN against no norm: chooses learning rates, trains, makes the table.
+r"""Compare LN with norm-free methods: tune the learning rate, train, tabulate.
 
-Each method of configs/norm_free.py is trained with every learning rate of a
-grid, on all training images but some, and tested on those, with seed 0; then
-with the best rate, on all training images, with several seeds. A run looks at
-the test images once, after its last step. The same command again goes on, or
-only makes the table: table.md, accuracies.csv and accuracies.png in
-RUNS_DIR/final-FINAL_STEPS, in place of what an earlier command has left there.
-A run whose loss is not finite is told as such, and not tried again.
+Each method of configs/norm_free.py is first trained with every learning rate of
+a grid and seed 0, on the training images without a held-out part. Its accuracy
+on the held-out images selects the learning rate. It is then trained on all
+training images with several seeds, and evaluated once on the test images, after
+the last step. The same command again resumes, or only writes the table:
+table.md, accuracies.csv and accuracies.png in RUNS_DIR/final-FINAL_STEPS. They
+replace the files of an earlier command. A run whose loss is not finite counts
+as diverged and is not repeated.
 
 python -m rescalevit_jax.report.norm_free --jobs=4 --final_steps=6000
 python -m rescalevit_jax.report.norm_free --methods=LN,Cal --datasets=cifar10 \
@@ -14,8 +15,8 @@ python -m rescalevit_jax.report.norm_free --methods=LN,Cal --datasets=cifar10 \
 python -m rescalevit_jax.report.norm_free --model=ViT-B_32 --steps=20000 \
     --final_steps=20000
 
---config.KEY=VALUE sets a key in all runs. Exit code: 0 when finished or stopped
-by a signal, 1 after a failure, 130 after a second signal.
+--config.KEY=VALUE sets a key for all runs. Exit code: 0 when finished or
+stopped by a signal, 1 after a failure, 130 after a second signal.
 """
 
 import argparse
@@ -26,18 +27,19 @@ import pathlib
 import sys
 
 from rescalevit_jax import errors
-from rescalevit_jax import sweep
 from rescalevit_jax.analysis import plots
 from rescalevit_jax.config import overrides
 from rescalevit_jax.report import lr_table
 from rescalevit_jax.runs import result as result_lib
 from rescalevit_jax.runtime import cli
 from rescalevit_jax.runtime import terminal
+from rescalevit_jax.sweep import command_line
+from rescalevit_jax.sweep import execution
 from rescalevit_jax.sweep import grid
 from rescalevit_jax.sweep import subprocess_run
 
 _log = logging.getLogger("rescalevit_jax.norm_free")
-# Keys that the study sets itself, besides those of the methods.
+# Keys that the study sets, besides the keys of the methods.
 _OWN_KEYS = {
   "base_lr",
   "data.num_val",
@@ -50,7 +52,13 @@ _OWN_KEYS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-  """Runs the study; returns the exit code."""
+  """Run the study; return the exit code."""
+  args, settings = _parser().parse_known_args(argv)
+  terminal.log_to_stderr()
+  return cli.run(lambda: _run(args, settings))
+
+
+def _parser():
   parser = argparse.ArgumentParser(
     description=__doc__,
     formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -67,33 +75,34 @@ def main(argv: Sequence[str] | None = None) -> int:
 
   def add(name, default, meaning, kind=names):
     parser.add_argument(
-      f"--{name}", type=kind, default=default, help=f"{meaning} ({default})"
+      f"--{name}",
+      type=kind,
+      default=default,
+      help=f"{meaning} (default: {default})",
     )
 
   add("config", "configs/norm_free.py", "config file with METHODS", str)
   parser.add_argument(
-    "--methods", type=names, help="methods of that file (all of them)"
+    "--methods", type=names, help="methods of that file (default: all)"
   )
   add("datasets", "cifar10,cifar100", "data sets")
   parser.add_argument(
     "--model",
-    help="such as ViT-B_32, at 224x224, in RUNS_DIR/MODEL (a small one at"
-    " 32x32, in RUNS_DIR)",
+    help="model at 224x224, such as ViT-B_32, with runs in RUNS_DIR/MODEL"
+    " (default: a small model at 32x32)",
   )
-  add("rates", "0.05,0.1,0.2,0.4,0.8", "learning rates to choose from")
+  add("rates", "0.05,0.1,0.2,0.4,0.8", "learning rates to try")
   add("seeds", "1,2,3", "seeds of the final runs")
-  add("num_val", 5000, "training images to choose by", positive)
-  add("steps", 1500, "steps of the runs that choose", positive)
+  add("num_val", 5000, "number of held-out training images", positive)
+  add("steps", 1500, "steps of the runs that select", positive)
   add("final_steps", 1500, "steps of the final runs", positive)
   add("jobs", 1, "runs at a time", positive)
   add("runs_dir", pathlib.Path("runs/norm_free"), "folder", pathlib.Path)
-  args, settings = parser.parse_known_args(argv)
-  terminal.log_to_stderr()
-  return cli.run(lambda: _run(args, settings))
+  return parser
 
 
 def _check_settings(settings, methods):
-  """Raises UserError for unknown arguments and for keys of the study."""
+  """Raise UserError for unknown arguments and for keys of the study."""
   own_keys = _OWN_KEYS.union(*methods.values())
   for setting in settings:
     if not setting.startswith("--config."):
@@ -105,63 +114,75 @@ def _check_settings(settings, methods):
       )
 
 
-def _run(args, settings):
-  known = overrides.methods(args.config)
-  _check_settings(settings, known)
-  args.methods = args.methods or list(known)
-  if args.model:
-    args.runs_dir /= args.model
+class _Study:
+  """The runs of a study, planned from its arguments."""
 
-  def plan(phase, steps, dataset, method, axes, **keys):
-    """Returns a sweep's runs: of one method on one data set."""
+  def __init__(self, args, settings):
+    self._args, self._settings = args, settings
+
+  def select(self, dataset, method):
+    """Plan a run for each learning rate, evaluated on held-out images."""
+    args = self._args
+    keys = {"data.num_val": args.num_val, "eval_every": args.steps}
+    axes = {"base_lr": args.rates}
+    return self._plan("select", args.steps, dataset, method, axes, keys)
+
+  def final(self, dataset, method, lr):
+    """Plan a run for each seed, evaluated once on the test images."""
+    args = self._args
+    keys = {"eval_every": args.final_steps}
+    axes = {"base_lr": [lr], "seed": args.seeds}
+    return self._plan("final", args.final_steps, dataset, method, axes, keys)
+
+  def _plan(self, phase, steps, dataset, method, axes, keys):
+    args = self._args
     folder = args.runs_dir / f"{phase}-{steps}" / dataset / method
-    reference = f"{args.config}:{method}" + (
-      f",{args.model}" if args.model else ""
-    )
+    reference = f"{args.config}:{method}"
+    if args.model:
+      reference += f",{args.model}"
     options = [f"--config={reference}", f"--runs_dir={folder}"]
     for name, values in axes.items():
       options += ["--grid", f"{name}={','.join(values)}"]
     keys |= {"dataset": dataset, "total_steps": steps}
     options += [f"--config.{name}={value}" for name, value in keys.items()]
-    return sweep.parse([*options, *settings])[1]
+    return command_line.parse([*options, *self._settings])[1]
 
-  def choosing(dataset, method):
-    keys = {"data.num_val": args.num_val, "eval_every": args.steps}
-    axes = {"base_lr": args.rates}
-    return plan("select", args.steps, dataset, method, axes, **keys)
-
-  def testing(dataset, method, rate):
-    last = {"eval_every": args.final_steps}
-    axes = {"base_lr": [rate], "seed": args.seeds}
-    return plan("final", args.final_steps, dataset, method, axes, **last)
-
-  def execute(plans):
+  def execute(self, plans):
+    """Execute the planned runs."""
     planned = [run for runs in plans.values() for run in runs]
-    return sweep.execute(planned, args.runs_dir, jobs=args.jobs)
+    return execution.execute(planned, self._args.runs_dir, jobs=self._args.jobs)
 
+
+def _run(args, settings):
+  known = overrides.methods(args.config)
+  _check_settings(settings, known)
+  methods = args.methods or list(known)
+  if args.model:
+    args.runs_dir /= args.model
+  study = _Study(args, settings)
   plans = {
-    (dataset, method): choosing(dataset, method)
+    (dataset, method): study.select(dataset, method)
     for dataset in args.datasets
-    for method in args.methods
+    for method in methods
   }
-  testing(*next(iter(plans)), args.rates[0])  # So that mistakes are found now.
-  done = execute(plans)
-  if done.stopped:
-    return done.exit_code
+  study.final(*next(iter(plans)), args.rates[0])  # To report errors early.
+  outcome = study.execute(plans)
+  if outcome.stopped:
+    return outcome.exit_code
   found = accuracies(plans)
-  outcomes = {key: _choose(key, runs, found) for key, runs in plans.items()}
+  outcomes = {key: _select_lr(key, runs, found) for key, runs in plans.items()}
   plans = {
-    key: testing(*key, repr(x.rate))
+    key: study.final(*key, repr(x.lr))
     for key, x in outcomes.items()
-    if x.rate is not None
+    if x.lr is not None
   }
-  done = execute(plans)
-  if done.stopped:
-    return done.exit_code
+  outcome = study.execute(plans)
+  if outcome.stopped:
+    return outcome.exit_code
   found = accuracies(plans)
   for key, runs in plans.items():
     tested = {run.config.seed: found[run.workdir] for run in runs}
-    outcomes[key] = dataclasses.replace(outcomes[key], tested=tested)
+    outcomes[key] = dataclasses.replace(outcomes[key], test_accuracy=tested)
   _write(list(outcomes.values()), args.runs_dir / f"final-{args.final_steps}")
   return 0
 
@@ -169,12 +190,12 @@ def _run(args, settings):
 def accuracies(
   plans: Mapping[tuple[str, str], Sequence[grid.PlannedRun]],
 ) -> dict[pathlib.Path, float | None]:
-  """Returns what runs came to after their last step, by folder.
+  """Return the accuracies of runs after their last step, by folder.
 
-  A run that diverged has None.
+  The accuracy of a diverged run is None.
 
   Args:
-    plans: by data set and method; none of them is running.
+    plans: runs by data set and method; all have ended.
 
   Raises:
     UserError: a run failed for another reason.
@@ -183,25 +204,25 @@ def accuracies(
   for run in [run for runs in plans.values() for run in runs]:
     result = result_lib.read_same_run(run.config, run.workdir)
     if result is None:
-      why = subprocess_run.failure(run.workdir, None).removeprefix("error: ")
-      raise errors.UserError(f"{run.workdir}: {why}")
+      reason = subprocess_run.failure(run.workdir, None)
+      raise errors.UserError(f"{run.workdir}: {reason.removeprefix('error: ')}")
     found[run.workdir] = result.get("last_accuracy")
   return found
 
 
-def _choose(key, runs, found):
-  """Returns what comes of training with each learning rate."""
+def _select_lr(key, runs, found):
+  """Return the outcome of trying every learning rate."""
   tried = {run.config.base_lr: found[run.workdir] for run in runs}
-  kept = sorted(rate for rate, x in tried.items() if x is not None)
-  rate = max(kept, key=tried.get, default=None)
-  if len(tried) > 1 and rate in (min(tried), max(tried)):
+  kept = sorted(lr for lr, accuracy in tried.items() if accuracy is not None)
+  lr = max(kept, key=tried.get, default=None)
+  if len(tried) > 1 and lr in (min(tried), max(tried)):
     _log.warning(
-      "%s/%s: %g is the best of these learning rates, and the outermost: try"
-      " others beyond it",
+      "%s/%s: the best learning rate, %g, is at the edge of the grid; extend"
+      " --rates",
       *key,
-      rate,
+      lr,
     )
-  return lr_table.Outcome(*key, runs[0].config.model.norm, tried, rate)
+  return lr_table.Outcome(*key, runs[0].config.model.norm, tried, lr)
 
 
 def _write(outcomes, folder):

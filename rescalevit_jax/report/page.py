@@ -1,15 +1,16 @@
-"""The report's page: one HTML file with table, curves and pictures."""
+"""Render the report's page: one HTML file with table, curves and pictures."""
 
 import base64
 from collections.abc import Iterable, Mapping, Sequence
-import html
-import importlib.resources
+import dataclasses
 import io
 import logging
-import string
 from typing import Any
 
 import jax
+from jaxtyping import UInt8
+import jinja2
+import markupsafe
 from matplotlib import figure as figure_lib
 import numpy as np
 
@@ -29,9 +30,27 @@ _log = logging.getLogger(__name__)
 
 _MAPS = {
   "class_token": "Attention of the class token to the image, per block",
-  "rollout": "Attention rollout, residual connections included",
+  "rollout": "Attention rollout, including residual connections",
 }
 _DPI = 110
+
+
+@dataclasses.dataclass(frozen=True)
+class _Picture:
+  """A figure with its caption, either inline SVG or the data URL of a PNG."""
+
+  label: str
+  svg: str = ""
+  url: str = ""
+
+
+@dataclasses.dataclass
+class _Section:
+  """Attention maps side by side, with notes on missing ones."""
+
+  title: str
+  notes: list[str] = dataclasses.field(default_factory=list)
+  pictures: list[_Picture] = dataclasses.field(default_factory=list)
 
 
 def render(
@@ -42,83 +61,40 @@ def render(
   curves: Mapping[reference_results.Key, reference_results.Curve],
   index: int | None,
 ) -> str:
-  """Returns the page, which refers to nothing outside itself.
+  """Return the page, which needs no other file.
 
   Args:
     study: the runs.
-    columns: of the table.
-    rows: of the table.
-    notes: what a reader has to know.
-    curves: of published runs.
-    index: of the test image of the attention maps; None: no maps.
+    columns: columns of the table.
+    rows: rows of the table.
+    notes: notes on the table.
+    curves: published curves.
+    index: index of the test image for the attention maps; None for no maps.
   """
-  parts = [*_table(columns, rows), *_curves(study, curves)]
-  parts += _diagnostics(study)
-  if index is not None:
-    parts += _attention(study, index)
-  for title, items in tables.left_out(study):
-    parts += [f"<h2>{_text(title)}</h2>", "<ul>", *_items(items), "</ul>"]
-  template = importlib.resources.files("rescalevit_jax.report") / "page.html"
-  return string.Template(template.read_text(encoding="utf-8")).substitute(
-    notes="\n".join(_items(notes)), body="\n".join(parts)
+  environment = jinja2.Environment(
+    loader=jinja2.PackageLoader(__package__, "."),
+    autoescape=True,
+    undefined=jinja2.StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+  )
+  return environment.get_template("page.html").render(
+    notes=notes,
+    columns=columns,
+    rows=rows,
+    norm_color=plots.norm_color,
+    curves=_curves(study, curves),
+    diagnostics=_diagnostics(study),
+    attention=[] if index is None else _attention(study, index),
+    left_out=tables.left_out(study),
   )
 
 
-def _text(text):
-  return html.escape(" ".join(str(text).split()))
-
-
-def _items(lines):
-  return [f"<li>{_text(line)}</li>" for line in lines]
-
-
-def _table(columns, rows):
-  yield "<h2>Results</h2>"
-  if not rows:
-    yield "<p>No finished run.</p>"
-    return
-  yield (
-    '<div class="scroll" tabindex="0" role="region" aria-label="Results">'
-    "<table><caption>A row for all seeds of a recipe. A heading sorts by its"
-    " column.</caption><thead><tr>"
-  )
-  for column in columns:
-    yield (
-      f'<th scope="col" aria-sort="none"{_class(column)}>'
-      f'<button type="button">{_text(column.heading)}</button></th>'
-    )
-  yield "</tr></thead><tbody>"
-  for row in rows:
-    yield "<tr>"
-    for column in columns:
-      yield _cell(column, row)
-    yield "</tr>"
-  yield "</tbody></table></div>"
-
-
-def _cell(column, row):
-  value, swatch = "", ""
-  if column.numeric:
-    number = row[column.key]
-    value = f' data-value="{"" if number is None else repr(number)}"'
-  if column.key == "norm":
-    color = plots.norm_color(row["norm"])
-    swatch = f'<span class="swatch" style="background:{color}"></span>'
-  text = _text(column.text(row))
-  return f"<td{_class(column)}{value}>{swatch}{text}</td>"
-
-
-def _class(column):
-  if column.key == "pretrained_path":
-    return ' class="path"'
-  return ' class="number"' if column.numeric else ""
-
-
-def _sections(
+def _group_by_recipe(
   runs: Iterable[run_reader.Run],
 ) -> dict[str, list[run_reader.Run]]:
-  """Returns, by title, the runs whose pictures belong side by side."""
-  sections = {}
+  """Return the runs of each model, data set and resolution, by title."""
+  sections: dict[str, list[run_reader.Run]] = {}
   for run in runs:
     title = (
       f"{run.config.model_name} on {run.config.dataset},"
@@ -130,75 +106,80 @@ def _sections(
 
 def _curves(study, curves):
   runs = [run for run in (*study.finished, *study.unfinished) if run.metrics]
-  if runs:
-    yield "<h2>Curves</h2>"
-  for title, members in _sections(runs).items():
-    figure = plots.curves(members, curves)
-    label = f"Test accuracy and loss over training steps, {title}"
-    yield (
-      f'<figure><div role="img" aria-label="{_text(label)}">'
-      f"{plots.svg(figure)}</div><figcaption>{_text(label)}</figcaption>"
-      "</figure>"
+  return [
+    _Picture(
+      f"Test accuracy and loss over training steps, {title}",
+      svg=markupsafe.Markup(plots.svg(plots.curves(members, curves))),
     )
+    for title, members in _group_by_recipe(runs).items()
+  ]
 
 
 def _diagnostics(study):
-  runs = (*study.finished, *study.unfinished)
-  diagnosed = [run for run in runs if diagnostics_plots.is_diagnosed(run)]
-  if diagnosed:
-    yield "<h2>Diagnostics</h2>"
-  for run in diagnosed:
-    name = study.name(run)
-    figure = diagnostics_plots.draw(run, name)
-    label = f"Stream, gradients and attention by depth and time, {name}"
-    yield _picture(figure, label)
+  pictures = []
+  for run in (*study.finished, *study.unfinished):
+    if diagnostics_plots.is_diagnosed(run):
+      name = study.name(run)
+      label = f"Stream, gradients and attention by depth and time, {name}"
+      pictures.append(_png(diagnostics_plots.draw(run, name), label))
+  return pictures
 
 
 def _attention(study, index):
-  if study.groups:
-    yield "<h2>Attention</h2>"
   groups = {group[0].workdir: group for group in study.groups}
-  for title, firsts in _sections(g[0] for g in study.groups).items():
-    yield f"<h3>{_text(title)}</h3>"
+  recipes = _group_by_recipe(group[0] for group in study.groups)
+  sections = []
+  for title, firsts in recipes.items():
+    section = _Section(title)
+    sections.append(section)
     models, reasons = [], {}
     for i, first in enumerate(firsts, start=1):
       _log.info("attention on %s: model %d of %d", title, i, len(firsts))
-      for run in groups[first.workdir]:
-        try:
-          model = trained_model.load(run.workdir)
-          model.name = study.name(run)
-          models.append(model)
-          break
-        except (errors.UserError, jax.errors.JaxRuntimeError) as e:
-          reason = str(e).removeprefix(f"{run.workdir}: ")
+      group = groups[first.workdir]
+      model, reason = _load_any(study, group)
+      if model is None:
+        reasons.setdefault(reason, []).extend(map(study.name, group))
       else:
-        reasons.setdefault(reason, []).extend(
-          map(study.name, groups[first.workdir])
-        )
-    for reason, runs in reasons.items():
-      yield _note(f"No map of {', '.join(runs)}: {reason}")
+        models.append(model)
+    section.notes = [
+      f"No map of {', '.join(runs)}: {reason}"
+      for reason, runs in reasons.items()
+    ]
     if not models:
       continue
+    names = ", ".join(model.name for model in models)
     try:
-      image = _image(firsts[0].config, index)
-      for kind, what in _MAPS.items():
+      image = _test_image(firsts[0].config, index)
+      for kind, meaning in _MAPS.items():
         _log.info("attention on %s: drawing %s", title, kind)
-        figure = attention_plots.draw(kind, models, image)
-        label = f"{what}; test image {index}, best weights of "
-        yield _picture(figure, label + ", ".join(m.name for m in models))
+        section.pictures.append(
+          _png(
+            attention_plots.draw(kind, models, image),
+            f"{meaning}; test image {index}, best weights of {names}",
+          )
+        )
     except (errors.UserError, jax.errors.JaxRuntimeError) as e:
-      yield _note(f"No maps: {e}")
+      section.notes.append(f"No maps: {e}")
+  return sections
 
 
-def _note(reason):
-  return f'<p class="reason">{_text(reason)}</p>'
+def _load_any(study, group):
+  """Return the model of the first run that loads, or None and the reason."""
+  reason = ""
+  for run in group:
+    try:
+      model = trained_model.load(run.workdir)
+      model.name = study.name(run)
+      return model, ""
+    except (errors.UserError, jax.errors.JaxRuntimeError) as e:
+      reason = str(e).removeprefix(f"{run.workdir}: ")
+  return None, reason
 
 
-def _image(config, index) -> np.ndarray:
-  """Returns a test image, uint8 [H, W, 3]."""
+def _test_image(config, index) -> UInt8[np.ndarray, "H W 3"]:
   builder = tfds_builders.open_builder(config.dataset, config.tfds_data_dir)
   if not tfds_builders.is_prepared(builder):
-    # No table is worth a download.
+    # A report must not start a download.
     raise errors.UserError(
       f"the data set {config.dataset} is not prepared in"
       f" {builder.data_dir_root}"
@@ -211,11 +192,8 @@ def _image(config, index) -> np.ndarray:
   return images[index]
 
 
-def _picture(figure: figure_lib.Figure, label: str) -> str:
+def _png(figure: figure_lib.Figure, label: str) -> _Picture:
   png = io.BytesIO()
   figure.savefig(png, format="png", dpi=_DPI)
   code = base64.b64encode(png.getvalue()).decode("ascii")
-  return (
-    f'<figure><img alt="{_text(label)}" src="data:image/png;base64,{code}">'
-    f"<figcaption>{_text(label)}</figcaption></figure>"
-  )
+  return _Picture(label, url=f"data:image/png;base64,{code}")

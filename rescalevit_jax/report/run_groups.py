@@ -1,4 +1,4 @@
-"""All runs in a folder, grouped: those that differ only in the seed."""
+"""Group the runs of a folder that differ only in the seed."""
 
 from collections.abc import Iterable
 import dataclasses
@@ -15,7 +15,7 @@ from rescalevit_jax.models import norms
 from rescalevit_jax.models import variants
 from rescalevit_jax.runs import run_reader
 
-# Keys with a column, or a meaning, of their own.
+# Keys with their own column or meaning.
 _NAMING = ("dataset", "model_name", "model.norm", "image_size", "seed")
 _NUMBERS = (
   "best_accuracy",
@@ -34,14 +34,13 @@ class Study:
   """All runs in a folder.
 
   Attributes:
-    folder: where they lie.
-    groups: the finished ones; those of a group differ only in the seed and in
-      keys that do not change a run's numbers.
-    unfinished: in order of their paths.
-    damaged: what could not be read, a line each that says why.
-    not_begun: runs that failed before they had a config, a line each.
-    varied: the config keys in which the groups differ and that have no column
-      of their own.
+    folder: folder of the runs.
+    groups: the finished runs; the runs of a group differ only in the seed and
+      in keys that do not affect a run's results.
+    unfinished: unfinished runs in order of their paths.
+    damaged: unreadable runs, one line each with the reason.
+    not_begun: runs that failed before writing a config, one line each.
+    varied: config keys in which the groups differ and that have no column yet.
   """
 
   folder: pathlib.Path
@@ -56,16 +55,16 @@ class Study:
     return tuple(run for group in self.groups for run in group)
 
   def name(self, run: run_reader.Run) -> str:
-    """Returns a run's path below the study's folder."""
+    """Return a run's path relative to the study's folder."""
     name = run.workdir.relative_to(self.folder).as_posix()
     return self.folder.resolve().name if name == "." else name
 
 
 def collect(folder: str | os.PathLike[str]) -> Study:
-  """Reads all runs in a folder and below it, and groups them.
+  """Read all runs below a folder and group them.
 
   Raises:
-    UserError: there is no such folder, or no run in it.
+    UserError: the folder is missing or contains no run.
   """
   folder = pathlib.Path(folder)
   found = run_reader.find(folder)
@@ -97,24 +96,25 @@ def collect(folder: str | os.PathLike[str]) -> Study:
 
 
 def pretrained(config: ml_collections.ConfigDict) -> str:
-  """Returns 'yes' or 'no'."""
+  """Return 'yes' if a config has initial weights, else 'no'."""
   return "no" if config.pretrained_path is None else "yes"
 
 
 def varied_keys(
   configs: Iterable[ml_collections.ConfigDict],
 ) -> tuple[str, ...]:
-  """Returns the keys of no column of their own in which configs differ.
+  """Return the keys without a column in which configs differ.
 
-  And what is held out if anything is: it says which images were looked at.
+  data.num_val is included if any config sets it, since it replaces the test
+  split by held-out training images.
   """
   configs = list(configs)
   varied = [k for k in run_reader.varied_keys(configs) if k not in _NAMING]
   num_val = "data.num_val"
   if num_val not in varied and any(c.data.num_val for c in configs):
     varied.insert(0, num_val)
-  # Whether there is a file has a column. Which one follows from the model,
-  # unless there are several for one model.
+  # The column `pretrained` says if there is a file. Which file follows from the
+  # model, unless a model has several.
   files = {(c.model_name, c.pretrained_path) for c in configs}
   files = [model for model, file in files if file is not None]
   if "pretrained_path" in varied and len(files) == len(set(files)):
@@ -123,19 +123,19 @@ def varied_keys(
 
 
 def _check(run):
-  """Raises UserError unless the run's files have what the tables need."""
+  """Raise UserError unless the result has the values of the tables."""
   if not run.is_finished:
     return
-  for key, does in {
+  for key, is_valid in {
     **dict.fromkeys(_NUMBERS, _is_number),
     "devices": lambda value: isinstance(value, list),
     "versions": lambda value: isinstance(value, dict),
   }.items():
     value = run.result.get(key)
-    if not does(value):
+    if not is_valid(value):
       raise errors.UserError(
         f"{run.workdir / 'result.json'}: damaged ({key} is {value!r}); delete"
-        " it, the run writes it again"
+        " it and resume the run, which writes it again"
       )
 
 
@@ -154,7 +154,7 @@ def _order(config):
     list(norms.NORMS).index(config.model.norm),
     pretrained(config),
     config.image_size,
-    # None cannot be compared with a number.
+    # None does not compare with numbers.
     [
       (value is not None, value or 0)
       for key, value in config_lib.flatten(config).items()

@@ -1,4 +1,4 @@
-"""The outcome of many runs as tables: a row for all seeds of a recipe."""
+"""Tabulate the results of many runs: a row per recipe, over all its seeds."""
 
 import collections
 from collections.abc import Callable, Sequence
@@ -14,17 +14,18 @@ from rescalevit_jax.config import keys
 from rescalevit_jax.report import run_groups
 from rescalevit_jax.runs import run_reader
 from rescalevit_jax.runtime import markdown as markdown_lib
+from rescalevit_jax.runtime.markdown import NOTHING
 
 
 @dataclasses.dataclass(frozen=True)
 class Column:
-  """A column of the table that people read.
+  """A column of the displayed table.
 
   Attributes:
-    heading: with the unit.
-    key: of the row's value, by which to sort.
-    text: from a row to what is shown.
-    numeric: whether the values are numbers.
+    heading: name and unit.
+    key: key of the row's value, used for sorting.
+    text: function from a row to the displayed text.
+    numeric: True if the values are numbers.
   """
 
   heading: str
@@ -34,23 +35,23 @@ class Column:
 
 
 def rows(study: run_groups.Study) -> list[dict[str, Any]]:
-  """Returns a row for each group, machine-readable.
+  """Return a row of values for each group.
 
-  Accuracies are fractions; None where there is no value, as with the standard
-  deviation of a single run.
+  Accuracies are fractions. A missing value, such as the standard deviation of a
+  single run, is None.
   """
   return [_row(group, study.varied) for group in study.groups]
 
 
 def run_rows(study: run_groups.Study) -> list[dict[str, Any]]:
-  """Returns a row for each run that could be read, the finished ones first."""
+  """Return a row for each readable run, finished runs first."""
   runs = (*study.finished, *study.unfinished)
   varied = run_groups.varied_keys(run.config for run in runs)
   return [_run_row(study.name(run), run, varied) for run in runs]
 
 
 def columns(study: run_groups.Study) -> list[Column]:
-  """Returns the columns of the table that people read."""
+  """Return the columns of the displayed table."""
 
   def text(heading, key):
     return Column(heading, key, lambda row: _plain(row[key]), numeric=False)
@@ -59,7 +60,7 @@ def columns(study: run_groups.Study) -> list[Column]:
     return Column(
       heading,
       key,
-      lambda row: markdown_lib.NOTHING if row[key] is None else form(row[key]),
+      lambda row: NOTHING if row[key] is None else form(row[key]),
     )
 
   def accuracy(heading, key):
@@ -111,20 +112,16 @@ def columns(study: run_groups.Study) -> list[Column]:
 
 
 def markdown(columns: Sequence[Column], rows: Sequence[dict[str, Any]]) -> str:
-  """Returns the table in Markdown."""
-  lines = [
-    [markdown_lib.escape(column.heading) for column in columns],
-    ["--:" if column.numeric else "---" for column in columns],
-    *(
-      [markdown_lib.escape(column.text(row)) for column in columns]
-      for row in rows
-    ),
-  ]
-  return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+  """Return the table as Markdown."""
+  return markdown_lib.table(
+    "".join("r" if column.numeric else "l" for column in columns),
+    [column.heading for column in columns],
+    [[column.text(row) for column in columns] for row in rows],
+  )
 
 
 def to_csv(rows: Sequence[dict[str, Any]]) -> str:
-  """Returns rows as CSV with full precision; what is None stays empty."""
+  """Return the rows as CSV with full precision; None becomes empty."""
   text = io.StringIO()
   if rows:
     writer = csv.DictWriter(text, rows[0], lineterminator="\n")
@@ -134,19 +131,19 @@ def to_csv(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def devices(run: run_reader.Run) -> str:
-  """Returns '1 x NVIDIA H100', of a finished run."""
+  """Return the devices of a finished run, such as '1 x NVIDIA H100'."""
   counts = collections.Counter(map(str, run.result["devices"]))
   return ", ".join(f"{n} x {kind}" for kind, n in counts.items()) or "unknown"
 
 
 def versions(run: run_reader.Run) -> str:
-  """Returns 'python 3.11.2, jax 0.10.2, …', of a finished run."""
+  """Return the versions of a finished run: 'python 3.11.2, jax 0.10.2, …'."""
   items = run.result["versions"].items()
   return ", ".join(f"{name} {version}" for name, version in items) or "unknown"
 
 
 def left_out(study: run_groups.Study) -> list[tuple[str, list[str]]]:
-  """Returns titles and lines that name the runs that no mean contains."""
+  """Return the runs outside all means: titles, each with a line per run."""
   unfinished = []
   for run in study.unfinished:
     reason = run_reader.last_log_line(run.workdir)
@@ -187,7 +184,7 @@ def _row(group, varied):
   for key in ("best_accuracy", "last_accuracy", "last_loss"):
     add(key, [run.result[key] for run in group])
   add("minutes", [run.result["seconds"] / 60 for run in group])
-  # Zero where nothing was measured, as in a run of very few steps.
+  # 0 if nothing was measured, as in a run of very few steps.
   speeds = [run.result["images_per_second"] for run in group]
   add("images_per_second", [speed for speed in speeds if speed > 0])
   row["parameters"] = group[0].result["parameters"]
@@ -225,7 +222,7 @@ def _run_row(name, run, varied):
 
 
 def _plain(value):
-  return markdown_lib.NOTHING if value is None else str(value)
+  return NOTHING if value is None else str(value)
 
 
 def _short(number):

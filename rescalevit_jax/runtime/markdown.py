@@ -1,13 +1,30 @@
-"""Markdown."""
+"""Write Markdown."""
 
+from collections.abc import Iterable, Sequence
 import html
 
 NOTHING = "–"
 
 
 def escape(text: str) -> str:
-  """Escapes what Markdown would take for a cell's border or for HTML."""
+  """Return the text on one line, with HTML and Markdown syntax escaped."""
   text = html.escape(" ".join(text.split()), quote=False)
   for character in "\\|`*":
     text = text.replace(character, f"\\{character}")
   return text
+
+
+def table(
+  alignment: str, headings: Sequence[str], rows: Iterable[Sequence[str]]
+) -> str:
+  """Return a table.
+
+  Args:
+    alignment: a letter per column: 'l' for left, 'r' for right.
+    headings: heading of each column.
+    rows: cells of each row; they are escaped.
+  """
+  rules = [{"l": "---", "r": "--:"}[letter] for letter in alignment]
+  escaped = [[escape(cell) for cell in row] for row in rows]
+  lines = [[escape(heading) for heading in headings], rules, *escaped]
+  return "".join(f"| {' | '.join(line)} |\n" for line in lines)

@@ -6,11 +6,12 @@ import fake_runs
 import numpy as np
 import pytest
 
-from rescalevit_jax import report
 from rescalevit_jax.analysis import diagnostics_plots
 from rescalevit_jax.analysis import plot_diagnostics
 from rescalevit_jax.analysis import probe_plots
+from rescalevit_jax.report import command_line
 from rescalevit_jax.runs import run_reader
+from rescalevit_jax.runtime import terminal
 
 STEPS = (1, 100, 200, 300)
 PARTS = ("embedding", "block_00", "block_01", "head")
@@ -102,9 +103,9 @@ def test_each_run_gets_its_pictures(workdir, capsys):
 
 
 def test_the_report_shows_them(workdir, tmp_path, monkeypatch, capsys):
-  monkeypatch.setattr(report.progress, "log_to_stderr", lambda: None)
+  monkeypatch.setattr(terminal, "log_to_stderr", lambda: None)
   flags = [f"--output={tmp_path}", "--no_attention"]
-  assert report.main([str(workdir.parent), *flags]) == 0
+  assert command_line.main([str(workdir.parent), *flags]) == 0
   page = (tmp_path / "report.html").read_text()
   assert page.count("<h2>Diagnostics</h2>") == 1
   assert page.count("by depth and time, a $x$") == 2  # alt, and below it.

@@ -1,4 +1,4 @@
-"""rescalevit_jax.report.norm_free: what it runs, and its arithmetic."""
+"""The norm-free study: its runs and its arithmetic."""
 
 import csv
 import re
@@ -8,13 +8,13 @@ import fake_runs
 import pytest
 
 from rescalevit_jax import config as config_lib
-from rescalevit_jax import sweep
 from rescalevit_jax.report import lr_table
 from rescalevit_jax.report import norm_free
 from rescalevit_jax.runs import result as result_lib
+from rescalevit_jax.sweep import execution
 
 FINAL = "final-1500"
-# By data set, method, learning rate and seed: what the runs come to.
+# Accuracies of the runs: held-out by method and learning rate, test by seed.
 HELD_OUT = {("LN", 0.1): 0.30, ("LN", 0.2): 0.31, ("Cal", 0.1): 0.4}
 TEST = {
   ("LN", 1): 0.32,
@@ -28,14 +28,14 @@ TEST = {
 
 @pytest.fixture
 def study(monkeypatch):
-  """Sweeps that only write what the runs would have left.
+  """Replace execution by a function that writes the runs' results.
 
-  With a learning rate of 9, and with seed 9, runs diverge.
+  Runs with learning rate 9 or seed 9 diverge.
   """
   module, planned = norm_free, []
 
   def execute(runs, runs_dir, *, jobs):
-    outcome, left = sweep.split(runs)
+    outcome, left = execution.split(runs)
     diverged = [run for run, _ in outcome.failed]
     planned.extend(run for run in runs if run not in diverged)
     for run in left:
@@ -63,11 +63,13 @@ def study(monkeypatch):
       outcome.done.append(run)
     return outcome
 
-  monkeypatch.setattr(module.sweep, "execute", execute)
+  monkeypatch.setattr(module.execution, "execute", execute)
   return module, planned
 
 
-def test_the_best_rate_is_trained_and_compared(study, tmp_path, capsys):
+def test_the_best_learning_rate_is_trained_and_compared(
+  study, tmp_path, capsys
+):
   module, planned = study
   command = [
     "--methods=LN,Cal",
@@ -76,23 +78,25 @@ def test_the_best_rate_is_trained_and_compared(study, tmp_path, capsys):
     f"--runs_dir={tmp_path}",
     "--config.batch_eval=500",
   ]
-  for _ in range(2):  # The second time everything is there.
+  for _ in range(2):  # The second time all runs are finished.
     assert module.main(command) == 0
   configs = [run.config for run in planned[: len(planned) // 2]]
   choosing, final = configs[:4], configs[4:]
   assert {c.batch_eval for c in configs} == {500}
   for config in choosing:
     assert (config.data.num_val, config.total_steps) == (5000, 1500)
-    assert config.eval_every == 1500  # What comes before has no say.
+    assert config.eval_every == 1500  # Only the last accuracy counts.
   assert [(c.base_lr, c.seed) for c in final] == [
     (rate, seed) for rate in (0.2, 0.1) for seed in (1, 2, 3)
   ]
   for config in final:
-    # The test images are looked at once.
+    # One evaluation on the test images.
     assert config.eval_every == config.total_steps == 1500
     assert config.data.num_val == 0
   out, err = capsys.readouterr()
-  assert err.count("cifar10/LN: 0.2 is the best of these") == 2
+  assert (
+    err.count("cifar10/LN: the best learning rate, 0.2, is at the edge") == 2
+  )
   first, second = (tmp_path / FINAL / "table.md").read_text().splitlines()[2:]
   assert first == (
     "| cifar10 | LN | 0.2 | 0.1: 30.0, 0.2: 31.0 | 33.00 ± 1.00 (3) | – | – |"
@@ -124,7 +128,7 @@ def test_a_large_model_has_the_original_recipe(study, tmp_path):
   assert (tmp_path / "ViT-B_32" / "final-30000" / "table.md").is_file()
 
 
-def test_only_what_was_asked_for_counts(study, tmp_path):
+def test_only_requested_runs_count(study, tmp_path):
   module, _ = study
   flags = ["--datasets=cifar10", f"--runs_dir={tmp_path}"]
   assert module.main([*flags, "--methods=LN", "--rates=0.1,0.2"]) == 0
@@ -136,17 +140,17 @@ def test_only_what_was_asked_for_counts(study, tmp_path):
     assert [row["seed"] for row in csv.DictReader(f)] == ["0", "1", "3"]
 
 
-def test_what_diverges_is_told(study, tmp_path, capsys):
+def test_diverged_runs_are_counted(study, tmp_path, capsys):
   module, planned = study
   flags = ["--datasets=cifar10", f"--runs_dir={tmp_path}"]
   flags += ["--methods=LN,Cal", "--config.batch_eval=500"]
   assert module.main([*flags, "--rates=0.1,9", "--seeds=1,3,9"]) == 0
-  assert "outermost" in capsys.readouterr().err
+  assert "edge of the grid" in capsys.readouterr().err
   table = (tmp_path / FINAL / "table.md").read_text().splitlines()[2:]
   assert table == [
     "| cifar10 | LN | 0.1 | 0.1: 30.0, 9: diverged | 33.00 ± 1.41 (2, 1"
     " diverged) | – | – |",
-    # No difference, for that would be one of the survivors.
+    # No difference: it would compare the surviving runs only.
     "| cifar10 | Cal | 0.1 | 0.1: 40.0, 9: diverged | 41.50 ± 0.71 (2, 1"
     " diverged) | – | – |",
   ]
@@ -162,7 +166,7 @@ def test_what_diverges_is_told(study, tmp_path, capsys):
   assert [run.config.batch for run in planned] == [64, 64]
 
 
-def test_runs_of_other_settings_are_refused(study, tmp_path, capsys):
+def test_runs_with_other_settings_are_an_error(study, tmp_path, capsys):
   module, _ = study
   flags = ["--methods=LN", "--datasets=cifar10", f"--runs_dir={tmp_path}"]
   assert module.main([*flags, "--rates=0.1"]) == 0
@@ -185,15 +189,12 @@ def test_a_learning_rate_is_not_rounded(study, tmp_path):
 @pytest.mark.parametrize(
   "end, code", [("stopped", 0), ("killed", 130), ("out of memory", 1)]
 )
-def test_what_is_not_finished_makes_no_table(
+def test_unfinished_runs_write_no_table(
   end, code, phase, study, tmp_path, monkeypatch, capsys
 ):
-  """A run that could not run says nothing of its rate.
-
-  And after a signal nothing starts, though the last runs were done before.
-  """
+  """A failed run is no result, and no run starts after a signal."""
   module, _ = study
-  whole = module.sweep.execute
+  whole = module.execution.execute
 
   def execute(runs, *args, **kwargs):
     if phase not in str(runs[0].workdir):
@@ -206,7 +207,7 @@ def test_what_is_not_finished_makes_no_table(
     outcome.stopped, outcome.killed = end != "out of memory", end == "killed"
     return outcome
 
-  monkeypatch.setattr(module.sweep, "execute", execute)
+  monkeypatch.setattr(module.execution, "execute", execute)
   flags = ["--methods=LN", "--datasets=cifar10", f"--runs_dir={tmp_path}"]
   assert module.main([*flags, "--rates=0.1,0.2"]) == code
   assert not (tmp_path / FINAL / "table.md").exists()
@@ -215,8 +216,8 @@ def test_what_is_not_finished_makes_no_table(
     assert f"{phase}-1500" in error and error.endswith(": out of memory")
 
 
-def test_a_whole_study(tmp_path):
-  """With real runs, on digits; what is too fast diverges."""
+def test_a_study_with_real_runs(tmp_path):
+  """Run real runs on the digits; a huge learning rate diverges."""
   flags = ["--datasets=digits", "--methods=Cal", "--rates=0.1,1e38"]
   flags += ["--steps=4", "--final_steps=3", "--num_val=200", "--seeds=1"]
   flags += ["--jobs=2", f"--runs_dir={tmp_path}"]
@@ -241,7 +242,7 @@ def test_a_whole_study(tmp_path):
 @pytest.mark.parametrize(
   "wrong", ["--methods=LN,Caal", "--seeds=a", "--rates=x"]
 )
-def test_mistakes_are_found_before_anything_runs(wrong, study, tmp_path):
+def test_invalid_values_are_errors_before_any_run(wrong, study, tmp_path):
   module, planned = study
   flags = ["--methods=LN", "--datasets=cifar10", f"--runs_dir={tmp_path}"]
   assert module.main([*flags, wrong]) == 1
@@ -258,7 +259,7 @@ def test_mistakes_are_found_before_anything_runs(wrong, study, tmp_path):
     ("--config=nowhere.py", "nowhere.py: "),
   ],
 )
-def test_invalid_arguments_are_named(argument, words, capsys):
+def test_invalid_arguments_are_errors(argument, words, capsys):
   assert norm_free.main([argument]) == 1
   assert words in capsys.readouterr().err
 
@@ -270,7 +271,7 @@ def test_numbers_have_a_minimum(capsys):
 
 
 def test_the_picture_shows_the_numbers():
-  """Of a method with its rates, and of one that was not tested."""
+  """A method with test runs, and one without."""
   outcomes = [
     lr_table.Outcome(
       "a", "LN", "LN", {0.1: 0.3, 0.2: None}, 0.1, {1: 0.4, 2: 0.5}
@@ -284,7 +285,11 @@ def test_the_picture_shows_the_numbers():
   ]
   left, right, b, _, c, _ = lr_table.draw(outcomes).axes
   markers = [x.get_marker() for x in (*b.get_lines(), *c.get_lines())]
-  assert markers == ["s", "s", "o"]  # A method's is one, whatever is with it.
+  assert markers == [
+    "s",
+    "s",
+    "o",
+  ]  # The same on each data set.
   drawn = [list(zip(*x.get_data(), strict=True)) for x in left.get_lines()]
   assert drawn == [[(0.1, 30.0)], [(0.1, 25.0), (0.2, 35.0)]]
   assert [x.get_text() for x in right.get_yticklabels()] == ["LN (0.1)"]

@@ -1,4 +1,4 @@
-"""The report's page, as a browser shows it."""
+"""The report's page in a browser."""
 
 import shutil
 
@@ -6,8 +6,8 @@ import fake_runs
 import pytest
 
 from rescalevit_jax import config as config_lib
-from rescalevit_jax import report
 from rescalevit_jax.analysis import plots
+from rescalevit_jax.report import command_line
 
 webdriver = pytest.importorskip("selenium.webdriver")
 
@@ -27,7 +27,7 @@ def browser(tmp_path_factory):
   options.binary_location = BROWSER
   for flag in (
     "--headless=new",
-    "--no-sandbox",  # Does without a user namespace, as in a container.
+    "--no-sandbox",  # A container may have no user namespaces.
     "--disable-dev-shm-usage",
     "--window-size=1280,900",
     f"--user-data-dir={tmp_path_factory.mktemp('profile')}",
@@ -37,7 +37,7 @@ def browser(tmp_path_factory):
     "goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"}
   )
   driver = webdriver.Chrome(options=options, service=Service(DRIVER))
-  # What the page asked of the network would show as an error.
+  # A network request of the page would fail with an error.
   driver.execute_cdp_cmd("Network.enable", {})
   driver.execute_cdp_cmd(
     "Network.emulateNetworkConditions",
@@ -59,7 +59,7 @@ def page_folder(tmp_path_factory):
 
 @pytest.fixture
 def page(page_folder, tiny_config, browser):
-  """Opens a report: many columns, published figures, a model's maps."""
+  """Open a report with many columns, published figures and attention maps."""
   runs = page_folder / "runs"
   if not runs.exists():
     best = {"LN": 0.095, "BN": 0.61, "GN": 0.7, "Rescale": 0.0955}
@@ -75,14 +75,14 @@ def page(page_folder, tiny_config, browser):
     config = config_lib.flatten(tiny_config)
     fake_runs.write(runs / "no checkpoint", config, {})
     fake_runs.write(runs / "<script>alert(1)</script>", {}, None)
-    assert report.main([str(runs), f"--output={page_folder}"]) == 0
+    assert command_line.main([str(runs), f"--output={page_folder}"]) == 0
   browser.get_log("browser"), browser.get_log("performance")
   browser.get((page_folder / "report.html").as_uri())
   return browser
 
 
 def column(page, heading):
-  """Returns the texts of a column, from top to bottom."""
+  """Return the texts of a column from top to bottom."""
   return page.execute_script(
     """
     const table = document.querySelector("table");
@@ -144,8 +144,8 @@ def test_numbers_sort_as_numbers(page):
   assert sort_marks(page) == {"runs (n)": "ascending"}
 
 
-def test_what_has_no_value_stays_below(page):
-  for _ in range(2):  # The one without images/s comes first.
+def test_rows_without_a_value_stay_last(page):
+  for _ in range(2):  # The run without images/s comes first.
     header(page, "best accuracy, %").click()
   assert column(page, "images/s")[0] == "–"
   header(page, "images/s").click()
@@ -180,7 +180,7 @@ def test_text_sorts_as_text_from_the_keyboard(page):
   assert column(page, "norm")[0] == "Rescale"
 
 
-def test_pictures_are_drawn_and_described(page):
+def test_pictures_have_sizes_and_descriptions(page):
   svgs = page.find_elements("css selector", "figure [role=img] svg")
   images = page.find_elements("css selector", "figure img")
   assert len(svgs) == 3 and len(images) == 2
@@ -223,7 +223,7 @@ def test_only_the_table_scrolls_sideways(width, page):
     assert table > box
 
 
-def test_print(page):
+def test_the_print_style(page):
   page.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "print"})
   styles = page.execute_script(
     """

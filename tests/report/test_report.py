@@ -1,4 +1,4 @@
-"""The report: what it writes, says and refuses."""
+"""The report: its files, notes and errors."""
 
 import html
 import os
@@ -11,20 +11,20 @@ import sys
 import fake_runs
 import pytest
 
-from rescalevit_jax import report
-from rescalevit_jax.training import progress
+from rescalevit_jax.report import command_line
+from rescalevit_jax.runtime import terminal
 
 FILES = ("report.md", "report.csv", "runs.csv", "report.html")
 
 
 @pytest.fixture(autouse=True)
 def quiet(monkeypatch):
-  monkeypatch.setattr(progress, "log_to_stderr", lambda: None)
+  monkeypatch.setattr(terminal, "log_to_stderr", lambda: None)
 
 
 @pytest.fixture
 def runs(tmp_path):
-  """Two seeds of one recipe, one of another, an open and a damaged run."""
+  """Write three finished runs, an unfinished and a damaged one."""
   folder = tmp_path / "runs"
   fake_runs.write(folder / "a", {"seed": 0}, {"best_accuracy": 0.75})
   fake_runs.write(folder / "b", {"seed": 1}, {"best_accuracy": 0.77})
@@ -43,7 +43,7 @@ def saved_runs(tmp_path_factory):
 
 @pytest.fixture
 def digits_runs(saved_runs, tiny_config):
-  """Two norms, as they are before training."""
+  """Write runs of two norms, with initial weights."""
   for norm in ("LN", "Rescale"):
     workdir = saved_runs / f"{norm} $x$ & <co>"
     if not workdir.exists():
@@ -54,7 +54,9 @@ def digits_runs(saved_runs, tiny_config):
 
 def test_files_and_output(runs, tmp_path, capsys):
   out = tmp_path / "new" / "out"
-  assert report.main([str(runs), f"--output={out}", "--no_attention"]) == 0
+  assert (
+    command_line.main([str(runs), f"--output={out}", "--no_attention"]) == 0
+  )
   assert sorted(p.name for p in out.iterdir()) == sorted(FILES)
   assert not any((runs / name).exists() for name in FILES)
   printed = capsys.readouterr().out
@@ -68,31 +70,31 @@ def test_files_and_output(runs, tmp_path, capsys):
   assert "Attention" not in page
 
 
-def test_notes(runs, capsys):
-  assert report.main([str(runs), "--no_attention"]) == 0
+def test_notes_are_in_both_files(runs, capsys):
+  assert command_line.main([str(runs), "--no_attention"]) == 0
   text = (runs / "report.md").read_text()
   page = html.unescape((runs / "report.html").read_text())
   for words in (
     "3 finished runs of 2 recipes; 1 unfinished, 0 not begun, 1 damaged.",
-    "peeks at the test set",
+    "selected on the test set",
     "best of 200 evaluations, one RTX 3090, fp16",
     "Hardware: 2 x H100 (2 runs); 1 x cpu (1 run).",
     "Software: python 3.11, jax 0.10.",
   ):
     assert words in text
     assert words in page
-  assert "one seed" not in text
+  assert "share a seed" not in text
 
 
-def test_repeated_seeds_are_told(runs, capsys):
+def test_repeated_seeds_are_noted(runs, capsys):
   fake_runs.write(runs / "again", {"seed": 1}, {})
-  report.main([str(runs), "--no_attention"])
+  command_line.main([str(runs), "--no_attention"])
   text = (runs / "report.md").read_text()
-  assert "Runs with one seed, counted each by itself: a, again, b." in text
+  assert "Runs that share a seed, each counted: a, again, b." in text
 
 
-def test_what_no_mean_contains_is_named_and_escaped(runs, capsys):
-  report.main([str(runs), "--no_attention"])
+def test_runs_outside_the_means_are_listed_and_escaped(runs, capsys):
+  command_line.main([str(runs), "--no_attention"])
   for name in ("report.md", "report.html"):
     text = (runs / name).read_text()
     assert "open &lt;i&gt; &amp; co: step 300 of 20000" in text
@@ -103,19 +105,19 @@ def test_what_no_mean_contains_is_named_and_escaped(runs, capsys):
 def test_a_run_that_has_not_begun_is_not_damaged(runs, capsys):
   (runs / "new").mkdir()
   (runs / "new" / "log.txt").write_text("--- start\nerror: no weights\n")
-  report.main([str(runs), "--no_attention"])
+  command_line.main([str(runs), "--no_attention"])
   for name in ("report.md", "report.html"):
     text = (runs / name).read_text()
     assert "1 unfinished, 1 not begun, 1 damaged." in text
     assert "Not begun" in text and "new: error: no weights" in text
 
 
-def test_names_that_are_no_text(tmp_path, capsys):
+def test_names_with_undecodable_bytes_are_escaped(tmp_path, capsys):
   runs = os.fsdecode(os.fsencode(tmp_path) + b"/runs \xff")
   for i, name in enumerate((b"a\xfe", b"b\xfd")):
     folder = pathlib.Path(runs, os.fsdecode(name))
     fake_runs.write(folder, {"seed": i}, {} if i else None)
-  assert report.main([runs, "--no_attention"]) == 0
+  assert command_line.main([runs, "--no_attention"]) == 0
   text = pathlib.Path(runs, "report.md").read_text()
   assert r"a\udcfe: step 300" in text
 
@@ -127,9 +129,11 @@ def test_published_curves(runs, tmp_path, capsys):
     "cifar10,ViT-B_32,BN,0,100,2.5,0.25\n"
     "cifar10,ViT-B_32,BN,0,200,2.0,0.5\n"
   )
-  without = report.main([str(runs), "--no_attention"])
+  without = command_line.main([str(runs), "--no_attention"])
   plain = (runs / "report.html").read_text()
-  given = report.main([str(runs), "--no_attention", f"--published={curves}"])
+  given = command_line.main(
+    [str(runs), "--no_attention", f"--published={curves}"]
+  )
   assert without == given == 0
   assert "BN, published" not in plain
   assert "BN, published" in (runs / "report.html").read_text()
@@ -137,38 +141,38 @@ def test_published_curves(runs, tmp_path, capsys):
 
 def test_no_finished_run(tmp_path, capsys):
   fake_runs.write(tmp_path / "a", {}, None)
-  assert report.main([str(tmp_path)]) == 0
+  assert command_line.main([str(tmp_path)]) == 0
   assert "No finished run." in capsys.readouterr().out
   page = (tmp_path / "report.html").read_text()
   assert "a: step 300 of 20000" in page
-  assert page.count("<svg") == 1  # How far it has come.
+  assert page.count("<svg") == 1
   assert (tmp_path / "report.csv").read_text() == ""
 
 
 @pytest.mark.parametrize("flags", [["--published=none.csv"], ["--output=x/y"]])
-def test_mistakes_are_one_line(flags, runs, tmp_path, monkeypatch, capsys):
+def test_errors_are_one_line(flags, runs, tmp_path, monkeypatch, capsys):
   monkeypatch.chdir(tmp_path)
   (tmp_path / "x").write_text("a file")
-  assert report.main([str(runs), "--no_attention", *flags]) == 1
+  assert command_line.main([str(runs), "--no_attention", *flags]) == 1
   captured = capsys.readouterr()
   assert captured.err.startswith("error: ") and captured.err.count("\n") == 1
   assert not captured.out
 
 
-def test_no_runs(tmp_path, capsys):
-  assert report.main([str(tmp_path / "none")]) == 1
+def test_a_missing_folder_is_an_error(tmp_path, capsys):
+  assert command_line.main([str(tmp_path / "none")]) == 1
   assert str(tmp_path / "none") in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("index", ["-1", "x"])
-def test_index_is_a_number(index, runs, capsys):
+def test_an_invalid_index_is_an_error(index, runs, capsys):
   with pytest.raises(SystemExit) as e:
-    report.main([str(runs), f"--index={index}"])
+    command_line.main([str(runs), f"--index={index}"])
   assert e.value.code == 2
   assert "--index" in capsys.readouterr().err
 
 
-def test_attention_maps(digits_runs, tmp_path, capsys):
+def test_attention_maps_depend_on_the_index(digits_runs, tmp_path, capsys):
   page, again, other = (
     _page(digits_runs, tmp_path / str(i), index)
     for i, index in enumerate((3, 3, 4))
@@ -188,13 +192,13 @@ def test_attention_maps(digits_runs, tmp_path, capsys):
 def test_a_copy_of_the_runs_gives_the_same_files(runs, tmp_path, capsys):
   copy = tmp_path / "copy" / "runs"
   shutil.copytree(runs, copy)
-  report.main([str(runs), "--no_attention"])
-  report.main([str(copy), "--no_attention"])
+  command_line.main([str(runs), "--no_attention"])
+  command_line.main([str(copy), "--no_attention"])
   for name in FILES:
     assert (runs / name).read_bytes() == (copy / name).read_bytes()
 
 
-def test_runs_without_a_map_are_named(digits_runs, tiny_config, tmp_path):
+def test_runs_without_a_map_are_listed(digits_runs, tiny_config, tmp_path):
   runs = tmp_path / "runs"
   shutil.copytree(digits_runs, runs)
   (left, right) = sorted(runs.iterdir())
@@ -208,11 +212,11 @@ def test_runs_without_a_map_are_named(digits_runs, tiny_config, tmp_path):
   assert page.count("<img") == 0 and page.count("<svg") == 1
 
 
-def test_another_seed_stands_in(digits_runs, tmp_path):
+def test_another_seed_replaces_a_missing_checkpoint(digits_runs, tmp_path):
   runs = tmp_path / "runs"
   shutil.copytree(digits_runs, runs)
   run = next(p for p in runs.iterdir() if p.name.startswith("LN"))
-  # Of the same recipe, and first in order; but without its checkpoint.
+  # The first run of the recipe in order, without a checkpoint.
   shutil.copytree(run, runs / "A", ignore=lambda *_: {"checkpoints"})
   page = html.unescape(_page(runs, tmp_path / "out", 0))
   assert "best weights of LN $x$ & <co>, Rescale" in page
@@ -220,7 +224,7 @@ def test_another_seed_stands_in(digits_runs, tmp_path):
 
 
 @pytest.mark.parametrize("where", ["", "nowhere"])
-def test_maps_without_the_image(where, digits_runs, tmp_path):
+def test_maps_need_the_test_image(where, digits_runs, tmp_path):
   runs = tmp_path / "runs"
   shutil.copytree(digits_runs, runs)
   for run in runs.iterdir():
@@ -237,7 +241,7 @@ def test_maps_without_the_image(where, digits_runs, tmp_path):
   assert page.count("<img") == 0 and page.count("<svg") == 1
 
 
-def test_as_a_program(runs, tmp_path):
+def test_the_module_runs(runs, tmp_path):
   done = subprocess.run(
     [sys.executable, "-m", "rescalevit_jax.report", runs, "--no_attention"],
     capture_output=True,
@@ -250,5 +254,7 @@ def test_as_a_program(runs, tmp_path):
 
 
 def _page(runs, out, index):
-  assert report.main([str(runs), f"--output={out}", f"--index={index}"]) == 0
+  assert (
+    command_line.main([str(runs), f"--output={out}", f"--index={index}"]) == 0
+  )
   return (out / "report.html").read_text()

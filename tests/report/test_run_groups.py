@@ -1,4 +1,4 @@
-"""Runs in a folder: which belong together, which count, in which order."""
+"""Grouping, selecting and sorting the runs of a folder."""
 
 import fake_runs
 import pytest
@@ -11,7 +11,7 @@ def names(study):
   return [[study.name(run) for run in group] for group in study.groups]
 
 
-def test_seeds_and_keys_that_change_no_number_share_a_group(tmp_path):
+def test_seeds_and_keys_without_effect_share_a_group(tmp_path):
   fake_runs.write(tmp_path / "a", {"seed": 10}, {})
   fake_runs.write(tmp_path / "b", {"seed": 9, "tfds_data_dir": "/x"}, {})
   fake_runs.write(tmp_path / "c" / "d", {"seed": 0, "batch_eval": 7}, {})
@@ -22,7 +22,7 @@ def test_seeds_and_keys_that_change_no_number_share_a_group(tmp_path):
   assert study.varied == ("base_lr", "dtype")
 
 
-def test_order(tmp_path):
+def test_groups_are_sorted_by_recipe(tmp_path):
   expected = []
   for dataset in ("cifar10", "cifar100"):
     for model in ("ViT-B_16", "ViT-L_16"):
@@ -31,7 +31,7 @@ def test_order(tmp_path):
           for size in (96, 224):
             expected.append((dataset, model, norm, path, size))
   keys = ("dataset", "model_name", "model.norm", "pretrained_path")
-  # Paths in the opposite order, so that theirs does not help.
+  # Paths sort in the opposite order.
   for i, values in enumerate(expected):
     config = dict(zip((*keys, "image_size"), values, strict=True))
     fake_runs.write(tmp_path / f"{999 - i}", config, {})
@@ -48,7 +48,7 @@ def test_groups_with_and_without_a_value_can_be_sorted(tmp_path):
   assert study.varied == ("model.hidden_size",)
 
 
-def test_the_pretrained_file_is_told_where_one_model_has_several(tmp_path):
+def test_pretrained_path_has_a_column_if_a_model_has_several(tmp_path):
   b, large = {"model_name": "ViT-B_16"}, {"model_name": "ViT-L_16"}
   fake_runs.write(tmp_path / "a", b, {})
   fake_runs.write(tmp_path / "b", b | {"pretrained_path": "b.npz"}, {})
@@ -58,7 +58,7 @@ def test_the_pretrained_file_is_told_where_one_model_has_several(tmp_path):
   assert run_groups.collect(tmp_path).varied == ("pretrained_path",)
 
 
-def test_unfinished_and_damaged_runs_are_apart(tmp_path):
+def test_unfinished_and_damaged_runs_are_in_no_group(tmp_path):
   fake_runs.write(tmp_path / "ok", {}, {})
   fake_runs.write(tmp_path / "open", {"seed": 1, "base_lr": 1.0}, None)
   for name in ("config", "result"):
@@ -89,7 +89,7 @@ def test_a_single_run_has_the_name_of_its_folder(tmp_path):
   assert names(run_groups.collect(run)) == [["alone"]]
 
 
-def test_no_runs(tmp_path):
+def test_a_folder_without_runs_is_an_error(tmp_path):
   with pytest.raises(errors.UserError):
     run_groups.collect(tmp_path)
   with pytest.raises(errors.UserError):
@@ -104,7 +104,7 @@ def test_a_result_without_its_hardware_is_damaged(key, tmp_path):
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), True, "1"])
-def test_a_result_that_is_no_number_is_damaged(tmp_path, value):
+def test_a_result_without_a_finite_number_is_damaged(tmp_path, value):
   fake_runs.write(tmp_path / "a", {}, {"last_loss": value})
   fake_runs.write(tmp_path / "b", {"seed": 1}, {})
   study = run_groups.collect(tmp_path)

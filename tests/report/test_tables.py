@@ -1,4 +1,4 @@
-"""The arithmetic of the tables, and how they show it."""
+"""The arithmetic and the format of the tables."""
 
 import csv
 import io
@@ -9,6 +9,7 @@ import pytest
 from rescalevit_jax.report import run_groups
 from rescalevit_jax.report import tables
 from rescalevit_jax.runs import result as result_lib
+from rescalevit_jax.runtime import markdown
 
 # Repeats the published ViT-B_32 with LN on cifar10: best 67.56, last 67.47.
 PUBLISHED = {"model_name": "ViT-B_32"}
@@ -19,17 +20,17 @@ def read(text):
 
 
 def shown(study):
-  """Returns what the table shows: {heading: text} for each row."""
+  """Return {heading: text} for each row."""
   columns, rows = tables.columns(study), tables.rows(study)
   return [{c.heading: c.text(row) for c in columns} for row in rows]
 
 
 @pytest.fixture
 def three(tmp_path):
-  """Three seeds of one recipe, and what is not to be counted."""
+  """Write three finished runs of one recipe, and an unfinished one."""
   values = [
     (0.60, 0.50, 1.0, 600, 100.0),
-    (0.64, 0.56, 1.3, 660, 0.0),  # Too short to measure its speed.
+    (0.64, 0.56, 1.3, 660, 0.0),  # Too short to measure the speed.
     (0.65, 0.50, 1.6, 720, 400.0),
   ]
   for seed, (best, last, loss, seconds, speed) in enumerate(values):
@@ -64,7 +65,7 @@ def test_difference_from_the_published_run(three):
   assert row["last_accuracy_difference"] == pytest.approx(0.52 - 0.6747)
 
 
-def test_accuracies_of_held_out_images_say_so(tmp_path):
+def test_a_held_out_split_has_a_column(tmp_path):
   num_val = PUBLISHED | {"data.num_val": 5000}
   fake_runs.write(tmp_path / "one", num_val, {})
   (row,) = shown(run_groups.collect(tmp_path))
@@ -72,7 +73,7 @@ def test_accuracies_of_held_out_images_say_so(tmp_path):
   assert "published best, %" not in row
 
 
-def test_what_is_shown(three):
+def test_displayed_text(three):
   assert shown(three) == [
     {
       "data set": "cifar10",
@@ -157,7 +158,7 @@ def test_csv_has_full_precision(tmp_path):
   assert float(row["best_accuracy"]) == best
 
 
-def test_a_row_for_each_run(three):
+def test_run_rows(three):
   rows = read(tables.to_csv(tables.run_rows(three)))
   assert [row["run"] for row in rows] == ["0", "1", "2", "open"]
   first, unfinished = rows[0], rows[-1]
@@ -171,7 +172,7 @@ def test_a_row_for_each_run(three):
   assert unfinished["best_accuracy"] == unfinished["minutes"] == ""
 
 
-def test_left_out(three, tmp_path):
+def test_unfinished_and_damaged_runs_are_left_out(three, tmp_path):
   (tmp_path / "bad").mkdir()
   (tmp_path / "bad" / "config.json").write_text("?")
   sections = dict(tables.left_out(run_groups.collect(tmp_path)))
@@ -180,13 +181,13 @@ def test_left_out(three, tmp_path):
   assert list(dict(tables.left_out(three))) == ["Unfinished"]
 
 
-def test_a_run_that_failed_says_why(three, tmp_path):
+def test_the_error_of_a_failed_run_is_listed(three, tmp_path):
   (tmp_path / "open" / "log.txt").write_text("step 300\nerror: loss nan\n")
   sections = dict(tables.left_out(run_groups.collect(tmp_path)))
   assert sections["Unfinished"] == ["open: step 300 of 20000; error: loss nan"]
 
 
-def test_a_diverged_run_says_so(three, tmp_path):
+def test_the_error_of_a_diverged_run_is_listed(three, tmp_path):
   error = "step 301: training diverged"
   result_lib.write(tmp_path / "open", result_lib.diverged(301, error))
   study = run_groups.collect(tmp_path)
@@ -196,7 +197,7 @@ def test_a_diverged_run_says_so(three, tmp_path):
   assert states == ["finished"] * 3 + ["diverged"]
 
 
-def test_markdown(three):
+def test_markdown_table(three):
   columns, rows = tables.columns(three), tables.rows(three)
   head, line, row = tables.markdown(columns, rows).splitlines()
   assert head.startswith("| data set | model |")
@@ -205,6 +206,6 @@ def test_markdown(three):
   assert len({text.count("|") for text in (head, line, row)}) == 1
 
 
-def test_markdown_takes_names_literally():
-  text = tables.escape_markdown("a|b <i> & `c`\nd")
+def test_markdown_syntax_in_names_is_escaped():
+  text = markdown.escape("a|b <i> & `c`\nd")
   assert text == "a\\|b &lt;i&gt; &amp; \\`c\\` d"

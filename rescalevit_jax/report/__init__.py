@@ -1,0 +1,1 @@
+"""Compare many runs: tables, one HTML page, studies of learning rates."""

@@ -1,0 +1,63 @@
+"""Describe the table of a report in a few sentences."""
+
+import collections
+from collections.abc import Iterable
+
+from rescalevit_jax.analysis import reference_results
+from rescalevit_jax.report import run_groups
+from rescalevit_jax.report import tables
+
+
+def describe(study: run_groups.Study) -> list[str]:
+  """Return the notes on a study: counts, definitions, hardware, versions."""
+  finished = study.finished
+  others = {
+    "unfinished": study.unfinished,
+    "not begun": study.not_begun,
+    "damaged": study.damaged,
+  }
+  notes = [
+    f"{_count(len(finished), 'finished run')} of"
+    f" {_count(len(study.groups), 'recipe')}; "
+    + ", ".join(f"{len(runs)} {state}" for state, runs in others.items())
+    + "."
+  ]
+  if not finished:
+    return notes
+  notes += [
+    "Accuracy is test accuracy: mean ± standard deviation (n − 1) of n runs"
+    " that differ only in the seed. A single run has no deviation.",
+    "Best is the highest accuracy of all evaluations of a run, so it is"
+    " selected on the test set. Last is the accuracy after the last step.",
+    "Minutes cover the whole run, including compilation and evaluation;"
+    " images/s cover training only.",
+  ]
+  keys = {reference_results.match(group[0].config) for group in study.groups}
+  if keys & reference_results.FIGURES.keys():
+    notes.append(
+      "Published figures are from the logs of RescaleViT: one run each, the"
+      " best of 200 evaluations, one RTX 3090, fp16. Difference: our mean minus"
+      " the published figure, in percentage points. A run from MODEL.npz is"
+      " assumed to start from Google's ImageNet-21k weights, as RescaleViT's"
+      " did."
+    )
+  for group in study.groups:
+    seeds = [run.config.seed for run in group]
+    if len(set(seeds)) < len(seeds):
+      names = ", ".join(study.name(run) for run in group)
+      notes.append(f"Runs that share a seed, each counted: {names}.")
+  notes.append(f"Hardware: {_tally(map(tables.devices, finished))}.")
+  notes.append(f"Software: {_tally(map(tables.versions, finished))}.")
+  return notes
+
+
+def _tally(descriptions: Iterable[str]) -> str:
+  """Return 'A (3 runs); B (1 run)', or 'A' if all are equal."""
+  counts = collections.Counter(descriptions)
+  if len(counts) == 1:
+    return next(iter(counts))
+  return "; ".join(f"{text} ({_count(n, 'run')})" for text, n in counts.items())
+
+
+def _count(n, noun):
+  return f"{n} {noun}" if n == 1 else f"{n} {noun}s"
