@@ -1,1 +1,1 @@
-"""Trained models: attention maps, probes, plots and published results."""
+"""Analyze models: attention maps, probes, plots, published results."""

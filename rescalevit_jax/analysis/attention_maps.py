@@ -1,7 +1,7 @@
-"""What a model's tokens attend to: probabilities, rollout, statistics.
+"""Compute the attention of models: probabilities, rollout, statistics.
 
-Shapes: L blocks, B images, h heads, N tokens, the class token first. Row q of a
-map [N, N] holds what query q attends to, and sums to 1.
+Dimensions: L blocks, B images, h heads, N tokens, the class token first. Row q
+of a map [N, N] is the attention of query q to all tokens, and sums to 1.
 """
 
 import dataclasses
@@ -13,6 +13,7 @@ from typing import Any
 from flax import linen as nn
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Float32, UInt8
 import numpy as np
 
 from rescalevit_jax.analysis import trained_model
@@ -21,22 +22,21 @@ from rescalevit_jax.runtime import terminal
 
 _log = logging.getLogger(__name__)
 
-_SECONDS_BETWEEN_LINES = 10.0
+_PROGRESS_SECONDS = 10.0
 
 
 @functools.partial(jax.jit, static_argnames="model")
 def probabilities(
-  model: nn.Module, variables: dict[str, Any], images: jax.Array
-) -> jax.Array:
-  """Returns the attention probabilities of all blocks.
+  model: nn.Module,
+  variables: dict[str, Any],
+  images: Float32[Array, "B S S 3"],
+) -> Float32[Array, "L B h N N"]:
+  """Return the attention probabilities of all blocks.
 
   Args:
     model: a `VisionTransformer`.
     variables: its collections `params` and `batch_stats`.
-    images: [B, S, S, 3] float32 in [-1, 1].
-
-  Returns:
-    [L, B, h, N, N] float32, each row summing to 1.
+    images: images in [-1, 1].
   """
   _, sown = model.apply(
     variables, images, train=False, mutable=["intermediates"]
@@ -52,17 +52,14 @@ def probabilities(
   )
 
 
-def rollout(attention: np.ndarray) -> np.ndarray:
-  """Follows attention through all blocks, residual connections included.
+def rollout(
+  attention: Float[np.ndarray, "L h N N"],
+) -> Float[np.ndarray, "N N"]:
+  """Return the share of each input token (column) in each output token (row).
 
-  Abnar and Zuidema 2020 (arXiv:2005.00928), section 3: the product of
-  (mean over heads + identity) / 2 of all blocks, the last one leftmost.
-
-  Args:
-    attention: [L, h, N, N], of one image.
-
-  Returns:
-    [N, N]: how much of each input token is in each output token; rows sum to 1.
+  Attention rollout, Abnar and Zuidema 2020 (arXiv:2005.00928), section 3: the
+  product of (mean over heads + identity) / 2 of all blocks, the last block
+  leftmost. The identity accounts for residual connections. Rows sum to 1.
   """
   maps = attention.mean(axis=1)
   identity = np.eye(maps.shape[-1], dtype=maps.dtype)
@@ -74,38 +71,40 @@ def rollout(attention: np.ndarray) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class Statistics:
-  """Means over images, heads and queries, an entry per block.
+  """Statistics of each block, averaged over images, heads and queries.
 
   Attributes:
-    entropy: [L], -sum p ln p, in nats; ln N where attention is uniform.
-    diagonal: [L], the share that a token gives itself; 1 / N where uniform.
-    sparsity: [L], Hoyer's (2004, Journal of Machine Learning Research 5):
-      (sqrt(N) - 1 / ||p||_2) / (sqrt(N) - 1), from 0 (uniform) to 1 (one token
-      gets all).
+    entropy: -sum p ln p, in nats; ln N for uniform attention.
+    diagonal: attention of a token to itself; 1 / N for uniform attention.
+    sparsity: Hoyer's sparsity (2004, Journal of Machine Learning Research 5):
+      (sqrt(N) - 1 / ||p||_2) / (sqrt(N) - 1), 0 for uniform attention, 1 if
+      one token receives all attention.
     tokens: N.
-    images: how many the means are of.
+    images: number of images.
   """
 
-  entropy: np.ndarray
-  diagonal: np.ndarray
-  sparsity: np.ndarray
+  entropy: Float[np.ndarray, " L"]
+  diagonal: Float[np.ndarray, " L"]
+  sparsity: Float[np.ndarray, " L"]
   tokens: int
   images: int
 
 
 def statistics(
-  model: trained_model.TrainedModel, images: np.ndarray, batch: int = 64
+  model: trained_model.TrainedModel,
+  images: UInt8[np.ndarray, "M H W 3"],
+  batch: int = 64,
 ) -> Statistics:
-  """Measures the attention of a model on images, each counted once.
+  """Compute the attention statistics of a model, counting each image once.
 
   Args:
-    model: with its weights.
-    images: [M, H, W, 3] uint8.
-    batch: images a step.
+    model: the model.
+    images: images of the data set's size.
+    batch: images per step.
   """
   batch = min(batch, len(images))
   sums, tokens = 0.0, 0
-  start = line = time.monotonic()
+  start = last_log = time.monotonic()
   for first in range(0, len(images), batch):
     part = images[first : first + batch]
     counted = np.arange(batch) < len(part)
@@ -114,24 +113,24 @@ def statistics(
       model.model, model.variables, part, counted, model.image_size
     )
     sums += np.asarray(found, np.float64)
-    if time.monotonic() - line > _SECONDS_BETWEEN_LINES:
-      line = time.monotonic()
+    if time.monotonic() - last_log > _PROGRESS_SECONDS:
+      last_log = time.monotonic()
       done = min(first + batch, len(images))
-      rate = done / (line - start)
+      speed = done / (last_log - start)
       _log.info(
         "attention of %s: image %d of %d  %.1f images/s  ETA %s",
         model.name,
         done,
         len(images),
-        rate,
-        terminal.duration((len(images) - done) / rate),
+        speed,
+        terminal.duration((len(images) - done) / speed),
       )
   return Statistics(*sums / len(images), int(tokens), len(images))
 
 
 @functools.partial(jax.jit, static_argnames=("model", "image_size"))
 def _sums(model, variables, images, counted, image_size):
-  """Sums over the images that count: [3, L], and N."""
+  """Return the statistics summed over counted images, [3, L], and N."""
   p = probabilities(model, variables, preprocess.prepare(images, image_size))
   n = p.shape[-1]
   entropy = jax.scipy.special.entr(p).sum(-1)

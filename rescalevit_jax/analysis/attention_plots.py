@@ -1,7 +1,6 @@
-"""Pictures of attention, of one model or of several side by side.
+"""Draw the attention of one or more models side by side.
 
-Every model has rows of its own; the colours of a picture have one scale, so
-that what is brighter is more.
+All panels of a picture share one colour scale.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -10,6 +9,7 @@ import math
 import textwrap
 from typing import Any
 
+from jaxtyping import Float, UInt8
 import matplotlib
 from matplotlib import figure as figure_lib
 import numpy as np
@@ -28,18 +28,18 @@ _COLORMAP = "viridis"
 
 @dataclasses.dataclass(frozen=True)
 class _Panel:
-  """A map with its title, over the picture if `over` is given."""
+  """A map with its title, drawn over the image `over` if given."""
 
   title: str
-  values: np.ndarray
-  over: np.ndarray | None = None
+  values: Float[np.ndarray, "H W"]
+  over: Float[np.ndarray, "S S 3"] | None = None
 
 
 def draw_during_training(
   step: int,
   experiment: experiment_lib.Experiment,
   variables: Mapping[str, Any],
-) -> dict[str, np.ndarray]:
+) -> dict[str, UInt8[np.ndarray, "_ _ 3"]]:
   """Draw the attention on the first test image, for `trainer.DrawAttention`."""
   model = trained_model.TrainedModel(
     f"step {step}",
@@ -57,13 +57,13 @@ def draw(
   image: image_files.Source,
   block: int = 0,
 ) -> figure_lib.Figure:
-  """Draws the attention of models that look at an image.
+  """Draw the attention of models on an image.
 
   Args:
     kind: a key of `KINDS`.
-    models: at least one.
+    models: at least one model.
     image: a path, a Pillow image, or a uint8 array [H, W, 3].
-    block: for 'heads': the block.
+    block: index of the block, for 'heads'.
 
   Raises:
     UserError: a model has no such block, or the image cannot be read.
@@ -72,7 +72,7 @@ def draw(
   for model in models:
     if not 0 <= block < model.model.num_layers:
       raise errors.UserError(
-        f"{model.name}: has no block {block}; its blocks are 0 to"
+        f"{model.name}: has no block {block}; choose one of 0 to"
         f" {model.model.num_layers - 1}"
       )
     x = model.inputs([image])
@@ -85,8 +85,8 @@ def draw(
 
 def draw_all(
   model: trained_model.TrainedModel, image: image_files.Source
-) -> dict[str, np.ndarray]:
-  """Returns {'attention/KIND': uint8 [H, W, 3]} of all kinds."""
+) -> dict[str, UInt8[np.ndarray, "_ _ 3"]]:
+  """Return the pictures of all kinds, by 'attention/KIND'."""
   return {
     f"attention/{kind}": plots.pixels(draw(kind, [model], image))
     for kind in KINDS
@@ -94,7 +94,7 @@ def draw_all(
 
 
 def _tokens(maps, picture, block):
-  """The token-by-token map of head 0, in the blocks that RescaleViT shows."""
+  """Return the maps of head 0 in the blocks that RescaleViT shows."""
   del picture, block
   return [
     _Panel(f"block {i}", maps[i, 0]) for i in _ORIGINAL_BLOCKS if i < len(maps)
@@ -107,7 +107,7 @@ def _heads(maps, picture, block):
 
 
 def _class_token(maps, picture, block):
-  """What the class token attends to in the image, relative to uniform."""
+  """Return the class token's attention to patches, relative to uniform."""
   del block
   share = maps.mean(axis=1)[:, 0, 1:] * maps.shape[-1]
   return [
@@ -126,14 +126,17 @@ class Kind:
   """A kind of picture.
 
   Attributes:
-    title: what is to be seen.
-    scale: what the colours mean.
-    panels: from maps [L, h, N, N], model input [S, S, 3] and block to panels.
+    title: title of the picture.
+    scale: label of the colour scale.
+    panels: function from maps, model input and block to panels.
   """
 
   title: str
   scale: str
-  panels: Callable[[np.ndarray, np.ndarray, int], list[_Panel]]
+  panels: Callable[
+    [Float[np.ndarray, "L h N N"], Float[np.ndarray, "S S 3"], int],
+    list[_Panel],
+  ]
 
 
 KINDS: Mapping[str, Kind] = {
@@ -166,7 +169,7 @@ def _square(row):
 
 
 def _figure(rows, kind):
-  """Lays out rows of (model, picture, panels): a subfigure for each model."""
+  """Draw rows of (model, picture, panels), a subfigure for each model."""
   cells = [
     [picture, *panels] if panels[0].over is not None else panels
     for _, picture, panels in rows
@@ -175,7 +178,7 @@ def _figure(rows, kind):
   lines = max(math.ceil(len(row) / columns) for row in cells)
   beside = min(len(rows), _COLUMNS // columns)
   below = math.ceil(len(rows) / beside)
-  size = 1.5 if columns * beside > 4 else 2.0  # Of a panel, in inches.
+  size = 1.5 if columns * beside > 4 else 2.0  # Inches per panel.
   width = max(4.0, size * columns * beside) + 1.0
   # The widest letters of this size, W and @, are 0.12 inches wide.
   letters = int((width - 1.0) / beside / 0.125)
@@ -187,7 +190,7 @@ def _figure(rows, kind):
   figure.suptitle(kind.title, fontsize="medium")
   left, right = figure.subfigures(1, 2, width_ratios=[width - 1.0, 1.0])
   every = np.concatenate([p.values.ravel() for _, _, ps in rows for p in ps])
-  # Without its few largest values, which would leave the rest dark.
+  # Clip outliers, which would leave the rest dark.
   scale = matplotlib.colors.Normalize(0, np.percentile(every, 99.5))
   parts = left.subfigures(below, beside, squeeze=False).flat
   for part, (model, _, _), name, row in zip(
@@ -195,7 +198,7 @@ def _figure(rows, kind):
   ):
     norm = model.model.norm
     part.suptitle(
-      # Of the same height, so that the panels are level.
+      # Equal heights align the panels.
       plots.plain("\n".join([norm, *name, *[""] * (name_lines - len(name))])),
       fontsize="small",
       color=plots.norm_color(norm),

@@ -1,4 +1,4 @@
-"""A picture of a run's diagnostics, by depth and time."""
+"""Draw a run's diagnostics over depth and time."""
 
 from collections.abc import Iterable, Iterator
 import dataclasses
@@ -19,7 +19,7 @@ from rescalevit_jax.training import measurements
 _COLUMNS = (4, 5)
 _COLORMAP, _DIVERGING = "viridis", "PuOr"
 _MISSING = "#d9d9d9"
-_ORDERS = 5  # Of magnitude, that the colours of a panel span at most.
+_ORDERS = 5  # Maximum orders of magnitude of a logarithmic colour scale.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,10 +27,10 @@ class Quantity:
   """A quantity with a value for each part of the model.
 
   Attributes:
-    name: in metrics.jsonl, after the part's.
-    title: for people.
-    unit: of the axis or the colours.
-    scale: 'log', 'linear', 'signed' (about 0) or 'share' (from 0 to 1).
+    name: its name in metrics.jsonl, after the name of the part.
+    title: title of the panel.
+    unit: label of the axis or of the colour scale.
+    scale: 'log', 'linear', 'signed' (symmetric about 0) or 'share' (0 to 1).
   """
 
   name: str
@@ -39,8 +39,12 @@ class Quantity:
   scale: str
 
 
-STREAM_CLS = Quantity("stream_rms_cls", "Stream, class token", "RMS", "log")
-STREAM = Quantity("stream_rms_patches", "Stream, patches", "RMS", "log")
+STREAM_CLS = Quantity(
+  "stream_rms_cls", "Residual stream, class token", "RMS", "log"
+)
+STREAM = Quantity(
+  "stream_rms_patches", "Residual stream, patches", "RMS", "log"
+)
 GRADIENT = Quantity("grad_norm", "Gradient, before clipping", "norm", "log")
 GRADIENT_QK = Quantity(
   "grad_norm_qk", "Gradient of queries and keys", "norm", "log"
@@ -48,25 +52,32 @@ GRADIENT_QK = Quantity(
 ENTROPY = Quantity("attention_entropy", "Attention entropy", "nats", "linear")
 SATURATION = (
   Quantity(
-    "saturation_attention", "Saturated before attention", "share", "share"
+    "saturation_attention",
+    "Saturated outputs before attention",
+    "share",
+    "share",
   ),
-  Quantity("saturation_mlp", "Saturated before the MLP", "share", "share"),
+  Quantity(
+    "saturation_mlp", "Saturated outputs before the MLP", "share", "share"
+  ),
 )
 _BY_TIME = (
   STREAM_CLS,
   STREAM,
-  Quantity("stream_mean_cls", "Stream, class token", "mean", "signed"),
-  Quantity("stream_mean_patches", "Stream, patches", "mean", "signed"),
+  Quantity("stream_mean_cls", "Residual stream, class token", "mean", "signed"),
+  Quantity("stream_mean_patches", "Residual stream, patches", "mean", "signed"),
   GRADIENT,
   GRADIENT_QK,
-  Quantity("update_ratio", "Update of a step", "|update| / |weights|", "log"),
+  Quantity(
+    "update_ratio", "Relative update per step", "|update| / |weights|", "log"
+  ),
   ENTROPY,
   *SATURATION,
 )
 
 
 def is_diagnosed(run: run_reader.Run) -> bool:
-  """Whether there are diagnostics of a run."""
+  """Return True if a run has diagnostics."""
   return any(_lines(run))
 
 
@@ -79,13 +90,13 @@ def _is_diagnostic(name):
 
 
 def draw(run: run_reader.Run, name: str) -> figure_lib.Figure:
-  """Draws a run: what has parts by depth and time, the rest over time.
+  """Draw a run: quantities of parts over depth and time, others over time.
 
-  Grey is what is 0 on a logarithmic scale, or not finite.
+  Values that are not finite, or 0 on a logarithmic scale, are grey.
 
   Args:
-    run: one with diagnostics.
-    name: of the run, for the title.
+    run: a run with diagnostics.
+    name: name of the run, for the title.
   """
   lines = _lines(run)
   steps = np.array([line["step"] for line in lines])
@@ -113,7 +124,7 @@ def draw(run: run_reader.Run, name: str) -> figure_lib.Figure:
 
 
 def parts(names: Iterable[str]) -> list[str]:
-  """Returns the parts of a model; `names` are those of its quantities."""
+  """Return the parts of a model from the names of its quantities."""
   blocks = {name.split("/")[-2] for name in names if "block_" in name}
   return measurements.parts(len(blocks))
 
@@ -129,7 +140,7 @@ def _label(part):
 
 
 def grid(count: int) -> tuple[figure_lib.Figure, Iterator[axes_lib.Axes]]:
-  """Returns a figure of so many panels, and an iterator of them."""
+  """Return a figure with `count` panels, and an iterator over their axes."""
   columns = min(_COLUMNS, key=lambda columns: -count % columns)
   rows = math.ceil(count / columns)
   figure = figure_lib.Figure(
@@ -174,7 +185,7 @@ def _draw_map(figure, ax, quantity, steps, labels, values):
 
 
 def _norm(scale, values):
-  """Returns what maps values to colours, and which end is cut off."""
+  """Return the colour normalization, and the clipped end of the scale."""
   if scale == "share":
     return colors.Normalize(0, 1), "neither"
   known = values[np.isfinite(values)]
@@ -194,7 +205,7 @@ def _norm(scale, values):
 
 
 def _draw_over_time(axes, run):
-  """Draws what the model has as a whole, in three panels."""
+  """Draw the quantities of the whole model, in three panels."""
   style = {"color": "#0072B2", "marker": "o", "markersize": 3}
   other = {"color": "#D55E00", "marker": "s", "markersize": 3}
 
@@ -205,21 +216,21 @@ def _draw_over_time(axes, run):
   steps, shares = curve("clipped_share")
   ax.plot(steps, [100 * share for share in shares], **style)
   ax.set(ylim=(-4, 104))
-  _label_axes(ax, "Steps clipped, since the point before", "%")
+  _label_axes(ax, "Clipped steps since the last point", "%")
   ax = next(axes)
   ax.plot(*run.curve("train/lr"), "--", color="#555555", label="schedule")
   ax.plot(*curve("effective_lr"), **style, label="after clipping")
   ax.legend(frameon=False, fontsize="x-small")
-  _label_axes(ax, "Learning rate", "rate")
+  _label_axes(ax, "Learning rate", "learning rate")
   ax = next(axes)
   steps, values = map(np.array, curve("sharpness"))
-  for sign, look, label in ((1, style, "> 0"), (-1, other, "< 0")):
+  for sign, line, label in ((1, style, "> 0"), (-1, other, "< 0")):
     of_sign = sign * values > 0
     if of_sign.any():
       ax.plot(
         steps[of_sign],
         np.abs(values[of_sign]),
-        **look,
+        **line,
         linestyle="-" if sign > 0 else "none",
         label=label,
       )
@@ -239,7 +250,7 @@ def _label_axes(ax, title, unit):
 
 
 def tidy(ax: axes_lib.Axes) -> None:
-  """Gives lines a background that does not draw the eye."""
+  """Style the axes of a line plot: faint grid, no upper or right spine."""
   ax.tick_params(labelsize="x-small", which="both")
   ax.grid(alpha=0.25)
   ax.spines[["top", "right"]].set_visible(False)

@@ -1,4 +1,4 @@
-"""Writes a run's weights as an `.npz` with the keys of Google's checkpoints.
+"""Export a run's weights as an `.npz` with the keys of Google's checkpoints.
 
 python -m rescalevit_jax.analysis.export_npz --workdir=runs/a --output=a.npz
 """
@@ -10,23 +10,23 @@ import pathlib
 import sys
 
 from rescalevit_jax import errors
-from rescalevit_jax.pretrained import fold
+from rescalevit_jax.pretrained import fold as fold_lib
 from rescalevit_jax.pretrained import npz
-from rescalevit_jax.runs import checkpoint
+from rescalevit_jax.runs import checkpoint as checkpoint_lib
 from rescalevit_jax.runs import folder
 from rescalevit_jax.runtime import cli
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-  """Exports a checkpoint; returns the exit code."""
+  """Export a checkpoint; return the exit code."""
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-  parser.add_argument("--workdir", required=True, help="the run's folder")
+  parser.add_argument("--workdir", required=True, help="folder of the run")
   parser.add_argument("--output", required=True, help="the .npz to write")
   parser.add_argument(
     "--checkpoint",
     choices=("best", "latest"),
     default="best",
-    help="whose weights; default: best",
+    help="checkpoint to export (default: best)",
   )
   parser.add_argument(
     "--overwrite", action="store_true", help="replace an existing output"
@@ -34,42 +34,70 @@ def main(argv: Sequence[str] | None = None) -> int:
   parser.add_argument(
     "--fold",
     action="store_true",
-    help="put the norm (Cal, Rescale, Fade) into the layers after it",
+    help="fold the norm, if it folds, into the linear layers after it",
   )
   args = parser.parse_args(argv)
-  return cli.run(lambda: _run(args))
-
-
-def _run(args):
-  if os.path.exists(args.output) and not args.overwrite:
-    raise errors.UserError(
-      f"{args.output}: exists already; choose another --output or add"
-      " --overwrite"
+  return cli.run(
+    lambda: export(
+      args.workdir,
+      args.output,
+      checkpoint=args.checkpoint,
+      fold=args.fold,
+      overwrite=args.overwrite,
     )
-  params, batch_stats, step = checkpoint.load_variables(
-    pathlib.Path(args.workdir), args.checkpoint
   )
-  model = folder.require_config(args.workdir).model
-  if args.fold:
-    params, batch_stats = fold.fold(model.norm, params, batch_stats)
-  npz.save(args.output, params, batch_stats)
-  folded = ", without its norm" if args.fold else ""
-  print(f"{args.output}: the {args.checkpoint} weights, of step {step}{folded}")
-  if words := _untold(model):
+
+
+def export(
+  workdir: str | os.PathLike[str],
+  output: str | os.PathLike[str],
+  *,
+  checkpoint: str = "best",
+  fold: bool = False,
+  overwrite: bool = False,
+) -> None:
+  """Export a checkpoint of a run.
+
+  Args:
+    workdir: folder of the run.
+    output: the `.npz` to write.
+    checkpoint: 'best' or 'latest'.
+    fold: True to fold the norm into the linear layers after it.
+    overwrite: True to replace an existing file.
+
+  Raises:
+    UserError: there is no checkpoint, the norm does not fold, or the output
+      exists.
+  """
+  if os.path.exists(output) and not overwrite:
+    raise errors.UserError(
+      f"{output}: exists already; choose another --output or add --overwrite"
+    )
+  params, batch_stats, step = checkpoint_lib.load_variables(
+    pathlib.Path(workdir), checkpoint
+  )
+  model = folder.require_config(workdir).model
+  if fold:
+    params, batch_stats = fold_lib.fold(model.norm, params, batch_stats)
+  npz.save(os.fspath(output), params, batch_stats)
+  folded = ", norm folded" if fold else ""
+  print(f"{output}: the {checkpoint} weights, of step {step}{folded}")
+  if options := _not_in_arrays(model):
     print(
-      "what its arrays do not tell has to be said by model.* keys, or to"
-      f" plot_attention.py as --npz={args.output}:{','.join(words)}"
+      "the arrays do not contain all options of the model; set them with"
+      " model.* keys, or for plot_attention with"
+      f" --npz={output}:{','.join(options)}"
     )
 
 
-def _untold(model):
-  """Returns what the model has that no array shows, as `--npz` takes it."""
-  words = ["GN"] if model.norm == "GN" else []  # It does not fold.
-  words += [model.gelu] if model.gelu != "erf" else []
-  words += [model.pool] if model.pool != "cls" else []
+def _not_in_arrays(model):
+  """Return the options that the arrays do not show, as `--npz` takes them."""
+  options = ["GN"] if model.norm == "GN" else []  # Never folded.
+  options += [model.gelu] if model.gelu != "erf" else []
+  options += [model.pool] if model.pool != "cls" else []
   if model.residual == "rescalenet" and model.residual_c is not None:
-    words.append(f"c={model.residual_c!r}")
-  return words
+    options.append(f"c={model.residual_c!r}")
+  return options
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-r"""Draws and measures what the tokens of trained models attend to.
+r"""Draw and measure the attention of trained models.
 
 python -m rescalevit_jax.analysis.plot_attention --workdir=runs/a
 python -m rescalevit_jax.analysis.plot_attention --workdir=runs/a \
@@ -6,15 +6,16 @@ python -m rescalevit_jax.analysis.plot_attention --workdir=runs/a \
 python -m rescalevit_jax.analysis.plot_attention --npz=ViT-B_16.npz:tanh \
     --image=cat.jpeg
 
-Writes four pictures, as PNG and SVG (tokens: each token to each token, head 0
-of blocks 0, 3, 6 and 9; heads: every head of one block; class_token: over the
-image, for every block; rollout: through all blocks, residuals included), prints
-entropy, share of the diagonal and sparsity of the attention, means over the
-test split, and writes them to attention.csv.
+Writes four pictures, as PNG and SVG: tokens (each token to each token, head 0
+of blocks 0, 3, 6 and 9), heads (the same for every head of one block),
+class_token (class token to image, for every block) and rollout (through all
+blocks, including residual connections). Prints entropy, diagonal share and
+sparsity of the attention, averaged over the test split, and writes them to
+attention.csv.
 """
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 import csv
 import dataclasses
 import functools
@@ -32,88 +33,88 @@ from rescalevit_jax.analysis import attention_plots
 from rescalevit_jax.analysis import plots
 from rescalevit_jax.analysis import trained_model
 from rescalevit_jax.data import dataset as dataset_lib
+from rescalevit_jax.data import image_files
 from rescalevit_jax.models import norms
 from rescalevit_jax.runs import folder as folder_lib
 from rescalevit_jax.runtime import atomic_file
 from rescalevit_jax.runtime import cli
 from rescalevit_jax.runtime import terminal
 
-_log = logging.getLogger("rescalevit_jax.plot_attention")
+_log = logging.getLogger("rescalevit_jax.analysis.plot_attention")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-  """Draws and measures; returns the exit code."""
-  parser = argparse.ArgumentParser(
-    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-  )
-  parser.add_argument(
-    "--workdir", action="append", default=[], help="a run's folder; repeatable"
-  )
-  parser.add_argument(
-    "--npz",
-    action="append",
-    default=[],
-    metavar="FILE[:ARGS]",
-    help="a checkpoint file; repeatable. ARGS, what its arrays do not tell: GN,"
-    " which look like LN's; tanh for Google's files, whose GELU is not erf; gap"
-    " and c=NUMBER for another model.pool and model.residual_c; with commas"
-    " between: a.npz:GN,tanh",
-  )
-  parser.add_argument(
-    "--checkpoint",
-    choices=("best", "latest"),
-    default="best",
-    help="of the runs; default: best",
-  )
-  picture = parser.add_mutually_exclusive_group()
-  picture.add_argument("--image", help="an image file to look at")
-  picture.add_argument(
-    "--index", type=int, default=0, help="of a test image; default: 0"
-  )
-  parser.add_argument(
-    "--dataset",
-    help="whose test split is used; default: each run's own, and the first"
-    " run's for the picture and for files",
-  )
-  parser.add_argument(
-    "--tfds_data_dir", help="where it lies; default: the runs' own"
-  )
-  parser.add_argument(
-    "--kind",
-    action="append",
-    choices=list(attention_plots.KINDS),
-    help="of picture; repeatable, default: all",
-  )
-  parser.add_argument(
-    "--block", type=int, default=0, help="of the picture of heads; default: 0"
-  )
-  parser.add_argument(
-    "--no_statistics",
-    action="store_true",
-    help="leave out the pass over the test split",
-  )
-  parser.add_argument(
-    "--batch", type=int, default=32, help="images a step; default: 32"
-  )
-  parser.add_argument(
-    "--output",
-    type=pathlib.Path,
-    help="folder; default: attention/ in the folder of the first run or file",
-  )
-  args = parser.parse_args(argv)
+  """Draw and measure attention; return the exit code."""
+  args = _parser().parse_args(argv)
   terminal.log_to_stderr()
   return cli.run(lambda: _run(args))
 
 
+def _parser():
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  add = parser.add_argument
+  add(
+    "--workdir", action="append", default=[], help="folder of a run; repeatable"
+  )
+  add(
+    "--npz",
+    action="append",
+    default=[],
+    metavar="FILE[:ARGS]",
+    help="a checkpoint file; repeatable. Some options cannot be inferred from"
+    " the file; append them, separated by commas: the norm GN, which has the"
+    " arrays of LN; tanh for Google's files, whose GELU is not erf; gap and"
+    " c=NUMBER for model.pool and model.residual_c. Example: a.npz:GN,tanh",
+  )
+  add(
+    "--checkpoint",
+    choices=("best", "latest"),
+    default="best",
+    help="checkpoint of the runs (default: best)",
+  )
+  picture = parser.add_mutually_exclusive_group()
+  picture.add_argument("--image", help="an image file")
+  picture.add_argument(
+    "--index", type=int, default=0, help="index of a test image (default: 0)"
+  )
+  add(
+    "--dataset",
+    help="data set of the test split (default: each run's own; the first run's"
+    " for the image and for checkpoint files)",
+  )
+  add("--tfds_data_dir", help="folder of data sets (default: the runs' own)")
+  add(
+    "--kind",
+    action="append",
+    choices=list(attention_plots.KINDS),
+    help="kind of picture; repeatable (default: all)",
+  )
+  add("--block", type=int, default=0, help="block of the picture heads (0)")
+  add(
+    "--no_statistics",
+    action="store_true",
+    help="draw only, without evaluating the test split",
+  )
+  add("--batch", type=int, default=32, help="images per step (default: 32)")
+  add(
+    "--output",
+    type=pathlib.Path,
+    help="output folder (default: attention/ in the folder of the first run or"
+    " file)",
+  )
+  return parser
+
+
 @dataclasses.dataclass(frozen=True)
 class Subject:
-  """A model to look at.
+  """A model to draw.
 
   Attributes:
-    model: with its weights.
-    path: as given.
-    source: name, folder and `data` keys of its data set; None if it is not
-      known.
+    model: the model.
+    path: its folder or file, as given.
+    source: name, folder and `data` keys of its data set; None if unknown.
   """
 
   model: trained_model.TrainedModel
@@ -122,7 +123,7 @@ class Subject:
 
   @property
   def test_split(self) -> dataset_lib.Split | None:
-    """Of its data set."""
+    """Test split of its data set."""
     return None if self.source is None else _test_split(*self.source)
 
 
@@ -135,63 +136,76 @@ def _run(args):
   if not args.workdir and not args.npz:
     raise errors.UserError("no model: give --workdir or --npz")
   if args.batch < 1:
-    raise errors.UserError(f"--batch: is {args.batch}, but must be > 0")
-  subjects = _subjects(args)
-  image = args.image
-  if image is None:
-    image = _test_image(subjects[0], args.index)
+    raise errors.UserError(f"--batch: {args.batch} is less than 1; raise it")
+  subjects = load_subjects(
+    args.workdir, args.npz, args.checkpoint, args.dataset, args.tfds_data_dir
+  )
+  image = args.image or _test_image(subjects[0], args.index)
   output = args.output
   if output is None:
     path = pathlib.Path(subjects[0].path)
     output = (path if path.is_dir() else path.parent) / "attention"
   models = [subject.model for subject in subjects]
-  for kind in args.kind or attention_plots.KINDS:
-    figure = attention_plots.draw(kind, models, image, args.block)
-    for suffix in (".png", ".svg"):
-      plots.save(figure, output / f"{kind}{suffix}")
-    _log.info("%s", output / f"{kind}.png")
+  draw(models, image, output, args.kind or attention_plots.KINDS, args.block)
   if args.no_statistics:
     return
   measured = [subject for subject in subjects if subject.test_split is not None]
   if len(measured) < len(subjects):
     _log.warning("no statistics of files without --dataset")
   if measured:
-    _measure(measured, args.batch, output / "attention.csv")
+    measure(measured, args.batch, output / "attention.csv")
 
 
-def _subjects(args) -> list[Subject]:
+def load_subjects(
+  workdirs: Sequence[str],
+  npz: Sequence[str],
+  checkpoint: str = "best",
+  dataset: str | None = None,
+  tfds_data_dir: str | None = None,
+) -> list[Subject]:
+  """Load models of runs and of checkpoint files, with their data sets.
+
+  Args:
+    workdirs: folders of runs.
+    npz: checkpoint files, FILE or FILE:ARGS.
+    checkpoint: 'best' or 'latest' checkpoint of the runs.
+    dataset: data set of the test split; None for each run's own.
+    tfds_data_dir: folder of data sets; None for the runs' own.
+
+  Raises:
+    UserError: a model cannot be loaded.
+  """
   sources = []
-  for workdir in args.workdir:
+  for workdir in workdirs:
     config = folder_lib.require_config(workdir)
     sources.append(
       (
-        args.dataset or config.dataset,
-        args.tfds_data_dir or config.tfds_data_dir,
+        dataset or config.dataset,
+        tfds_data_dir or config.tfds_data_dir,
         tuple(config.data.items()),
       )
     )
-  first = (args.dataset, args.tfds_data_dir, ()) if args.dataset else None
+  first = (dataset, tfds_data_dir, ()) if dataset else None
   first = sources[0] if sources else first
   subjects = [
-    Subject(trained_model.load(workdir, args.checkpoint), workdir, source)
-    for workdir, source in zip(args.workdir, sources, strict=True)
+    Subject(trained_model.load(workdir, checkpoint), workdir, source)
+    for workdir, source in zip(workdirs, sources, strict=True)
   ]
-  for reference in args.npz:
-    path, said = _parse_reference(reference)
-    model = trained_model.load_npz(path, **said)
-    if "norm" not in said and model.model.norm == "LN":
-      _log.info("%s: taken for LN; write %s:GN if it is GN", path, path)
+  for reference in npz:
+    path, options = _parse_reference(reference)
+    model = trained_model.load_npz(path, **options)
+    if "norm" not in options and model.model.norm == "LN":
+      _log.info("%s: assuming LN; append :GN if the norm is GN", path)
     subjects.append(Subject(model, path, first))
   names = [subject.model.name for subject in subjects]
-  given = [*args.workdir, *args.npz]
-  for subject, reference in zip(subjects, given, strict=True):
+  for subject, reference in zip(subjects, [*workdirs, *npz], strict=True):
     if names.count(subject.model.name) > 1:
       subject.model.name = reference
   return subjects
 
 
 def _parse_reference(reference: str) -> tuple[str, dict[str, Any]]:
-  """Parses FILE[:ARGS] into the file and what it says to `load_npz`."""
+  """Parse FILE[:ARGS] into the file and keyword arguments of `load_npz`."""
   path, colon, words = reference.rpartition(":")
   whole = words.endswith(".npz") or pathlib.Path(reference).is_file()
   if not colon or whole:
@@ -201,23 +215,23 @@ def _parse_reference(reference: str) -> tuple[str, dict[str, Any]]:
     **dict.fromkeys(models_lib.GELUS, "gelu"),
     **dict.fromkeys(models_lib.POOLS, "pool"),
   }
-  said = {}
+  options = {}
   for word in filter(None, words.split(",")):
     key, value = known.get(word), word
     if word.startswith("c="):
       key, value = "residual_c", _positive(word.removeprefix("c="))
-    if key in said or None in (key, value):
+    if key in options or None in (key, value):
       raise errors.UserError(
         f"--npz: unknown or too many: {word!r} in {reference}; at most one"
         " norm, one GELU, one pool and one c=NUMBER above 0;"
         f" {errors.nearest(word, known)}"
       )
-    said[key] = value
-  return path, said
+    options[key] = value
+  return path, options
 
 
 def _positive(text):
-  """Returns a number above 0; None if the text is none."""
+  """Return a finite number above 0, or None if the text is not one."""
   try:
     return number if 0 < (number := float(text)) < math.inf else None
   except ValueError:
@@ -230,13 +244,48 @@ def _test_image(subject, index):
     raise errors.UserError("no image: give --image FILE, or --dataset")
   if not 0 <= index < len(split.images):
     raise errors.UserError(
-      f"--index: {index} is not in the test split, which has 0 to"
+      f"--index: {index} is not in the test split; choose one of 0 to"
       f" {len(split.images) - 1}"
     )
   return split.images[index]
 
 
-def _measure(subjects, batch, path):
+def draw(
+  models: Sequence[trained_model.TrainedModel],
+  image: image_files.Source,
+  output: pathlib.Path,
+  kinds: Iterable[str] = attention_plots.KINDS,
+  block: int = 0,
+) -> None:
+  """Draw pictures and write them to a folder, as PNG and SVG.
+
+  Args:
+    models: the models to draw.
+    image: a path, a Pillow image, or a uint8 array [H, W, 3].
+    output: the folder; created if missing.
+    kinds: kinds of pictures, keys of `attention_plots.KINDS`.
+    block: index of the block, for the kind 'heads'.
+
+  Raises:
+    UserError: a model has no such block, or the image cannot be read.
+  """
+  for kind in kinds:
+    figure = attention_plots.draw(kind, models, image, block)
+    for suffix in (".png", ".svg"):
+      plots.save(figure, output / f"{kind}{suffix}")
+    _log.info("%s", output / f"{kind}.png")
+
+
+def measure(
+  subjects: Sequence[Subject], batch: int, path: pathlib.Path
+) -> None:
+  """Print the attention statistics of models and write them as CSV.
+
+  Args:
+    subjects: models with a test split.
+    batch: images per step.
+    path: the CSV file to write.
+  """
   rows = []
   for subject in subjects:
     model, images = subject.model, subject.test_split.images

@@ -1,4 +1,4 @@
-r"""Draws accuracy and loss over steps, of one run or of several.
+r"""Draw accuracy and loss of one or more runs over training steps.
 
 python -m rescalevit_jax.analysis.plot_curves --workdir=runs/a \
     --workdir=runs/b --output=a.png
@@ -15,9 +15,11 @@ from rescalevit_jax.analysis import reference_results
 from rescalevit_jax.runs import run_reader
 from rescalevit_jax.runtime import cli
 
+_OUTPUTS = (pathlib.Path("curves.png"), pathlib.Path("curves.svg"))
+
 
 def main(argv: Sequence[str] | None = None) -> int:
-  """Draws curves; returns the exit code."""
+  """Draw curves; return the exit code."""
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
@@ -25,39 +27,54 @@ def main(argv: Sequence[str] | None = None) -> int:
     "--workdir",
     action="append",
     required=True,
-    help="a run's folder, or one with several runs; repeatable",
+    help="folder of a run, or of several runs; repeatable",
   )
   parser.add_argument(
     "--output",
     action="append",
     type=pathlib.Path,
-    help="the picture, .png or .svg; repeatable, default: curves.png and"
-    " curves.svg",
+    help="the picture, .png or .svg; repeatable (default: curves.png and"
+    " curves.svg)",
   )
   parser.add_argument(
     "--published",
-    help="CSV of published curves, drawn faint beside runs of the same recipe;"
-    " columns: dataset, model, norm, pretrained, step, valid_loss,"
+    help="CSV of published curves, drawn faintly beside runs of the same"
+    " recipe; columns: dataset, model, norm, pretrained, step, valid_loss,"
     " valid_accuracy",
   )
   args = parser.parse_args(argv)
-  return cli.run(lambda: _run(args))
+  return cli.run(
+    lambda: plot(args.workdir, args.output or _OUTPUTS, args.published)
+  )
 
 
-def _run(args):
-  outputs = args.output or [pathlib.Path(f"curves.{x}") for x in ("png", "svg")]
+def plot(
+  workdirs: Sequence[str | pathlib.Path],
+  outputs: Sequence[pathlib.Path],
+  published: str | None = None,
+) -> None:
+  """Draw the curves of all runs in some folders and write the pictures.
+
+  Args:
+    workdirs: folders of a run, or of several.
+    outputs: paths of the pictures, .png or .svg.
+    published: CSV file of published curves.
+
+  Raises:
+    UserError: a file cannot be read or written, or there is no run.
+  """
   for path in outputs:
     plots.check_suffix(path)
-  found = run_reader.find_each(args.workdir)
-  if not found:
-    raise errors.UserError("no run to draw: none can be read")
-  curves = {}
-  if args.published is not None:
-    curves = reference_results.read_curves(args.published)
-  figure = plots.curves(found, curves)
+  runs = run_reader.find_each(workdirs)
+  if not runs:
+    raise errors.UserError(
+      f"{', '.join(map(str, workdirs))}: no readable run; give folders of runs"
+    )
+  curves = {} if published is None else reference_results.read_curves(published)
+  figure = plots.curves(runs, curves)
   for path in outputs:
     plots.save(figure, path)
-    print(f"{path}: {len(found)} run{'s' * (len(found) > 1)}")
+    print(f"{path}: {len(runs)} run{'s' * (len(runs) > 1)}")
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
-r"""Draws the diagnostics of runs, a picture each, by depth and time.
+r"""Draw the diagnostics of runs over depth and time, a picture per run.
 
 python -m rescalevit_jax.analysis.plot_diagnostics --workdir=runs/a
 python -m rescalevit_jax.analysis.plot_diagnostics --workdir=runs
 python -m rescalevit_jax.analysis.plot_diagnostics --workdir=runs/a \
     --output=a.png
 
-A run has diagnostics if it was trained with --config.diagnostics_every=100, or
-another number of steps.
+A run records diagnostics with --config.diagnostics_every=100, or another
+number of steps.
 """
 
 import argparse
@@ -20,9 +20,11 @@ from rescalevit_jax.analysis import plots
 from rescalevit_jax.runs import run_reader
 from rescalevit_jax.runtime import cli
 
+_NAMES = ("diagnostics.png", "diagnostics.svg")
+
 
 def main(argv: Sequence[str] | None = None) -> int:
-  """Draws diagnostics; returns the exit code."""
+  """Draw diagnostics; return the exit code."""
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
@@ -30,37 +32,50 @@ def main(argv: Sequence[str] | None = None) -> int:
     "--workdir",
     action="append",
     required=True,
-    help="a run's folder, or one with several runs; repeatable",
+    help="folder of a run, or of several runs; repeatable",
   )
   parser.add_argument(
     "--output",
     action="append",
     type=pathlib.Path,
-    help="the picture of one run, .png or .svg; repeatable, default:"
-    " diagnostics.png and diagnostics.svg in each run's folder",
+    help="the picture of a single run, .png or .svg; repeatable (default:"
+    " diagnostics.png and diagnostics.svg in each run's folder)",
   )
   args = parser.parse_args(argv)
-  return cli.run(lambda: _run(args))
+  return cli.run(lambda: plot(args.workdir, args.output))
 
 
-def _run(args):
-  for path in args.output or ():
+def plot(
+  workdirs: Sequence[str | pathlib.Path],
+  outputs: Sequence[pathlib.Path] | None = None,
+) -> None:
+  """Draw the diagnostics of all runs in some folders and write the pictures.
+
+  Args:
+    workdirs: folders of a run, or of several.
+    outputs: paths of the pictures of a single run, .png or .svg; None for
+      diagnostics.png and diagnostics.svg in each run's folder.
+
+  Raises:
+    UserError: a file cannot be read or written, no run has diagnostics, or
+      `outputs` is given for several runs.
+  """
+  for path in outputs or ():
     plots.check_suffix(path)
-  found = run_reader.find_each(args.workdir)
-  diagnosed = [r for r in found if diagnostics_plots.is_diagnosed(r)]
+  runs = run_reader.find_each(workdirs)
+  diagnosed = [run for run in runs if diagnostics_plots.is_diagnosed(run)]
   if not diagnosed:
     raise errors.UserError(
       "no run with diagnostics; train with --config.diagnostics_every=100"
     )
-  if args.output and len(diagnosed) > 1:
+  if outputs and len(diagnosed) > 1:
     raise errors.UserError(
-      f"--output is for one run, but there are {len(diagnosed)}; leave it out,"
-      " and each gets a picture in its folder"
+      f"--output: names one picture for {len(diagnosed)} runs; leave it out to"
+      " write a picture into each run's folder"
     )
   for run in diagnosed:
     figure = diagnostics_plots.draw(run, run.workdir.resolve().name)
-    names = (f"diagnostics.{kind}" for kind in ("png", "svg"))
-    for path in args.output or map(run.workdir.joinpath, names):
+    for path in outputs or map(run.workdir.joinpath, _NAMES):
       plots.save(figure, path)
       print(path)
 

@@ -1,7 +1,7 @@
-"""Curves of runs, and what all pictures share: colours, saving.
+"""Draw the curves of runs; style and save figures.
 
-Figures are made without pyplot, so that no window and no global state is
-needed.
+Figures are created without pyplot, which needs global state and perhaps a
+window.
 """
 
 from collections.abc import Mapping, Sequence
@@ -10,6 +10,7 @@ import os
 import pathlib
 from typing import Any
 
+from jaxtyping import UInt8
 import matplotlib
 from matplotlib import figure as figure_lib
 from matplotlib.backends import backend_agg
@@ -22,9 +23,9 @@ from rescalevit_jax.models import norms
 from rescalevit_jax.runs import run_reader
 from rescalevit_jax.runtime import atomic_file
 
-# Okabe and Ito's palette (https://jfly.uni-koeln.de/color/), which colour-blind
-# readers can tell apart, and three of Paul Tol's; markers tell the norms apart
-# in grey.
+# Okabe and Ito's palette for colour-blind readers
+# (https://jfly.uni-koeln.de/color/), and three colours of Paul Tol's. Markers
+# distinguish the norms in greyscale.
 _COLORS = (
   "#0072B2",
   "#E69F00",
@@ -39,7 +40,7 @@ _COLORS = (
   "#332288",
 )
 _MARKERS = "osD^vP*X<>h"
-# Dotted are the published ones.
+# Dotted lines are reserved for published curves.
 _LINES = (
   "-",
   "--",
@@ -54,16 +55,16 @@ _FORMATS = (".png", ".svg")
 
 
 def norm_color(norm: str) -> str:
-  """Returns a norm's colour, the same in every picture, as '#rrggbb'."""
+  """Return a norm's colour, the same in every picture, as '#rrggbb'."""
   return _COLORS[list(norms.NORMS).index(norm) % len(_COLORS)]
 
 
 def style(norm: str, used: int) -> dict[str, Any]:
-  """Returns how a norm's line looks: colour, marker, line.
+  """Return the style of a norm's line: colour, marker, line.
 
   Args:
-    norm: its name.
-    used: how many lines of the norm the picture has already.
+    norm: name of the norm.
+    used: number of lines of the norm already in the picture.
   """
   return {
     "color": norm_color(norm),
@@ -75,29 +76,29 @@ def style(norm: str, used: int) -> dict[str, Any]:
 
 
 def plain(text: str) -> str:
-  """Returns a text that matplotlib shows as it is.
+  """Return a text that matplotlib displays literally.
 
-  Without formulas; bytes of a file's name that are no characters are escaped.
+  Escapes formulas, and undecodable bytes of file names.
   """
   text = text.encode("utf-8", "backslashreplace").decode("utf-8")
   return text.replace("$", r"\$")
 
 
 def check_suffix(path: str | os.PathLike[str]) -> None:
-  """Raises UserError unless a picture can be written under this name."""
+  """Raise UserError unless the suffix is a supported picture format."""
   if pathlib.Path(path).suffix.lower() not in _FORMATS:
     raise errors.UserError(
-      f"{path}: must end in {' or '.join(_FORMATS)} to be written as a picture"
+      f"{path}: is no supported picture format; use {' or '.join(_FORMATS)}"
     )
 
 
 def save(figure: figure_lib.Figure, path: pathlib.Path) -> None:
-  """Writes a figure as PNG or SVG, as the path's suffix says.
+  """Write a figure as PNG or SVG, depending on the path's suffix.
 
-  The same figure gives the same bytes.
+  Equal figures yield equal bytes.
 
   Raises:
-    UserError: another suffix, or the file cannot be written.
+    UserError: the suffix is unknown, or the file cannot be written.
   """
   path = pathlib.Path(path)
   check_suffix(path)
@@ -114,15 +115,15 @@ def save(figure: figure_lib.Figure, path: pathlib.Path) -> None:
 
 
 def svg(figure: figure_lib.Figure) -> str:
-  """Returns a figure as an <svg> element, to be put into a page."""
+  """Return a figure as an <svg> element, for embedding in HTML."""
   text = io.StringIO()
   with matplotlib.rc_context({"svg.hashsalt": "rescalevit"}):
     figure.savefig(text, format="svg", metadata={"Date": None})
   return text.getvalue()[text.getvalue().index("<svg") :]
 
 
-def pixels(figure: figure_lib.Figure) -> np.ndarray:
-  """Returns a figure as an image, uint8 [H, W, 3]."""
+def pixels(figure: figure_lib.Figure) -> UInt8[np.ndarray, "H W 3"]:
+  """Return a figure as an image."""
   canvas = backend_agg.FigureCanvasAgg(figure)
   canvas.draw()
   return np.asarray(canvas.buffer_rgba())[..., :3]
@@ -133,30 +134,30 @@ def curves(
   published: Mapping[reference_results.Key, reference_results.Curve]
   | None = None,
 ) -> figure_lib.Figure:
-  """Draws accuracy and loss over steps, all runs laid over each other.
+  """Draw accuracy and loss of all runs over steps.
 
-  Runs that differ only in the seed share colour, line and legend entry. Faint:
-  the training loss, and, dotted, the published curve of the same recipe.
+  Runs that differ only in the seed share colour, line and legend entry. The
+  training loss is faint; the published curve of the same recipe is dotted.
 
   Args:
-    runs: at least one.
-    published: curves of RescaleViT, from `published.read_curves`.
+    runs: at least one run.
+    published: curves of RescaleViT, from `reference_results.read_curves`.
   """
   figure = figure_lib.Figure(figsize=(11, 4.2), layout="constrained")
   accuracy, loss = figure.subplots(1, 2)
   used = {}
   for label, members in _labelled(run_reader.group(runs)):
     norm = members[0].config.model.norm
-    look = style(norm, used.get(norm, 0))
+    line_style = style(norm, used.get(norm, 0))
     used[norm] = used.get(norm, 0) + 1
     count = f", {len(members)} runs" if len(members) > 1 else ""
     for i, run in enumerate(members):
-      _draw_run(accuracy, loss, run, look, None if i else label + count)
+      _draw_run(accuracy, loss, run, line_style, None if i else label + count)
     key = reference_results.match(members[0].config)
     if key in (published or {}):
-      _draw_published(accuracy, loss, published[key], look, label)
+      _draw_published(accuracy, loss, published[key], line_style, label)
   accuracy.set(xlabel="step", ylabel="test accuracy, %")
-  loss.set(xlabel="step", ylabel="loss: test, and training (faint)")
+  loss.set(xlabel="step", ylabel="test loss, training loss (faint)")
   for axes in (accuracy, loss):
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
@@ -170,30 +171,30 @@ def curves(
   return figure
 
 
-def _draw_run(accuracy, loss, run, look, label):
+def _draw_run(accuracy, loss, run, line_style, label):
   steps, values = run.curve("test/accuracy")
   every = max(1, len(steps) // 10)
   accuracy.plot(
-    steps, [100 * v for v in values], **look, markevery=every, label=label
+    steps, [100 * v for v in values], **line_style, markevery=every, label=label
   )
-  loss.plot(*run.curve("test/loss"), **look, markevery=every)
-  look = {**look, "marker": "", "linewidth": 0.8}
-  loss.plot(*run.curve("train/loss"), **look, alpha=0.35)
+  loss.plot(*run.curve("test/loss"), **line_style, markevery=every)
+  line_style = {**line_style, "marker": "", "linewidth": 0.8}
+  loss.plot(*run.curve("train/loss"), **line_style, alpha=0.35)
 
 
-def _draw_published(accuracy, loss, curve, look, label):
-  look = {"color": look["color"], "linestyle": ":", "alpha": 0.5}
+def _draw_published(accuracy, loss, curve, line_style, label):
+  line_style = {"color": line_style["color"], "linestyle": ":", "alpha": 0.5}
   accuracy.plot(
     curve.steps,
     [100 * a for a in curve.accuracy],
-    **look,
+    **line_style,
     label=f"{label}, published",
   )
-  loss.plot(curve.steps, curve.loss, **look)
+  loss.plot(curve.steps, curve.loss, **line_style)
 
 
 def _labelled(groups) -> list[tuple[str, tuple[run_reader.Run, ...]]]:
-  """Gives each group a name of what tells it from the others, by norm."""
+  """Return each group with a label of its distinctive keys, in norm order."""
   varied = run_reader.varied_keys([group[0].config for group in groups])
   varied = [key for key in varied if key != "model.norm"]
   paths = {group[0].config.pretrained_path for group in groups} - {None}
@@ -219,7 +220,7 @@ def _labelled(groups) -> list[tuple[str, tuple[run_reader.Run, ...]]]:
 
 
 def _title(runs):
-  """What all the runs have in common."""
+  """Return the model and the data set, if all runs share them."""
   parts = []
   for key in ("model_name", "dataset"):
     values = {config_lib.flatten(run.config)[key] for run in runs}

@@ -1,4 +1,4 @@
-r"""Measures freshly initialised models side by side, before any training.
+r"""Measure freshly initialized models side by side, before any training.
 
 python -m rescalevit_jax.analysis.probe --config=configs/norm_free.py
 python -m rescalevit_jax.analysis.probe --config=configs/norm_free.py:LN \
@@ -6,19 +6,22 @@ python -m rescalevit_jax.analysis.probe --config=configs/norm_free.py:LN \
 python -m rescalevit_jax.analysis.probe --config=configs/cifar_small.py \
     --grid model.norm=LN,Identity --grid model.init=torch,unit
 
-A config without :ARGS stands for all METHODS of its file if it has some, else
-for every norm; with a grid, for the grid's points. Norms that are calibrated
-are. The numbers are those that a run with --config.diagnostics_every writes at
-step 1: the gradient is that of the first training batch, the rest is seen on
-the first images of the evaluation split. But for that rest, norms that gather
-statistics in training (BN, BN2, Rescale) have those of the first 48 training
-batches (Rescale: 8), unless a file brings them: as a run from scratch begins,
-they would do nothing in evaluation mode. Prints a table; writes probe.csv, a
-row for each part of each model, probe.png and probe.svg.
+A config without :ARGS expands to all METHODS of its file if it defines any,
+else to every norm. With a grid it expands to the points of the grid. Norms with
+a calibration are calibrated.
+
+The measurements equal those at step 1 of a run with --config.diagnostics_every:
+the gradient is of the first training batch, the other measurements are of the
+first images of the evaluation split. One difference: a norm with running
+statistics, which acts as the identity without them, first gathers statistics
+from training batches, unless a file provides them.
+
+Prints a table; writes probe.csv, a row for each part of each model, probe.png
+and probe.svg.
 """
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 import csv
 import io
 import itertools
@@ -28,6 +31,7 @@ import pathlib
 import sys
 
 import jax
+import ml_collections
 import numpy as np
 
 from rescalevit_jax import errors
@@ -37,18 +41,18 @@ from rescalevit_jax.config import overrides
 from rescalevit_jax.models import norms
 from rescalevit_jax.runtime import atomic_file
 from rescalevit_jax.runtime import cli
-from rescalevit_jax.runtime import markdown as markdown_lib
+from rescalevit_jax.runtime import markdown
 from rescalevit_jax.runtime import terminal
 from rescalevit_jax.training import diagnostics
 from rescalevit_jax.training import experiment as experiment_lib
 from rescalevit_jax.training import measurements
 
-_log = logging.getLogger("rescalevit_jax.probe")
+_log = logging.getLogger("rescalevit_jax.analysis.probe")
 _SETTING = "--config."
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-  """Measures; returns the exit code."""
+  """Measure models; return the exit code."""
   argv = list(sys.argv[1:] if argv is None else argv)
   parser = argparse.ArgumentParser(
     description=__doc__,
@@ -60,25 +64,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     action="append",
     required=True,
     metavar="FILE[:ARGS]",
-    help="a config; repeatable. --config.KEY=VALUE sets a key for all",
+    help="a config; repeatable. --config.KEY=VALUE sets a key for all configs",
   )
   parser.add_argument(
     "--grid",
     action="append",
     default=[],
     metavar="KEY=VALUE,VALUE",
-    help="values of a key, each with each of other grids; repeatable",
+    help="values of a config key; repeatable, for every combination",
   )
   parser.add_argument(
     "--no_sharpness",
     action="store_true",
-    help="leave out the sharpness, which takes longest",
+    help="omit the sharpness, which takes the most time",
   )
   parser.add_argument(
     "--output",
     type=pathlib.Path,
     default=pathlib.Path("probe"),
-    help="folder for the table and the picture; default: probe",
+    help="output folder (default: probe)",
   )
   settings = [x for x in argv if x.startswith(_SETTING)]
   args = parser.parse_args([x for x in argv if not x.startswith(_SETTING)])
@@ -92,39 +96,78 @@ def _run(args, settings):
     for text in settings
   ]
   points = list(itertools.product(*map(overrides.parse_axis, args.grid)))
+  configs = load_configs(args.config, settings, points)
+  compare(configs, args.output, sharpness=not args.no_sharpness)
+
+
+def load_configs(
+  references: Sequence[str],
+  settings: Sequence[overrides.Setting],
+  points: Sequence[tuple[overrides.Setting, ...]] = ((),),
+) -> dict[str, ml_collections.ConfigDict]:
+  """Return the configs to compare, by label.
+
+  Args:
+    references: config files, FILE or FILE:ARGS.
+    settings: overrides for all configs.
+    points: points of a grid, each a tuple of overrides.
+
+  Raises:
+    UserError: a file or a value is invalid, or two configs are equal.
+  """
   configs = {}
-  files = {reference.partition(":")[0] for reference in args.config}
+  files = {reference.partition(":")[0] for reference in references}
   stems = {pathlib.Path(file).stem for file in files}
-  for reference in args.config:
+  for reference in references:
     for label, file, point in _variants(reference, points):
       if len(files) > 1:
         path = file.partition(":")[0]
-        same = len(stems) < len(files)
-        label = f"{path if same else pathlib.Path(path).stem}: {label}"
+        ambiguous = len(stems) < len(files)
+        label = f"{path if ambiguous else pathlib.Path(path).stem}: {label}"
       if label in configs:
         raise errors.UserError(f"{label} is given twice; give each model once")
       configs[label] = overrides.load_config(file, [*settings, *point])
-  args.output.mkdir(parents=True, exist_ok=True)
+  return configs
+
+
+def compare(
+  configs: Mapping[str, ml_collections.ConfigDict],
+  output: pathlib.Path,
+  *,
+  sharpness: bool = True,
+) -> None:
+  """Measure models, print a table and write probe.csv, probe.png and probe.svg.
+
+  Args:
+    configs: configs by label.
+    output: output folder; created if missing.
+    sharpness: True to measure the sharpness, too.
+  """
+  output.mkdir(parents=True, exist_ok=True)
   found = []
   for i, (label, config) in enumerate(configs.items(), start=1):
     _log.info("%s: model %d of %d", label, i, len(configs))
-    found.append((label, config, measure(config, not args.no_sharpness)))
+    found.append((label, config, measure(config, sharpness)))
   rows = list(map(_summary, found))
-  print(_markdown(rows))
-  atomic_file.write(args.output / "probe.csv", _csv(found))
+  alignment = "ll" + "r" * (len(rows[0]) - 2)
+  print(
+    markdown.table(alignment, list(rows[0]), [list(x.values()) for x in rows]),
+    end="",
+  )
+  atomic_file.write(output / "probe.csv", _csv(found))
   clips = {config.grad_norm_clip for _, config, _ in found}
   figure = probe_plots.compare(
     [(label, config.model.norm, x) for label, config, x in found],
     clips.pop() if len(clips) == 1 else 0,
   )
   for kind in ("png", "svg"):
-    plots.save(figure, args.output / f"probe.{kind}")
+    plots.save(figure, output / f"probe.{kind}")
   for kind in ("csv", "png", "svg"):
-    print(args.output / f"probe.{kind}")
+    print(output / f"probe.{kind}")
 
 
 def _variants(reference, points):
-  """Yields label, config file with its ARGS, and settings of each model."""
+  """Yield label, config file with ARGS, and settings of each model."""
   path, _, method = reference.partition(":")
   if points != [()]:
     for point in points:
@@ -134,7 +177,7 @@ def _variants(reference, points):
   if method:
     yield method, reference, ()
     return
-  overrides.load_config(reference, ())  # Its mistakes, in one line.
+  overrides.load_config(reference, ())  # To report its errors.
   if methods := overrides.methods(path):
     for method in methods:
       yield method, f"{path}:{method}", ()
@@ -143,17 +186,19 @@ def _variants(reference, points):
     yield norm, reference, (overrides.Setting("model.norm", norm),)
 
 
-def measure(config, sharpness: bool = True) -> dict[str, float]:
-  """Measures the model that a config describes at the start of its run.
+def measure(
+  config: ml_collections.ConfigDict, sharpness: bool = True
+) -> dict[str, float]:
+  """Return measurements of a model before its first training step.
 
   Args:
-    config: of the run.
-    sharpness: whether to measure that, too.
+    config: the config of a run.
+    sharpness: True to measure the sharpness, too.
 
   Returns:
-    The numbers of `measurements.by_name`, `grad_norm` of all parameters before
-    clipping, `clip_factor`, and `grad_share_qk`, the share that queries and
-    keys have in the square of `grad_norm`.
+    The measurements of `measurements.by_name`, `grad_norm` of all parameters
+    before clipping, `clip_factor`, and `grad_share_qk`, the share of queries
+    and keys in the squared `grad_norm`.
   """
   experiment = experiment_lib.create(config)
   state = experiment_lib.initial_state(experiment)
@@ -173,27 +218,27 @@ def measure(config, sharpness: bool = True) -> dict[str, float]:
     found |= programs.sharpness(state)
   found = jax.device_get(found)
   norm = float(np.linalg.norm(found["grad_norm"]))
-  of_qk = float(np.square(found["grad_norm_qk"]).sum())
+  qk = float(np.square(found["grad_norm_qk"]).sum())
   return {
     "grad_norm": norm,
     "clip_factor": diagnostics.clip_factor(norm, config.grad_norm_clip),
-    "grad_share_qk": of_qk / norm**2 if norm else math.nan,
+    "grad_share_qk": qk / norm**2 if norm else math.nan,
     **measurements.by_name(found, experiment.model.num_layers),
   }
 
 
 def _summary(model):
-  """Returns a row of the table that people read."""
+  """Return a row of the displayed table."""
   label, config, numbers = model
   blocks = sum(name.endswith("/attention_entropy") for name in numbers)
   last = measurements.block_name(blocks - 1)
 
   def of_blocks(quantity):
-    places = map(measurements.block_name, range(blocks))
-    found = [numbers.get(f"{place}/{quantity}") for place in places]
+    names = map(measurements.block_name, range(blocks))
+    found = [numbers.get(f"{name}/{quantity}") for name in names]
     return [x for x in found if x is not None]
 
-  def way(tokens):
+  def first_and_last(tokens):
     name = f"stream_rms_{tokens}"
     ends = (numbers.get(f"{part}/{name}") for part in ("embedding", last))
     return " → ".join(map(_number, ends))
@@ -204,36 +249,28 @@ def _summary(model):
   return {
     "model": label,
     "norm": config.model.norm,
-    "stream RMS, class token": way("cls"),
-    "stream RMS, patches": way("patches"),
+    "residual stream RMS, class token": first_and_last("cls"),
+    "residual stream RMS, patches": first_and_last("patches"),
     "gradient norm": _number(numbers["grad_norm"]),
     "clip factor": _number(numbers["clip_factor"]),
-    "of blocks, first / last": _number(
+    "gradient norm, first / last block": _number(
       gradients[0] / gradients[-1] if gradients and gradients[-1] else None
     ),
-    "queries and keys, share": _number(numbers["grad_share_qk"]),
+    "gradient share of queries and keys": _number(numbers["grad_share_qk"]),
     "attention entropy, nats": _number(
       np.mean(entropies) if entropies else None
     ),
-    "saturated": _number(np.mean(saturated) if saturated else None),
+    "saturated outputs": _number(np.mean(saturated) if saturated else None),
     "sharpness": _number(numbers.get("sharpness")),
   }
 
 
 def _number(x):
-  return (
-    markdown_lib.NOTHING if x is None or not math.isfinite(x) else f"{x:.3g}"
-  )
-
-
-def _markdown(rows):
-  lines = [list(rows[0]), ["---"] * 2 + ["--:"] * (len(rows[0]) - 2)]
-  lines += [list(map(markdown_lib.escape, row.values())) for row in rows]
-  return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+  return markdown.NOTHING if x is None or not math.isfinite(x) else f"{x:.3g}"
 
 
 def _csv(found):
-  """Returns a row for each part of each model, and one for each as a whole."""
+  """Return a CSV row for each part of each model, and for each whole model."""
   rows, columns = [], {}
   for label, config, numbers in found:
     parts = {}

@@ -1,4 +1,4 @@
-"""A picture of fresh models side by side, by depth."""
+"""Draw freshly initialized models side by side over depth."""
 
 from collections.abc import Mapping, Sequence
 import math
@@ -22,16 +22,17 @@ _BY_DEPTH = (
 def compare(
   models: Sequence[tuple[str, str, Mapping[str, float]]], clip: float
 ) -> figure_lib.Figure:
-  """Draws models side by side: by depth, and as a whole.
+  """Draw measurements of models: of each block, and of the whole model.
 
   Args:
-    models: label, norm and numbers of each, the numbers by the names of
-      `measurements.by_name` with `grad_norm` as a whole.
-    clip: the largest norm of a gradient, drawn as a line; 0: none.
+    models: label, norm and measurements of each model, the measurements as
+      `probe.measure` returns them.
+    clip: gradient norm at which gradients are clipped, drawn as a line; 0 for
+      no clipping.
   """
-  used, looks = {}, []
+  used, styles = {}, []
   for _, norm, _ in models:
-    looks.append(plots.style(norm, used.get(norm, 0)))
+    styles.append(plots.style(norm, used.get(norm, 0)))
     used[norm] = used.get(norm, 0) + 1
   every = [numbers for _, _, numbers in models]
   quantities = [
@@ -39,24 +40,24 @@ def compare(
     for quantity in _BY_DEPTH
     if any(f"block_00/{quantity.name}" in numbers for numbers in every)
   ]
-  bars = [("grad_norm", "Gradient of all, before clipping", "norm")]
+  totals = [("grad_norm", "Whole gradient, before clipping", "norm")]
   if any("sharpness" in numbers for numbers in every):
-    bars.append(("sharpness", "Sharpness", "|eigenvalue|"))
-  figure, axes = diagnostics_plots.grid(len(quantities) + len(bars))
+    totals.append(("sharpness", "Sharpness", "|eigenvalue|"))
+  figure, axes = diagnostics_plots.grid(len(quantities) + len(totals))
   figure.suptitle(
-    "Freshly initialised, before the first step", fontsize="medium"
+    "Freshly initialized, before the first step", fontsize="medium"
   )
   for quantity in quantities:
-    _draw_depth(next(axes), quantity, models, looks)
-  for name, title, unit in bars:
+    _draw_depth(next(axes), quantity, models, styles)
+  for name, title, unit in totals:
     ax = next(axes)
     heights = [abs(numbers.get(name, np.nan)) for numbers in every]
-    places = np.arange(len(models))
-    for place, height, look in zip(places, heights, looks, strict=True):
-      ax.plot(place, height, **{**look, "markersize": 7})
+    positions = np.arange(len(models))
+    for position, height, style in zip(positions, heights, styles, strict=True):
+      ax.plot(position, height, **{**style, "markersize": 7})
     ax.set_yscale("log")
     ax.set_xticks(
-      places,
+      positions,
       [plots.plain(label) for label, _, _ in models],
       rotation=45,
       ha="right",
@@ -84,17 +85,17 @@ def compare(
   return figure
 
 
-def _draw_depth(ax, quantity, models, looks):
+def _draw_depth(ax, quantity, models, styles):
   blocks = []
-  for (label, _, numbers), look in zip(models, looks, strict=True):
+  for (label, _, numbers), style in zip(models, styles, strict=True):
     parts = diagnostics_plots.parts(numbers)
     values = [numbers.get(f"{part}/{quantity.name}", np.nan) for part in parts]
     values = np.array(values)
     if quantity.scale == "log":
       values = np.where(values > 0, values, np.nan)
     blocks.append(len(parts) - 2)
-    places = np.arange(len(parts)) - 1
-    ax.plot(places, values, **look, label=plots.plain(label))
+    depths = np.arange(len(parts)) - 1
+    ax.plot(depths, values, **style, label=plots.plain(label))
   if quantity.scale == "log":
     ax.set_yscale("log")
   if quantity.scale == "share":
@@ -103,8 +104,8 @@ def _draw_depth(ax, quantity, models, looks):
   ax.set_xlabel("block", fontsize="small")
   ax.set_ylabel(quantity.unit, fontsize="small")
   deepest = max(blocks)
-  words = {-1: "in"}  # Short, or it would touch the 0 beside it.
-  if min(blocks) == deepest:  # Or heads are at several places.
+  words = {-1: "in"}  # Short, to leave a gap to the 0 beside it.
+  if min(blocks) == deepest:  # Otherwise the heads are at different depths.
     words[deepest] = "head"
   numbers = range(0, deepest, math.ceil(deepest / 6))
   ticks = [*words, *numbers]

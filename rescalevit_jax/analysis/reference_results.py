@@ -1,8 +1,8 @@
-"""What RescaleViT's authors measured, to compare with.
+"""Published results of RescaleViT, for comparison.
 
-The figures are read from the logs published with RescaleViT
-(github.com/ChaofanTao/RescaleViT, folder output): one run each, fp16, on one
-RTX 3090. Runs whose log ends before the 200th evaluation are left out.
+The figures are from the logs published with RescaleViT
+(github.com/ChaofanTao/RescaleViT, folder output): one run each, fp16, one RTX
+3090. Runs whose log ends before the 200th evaluation are omitted.
 """
 
 from collections.abc import Mapping
@@ -18,18 +18,18 @@ from rescalevit_jax import config as config_lib
 from rescalevit_jax import errors
 from rescalevit_jax.config import keys
 
-# Data set, model_name, norm, whether from pretrained weights.
+# Data set, model_name, norm, True for pretrained weights.
 Key = tuple[str, str, str, bool]
 
 
 @dataclasses.dataclass(frozen=True)
 class Figures:
-  """The outcome of a published run.
+  """The results of a published run.
 
   Attributes:
     best_accuracy: highest test accuracy of 200 evaluations, as a fraction.
     last_accuracy: test accuracy after the last step, as a fraction.
-    minutes: on one RTX 3090.
+    minutes: duration on one RTX 3090.
   """
 
   best_accuracy: float
@@ -39,12 +39,12 @@ class Figures:
 
 @dataclasses.dataclass(frozen=True)
 class Curve:
-  """What a published run measured on the test split, over its steps.
+  """Test loss and accuracy of a published run over its steps.
 
   Attributes:
-    steps: in rising order.
-    loss: mean cross-entropy at each of them, in nats.
-    accuracy: as fractions.
+    steps: steps in ascending order.
+    loss: mean cross-entropy at each step, in nats.
+    accuracy: accuracy at each step, as a fraction.
   """
 
   steps: tuple[int, ...]
@@ -85,8 +85,8 @@ cifar100 ViT-L_32 Rescale no  37.59 37.29 143.6
 _BATCH = {"ViT-B_16": 128, "ViT-B_32": 128, "ViT-L_16": 64, "ViT-L_32": 128}
 _DATASETS = ("cifar10", "cifar100")
 
-# Keys that may differ from the published recipe; those that name the run are
-# compared by `match` itself.
+# Keys that may differ from the published recipe. `match` checks the keys that
+# identify a run.
 _FREE = (
   "dataset",
   "model_name",
@@ -124,11 +124,11 @@ FIGURES: Mapping[Key, Figures] = _figures()
 
 
 def match(config: ml_collections.ConfigDict) -> Key | None:
-  """Returns the key of the published recipe that a config repeats, or None.
+  """Return the key of the published recipe that a config repeats, or None.
 
-  Seed, dtype and determinism are free, and so are the keys that a run may go on
-  with. Not every key is in `FIGURES`: some runs were never finished. Weights
-  are taken to be the published ones if the file has their name, MODEL.npz.
+  Seed, dtype, determinism and keys that may change on resume are ignored. A key
+  may be missing in `FIGURES`, since some published runs are incomplete. A file
+  named MODEL.npz is assumed to hold the published weights.
   """
   values, recipe = map(config_lib.flatten, (config, config_lib.default()))
   if any(
@@ -153,14 +153,14 @@ def match(config: ml_collections.ConfigDict) -> Key | None:
 
 
 def read_curves(path: str | os.PathLike[str]) -> dict[Key, Curve]:
-  """Reads the curves of published runs from a CSV file.
+  """Read the curves of published runs from a CSV file.
 
   Args:
     path: a file with the columns dataset, model, norm, pretrained (0 or 1),
       step, valid_loss and valid_accuracy (a fraction); others are ignored.
 
   Raises:
-    UserError: the file cannot be read, or a column or a number is wrong.
+    UserError: the file cannot be read, or a column or a value is invalid.
   """
   rows: dict[Key, dict[int, tuple[float, float]]] = {}
   try:
@@ -168,14 +168,14 @@ def read_curves(path: str | os.PathLike[str]) -> dict[Key, Curve]:
       reader = csv.DictReader(f, restval="")
       if missing := set(_COLUMNS).difference(reader.fieldnames or ()):
         raise errors.UserError(
-          f"{path}: line 1: has no column {', '.join(sorted(missing))}; the"
-          f" columns must be {','.join(_COLUMNS)}"
+          f"{path}: line 1: has no column {', '.join(sorted(missing))}; give"
+          f" {','.join(_COLUMNS)}"
         )
       for row in reader:
         where = f"{path}: line {reader.line_num}"
         key, step, point = _read_row(row, where)
         if step in rows.setdefault(key, {}):
-          raise errors.UserError(f"{where}: a second line for step {step}")
+          raise errors.UserError(f"{where}: repeats step {step}; remove a line")
         rows[key][step] = point
   except OSError as e:
     raise errors.UserError(f"{path}: cannot be read ({e.strerror})") from e

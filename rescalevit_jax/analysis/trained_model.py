@@ -1,4 +1,4 @@
-"""Trained models, from a run's folder or from an `.npz`, ready to be called.
+"""Load trained models from a run's folder or an `.npz`, and classify images.
 
 model = trained_model.load("runs/a")
 probabilities = model(["cat.png", "dog.jpeg"])
@@ -16,6 +16,7 @@ from typing import Any
 from flax import linen as nn
 from flax import traverse_util
 import jax
+from jaxtyping import Float, Float32
 import numpy as np
 from PIL import Image
 
@@ -35,11 +36,11 @@ class TrainedModel:
   """A model with its weights.
 
   Attributes:
-    name: for titles: the run's folder or the file, without its suffix.
+    name: name for titles: the run's folder, or the file without its suffix.
     model: a `VisionTransformer`.
     variables: the collections `params` and `batch_stats`.
-    image_size: edge of the model's input, in pixels.
-    class_names: in the order of the probabilities; none if there is no head.
+    image_size: height and width of the model's input, in pixels.
+    class_names: names in the order of the probabilities; empty without a head.
   """
 
   def __init__(
@@ -58,26 +59,21 @@ class TrainedModel:
 
   def __call__(
     self, images: Iterable[image_files.Source], batch: int = 64
-  ) -> np.ndarray:
-    """Classifies images of any size.
+  ) -> Float32[np.ndarray, "M classes"]:
+    """Return the class probabilities of images of any size.
 
     Args:
-      images: M of them, each a path, a Pillow image, or a uint8 array
-        [H, W, 3], [H, W, 1] or [H, W].
-      batch: images a step of the device.
-
-    Returns:
-      Probabilities [M, classes], float32; each row sums to 1.
+      images: M images, each a path, a Pillow image, or a uint8 array [H, W, 3],
+        [H, W, 1] or [H, W].
+      batch: images per step.
 
     Raises:
-      UserError: one cannot be read as an image, or the model has no head.
+      UserError: an image cannot be read, or the model has no head.
     """
     single = isinstance(images, str | os.PathLike | Image.Image)
-    # An array would be taken apart into its rows.
+    # An array would be split into its rows.
     if single or getattr(images, "ndim", None) == 3:
-      raise errors.UserError(
-        "one image is given where several are expected: put it into a list"
-      )
+      raise errors.UserError("images: got one image; pass a list of images")
     images = list(images)
     batch = max(1, min(batch, len(images)))
     rows = [np.zeros((0, len(self.class_names)), np.float32)]
@@ -86,48 +82,46 @@ class TrainedModel:
       rows.append(self.probabilities(x, batch))
     return np.concatenate(rows)
 
-  def inputs(self, images: Sequence[image_files.Source]) -> np.ndarray:
-    """Returns images as the model takes them, [M, S, S, 3] float32.
+  def inputs(
+    self, images: Sequence[image_files.Source]
+  ) -> Float32[np.ndarray, "M S S 3"]:
+    """Return images as model inputs.
 
     Raises:
-      UserError: one cannot be read as an image.
+      UserError: an image cannot be read.
     """
     return np.stack(
       [image_files.model_input(image, self.image_size) for image in images]
     )
 
-  def probabilities(self, inputs: np.ndarray, batch: int) -> np.ndarray:
-    """Classifies one batch of what `inputs` returns.
+  def probabilities(
+    self, inputs: Float32[np.ndarray, "M S S 3"], batch: int
+  ) -> Float32[np.ndarray, "M classes"]:
+    """Return the class probabilities of a batch of model inputs.
 
     Args:
-      inputs: [M, S, S, 3] float32, M at most `batch`.
-      batch: images that the device computes; one number, one compilation.
-
-    Returns:
-      Probabilities [M, classes], float32.
+      inputs: result of `inputs`, with M <= `batch`.
+      batch: size to pad to; each size is compiled once.
 
     Raises:
       UserError: the model has no head.
     """
     if not self.class_names:
       raise errors.UserError(
-        f"{self.name}: has no head, so that it knows no classes; fine-tune it"
+        f"{self.name}: has no head; fine-tune it to classify images"
       )
     filled = np.zeros((batch, *inputs.shape[1:]), np.float32)
     filled[: len(inputs)] = inputs
     return np.asarray(self._softmax(self.variables, filled))[: len(inputs)]
 
   def top(
-    self, probabilities: np.ndarray, count: int = 5
+    self, probabilities: Float[np.ndarray, " classes"], count: int = 5
   ) -> list[tuple[str, float]]:
-    """Returns the most probable classes, the first one first.
+    """Return the most probable classes with their probabilities, sorted.
 
     Args:
-      probabilities: [classes], of one image.
-      count: how many at most.
-
-    Returns:
-      Class names with their probabilities.
+      probabilities: probabilities of one image.
+      count: maximum number of classes.
     """
     order = np.argsort(-probabilities, kind="stable")[:count]
     return [(self.class_names[i], float(probabilities[i])) for i in order]
@@ -142,26 +136,26 @@ class TrainedModel:
 
 
 def load(workdir: str | os.PathLike[str], which: str = "best") -> TrainedModel:
-  """Loads the model of a run.
+  """Load the model of a run.
 
   Args:
     workdir: the run's folder.
     which: 'best' or 'latest' checkpoint.
 
   Raises:
-    UserError: there is no run, or no checkpoint yet, or it is damaged, or not
-      of the run's config.
+    UserError: there is no run or no checkpoint yet, or the checkpoint is
+      damaged or does not match the run's config.
   """
   workdir = pathlib.Path(workdir)
   config = folder.require_config(workdir)
-  config.model.attention = "auto"  # The run's machine may not be this one.
+  config.model.attention = "auto"  # This device may differ from the run's.
   params, batch_stats, _ = checkpoint.load_variables(workdir, which)
   num_classes = np.size(params.get("head", {}).get("bias", ()))
   model = experiment.create_model(config, num_classes)
   variables = {"params": params, "batch_stats": batch_stats}
   if problem := _difference(variables, _shapes(model, config.image_size)):
     raise errors.UserError(
-      f"{workdir}: the checkpoint is not of the model in config.json: {problem}"
+      f"{workdir}: the checkpoint does not match config.json: {problem}"
     )
   return TrainedModel(
     workdir.resolve().name,
@@ -179,27 +173,31 @@ def load_npz(
   pool: str = "cls",
   residual_c: float | None = None,
 ) -> TrainedModel:
-  """Loads a checkpoint file; the arrays' shapes say which model it holds.
+  """Load a checkpoint file; the shapes of its arrays determine the model.
 
-  Its classes have no names there: they are called by their numbers.
+  Classes are named by their indices. Some options cannot be inferred from the
+  arrays.
 
   Args:
-    path: an `.npz` of Google's, or one that `pretrained.save` wrote.
-    norm: 'GN' has to be said; None: what the arrays' names say, else LN.
-    gelu: 'erf' as in RescaleViT, 'tanh' as in Google's code.
-    pool: 'gap' has to be said where it was `model.pool`.
-    residual_c: has to be said where it was not None.
+    path: an `.npz` in Google's format.
+    norm: norm of the model; None to infer it from the names of the arrays.
+      GN cannot be told from LN: pass 'GN'.
+    gelu: 'erf' as in RescaleViT, or 'tanh' as in Google's code.
+    pool: `model.pool` of the model.
+    residual_c: `model.residual_c` of the model.
 
   Raises:
-    UserError: the file cannot be read, holds no whole ViT, or one of another
-      norm.
+    UserError: the file cannot be read, holds no complete ViT, or holds a ViT
+      with another norm.
   """
   path = pathlib.Path(path)
   arrays = npz.read(os.fspath(path)).arrays
   sizes = detect.sizes(arrays)
   positions = arrays.get("Transformer/posembed_input/pos_embedding")
   if None in sizes.values() or positions is None or positions.ndim != 3:
-    raise errors.UserError(f"{path}: does not hold a whole Vision Transformer")
+    raise errors.UserError(
+      f"{path}: does not hold a complete Vision Transformer"
+    )
   found = detect.settings(arrays)
   norm = norm or found["norm"]
   image_size = math.isqrt(positions.shape[1]) * sizes["patch_size"]
@@ -222,14 +220,16 @@ def load_npz(
     raise errors.UserError(f"{path}: {e}") from e
   if norm != found["norm"] and (norm, found["norm"]) != ("GN", "LN"):
     raise errors.UserError(
-      f"{path}: holds a model with {found['norm']}, not {norm}"
+      f"{path}: holds a model with {found['norm']}, not {norm}; change the norm"
     )
   like = _shapes(model, image_size)
   params, batch_stats, report = load_lib.load(
     path, like["params"], like.get("batch_stats", {})
   )
   if report.initial:
-    raise errors.UserError(f"{path}: lacks {report.initial[0]}")
+    raise errors.UserError(
+      f"{path}: lacks {report.initial[0]}; use a complete checkpoint"
+    )
   return TrainedModel(
     path.stem,
     model,
@@ -240,7 +240,7 @@ def load_npz(
 
 
 def _shapes(model, image_size):
-  """Returns a model's collections of variables, their shapes and types."""
+  """Return a model's variables as shapes and dtypes."""
   return jax.eval_shape(
     functools.partial(model.init, train=False),
     jax.random.key(0),
@@ -249,14 +249,14 @@ def _shapes(model, image_size):
 
 
 def _difference(variables, like):
-  """Names a variable whose shape differs; None if there is none."""
+  """Return a description of a variable whose shape differs, or None."""
   ours, theirs = (
     {key: x.shape for key, x in traverse_util.flatten_dict(v, sep="/").items()}
     for v in (variables, like)
   )
   for key in sorted(ours | theirs):
     if ours.get(key) != theirs.get(key):
-      return f"{key} is {ours.get(key)} there, {theirs.get(key)} in the model"
+      return f"{key} has shape {ours.get(key)}, not {theirs.get(key)}"
   return None
 
 
@@ -274,6 +274,6 @@ def _class_names(workdir, num_classes):
     or len(names) != num_classes
   ):
     raise errors.UserError(
-      f"{path}: is no list of {num_classes} names; delete it"
+      f"{path}: is not a list of {num_classes} names; delete it"
     )
   return names

@@ -64,7 +64,7 @@ def test_fold(default_run, test_digits, tmp_path, capsys):
   path = tmp_path / "a.npz"
   flags = [f"--workdir={default_run}", f"--output={path}", "--fold"]
   assert export_npz.main(flags) == 0
-  assert "without its norm" in capsys.readouterr().out
+  assert "norm folded" in capsys.readouterr().out
   folded, run = trained_model.load_npz(path), trained_model.load(default_run)
   assert run.model.norm == "Rescale" and folded.model.norm == "Identity"
   images = list(test_digits.images[:20])

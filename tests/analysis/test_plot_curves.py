@@ -29,7 +29,7 @@ def test_control_c_is_one_line(tiny_run, monkeypatch, capsys):
   def interrupt(*args):
     raise KeyboardInterrupt
 
-  monkeypatch.setattr(plot_curves.runs, "find", interrupt)
+  monkeypatch.setattr(plot_curves.run_reader, "find_each", interrupt)
   assert plot_curves.main([f"--workdir={tiny_run}"]) == 130
   assert capsys.readouterr().err == "error: interrupted\n"
 

@@ -41,7 +41,7 @@ def measured(monkeypatch):
     return numbers | ({"sharpness": -7.0} if sharpness else {})
 
   monkeypatch.setattr(probe, "measure", measure)
-  monkeypatch.setattr(probe.progress, "log_to_stderr", lambda: None)
+  monkeypatch.setattr(probe.terminal, "log_to_stderr", lambda: None)
   return configs
 
 

@@ -270,9 +270,9 @@ def without(arrays, word):
   "arrays, words, kwargs",
   [
     ({"a": np.zeros(3)}, "not a ViT checkpoint", {}),
-    ({"embedding/kernel": np.zeros((4, 4, 3, 8))}, "whole Vision Tr", {}),
-    (without(trees.arrays(), "pos_embedding"), "whole Vision Tr", {}),
-    (without(trees.arrays(), "encoderblock"), "whole Vision Tr", {}),
+    ({"embedding/kernel": np.zeros((4, 4, 3, 8))}, "complete Vision Tr", {}),
+    (without(trees.arrays(), "pos_embedding"), "complete Vision Tr", {}),
+    (without(trees.arrays(), "encoderblock"), "complete Vision Tr", {}),
     (without(trees.arrays(), "_0/LayerNorm_0/bias"), "is missing", {}),
     (without(trees.arrays(), "head/bias"), "head/", {}),
     (without(trees.arrays("Rescale"), "init_mean"), "init_mean", {}),

@@ -293,7 +293,7 @@ def test_missing_layers_are_not_created(tmp_path):
   arrays[key.replace("_1/", "_999999999/")] = arrays.pop(key)
   path = trees.write(tmp_path, arrays)
   trees.refuses(path, key)
-  with pytest.raises(errors.UserError, match="whole Vision Transformer"):
+  with pytest.raises(errors.UserError, match="complete Vision Transformer"):
     trained_model.load_npz(path)
 
 
