@@ -84,13 +84,13 @@ def read(path: pathlib.Path) -> list[lr_table.Outcome]:
   try:
     with open(path, encoding="utf-8", newline="") as f:
       for row in csv.DictReader(f):
-        key, rate = (row["dataset"], row["method"]), float(row["base_lr"])
+        key, lr = (row["dataset"], row["method"]), float(row["base_lr"])
         accuracy = float(row["accuracy"]) if row["accuracy"] else None
-        rates = tried.setdefault(key, {})
+        accuracies = tried.setdefault(key, {})
         if row["phase"] == "select":
-          rates[rate] = accuracy
+          accuracies[lr] = accuracy
         else:
-          seeds = tested.setdefault(key, {}).setdefault(rate, {})
+          seeds = tested.setdefault(key, {}).setdefault(lr, {})
           seeds[int(row["seed"])] = accuracy
   except (KeyError, ValueError) as e:
     raise errors.UserError(
@@ -103,18 +103,20 @@ def read(path: pathlib.Path) -> list[lr_table.Outcome]:
       " rescalevit_jax.report.norm_free"
     )
   outcomes = []
-  for (dataset, method), rates in tried.items():
+  for (dataset, method), accuracies in tried.items():
     norm = method.partition("-")[0]
     if norm not in norms.NORMS:
       raise errors.UserError(
         f"{path}: method {method!r}: {errors.nearest(norm, norms.NORMS)}"
       )
     finals = tested.get((dataset, method), {})
-    tested_rate, seeds = max(
-      finals.items(), key=lambda x: rates.get(x[0]) or 0.0, default=(None, {})
+    lr, seeds = max(
+      finals.items(),
+      key=lambda x: accuracies.get(x[0]) or 0.0,
+      default=(None, {}),
     )
     outcomes.append(
-      lr_table.Outcome(dataset, method, norm, rates, tested_rate, seeds)
+      lr_table.Outcome(dataset, method, norm, accuracies, lr, seeds)
     )
   return outcomes
 
@@ -136,22 +138,27 @@ def bars(
   panels = figure.subplots(1, len(datasets), sharey=True, squeeze=False)[0]
   for axes, dataset in zip(panels, datasets, strict=True):
     shown = {x.method: x for x in tested if x.dataset == dataset}
-    for place, method in enumerate(methods):
+    for index, method in enumerate(methods):
       if method not in shown:
-        axes.text(0, place, "  not run", va="center", color="0.4")
+        axes.text(0, index, "  not run", va="center", color="0.4")
     for x in shown.values():
       mean = statistics.fmean(x.percent)
-      spread = statistics.stdev(x.percent) if len(x.percent) > 1 else None
+      deviation = statistics.stdev(x.percent) if len(x.percent) > 1 else None
       axes.barh(
         methods.index(x.method),
         mean,
         height=0.7,
-        xerr=spread,
+        xerr=deviation,
         color=plots.norm_color(x.norm),
       )
-      text = f"{mean:.1f}" + (f" ± {spread:.1f}" if spread else " (1 seed)")
+      text = f"{mean:.1f}" + (
+        f" ± {deviation:.1f}" if deviation else " (1 seed)"
+      )
       axes.text(
-        mean + (spread or 0), methods.index(x.method), f"  {text}", va="center"
+        mean + (deviation or 0),
+        methods.index(x.method),
+        f"  {text}",
+        va="center",
       )
     axes.set_title(dataset, loc="left")
     axes.set_xlabel("test accuracy, %")

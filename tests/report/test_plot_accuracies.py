@@ -23,7 +23,7 @@ def test_reads_the_file_that_the_study_writes(table):
   assert plot_accuracies.read(table) == [LN, CAL, OTHER]
 
 
-def test_best_held_out_rate_counts_among_those_tested(tmp_path):
+def test_best_held_out_lr_counts_among_those_tested(tmp_path):
   path = tmp_path / "accuracies.csv"
   row = "a,LN,{},{},{},{}\n".format
   path.write_text(
@@ -35,7 +35,7 @@ def test_best_held_out_rate_counts_among_those_tested(tmp_path):
     + row("final", 0.2, 1, 0.8)
   )
   (outcome,) = plot_accuracies.read(path)
-  assert (outcome.rate, outcome.tested) == (0.2, {1: 0.8})
+  assert (outcome.lr, outcome.test_accuracy) == (0.2, {1: 0.8})
 
 
 def test_bars_show_means_and_missing_methods():
@@ -43,10 +43,8 @@ def test_bars_show_means_and_missing_methods():
   assert [x.get_width() for x in left.patches] == pytest.approx([60, 80])
   texts = [x.get_text().strip() for x in left.texts]
   assert texts == ["60.0 ± 14.1", "80.0 (1 seed)"]
-  assert [x.get_text() for x in left.get_yticklabels()] == [
-    "LayerNorm",
-    "Cal-x",
-  ]
+  labels = [x.get_text() for x in left.get_yticklabels()]
+  assert labels == ["LayerNorm", "Cal-x"]
   assert "not run" in [x.get_text().strip() for x in right.texts]
 
 

@@ -1,0 +1,134 @@
+"""Parse optimized HLO into instructions."""
+
+import dataclasses
+import math
+import re
+
+_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
+_INSTRUCTION = re.compile(
+  r"^\s+(ROOT )?%?([\w.\-]+) = (.*?) ([a-z][\w\-]*)\((.*)$"
+)
+_SHAPE = re.compile(r"\b([a-z]+[0-9]\w*|pred)\[([0-9,]*)\]")
+_NAME = re.compile(r"%([\w.\-]+)")
+_CALLED = re.compile(
+  r"(?:calls|to_apply|body|condition|true_computation|false_computation)"
+  r"=%?([\w.\-]+)"
+)
+_BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+  """Type and dimensions of an array."""
+
+  dtype: str
+  dims: tuple[int, ...]
+
+  @property
+  def size(self) -> int:
+    """Number of elements."""
+    return math.prod(self.dims)
+
+  @property
+  def bytes(self) -> float:
+    """Size in memory."""
+    if self.dtype == "pred":
+      return self.size
+    return self.size * int(re.search(r"\d+", self.dtype).group()) / 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Instruction:
+  """One line of HLO.
+
+  Attributes:
+    name: unique name in its computation.
+    opcode: operation, such as 'fusion'.
+    type: type of the result, as written.
+    shapes: shapes of the result's arrays.
+    operands: names of the operands.
+    literal: text between the parentheses, such as a parameter's number.
+    attributes: text after the parentheses.
+    is_root: True for the result of its computation.
+  """
+
+  name: str
+  opcode: str
+  type: str
+  shapes: tuple[Shape, ...]
+  operands: tuple[str, ...]
+  literal: str
+  attributes: str
+  is_root: bool
+
+  @property
+  def target(self) -> str:
+    """Target of a custom call, or ''."""
+    found = re.search(r'custom_call_target="([^"]*)"', self.attributes)
+    return found.group(1) if found else ""
+
+  @property
+  def op_name(self) -> str:
+    """Path of the module that created it."""
+    found = re.search(r'op_name="([^"]*)"', self.attributes)
+    return found.group(1) if found else ""
+
+  @property
+  def called(self) -> list[str]:
+    """Names of the called computations."""
+    branches = _BRANCHES.search(self.attributes)
+    found = _NAME.findall(branches.group(1)) if branches else []
+    return _CALLED.findall(self.attributes) + found
+
+  @property
+  def bytes(self) -> float:
+    """Size of the result, without a library's workspace."""
+    shapes = self.shapes
+    if self.opcode == "custom-call" and len(shapes) > 1:
+      if shapes[-1].dtype in ("s8", "u8"):
+        shapes = shapes[:-1]
+    return sum(shape.bytes for shape in shapes)
+
+
+Computation = dict[str, Instruction]
+
+
+def parse(text: str) -> tuple[dict[str, Computation], str]:
+  """Return the instructions by computation and name, and the entry's name."""
+  computations, current, entry = {}, None, ""
+  for line in text.splitlines():
+    if header := _COMPUTATION.match(line):
+      current = computations[header.group(2)] = {}
+      if header.group(1):
+        entry = header.group(2)
+    elif match := _INSTRUCTION.match(line):
+      root, name, kind, opcode, rest = match.groups()
+      literal, attributes = _split_operands(rest)
+      current[name] = Instruction(
+        name,
+        opcode,
+        kind,
+        _shapes(kind),
+        tuple(_NAME.findall(literal)),
+        literal,
+        attributes,
+        bool(root),
+      )
+  return computations, entry
+
+
+def _split_operands(text):
+  """Split the text at the closing parenthesis."""
+  depth = 1
+  for match in re.finditer(r"[()]", text):
+    depth += 1 if match.group() == "(" else -1
+    if not depth:
+      return text[: match.start()], text[match.end() :]
+  return text, ""
+
+
+def _shapes(text):
+  return tuple(
+    Shape(dtype, tuple(int(n) for n in dims.split(",") if n))
+    for dtype, dims in _SHAPE.findall(text)
+  )
