@@ -1,1 +1,1 @@
-"""Measure speed against peers; compile for GPUs that are not here."""
+"""Measure speed against peers; compile for absent GPUs."""

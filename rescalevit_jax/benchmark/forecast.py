@@ -1,7 +1,7 @@
-"""Predict what training takes on GPUs that are not here, by compiling for them.
+"""Predict memory and time of training on absent GPUs by compiling for them.
 
-For each config and GPU: the memory of a step and whether it fits, kernels,
-bytes, FLOPs, and a lower bound of the step's time. Nothing is run.
+Reports for each config and GPU the memory of a step, kernels, bytes, FLOPs and
+a lower bound of the step time. Nothing is executed.
 """
 
 from collections.abc import Callable, Sequence
@@ -25,6 +25,7 @@ from rescalevit_jax.benchmark import report as report_lib
 from rescalevit_jax.models import norms
 from rescalevit_jax.runtime import accelerator
 from rescalevit_jax.runtime import atomic_file
+from rescalevit_jax.runtime import markdown as markdown_lib
 from rescalevit_jax.runtime import terminal
 from rescalevit_jax.sweep import grid
 from rescalevit_jax.training import experiment
@@ -32,7 +33,20 @@ from rescalevit_jax.training import experiment
 _log = logging.getLogger(__name__)
 
 _PACKAGES = ("jax", "jaxlib", "jax-cuda12-pjrt", "nvidia-cuda-nvcc-cu12")
-_DEFAULT_SHARE = "0.75"  # Of a GPU's memory, which JAX takes at its start.
+_HEADINGS = (
+  "GPU",
+  "model",
+  "batch, dtype, attention",
+  "program",
+  "memory, GB",
+  "fits",
+  "kernels (products)",
+  "traffic, GB",
+  "TFLOP",
+  "lower bound, ms",
+  "images/s, at most",
+)
+_DEFAULT_SHARE = "0.75"  # JAX's default share of GPU memory.
 
 
 def forecast(
@@ -47,25 +61,25 @@ def forecast(
   """Compile every run for every GPU; print a table and write it to a folder.
 
   Args:
-    runs: what to compile.
-    targets: what to compile for.
-    devices: GPUs of one host, which share each batch.
-    with_peer: whether to add a plain flax ViT for each model.
-    command: for the report.
+    runs: runs to compile.
+    targets: GPUs to compile for.
+    devices: number of GPUs on one host, which share each batch.
+    with_peer: True to add a plain flax ViT for each model.
+    command: command line, for the report.
     output: folder of compiled.json and compiled.md.
 
   Raises:
-    UserError: the wheels are missing, or a config does not suit.
+    UserError: the compiler's wheels are missing, or a config is unsuitable.
   """
-  output.mkdir(parents=True, exist_ok=True)  # It fails now or never.
-  jax.config.update("jax_platforms", "cpu")  # A GPU that is here stays free.
+  output.mkdir(parents=True, exist_ok=True)  # Report errors early.
+  jax.config.update("jax_platforms", "cpu")  # Do not occupy a present GPU.
   subjects = ("ours", "flax") if with_peer else ("ours",)
   jobs = [
     (gpu, run.config, subject)
     for gpu in targets
     for run in runs
     for subject in subjects
-    # A peer has LayerNorm, whatever our norm: once for each model is enough.
+    # A peer always has LayerNorm: compile it once per model.
     if subject == "ours" or report_lib.is_first(run, runs)
   ]
   configs = [run.config for run in runs]
@@ -101,14 +115,14 @@ def forecast(
 
 
 def _memory_share() -> float:
-  """Return the share of a GPU's memory that JAX gives to programs."""
+  """Return the share of GPU memory that JAX allocates."""
   return float(os.environ.get("XLA_CLIENT_MEM_FRACTION") or _DEFAULT_SHARE)
 
 
 def _compile(
   gpu: gpus.Gpu, config: ml_collections.ConfigDict, subject: str, devices: int
 ) -> dict[str, Any]:
-  """Return the figures of one program."""
+  """Return the row of one program."""
   start = time.monotonic()
   if subject == "ours":
     inputs = gpu_compile.inputs_of(config)
@@ -154,17 +168,17 @@ def _compile(
 
 
 def _train_step(config, gpu, inputs, devices):
-  """Return a step's peak memory, and the steady-state program."""
+  """Return the peak memory of a step, and the steady-state program."""
   settled = gpu_compile.train_step(config, gpu, inputs, devices)
   needed = memory.needed(settled)
-  if norms.NORMS[config.model.norm].SETTLES_AFTER:  # The first step does more.
+  if norms.NORMS[config.model.norm].SETTLES_AFTER:  # Step 1 may need more.
     first = gpu_compile.train_step(config, gpu, inputs, devices, step=1)
     needed = max(needed, memory.needed(first))
   return needed, hlo.read(settled.as_text())
 
 
 def _ways_to_fit(gpu, config, inputs, devices, limit):
-  """Return a batch that fits, and what model.remat does to this one."""
+  """Return a batch size that fits, and memory and time with model.remat."""
 
   def step(key, value):
     _log.info("%s: does not fit, compiling %s=%s", gpu.title, key, value)
@@ -189,16 +203,16 @@ def _ways_to_fit(gpu, config, inputs, devices, limit):
 def largest_batch(
   needed: Callable[[int], float], batch: int, divisor: int, limit: float
 ) -> int | None:
-  """Return about the largest batch below `batch` that fits, or None.
+  """Return an estimate of the largest batch size that fits, or None.
 
-  Memory is a + b batch, from two batches that are compiled; the result is
-  compiled, too, and found to fit. Of many batches it is a multiple of 8.
+  Fits memory = a + b batch to two compiled sizes. The result is compiled, too,
+  and checked. Large results are multiples of 8.
 
   Args:
-    needed: returns the memory of a step with a batch, in bytes.
-    batch: one that does not fit.
-    divisor: of all batches.
-    limit: bytes.
+    needed: function from a batch size to the memory of a step in bytes.
+    batch: a batch size that does not fit.
+    divisor: divisor of all batch sizes.
+    limit: available memory in bytes.
   """
   unit = divisor * (8 if batch > 64 * divisor else 1)
   small = max(1, batch // (4 * unit)) * unit
@@ -217,7 +231,7 @@ def largest_batch(
 
 
 def markdown(report: dict[str, Any]) -> str:
-  """Return compiled.md for what compiled.json holds."""
+  """Return compiled.md from the content of compiled.json."""
   versions = ", ".join(f"{k} {v}" for k, v in report["versions"].items())
   share, devices = report["memory_share"], report["devices"]
   lines = [
@@ -225,40 +239,36 @@ def markdown(report: dict[str, Any]) -> str:
     "",
     f"- Command: `{report['command']}`",
     f"- Versions: {versions}",
-    "- Compiled, not run. Lower bound: each kernel takes as long as its bytes"
-    " at the memory's bandwidth or its products at the peak speed of their"
-    " type, whichever is longer. Launches, caches and talk between GPUs are"
-    " left out.",
-    f"- Fits: the step takes at most {100 * share:g} % of the GPU's memory,"
-    " which is what JAX takes (XLA_CLIENT_MEM_FRACTION). A data set that lies"
-    " on the GPU comes on top: CIFAR's 0.2 GB.",
+    "- Compiled, not executed. Lower bound: each kernel takes the longer of its"
+    " bytes at memory bandwidth and its products at peak speed. Launch"
+    " overhead, caches and communication are not counted.",
+    f"- Fits: the step needs at most {100 * share:g} % of the GPU's memory, the"
+    " share that JAX allocates (XLA_CLIENT_MEM_FRACTION). A data set on the GPU"
+    " needs additional memory: 0.2 GB for CIFAR.",
     *(
-      [f"- {devices} GPUs; all figures but images/s are one GPU's."]
-      if devices > 1
-      else []
+      [f"- {devices} GPUs; figures are per GPU, except images/s."]
+      * (devices > 1)
     ),
     "",
-    "| GPU | model | batch, dtype, attention | program | memory, GB | fits |"
-    " kernels (products) | traffic, GB | TFLOP | lower bound, ms |"
-    " images/s, at most |",
-    "|---|---|---|---|--:|---|--:|--:|--:|--:|--:|",
+    markdown_lib.table("llllrlrrrrr", _HEADINGS, map(_row, report["rows"])),
   ]
-  for row in report["rows"]:
-    cells = [
-      row["gpu_title"],
-      f"{row['model']} at {row['image_size']}",
-      f"{row['batch']}, {row['dtype']}, {row['attention']}",
-      report_lib.program(row),
-      _three(row["memory_bytes"] / 1e9),
-      _fits(row),
-      f"{row['kernels']} ({row['gemms']})",
-      _three(row["traffic_bytes"] / 1e9),
-      _three(row["flops"] / 1e12),
-      _three(1e3 * row["step_seconds"]),
-      _three(row["images_per_second"]),
-    ]
-    lines.append(f"| {' | '.join(cells)} |")
-  return "\n".join(lines) + "\n"
+  return "\n".join(lines)
+
+
+def _row(row):
+  return [
+    row["gpu_title"],
+    f"{row['model']} at {row['image_size']}",
+    f"{row['batch']}, {row['dtype']}, {row['attention']}",
+    report_lib.program(row),
+    _format(row["memory_bytes"] / 1e9),
+    _fits(row),
+    f"{row['kernels']} ({row['gemms']})",
+    _format(row["traffic_bytes"] / 1e9),
+    _format(row["flops"] / 1e12),
+    _format(1e3 * row["step_seconds"]),
+    _format(row["images_per_second"]),
+  ]
 
 
 def _fits(row):
@@ -269,12 +279,12 @@ def _fits(row):
     words += f"; batch {row['largest_batch']} fits"
   if "remat_memory_bytes" in row:
     words += (
-      f"; with model.remat {_three(row['remat_memory_bytes'] / 1e9)} GB and"
-      f" {_three(1e3 * row['remat_step_seconds'])} ms"
+      f"; with model.remat {_format(row['remat_memory_bytes'] / 1e9)} GB and"
+      f" {_format(1e3 * row['remat_step_seconds'])} ms"
     )
   return words
 
 
-def _three(x: float) -> str:
-  """Return a number with three digits that count."""
+def _format(x: float) -> str:
+  """Return a number with three significant digits."""
   return f"{x:.3g}" if x < 999.5 else f"{x:.0f}"

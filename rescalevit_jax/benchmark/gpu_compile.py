@@ -1,7 +1,7 @@
-"""Compile training and evaluation for GPUs that are not here.
+"""Compile training and evaluation for absent GPUs.
 
-XLA would run the same programs there, except for autotuning: the
-algorithms of cuBLAS and cuDNN, the tiling of Triton's kernels.
+The programs equal those compiled on such a GPU, except for autotuning: the
+algorithms of cuBLAS and cuDNN and the tiling of Triton's kernels.
 """
 
 from collections.abc import Iterator
@@ -24,7 +24,7 @@ from rescalevit_jax.runtime import cuda_plugin
 from rescalevit_jax.training import evaluate
 from rescalevit_jax.training import experiment as experiment_lib
 
-# There is nothing to measure on; without Triton, products are cuBLAS's.
+# Autotuning needs a GPU. Without Triton, products are calls of cuBLAS.
 _OPTIONS = {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False}
 
 
@@ -33,7 +33,7 @@ class Inputs:
   """Properties of a data set that a program depends on.
 
   Attributes:
-    shape: of an image as the data set has it, (H, W, 3).
+    shape: shape of a stored image, (H, W, 3).
     num_classes: number of classes.
   """
 
@@ -42,10 +42,10 @@ class Inputs:
 
 
 def inputs_of(config: ml_collections.ConfigDict) -> Inputs:
-  """Return shapes of a config's data set, which need not be prepared.
+  """Return the inputs of a config's data set, which need not be prepared.
 
   Raises:
-    UserError: there is no such data set, or it does not suit.
+    UserError: the data set is unknown or unsuitable.
   """
   builder = tfds_builders.open_builder(config.dataset, config.tfds_data_dir)
   size = config.data.image_size
@@ -64,14 +64,16 @@ def train_step(
   """Compile a run's training step.
 
   Args:
-    config: of the run, valid.
-    gpu: to compile for.
-    inputs: of its data set.
-    devices: GPUs of one host, which share the batch.
-    step: its number, since norms may do more in the first; None: the last.
+    config: valid config of a run.
+    gpu: GPU to compile for.
+    inputs: inputs of its data set.
+    devices: number of GPUs on one host, which share the batch.
+    step: number of the step, since a norm may calibrate in step 1; None for the
+      last step.
 
   Raises:
-    UserError: the wheels are missing, or the config does not suit the GPU.
+    UserError: the compiler's wheels are missing, or the config does not fit the
+      GPU.
   """
   with _compiling_for(gpu, devices) as mesh:
     sharding.check_batch(config.batch, config.accum_steps, mesh)
@@ -94,14 +96,14 @@ def eval_step(
   """Compile the evaluation of a batch; see `train_step`."""
   with _compiling_for(gpu, devices) as mesh:
     experiment = experiment_lib.build(config, mesh, inputs.num_classes)
-    state, place = experiment.abstract_state(), sharding.split(mesh)
+    state, by_device = experiment.abstract_state(), sharding.split(mesh)
     batch = (-(-config.batch_eval // devices) * devices,)
     return _compile(
       evaluate.compiled_step(experiment.model, config.image_size, mesh),
       state.params,
       state.batch_stats,
-      *_batch(batch, inputs.shape, place),
-      jax.ShapeDtypeStruct(batch, np.bool_, sharding=place),
+      *_batch(batch, inputs.shape, by_device),
+      jax.ShapeDtypeStruct(batch, np.bool_, sharding=by_device),
     )
 
 
@@ -135,7 +137,7 @@ def flax_train_step(
 
 @contextlib.contextmanager
 def _compiling_for(gpu: gpus.Gpu, devices: int) -> Iterator[Mesh]:
-  """Trace for a GPU; yields the mesh of so many."""
+  """Trace for a GPU; yield a mesh of absent devices."""
   found = cuda_plugin.compile_only_devices(gpu.description, devices)
   with accelerator.compiling_for(gpu.accelerator), cuda_plugin.without_cache():
     yield Mesh(np.asarray(found), ("data",))
@@ -146,8 +148,8 @@ def _compile(step: Any, *arguments: Any) -> jax.stages.Compiled:
   return step.lower(*arguments).compile(compiler_options=options)
 
 
-def _batch(batch, shape, place):
+def _batch(batch, shape, by_device):
   return (
-    jax.ShapeDtypeStruct((*batch, *shape), np.uint8, sharding=place),
-    jax.ShapeDtypeStruct(batch, np.int32, sharding=place),
+    jax.ShapeDtypeStruct((*batch, *shape), np.uint8, sharding=by_device),
+    jax.ShapeDtypeStruct(batch, np.int32, sharding=by_device),
   )

@@ -1,4 +1,4 @@
-"""GPUs to compile for: what they are and how fast they can be at most."""
+"""GPUs to compile for: descriptions and peak speeds."""
 
 import dataclasses
 import pathlib
@@ -7,14 +7,14 @@ import re
 from rescalevit_jax import errors
 from rescalevit_jax.runtime import accelerator
 
-# XLA's description of each GPU, a text of its proto GpuTargetConfigProto.
+# XLA's description of each GPU, as text of its proto GpuTargetConfigProto.
 _DESCRIPTIONS = pathlib.Path(__file__).parent / "gpu_targets"
 
-# Dense matrix products, 10^12 FLOP/s: float16 with float32 sums (bfloat16 is as
-# fast from Ampere on), TF32 from Ampere on, float32. From NVIDIA's data sheets
-# (T4, V100 SXM2, A100, L4, H100 SXM, H200, HGX B200) and its white papers on
-# the architectures GA102 (RTX 3090) and Ada (RTX 4090). Data sheets from L4 on
-# state twice as much, for sparse matrices.
+# Peak speed of dense matrix products in 10^12 FLOP/s: float16 with float32 sums
+# (equals bfloat16 since Ampere), TF32 (since Ampere), float32. From NVIDIA's
+# data sheets (T4, V100 SXM2, A100, L4, H100 SXM, H200, HGX B200), which state
+# twice as much since L4, for sparse matrices, and its white papers of the
+# architectures GA102 (RTX 3090) and Ada (RTX 4090).
 _TERAFLOPS = {
   "t4": (65, None, 8.1),
   "v100": (125, None, 15.7),
@@ -32,15 +32,15 @@ NAMES = tuple(_TERAFLOPS)
 
 @dataclasses.dataclass(frozen=True)
 class Gpu:
-  """A GPU that need not be here.
+  """A GPU, which need not be present.
 
   Attributes:
-    name: a key such as 'a100-40'.
-    title: the name that CUDA gives it.
-    description: XLA's, as text.
-    capability: (major, minor), its CUDA compute capability.
-    memory_bytes: size of its memory.
-    bandwidth: bytes/s of its memory.
+    name: key, such as 'a100-40'.
+    title: CUDA's name of the GPU.
+    description: XLA's description, as text.
+    capability: CUDA compute capability, (major, minor).
+    memory_bytes: size of the memory.
+    bandwidth: memory bandwidth in bytes/s.
   """
 
   name: str
@@ -52,15 +52,15 @@ class Gpu:
 
   @property
   def accelerator(self) -> accelerator.Accelerator:
-    """The description that the model chooses implementations by."""
+    """Description by which the model selects implementations."""
     return accelerator.Accelerator("gpu", self.capability)
 
   def flops_per_second(self, dtype: str, exact: bool = False) -> float:
     """Return the peak speed of matrix products.
 
     Args:
-      dtype: of the factors, as HLO writes it: 'f32', 'bf16', 'f16'.
-      exact: whether float32 factors keep all their bits, not TF32's.
+      dtype: type of the factors in HLO: 'f32', 'bf16', 'f16'.
+      exact: True if float32 products keep all bits, False for TF32.
     """
     half, tf32, single = _TERAFLOPS[self.name]
     if dtype in ("f16", "bf16"):
@@ -72,7 +72,7 @@ def get(name: str) -> Gpu:
   """Return a GPU by its name, one of `NAMES`.
 
   Raises:
-    UserError: it is not known.
+    UserError: the name is unknown.
   """
   if name not in NAMES:
     raise errors.UserError(

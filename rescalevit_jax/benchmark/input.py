@@ -1,16 +1,15 @@
-"""Measures reading from disk: how its cost grows with the data set.
+"""Measure the cost of reading from disk for data sets of different sizes.
 
 python -m rescalevit_jax.benchmark.input --output=docs/results/input
 
-Writes data sets of small synthetic images as array_record files, 10,000 images
-in each, and reads batches of them at steps far apart, in new processes, with
-the files in the page cache; then decodes photographs' worth of noise, with
-growing numbers of threads. A table goes to standard output; with --output, it
-and a JSON file go to a folder.
+Writes data sets of small synthetic images as array_record files with 10,000
+images each. Reads batches at distant steps in new processes, with the files in
+the page cache. Then decodes synthetic photographs with increasing numbers of
+threads. Prints tables; with --output, also writes them and a JSON file.
 """
 
 import argparse
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 import concurrent.futures
 import io
 import json
@@ -35,18 +34,19 @@ from rescalevit_jax.data import records
 from rescalevit_jax.distributed import sharding
 from rescalevit_jax.runtime import atomic_file
 from rescalevit_jax.runtime import cli
+from rescalevit_jax.runtime import markdown
 from rescalevit_jax.runtime import tensorflow_cpu
 from rescalevit_jax.runtime import terminal
 
-_ROUNDS = 3  # Figures are their medians.
-_STEPS = 200  # Whose time is measured, at each of several places.
-_PLACES = 3
+_ROUNDS = 3  # Results are medians over rounds.
+_STEPS = 200  # Timed steps at each position.
+_POSITIONS = 3
 _FILE_RECORDS = 10_000
-_PHOTO = (500, 375)  # Pixels; of ImageNet's images, the usual size.
+_PHOTO = (500, 375)  # The most common size in ImageNet, in pixels.
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-  """Measures; returns the exit code."""
+  """Run the benchmark; return the exit code."""
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
@@ -59,19 +59,35 @@ def main(argv: Sequence[str] | None = None) -> int:
   )
   parser.add_argument("--batch", type=int, default=128, help="default: 128")
   parser.add_argument(
-    "--scratch", help="where the data sets lie meanwhile, 0.4 KB a record"
+    "--scratch", help="temporary folder for the data sets, 0.4 KB per record"
   )
   parser.add_argument("--output", type=pathlib.Path, metavar="DIR")
-  return cli.run(lambda: _run(parser.parse_args(argv)))
-
-
-def _run(args):
+  args = parser.parse_args(argv)
   terminal.log_to_stderr()
-  tensorflow_cpu.load()  # Which tfds imports; quietly.
-  found = [[] for _ in args.records]
-  with tempfile.TemporaryDirectory(dir=args.scratch) as scratch:
-    folders = [pathlib.Path(scratch, str(count)) for count in args.records]
-    for folder, count in zip(folders, args.records, strict=True):
+  return cli.run(
+    lambda: run(args.records, args.batch, args.scratch, args.output)
+  )
+
+
+def run(
+  counts: Sequence[int],
+  batch: int = 128,
+  scratch_dir: str | None = None,
+  output: pathlib.Path | None = None,
+) -> None:
+  """Measure reading and decoding, and print tables.
+
+  Args:
+    counts: sizes of the data sets, in records.
+    batch: images per batch.
+    scratch_dir: temporary folder for the data sets.
+    output: folder of input.md and input.json, or None.
+  """
+  tensorflow_cpu.load()  # Silences the import by tfds.
+  found: list[list[dict[str, float]]] = [[] for _ in counts]
+  with tempfile.TemporaryDirectory(dir=scratch_dir) as scratch:
+    folders = [pathlib.Path(scratch, str(count)) for count in counts]
+    for folder, count in zip(folders, counts, strict=True):
       start = time.monotonic()
       write(folder, count)
       print(
@@ -79,30 +95,30 @@ def _run(args):
         file=sys.stderr,
       )
     os.sync()
-    # In turn, so that a busy machine slows all alike.
+    # Alternate, which spreads the load of a busy machine evenly.
     for _ in range(_ROUNDS):
-      for folder, count, rows in zip(folders, args.records, found, strict=True):
-        for file in folder.iterdir():  # Into the page cache.
+      for folder, count, rows in zip(folders, counts, found, strict=True):
+        for file in folder.iterdir():  # Fill the page cache.
           file.read_bytes()
-        rows.append(_in_new_process(measure, str(folder), count, args.batch))
-  grown = [
+        rows.append(_in_new_process(measure, str(folder), count, batch))
+  streaming = [
     {key: statistics.median(row[key] for row in rows) for key in rows[0]}
     for rows in found
   ]
   decoded = [decode(threads) for threads in _powers_of_2(os.cpu_count() or 1)]
-  text = table(grown, decoded)
+  text = table(streaming, decoded)
   print(text, end="")
-  if args.output is not None:
-    args.output.mkdir(parents=True, exist_ok=True)
-    found = {"batch": args.batch, "streaming": grown, "decoding": decoded}
-    atomic_file.write(args.output / "input.md", text)
+  if output is not None:
+    output.mkdir(parents=True, exist_ok=True)
+    results = {"batch": batch, "streaming": streaming, "decoding": decoded}
+    atomic_file.write(output / "input.md", text)
     atomic_file.write(
-      args.output / "input.json", json.dumps(found, indent=2) + "\n"
+      output / "input.json", json.dumps(results, indent=2) + "\n"
     )
 
 
 def write(folder: pathlib.Path, count: int) -> None:
-  """Writes a data set of small images with one label each."""
+  """Write a data set of small labelled images."""
   folder.mkdir()
   features = tfds.features.FeaturesDict(
     {
@@ -150,9 +166,9 @@ def write(folder: pathlib.Path, count: int) -> None:
 
 
 def measure(folder: str, count: int, batch: int) -> dict[str, float]:
-  """Reads batches at the beginning, in the middle and at the end of a run."""
+  """Measure reading batches at the start, the middle and the end of a run."""
   mesh = sharding.create_mesh()
-  import grain  # noqa: F401 - half a second that data do not cost.
+  import grain  # noqa: F401 - its import must not be timed.
 
   start = time.perf_counter()
   builder = tfds.builder_from_directory(folder)
@@ -164,8 +180,8 @@ def measure(folder: str, count: int, batch: int) -> dict[str, float]:
   def plan(step):
     return dataset.batch_indices(0, step, batch, count)
 
-  for place in range(_PLACES):
-    step = 1 + place * 10 * (count // batch + 1)  # Ten epochs later.
+  for position in range(_POSITIONS):
+    step = 1 + position * 10 * (count // batch + 1)  # Ten epochs apart.
     start = time.perf_counter()
     for i in range(100):
       plan(step + i)
@@ -184,7 +200,7 @@ def measure(folder: str, count: int, batch: int) -> dict[str, float]:
     "records": count,
     "open_seconds": opened,
     "indices_seconds": statistics.median(planning),
-    "first_batch_seconds": first[0],  # Which opens files.
+    "first_batch_seconds": first[0],  # Includes opening files.
     "batch_seconds": statistics.median(usual),
     "batch_processor_seconds": statistics.median(processor),
     "peak_memory_bytes": _peak_memory(),
@@ -192,9 +208,9 @@ def measure(folder: str, count: int, batch: int) -> dict[str, float]:
 
 
 def decode(threads: int) -> dict[str, float]:
-  """Decodes and resizes photographs, in several threads."""
+  """Measure decoding and resizing photographs in several threads."""
   rng = np.random.default_rng(0)
-  # Noise of eight pixels: JPEG files of about the size of a photograph's.
+  # Noise of 8 x 8 pixels yields JPEG files of a typical size.
   small = rng.integers(0, 256, (_PHOTO[1] // 8, _PHOTO[0] // 8, 3), np.uint8)
   file = io.BytesIO()
   Image.fromarray(small).resize(_PHOTO).save(file, "JPEG", quality=95)
@@ -218,32 +234,53 @@ def decode(threads: int) -> dict[str, float]:
   }
 
 
-def table(grown, decoded) -> str:
-  """Returns both tables as Markdown."""
-  lines = [
-    "| records | opened in s | indices of a batch in ms | first batch in s |"
-    " a batch in ms | its processor time in ms | peak memory in MB |",
-    "|--:|--:|--:|--:|--:|--:|--:|",
-  ]
-  lines += [
-    f"| {row['records']:,} | {row['open_seconds']:.2f} |"
-    f" {1000 * row['indices_seconds']:.2f} | {row['first_batch_seconds']:.2f} |"
-    f" {1000 * row['batch_seconds']:.1f} |"
-    f" {1000 * row['batch_processor_seconds']:.1f} |"
-    f" {row['peak_memory_bytes'] / 1e6:.0f} |"
-    for row in grown
-  ]
-  lines += [
-    "",
-    "| threads | photographs a second | processor time of one in ms |",
-    "|--:|--:|--:|",
-  ]
-  lines += [
-    f"| {row['threads']} | {row['images_per_second']:.0f} |"
-    f" {1000 * row['image_processor_seconds']:.1f} |"
-    for row in decoded
-  ]
-  return "\n".join(lines) + "\n"
+def table(
+  streaming: Iterable[Mapping[str, float]],
+  decoding: Iterable[Mapping[str, float]],
+) -> str:
+  """Return both tables as Markdown.
+
+  Args:
+    streaming: results of `measure`, a row each.
+    decoding: results of `decode`, a row each.
+  """
+  read = markdown.table(
+    "rrrrrrr",
+    [
+      "records",
+      "open, s",
+      "indices of a batch, ms",
+      "first batch, s",
+      "batch, ms",
+      "batch, ms of processor time",
+      "peak memory, MB",
+    ],
+    [
+      [
+        f"{row['records']:,}",
+        f"{row['open_seconds']:.2f}",
+        f"{1000 * row['indices_seconds']:.2f}",
+        f"{row['first_batch_seconds']:.2f}",
+        f"{1000 * row['batch_seconds']:.1f}",
+        f"{1000 * row['batch_processor_seconds']:.1f}",
+        f"{row['peak_memory_bytes'] / 1e6:.0f}",
+      ]
+      for row in streaming
+    ],
+  )
+  decoded = markdown.table(
+    "rrr",
+    ["threads", "photographs/s", "photograph, ms of processor time"],
+    [
+      [
+        f"{row['threads']}",
+        f"{row['images_per_second']:.0f}",
+        f"{1000 * row['image_processor_seconds']:.1f}",
+      ]
+      for row in decoding
+    ],
+  )
+  return f"{read}\n{decoded}"
 
 
 def _in_new_process(function, *args):
@@ -252,7 +289,7 @@ def _in_new_process(function, *args):
 
 
 def _peak_memory():
-  # getrusage would count the parent's, too.
+  # getrusage would include the parent's memory.
   status = pathlib.Path("/proc/self/status").read_text()
   return 1024 * int(re.search(r"VmHWM:\s*(\d+) kB", status).group(1))
 

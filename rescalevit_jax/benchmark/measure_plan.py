@@ -1,4 +1,4 @@
-"""What `measure_gpu` measures, on a GPU and in a rehearsal."""
+"""Plan the measurements of `measure_gpu`, on a GPU and in a rehearsal."""
 
 import dataclasses
 import pathlib
@@ -6,6 +6,7 @@ import pathlib
 import ml_collections
 
 from rescalevit_jax import config as config_lib
+from rescalevit_jax import errors
 from rescalevit_jax.config import overrides
 from rescalevit_jax.models import norms
 from rescalevit_jax.sweep import grid
@@ -16,13 +17,13 @@ _REFERENCE = pathlib.Path(__file__).parent / "reference.json"
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-  """What to measure, most worth first.
+  """The planned measurements, most valuable first.
 
   Attributes:
     norms: config of the stage `norms`, and its items by name.
     reference: file of the float32 losses to compare with.
     speed: run and subject by name.
-    speed_options: for `speed.measure`.
+    speed_options: options of `run_worker.measure`.
     training: runs by name.
   """
 
@@ -36,7 +37,7 @@ class Plan:
 def real(
   output: pathlib.Path, runs_dir: pathlib.Path, data_dir: str | None
 ) -> Plan:
-  """Return what is measured on a GPU."""
+  """Return the measurements on a GPU."""
   del output
   settings = [f"tfds_data_dir={data_dir}", "checkpoint_every=4000"]
 
@@ -81,7 +82,7 @@ def real(
 def rehearsal(
   output: pathlib.Path, runs_dir: pathlib.Path, data_dir: str | None
 ) -> Plan:
-  """Return the same in small, for a CPU."""
+  """Return small versions of the measurements, for a CPU."""
   settings = [
     f"tfds_data_dir={data_dir or output / 'data'}",
     *("dataset=digits", "image_size=32", "model.num_layers=1"),
@@ -108,6 +109,11 @@ def rehearsal(
 
 
 def _plan_run(reference, settings, runs_dir):
+  if not _CONFIGS.is_dir():
+    raise errors.UserError(
+      f"{_CONFIGS}: no such folder; run measure_gpu from a checkout of the"
+      " repository, which has the configs"
+    )
   (run,) = grid.plan(
     [f"{_CONFIGS}/{reference}"],
     [],

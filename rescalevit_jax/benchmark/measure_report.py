@@ -1,17 +1,18 @@
-"""Write what `measure_gpu` found as Markdown."""
+"""Write the results of `measure_gpu` as Markdown."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rescalevit_jax.analysis import reference_results
+from rescalevit_jax.benchmark import comparison
 from rescalevit_jax.benchmark import report as report_lib
-from rescalevit_jax.benchmark import speed
+from rescalevit_jax.runtime import markdown as markdown_lib
 from rescalevit_jax.sweep import grid
 
-# Largest relative difference of a loss or of the gradient's norm from the
-# reference. A CPU's bfloat16 is off by up to 0.34 % in losses and 0.12 % in
-# norms (ViT-B_16, ten norms, jax 0.10.2): three times that. A GPU computes
-# float32 products in TF32, with three bits more than bfloat16: an eighth.
+# Largest tolerated relative difference of a loss or of the gradient norm from
+# the reference. bfloat16: three times the difference on a CPU, which is up to
+# 0.34 % (ViT-B_16, ten norms, jax 0.10.2). float32: an eighth of it, since GPUs
+# compute float32 products in TF32, with three bits more than bfloat16.
 TOLERANCES = {"bfloat16": 0.01, "float32": 0.00125}
 _LOSSES = ("loss", "second_loss", "eval_loss")
 
@@ -19,12 +20,16 @@ _LOSSES = ("loss", "second_loss", "eval_loss")
 def compare(
   found: Mapping[str, float], reference: Mapping[str, float], dtype: str
 ) -> dict[str, Any]:
-  """Return the largest differences from a reference, and if they are small.
+  """Return the largest relative differences from a reference.
 
   Args:
-    found: what `norm_steps.prepare_check` measured.
-    reference: the same of a CPU in float32.
+    found: result of `norm_steps.prepare_check`.
+    reference: the same on a CPU in float32.
     dtype: a key of `TOLERANCES`.
+
+  Returns:
+    `loss_difference`, `grad_norm_difference`, and `within`, True if both are
+    within the tolerance.
   """
 
   def difference(key):
@@ -40,7 +45,7 @@ def compare(
 
 
 def brief(found: Mapping[str, Any]) -> str:
-  """Return a few words on a result, for the log."""
+  """Return a short description of a result, for the log."""
   for key in ("error", "left_out"):
     if key in found:
       return f"{key.replace('_', ' ')}: {found[key]}"
@@ -69,16 +74,16 @@ def markdown(
   """Return summary.md.
 
   Args:
-    machine: of `speed.machine`.
-    states: of each stage, in words.
-    items: of the stage `norms`, by name.
+    machine: result of `machine.describe`.
+    states: progress of each stage, as text.
+    items: items of the stage `norms`, by name.
     norms: their results.
-    reference: what reference.json holds.
-    entries: for `speed.describe`.
+    reference: content of reference.json.
+    entries: entries for `comparison.describe`.
     bounds: rows of compiled.json.
-    runs: of the stage `training`, by name.
+    runs: runs of the stage `training`, by name.
     training: their results.
-    problems: why something failed or was left out, by its name.
+    problems: reasons for failed or skipped measurements, by name.
   """
   versions = ", ".join(f"{k} {v}" for k, v in machine["versions"].items())
   lines = [
@@ -91,18 +96,18 @@ def markdown(
     "",
     "## Norms",
     "",
-    *_norms(items, norms, reference),
+    _norms(items, norms, reference),
     "",
     "## Speed",
     "",
-    *_speed(machine, entries, bounds),
+    _speed(machine, entries, bounds),
     "",
     "## Training",
     "",
-    *_training(runs, training),
+    _training(runs, training).rstrip(),
   ]
   if problems:
-    lines += ["", "## Failed or left out", ""]
+    lines += ["", "## Failed or skipped", ""]
     lines += [f"- {name}: {why}" for name, why in problems.items()]
   return "\n".join(lines) + "\n"
 
@@ -111,19 +116,26 @@ def _norms(items, results, reference):
   tolerances = ", ".join(
     f"{dtype} {100 * most:g} %" for dtype, most in TOLERANCES.items()
   )
-  lines = [
+  intro = (
     f"{reference['model_name']} at {reference['image_size']} on"
-    f" {reference['images']} images without dropout: largest relative"
-    " difference of the losses of step 1, of step 2 and of an evaluation after"
-    " them, and that of the first gradient's norm, from those of a CPU in"
-    f" float32. Tolerated: {tolerances}. Then the recipe's step in bfloat16;"
-    " several were compiled at the same time.",
-    "",
-    "| norm | reference loss | bfloat16: losses, gradient | float32: losses,"
-    " gradient | step, ms | step with XLA's attention, ms | compilation, s |"
-    " program, GB | finite |",
-    "|---|--:|--:|--:|--:|--:|--:|--:|---|",
+    f" {reference['images']} images without dropout. Differences are relative"
+    " to a CPU in float32: the largest of the losses of step 1, step 2 and an"
+    " evaluation after both, and the first gradient's norm. Tolerances:"
+    f" {tolerances}. Then the recipe's step in bfloat16; several were compiled"
+    " concurrently."
+  )
+  headings = [
+    "norm",
+    "reference loss",
+    "bfloat16: losses, gradient",
+    "float32: losses, gradient",
+    "step, ms",
+    "step with XLA's attention, ms",
+    "compilation, s",
+    "program, GB",
+    "finite",
   ]
+  rows = []
   for norm in dict.fromkeys(item["norm"] for item in items.values()):
 
     def get(kind, dtype, attention, norm=norm):
@@ -133,25 +145,26 @@ def _norms(items, results, reference):
     auto = get("time", "bfloat16", "auto")
     xla = get("time", "bfloat16", "xla")
     finite = {x["finite"] for x in (auto, xla) if "finite" in x}
-    cells = [
-      norm,
-      "" if loss is None else f"{loss:.4f}",
-      _differences(get("check", "bfloat16", "auto")),
-      _differences(get("check", "float32", "auto")),
-      _cell(auto, "step_seconds", 1e3),
-      _cell(xla, "step_seconds", 1e3),
-      _cell(auto, "compile_seconds", 1),
-      _cell(auto, "memory_bytes", 1e-9),
-      "no" if False in finite else "yes" if finite else "",
-    ]
-    lines.append(f"| {' | '.join(cells)} |")
-  return lines
+    rows.append(
+      [
+        norm,
+        "" if loss is None else f"{loss:.4f}",
+        _differences(get("check", "bfloat16", "auto")),
+        _differences(get("check", "float32", "auto")),
+        _cell(auto, "step_seconds", 1e3),
+        _cell(xla, "step_seconds", 1e3),
+        _cell(auto, "compile_seconds", 1),
+        _cell(auto, "memory_bytes", 1e-9),
+        "no" if False in finite else "yes" if finite else "",
+      ]
+    )
+  return f"{intro}\n\n{markdown_lib.table('lrrrrrrrl', headings, rows)}"
 
 
 def _differences(found):
   if "within" not in found:
     return ""
-  mark = "" if found["within"] else " **too large**"
+  mark = "" if found["within"] else " (too large)"
   return (
     f"{100 * found['loss_difference']:.3f} %,"
     f" {100 * found['grad_norm_difference']:.3f} %{mark}"
@@ -159,14 +172,20 @@ def _differences(found):
 
 
 def _speed(machine, entries, bounds):
-  # Model and norm tell these programs apart, whatever else their configs have.
+  # Model and norm identify these programs; their other settings differ too.
   described = [
-    {**speed.describe(entry, entries), "settings": {}} for entry in entries
+    {**comparison.describe(entry, entries), "settings": {}} for entry in entries
   ]
-  lines = report_lib.table(described)
+  text = report_lib.table(described)
   device = machine["devices"].partition(" x ")[2]
-  found = [
-    (entry, row)
+  rows = [
+    [
+      entry["model"],
+      report_lib.program(entry),
+      f"{1e3 * entry['step_seconds']:.1f}",
+      f"{1e3 * row['step_seconds']:.1f}",
+      f"{entry['step_seconds'] / row['step_seconds']:.2f}",
+    ]
     for entry in described
     for row in bounds
     if row["gpu_title"].startswith(device)
@@ -175,50 +194,49 @@ def _speed(machine, entries, bounds):
       for key in ("subject", "norm", "model", "image_size", "batch", "dtype")
     )
   ]
-  if found:
-    lines += [
-      "",
-      "Beside the lower bound of the compiled program (each kernel as fast as"
-      " memory or products allow at most):",
-      "",
-      "| model | program | step, ms | bound, ms | step / bound |",
-      "|---|---|--:|--:|--:|",
-    ]
-  for entry, row in found:
-    step, bound = entry["step_seconds"], row["step_seconds"]
-    lines.append(
-      f"| {entry['model']} | {report_lib.program(entry)} | {1e3 * step:.1f} |"
-      f" {1e3 * bound:.1f} | {step / bound:.2f} |"
+  if rows:
+    headings = ["model", "program", "step, ms", "bound, ms", "step / bound"]
+    text += (
+      "\nLower bounds of the compiled programs: each kernel takes its bytes at"
+      " memory bandwidth or its products at peak speed.\n\n"
+      + markdown_lib.table("llrrr", headings, rows)
     )
-  return lines
+  return text
 
 
 def _training(runs, results):
-  lines = [
-    "Last: after the last step. Published: RescaleViT's, where the recipe is"
-    " its own. Minutes: evaluations and start included.",
-    "",
-    "| run | steps | last accuracy, % | best, % | published last, % | training"
-    " images/s | minutes |",
-    "|---|--:|--:|--:|--:|--:|--:|",
+  intro = (
+    "Last: after the last step. Published: RescaleViT's result of the same"
+    " recipe. Minutes include start-up and evaluation."
+  )
+  headings = [
+    "run",
+    "steps",
+    "last accuracy, %",
+    "best, %",
+    "published last, %",
+    "training images/s",
+    "minutes",
   ]
+  rows = []
   for name, run in runs.items():
     found = results.get(name)
     if not found or not found.get("step"):
       continue
     accuracy = found["evaluations"]["accuracy"]
     figures = reference_results.FIGURES.get(reference_results.match(run.config))
-    cells = [
-      name,
-      f"{found['step']} of {run.config.total_steps}",
-      f"{100 * accuracy[-1]:.2f}" if accuracy else "",
-      f"{100 * max(accuracy):.2f}" if accuracy else "",
-      "" if figures is None else f"{100 * figures.last_accuracy:.2f}",
-      f"{found['images_per_second']:.0f}" if found["finished"] else "",
-      f"{found['seconds'] / 60:.1f}" if found["finished"] else "",
-    ]
-    lines.append(f"| {' | '.join(cells)} |")
-  return lines
+    rows.append(
+      [
+        name,
+        f"{found['step']} of {run.config.total_steps}",
+        f"{100 * accuracy[-1]:.2f}" if accuracy else "",
+        f"{100 * max(accuracy):.2f}" if accuracy else "",
+        "" if figures is None else f"{100 * figures.last_accuracy:.2f}",
+        f"{found['images_per_second']:.0f}" if found["finished"] else "",
+        f"{found['seconds'] / 60:.1f}" if found["finished"] else "",
+      ]
+    )
+  return f"{intro}\n\n{markdown_lib.table('lrrrrrr', headings, rows)}"
 
 
 def _cell(found, key, factor):

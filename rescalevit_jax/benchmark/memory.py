@@ -1,10 +1,10 @@
-"""Compute how much device memory a compiled program needs."""
+"""Measure the device memory of compiled programs."""
 
 import jax
 
 
 def used(compiled: jax.stages.Compiled) -> int:
-  """Return the peak in use on the first device, or `needed` if not counted."""
+  """Return the peak on the first device, or `needed` if not measured."""
   stats = jax.devices()[0].memory_stats() or {}
   return stats.get("peak_bytes_in_use", needed(compiled))
 

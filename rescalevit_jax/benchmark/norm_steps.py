@@ -1,10 +1,10 @@
-"""Run single training steps with every norm; `measure_gpu` starts it.
+"""Run single training steps with every norm, in a process of their own.
 
-Usage: python -m rescalevit_jax.benchmark.norm_steps CONFIG ITEMS SECONDS, the
-first two as JSON. An item is an object of `kind`, `norm`, `dtype` and
-`attention`. The output has a JSON object a line: the numbers of each item in
-turn, or its `error`. No item is begun that would not end within SECONDS, to
-judge by those before it.
+Usage: python -m rescalevit_jax.benchmark.norm_steps CONFIG ITEMS SECONDS, with
+CONFIG and ITEMS as JSON. An item has `kind`, `norm`, `dtype` and `attention`.
+The output has a JSON object per line: the measurements of an item, or its
+`error`. An item starts only if the previous items suggest that it ends within
+SECONDS.
 """
 
 from collections.abc import Callable, Mapping
@@ -34,12 +34,12 @@ from rescalevit_jax.sweep import die_with_parent
 from rescalevit_jax.training import evaluate
 from rescalevit_jax.training import experiment as experiment_lib
 
-IMAGES = 8  # Of a check: a CPU computes its float32 reference in seconds.
+IMAGES = 8  # Of a check; the reference on a CPU takes seconds.
 OUT_OF_TIME = "out of time"
 _CLASSES = 10
 _SEED = np.uint32(0)
 _TIMED_SECONDS = 1.0
-_MAX_THREADS = 8  # That compile at the same time, each with threads of XLA's.
+_MAX_THREADS = 8  # Concurrent compilations, each with XLA's own threads.
 
 
 def main(config: str, items: str, seconds: str) -> None:
@@ -55,7 +55,7 @@ def main(config: str, items: str, seconds: str) -> None:
       if start + longest > end:
         break
       prepare = functools.partial(_try, lambda item: _prepare(config, item))
-      # All of a group first, so that nothing compiles while a step is timed.
+      # Compile the whole group first; a compilation would slow timed steps.
       for prepared in list(pool.map(prepare, group)):
         if callable(prepared):
           prepared = _try(lambda run: run(), prepared)
@@ -67,7 +67,7 @@ def _try(function, argument):
   """Call a function; an exception becomes {'error': a line}."""
   try:
     return function(argument)
-  except Exception as e:  # XLA and cuDNN raise all sorts.
+  except Exception as e:  # XLA and cuDNN raise many types.
     return {"error": f"{type(e).__name__}: {errors.brief(e)}"}
 
 
@@ -83,17 +83,17 @@ def run(
   most_seconds: float,
   record: Callable[[str, dict[str, Any]], None],
 ) -> None:
-  """Run items in a process of their own.
+  """Run items in a subprocess.
 
-  One that takes the process down is recorded as an error, and another process
-  goes on with the rest.
+  An item that crashes the process is recorded as an error; another process runs
+  the remaining items.
 
   Args:
-    config: that of all items, but for what they say.
-    items: by name.
-    seconds: no item is begun that would not end within them.
-    most_seconds: after them the process is ended; it may hang.
-    record: called with each result.
+    config: config of all items, which override parts of it.
+    items: items by name.
+    seconds: time limit; an item that would exceed it does not start.
+    most_seconds: timeout of the process, which may hang.
+    record: called with name and result of each item.
   """
   start = time.monotonic()
   left = dict(items)
@@ -135,7 +135,7 @@ def run(
 
 
 class _killing:
-  """End a process when a block ends, or after so many seconds."""
+  """Kill a process at the end of a block, or after a timeout."""
 
   def __init__(self, process, seconds):
     self._process = process
@@ -156,7 +156,7 @@ def item_config(
 ) -> ml_collections.ConfigDict:
   """Return the config of an item.
 
-  A check has nothing random and learns fast from the start.
+  A check is deterministic and has no warm-up.
   """
   config = config.copy_and_resolve_references()
   config.model.norm = item["norm"]
@@ -174,14 +174,14 @@ def item_config(
 def prepare_check(
   config: ml_collections.ConfigDict,
 ) -> Callable[[], dict[str, float]]:
-  """Compile two training steps on a fixed batch and an evaluation of it.
+  """Compile two training steps and an evaluation on a fixed batch.
 
-  Weights and images come from NumPy's generators, so that they are the same on
-  every device and with every version of JAX.
+  Weights and images are from NumPy's generators, which are the same for every
+  device and every version of JAX.
 
   Returns:
     A function that runs them and returns `loss` and `grad_norm` of the first
-    step, `second_loss` and, after both, `eval_loss`.
+    step, `second_loss`, and `eval_loss` after both steps.
   """
   experiment = _experiment(config)
   images, labels = _batch(experiment)
@@ -220,9 +220,9 @@ def prepare_timing(
   """Compile a run's training step.
 
   Returns:
-    A function that times it on one batch and returns `worker.summary`, whether
-    loss and gradient of the first step are finite, the seconds of compilation
-    and the program's bytes.
+    A function that times the step on one batch. It returns `worker.summary`,
+    `finite` (True if loss and gradient of the first step are), the compilation
+    time and the memory of the program.
   """
   experiment = _experiment(config)
   images, labels = _batch(experiment)
@@ -278,7 +278,7 @@ def _batch(experiment):
 
 
 def _numpy_weights(params):
-  """Replace matrices by NumPy's random numbers of the same deviation."""
+  """Replace matrices by random numbers of NumPy with equal deviation."""
   rng = np.random.default_rng(0)
 
   def draw(x):

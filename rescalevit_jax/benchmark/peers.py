@@ -1,7 +1,7 @@
-"""Peers to compare with: the same sizes and recipe, by others.
+"""Peers to compare with: other implementations of the same model and recipe.
 
-Each peer trains on one batch that lies on the device: SGD with momentum, clip
-by global norm, cross-entropy, dropout at the same places as ours.
+Each peer trains on one batch that stays on the device: SGD with momentum,
+clipping by global norm, cross-entropy, and dropout at the same sites as ours.
 """
 
 from collections.abc import Callable
@@ -21,7 +21,7 @@ _CLASSES = 10
 
 
 class FlaxViT(nn.Module):
-  """A ViT as the documentation of flax.linen suggests it."""
+  """A plain ViT from the layers of flax.linen."""
 
   sizes: Any
   dropout_rate: float
@@ -67,7 +67,7 @@ def flax_recipe(config: Any) -> tuple[FlaxViT, optax.GradientTransformation]:
 def flax_train_step(
   model: FlaxViT, optimizer: optax.GradientTransformation
 ) -> Callable[..., Any]:
-  """Return a jitted step; it gives away parameters and optimizer state."""
+  """Return a jitted step that donates parameters and optimizer state."""
 
   def train_step(params, opt_state, images, labels, key):
     key, next_key = jax.random.split(key)
@@ -89,7 +89,7 @@ class FlaxPeer:
   """flax.linen's layers under `jax.jit`.
 
   Args:
-    config: of the run to compare with.
+    config: config of the run to compare with.
   """
 
   def __init__(self, config):
@@ -106,7 +106,7 @@ class FlaxPeer:
     )
 
   def train(self, steps: int) -> None:
-    """Does so many steps and waits for their end."""
+    """Run a number of training steps and wait for their end."""
     for _ in range(steps):
       self._params, self._opt_state, loss, self._key = self._train_step(
         self._params, self._opt_state, *self._data, self._key
@@ -114,13 +114,13 @@ class FlaxPeer:
     jax.block_until_ready((self._params, loss))
 
   def evaluate(self, batches: int) -> None:
-    """Classifies so many batches and waits for their end."""
+    """Classify a number of batches and wait for the result."""
     for _ in range(batches):
       logits = self._forward(self._params, self._data[0])
     logits.block_until_ready()
 
   def memory_bytes(self) -> int:
-    """Returns what a step takes of the device."""
+    """Return the device memory of a step."""
     return memory.used(
       self._train_step.lower(
         self._params, self._opt_state, *self._data, self._key
@@ -129,12 +129,12 @@ class FlaxPeer:
 
 
 class TimmPeer:
-  """timm's VisionTransformer with torch.compile and its own attention.
+  """timm's VisionTransformer with torch.compile and its default attention.
 
-  bfloat16 by autocast where our dtype is that.
+  Uses autocast if our dtype is bfloat16.
 
   Args:
-    config: of the run to compare with.
+    config: config of the run to compare with.
   """
 
   def __init__(self, config):
@@ -159,7 +159,7 @@ class TimmPeer:
       proj_drop_rate=config.model.dropout_rate,
     ).to(self._device)
     for block in model.blocks:
-      # timm's rate holds for attention's output, too; ours has none there.
+      # Our attention output has no dropout.
       block.attn.proj_drop = torch.nn.Identity()
     self._model = torch.compile(model)
     images, labels = _batch(config)
@@ -179,7 +179,7 @@ class TimmPeer:
       self._autocast = lambda: torch.autocast(self._device, torch.bfloat16)
 
   def train(self, steps: int) -> None:
-    """Does so many steps and waits for their end."""
+    """Run a number of training steps and wait for their end."""
     torch = self._torch
     self._model.train()
     for _ in range(steps):
@@ -193,7 +193,7 @@ class TimmPeer:
     self._wait()
 
   def evaluate(self, batches: int) -> None:
-    """Classifies so many batches and waits for their end."""
+    """Classify a number of batches and wait for the result."""
     self._model.eval()
     with self._torch.no_grad(), self._autocast():
       for _ in range(batches):
@@ -201,7 +201,7 @@ class TimmPeer:
     self._wait()
 
   def memory_bytes(self) -> int | None:
-    """Returns what a step takes of the device; None on a CPU."""
+    """Return the device memory of a step; None on a CPU."""
     if self._device == "cpu":
       return None
     return self._torch.cuda.max_memory_allocated()
@@ -212,7 +212,7 @@ class TimmPeer:
 
 
 def model_of(config: Any) -> nn.Module:
-  """Returns our model of a config, with LayerNorm: its sizes, its dtype."""
+  """Return our model of a config, with LayerNorm."""
   return models.create(
     config.model_name,
     num_classes=_CLASSES,

@@ -1,16 +1,19 @@
-"""Measure one training program; `speed` starts a process for each.
+"""Measure one training program; `run_worker` starts a process for each.
 
-Usage: python -m rescalevit_jax.benchmark.worker SUBJECT CONFIG OPTIONS, the
-last two as JSON; the last line of the output is a JSON object.
+Usage: python -m rescalevit_jax.benchmark.worker SUBJECT CONFIG OPTIONS, with
+CONFIG and OPTIONS as JSON. The last line of the output is a JSON object.
 """
 
+from collections.abc import Callable, Mapping, Sequence
 import json
 import statistics
 import sys
 import time
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import ml_collections
 import numpy as np
 
 from rescalevit_jax import config as config_lib
@@ -24,14 +27,14 @@ from rescalevit_jax.training import evaluate
 from rescalevit_jax.training import experiment as experiment_lib
 from rescalevit_jax.training import train_step
 
-_LAPS = 5  # At least as many of each function.
-_LAP_SECONDS = 0.3  # What they take, or less if that is too long for as many.
+_MIN_LAPS = 5  # Per function.
+_LAP_SECONDS = 0.3  # Shorter if the time does not suffice for _MIN_LAPS.
 
 
-def main(subject: str, config: str, options: str) -> None:
-  """Measures and prints."""
-  config = config_lib.from_json(config)
-  options = json.loads(options)
+def main(subject: str, config_json: str, options_json: str) -> None:
+  """Measure a program and print the result."""
+  config = config_lib.from_json(config_json)
+  options = json.loads(options_json)
   if subject == "ours":
     result = measure_ours(config, options)
   else:
@@ -40,8 +43,10 @@ def main(subject: str, config: str, options: str) -> None:
   print(json.dumps(result), flush=True)
 
 
-def measure_ours(config, options) -> dict[str, float]:
-  """Measures this project: with real data, and with one resident batch."""
+def measure_ours(
+  config: ml_collections.ConfigDict, options: Mapping[str, float]
+) -> dict[str, float]:
+  """Measure this project, with real data and with one resident batch."""
   experiment = experiment_lib.create(config)
   by_device = sharding.split(experiment.mesh, axis=1)
   seed = np.uint32(config.seed)
@@ -61,8 +66,8 @@ def measure_ours(config, options) -> dict[str, float]:
   seconds = time.perf_counter() - start
 
   def run(steps):
-    # As `loop.Trainer` does it: a step is started, then the metrics of the one
-    # before it are awaited.
+    # As in `trainer.Trainer`: dispatch a step, then read the metrics of the
+    # previous one.
     nonlocal state
     last = None
     with batches(steps) as found:
@@ -104,12 +109,12 @@ def measure_ours(config, options) -> dict[str, float]:
 
 
 def _diagnostics(experiment, step, seconds):
-  """Returns what diagnostics take, in times of a training step, if asked for.
+  """Return the cost of diagnostics in training steps, if they are enabled.
 
   Args:
-    experiment: of the run.
-    step: the training step, compiled.
-    seconds: to measure for.
+    experiment: the experiment.
+    step: the compiled training step.
+    seconds: duration of the measurement.
   """
   config = experiment.config
   if not config.diagnostics_every:
@@ -122,14 +127,14 @@ def _diagnostics(experiment, step, seconds):
   programs = diagnostics.CompiledDiagnostics(experiment)
   programs.compile(state, images, labels)
 
-  def run(steps, look):
-    # As `diagnostics.Diagnostics` does it.
+  def run(steps, measure):
+    # As in `diagnostics.Diagnostics`.
     nonlocal state
     for _ in range(steps):
-      if look:
+      if measure:
         found, before = programs.before_step(state, images, labels)
       state, metrics = step(state, images, labels, np.uint32(config.seed))
-      if look:
+      if measure:
         found |= programs.after_step(before, state.params)
         jax.device_get(found)
       jax.device_get(metrics)
@@ -138,22 +143,22 @@ def _diagnostics(experiment, step, seconds):
     for _ in range(times):
       jax.device_get(programs.sharpness(state))
 
-  plain, looks, sharp = time_laps(
+  plain, measured, sharp = time_laps(
     [lambda n: run(n, False), lambda n: run(n, True), sharpness], seconds
   )
-  look, sharp = ratio(looks, plain) - 1, ratio(sharp, plain)
+  measurement, sharp = ratio(measured, plain) - 1, ratio(sharp, plain)
   every, sharpness_every = config.diagnostics_every, diagnostics.SHARPNESS_EVERY
   return {
     "diagnostics_every": every,
     "sharpness_every": sharpness_every,
-    "look_steps": look,
+    "measurement_steps": measurement,
     "sharpness_steps": sharp,
-    "diagnostics_share": (look + sharp / sharpness_every) / every,
+    "diagnostics_share": (measurement + sharp / sharpness_every) / every,
   }
 
 
 def _resident(experiment, by_device):
-  """Returns a function that trains on one prepared batch, again and again."""
+  """Return a function that trains repeatedly on one prepared batch."""
   config, model = experiment.config, experiment.model
   rng = np.random.default_rng(0)
   size = config.image_size
@@ -203,8 +208,8 @@ def _resident(experiment, by_device):
   return run
 
 
-def measure_peer(peer, options) -> dict[str, float]:
-  """Measures a peer, which trains on one resident batch."""
+def measure_peer(peer: Any, options: Mapping[str, float]) -> dict[str, Any]:
+  """Measure a peer, which trains on one resident batch."""
   start = time.perf_counter()
   peer.train(1)
   seconds = time.perf_counter() - start
@@ -218,17 +223,18 @@ def measure_peer(peer, options) -> dict[str, float]:
   }
 
 
-def time_laps(runs, seconds: float) -> list[list[float]]:
-  """Times functions in turn, so that a busy machine slows all of them.
+def time_laps(
+  runs: Sequence[Callable[[int], None]], seconds: float
+) -> list[list[float]]:
+  """Return the seconds per step in each lap, for each function.
+
+  Functions take turns, which spreads the load of a busy machine evenly.
 
   Args:
-    runs: each does so many steps and waits for their end.
-    seconds: for all of them together.
-
-  Returns:
-    For each, the seconds a step of every lap.
+    runs: functions that run a number of steps and wait for their end.
+    seconds: duration of all laps together.
   """
-  lap = min(_LAP_SECONDS, seconds / (_LAPS * len(runs)))
+  lap = min(_LAP_SECONDS, seconds / (_MIN_LAPS * len(runs)))
   steps = []
   for run in runs:
     run(2)  # Compiles and warms up.
@@ -238,7 +244,7 @@ def time_laps(runs, seconds: float) -> list[list[float]]:
     steps.append(max(1, round(lap / single)))
   times = [[] for _ in runs]
   end = time.perf_counter() + seconds
-  while time.perf_counter() < end or len(times[0]) < _LAPS:
+  while time.perf_counter() < end or len(times[0]) < _MIN_LAPS:
     for run, count, found in zip(runs, steps, times, strict=True):
       start = time.perf_counter()
       run(count)
@@ -247,7 +253,7 @@ def time_laps(runs, seconds: float) -> list[list[float]]:
 
 
 def summary(times: list[float], batch: int) -> dict[str, float]:
-  """Returns median and spread (quartiles) of step times, and images/s."""
+  """Return the median and the quartiles of step times, and images/s."""
   low, median, high = statistics.quantiles(times, n=4)
   return {
     "step_seconds": median,
@@ -259,12 +265,12 @@ def summary(times: list[float], batch: int) -> dict[str, float]:
 
 
 def ratio(a: list[float], b: list[float]) -> float:
-  """Returns the median of the laps' ratios: neighbours in time."""
+  """Return the median ratio of laps that are adjacent in time."""
   return statistics.median(x / y for x, y in zip(a, b, strict=True))
 
 
-def matmul_flops_per_second(dtype) -> float:
-  """Measures the speed of a large product of random matrices."""
+def matmul_flops_per_second(dtype: Any) -> float:
+  """Return the measured speed of a large product of random matrices."""
   size = 2048 if jax.default_backend() == "cpu" else 8192
   x = jax.random.normal(jax.random.key(0), (size, size), dtype)
   multiply = jax.jit(jnp.matmul)
@@ -281,5 +287,5 @@ def matmul_flops_per_second(dtype) -> float:
 if __name__ == "__main__":
   try:
     main(*sys.argv[1:])
-  except Exception as e:  # `speed` tells it in one line.
+  except Exception as e:  # For `run_worker`, as one line.
     sys.exit(f"{type(e).__name__}: {' '.join(str(e).split())[:300]}")

@@ -1,4 +1,4 @@
-"""The command that says what GPUs would make of a config."""
+"""The command that compiles a config for absent GPUs."""
 
 import json
 import os
@@ -25,7 +25,7 @@ def run(*args, **env):
 
 
 def compile_for_h100(folder, *args, **env):
-  """Returns the row of a tiny model, and all that is said about it."""
+  """Return the row of a tiny model, the report and the log."""
   done = run(
     "--config=configs/quickstart.py",
     "--compile_for=h100",
@@ -47,7 +47,7 @@ def compile_for_h100(folder, *args, **env):
 
 
 @tiny_gpu.needs_compiler
-def test_says_what_fits_and_how_fast_it_can_be(tmp_path):
+def test_memory_and_lower_bound_are_reported(tmp_path):
   row, text, log = compile_for_h100(
     tmp_path, "--devices=2", "--set=model.num_layers=1"
   )
@@ -57,14 +57,14 @@ def test_says_what_fits_and_how_fast_it_can_be(tmp_path):
   assert row["kernels"] > row["gemms"] > 0 and row["collectives"] == 1
   assert sum(row["kernel_kinds"].values()) == row["kernels"]
   assert row["flops"] > 0 and row["traffic_bytes"] > 0
-  assert "2 GPUs; all figures but images/s" in text and "| yes |" in text
+  assert "2 GPUs; figures are per GPU" in text and "| yes |" in text
   assert "1/1" in log and "ETA" in log
 
 
 @pytest.mark.slow
 @tiny_gpu.needs_compiler
-def test_says_what_would_fit(tmp_path):
-  """A share of memory so small that a large batch does not fit."""
+def test_a_smaller_batch_and_remat_are_suggested(tmp_path):
+  """The share of memory is too small for the batch."""
   row, text, log = compile_for_h100(
     tmp_path,
     "--set=model.num_layers=6",
@@ -89,7 +89,7 @@ def test_says_what_would_fit(tmp_path):
     (["--compile_for=h100", "--devices=3"], "not divisible by 3 devices"),
   ],
 )
-def test_mistakes_are_one_line(flags, words, tmp_path):
+def test_errors_are_one_line(flags, words, tmp_path):
   if "--devices=3" in flags and not tiny_gpu.CAN_COMPILE:
     pytest.skip(tiny_gpu.REASON)
   done = run(
@@ -103,7 +103,7 @@ def test_mistakes_are_one_line(flags, words, tmp_path):
 
 
 def affine(a, b):
-  """Returns the memory of a batch, and which batches were asked for."""
+  """Return an affine memory function, and the list of its arguments."""
   asked = []
 
   def needed(batch):
@@ -116,12 +116,12 @@ def affine(a, b):
 @pytest.mark.parametrize(
   "a, b, batch, divisor, limit, expected",
   [
-    (10, 1, 128, 1, 100, 88),  # 90 fit; of many, a multiple of 8.
+    (10, 1, 128, 1, 100, 88),  # 90 fit; large results are multiples of 8.
     (10, 1, 128, 3, 100, 90),
     (10, 1, 12, 1, 15.5, 5),
     (10, 1, 12, 4, 15.5, 4),
     (10, 1, 12, 4, 13, None),
-    (200, 1, 128, 1, 100, None),  # The parameters alone do not fit.
+    (200, 1, 128, 1, 100, None),  # The parameters alone exceed the limit.
     (10, 1, 2, 1, 11, 1),
     (10, 1, 1, 1, 10, None),
   ],
@@ -133,14 +133,14 @@ def test_largest_batch(a, b, batch, divisor, limit, expected):
   assert len(asked) <= 3 and max(asked, default=0) < batch
 
 
-def test_largest_batch_is_tried_again_where_memory_bends():
+def test_largest_batch_is_corrected_if_memory_is_not_affine():
   def needed(batch):
     return batch + (20 if batch > 64 else 0)
 
   assert forecast.largest_batch(needed, 256, 1, 100) == 80
 
 
-def test_table_says_fits_and_three_digits():
+def test_table_has_three_significant_digits():
   row = {
     "gpu_title": "NVIDIA L4",
     "subject": "ours",

@@ -1,4 +1,4 @@
-"""A rehearsal of the GPU measurements, killed, stopped and gone on with."""
+"""A rehearsal of the GPU measurements, killed, stopped and resumed."""
 
 import json
 import os
@@ -18,11 +18,13 @@ from rescalevit_jax import config as config_lib
 from rescalevit_jax.benchmark import measure_gpu
 from rescalevit_jax.benchmark import measure_plan
 from rescalevit_jax.benchmark import measure_report
+from rescalevit_jax.benchmark import measure_results
+from rescalevit_jax.benchmark import measure_session
 from rescalevit_jax.benchmark import norm_steps
 from rescalevit_jax.sweep import schedule
 
 SCRIPT = paths.ROOT / "scripts" / "measure_gpu.sh"
-# Every program that Python starts finds these not installed, and no network.
+# Hides these packages and the network from every Python process.
 BLOCK = """
 import importlib.machinery, socket, sys
 finder = importlib.machinery.PathFinder
@@ -63,20 +65,20 @@ def read(folder):
 
 
 def done(results):
-  """Names and results of what does not have to be measured again."""
+  """Return the names and results of finished measurements."""
   return {
     stage: {
       name: found
       for name, found in results.get(stage, {}).items()
       if "left_out" not in found and found.get("finished", True)
     }
-    for stage in measure_gpu.STAGES
+    for stage in measure_results.STAGES
   }
 
 
 @pytest.fixture(scope="module")
 def rehearsal(tmp_path_factory, digits_dir, shared_dir):
-  """One rehearsal in three calls: killed, stopped, gone on with."""
+  """Run a rehearsal in three calls: killed, stopped, resumed."""
   folder = tmp_path_factory.mktemp("rehearsal")
   hidden = folder / "hidden"
   hidden.mkdir()
@@ -84,7 +86,7 @@ def rehearsal(tmp_path_factory, digits_dir, shared_dir):
     BLOCK.format(log=str(folder / "network.txt"))
   )
   output = folder / "output"
-  data = folder / "data"  # A path that all processes have in their arguments.
+  data = folder / "data"  # A path in the arguments of all processes.
   data.symlink_to(digits_dir)
   bound = {
     "gpu_title": "cpu of this machine",
@@ -109,7 +111,7 @@ def rehearsal(tmp_path_factory, digits_dir, shared_dir):
     "PYTHON": sys.executable,
     "PYTHONPATH": str(hidden),
   }
-  # In the order of the runs, so that the first is under way at the SIGTERM.
+  # The first run is in progress at the SIGTERM.
   workdir = output / "runs" / "digits-ViT-XS_4-Rescale-scratch-seed0"
   stderr, snapshots = [], []
   for number, condition in (
@@ -121,7 +123,7 @@ def rehearsal(tmp_path_factory, digits_dir, shared_dir):
     process.send_signal(number)
     stderr.append(process.communicate(timeout=300)[1])
     assert process.returncode == (-number if number == signal.SIGKILL else 0)
-    # A killed parent's processes end by themselves.
+    # The processes of a killed parent die.
     deadline = time.monotonic() + 60
     while tiny_sweep.processes_of(folder):
       assert time.monotonic() < deadline
@@ -144,13 +146,13 @@ def rehearsal(tmp_path_factory, digits_dir, shared_dir):
 def test_nothing_is_lost_or_repeated(rehearsal):
   plan = measure_plan.rehearsal(rehearsal.output, rehearsal.output, "data")
   names = (plan.norms[1], plan.speed, plan.training)
-  for stage, expected in zip(measure_gpu.STAGES, names, strict=True):
+  for stage, expected in zip(measure_results.STAGES, names, strict=True):
     assert set(rehearsal.results[stage]) == set(expected)
   assert done(rehearsal.snapshots[0])["norms"] == rehearsal.results["norms"]
   assert done(rehearsal.snapshots[0])["speed"]
   for before in map(done, rehearsal.snapshots):
     after = done(rehearsal.results)
-    for stage in measure_gpu.STAGES:
+    for stage in measure_results.STAGES:
       assert before[stage].items() <= after[stage].items()
   training = rehearsal.results["training"]
   for name, found in training.items():
@@ -196,7 +198,7 @@ def test_a_finished_rehearsal_measures_nothing(rehearsal):
   assert "training: 0 of 3 left" in stderr
 
 
-def test_a_loss_that_is_off_is_told(rehearsal, tmp_path):
+def test_a_wrong_loss_is_reported(rehearsal, tmp_path):
   reference = rehearsal.results["reference"]
   reference = json.loads(json.dumps(reference))
   reference["norms"]["LN"]["eval_loss"] *= 1.02
@@ -205,7 +207,7 @@ def test_a_loss_that_is_off_is_told(rehearsal, tmp_path):
     json.dumps(rehearsal.results["machine"])
   )
   plan = measure_plan.rehearsal(tmp_path, tmp_path, None)
-  session = measure_gpu.Session(plan, tmp_path, 100.0, None)
+  session = measure_session.Session(plan, tmp_path, 100.0, None)
   name = "check LN bfloat16 auto"
   found = dict(rehearsal.results["norms"][name])
 
@@ -216,7 +218,7 @@ def test_a_loss_that_is_off_is_told(rehearsal, tmp_path):
     patch.setattr(norm_steps, "run", record)
     assert session.run(["norms"], needs_gpu=False) == 1
   assert read(tmp_path)["norms"][name]["within"] is False
-  assert "**too large**" in (tmp_path / "summary.md").read_text()
+  assert "% (too large) |" in (tmp_path / "summary.md").read_text()
 
 
 @pytest.fixture
@@ -227,7 +229,7 @@ def session(tmp_path):
   machine = {"devices": "1 x cpu", "cores": 1, "processor": "", "versions": {}}
   (tmp_path / "reference.json").write_text(json.dumps(reference))
   (tmp_path / "machine.json").write_text(json.dumps(machine))
-  # A step takes a second: a run of 40 steps 40 s and the start.
+  # A step takes a second, a run 40 s plus its start.
   speed = {
     "step_seconds": 1.0,
     "eval_images_per_second": 1e9,
@@ -240,11 +242,11 @@ def session(tmp_path):
   }
   name = "digits-ViT-XS_4-LN-scratch-seed0 ours"
   (tmp_path / "speed.json").write_text(json.dumps({name: speed}))
-  return lambda seconds: measure_gpu.Session(plan, tmp_path, seconds, None)
+  return lambda seconds: measure_session.Session(plan, tmp_path, seconds, None)
 
 
 def start_runs(session, seconds, monkeypatch):
-  """Returns the names of the runs that a session would start."""
+  """Return the names of the runs that a session starts."""
   started = []
 
   class Schedule:
@@ -257,7 +259,7 @@ def start_runs(session, seconds, monkeypatch):
       return schedule.Outcome(done=[self.run_])
 
   monkeypatch.setattr(schedule, "Schedule", Schedule)
-  monkeypatch.setattr(measure_gpu.Session, "_data_problem", lambda *_: None)
+  monkeypatch.setattr(measure_session.Session, "_data_problem", lambda *_: None)
   session(seconds).run(["training"], needs_gpu=False)
   return started
 
@@ -267,7 +269,7 @@ def test_runs_that_end_in_time_come_first(session, tmp_path, monkeypatch):
     f"digits-ViT-XS_4-{norm}-scratch-seed0" for norm in ("Rescale", "LN", "Cal")
   )
   assert start_runs(session, 1000, monkeypatch) == [rescale, ln, cal]
-  # 40 steps of a second do not fit; the speed of the last is not known.
+  # 40 steps of a second do not fit; the speed of the last run is unknown.
   assert start_runs(session, 90, monkeypatch) == [rescale, ln, cal]
   assert start_runs(session, 50, monkeypatch) == []
   (tmp_path / "runs" / ln / "checkpoints" / "last" / "39").mkdir(parents=True)
@@ -283,19 +285,19 @@ def test_stages_share_the_time(session, monkeypatch):
   monkeypatch.setattr(norm_steps, "run", record)
   for stage in ("_measure_speed", "_train"):
     monkeypatch.setattr(
-      measure_gpu.Session,
+      measure_session.Session,
       stage,
       lambda self, names, stop, stage=stage: limits.update(
         {stage: stop - time.monotonic()}
       ),
     )
-  session(1000).run(list(measure_gpu.STAGES), needs_gpu=False)
+  session(1000).run(list(measure_results.STAGES), needs_gpu=False)
   assert limits["norms"] == (pytest.approx(350, 0.1), pytest.approx(380, 0.1))
   assert limits["_measure_speed"] == pytest.approx(500, 0.1)
   assert limits["_train"] == pytest.approx(1000, 0.1)
 
 
-def test_what_failed_comes_last(session, tmp_path, monkeypatch):
+def test_failed_items_come_last(session, tmp_path, monkeypatch):
   plan = measure_plan.rehearsal(tmp_path, tmp_path, None)
   first, second, *_ = plan.norms[1]
   failed = {first: {"error": "it broke"}, second: {"loss": 1.0}}
@@ -330,7 +332,7 @@ def test_an_item_that_fails_does_not_stop_the_next(monkeypatch):
   assert all("process ended" in x["error"] for x in found.values())
 
 
-def test_an_item_that_hangs_is_ended():
+def test_a_hanging_item_is_killed():
   item = {
     "kind": "check",
     "norm": "LN",
@@ -342,7 +344,7 @@ def test_an_item_that_hangs_is_ended():
   assert found == {"a": {"error": norm_steps.OUT_OF_TIME}}
 
 
-def test_comparison():
+def test_losses_are_compared_with_the_reference():
   reference = {
     "loss": 2.0,
     "second_loss": 1.0,
@@ -399,7 +401,7 @@ settings[settings.index("total_steps=40")] = "total_steps=1000000"
   pathlib.Path({str(tmp_path)!r}),
 )
 class Clock:
-  def __lt__(self, now):  # Comes when the run has made some steps.
+  def __lt__(self, now):  # Passes once the run has made some steps.
     return subprocess_run.step_since(run.workdir, 0) > 20
 outcome = schedule.Schedule([run], [], [{{}}], [Clock()]).run()
 assert outcome.stopped and outcome.left == [run] and not outcome.failed
@@ -426,8 +428,8 @@ assert subprocess_run.saved_step(run.workdir) > 20
     ([], "JAX sees no GPU"),
   ],
 )
-def test_mistakes_are_one_line(flags, words, session, tmp_path, capsys):
-  del session  # Leaves a reference, and the machine, which the last one lacks.
+def test_errors_are_one_line(flags, words, session, tmp_path, capsys):
+  del session  # Writes a reference and a machine; the last case has no machine.
   if not flags:
     (tmp_path / "machine.json").unlink()
   (tmp_path / "bounds.json").write_text("[]")

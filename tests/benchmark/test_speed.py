@@ -1,4 +1,4 @@
-"""The benchmark runs, and says what it measured."""
+"""The speed benchmark: its measurements, its report and its errors."""
 
 import importlib.util
 import json
@@ -27,7 +27,7 @@ def run(*args, env=None):
   )
 
 
-def test_measures_all(digits_dir, shared_dir, tmp_path):
+def test_all_programs_are_measured(digits_dir, shared_dir, tmp_path):
   done = run(
     "--config=configs/quickstart.py",
     "--grid=model.norm=LN,Rescale",
@@ -40,7 +40,7 @@ def test_measures_all(digits_dir, shared_dir, tmp_path):
     f"--output={tmp_path}",
     env={
       **tiny_sweep.environment(shared_dir),
-      # Compiled so that a first start takes clearly longer than the next.
+      # Slow compilation: the cold start must be clearly slower.
       "XLA_FLAGS": "--xla_backend_optimization_level=0",
     },
   )
@@ -68,20 +68,22 @@ def test_measures_all(digits_dir, shared_dir, tmp_path):
   )
   assert ours["images_per_second"] == pytest.approx(48 / ours["step_seconds"])
   assert ours["memory_bytes"] > 0 and ours["eval_images_per_second"] > 0
-  look, sharpness = ours["look_steps"], ours["sharpness_steps"]
+  measurement, sharpness = ours["measurement_steps"], ours["sharpness_steps"]
   assert sharpness > 0
-  assert ours["diagnostics_share"] == pytest.approx(look / 5 + sharpness / 50)
-  assert "look_steps" not in flax
+  assert ours["diagnostics_share"] == pytest.approx(
+    measurement / 5 + sharpness / 50
+  )
+  assert "measurement_steps" not in flax
   (start,) = report["starts"]
   assert len(start["warm"]) == 2 and 0 < max(start["warm"]) < start["cold"]
   text = (tmp_path / "benchmark.md").read_text()
   assert str(tmp_path) not in text and str(digits_dir) not in text
   assert text in done.stdout
-  assert f"| {look:.2f} | {sharpness:.2f} | 5 |" in text
+  assert f"| {measurement:.2f} | {sharpness:.2f} | 5 |" in text
   assert "| ours, Rescale |" in text and "ETA" in done.stderr
 
 
-def test_settings_that_differ_tell_lines_apart():
+def test_distinctive_settings_are_listed():
   a, b, c = (config_lib.default() for _ in range(3))
   b.model.norm, b.batch, b.model.residual = "Cal", 7, "rescalenet"
   c.model.norm = "BN"
@@ -100,7 +102,7 @@ def test_settings_that_differ_tell_lines_apart():
     (["--set=dataset=nothing", "--no_start"], "nothing"),
   ],
 )
-def test_mistakes_are_one_line(flags, words, tmp_path):
+def test_errors_are_one_line(flags, words, tmp_path):
   done = run(
     "--config=configs/quickstart.py", f"--output={tmp_path / 'o'}", *flags
   )

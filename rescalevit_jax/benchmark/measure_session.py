@@ -1,0 +1,257 @@
+"""Run the measurements of `measure_gpu` within a time limit."""
+
+from collections.abc import Callable, Sequence
+import functools
+import importlib.util
+import logging
+import math
+import pathlib
+import subprocess
+import threading
+import time
+
+from rescalevit_jax import config as config_lib
+from rescalevit_jax import errors
+from rescalevit_jax.benchmark import machine as machine_lib
+from rescalevit_jax.benchmark import measure_plan
+from rescalevit_jax.benchmark import measure_report
+from rescalevit_jax.benchmark import measure_results
+from rescalevit_jax.benchmark import norm_steps
+from rescalevit_jax.benchmark import run_worker
+from rescalevit_jax.runtime import terminal
+from rescalevit_jax.sweep import schedule
+from rescalevit_jax.sweep import subprocess_run
+from rescalevit_jax.training import experiment
+
+_log = logging.getLogger(__name__)
+
+# Share of the remaining time that a stage may use, to leave time for the next
+# stage. The last stage may use all of it.
+_SHARES = {"norms": 0.35, "speed": 0.5}
+_TEST_IMAGES = 10_000  # CIFAR's test split; used until the data set is read.
+_OVERTIME = 30.0  # Seconds that the last measurement of a stage may overrun.
+_SECONDS_TO_SAVE = 20.0  # Time that a stopped run needs.
+_SECONDS_TO_START = 40.0  # Upper bound for a run's start, without compilation.
+
+
+class Session:
+  """One call of `measure_gpu`.
+
+  Args:
+    plan: the planned measurements.
+    output: existing folder of the results.
+    seconds: time limit.
+    bounds: compiled.json of the lower bounds, or None.
+  """
+
+  def __init__(
+    self,
+    plan: measure_plan.Plan,
+    output: pathlib.Path,
+    seconds: float,
+    bounds: pathlib.Path | None,
+  ):
+    self._plan = plan
+    self._output = output
+    self._end = time.monotonic() + seconds
+    self._results = measure_results.Results(plan, output, bounds)
+    self._test_images: dict[str, int] = {}
+    self._data_problems: dict[str, str | None] = {}
+
+  def run(self, stages: Sequence[str], needs_gpu: bool) -> int:
+    """Measure the unfinished items of some stages; return the exit code."""
+    results = self._results
+    if results.machine is None:
+      machine = machine_lib.describe()
+      if needs_gpu and machine["devices"].endswith(" cpu"):
+        raise errors.UserError(
+          "JAX sees no GPU; pip install 'jax[cuda13]', or try --rehearse"
+        )
+      results.set_machine(machine)
+    measure: dict[str, Callable[[list[str], float], None]] = {
+      "norms": self._measure_norms,
+      "speed": self._measure_speed,
+      "training": self._train,
+    }
+    for stage in stages:
+      share = 1.0 if stage == stages[-1] else _SHARES[stage]
+      left = results.left(stage)
+      _log.info(
+        "%s: %d of %d left, at most %s of the remaining %s",
+        stage,
+        len(left),
+        len(results.names(stage)),
+        terminal.duration(share * self._seconds()),
+        terminal.duration(self._seconds()),
+      )
+      measure[stage](left, time.monotonic() + share * self._seconds())
+    results.write_summary()
+    for stage in measure_results.STAGES:
+      _log.info("%s: %s", stage, results.state(stage))
+    _log.info("see %s", self._output / "summary.md")
+    bad = [x for x in results if "error" in x or x.get("within") is False]
+    return 1 if bad else 0
+
+  def _measure_norms(self, names, stop):
+    config, items = self._plan.norms
+
+    def record(name, found):
+      item, norm = items[name], items[name]["norm"]
+      reference = self._results.reference["norms"].get(norm)
+      if item["kind"] == "check" and reference and "error" not in found:
+        found |= measure_report.compare(found, reference, item["dtype"])
+      self._record("norms", name, found, stop)
+
+    norm_steps.run(
+      config,
+      {name: items[name] for name in names},
+      stop - time.monotonic(),
+      self._most_seconds(stop),
+      record,
+    )
+
+  def _measure_speed(self, names, stop):
+    for name in names:
+      run, subject = self._plan.speed[name]
+      package = run_worker.PEER_PACKAGES.get(subject)
+      if package and importlib.util.find_spec(package) is None:
+        found = {"left_out": f"{package} is not installed"}
+        self._record("speed", name, found, stop)
+        continue
+      if problem := self._data_problem(run):
+        self._record("speed", name, {"error": problem}, stop)
+        continue
+      taken = [x.get("seconds", 0.0) for x in self._results["speed"].values()]
+      start = time.monotonic()
+      if start + max(taken, default=0.0) > stop:
+        return
+      try:
+        found = run_worker.measure(
+          run, subject, self._plan.speed_options, self._most_seconds(stop)
+        )
+        found["seconds"] = time.monotonic() - start
+      except subprocess.TimeoutExpired:
+        found = {"error": norm_steps.OUT_OF_TIME}
+      except errors.UserError as e:
+        found = {"error": str(e)}
+      self._record("speed", name, found, stop)
+
+  def _train(self, names, stop):
+    stop -= _SECONDS_TO_SAVE
+    names = list(names)
+    while names and time.monotonic() + _SECONDS_TO_START < stop:
+      seconds = {name: self._run_seconds(name) for name in names}
+      left = stop - time.monotonic()
+      in_time = [name for name in names if seconds[name] < left]
+      name = (in_time or names)[0]
+      names.remove(name)
+      run = self._plan.training[name]
+      if problem := self._data_problem(run):
+        self._record("training", name, {"error": problem}, stop)
+        continue
+      if math.isfinite(seconds[name]):
+        _log.info("%s: about %s", name, terminal.duration(seconds[name]))
+      # The result of an earlier call, whose checkpoints may be lost.
+      before = self._results["training"].get(name, {})
+      store = functools.partial(self._store_run, name, before)
+      with _repeating(store):
+        outcome = schedule.Schedule(
+          [run], [], [{}], (stop, stop + 0.7 * _SECONDS_TO_SAVE)
+        ).run()
+      found = store()
+      if outcome.failed:
+        found["error"] = outcome.failed[0][1]
+      self._record("training", name, found, stop)
+      if outcome.stopped:
+        return
+
+  def _store_run(self, name, before):
+    """Store and return the progress of a run."""
+    found = measure_results.of_training(self._plan.training[name])
+    if found["step"] < before.get("step", 0):
+      found = before
+    found.pop("error", None)
+    self._results.store("training", name, found)
+    return found
+
+  def _run_seconds(self, name):
+    """Return an estimate of a run's remaining time; inf if unknown."""
+    run = self._plan.training[name]
+    flat = config_lib.flatten(run.config)
+    for other_name, (other, subject) in self._plan.speed.items():
+      found = self._results["speed"].get(other_name, {})
+      theirs = config_lib.flatten(other.config)
+      same = all(
+        flat[key] == theirs[key]
+        for key in flat
+        if key not in ("model.norm", "dataset")
+      )
+      if subject == "ours" and same and "step_seconds" in found:
+        break
+    else:
+      return math.inf
+    steps = run.config.total_steps - subprocess_run.saved_step(run.workdir)
+    images = self._test_images.get(run.config.dataset, _TEST_IMAGES)
+    evaluation = images / found["eval_images_per_second"]
+    return (
+      _SECONDS_TO_START
+      + 2 * found["compile_seconds"]
+      + steps * found["step_seconds"]
+      + -(-steps // run.config.eval_every) * evaluation
+    )
+
+  def _data_problem(self, run):
+    """Return why a run's data set cannot be loaded, or None."""
+    name = run.config.dataset
+    if name not in self._data_problems:
+      self._data_problems[name] = None
+      try:
+        # Fills the cache of decoded images for all runs.
+        dataset = experiment.load_dataset(run.config)
+        self._test_images[name] = len(dataset.test)
+      except (errors.UserError, OSError) as e:
+        self._data_problems[name] = str(e)
+    return self._data_problems[name]
+
+  def _seconds(self) -> float:
+    return max(0.0, self._end - time.monotonic())
+
+  def _most_seconds(self, stop) -> float:
+    """Return the timeout of a measurement, which may hang."""
+    return min(self._seconds(), stop + _OVERTIME - time.monotonic())
+
+  def _record(self, stage, name, found, stop):
+    """Store and log a result."""
+    self._results.store(stage, name, found)
+    total = len(self._results.names(stage))
+    _log.info(
+      "%s %d/%d  %s: %s  (%s left for this stage)",
+      stage,
+      total - len(self._results.left(stage)),
+      total,
+      name,
+      measure_report.brief(found),
+      terminal.duration(max(0.0, stop - time.monotonic())),
+    )
+
+
+class _repeating:
+  """Call a function periodically while a block runs."""
+
+  _SECONDS = 20.0
+
+  def __init__(self, function):
+    self._function = function
+    self._ended = threading.Event()
+    self._thread = threading.Thread(target=self._repeat)
+
+  def _repeat(self):
+    while not self._ended.wait(self._SECONDS):
+      self._function()
+
+  def __enter__(self):
+    self._thread.start()
+
+  def __exit__(self, *exc_info):
+    self._ended.set()
+    self._thread.join()

@@ -1,0 +1,108 @@
+"""Run measurements in subprocesses, one program each."""
+
+from collections.abc import Mapping
+import json
+import logging
+import pathlib
+import subprocess
+import sys
+import tempfile
+import time
+from typing import Any
+
+from rescalevit_jax import config as config_lib
+from rescalevit_jax import errors
+from rescalevit_jax.benchmark import machine
+from rescalevit_jax.runtime import huge_pages
+from rescalevit_jax.sweep import die_with_parent
+from rescalevit_jax.sweep import grid
+
+_log = logging.getLogger(__name__)
+
+PEER_PACKAGES = {"flax": "flax", "timm": "timm"}  # By subject.
+_FIRST_STEP = "first step done"
+
+
+def measure(
+  run: grid.PlannedRun,
+  subject: str,
+  options: Mapping[str, float],
+  timeout: float | None = None,
+) -> dict[str, Any]:
+  """Return the measurements of one program in one round.
+
+  Args:
+    run: the run to measure, or to compare a peer with.
+    subject: 'ours' or a key of `PEER_PACKAGES`.
+    options: values of the flags `seconds` and `eval_images`.
+    timeout: seconds until the process is killed.
+
+  Raises:
+    UserError: the process failed.
+    subprocess.TimeoutExpired: the process exceeded the timeout.
+  """
+  command = [
+    sys.executable,
+    "-m",
+    "rescalevit_jax.benchmark.worker",
+    subject,
+    config_lib.to_json(run.config),
+    json.dumps(options),
+  ]
+  environment = machine.environment()
+  if subject == "ours":  # As rescalevit_jax.main; peers use the defaults.
+    environment = huge_pages.environment(environment)
+  done = subprocess.run(
+    die_with_parent.wrap(command),
+    env=environment,
+    capture_output=True,
+    text=True,
+    check=False,
+    timeout=timeout,
+  )
+  try:
+    return json.loads(done.stdout.splitlines()[-1])
+  except (IndexError, ValueError) as e:
+    reason = (done.stderr.strip().splitlines() or ["it printed nothing"])[-1]
+    raise errors.UserError(f"{run.workdir.name}, {subject}: {reason}") from e
+
+
+def measure_starts(run: grid.PlannedRun) -> dict[str, Any]:
+  """Return the seconds to the first step: cold start, then two warm starts.
+
+  Raises:
+    UserError: the run failed.
+  """
+  with tempfile.TemporaryDirectory() as folder:
+    seconds = []
+    for i in range(3):
+      seconds.append(_seconds_to_first_step(run, pathlib.Path(folder), i))
+      _log.info("start %d of %s: %.1f s", i, run.workdir.name, seconds[-1])
+  return {"run": run.workdir.name, "cold": seconds[0], "warm": seconds[1:]}
+
+
+def _seconds_to_first_step(run, folder, i):
+  command = [*run.command, f"--workdir={folder / str(i)}"]
+  environment = {
+    **machine.environment(),
+    "XDG_CACHE_HOME": str(folder / "cache"),
+  }
+  start = time.monotonic()
+  process = subprocess.Popen(
+    command,
+    stdout=subprocess.DEVNULL,
+    stderr=subprocess.PIPE,
+    text=True,
+    env=environment,
+  )
+  try:
+    lines = []
+    for line in process.stderr:
+      if _FIRST_STEP in line:
+        return time.monotonic() - start
+      lines.append(line.strip())
+  finally:
+    process.kill()
+    process.communicate()
+  reason = lines[-1] if lines else "it printed nothing"
+  raise errors.UserError(f"{run.workdir.name}: {reason}")
