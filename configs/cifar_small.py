@@ -1,10 +1,10 @@
-"""A small ViT on CIFAR-10 at its own 32x32 pixels, three epochs on a CPU."""
+"""A small ViT on CIFAR-10 at 32x32 pixels; three epochs on a CPU."""
 
 from rescalevit_jax import config as config_lib
 
 
 def get_config():
-  """Returns the config of this experiment."""
+  """Return the config of this experiment."""
   config = config_lib.default()
   config.model_name = "ViT-XS_4"
   config.model.norm = "Rescale"

@@ -1,13 +1,13 @@
-"""A norm-free ViT for CIFAR, from scratch, with a modern recipe.
+"""A norm-free ViT on CIFAR, from scratch, with a modern recipe.
 
-21 M parameters, patches of 4x4 at 32x32 pixels, 300 epochs.
+21 M parameters, 4x4 patches at 32x32 pixels, 300 epochs.
 """
 
 from rescalevit_jax import config as config_lib
 
 
 def get_config():
-  """Returns the config of this experiment."""
+  """Return the config of this experiment."""
   config = config_lib.default()
   config.model_name = "ViT-S_16"
   config.model.patch_size = 4

@@ -1,8 +1,8 @@
-"""LN against no norm, by RescaleViT's recipe: `norm_free.py:METHOD`.
+"""LN and norm-free methods with RescaleViT's recipe: `norm_free.py:METHOD`.
 
-On a ViT that a CPU trains, 12 blocks of width 64 on images of 32x32 pixels; or
-`norm_free.py:METHOD,MODEL`, such as `norm_free.py:Cal,ViT-B_32`. See
-docs/norm_free.md.
+The model is small enough for a CPU: 12 blocks of width 64 at 32x32 pixels.
+`norm_free.py:METHOD,MODEL` selects another, such as
+`norm_free.py:Cal,ViT-B_32`. See docs/norm_free.md.
 """
 
 from rescalevit_jax import config as config_lib
@@ -11,8 +11,8 @@ from rescalevit_jax import errors
 _UNIT = {"model.init": "unit"}
 _BOTH = {"model.residual": "rescalenet", "model.init": "unit"}
 _CALIBRATED = {"calibration": "all"}
-# Alphas and the branches' multipliers: near 1 / width of the small model, and
-# the same for others.
+# Multiplier for alphas and branch scales: near 1 / width of the small model,
+# and equal for others.
 _SLOW = {"scalar_lr_mult": 0.02}
 
 METHODS = {
@@ -35,7 +35,7 @@ METHODS = {
 
 
 def get_config(run="Cal-rescalenet"):
-  """Returns the config of METHOD, or of METHOD,MODEL at 224x224 pixels."""
+  """Return the config of METHOD, or of METHOD,MODEL at 224x224 pixels."""
   method, _, model_name = run.partition(",")
   if method not in METHODS:
     raise errors.UserError(f"{method!r}: {errors.nearest(method, METHODS)}")

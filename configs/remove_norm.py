@@ -1,10 +1,10 @@
-"""Fine-tunes an LN model and takes its norms out: `remove_norm.py:METHOD`.
+"""Remove the norms of an LN model by fine-tuning: `remove_norm.py:METHOD`.
 
     --config=configs/remove_norm.py:Fade --config.pretrained_path=FILE.npz
 
-LN is the same fine-tuning with its norms left in. Without a model the file is
-that of `norm_free.py:LN`; `remove_norm.py:METHOD,MODEL` takes Google's at 224
-pixels with the default recipe. See docs/results/remove_norm.
+The method LN keeps the norms, for comparison. The default model is the
+small one of `norm_free.py`; `remove_norm.py:METHOD,MODEL` fine-tunes Google's
+MODEL at 224 pixels with the default recipe. See docs/results/remove_norm.
 """
 
 from rescalevit_jax import config as config_lib
@@ -14,23 +14,23 @@ METHODS = {
   "LN": {"model.norm": "LN"},
   "Fade": {"model.norm": "Fade"},
   "Fade-DyT": {"model.norm": "Fade", "fade.alpha": 0.5},
-  # One scale for class token and patches: folds.
+  # Foldable: one scale for class token and patches.
   "Fade-one": {"model.norm": "Fade", "fade.separate_cls": False},
-  # What the parts are good for.
+  # Ablations.
   "Fade-together": {"model.norm": "Fade", "fade.site_fraction": 1.0},
   "Fade-abrupt": {"model.norm": "Fade", "fade.end": 0.1},
 }
 
 
 def get_config(run="Fade"):
-  """Returns the config of one method, on the small model or on another."""
+  """Return the config of a method, for the small model or another."""
   method, _, model_name = run.partition(",")
   if method not in METHODS:
     raise errors.UserError(f"{method!r}: {errors.nearest(method, METHODS)}")
   config = config_lib.default()
   config.update_from_flattened_dict(METHODS[method])
   config.pretrained_path = f"{model_name or 'LN'}.npz"
-  # Only the end counts: the best of several evaluations may still have norms.
+  # Evaluate at the end only: an earlier model may still have norms.
   config.eval_every = 1_000_000
   if model_name:
     config.model_name = model_name

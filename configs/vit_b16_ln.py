@@ -1,10 +1,10 @@
-"""The comparison: ViT-B_16 with LayerNorm, from scratch, same recipe."""
+"""RescaleViT's recipe: ViT-B_16 with LayerNorm, from scratch."""
 
 from rescalevit_jax import config as config_lib
 
 
 def get_config():
-  """Returns the config of this experiment."""
+  """Return the config of this experiment."""
   config = config_lib.default()
   config.model_name = "ViT-B_16"
   config.model.norm = "LN"

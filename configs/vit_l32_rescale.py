@@ -4,7 +4,7 @@ from rescalevit_jax import config as config_lib
 
 
 def get_config():
-  """Returns the config of this experiment."""
+  """Return the config of this experiment."""
   config = config_lib.default()
   config.model_name = "ViT-L_32"
   config.model.norm = "Rescale"

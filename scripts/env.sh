@@ -1,26 +1,26 @@
 #!/usr/bin/env bash
-# Makes .venv at the repository's root ready: the project, its dependencies in
-# the versions of constraints.txt, and the extras asked for. Does nothing if
-# all that is there already.
+# Creates or updates .venv at the repository's root: the project, its
+# dependencies in the versions of constraints.txt, and the given extras. A no-op
+# if everything is installed.
 #
 # Usage: [PYTHON=python3.12] [EXTRAS=cuda13] bash scripts/env.sh [EXTRA]...
 #
-# PYTHON  the interpreter to use; otherwise the first that fits of python3,
+# PYTHON  the interpreter; default: the first suitable one of python3,
 #         python3.13, python3.12 and python3.11
-# EXTRAS  further extras of setup.py, separated by commas
+# EXTRAS  more extras of setup.py, separated by commas
 set -euo pipefail
 
 root="$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd -P)"
 venv="$root/.venv"
-stamp="$venv/.installed"     # what is installed, written when all of it is
-marker="$venv/.installing"   # outlives an installation that was cut off
+stamp="$venv/.installed"     # inputs and extras of a complete installation
+marker="$venv/.installing"   # remains after an interrupted installation
 
 die() {
   echo "env.sh: $*" >&2
   exit 1
 }
 
-# Prints why the interpreter $1 won't do; prints nothing if it will.
+# Prints why the interpreter $1 is unsuitable, or nothing if it is suitable.
 objection() {
   command -v "$1" > /dev/null || { echo "is missing"; return; }
   "$1" -c '
@@ -31,14 +31,14 @@ if not (3, 11) <= sys.version_info[:2] <= (3, 13):
   print("is Python " + version)
 else:
   try:
-    import ensurepip, venv  # Debian packages ensurepip apart from Python.
+    import ensurepip, venv  # A separate package on Debian.
   except ImportError:
     print("lacks the venv module, on Debian and Ubuntu the package "
           "python%s-venv" % version)
 ' 2> /dev/null || echo "doesn't run"
 }
 
-# Prints the first interpreter that will do.
+# Prints the first suitable interpreter.
 find_python() {
   local candidates=(python3 python3.13 python3.12 python3.11)
   [[ -z "${PYTHON:-}" ]] || candidates=("$PYTHON")
@@ -59,19 +59,19 @@ version() {
   "$1" -c 'import sys; print("%d.%d.%d" % sys.version_info[:3])' 2> /dev/null
 }
 
-# Prints what an installation depends on besides the extras.
+# Prints the inputs of an installation besides the extras.
 inputs() {
   echo "$(cat "$root/setup.py" "$root/constraints.txt" | cksum)" \
     "$(version "$venv/bin/python")" "$root"
 }
 
-# The interpreter that the user names is the environment's, if any is named.
+# Succeeds unless PYTHON names another version than the environment's.
 right_python() {
   [[ -z "${PYTHON:-}" ||
     "$(version "$PYTHON")" == "$(version "$venv/bin/python")" ]]
 }
 
-# All is installed: the same inputs, at least the extras wanted.
+# Succeeds if the same inputs and at least the wanted extras are installed.
 ready() {
   [[ -f "$stamp" && ! -e "$marker" ]] || return 1
   [[ "$(head -n 1 "$stamp")" == "$(inputs)" ]] && right_python || return 1
@@ -81,14 +81,14 @@ ready() {
   done
 }
 
-# The environment can be installed into; otherwise it has to be made anew.
+# Succeeds if the environment can be updated; otherwise it is recreated.
 usable() {
   [[ ! -e "$marker" ]] && right_python &&
     [[ -f "$venv/pyvenv.cfg" && -z "$(objection "$venv/bin/python")" ]] &&
     "$venv/bin/python" -c "import pip" 2> /dev/null
 }
 
-# Prints words, separated by commas or blanks, as a sorted list of each once.
+# Prints words, separated by commas or spaces, sorted and without duplicates.
 sorted() {
   tr -s ', ' '\n' <<< "$*" | sort -u | xargs
 }
@@ -101,8 +101,8 @@ done
 
 if ready; then exit; fi
 
-# Two installations at a time would spoil each other. Where the file system has
-# no locks, they are the user's to avoid.
+# Concurrent installations would corrupt each other. Without file locks the user
+# must avoid them.
 if command -v flock > /dev/null; then
   exec 9>> "$root/setup.py"
   flock --nonblock 9 || {
@@ -116,10 +116,10 @@ anew=yes
 if usable; then
   everything="$wanted"
   if [[ -f "$stamp" ]]; then
-    # What was asked for once stays in step with the rest.
+    # Update the extras of earlier installations, too.
     everything="$(sorted "$wanted" "$(tail -n 1 "$stamp")")"
   fi
-  # jax takes one of the two; none is ever uninstalled.
+  # jax supports only one of the two, and pip does not uninstall the other.
   if [[ "$everything" != *cuda12*cuda13* ]]; then
     anew=no
     wanted="$everything"
@@ -128,11 +128,11 @@ fi
 
 if [[ $anew == yes ]]; then
   python="$(find_python)"
-  echo "Making .venv with Python $(version "$python")"
+  echo "Creating .venv with Python $(version "$python")"
   rm -rf "$venv"
   mkdir "$venv"
   touch "$marker"
-  "$python" -m venv "$venv" || die "$python can't make an environment"
+  "$python" -m venv "$venv" || die "$python cannot create an environment"
 fi
 
 packages() {
@@ -143,13 +143,13 @@ extras="${wanted:+[${wanted// /,}]}"
 echo "Installing rescalevit-jax$extras (a minute or two)"
 rm -f "$stamp"
 touch "$marker"
-# After Ctrl-C pip ends like after any error; the marker has to stay.
+# pip exits as after an error on Ctrl-C, but the marker must remain.
 trap 'exit 130' INT
 before="$(packages)"
 cd "$root"
 if ! "$venv/bin/python" -m pip install --quiet --disable-pip-version-check \
     --use-pep517 --constraint constraints.txt --editable ".$extras"; then
-  # What pip didn't begin to change is still whole.
+  # An environment that pip has not changed is still valid.
   [[ "$(packages)" != "$before" ]] || rm "$marker"
   die "the installation failed: see the message above"
 fi

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Measures on a GPU what is worth most, within so many minutes.
+# Measures on a GPU within a time limit, most valuable measurements first.
 #
 # Usage: bash scripts/measure_gpu.sh [--wheels=DIR] [FLAG]...
 #
-# The flags go to rescalevit_jax.benchmark.measure_gpu; --help lists them.
-# --wheels=DIR  packages (*.whl) that this machine lacks; installed without a
-#               network into the user's cache, for this program alone
-# PYTHON        the interpreter; otherwise .venv's if there is one, or python3
+# Flags are passed to rescalevit_jax.benchmark.measure_gpu; --help lists them.
+# --wheels=DIR  missing packages (*.whl) to install offline into the user's
+#               cache, for this program only
+# PYTHON        the interpreter; default: .venv's if it exists, else python3
 set -euo pipefail
 
 root="$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd -P)"

@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
 # Trains a small Vision Transformer with the norm Rescale on scikit-learn's
-# handwritten digits: about a minute on four CPU cores, after an installation
-# into .venv that happens once.
+# handwritten digits. Takes about a minute on four CPU cores, plus a first
+# installation into .venv.
 #
 # Usage: bash scripts/quickstart.sh [FLAG]...
 #
-# The flags go to rescalevit_jax.main: --config.model.norm=LN, --workdir=DIR.
+# Flags are passed to rescalevit_jax.main: --config.model.norm=LN,
+# --workdir=DIR.
 # PYTHON and EXTRAS: see scripts/env.sh.
 set -euo pipefail
 
@@ -16,15 +17,15 @@ cd "$root"
 
 cat << 'EOF'
 
-Results lie in a folder of runs/ for each run, unless --workdir said otherwise:
-result.json, metrics.jsonl, checkpoints and TensorBoard's files. Next:
+The results are in a folder in runs/, or in --workdir: result.json,
+metrics.jsonl, checkpoints and TensorBoard files. Next steps:
 
   .venv/bin/python -m tensorboard.main --logdir=runs
-      the curves, in a browser
+      show the curves in a browser
   bash scripts/quickstart.sh --config.model.norm=LN
-      the same with LayerNorm, to compare
+      train with LayerNorm, to compare
   .venv/bin/python -m rescalevit_jax.main --config=configs/cifar_small.py
-      CIFAR-10 with a small model
+      train a small model on CIFAR-10
   .venv/bin/python -m rescalevit_jax.main --config=configs/vit_b16_rescale.py
-      CIFAR-10 with ViT-B/16, for a GPU
+      train ViT-B/16 on CIFAR-10, on a GPU
 EOF

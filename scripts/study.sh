@@ -1,13 +1,14 @@
 #!/usr/bin/env bash
-# RescaleViT's study on a data set: ViT-B_16, B_32, L_32 and L_16, each with LN
-# from pretrained weights, then with LN, BN, GN and Rescale from scratch.
+# Trains the models of RescaleViT's study on a data set: ViT-B_16, B_32, L_32 and
+# L_16, each with LN from pretrained weights, then with LN, BN, GN and Rescale
+# from scratch.
 #
 # Usage: [WEIGHTS=DIR] bash scripts/study.sh DATASET [FLAG]...
 #
-# The flags go to rescalevit_jax.sweep: --dry_run, --jobs=4, --grid seed=0,1,2,
-# --config.dtype=bfloat16. WEIGHTS is the folder of Google's ImageNet-21k files
-# ViT-B_16.npz, ViT-B_32.npz, ViT-L_32.npz and ViT-L_16.npz; default: weights/.
-# Runs go to runs/ of the current folder, or where --runs_dir says.
+# Flags are passed to rescalevit_jax.sweep: --dry_run, --jobs=4,
+# --grid seed=0,1,2, --config.dtype=bfloat16. WEIGHTS is the folder of Google's
+# ImageNet-21k files ViT-B_16.npz, ViT-B_32.npz, ViT-L_32.npz and ViT-L_16.npz
+# (default: weights/). Runs are written to runs/ or to --runs_dir.
 # PYTHON and EXTRAS: see scripts/env.sh.
 set -euo pipefail
 
@@ -15,7 +16,7 @@ root="$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd -P)"
 dataset="${1:?usage: bash scripts/study.sh DATASET [FLAG]...}"
 weights="${WEIGHTS:-weights}"
 if [[ $root == *:* ]]; then
-  echo "error: $root: a config's path may have no ':'; move this checkout" >&2
+  echo "error: $root: a config's path must not contain ':'; move this checkout" >&2
   exit 1
 fi
 

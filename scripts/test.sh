@@ -1,12 +1,10 @@
 #!/usr/bin/env bash
-# Runs the linter and the whole test suite, on the CPU unless JAX_PLATFORMS says
-# otherwise.
+# Runs the linter and the test suite, on the CPU unless JAX_PLATFORMS is set.
 #
 # Usage: bash scripts/test.sh [FLAG]...
 #
-# The flags go to pytest: tests/data/test_dataset.py, -k resume, -n 0. --slow adds the
-# tests marked slow, which are skipped without it, and lets XLA optimize what it
-# compiles as it does for users.
+# Flags are passed to pytest: tests/data/test_dataset.py, -k resume, -n 0. --slow
+# also runs the tests marked slow, and compiles with XLA's default optimization.
 # PYTHON and EXTRAS: see scripts/env.sh.
 set -euo pipefail
 
@@ -15,6 +13,6 @@ bash "$root/scripts/env.sh" test
 cd "$root"
 .venv/bin/python -m ruff check .
 .venv/bin/python -m ruff format --check .
-# Each process holds a JAX of its own: more than four cost more than they give.
+# Each process loads JAX, so more than four are slower.
 JAX_PLATFORMS="${JAX_PLATFORMS-cpu}" exec .venv/bin/python -m pytest \
   --numprocesses=logical --maxprocesses=4 --dist=worksteal --durations=10 "$@"

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# RescaleViT's 20 runs on CIFAR-10; the same command again goes on.
+# Trains RescaleViT's 20 runs on CIFAR-10; the same command again resumes.
 #
 # Usage: [WEIGHTS=DIR] bash scripts/train_cifar10.sh [FLAG]...
 #
-# WEIGHTS, flags and the rest: see scripts/study.sh.
+# WEIGHTS and flags: see scripts/study.sh.
 set -euo pipefail
 
 exec bash "$(dirname -- "${BASH_SOURCE[0]}")/study.sh" cifar10 "$@"

@@ -49,7 +49,7 @@ def markdown(report: Mapping[str, Any]) -> str:
     f"- Versions: {versions}",
     "- Medians over the rounds, with the minimum and the maximum in brackets."
     " A ratio is the median of the rounds' ratios of training images/s.",
-    "- Share of peak: FLOPs of the model's matrix products, 3 times those of a"
+    "- Share of peak: FLOPs of the model's matrix products, 3 times a"
     " forward pass, relative to the speed of a large random matrix product of"
     " the same type in the same process.",
     "- Real data / resident: time of a step with data loading and augmentation,"
@@ -155,7 +155,7 @@ def _row(e):
 
 
 def program(entry: Mapping[str, Any]) -> str:
-  """Return the distinctive settings of a program among those of a model."""
+  """Return subject, norm and distinctive settings of a program."""
   words = [entry["subject"], entry["norm"]]
   if entry["subject"] == "ours":
     words += [f"{k}={v}" for k, v in entry["settings"].items()]

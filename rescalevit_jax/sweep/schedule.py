@@ -60,7 +60,7 @@ class Outcome:
     for run, why in self.failed:
       _log.info("failed: %s: %s", run.workdir, why)
     if self.left or self.failed:
-      _log.info("the same command resumes what is not done")
+      _log.info("the same command resumes unfinished runs")
 
 
 def stop_signals() -> tuple[signal.Signals, ...]:
