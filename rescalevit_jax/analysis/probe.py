@@ -48,12 +48,15 @@ from rescalevit_jax.training import experiment as experiment_lib
 from rescalevit_jax.training import measurements
 
 _log = logging.getLogger("rescalevit_jax.analysis.probe")
-_SETTING = "--config."
 
 
 def main(argv: Sequence[str] | None = None) -> int:
   """Measure models; return the exit code."""
-  argv = list(sys.argv[1:] if argv is None else argv)
+  terminal.log_to_stderr()
+  return cli.run(lambda: _run(sys.argv[1:] if argv is None else argv))
+
+
+def _parser():
   parser = argparse.ArgumentParser(
     description=__doc__,
     formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -84,17 +87,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     default=pathlib.Path("probe"),
     help="output folder (default: probe)",
   )
-  settings = [x for x in argv if x.startswith(_SETTING)]
-  args = parser.parse_args([x for x in argv if not x.startswith(_SETTING)])
-  terminal.log_to_stderr()
-  return cli.run(lambda: _run(args, settings))
+  return parser
 
 
-def _run(args, settings):
-  settings = [
-    overrides.parse_setting(text.removeprefix(_SETTING), _SETTING + "KEY")
-    for text in settings
-  ]
+def _run(argv):
+  rest, settings = overrides.split_argv(argv)
+  args = _parser().parse_args(rest)
   points = list(itertools.product(*map(overrides.parse_axis, args.grid)))
   configs = load_configs(args.config, settings, points)
   compare(configs, args.output, sharpness=not args.no_sharpness)

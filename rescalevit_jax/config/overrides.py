@@ -164,9 +164,3 @@ def methods(path: str) -> dict[str, dict[str, Any]]:
     raise errors.UserError(
       f"{path}: cannot be run ({errors.brief(e)}); correct the file"
     ) from e
-
-
-def split_settings(argv: Sequence[str]) -> tuple[list[str], list[str]]:
-  """Split a command line into other arguments and KEY=VALUE texts."""
-  rest, settings = split_argv(argv)
-  return rest, [str(setting) for setting in settings]

@@ -53,9 +53,8 @@ _OWN_KEYS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
   """Run the study; return the exit code."""
-  args, settings = _parser().parse_known_args(argv)
   terminal.log_to_stderr()
-  return cli.run(lambda: _run(args, settings))
+  return cli.run(lambda: _run(sys.argv[1:] if argv is None else argv))
 
 
 def _parser():
@@ -102,15 +101,12 @@ def _parser():
 
 
 def _check_settings(settings, methods):
-  """Raise UserError for unknown arguments and for keys of the study."""
+  """Raise UserError for keys of the study."""
   own_keys = _OWN_KEYS.union(*methods.values())
   for setting in settings:
-    if not setting.startswith("--config."):
-      raise errors.UserError(f"unknown argument {setting}; see --help")
-    key = setting.removeprefix("--config.").partition("=")[0]
-    if key in own_keys:
+    if setting.key in own_keys:
       raise errors.UserError(
-        f"{setting}: the study sets {key} itself; leave it out"
+        f"--config.{setting}: the study sets {setting.key} itself; leave it out"
       )
 
 
@@ -145,7 +141,8 @@ class _Study:
       options += ["--grid", f"{name}={','.join(values)}"]
     keys |= {"dataset": dataset, "total_steps": steps}
     options += [f"--config.{name}={value}" for name, value in keys.items()]
-    return command_line.parse([*options, *self._settings])[1]
+    options += [f"--config.{setting}" for setting in self._settings]
+    return command_line.parse(options)[1]
 
   def execute(self, plans):
     """Execute the planned runs."""
@@ -153,7 +150,11 @@ class _Study:
     return execution.execute(planned, self._args.runs_dir, jobs=self._args.jobs)
 
 
-def _run(args, settings):
+def _run(argv):
+  rest, settings = overrides.split_argv(argv)
+  args, unknown = _parser().parse_known_args(rest)
+  if unknown:
+    raise errors.UserError(f"unknown argument {unknown[0]}; see --help")
   known = overrides.methods(args.config)
   _check_settings(settings, known)
   methods = args.methods or list(known)

@@ -98,7 +98,7 @@ def parse(
   Raises:
     UserError: a flag, a config or a value is invalid.
   """
-  rest, settings = overrides.split_settings(argv)
+  rest, settings = overrides.split_argv(argv)
   options, unknown = _parser().parse_known_args(rest)
   if unknown:
     name = unknown[0].partition("=")[0]
@@ -113,7 +113,7 @@ def parse(
   runs = grid.plan(
     options.config,
     [overrides.parse_axis(text) for text in options.grid],
-    [overrides.parse_setting(text, "--config.KEY") for text in settings],
+    settings,
     pathlib.Path(options.runs_dir),
   )
   for run in runs:

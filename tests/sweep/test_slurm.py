@@ -165,7 +165,7 @@ def test_a_failed_run_fails_its_job(tmp_path):
     ([*SLURM, "--slurm_args=timeout_min=1"], ["timeout_min", "twice"]),
     ([*SLURM, "--slurm_args=partition"], ["partition", "KEY=VALUE"]),
     ([*SLURM, "--slurm_args=slurm_partiton=a"], ["partiton", "partition"]),
-    ([*SLURM, "--slurm_args=nodes=2"], ["nodes", "1"]),
+    ([*SLURM, "--slurm_args=nodes=2"], ["nodes", "one process"]),
     ([*SLURM, "--slurm_args=gpus_per_node=many"], ["gpus_per_node"]),
   ],
 )

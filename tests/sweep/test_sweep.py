@@ -17,7 +17,6 @@ import pytest
 import tiny_sweep
 
 from rescalevit_jax import errors
-from rescalevit_jax.config import overrides
 from rescalevit_jax.runs import lock
 from rescalevit_jax.sweep import command_line
 from rescalevit_jax.sweep import device_slots
@@ -281,7 +280,7 @@ def test_all_missing_weights_are_reported_before_any_run_starts(
   flags += [f"--grid=pretrained_path=None,{paths}", "--grid=seed=0,1"]
   assert command_line.main(flags) == 1
   err = capsys.readouterr().err
-  assert_one_line_error(err, f"{tmp_path}/a.npz, {tmp_path}/b.npz (")
+  assert_one_line_error(err, f"{tmp_path}/a.npz, {tmp_path}/b.npz;")
   assert "there.npz" not in err
   assert not (tmp_path / "runs").exists()
 
@@ -485,17 +484,3 @@ def test_the_study_scripts_plan_the_original_runs(dataset, tmp_path):
     done.stderr, "my weights/ViT-B_16.npz", "my weights/ViT-L_32.npz"
   )
   assert not any(elsewhere.iterdir())
-
-
-@pytest.mark.parametrize(
-  ("argv", "settings"),
-  [
-    (["--config.seed", "5"], ["seed=5"]),
-    (["--config.seed=5", "x"], ["seed=5"]),
-    (["--config.deterministic", "--dry_run"], ["deterministic=True"]),
-    (["--config.deterministic", "x"], ["deterministic=True"]),
-    (["--config.seed", "--dry_run"], ["seed"]),
-  ],
-)
-def test_settings_have_the_syntax_of_main(argv, settings):
-  assert overrides.split_settings(argv)[1] == settings
