@@ -120,7 +120,7 @@ def _diagnostics(study):
   for run in (*study.finished, *study.unfinished):
     if diagnostics_plots.is_diagnosed(run):
       name = study.name(run)
-      label = f"Stream, gradients and attention by depth and time, {name}"
+      label = f"Diagnostics over depth and time, {name}"
       pictures.append(_png(diagnostics_plots.draw(run, name), label))
   return pictures
 

@@ -1,4 +1,4 @@
-"""Pictures of attention: what is in which panel."""
+"""Pictures of attention and their panels."""
 
 import itertools
 
@@ -19,7 +19,7 @@ def image():
 
 
 def axes(figure):
-  """All panels with something in them."""
+  """Return the panels that are not empty."""
   return [ax for ax in figure.axes if ax.images]
 
 
@@ -52,7 +52,7 @@ def test_heads_shows_every_head_of_the_block(image):
     )
 
 
-def test_class_token_lies_over_the_image(image):
+def test_class_token_attention_is_drawn_over_the_image(image):
   model = tiny_model.create()
   panels = axes(attention_plots.draw("class_token", [model], image))
   assert [ax.get_title() for ax in panels] == [
@@ -71,7 +71,7 @@ def test_class_token_lies_over_the_image(image):
     np.testing.assert_allclose(overlay.get_array(), expected, rtol=1e-6)
 
 
-def test_rollout_is_that_of_the_class_token(image):
+def test_rollout_starts_at_the_class_token(image):
   model = tiny_model.create()
   panels = axes(attention_plots.draw("rollout", [model], image))
   share = attention_maps.rollout(maps_of(model, image))[0, 1:].reshape(2, 2)
@@ -81,7 +81,7 @@ def test_rollout_is_that_of_the_class_token(image):
 
 
 @pytest.mark.parametrize("kind", attention_plots.KINDS)
-def test_all_norms_side_by_side_on_one_scale(kind, image):
+def test_all_norms_share_one_scale(kind, image):
   models = [tiny_model.create(norm) for norm in norms.NORMS]
   figure = attention_plots.draw(kind, models, image)
   maps = [i for ax in axes(figure) for i in ax.images if i.norm.vmax != 1]
@@ -124,6 +124,6 @@ def test_draws_all_kinds_as_pixels(image):
     assert picture.std() > 10
 
 
-def test_unknown_block_is_named(image):
+def test_an_unknown_block_is_an_error(image):
   with pytest.raises(errors.UserError, match="no block 3.* 0 to 2"):
     attention_plots.draw("heads", [tiny_model.create()], image, block=3)

@@ -1,4 +1,4 @@
-"""The script that writes a run's weights as an `.npz`."""
+"""The command that exports a run's weights as an `.npz`."""
 
 import pathlib
 import shutil
@@ -17,7 +17,7 @@ from rescalevit_jax.runs import checkpoint
 
 @pytest.fixture
 def export(tmp_path, monkeypatch):
-  """Runs the script on a run whose best and latest weights differ."""
+  """Return a function that exports a run with two different checkpoints."""
   script = export_npz
 
   def load_variables(workdir, which):
@@ -51,7 +51,7 @@ def test_export(which, export, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("norm", ["BN", "GN"])
-def test_fold_refuses_what_it_cannot_fold(norm, export, tmp_path, capsys):
+def test_a_norm_that_does_not_fold_is_an_error(norm, export, tmp_path, capsys):
   shutil.rmtree(tmp_path / "run")
   fake_runs.write(tmp_path / "run", {"model.norm": norm})
   assert export("--fold") == 1
@@ -80,7 +80,9 @@ def test_fold(default_run, test_digits, tmp_path, capsys):
     ({"residual_c": 3.0}, None),
   ],
 )
-def test_what_arrays_do_not_tell_is_said(keys, words, export, tmp_path, capsys):
+def test_options_missing_in_the_arrays_are_printed(
+  keys, words, export, tmp_path, capsys
+):
   shutil.rmtree(tmp_path / "run")
   keys = {f"model.{key}": value for key, value in keys.items()}
   fake_runs.write(tmp_path / "run", keys)
@@ -104,7 +106,7 @@ def test_export_keeps_an_existing_file(export, tmp_path, capsys):
   assert path.read_bytes() != b"precious"
 
 
-def test_export_without_a_run(export, tmp_path, capsys):
+def test_a_missing_run_is_an_error(export, tmp_path, capsys):
   assert export(workdir="none") == 1
   captured = capsys.readouterr()
   assert captured.err.count("\n") == 1 and "no checkpoint" in captured.err

@@ -1,4 +1,4 @@
-"""The program that draws and measures attention."""
+"""The command that draws and measures attention."""
 
 import csv
 import shutil
@@ -18,7 +18,7 @@ from rescalevit_jax.models import norms
 from rescalevit_jax.pretrained import npz
 
 
-def test_draws_and_measures_runs_and_files(
+def test_runs_and_files_are_drawn_and_measured(
   tiny_run, digits_dir, tmp_path, capsys
 ):
   model = tiny_model.create("GN")
@@ -61,7 +61,7 @@ def test_draws_and_measures_runs_and_files(
   assert "entropy" in capsys.readouterr().out
 
 
-def test_takes_an_image_file_of_any_size(tiny_run, tmp_path):
+def test_an_image_file_may_have_any_size(tiny_run, tmp_path):
   picture = np.random.default_rng(0).integers(0, 256, (50, 30, 3), np.uint8)
   Image.fromarray(picture).save(tmp_path / "a.png")
   arguments = [f"--workdir={tiny_run}", "--no_statistics", "--kind=rollout"]
@@ -95,7 +95,7 @@ def test_files_of_all_norms_side_by_side(digits_dir, tmp_path):
   np.testing.assert_allclose(found, expected, rtol=1e-6)
 
 
-def test_without_a_data_set_there_are_pictures_only(tmp_path, capsys):
+def test_files_without_a_data_set_are_only_drawn(tmp_path, capsys):
   npz.save(tmp_path / "a.npz", **tiny_model.create().variables)
   Image.new("RGB", (9, 9), "red").save(tmp_path / "a.png")
   flags = [f"--npz={tmp_path / 'a.npz'}", f"--image={tmp_path / 'a.png'}"]
@@ -105,8 +105,8 @@ def test_without_a_data_set_there_are_pictures_only(tmp_path, capsys):
   assert "no statistics of files without --dataset" in capsys.readouterr().err
 
 
-def test_one_file_in_two_ways(digits_dir, tmp_path):
-  """Its name has a colon; the rows say how it was read."""
+def test_one_file_with_different_options(digits_dir, tmp_path):
+  """The file's name contains a colon."""
   path = tmp_path / "a:b.npz"
   npz.save(path, **tiny_model.create().variables)
   flags = [f"--npz={path}", f"--npz={path}:tanh", f"--npz={path}:LN,erf"]
@@ -122,7 +122,7 @@ def test_one_file_in_two_ways(digits_dir, tmp_path):
   ]
 
 
-def test_words_of_a_file(tmp_path, monkeypatch):
+def test_options_of_a_file_are_parsed(tmp_path, monkeypatch):
   said = []
 
   def load_npz(path, **kwargs):
@@ -135,7 +135,7 @@ def test_words_of_a_file(tmp_path, monkeypatch):
   assert said == [("a.npz", words)]
 
 
-def test_runs_of_one_name_are_told_apart(tiny_run, tmp_path):
+def test_runs_with_equal_names_are_distinguished(tiny_run, tmp_path):
   copy = tmp_path / "tiny_run"
   shutil.copytree(tiny_run, copy)
   flags = [f"--workdir={tiny_run}", f"--workdir={copy}", "--kind=rollout"]
@@ -166,7 +166,7 @@ def test_runs_of_one_name_are_told_apart(tiny_run, tmp_path):
     (["--npz=nowhere.npz:c=1,c=2"], "'c=2'"),
   ],
 )
-def test_mistakes_are_one_line(flags, words, tiny_run, tmp_path, capsys):
+def test_errors_are_one_line(flags, words, tiny_run, tmp_path, capsys):
   flags = [flag.format(run=tiny_run) for flag in flags]
   assert plot_attention.main([*flags, f"--output={tmp_path / 'out'}"]) == 1
   (line,) = [

@@ -1,11 +1,11 @@
-"""The program that draws curves."""
+"""The command that draws curves."""
 
 import pytest
 
 from rescalevit_jax.analysis import plot_curves
 
 
-def test_draws_all_runs_of_a_folder(tiny_run, tmp_path, capsys):
+def test_all_runs_of_a_folder_are_drawn(tiny_run, tmp_path, capsys):
   outputs = [tmp_path / "new" / "a.png", tmp_path / "a.svg"]
   flags = [f"--output={path}" for path in outputs]
   assert plot_curves.main([f"--workdir={tiny_run}", *flags]) == 0
@@ -19,7 +19,7 @@ def test_a_run_named_twice_is_drawn_once(tiny_run, tmp_path, capsys):
   assert capsys.readouterr().out.endswith("a.png: 1 run\n")
 
 
-def test_nothing_is_drawn_if_one_output_does_not_do(tiny_run, tmp_path):
+def test_nothing_is_drawn_if_an_output_is_invalid(tiny_run, tmp_path):
   outputs = [f"--output={tmp_path / name}" for name in ("a.png", "a.PDF")]
   assert plot_curves.main([f"--workdir={tiny_run}", *outputs]) == 1
   assert not any(tmp_path.iterdir())
@@ -42,7 +42,7 @@ def test_control_c_is_one_line(tiny_run, monkeypatch, capsys):
     (["--workdir={run}", "--published=nowhere.csv"], "nowhere.csv"),
   ],
 )
-def test_mistakes_are_one_line(flags, words, tiny_run, capsys):
+def test_errors_are_one_line(flags, words, tiny_run, capsys):
   flags = [flag.format(run=tiny_run) for flag in flags]
   assert plot_curves.main(flags) == 1
   (line,) = capsys.readouterr().err.splitlines()

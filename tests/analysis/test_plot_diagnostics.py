@@ -1,4 +1,4 @@
-"""Pictures of diagnostics, and the program that draws them."""
+"""Pictures of diagnostics, and the command that draws them."""
 
 import json
 
@@ -18,7 +18,7 @@ PARTS = ("embedding", "block_00", "block_01", "head")
 
 
 def line(step):
-  """What a run with two blocks writes; the larger, the later and deeper."""
+  """Write a run with two blocks; values grow with step and depth."""
   values = {"clipped_share": 0.25, "effective_lr": 0.01 * step}
   for depth, part in enumerate(PARTS):
     values[f"{part}/grad_norm"] = step * 10.0**depth
@@ -75,7 +75,7 @@ def test_maps_have_depth_upwards_and_time_to_the_right(workdir):
   assert figure.get_suptitle() == (r"a \$x\$: LN, ViT-B_16 on cifar10, seed 3")
 
 
-def test_models_side_by_side():
+def test_models_are_compared():
   numbers = {key.removeprefix("diagnostics/"): x for key, x in line(1).items()}
   models = [
     ("a", "LN", numbers | {"grad_norm": 2.0}),
@@ -94,7 +94,7 @@ def test_models_side_by_side():
   assert words == {"in": -1, "0": 0, "1": 1, "head": 2}
 
 
-def test_each_run_gets_its_pictures(workdir, capsys):
+def test_each_run_has_its_pictures(workdir, capsys):
   assert plot_diagnostics.main([f"--workdir={workdir.parent}"]) == 0
   paths = [workdir / f"diagnostics.{kind}" for kind in ("png", "svg")]
   assert all(path.stat().st_size > 5000 for path in paths)
@@ -102,7 +102,9 @@ def test_each_run_gets_its_pictures(workdir, capsys):
   assert not list(workdir.parent.glob("without/*.png"))
 
 
-def test_the_report_shows_them(workdir, tmp_path, monkeypatch, capsys):
+def test_the_report_contains_diagnostics(
+  workdir, tmp_path, monkeypatch, capsys
+):
   monkeypatch.setattr(terminal, "log_to_stderr", lambda: None)
   flags = [f"--output={tmp_path}", "--no_attention"]
   assert command_line.main([str(workdir.parent), *flags]) == 0
@@ -120,7 +122,7 @@ def test_the_report_shows_them(workdir, tmp_path, monkeypatch, capsys):
     (["--workdir={runs}", "--output={runs}/a.png"], "one run, but there are 2"),
   ],
 )
-def test_mistakes_are_one_line(flags, words, workdir, capsys):
+def test_errors_are_one_line(flags, words, workdir, capsys):
   if "2" in words:
     other = fake_runs.write(workdir.parent / "b", {}, {})
     (other / "metrics.jsonl").write_text(json.dumps(line(1)) + "\n")

@@ -1,4 +1,4 @@
-"""Curves, colours, files."""
+"""Curves, colours and files."""
 
 import pathlib
 
@@ -27,7 +27,7 @@ def run(norm, accuracies, seed=0, **keys):
   return run_reader.Run(pathlib.Path(f"{norm}-{seed}"), config, None, metrics)
 
 
-def test_norms_have_colours_of_their_own():
+def test_norms_have_distinct_colours():
   colors = {plots.norm_color(norm) for norm in norms.NORMS}
   assert len(colors) == len(norms.NORMS)
 
@@ -56,7 +56,7 @@ def test_seeds_share_a_colour_and_a_legend_entry():
   assert figure.get_suptitle() == "ViT-B_16 on cifar10"
 
 
-def test_what_differs_is_in_the_label_and_the_line():
+def test_different_keys_are_in_label_and_line_style():
   figure = plots.curves([run("LN", [0.1]), run("LN", [0.2], base_lr=0.1)])
   first, second = figure.axes[0].lines
   assert first.get_color() == second.get_color()
@@ -65,7 +65,7 @@ def test_what_differs_is_in_the_label_and_the_line():
   assert second.get_label() == "LN, base_lr=0.1"
 
 
-def test_many_groups_of_a_norm_have_lines_of_their_own():
+def test_many_groups_of_a_norm_have_distinct_lines():
   rates = [0.01 * i for i in range(1, 9)]
   figure = plots.curves([run("LN", [0.1], base_lr=rate) for rate in rates])
   lines = figure.axes[0].lines
@@ -74,21 +74,21 @@ def test_many_groups_of_a_norm_have_lines_of_their_own():
   assert ":" not in {line.get_linestyle() for line in lines}
 
 
-def test_files_of_one_name_are_told_apart():
+def test_files_with_equal_names_are_distinguished():
   paths = ("a/x.npz", "b/x.npz", None)
   figure = plots.curves([run("LN", [0.1], pretrained_path=p) for p in paths])
   labels = [line.get_label() for line in figure.axes[0].lines]
   assert labels == ["LN, from a/x.npz", "LN, from b/x.npz", "LN, from scratch"]
 
 
-def test_names_are_no_formulas(tmp_path):
+def test_formulas_in_names_are_escaped(tmp_path):
   paths = ("cost$^$.npz", "b.npz")
   figure = plots.curves([run("LN", [0.1], pretrained_path=p) for p in paths])
   plots.save(figure, tmp_path / "a.PNG")
   assert (tmp_path / "a.PNG").read_bytes().startswith(b"\x89PNG")
 
 
-def test_published_curve_lies_faint_beside_a_run_of_its_recipe():
+def test_the_published_curve_is_drawn_faintly():
   key = ("cifar10", "ViT-B_32", "LN", False)
   curves = {key: reference_results.Curve([100, 200], [2.0, 1.0], [0.3, 0.4])}
   same = run("LN", [0.1], model_name="ViT-B_32")
@@ -102,7 +102,7 @@ def test_published_curve_lies_faint_beside_a_run_of_its_recipe():
 
 
 @pytest.mark.parametrize("suffix", [".png", ".svg"])
-def test_same_figure_same_bytes(tmp_path, suffix):
+def test_equal_figures_yield_equal_bytes(tmp_path, suffix):
   for name in ("a", "b"):
     plots.save(plots.curves([run("LN", [0.1])]), tmp_path / f"{name}{suffix}")
   first, second = (tmp_path / f"{n}{suffix}" for n in ("a", "b"))
@@ -115,6 +115,6 @@ def test_svg_is_an_element():
   assert text.startswith("<svg") and text.rstrip().endswith("</svg>")
 
 
-def test_other_suffixes_are_refused(tmp_path):
+def test_other_suffixes_are_errors(tmp_path):
   with pytest.raises(errors.UserError, match=r"\.png or \.svg"):
     plots.save(plots.curves([run("LN", [0.1])]), tmp_path / "a.jpeg")

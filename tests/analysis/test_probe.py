@@ -1,4 +1,4 @@
-"""The program that measures fresh models side by side."""
+"""The command that compares freshly initialized models."""
 
 import csv
 
@@ -24,7 +24,7 @@ def get_config(method=None):
 
 @pytest.fixture
 def measured(monkeypatch):
-  """Collects the configs; the numbers are made up, of two blocks."""
+  """Collect the configs and return fake measurements of two blocks."""
   configs = []
 
   def measure(config, sharpness):
@@ -85,7 +85,7 @@ def test_table_csv_and_picture(write_config, measured, tmp_path, capsys):
     ('METHODS = ("GN", "BN")', ["--grid=model.norm=RMS,LN"], ["RMS", "LN"]),
   ],
 )
-def test_a_config_stands_for(
+def test_a_config_expands_to(
   methods, flags, norms, write_config, measured, tmp_path
 ):
   flags = [f"--config={write_config(methods)}", "--no_sharpness", *flags]
@@ -93,7 +93,7 @@ def test_a_config_stands_for(
   assert [config.model.norm for config in measured] == norms
 
 
-def test_models_of_two_files_are_told_apart(measured, tmp_path, capsys):
+def test_models_of_two_files_are_distinguished(measured, tmp_path, capsys):
   folder = paths.ROOT / "configs"
   flags = [
     f"--config={folder / name}.py:LN" for name in ("norm_free", "remove_norm")
@@ -110,8 +110,8 @@ def test_models_of_two_files_are_told_apart(measured, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("norm", ["BN", "Rescale"])
-def test_norms_that_gather_statistics_have_them(norm, tiny_config):
-  """Those of a fresh model would make it one without a norm."""
+def test_norms_with_running_statistics_gather_them(norm, tiny_config):
+  """Without statistics the norm acts as the identity."""
   tiny_config.model.update({"norm": norm, "residual": "plain"})
   tiny_config.model.dropout_rate = 0.0
   tiny_config.augment.crop = False
@@ -151,7 +151,7 @@ def test_norms_that_gather_statistics_have_them(norm, tiny_config):
     (["--config={path}:PN"], "PN"),
   ],
 )
-def test_mistakes_are_one_line(
+def test_errors_are_one_line(
   flags, words, write_config, measured, tmp_path, capsys
 ):
   flags = [flag.format(path=write_config()) for flag in flags]

@@ -1,4 +1,4 @@
-"""The published figures, which configs they belong to, and their curves."""
+"""Published figures, their configs and their curves."""
 
 import csv
 
@@ -37,7 +37,7 @@ def test_figures():
     assert 0 < run.last_accuracy <= run.best_accuracy < 1
 
 
-def test_all_figures_are_those_of_the_logs():
+def test_figures_match_the_logs():
   path = paths.SHARED / "seed_results"
   if not path.exists():
     pytest.skip(f"needs {path / 'runs.csv'}")
@@ -56,11 +56,11 @@ def test_all_figures_are_those_of_the_logs():
 
 
 @pytest.mark.parametrize("key", ["BN", "GN", "Rescale"])
-def test_runs_that_were_cut_off_have_no_figures(key):
+def test_incomplete_runs_have_no_figures(key):
   assert ("cifar100", "ViT-L_16", key, False) not in reference_results.FIGURES
 
 
-def test_weights_of_ones_own_are_not_the_published_ones():
+def test_other_weights_do_not_match():
   assert reference_results.match(config(pretrained_path="ViT-B_32.npz")) is None
   assert (
     reference_results.match(config(pretrained_path="my_cifar100.npz")) is None
@@ -77,7 +77,7 @@ def test_weights_of_ones_own_are_not_the_published_ones():
     {"tfds_data_dir": "/data", "batch_eval": 1000, "checkpoint_every": 7},
   ],
 )
-def test_match_whatever_does_not_change_the_recipe(changes):
+def test_keys_without_effect_do_not_matter(changes):
   assert reference_results.match(config(**changes)) == (
     "cifar10",
     "ViT-B_16",
@@ -86,7 +86,7 @@ def test_match_whatever_does_not_change_the_recipe(changes):
   )
 
 
-def test_match_tells_pretrained_from_scratch():
+def test_pretrained_and_scratch_are_distinguished():
   keys = {
     reference_results.match(config(pretrained_path=path))
     for path in (None, "ViT-B_16.npz", "/in21k/ViT-B_16.npz")
@@ -113,7 +113,7 @@ def test_match_tells_pretrained_from_scratch():
     {"eval_every": 50},  # More evaluations, a higher best.
   ],
 )
-def test_no_match_of_another_recipe(changes):
+def test_other_recipes_do_not_match(changes):
   assert reference_results.match(config(**changes)) is None
 
 
@@ -149,7 +149,7 @@ def test_read_curves(tmp_path):
     ("a,b,LN,0,1,2,0.1\na,b,LN,0,1,2,0.1\n", ["line 3", "second", "1"]),
   ],
 )
-def test_read_curves_names_what_is_wrong(text, words, tmp_path):
+def test_invalid_curves_are_errors(text, words, tmp_path):
   path = tmp_path / "curves.csv"
   path.write_text(text if text[:7] in ("", "dataset") else HEADER + text)
   with pytest.raises(errors.UserError) as e:
@@ -159,7 +159,7 @@ def test_read_curves_names_what_is_wrong(text, words, tmp_path):
 
 
 @pytest.mark.parametrize("data", [None, b"\xff\xfe\x00PNG"])
-def test_read_curves_without_such_a_file(data, tmp_path):
+def test_an_unreadable_file_of_curves_is_an_error(data, tmp_path):
   path = tmp_path / "curves.csv"
   if data is not None:
     path.write_bytes(data)

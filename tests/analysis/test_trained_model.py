@@ -1,4 +1,4 @@
-"""Trained models: read from runs and files, called with images."""
+"""Trained models: loading from runs and files, classifying images."""
 
 import json
 import shutil
@@ -56,13 +56,13 @@ def test_probabilities_are_those_of_each_image(colors):
 
 
 @pytest.mark.parametrize("batch", [1, 3, 7, 64])
-def test_any_batch_is_one_compilation(batch, colors):
+def test_any_batch_compiles_once(batch, colors):
   found = colors(IMAGES, batch=batch)
   assert colors.model.traces == 1
   np.testing.assert_allclose(found[2:3], colors([IMAGES[2]]), atol=1e-6)
 
 
-def test_all_sources(colors, tmp_path):
+def test_images_from_all_sources(colors, tmp_path):
   for i, image in enumerate(IMAGES):
     Image.fromarray(image).save(tmp_path / f"{i}.png")
   expected = colors(IMAGES)
@@ -77,7 +77,7 @@ def test_no_images(colors):
   assert colors([]).shape == (0, 3)
 
 
-def test_one_image_is_not_taken_for_several(colors, tmp_path):
+def test_a_single_image_is_an_error(colors, tmp_path):
   Image.fromarray(IMAGES[0]).save(tmp_path / "a.png")
   path = tmp_path / "a.png"
   for image in (path, str(path), IMAGES[0], Image.fromarray(IMAGES[0])):
@@ -85,7 +85,7 @@ def test_one_image_is_not_taken_for_several(colors, tmp_path):
       colors(image)
 
 
-def test_a_bad_file_is_named(colors, tmp_path):
+def test_an_unreadable_image_is_an_error(colors, tmp_path):
   with pytest.raises(errors.UserError, match=r"none\.png.*no such file"):
     colors([IMAGES[0], tmp_path / "none.png"])
 
@@ -104,7 +104,7 @@ def test_top(colors):
 
 
 @pytest.mark.parametrize("which", ["best", "latest"])
-def test_a_run_is_as_accurate_as_its_result_says(which, tiny_run, test_digits):
+def test_accuracy_equals_the_result_of_the_run(which, tiny_run, test_digits):
   model = trained_model.load(tiny_run, which)
   result = json.loads((tiny_run / "result.json").read_text())
   key = "best_accuracy" if which == "best" else "last_accuracy"
@@ -117,7 +117,7 @@ def test_a_run_is_as_accurate_as_its_result_says(which, tiny_run, test_digits):
   assert model.class_names == tuple("0123456789")
 
 
-def test_the_checkpoint_asked_for_is_read(copied):
+def test_the_requested_checkpoint_is_loaded(copied):
   best, last = (copied / "checkpoints" / k for k in ("best", "last"))
   shutil.rmtree(best)
   found = trained_model.load(copied, "latest").variables
@@ -138,7 +138,7 @@ def test_the_checkpoint_asked_for_is_read(copied):
     ('"image_size": 12', '"image_size": 24', "pos_embedding"),
   ],
 )
-def test_a_config_of_another_model_is_named(old, new, words, copied):
+def test_a_config_of_another_model_is_an_error(old, new, words, copied):
   path = copied / "config.json"
   text = path.read_text()
   assert old in text
@@ -148,7 +148,7 @@ def test_a_config_of_another_model_is_named(old, new, words, copied):
   assert words in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_a_run_of_another_machine_can_be_used(copied):
+def test_a_run_of_another_device_loads(copied):
   path = copied / "config.json"
   text = path.read_text()
   assert '"attention": "auto"' in text
@@ -170,7 +170,7 @@ def test_class_names(copied):
     assert "delete it" in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_what_is_no_run(tmp_path):
+def test_a_missing_run_is_an_error(tmp_path):
   with pytest.raises(errors.UserError, match=r"nothing: no run there"):
     trained_model.load(tmp_path / "nothing")
 
@@ -214,7 +214,7 @@ def test_a_file_of_each_norm(norm, tmp_path):
     ("BN", {"residual": "layerscale", "sigma_reparam": True}),
   ],
 )
-def test_a_file_tells_its_model(norm, options, tmp_path):
+def test_options_are_inferred_from_a_file(norm, options, tmp_path):
   params, stats = trees.fresh(norm, seed=3, **options)
   npz.save(tmp_path / "a.npz", params, stats)
   model = trained_model.load_npz(
@@ -227,7 +227,7 @@ def test_a_file_tells_its_model(norm, options, tmp_path):
   trees.same(trees.flat(**model.variables), trees.flat(params, stats))
 
 
-def test_c_of_a_residual_and_the_pool_have_to_be_said(tmp_path):
+def test_residual_c_and_pool_are_arguments(tmp_path):
   npz.save(tmp_path / "a.npz", *trees.fresh(residual="rescalenet"))
   model = trained_model.load_npz(tmp_path / "a.npz", residual_c=3.0, pool="gap")
   assert (model.model.residual_c, model.model.pool) == (3.0, "gap")
@@ -251,7 +251,7 @@ def test_a_file_with_pre_logits(tmp_path):
   assert model(IMAGES).shape == (7, 3)
 
 
-def test_a_file_without_a_head_shows_all_but_classes(tmp_path):
+def test_a_file_without_a_head_cannot_classify(tmp_path):
   arrays = trees.arrays("LN")
   kept = {k: v for k, v in arrays.items() if k not in trees.HEAD}
   model = trained_model.load_npz(trees.write(tmp_path, kept))
@@ -289,7 +289,7 @@ def without(arrays, word):
     ),
   ],
 )
-def test_files_that_hold_no_such_model(arrays, words, kwargs, tmp_path):
+def test_files_of_other_models_are_errors(arrays, words, kwargs, tmp_path):
   path = trees.write(tmp_path, arrays)
   with pytest.raises(errors.UserError) as caught:
     trained_model.load_npz(path, **kwargs)
@@ -297,13 +297,13 @@ def test_files_that_hold_no_such_model(arrays, words, kwargs, tmp_path):
   assert words in message and str(path) in message and "\n" not in message
 
 
-def test_a_file_that_is_none(tmp_path):
+def test_an_invalid_file_is_an_error(tmp_path):
   (tmp_path / "a.npz").write_text("hello")
   with pytest.raises(errors.UserError, match=r"a\.npz: not a readable"):
     trained_model.load_npz(tmp_path / "a.npz")
 
 
-def test_an_unknown_checkpoint_is_named(tiny_run):
+def test_an_unknown_checkpoint_is_an_error(tiny_run):
   with pytest.raises(errors.UserError, match="'newest'.* best, latest"):
     trained_model.load(tiny_run, "newest")
 

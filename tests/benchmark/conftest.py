@@ -1,4 +1,4 @@
-"""Programs compiled for GPUs that are not here, once for all tests."""
+"""Programs compiled for absent GPUs, once for all tests."""
 
 import fcntl
 import json
@@ -11,11 +11,10 @@ from rescalevit_jax.benchmark import hlo
 
 @pytest.fixture(scope="session")
 def compile_tiny(shared_dir):
-  """Returns a function from (what, GPU, devices, keys) to the program.
+  """Return a function from (program, GPU, devices, keys) to an `hlo.Program`.
 
-  The program is an `hlo.Program` with two attributes more: its `text`, and
-  `needed`, the memory in bytes. The workers of one test session share what they
-  compile.
+  It has two more attributes: its `text`, and `needed`, the memory in bytes. The
+  workers of a test session share compiled programs.
   """
   if not tiny_gpu.CAN_COMPILE:
     pytest.skip(tiny_gpu.REASON)

@@ -1,4 +1,4 @@
-"""Training and evaluation compile for GPUs, to programs as they ought to be."""
+"""Properties of training and evaluation compiled for GPUs."""
 
 import collections
 import re
@@ -25,7 +25,7 @@ HALF_DTYPES = [x for x in ("bfloat16", "float16") if x in models.DTYPES]
 
 
 def assert_lean(program):
-  """Nothing waits for the host, and products are of 16 bits where they can."""
+  """Assert that nothing waits for the host and most products use 16 bits."""
   assert not program.conditionals and not program.host_transfers
   single = [k.op_name for k in program.kernels if k.dtype == "f32"]
   assert single
@@ -72,7 +72,7 @@ def test_first_step_of_rescale_calibrates(compile_tiny):
 
 @pytest.mark.parametrize("dtype", HALF_DTYPES)
 @pytest.mark.parametrize("attention", ["cudnn", "xla"])
-def test_attention_is_what_was_asked_for(compile_tiny, dtype, attention):
+def test_attention_is_the_requested_one(compile_tiny, dtype, attention):
   keys = {"dtype": dtype, "model.attention": attention}
   program = compile_tiny("eval", **keys)
   assert_lean(program)
@@ -164,7 +164,7 @@ def test_remat_trades_time_for_memory(compile_tiny):
   assert remat.flops > plain.flops
 
 
-def test_flops_are_those_of_the_model(compile_tiny):
+def test_flops_equal_the_model_flops(compile_tiny):
   program = compile_tiny("eval", **{"model.attention": "cudnn"})
   width, mlp, tokens, images = 64, 128, 65, 16
   block = tokens * (8 * width**2 + 4 * width * mlp) + 4 * tokens**2 * width
@@ -195,6 +195,6 @@ def test_gpus(name):
   assert gpu.description.startswith("# ")  # Where the figures are from.
 
 
-def test_unknown_gpu_names_the_nearest():
+def test_an_unknown_gpu_suggests_the_nearest():
   with pytest.raises(errors.UserError, match="h10.*did you mean h100"):
     gpus.get("h10")

@@ -1,4 +1,4 @@
-"""Bytes, FLOPs and times of a program that was written and counted by hand."""
+"""Bytes, FLOPs and times of hand-written programs."""
 
 import pytest
 
@@ -97,7 +97,7 @@ def test_fusion_reads_operands_and_writes_results():
   assert kernel.flops == 0 and not kernel.is_gemm
 
 
-def test_slices_count_as_what_they_take_and_all_results_are_written():
+def test_slices_count_their_size_and_all_results_count():
   kernel = only(
     "%f = (f32[2,16]{1,0}, bf16[8,16]{1,0}) fusion(%x, %x), kind=kLoop,"
     " calls=%fused_slice",
@@ -151,7 +151,7 @@ def test_exact_products():
   assert kernel.read == BYTES  # An operand that is given twice is one array.
 
 
-def test_loops_run_as_often_as_they_say():
+def test_loops_count_their_trips():
   program = read(
     "%zero = s32[] constant(0)",
     "%s = (s32[], f32[8,16]{1,0}) tuple(%zero, %x)",
@@ -232,7 +232,7 @@ def test_attention_and_convolution():
   assert convolution.flops == 2 * (2 * 2 * 2) * (4 * 4 * 3) * 16
 
 
-def test_time_is_that_of_memory_or_of_products():
+def test_time_is_the_longer_of_memory_and_products():
   gpu = gpus.get("h100")
   kernel = hlo.Kernel(
     "gemm", "", read=3e9, written=1e9, flops=1e9, dtype="bf16"

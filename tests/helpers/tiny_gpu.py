@@ -1,4 +1,4 @@
-"""Tiny training steps, compiled for GPUs that are not here."""
+"""Tiny training steps, compiled for absent GPUs."""
 
 import os
 
@@ -34,7 +34,7 @@ SIZES = {
 
 
 def tiny_config(**changes):
-  """Returns the config of a step that compiles in seconds."""
+  """Return the config of a step that compiles in seconds."""
   config = config_lib.default()
   config.update_from_flattened_dict({**SIZES, **changes})
   config_lib.validate(config)
@@ -42,7 +42,7 @@ def tiny_config(**changes):
 
 
 def compile(what, gpu, devices, step, keys):
-  """Returns the optimised HLO of a tiny program, and its memory in bytes."""
+  """Return the optimized HLO of a tiny program, and its memory in bytes."""
   batch = {"batch": 16 * devices, "batch_eval": 16 * devices}
   config = tiny_config(**{**batch, **keys})
   gpu = gpus.get(gpu)

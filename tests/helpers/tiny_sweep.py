@@ -1,4 +1,4 @@
-"""Sweeps of tiny runs on the digits, as processes."""
+"""Start sweeps of tiny runs on the digits, as processes."""
 
 from collections.abc import Mapping, Sequence
 import os
@@ -26,10 +26,10 @@ KEYS = (
 
 
 def environment(folder: pathlib.Path) -> dict[str, str]:
-  """Returns the environment of processes that start fast.
+  """Return the environment of processes that start fast.
 
-  They compile each step once for all of them, and that fast rather than well;
-  TensorFlow, which takes seconds, is as if it were not installed.
+  They share a compilation cache and compile with little optimization.
+  TensorFlow, whose import takes seconds, is hidden.
   """
   hidden = folder / "no_tensorflow"
   hidden.mkdir(exist_ok=True)
@@ -70,7 +70,7 @@ def start(
 
 
 def run(runs_dir: pathlib.Path, *args: str, **kwargs):
-  """Returns what subprocess.run would."""
+  """Run a sweep to its end."""
   process = start(runs_dir, *args, **kwargs)
   stdout, stderr = process.communicate(timeout=300)
   return subprocess.CompletedProcess(
@@ -79,7 +79,7 @@ def run(runs_dir: pathlib.Path, *args: str, **kwargs):
 
 
 def wait_for(condition, process: subprocess.Popen | None = None):
-  """Waits until a condition holds, while a process is running."""
+  """Wait until a condition holds; fail if the process ends before."""
   deadline = time.monotonic() + 300
   while not condition():
     assert time.monotonic() < deadline
@@ -89,13 +89,13 @@ def wait_for(condition, process: subprocess.Popen | None = None):
 
 
 def is_under_way(workdir: pathlib.Path) -> bool:
-  """Whether a run has begun to write metrics."""
+  """Return True if a run has written metrics."""
   path = workdir / "metrics.jsonl"
   return path.exists() and path.stat().st_size > 0
 
 
 def processes_of(folder: pathlib.Path) -> list[int]:
-  """Returns the processes whose command line names a folder."""
+  """Return the processes with a folder in their command line."""
   found = []
   for path in pathlib.Path("/proc").glob("[0-9]*/cmdline"):
     try:
