@@ -82,7 +82,8 @@ def test_commands_and_files_exist(page):
   text = page.read_text()
   for module in set(re.findall(r"-m (rescalevit_jax[.\w]*)", text)):
     assert importlib.util.find_spec(module), module
-  for file in set(re.findall(r"\b(?:configs|scripts)/\w+\.\w+", text)):
+  pattern = r"\b(?:configs|scripts|tests)/[\w/]+\.\w+"
+  for file in set(re.findall(pattern, text)):
     if "results" not in page.parts:  # Recorded commands may be older.
       assert (paths.ROOT / file).exists(), file
 
