@@ -17,25 +17,18 @@ attention.csv.
 import argparse
 from collections.abc import Iterable, Sequence
 import csv
-import dataclasses
-import functools
 import io
 import logging
-import math
 import pathlib
 import sys
-from typing import Any
 
 from rescalevit_jax import errors
-from rescalevit_jax import models as models_lib
 from rescalevit_jax.analysis import attention_maps
 from rescalevit_jax.analysis import attention_plots
 from rescalevit_jax.analysis import plots
+from rescalevit_jax.analysis import subjects as subjects_lib
 from rescalevit_jax.analysis import trained_model
-from rescalevit_jax.data import dataset as dataset_lib
 from rescalevit_jax.data import image_files
-from rescalevit_jax.models import norms
-from rescalevit_jax.runs import folder as folder_lib
 from rescalevit_jax.runtime import atomic_file
 from rescalevit_jax.runtime import cli
 from rescalevit_jax.runtime import terminal
@@ -107,37 +100,12 @@ def _parser():
   return parser
 
 
-@dataclasses.dataclass(frozen=True)
-class Subject:
-  """A model to draw.
-
-  Attributes:
-    model: the model.
-    path: its folder or file, as given.
-    source: name, folder and `data` keys of its data set; None if unknown.
-  """
-
-  model: trained_model.TrainedModel
-  path: str
-  source: tuple[str, str | None, tuple[tuple[str, Any], ...]] | None
-
-  @property
-  def test_split(self) -> dataset_lib.Split | None:
-    """Test split of its data set."""
-    return None if self.source is None else _test_split(*self.source)
-
-
-@functools.cache
-def _test_split(dataset, folder, keys):
-  return dataset_lib.load(dataset, folder, **dict(keys)).test
-
-
 def _run(args):
   if not args.workdir and not args.npz:
     raise errors.UserError("no model: give --workdir or --npz")
   if args.batch < 1:
     raise errors.UserError(f"--batch: {args.batch} is less than 1; raise it")
-  subjects = load_subjects(
+  subjects = subjects_lib.load(
     args.workdir, args.npz, args.checkpoint, args.dataset, args.tfds_data_dir
   )
   image = args.image or _test_image(subjects[0], args.index)
@@ -154,88 +122,6 @@ def _run(args):
     _log.warning("no statistics of files without --dataset")
   if measured:
     measure(measured, args.batch, output / "attention.csv")
-
-
-def load_subjects(
-  workdirs: Sequence[str],
-  npz: Sequence[str],
-  checkpoint: str = "best",
-  dataset: str | None = None,
-  tfds_data_dir: str | None = None,
-) -> list[Subject]:
-  """Load models of runs and of checkpoint files, with their data sets.
-
-  Args:
-    workdirs: folders of runs.
-    npz: checkpoint files, FILE or FILE:ARGS.
-    checkpoint: 'best' or 'latest' checkpoint of the runs.
-    dataset: data set of the test split; None for each run's own.
-    tfds_data_dir: folder of data sets; None for the runs' own.
-
-  Raises:
-    UserError: a model cannot be loaded.
-  """
-  sources = []
-  for workdir in workdirs:
-    config = folder_lib.require_config(workdir)
-    sources.append(
-      (
-        dataset or config.dataset,
-        tfds_data_dir or config.tfds_data_dir,
-        tuple(config.data.items()),
-      )
-    )
-  first = (dataset, tfds_data_dir, ()) if dataset else None
-  first = sources[0] if sources else first
-  subjects = [
-    Subject(trained_model.load(workdir, checkpoint), workdir, source)
-    for workdir, source in zip(workdirs, sources, strict=True)
-  ]
-  for reference in npz:
-    path, options = _parse_reference(reference)
-    model = trained_model.load_npz(path, **options)
-    if "norm" not in options and model.model.norm == "LN":
-      _log.info("%s: assuming LN; append :GN if the norm is GN", path)
-    subjects.append(Subject(model, path, first))
-  names = [subject.model.name for subject in subjects]
-  for subject, reference in zip(subjects, [*workdirs, *npz], strict=True):
-    if names.count(subject.model.name) > 1:
-      subject.model.name = reference
-  return subjects
-
-
-def _parse_reference(reference: str) -> tuple[str, dict[str, Any]]:
-  """Parse FILE[:ARGS] into the file and keyword arguments of `load_npz`."""
-  path, colon, words = reference.rpartition(":")
-  whole = words.endswith(".npz") or pathlib.Path(reference).is_file()
-  if not colon or whole:
-    return reference, {}
-  known = {
-    **dict.fromkeys(norms.NORMS, "norm"),
-    **dict.fromkeys(models_lib.GELUS, "gelu"),
-    **dict.fromkeys(models_lib.POOLS, "pool"),
-  }
-  options = {}
-  for word in filter(None, words.split(",")):
-    key, value = known.get(word), word
-    if word.startswith("c="):
-      key, value = "residual_c", _positive(word.removeprefix("c="))
-    if key in options or None in (key, value):
-      raise errors.UserError(
-        f"--npz: unknown or too many: {word!r} in {reference}; at most one"
-        " norm, one GELU, one pool and one c=NUMBER above 0;"
-        f" {errors.nearest(word, known)}"
-      )
-    options[key] = value
-  return path, options
-
-
-def _positive(text):
-  """Return a finite number above 0, or None if the text is not one."""
-  try:
-    return number if 0 < (number := float(text)) < math.inf else None
-  except ValueError:
-    return None
 
 
 def _test_image(subject, index):
@@ -277,7 +163,7 @@ def draw(
 
 
 def measure(
-  subjects: Sequence[Subject], batch: int, path: pathlib.Path
+  subjects: Sequence[subjects_lib.Subject], batch: int, path: pathlib.Path
 ) -> None:
   """Print the attention statistics of models and write them as CSV.
 

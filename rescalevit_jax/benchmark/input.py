@@ -22,12 +22,12 @@ import sys
 import tempfile
 import time
 
-from array_record.python import array_record_module
 import jax
 import numpy as np
 from PIL import Image
 import tensorflow_datasets as tfds
 
+from rescalevit_jax.benchmark import synthetic_dataset
 from rescalevit_jax.data import dataset
 from rescalevit_jax.data import loader
 from rescalevit_jax.data import records
@@ -41,7 +41,6 @@ from rescalevit_jax.runtime import terminal
 _ROUNDS = 3  # Results are medians over rounds.
 _STEPS = 200  # Timed steps at each position.
 _POSITIONS = 3
-_FILE_RECORDS = 10_000
 _PHOTO = (500, 375)  # The most common size in ImageNet, in pixels.
 
 
@@ -89,7 +88,7 @@ def run(
     folders = [pathlib.Path(scratch, str(count)) for count in counts]
     for folder, count in zip(folders, counts, strict=True):
       start = time.monotonic()
-      write(folder, count)
+      synthetic_dataset.write(folder, count)
       print(
         f"{count:,} records written in {time.monotonic() - start:.0f} s",
         file=sys.stderr,
@@ -115,54 +114,6 @@ def run(
     atomic_file.write(
       output / "input.json", json.dumps(results, indent=2) + "\n"
     )
-
-
-def write(folder: pathlib.Path, count: int) -> None:
-  """Write a data set of small labelled images."""
-  folder.mkdir()
-  features = tfds.features.FeaturesDict(
-    {
-      "image": tfds.features.Image(shape=(8, 8, 3)),
-      "label": tfds.features.ClassLabel(num_classes=10),
-    }
-  )
-  rng = np.random.default_rng(0)
-  examples = [
-    features.serialize_example(
-      features.encode_example(
-        {"image": rng.integers(0, 256, (8, 8, 3), np.uint8), "label": i % 10}
-      )
-    )
-    for i in range(100)
-  ]
-  name = tfds.core.ShardedFileTemplate(
-    dataset_name="synthetic",
-    split="train",
-    filetype_suffix="array_record",
-    data_dir=folder,
-  )
-  starts = range(0, count, _FILE_RECORDS)
-  lengths = [min(_FILE_RECORDS, count - start) for start in starts]
-  for i, length in enumerate(lengths):
-    path = str(name.sharded_filepath(shard_index=i, num_shards=len(lengths)))
-    writer = array_record_module.ArrayRecordWriter(path, "group_size:1")
-    for j in range(length):
-      writer.write(examples[j % len(examples)])
-    writer.close()
-  tfds.folder_dataset.write_metadata(
-    data_dir=folder,
-    features=features,
-    split_infos=[
-      tfds.core.SplitInfo(
-        name="train",
-        shard_lengths=lengths,
-        num_bytes=sum(file.stat().st_size for file in folder.iterdir()),
-        filename_template=name,
-      )
-    ],
-    supervised_keys=("image", "label"),
-    check_data=False,
-  )
 
 
 def measure(folder: str, count: int, batch: int) -> dict[str, float]:
