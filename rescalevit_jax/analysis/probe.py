@@ -45,6 +45,7 @@ from rescalevit_jax.runtime import markdown
 from rescalevit_jax.runtime import terminal
 from rescalevit_jax.training import diagnostics
 from rescalevit_jax.training import experiment as experiment_lib
+from rescalevit_jax.training import initial_state
 from rescalevit_jax.training import measurements
 
 _log = logging.getLogger("rescalevit_jax.analysis.probe")
@@ -199,7 +200,7 @@ def measure(
     and keys in the squared `grad_norm`.
   """
   experiment = experiment_lib.create(config)
-  state = experiment_lib.initial_state(experiment)
+  state = initial_state.create(experiment)
   programs = diagnostics.CompiledDiagnostics(experiment)
   first = range(1, 2)
   with experiment.train_loader.batches(

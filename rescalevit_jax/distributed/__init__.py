@@ -1,1 +1,1 @@
-"""Several devices and several processes in one run."""
+"""Devices and processes of a run."""

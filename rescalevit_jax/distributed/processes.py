@@ -1,4 +1,4 @@
-"""The processes of one run, on one machine or on many."""
+"""The processes of one run, on one machine or several."""
 
 import atexit
 import contextlib
@@ -22,9 +22,9 @@ _log = logging.getLogger(__name__)
 
 _SECONDS_BETWEEN_BEATS = 2.0
 _SECONDS_TO_END = 10.0
-_SILENCE = 30.0  # Seconds, after which a process is taken for dead.
-# When JAX ends this process if the watch below does not, or cannot. JAX's own
-# beats are half of this apart: it can come as soon as that after a death.
+_SILENCE = 30.0  # Seconds until a process counts as dead.
+# JAX's own timeout, in case `_watch` cannot end this process. JAX may end it
+# after half of this time already.
 _JAX_SILENCE = 100
 _BEATS = "rescalevit_jax/beats"
 _END = "end"
@@ -35,22 +35,20 @@ def join(
   num_processes: int | None = None,
   process_id: int | None = None,
 ) -> None:
-  """Joins the processes of one run; called before the devices are used.
+  """Join the processes of one run; called before devices are used.
 
-  What is not given comes from the environment, as JAX finds it: of the tasks of
-  one `srun`, of Open MPI's `mpirun`, of an indexed job of Kubernetes. A process
-  that was started alone stays alone, even if there is place for more in the
-  allocation around it.
+  JAX detects missing arguments in the environment: of `srun`, of Open MPI's
+  `mpirun`, of an indexed job of Kubernetes. A single process stays alone, even
+  in an allocation for several. If the other processes do not join within five
+  minutes, JAX aborts this one.
 
   Args:
-    coordinator: HOST:PORT of process 0, which must be free there.
-    num_processes: how many there are; 1 leaves this one alone.
-    process_id: which one this is, from 0 on.
-
-  If the others do not come within five minutes, JAX aborts this process.
+    coordinator: HOST:PORT of process 0; the port must be free there.
+    num_processes: number of processes; 1: do not join.
+    process_id: index of this process, from 0.
 
   Raises:
-    UserError: something is missing or wrong.
+    UserError: an argument is missing or invalid.
   """
   given = (coordinator, num_processes, process_id)
   if num_processes == 1 or (given == (None,) * 3 and not _started_together()):
@@ -71,7 +69,7 @@ def join(
     ) from e
   state = compat.distributed_state()
   _log.info(
-    "process %d of %d; process 0, their leader, is at %s",
+    "process %d of %d; process 0 is at %s",
     state.process_id,
     state.num_processes,
     state.coordinator_address,
@@ -84,7 +82,7 @@ def join(
   )
   watch.start()
 
-  # Python ends threads by force, which aborts the process if one is in JAX.
+  # At exit, Python kills threads; inside JAX that aborts the process.
   @atexit.register
   def end_watch():
     ended.set()
@@ -92,11 +90,11 @@ def join(
 
 
 def _check_address(coordinator, process_id):
-  """Raises UserError where JAX would crash."""
+  """Raise UserError if JAX would crash."""
   match = re.fullmatch(r"(.+):(\d{1,5})", coordinator)
   if not match or not 0 < int(match[2]) < 2**16:
     raise errors.UserError(
-      f"--coordinator: is {coordinator!r}, but must be HOST:PORT, such as"
+      f"--coordinator: {coordinator!r} is not HOST:PORT; give one such as"
       " node0:12345"
     )
   try:
@@ -108,23 +106,23 @@ def _check_address(coordinator, process_id):
   except OSError as e:
     raise errors.UserError(
       f"--coordinator: {coordinator} cannot be used ({e.strerror}); give a host"
-      " that all know, and a port that is free there"
+      " that all processes reach, and a free port there"
     ) from e
 
 
-def wait_for_all(what: str) -> None:
-  """Waits until all processes have come to the place in the code that is named.
+def wait_for_all(name: str) -> None:
+  """Wait until all processes reach the barrier of this name.
 
-  Does nothing where there is only one.
+  A no-op for a single process.
   """
   if jax.process_count() > 1:
-    multihost_utils.sync_global_devices(what)
+    multihost_utils.sync_global_devices(name)
 
 
 def _watch(client, index, count, ended):
-  """Ends this process with an error when another one falls silent.
+  """End this process with an error if another one dies.
 
-  A step waits for all of them, without end if one is dead.
+  A step would wait for the dead one forever.
   """
   beats, heard = {}, dict.fromkeys(range(count), time.monotonic())
   for beat in itertools.count():
@@ -132,7 +130,7 @@ def _watch(client, index, count, ended):
       client.key_value_set(f"{_BEATS}/{index}", str(beat), allow_overwrite=True)
       found = client.key_value_dir_get(_BEATS)
     except jax.errors.JaxRuntimeError:
-      return  # Process 0 is gone, or all is over: JAX ends what is left.
+      return  # Process 0 has ended: JAX ends the others.
     for key, other in found:
       if beats.get(key) != other:
         beats[key] = other
@@ -140,13 +138,13 @@ def _watch(client, index, count, ended):
         heard[int(key.rpartition("/")[2])] = now
     silent = [i for i in heard if time.monotonic() - heard[i] > _SILENCE]
     if silent:
-      if index == 0:  # Where the beats are, which others still read.
+      if index == 0:  # The other processes still read its store.
         time.sleep(2 * _SECONDS_BETWEEN_BEATS)
       names = ", ".join(map(str, silent))
       print(
-        f"error: of {count} processes, {names} is missing: silent for"
-        f" {_SILENCE:.0f} s; see its own log, then start all of them again: the"
-        " run goes on from its last checkpoint",
+        f"error: process {names} of {count} has died: no heartbeat for"
+        f" {_SILENCE:.0f} s; see its log, then start all processes again to"
+        " resume from the last checkpoint",
         file=sys.stderr,
         flush=True,
       )
@@ -154,7 +152,7 @@ def _watch(client, index, count, ended):
     if ended.wait(_SECONDS_BETWEEN_BEATS):
       break
   with contextlib.suppress(jax.errors.JaxRuntimeError):
-    # Others may take their time.
+    # The others may still be running.
     client.key_value_set(f"{_BEATS}/{index}", _END, allow_overwrite=True)
 
 

@@ -1,7 +1,7 @@
-"""The mesh and what lies where on it.
+"""The device mesh and the shardings on it.
 
-Data parallel: one axis, `data`, over all devices; batches are split along it.
-Everything else is on every device, but for large parameters and momenta with
+Data parallel: one axis, `data`, over all devices; batches are sharded along it.
+All other arrays are replicated, except large parameters and momenta with
 `sharding.fsdp`.
 """
 
@@ -16,45 +16,45 @@ import numpy as np
 
 from rescalevit_jax import errors
 
-_MIN_SPLIT = 2**14  # Elements of an array that is worth splitting.
+_MIN_SPLIT = 2**14  # Elements; smaller arrays are replicated.
 
 
 def create_mesh() -> Mesh:
-  """Returns a mesh of all devices of all processes."""
+  """Return a mesh of all devices of all processes."""
   return Mesh(np.asarray(jax.devices()), ("data",))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-  """Every device holds the whole array."""
+  """Return the sharding that replicates an array."""
   return NamedSharding(mesh, PartitionSpec())
 
 
 def split(mesh: Mesh, axis: int = 0) -> NamedSharding:
-  """Each device holds an equal part along an axis."""
+  """Return the sharding that splits an array along an axis."""
   return NamedSharding(mesh, PartitionSpec(*[None] * axis, "data"))
 
 
 def create(tree: Any, mesh: Mesh, fsdp: bool) -> Any:
-  """Returns where the arrays of a state lie, as a tree of shardings.
+  """Return the shardings of a state.
 
   Args:
-    tree: of arrays, or of anything with a shape.
+    tree: of arrays or other values with a shape.
     mesh: the devices.
-    fsdp: whether each device holds an equal part of the large arrays, along
-      the longest axis that the devices divide; the rest lies everywhere.
+    fsdp: whether to split large arrays along the longest axis that the number
+      of devices divides.
   """
 
-  def place_array(x):
+  def create_sharding(x):
     divisible = [n if n % mesh.size == 0 else 0 for n in x.shape]
     if not fsdp or math.prod(x.shape) < _MIN_SPLIT or not any(divisible):
       return replicated(mesh)
     return split(mesh, divisible.index(max(divisible)))
 
-  return jax.tree.map(place_array, tree)
+  return jax.tree.map(create_sharding, tree)
 
 
 def put(tree: Any, sharding: NamedSharding) -> Any:
-  """Places arrays that every process holds in full on the devices."""
+  """Put arrays on the devices; every process holds them in full."""
 
   def put_array(x):
     x = np.asarray(x)
@@ -63,14 +63,14 @@ def put(tree: Any, sharding: NamedSharding) -> Any:
   return jax.tree.map(put_array, tree)
 
 
-def local_shard(x: np.ndarray, place: NamedSharding) -> np.ndarray:
-  """Returns the part of an array that this process' devices hold.
+def local_shard(x: np.ndarray, sharding: NamedSharding) -> np.ndarray:
+  """Return the part of an array that belongs to the devices of this process.
 
   Args:
     x: the whole array.
-    place: split along at most one axis, in the order of the processes.
+    sharding: splits at most one axis, in the order of the processes.
   """
-  parts = place.addressable_devices_indices_map(x.shape).values()
+  parts = sharding.addressable_devices_indices_map(x.shape).values()
   own = []
   for size, *slices in zip(x.shape, *parts, strict=True):
     bounds = [part.indices(size) for part in slices]
@@ -79,11 +79,11 @@ def local_shard(x: np.ndarray, place: NamedSharding) -> np.ndarray:
 
 
 def check_batch(batch: int, accum_steps: int, mesh: Mesh) -> None:
-  """Raises UserError if a micro-batch cannot be split over the devices."""
+  """Raise UserError if a micro-batch cannot be split over the devices."""
   if batch // accum_steps % mesh.size:
     parts = f"{mesh.size} devices"
     if accum_steps > 1:
       parts = f"accum_steps ({accum_steps}) times {parts}"
     raise errors.UserError(
-      f"config: batch is {batch}, not divisible by {parts}"
+      f"config: batch is {batch}, not divisible by {parts}; choose a multiple"
     )

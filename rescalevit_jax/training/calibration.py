@@ -1,8 +1,8 @@
-"""Norms that start from the statistics of the first training batches.
+"""Calibration of norms on the first training batches.
 
-A calibration is made once, before the first step, of the batches of steps 1 to
-8 with their crops, mixing and dropout: a function of the seed and the data
-alone. A run that goes on has its result in the checkpoint.
+Runs once, before the first step, on the batches of steps 1 to 8 with their
+crops, mixing and dropout. The result depends on seed and data only; a resumed
+run has it in its checkpoint.
 """
 
 from collections.abc import Iterable
@@ -12,6 +12,7 @@ from typing import Any
 from flax import linen as nn
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Int32, UInt8
 import numpy as np
 
 from rescalevit_jax.augment import mixing as mixing_lib
@@ -20,7 +21,7 @@ from rescalevit_jax.models import pointwise
 from rescalevit_jax.training import train_state
 from rescalevit_jax.training import train_step
 
-BATCHES = 8  # As many as Rescale's.
+NUM_BATCHES = 8  # Like Rescale.
 
 _COLLECTIONS = ("params", "batch_stats", pointwise.CALIBRATION)
 
@@ -34,19 +35,19 @@ def calibrate(
   augment: preprocess.Augment,
   mixing: mixing_lib.Mixing,
   image_size: int,
-  places: train_state.TrainState,
+  shardings: train_state.TrainState,
 ) -> train_state.TrainState:
-  """Returns the state with the norms calibrated.
+  """Return the state with calibrated norms.
 
   Args:
     state: at step 0.
-    batches: of the steps from 1 on; see `step.train_step` for their shapes.
+    batches: images and labels of steps 1, 2, …; see `train_step.train_step`.
     seed: of the run.
     model: a `VisionTransformer`.
-    augment: what happens to training images.
-    mixing: what happens to pairs of them.
+    augment: augmentation of single images.
+    mixing: augmentation of pairs of images.
     image_size: edge of the model's input, in pixels.
-    places: where the arrays of the state lie.
+    shardings: of the state.
   """
   params, batch_stats = state.params, state.batch_stats
   passes = functools.partial(
@@ -56,14 +57,14 @@ def calibrate(
     mixing=mixing,
     image_size=image_size,
   )
-  everywhere = places.step
+  replicated = shardings.step
   passes = jax.jit(
-    passes, out_shardings=(places.params, places.batch_stats, everywhere)
+    passes, out_shardings=(shardings.params, shardings.batch_stats, replicated)
   )
   measured = None
   for i, (images, labels) in enumerate(batches):
     if measured is None:
-      measured = _nothing(model, params, batch_stats, image_size)
+      measured = _initial(model, params, batch_stats, image_size)
     params, batch_stats, measured = passes(
       params, batch_stats, measured, images, labels, seed, i + 1
     )
@@ -74,8 +75,8 @@ def measure(
   params: Any,
   batch_stats: Any,
   measured: Any,
-  images: jax.Array,
-  labels: jax.Array,
+  images: UInt8[Array, "A B H W 3"],
+  labels: Int32[Array, "A B"],
   seed: int | jax.Array,
   step: int | jax.Array,
   *,
@@ -84,23 +85,23 @@ def measure(
   mixing: mixing_lib.Mixing,
   image_size: int,
 ) -> tuple[Any, Any, Any]:
-  """One batch's part in a calibration: a pass of each micro-batch.
+  """Update a calibration with one batch: a forward pass of each micro-batch.
 
   Args:
     params: the parameters.
-    batch_stats: the statistics.
-    measured: the collection `pointwise.CALIBRATION` after the batches before.
-    images: [A, B, H, W, 3] uint8.
-    labels: [A, B] int32.
+    batch_stats: the running statistics.
+    measured: the collection `pointwise.CALIBRATION` of earlier batches.
+    images: A micro-batches.
+    labels: of the images.
     seed: of the run.
-    step: whose batch this is.
+    step: of the batch.
     model: a `VisionTransformer`.
-    augment: what happens to training images.
-    mixing: what happens to pairs of them.
+    augment: augmentation of single images.
+    mixing: augmentation of pairs of images.
     image_size: edge of the model's input, in pixels.
 
   Returns:
-    The first three with this batch taken into account.
+    The updated `params`, `batch_stats` and `measured`.
   """
   crop_keys, dropout_keys, mixing_keys = train_step.random_keys(
     seed, step, images.shape[:2]
@@ -118,8 +119,8 @@ def measure(
   return jax.lax.scan(micro_step, collections, micro_batches)[0]
 
 
-def _nothing(model, params, batch_stats, image_size):
-  """Returns the collection of what is measured, before anything is."""
+def _initial(model, params, batch_stats, image_size):
+  """Return the calibration collection before the first batch."""
   x = jnp.zeros((1, image_size, image_size, 3))
   shapes = jax.eval_shape(
     functools.partial(_forward, model),
@@ -132,7 +133,7 @@ def _nothing(model, params, batch_stats, image_size):
 
 
 def _forward(model, collections, x, dropout_key):
-  """Returns the collections after a pass of x [B, S, S, 3], by name."""
+  """Return the collections after a forward pass of x, by name."""
   return model.apply(
     dict(zip(_COLLECTIONS, collections, strict=True)),
     x,

@@ -1,20 +1,20 @@
-"""Diagnostics of a run: when they are taken, and what is written of them.
+"""Diagnostics of a run: when they are measured and how they are logged.
 
-They are taken around the first step of a run and around every
-`diagnostics_every`-th one, by programs of their own: the training step is the
-same with them or without, and so are the run's numbers. The line of step n in
-metrics.jsonl has, each with `diagnostics/` before its name,
+They are measured around the first step of a run and every
+`diagnostics_every`-th step, by separate programs: the training step and its
+results do not change. The line of step n in metrics.jsonl has these names,
+prefixed with `diagnostics/`:
 
-  embedding/…, block_00/…, head/…    see `measurements`: the gradient of step n,
-                                     the stream before it, and its update
-  clipped_share                      share of the steps since the line before
-                                     whose gradient was clipped
-  effective_lr                       mean of these steps' lr * min(1, clip/norm)
-  sharpness, sharpness_residual      at every tenth taking and at step 1: see
-                                     `sharpness`; before step n
+  embedding/…, block_00/…, head/…    see `measurements`: gradient and update of
+                                     step n, residual stream before it
+  clipped_share                      fraction of the steps since the previous
+                                     line whose gradient was clipped
+  effective_lr                       mean of lr * min(1, clip / norm) over them
+  sharpness, sharpness_residual      before step n, for step 1 and every tenth
+                                     measurement; see `sharpness`
 
-The stream and the sharpness are those of the probe: the first images of the
-evaluation split, prepared as in evaluation, always the same.
+Stream and sharpness are measured on the probe images: the first images of the
+evaluation split, prepared as in evaluation.
 """
 
 import functools
@@ -35,11 +35,11 @@ from rescalevit_jax.training import train_state
 
 PREFIX = "diagnostics/"
 PROBE_IMAGES = 64
-SHARPNESS_EVERY = 10  # Takings.
+SHARPNESS_EVERY = 10  # Measurements.
 
 
 class CompiledDiagnostics:
-  """The compiled measurements of an experiment, on its devices.
+  """The compiled measurements of an experiment.
 
   Args:
     experiment: data, model and devices.
@@ -47,17 +47,15 @@ class CompiledDiagnostics:
 
   def __init__(self, experiment: experiment_lib.Experiment):
     config, model = experiment.config, experiment.model
-    everywhere, places = (
-      sharding.replicated(experiment.mesh),
-      experiment.shardings(),
-    )
+    replicated = sharding.replicated(experiment.mesh)
+    shardings = experiment.shardings()
     options = experiment.gradient_options()
 
     def before_step(state, images, labels, seed, probe):
       found = measurements.before_step(
         state, images, labels, seed, probe, gradient_options=options
       )
-      # The state is given away to the step.
+      # The step donates the state.
       return found, jax.tree.map(jnp.copy, state.params)
 
     def sharpness(state, seed, probe, labels):
@@ -71,14 +69,14 @@ class CompiledDiagnostics:
       )
 
     self._before_step = jax.jit(
-      before_step, out_shardings=(everywhere, places.params)
+      before_step, out_shardings=(replicated, shardings.params)
     )
     self._after_step = jax.jit(
-      measurements.after_step, out_shardings=everywhere
+      measurements.after_step, out_shardings=replicated
     )
-    self._sharpness = jax.jit(sharpness, out_shardings=everywhere)
+    self._sharpness = jax.jit(sharpness, out_shardings=replicated)
     with experiment.test_loader.batches(
-      functools.partial(_probe_places, experiment), range(1)
+      functools.partial(_probe_indices, experiment), range(1)
     ) as batches:
       self._probe, self._labels = next(batches)
     self._seed = np.uint32(config.seed)
@@ -86,7 +84,7 @@ class CompiledDiagnostics:
   def compile(
     self, state: train_state.TrainState, images: jax.Array, labels: jax.Array
   ) -> None:
-    """Compiles all of them now; the arguments are those of a step."""
+    """Compile all measurements; the arguments are those of a step."""
     arguments = (state, images, labels, self._seed, self._probe)
     self._before_step = self._before_step.lower(*arguments).compile()
     params = state.params
@@ -97,20 +95,20 @@ class CompiledDiagnostics:
   def before_step(
     self, state: train_state.TrainState, images: jax.Array, labels: jax.Array
   ) -> tuple[dict[str, jax.Array], Any]:
-    """Returns `measurements.before_step` and a copy of the parameters."""
+    """Return `measurements.before_step` and a copy of the parameters."""
     return self._before_step(state, images, labels, self._seed, self._probe)
 
   def after_step(self, before: Any, after: Any) -> dict[str, jax.Array]:
-    """Returns `measurements.after_step`."""
+    """Return `measurements.after_step`."""
     return self._after_step(before, after)
 
   def sharpness(self, state: train_state.TrainState) -> dict[str, jax.Array]:
-    """Returns `sharpness.sharpness` on the probe."""
+    """Return `sharpness.sharpness` on the probe images."""
     return self._sharpness(state, self._seed, self._probe, self._labels)
 
 
-def _probe_places(experiment, number):
-  """The probe's places in the evaluation split; a small one is repeated."""
+def _probe_indices(experiment, number):
+  """Return the indices of the probe images; a small split is repeated."""
   del number
   devices = experiment.mesh.size
   images = -(-PROBE_IMAGES // devices) * devices
@@ -118,11 +116,11 @@ def _probe_places(experiment, number):
 
 
 class Diagnostics:
-  """Takes a run's diagnostics, if its config says so.
+  """Measures the diagnostics of a run, if its config enables them.
 
   Args:
     experiment: data, model and optimizer.
-    progress: of the run; keeps what is summed over the steps between two lines.
+    progress: of the run; stores the sums since the last line.
   """
 
   def __init__(
@@ -135,13 +133,13 @@ class Diagnostics:
     self._experiment = experiment
     self._compiled = False
     if not config.diagnostics_every:
-      self._restart_sums()  # Should they be switched on later.
+      self._restart_sums()  # They may be enabled later.
       return
     self._num_layers = experiment.model.num_layers
-    self._programs = CompiledDiagnostics(experiment)
-    # All at once, not one by one between steps that the device works on.
+    self._measure = CompiledDiagnostics(experiment)
+    # All at once: one at a time would interrupt the device between steps.
     counts = jnp.arange(config.total_steps)
-    self._rates = np.asarray(
+    self._learning_rates = np.asarray(
       jax.vmap(experiment.lr_schedule)(counts), np.float64
     )
 
@@ -152,43 +150,41 @@ class Diagnostics:
     images: jax.Array,
     labels: jax.Array,
   ) -> tuple[train_state.TrainState, dict[str, Any]]:
-    """Starts `step.train_step`, and around it what is to be measured.
-
-    Waits for nothing but, at the first call, the compiler.
+    """Dispatch `train_step.train_step` and the measurements around it.
 
     Args:
-      step: the number of this step, from 1.
-      state: before it; given away.
-      images: see `step.train_step`.
-      labels: likewise.
+      step: index of this step, from 1.
+      state: before the step; donated.
+      images: see `train_step.train_step`.
+      labels: see `train_step.train_step`.
 
     Returns:
-      The state and the metrics, to be given to `finish_step` when read; among
-      them `diagnostics` if there are any of this step.
+      The state and the metrics for `finish_step`, with `diagnostics` if this
+      step is measured.
     """
     every = self._config.diagnostics_every
     arguments = (images, labels, np.uint32(self._config.seed))
     train_step = self._experiment.train_step(step, self._progress.skipped_steps)
     if every and not self._compiled:
-      self._programs.compile(state, images, labels)
+      self._measure.compile(state, images, labels)
       self._compiled = True
     if not every or (step % every and step != 1):
       return train_step(state, *arguments)
-    found, before = self._programs.before_step(state, images, labels)
+    found, before = self._measure.before_step(state, images, labels)
     if step == 1 or step // every % SHARPNESS_EVERY == 0:
-      found |= self._programs.sharpness(state)
+      found |= self._measure.sharpness(state)
     state, metrics = train_step(state, *arguments)
-    found |= self._programs.after_step(before, state.params)
+    found |= self._measure.after_step(before, state.params)
     return state, {**metrics, "diagnostics": found}
 
   def finish_step(
     self, step: int, metrics: dict[str, Any]
   ) -> dict[str, float] | None:
-    """Takes a finished step into account; to be called for each, in order.
+    """Add a finished step to the sums; call it for each step, in order.
 
     Args:
-      step: its number.
-      metrics: what `train_step` returned, as numpy arrays.
+      step: its index.
+      metrics: of `train_step`, as numpy arrays.
 
     Returns:
       The line to write, or None.
@@ -202,7 +198,7 @@ class Diagnostics:
     sums.summed_steps += 1
     sums.clipped_steps += 0 < factor < 1
     count = max(0, step - 1 - sums.skipped_steps)
-    sums.effective_lr += float(self._rates[count]) * factor
+    sums.effective_lr += float(self._learning_rates[count]) * factor
     if "diagnostics" not in metrics:
       return None
     line = {
@@ -219,17 +215,16 @@ class Diagnostics:
 
 
 def clip_factor(grad_norm: float, clip: float) -> float:
-  """Returns what the clipping by global norm multiplies a gradient by.
+  """Return the factor by which clipping scales a gradient.
 
-  With `agc`, which comes before it, the norm it sees may be smaller: then this
-  is a lower bound.
+  A lower bound with `agc`, which comes first and may reduce the norm.
 
   Args:
     grad_norm: before any clipping.
     clip: `grad_norm_clip`; 0: no clipping.
 
   Returns:
-    The factor; 0 for a gradient that is not finite, whose step is skipped.
+    The factor; 0 for a non-finite gradient, whose step is skipped.
   """
   if not math.isfinite(grad_norm):
     return 0.0

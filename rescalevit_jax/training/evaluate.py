@@ -1,4 +1,4 @@
-"""A split, every example once."""
+"""Evaluation of a split: each example counts exactly once."""
 
 from collections.abc import Callable
 import dataclasses
@@ -23,6 +23,7 @@ from rescalevit_jax.runs import folder
 from rescalevit_jax.runs import result as result_lib
 from rescalevit_jax.runtime import atomic_file
 from rescalevit_jax.training import experiment as experiment_lib
+from rescalevit_jax.training import initial_state
 from rescalevit_jax.training import train_step
 
 _log = logging.getLogger(__name__)
@@ -32,12 +33,12 @@ _SECONDS_BETWEEN_LINES = 10.0
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-  """Of one evaluation.
+  """Result of one evaluation.
 
   Attributes:
-    loss: mean cross-entropy over the examples.
-    accuracy: share of examples whose largest logit is the label's, in [0, 1].
-    examples: how many were counted.
+    loss: mean cross-entropy.
+    accuracy: top-1 accuracy in [0, 1].
+    examples: number of examples.
   """
 
   loss: float
@@ -48,7 +49,7 @@ class Result:
 def compiled_step(
   model: nn.Module, image_size: int, mesh: Mesh
 ) -> Callable[..., Any]:
-  """Return `step.eval_step`, compiled when it is first called."""
+  """Return `train_step.eval_step`, jitted."""
   return jax.jit(
     functools.partial(train_step.eval_step, model=model, image_size=image_size),
     out_shardings=sharding.replicated(mesh),
@@ -56,14 +57,14 @@ def compiled_step(
 
 
 class Evaluator:
-  """Evaluates a model on one split that lies on the devices.
+  """Evaluates a model on a split.
 
   Args:
     model: a `VisionTransformer`.
     images: the split.
     image_size: edge of the model's input, in pixels.
-    batch: images a step; the last batch, and one that the devices cannot share
-      equally, is filled up with images that do not count.
+    batch: images per step. Batches are padded to a multiple of the number of
+      devices; a mask excludes the padding.
     mesh: the devices.
   """
 
@@ -88,21 +89,21 @@ class Evaluator:
     batch_stats: Any,
     stopped: Callable[[], bool] = lambda: False,
   ) -> Result | None:
-    """Returns the result, or None if `stopped` became true on the way."""
+    """Return the result, or None if `stopped` became true."""
     sums = []
     start = line = time.monotonic()
     numbers = range(-(-len(self._images) // self._batch))
-    with self._images.batches(self._places, numbers) as batches:
+    with self._images.batches(self._indices, numbers) as batches:
       for i in numbers:
         if stopped():
           return None
-        if i >= 2:  # The device has one batch more to work on.
+        if i >= 2:  # The device still has one batch to compute.
           jax.block_until_ready(sums[i - 2])
         if time.monotonic() - line > _SECONDS_BETWEEN_LINES:
           line = time.monotonic()
           left = (line - start) / max(1, i - 1) * (len(numbers) - i + 1)
           _log.info(
-            "evaluating: batch %d of %d, %.0f s left", i, len(numbers), left
+            "evaluating: batch %d/%d  ETA %.0f s", i, len(numbers), left
           )
         mask = sharding.put(self._mask(i), self._by_device)
         sums.append(self._step(params, batch_stats, *next(batches), mask))
@@ -114,14 +115,14 @@ class Evaluator:
       examples=examples,
     )
 
-  def _places(self, number):
-    """Places of the examples of a batch, int32 [B]; the last one is filled."""
+  def _indices(self, number):
+    """Return the indices of a batch; padding repeats the last example."""
     first = number * self._batch
-    places = np.arange(first, first + self._batch, dtype=np.int32)
-    return np.minimum(places, len(self._images) - 1)
+    indices = np.arange(first, first + self._batch, dtype=np.int32)
+    return np.minimum(indices, len(self._images) - 1)
 
   def _mask(self, number):
-    """Which of them count, bool [B]."""
+    """Return a mask that is False for padding."""
     left = len(self._images) - number * self._batch
     return np.arange(self._batch) < left
 
@@ -129,57 +130,31 @@ class Evaluator:
 def evaluate_run(
   config: ml_collections.ConfigDict, workdir: str | pathlib.Path
 ) -> dict[str, Any]:
-  """Evaluates a run's checkpoint, or an .npz, on the test split.
+  """Evaluate a run's checkpoint, or an .npz file, on the test split.
 
   Args:
-    config: of the run; `eval_weights` says what to evaluate.
+    config: of the run; `eval_weights` selects the weights.
     workdir: the run's folder.
 
   Returns:
-    What process 0 writes to eval.json: weights, step, loss, accuracy, examples.
+    The content of eval.json: weights, step, loss, accuracy, examples.
 
   Raises:
-    UserError: the weights are not there or not of this config's model.
+    UserError: the weights are missing or do not fit the config's model.
   """
   workdir = pathlib.Path(workdir)
   result_lib.read_same_run(config, workdir)
-  which = config.eval_weights
-  if which == "pretrained":
-    if config.pretrained_path is None:
-      raise errors.UserError(
-        "config: eval_weights is 'pretrained', but pretrained_path is not set"
-      )
+  if config.eval_weights == "pretrained":
     experiment = experiment_lib.create(config)
-    state, report = experiment_lib.load_pretrained(
-      experiment, experiment.init_state()
-    )
-    missing = (*report.reinitialized, *report.initial, *report.carried)
-    if missing:
-      raise errors.UserError(
-        f"{config.pretrained_path}: cannot be evaluated as it is: it has no"
-        f" {missing[0]} for this model and data set"
-      )
-    if report.unsupported:
-      raise errors.UserError(
-        f"{config.pretrained_path}: cannot be evaluated as it is: the model has"
-        f" no place for its {report.unsupported[0]}; choose the model.norm and"
-        " other model.* keys that it was trained with"
-      )
-    gather = jax.jit(
-      lambda tree: tree, out_shardings=sharding.replicated(experiment.mesh)
-    )
-    params, batch_stats = gather((state.params, state.batch_stats))
-    # Faded norms are what the file says, whatever the config would train.
-    model = experiment.model.clone(fade=None)
+    model, variables = _load_pretrained(experiment)
     weights, step = config.pretrained_path, 0
   else:
-    *variables, step = checkpoint.load_variables(workdir, which)
+    *variables, step = checkpoint.load_variables(workdir, config.eval_weights)
     experiment = experiment_lib.create(config)
     model = experiment.model
-    params, batch_stats = sharding.put(
-      variables, sharding.replicated(experiment.mesh)
-    )
-    weights = f"{which} checkpoint"
+    replicated = sharding.replicated(experiment.mesh)
+    variables = sharding.put(variables, replicated)
+    weights = f"{config.eval_weights} checkpoint"
   evaluator = Evaluator(
     model,
     experiment.test_loader,
@@ -190,7 +165,7 @@ def evaluate_run(
   result = {
     "weights": weights,
     "step": step,
-    **dataclasses.asdict(evaluator(params, batch_stats)),
+    **dataclasses.asdict(evaluator(*variables)),
   }
   if jax.process_index() == 0:
     workdir.mkdir(parents=True, exist_ok=True)
@@ -198,3 +173,32 @@ def evaluate_run(
       workdir / folder.EVALUATION, json.dumps(result, indent=2) + "\n"
     )
   return result
+
+
+def _load_pretrained(experiment):
+  """Return the model and its variables, all of them from the .npz file."""
+  path = experiment.config.pretrained_path
+  if path is None:
+    raise errors.UserError(
+      "config: eval_weights is 'pretrained' without a file; set pretrained_path"
+    )
+  state, report = initial_state.load_pretrained(
+    experiment, experiment.init_state()
+  )
+  missing = (*report.reinitialized, *report.initial, *report.carried)
+  if missing:
+    raise errors.UserError(
+      f"{path}: cannot be evaluated, it has no {missing[0]} for this model and"
+      " data set; choose the model.* keys and the dataset of its training"
+    )
+  if report.unsupported:
+    raise errors.UserError(
+      f"{path}: cannot be evaluated, the model has no place for its"
+      f" {report.unsupported[0]}; choose the model.* keys of its training"
+    )
+  gather = jax.jit(
+    lambda tree: tree, out_shardings=sharding.replicated(experiment.mesh)
+  )
+  # The file stores how far norms have faded; the config's schedule is ignored.
+  model = experiment.model.clone(fade=None)
+  return model, gather((state.params, state.batch_stats))

@@ -1,4 +1,4 @@
-"""What a config describes: data, model, optimizer, devices, first state."""
+"""The parts of a run, built from its config: data, model, optimizer, step."""
 
 from collections.abc import Callable
 import dataclasses
@@ -10,6 +10,7 @@ from flax import linen as nn
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
+from jaxtyping import Int32
 import ml_collections
 import numpy as np
 import optax
@@ -28,7 +29,6 @@ from rescalevit_jax.models import vit
 from rescalevit_jax.models.ops import attention
 from rescalevit_jax.optim import optimizers
 from rescalevit_jax.optim import schedule
-from rescalevit_jax.pretrained import load
 from rescalevit_jax.runtime import accelerator
 from rescalevit_jax.training import calibration
 from rescalevit_jax.training import progress
@@ -40,14 +40,14 @@ _log = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class Experiment:
-  """The parts of a run, ready to work together.
+  """The parts of a run.
 
   Attributes:
     config: the validated config.
     mesh: the devices.
-    dataset: both splits, or None where nothing is run.
+    dataset: both splits; None to compile only.
     model: a `VisionTransformer`.
-    lr_schedule: the learning rate as a function of the steps already done.
+    lr_schedule: learning rate as a function of the number of steps done.
     optimizer: of the parameters.
   """
 
@@ -59,20 +59,20 @@ class Experiment:
   optimizer: optax.GradientTransformation
 
   def init_state(self) -> train_state.TrainState:
-    """Returns the state at step 0, on every device."""
+    """Return the state at step 0."""
     init = jax.jit(self._init, out_shardings=self.shardings())
     return init(np.uint32(self.config.seed))
 
   def abstract_state(self) -> train_state.TrainState:
-    """Returns shapes, types and places of the state."""
+    """Return shapes, dtypes and shardings of the state."""
     return jax.tree.map(
-      lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
+      lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
       self._shapes,
       self.shardings(),
     )
 
   def shardings(self) -> train_state.TrainState:
-    """Returns where the arrays of the state lie."""
+    """Return the shardings of the state."""
     return sharding.create(self._shapes, self.mesh, self.config.sharding.fsdp)
 
   @functools.cached_property
@@ -82,37 +82,36 @@ class Experiment:
 
   @functools.cached_property
   def test_loader(self) -> loader.Loader:
-    """The split that the run is evaluated on."""
+    """The split for evaluation: test images, or held-out training images."""
     return loader.Loader(self.dataset.test, self.mesh)
 
-  def train_indices(self, step: int) -> np.ndarray:
-    """Returns the places of a step's images in that split, int32 [A, B]."""
+  def train_indices(self, step: int) -> Int32[np.ndarray, "A B"]:
+    """Return the indices of a step's images in the training split."""
     config = self.config
-    places = dataset_lib.batch_indices(
+    indices = dataset_lib.batch_indices(
       config.seed, step, config.batch, len(self.dataset.train)
     )
-    return places.reshape(config.accum_steps, -1)
+    return indices.reshape(config.accum_steps, -1)
 
   def train_step(self, step: int, skipped: int = 0) -> Callable[..., Any]:
-    """Returns `step.train_step`, compiled when it is first called.
+    """Return `train_step.train_step`, jitted.
 
-    Its arguments are the state, which is given away, and images, labels and
-    seed. The seed is one of them, and not part of the program, so that runs
-    with other seeds find it compiled.
+    Its arguments are the state, which is donated, images, labels and seed. The
+    seed is an argument because runs with other seeds then share the program.
 
     Args:
-      step: number of the step, from 1. Norms that do less after their first
-        passes have a second program, from step `settled_from` on.
-      skipped: steps before it that a loss scale made the run skip.
+      step: index of the step, from 1. Norms that do less after their first
+        passes have a second program from step `settled_from` on.
+      skipped: earlier steps that were skipped in float16.
     """
     first = self.settled_from
     return self._train_steps[first is not None and step - skipped >= first]
 
   @functools.cached_property
   def settled_from(self) -> int | None:
-    """The first step whose passes all come after `Norm.SETTLES_AFTER`.
+    """The first step that needs no calibration, see `Norm.SETTLES_AFTER`.
 
-    None: all steps are the same, or may be skipped, as in float16.
+    None if all steps are the same or may be skipped (float16).
     """
     passes = norms.NORMS[self.config.model.norm].SETTLES_AFTER
     if not passes or self.model.dtype == jnp.float16:
@@ -121,7 +120,7 @@ class Experiment:
 
   @functools.cached_property
   def _train_steps(self):
-    """The training step by whether norms have settled."""
+    """The training step, before and after norms have settled."""
 
     def compiled(settled):
       step = functools.partial(
@@ -137,34 +136,36 @@ class Experiment:
     return {settled: compiled(settled) for settled in (False, True)}
 
   def gradient_options(self) -> dict[str, Any]:
-    """Returns the arguments of `step.gradient` that the config decides."""
-    everywhere, places = sharding.replicated(self.mesh), self.shardings()
+    """Return the arguments of `train_step.gradient` given by the config."""
+    replicated, shardings = sharding.replicated(self.mesh), self.shardings()
     options = self._inputs()
     if self.config.sharding.fsdp:
       constrain = jax.lax.with_sharding_constraint
-      options["gather"] = lambda params: constrain(params, everywhere)
-      options["scatter"] = lambda grads: constrain(grads, places.params)
+      options["gather"] = lambda params: constrain(params, replicated)
+      options["scatter"] = lambda grads: constrain(grads, shardings.params)
     return options
 
   def calibrate(
-    self, state: train_state.TrainState, batches: int = calibration.BATCHES
+    self,
+    state: train_state.TrainState,
+    num_batches: int = calibration.NUM_BATCHES,
   ) -> train_state.TrainState:
-    """Returns a state at step 0 with its norms calibrated; see `calibrate`.
+    """Return a state at step 0 with calibrated norms; see `calibration`.
 
-    Norms that gather statistics in training have those of as many batches.
+    Running statistics of other norms are updated too.
     """
-    steps = range(1, batches + 1)
+    steps = range(1, num_batches + 1)
     with self.train_loader.batches(self.train_indices, steps) as batches:
       return calibration.calibrate(
         state,
         batches,
         np.uint32(self.config.seed),
-        places=self.shardings(),
+        shardings=self.shardings(),
         **self._inputs(),
       )
 
   def _inputs(self):
-    """Returns the model and what happens to its training images before it."""
+    """Return the model and the augmentation of its training images."""
     config = self.config
     return {
       "model": self.model,
@@ -191,16 +192,16 @@ class Experiment:
 
 
 def create(config: ml_collections.ConfigDict) -> Experiment:
-  """Builds the parts of a run from its config.
+  """Build the parts of a run from its config.
 
   Raises:
-    UserError: a value of the config does not do, or the data are not there.
+    UserError: a value of the config is invalid, or the data are missing.
   """
   config_lib.validate(config)
   mesh = sharding.create_mesh()
   sharding.check_batch(config.batch, config.accum_steps, mesh)
   progress.warn_of_idle_gpu()
-  # Its mistakes show before the data are read.
+  # Report errors in the model's keys before loading data.
   _log_attention(config, create_model(config, 1))
   dataset = load_dataset(config)
   return build(config, mesh, dataset.num_classes, dataset)
@@ -226,11 +227,11 @@ def build(
   num_classes: int,
   dataset: dataset_lib.Dataset | None = None,
 ) -> Experiment:
-  """Put together the parts of a run.
+  """Build the parts of a run.
 
   Args:
     config: the validated config.
-    mesh: the devices, which need not exist if nothing is run on them.
+    mesh: the devices; they need not exist to compile only.
     num_classes: width of the head.
     dataset: None to compile only.
   """
@@ -260,30 +261,18 @@ def build(
   )
 
 
-def _check_shift(pixels, dataset):
-  """Raises UserError if a shift by so many pixels would leave only black."""
-  if not pixels:
-    return
-  edge = min(dataset.train.read([0])[0].shape[1:3])
-  if pixels >= edge:
-    raise errors.UserError(
-      f"config: augment.pad_crop is {pixels}, but images of {dataset.name} are"
-      f" {edge} pixels; choose less, such as {max(1, edge // 8)}"
-    )
-
-
 def load_dataset(config: ml_collections.ConfigDict) -> dataset_lib.Dataset:
-  """Opens a run's data set; see `data.load`."""
+  """Open a run's data set; see `data.dataset.load`."""
   return dataset_lib.load(config.dataset, config.tfds_data_dir, **config.data)
 
 
 def create_model(
   config: ml_collections.ConfigDict, num_classes: int
 ) -> vit.VisionTransformer:
-  """Builds the model that a config describes.
+  """Build the model of a config.
 
   Raises:
-    UserError: sizes that do not fit together.
+    UserError: the sizes are inconsistent.
   """
   keys = dict(config.model)
   if config.deterministic:  # cuDNN's gradient adds up in any order.
@@ -313,51 +302,3 @@ def _fade_schedule(config):
     config.fade.separate_cls,
     config.fade.alpha,
   )
-
-
-def initial_state(experiment: Experiment) -> train_state.TrainState:
-  """Returns where a new run begins: an .npz if there is one, or scratch.
-
-  Norms that need it are calibrated, but for those that the file brought.
-
-  Raises:
-    UserError: the file does not do, or a shift of the images (`pad_crop`).
-  """
-  config, state = experiment.config, experiment.init_state()
-  _check_shift(config.augment.pad_crop, experiment.dataset)
-  calibrated = (
-    config.calibration in norms.NORMS[config.model.norm].CALIBRATED_BY
-  )
-  if config.pretrained_path is None:
-    _log.info("starting from scratch, seed %d", config.seed)
-  else:
-    _log.info("starting from %s", config.pretrained_path)
-    state, report = load_pretrained(experiment, state)
-    calibrated &= any(key.endswith("/alpha") for key in report.initial)
-  if not calibrated:
-    return state
-  _log.info(
-    "calibrating norms on the first %d training batches", calibration.BATCHES
-  )
-  return experiment.calibrate(state)
-
-
-def load_pretrained(
-  experiment: Experiment, state: train_state.TrainState
-) -> tuple[train_state.TrainState, load.Report]:
-  """Replaces a state's weights by those of `pretrained_path`."""
-  config = experiment.config
-  params, batch_stats, report = load.load(
-    config.pretrained_path,
-    state.params,
-    state.batch_stats,
-    reinit_head=config.reinit_head,
-    allow_nonfinite=config.pretrained_allow_nonfinite,
-  )
-  _log.info("weights of %s\n%s", config.pretrained_path, report.summary())
-  batch_stats = fade.reset_counters(batch_stats)
-  places = experiment.shardings()
-  params, batch_stats = jax.tree.map(
-    sharding.put, (params, batch_stats), (places.params, places.batch_stats)
-  )
-  return state.replace(params=params, batch_stats=batch_stats), report

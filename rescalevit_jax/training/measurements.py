@@ -1,12 +1,9 @@
-"""What is measured of a model in training, block by block: pure functions.
+"""Measurements of a model in training, block by block: pure functions.
 
-The model is seen as L + 2 parts: `embedding` (patches, class token, positions),
-`block_00`, `block_01`, ... as in `encoderblock_0`, and `head` (the final norm,
-the head and what is between them). A quantity is a vector with an entry a part:
-[L + 2] of all parts, [L + 1] of embedding and blocks, [L] of the blocks; or a
-number.
-
-Shapes: B images, N tokens (the class token first), D channels, h heads.
+A model has L + 2 parts: `embedding` (patches, class token, positions),
+`block_00`, `block_01`, … (`encoderblock_0`, …), and `head` (final norm to
+logits). A quantity is a scalar, or a vector over all parts [L + 2], embedding
+and blocks [L + 1], or blocks [L].
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -15,6 +12,7 @@ from typing import Any
 from flax import linen as nn
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float32, Int32, UInt8
 import numpy as np
 
 from rescalevit_jax.augment import preprocess
@@ -30,17 +28,17 @@ _ATTENTION = "MultiHeadDotProductAttention_1"
 
 
 def block_name(number: int) -> str:
-  """Returns 'block_03' for the block `encoderblock_3`."""
+  """Return 'block_03' for `encoderblock_3`."""
   return f"block_{number:02}"
 
 
 def parts(num_layers: int) -> list[str]:
-  """Returns the names of the L + 2 parts, in the order of the data's way."""
+  """Return the names of the L + 2 parts, from input to output."""
   return [EMBEDDING, *map(block_name, range(num_layers)), HEAD]
 
 
 def names(quantity: str, size: int, num_layers: int) -> list[str]:
-  """Returns the names of a vector's entries, such as 'block_03/grad_norm'."""
+  """Return the names of a vector's entries, such as 'block_03/grad_norm'."""
   first = 1 if size == num_layers else 0
   return [
     f"{part}/{quantity}" for part in parts(num_layers)[first : first + size]
@@ -50,12 +48,12 @@ def names(quantity: str, size: int, num_layers: int) -> list[str]:
 def by_name(
   found: Mapping[str, np.ndarray], num_layers: int
 ) -> dict[str, float]:
-  """Returns measured quantities as numbers, by name.
+  """Return measured quantities as floats, by name.
 
-  What is not finite is left out: JSON has no such numbers.
+  Non-finite values are omitted: JSON cannot represent them.
 
   Args:
-    found: of `before_step`, `after_step` or `sharpness.sharpness`.
+    found: result of `before_step`, `after_step` or `sharpness.sharpness`.
     num_layers: L.
   """
   numbers = {}
@@ -70,26 +68,26 @@ def by_name(
 
 def before_step(
   state: train_state.TrainState,
-  images: jax.Array,
-  labels: jax.Array,
+  images: UInt8[Array, "A B H W 3"],
+  labels: Int32[Array, "A B"],
   seed: int | jax.Array,
-  probe: jax.Array,
+  probe: UInt8[Array, "M H W 3"],
   *,
   gradient_options: Mapping[str, Any],
 ) -> dict[str, jax.Array]:
-  """Measures a state before its next step: the step's gradient and the stream.
+  """Measure the gradient of the next step and the residual stream before it.
 
   Args:
-    state: that the step begins with; its own weights, not their averages.
-    images: of the step, [A, B, H, W, 3] uint8; see `step.train_step`.
-    labels: [A, B] int32.
+    state: before the step; its weights, not their averages, are measured.
+    images: of the step; see `train_step.train_step`.
+    labels: of the images.
     seed: of the run.
-    probe: other images, seen as in evaluation, [M, H, W, 3] uint8.
+    probe: other images, prepared as in evaluation.
     gradient_options: see `Experiment.gradient_options`.
 
   Returns:
-    What `gradient_norms` and `forward` do, in one dictionary. The gradient is
-    the very one of the step, computed once more.
+    The results of `gradient_norms` and `forward`. The gradient is that of the
+    step, computed a second time.
   """
   _, grads, _, _ = train_step.gradient(
     state, images, labels, seed, **gradient_options
@@ -103,15 +101,15 @@ def before_step(
 
 
 def after_step(before: Any, after: Any) -> dict[str, jax.Array]:
-  """Measures a step's update.
+  """Measure the update of a step.
 
   Args:
     before: the parameters before the step.
-    after: those after it.
+    after: the parameters after the step.
 
   Returns:
-    `update_ratio` [L + 2]: of each part's parameters as one vector w,
-    |w_after - w_before| / |w_before|.
+    `update_ratio` [L + 2]: |w_after - w_before| / |w_before| for the vector w
+    of all parameters of a part.
   """
   updates = jax.tree.map(jnp.subtract, after, before)
   squares, weights = sums_of_squares(updates), sums_of_squares(before)
@@ -119,15 +117,15 @@ def after_step(before: Any, after: Any) -> dict[str, jax.Array]:
 
 
 def gradient_norms(grads: Any) -> dict[str, jax.Array]:
-  """Returns norms of a gradient, before any clipping.
+  """Compute the gradient norm of each part, before clipping.
 
   Args:
-    grads: a tree like the parameters.
+    grads: gradients of the parameters.
 
   Returns:
-    `grad_norm` [L + 2], of all parameters of a part, whose squares add up to
-    that of the global norm; and `grad_norm_qk` [L], of what makes queries and
-    keys: kernels and biases, and their norms' scales.
+    `grad_norm` [L + 2] of all parameters of a part; its squares add up to the
+    square of the global norm. `grad_norm_qk` [L] of the query and key layers
+    and their norms.
   """
 
   def of_queries_and_keys(path):
@@ -143,12 +141,12 @@ def gradient_norms(grads: Any) -> dict[str, jax.Array]:
 
 def sums_of_squares(
   tree: Any, wanted: Callable[[Sequence[str]], bool] = lambda path: True
-) -> jax.Array:
-  """Returns the sum of squares of each part of a tree of parameters, [L + 2].
+) -> Float32[Array, " parts"]:
+  """Compute the sum of squares of each of the L + 2 parts.
 
   Args:
     tree: of parameters, gradients or updates.
-    wanted: which leaves count, by the names on the way to them.
+    wanted: selects leaves by their path.
   """
   blocks = [name for name in tree["Transformer"] if name.startswith("enc")]
   num_layers = sum(name != "encoder_norm" for name in blocks)
@@ -168,29 +166,30 @@ def _part(path):
 
 
 def forward(
-  model: nn.Module, variables: Mapping[str, Any], images: jax.Array
+  model: nn.Module,
+  variables: Mapping[str, Any],
+  images: Float32[Array, "B S S 3"],
 ) -> dict[str, jax.Array]:
-  """Measures a pass in evaluation mode.
+  """Measure a forward pass in evaluation mode.
 
   Args:
     model: a `VisionTransformer`.
     variables: its collections `params` and `batch_stats`.
-    images: [B, S, S, 3] float32 in [-1, 1].
+    images: in [-1, 1].
 
   Returns:
-    Of the residual stream x [B, N, D], first as it enters the blocks, then
-    after each one, [L + 1]: `stream_rms_cls`, sqrt(mean x^2) over images and
-    channels of the class token, and `stream_mean_cls`, their mean;
-    `stream_rms_patches` and `stream_mean_patches`, the same over images,
-    patches and channels.
+    Quantities of the residual stream [L + 1], at the input of the first block
+    and after each block: `stream_rms_cls`, sqrt(mean x^2) of the class token
+    over images and channels, and `stream_mean_cls`, its mean;
+    `stream_rms_patches` and `stream_mean_patches`, the same for patches.
 
-    `attention_entropy` [L]: the mean over images, heads and queries of
-    -sum p ln p over what a query attends to, in nats; ln N if uniform.
+    `attention_entropy` [L]: -sum p ln p over keys in nats, averaged over
+    images, heads and queries; ln N for uniform attention over N tokens.
 
-    With norms that have saturated ends (DyT, Derf, Fade with an alpha)
+    For norms that saturate (DyT, Derf, Fade with an alpha)
     `saturation_attention` and `saturation_mlp` [L] and `head/saturation`: the
-    share of a place's numbers, over images, tokens and channels, at which the
-    slope of tanh or erf is less than a tenth of its steepest: |tanh| > 0.949,
+    fraction of activations, over images, tokens and channels, for which the
+    slope of tanh or erf is below a tenth of its maximum: |tanh| > 0.949,
     |erf| > 0.968.
   """
   _, found = model.apply(
@@ -218,12 +217,12 @@ def forward(
       f"stream_mean_{name}": jnp.stack([x.mean() for x in x]),
     }
   Norm = norms.NORMS[model.norm]
-  # A place that fades to a linear map has no function with ends.
+  # A site that fades to a linear map does not saturate.
   if Norm.SATURATED is None or "function" not in found.get("encoder_norm", {}):
     return measured
 
-  def saturation(place):
-    return (jnp.abs(place["function"][-1]) > Norm.SATURATED).mean()
+  def saturation(site):
+    return (jnp.abs(site["function"][-1]) > Norm.SATURATED).mean()
 
   for number, branch in ((0, "attention"), (2, "mlp")):
     shares = [saturation(block[f"{Norm.SLOT}_{number}"]) for block in blocks]
@@ -233,9 +232,9 @@ def forward(
 
 
 def _is_measured(module, method):
-  """Whether what a module's method returns is looked at by `forward`.
+  """Return whether `forward` needs the output of a module's method.
 
-  Attention's probabilities are sown whenever anything is.
+  Attention probabilities are always captured.
   """
   if method == "function":
     return isinstance(module, base.Norm)

@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT ask a run to save and stop."""
+"""SIGTERM and SIGINT make a run save a checkpoint and stop."""
 
 import logging
 import signal
@@ -11,15 +11,14 @@ _log = logging.getLogger(__name__)
 
 
 class Interrupt:
-  """Whether somebody asked this process to stop.
+  """A request to stop, by signal.
 
-  Used as a context manager around the training loop. The first signal is only
-  noted, for the loop to act on; the second one has its usual effect. Several
-  processes of one run stop after the same step: JAX has a handler of SIGTERM
-  for that, and tells all of them.
+  A context manager around the training loop. The first signal sets `requested`;
+  the second one has its default effect. Several processes of one run stop after
+  the same step: JAX handles SIGTERM and synchronizes them.
 
   Attributes:
-    requested: whether a signal has come.
+    requested: whether a signal has arrived.
   """
 
   SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -29,7 +28,7 @@ class Interrupt:
     self._previous = {}
 
   def __enter__(self) -> "Interrupt":
-    # Python lets only the main thread set handlers; elsewhere there are none.
+    # Only the main thread can set signal handlers.
     in_main_thread = threading.current_thread() is threading.main_thread()
     if in_main_thread and jax.process_count() == 1:
       self._previous = {s: signal.signal(s, self._handle) for s in self.SIGNALS}
@@ -39,7 +38,7 @@ class Interrupt:
     self._restore()
 
   def poll(self, step: int) -> None:
-    """Asks the other processes, if there are any; called once each step."""
+    """Update `requested` from the other processes; call it once each step."""
     if jax.process_count() > 1:
       self.requested = multihost_utils.reached_preemption_sync_point(step)
 

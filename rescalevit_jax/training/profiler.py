@@ -1,4 +1,4 @@
-"""Records what host and devices do in some training steps."""
+"""Profile of host and devices during some training steps."""
 
 import logging
 import pathlib
@@ -12,25 +12,27 @@ _log = logging.getLogger(__name__)
 class Profile:
   """A trace of some steps, for TensorBoard or Perfetto.
 
+  Own code, since `clu.periodic_actions.Profile` imports TensorFlow.
+
   Args:
-    folder: where it is written.
-    first_step: the first one to record; earlier ones compile and warm up.
-    steps: how many; 0: none.
+    folder: of the trace.
+    first_step: first step of the trace; earlier ones compile and warm up.
+    steps: number of steps; 0: no trace.
   """
 
   def __init__(self, folder: pathlib.Path, first_step: int, steps: int):
     if steps:
-      folder.mkdir(parents=True, exist_ok=True)  # It fails now or never.
+      folder.mkdir(parents=True, exist_ok=True)  # Fail early.
     self._folder = folder
     self._steps = range(first_step, first_step + steps)
     self._running = False
 
   def before(self, step: int, state: Any) -> None:
-    """Starts or ends the recording if `step` is the one for that.
+    """Start or end the trace before a step.
 
     Args:
-      step: that is started next.
-      state: what the devices work on.
+      step: the next step.
+      state: the arrays that the devices compute.
     """
     if step in self._steps and not self._running:
       jax.block_until_ready(state)
@@ -40,11 +42,11 @@ class Profile:
       self.end(state)
 
   def end(self, state: Any) -> None:
-    """Ends the recording if there is one."""
+    """End the trace, if one is running."""
     if not self._running:
       return
     jax.block_until_ready(state)
     jax.profiler.stop_trace()
     self._running = False
     self._steps = range(0)
-    _log.info("profile: %s", self._folder)
+    _log.info("wrote profile to %s", self._folder)

@@ -1,4 +1,4 @@
-"""Progress of a run: throughput, ETA, warnings about slow runs."""
+"""Progress of a run: throughput, ETA, warnings about long runs."""
 
 import logging
 import os
@@ -13,21 +13,19 @@ from rescalevit_jax.runtime import terminal
 
 _log = logging.getLogger(__name__)
 
-# Share of a large matrix product's speed that a training step reaches.
+# FLOP/s of a training step over those of a large matrix product.
 _EFFICIENCY = 0.4
 _LONG_RUN_SECONDS = 3600.0
-_SLOW_DEVICE = 1e10  # FLOP/s of a matrix product, below that of any in use.
+_SLOW_DEVICE = 1e10  # FLOP/s, less than any device in use.
 
 
 class Timer:
-  """Counts the time of training alone, and says how it goes.
-
-  Compilation and evaluation are left out: `restart` begins anew after them.
+  """Measures training time without compilation and evaluation.
 
   Args:
     total_steps: of the run.
-    batch: images a step.
-    step: steps done before this start.
+    batch: images per step.
+    step: steps done before this process started.
   """
 
   def __init__(self, total_steps: int, batch: int, step: int):
@@ -36,23 +34,23 @@ class Timer:
     self._start = self._mark = self.last_line = time.monotonic()
 
   def first_step_done(self, step: int) -> None:
-    """Begins to count: the step's compilation is over."""
+    """Start measuring after the first step, which includes compilation."""
     self._step = self._first_step = step
     self._start = self._mark = time.monotonic()
 
   def restart(self) -> None:
-    """Leaves out the time since the last `lap`."""
+    """Ignore the time since the last `lap`."""
     self._mark = time.monotonic()
 
   def lap(self, step: int) -> tuple[int, float]:
-    """Returns steps and seconds since the last lap or restart."""
+    """Return steps and seconds since the last lap or restart."""
     now = time.monotonic()
     steps, seconds = step - self._step, now - self._mark
     self._step, self._mark = step, now
     return steps, seconds
 
-  def log(self, loss: float, rate: float, steps: int, seconds: float) -> None:
-    """Writes a progress line; `steps` and `seconds` are the last lap's."""
+  def log(self, loss: float, lr: float, steps: int, seconds: float) -> None:
+    """Log a progress line; `steps` and `seconds` are of the last lap."""
     self.last_line = now = time.monotonic()
     speed = eta = ""
     if steps:
@@ -68,23 +66,23 @@ class Timer:
       self._step,
       self._total_steps,
       loss,
-      rate,
+      lr,
       speed,
       eta,
     )
 
 
 def images_per_second(steps: int, seconds: float, batch: int) -> float:
-  """Returns the throughput, or 0 where nothing was measured."""
+  """Return the throughput, 0 if nothing was measured."""
   return steps * batch / seconds if seconds > 0 else 0.0
 
 
 def warn_of_idle_gpu() -> None:
-  """Warns if the machine has an NVIDIA GPU that JAX does not see."""
+  """Warn if the machine has an NVIDIA GPU that JAX does not see."""
   if jax.default_backend() == "cpu" and os.path.exists("/dev/nvidiactl"):
     _log.warning(
-      "this machine has an NVIDIA GPU, but JAX sees only the CPU: install it"
-      " with `pip install -e '.[cuda13]'` (or cuda12)"
+      "JAX does not see the NVIDIA GPU of this machine; install"
+      " `pip install -e '.[cuda13]'` (or cuda12)"
     )
 
 
@@ -97,7 +95,7 @@ def warn_of_long_run(
   eval_images: int,
   evaluations: int,
 ) -> None:
-  """Estimates the run from a matrix product's speed; says so if it is long."""
+  """Estimate the run time from the speed of a matrix product; warn if long."""
   forward = flops.forward_flops(model, image_size)
   total = forward * (3 * batch * steps + eval_images * evaluations)
   share = _EFFICIENCY * jax.device_count()
@@ -109,8 +107,8 @@ def warn_of_long_run(
   seconds = total / rate
   if seconds > _LONG_RUN_SECONDS:
     _log.warning(
-      "this will take long, about %s on %d x %s (estimated): %s for each"
-      " of %d steps of %d images, %s for each of %d evaluations",
+      "estimated run time: %s on %d x %s (%s for each of %d steps of %d images,"
+      " %s for each of %d evaluations)",
       terminal.duration(seconds),
       jax.device_count(),
       jax.devices()[0].device_kind,

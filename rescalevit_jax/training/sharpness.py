@@ -1,10 +1,11 @@
-"""Sharpness: the Hessian's largest eigenvalue."""
+"""Sharpness: the largest eigenvalue of the Hessian."""
 
 from typing import Any
 
 from flax import linen as nn
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float32, Int32
 import optax
 
 ITERATIONS = 10
@@ -13,39 +14,39 @@ ITERATIONS = 10
 def sharpness(
   params: Any,
   batch_stats: Any,
-  images: jax.Array,
-  labels: jax.Array,
+  images: Float32[Array, "B S S 3"],
+  labels: Int32[Array, " B"],
   seed: int | jax.Array,
   *,
   model: nn.Module,
   iterations: int = ITERATIONS,
 ) -> dict[str, jax.Array]:
-  """Measures the curvature of the loss by power iteration.
+  """Estimate the sharpness of the loss by power iteration.
 
-  The loss is the mean cross-entropy in evaluation mode, as a function of all
-  parameters, in float32. A Hessian-vector product is the directional derivative
-  of the gradient (Pearlmutter 1994); with H v for a unit vector v,
+  The loss is the mean cross-entropy in evaluation mode, in float32, as a
+  function of all parameters. A Hessian-vector product is the directional
+  derivative of the gradient (Pearlmutter 1994). For a unit vector v,
 
     sharpness = v^T H v,  residual = |H v - sharpness v| / |sharpness|
 
-  v starts between the gradient, which lies mostly in the space of the largest
-  eigenvalues (Gur-Ari et al. 2018, arXiv:1812.04754), and a random direction,
-  and is replaced by H v / |H v|. Converged or not, the Rayleigh quotient is
-  never beyond the eigenvalues at either end. It tends to the one of the largest
-  magnitude, which may be negative early in training; some eigenvalue lies
-  within residual * |sharpness| of it.
+  v starts at the sum of the unit gradient, which lies mostly in the space of
+  the largest eigenvalues (Gur-Ari et al. 2018, arXiv:1812.04754), and a random
+  unit vector. Each iteration replaces v by H v / |H v|. The Rayleigh quotient
+  never exceeds the extreme eigenvalues. It converges to the eigenvalue of the
+  largest magnitude, which may be negative early in training; some eigenvalue
+  lies within residual * |sharpness| of it.
 
   Args:
-    params: where the loss is measured.
-    batch_stats: the statistics.
-    images: [B, S, S, 3] float32 in [-1, 1].
-    labels: [B] int32.
-    seed: of the random direction.
+    params: the parameters.
+    batch_stats: the running statistics.
+    images: in [-1, 1].
+    labels: of the images.
+    seed: of the random vector.
     model: a `VisionTransformer`.
-    iterations: Hessian-vector products.
+    iterations: number of Hessian-vector products.
 
   Returns:
-    `sharpness` and `sharpness_residual`, [] float32.
+    The scalars `sharpness` and `sharpness_residual`.
   """
   # cuDNN's attention has no second derivative.
   model = model.clone(dtype=jnp.float32, attention="xla")

@@ -22,6 +22,7 @@ from rescalevit_jax.runs import metric_writers
 from rescalevit_jax.runs import result as result_lib
 from rescalevit_jax.runtime import atomic_file
 from rescalevit_jax.training import experiment as experiment_lib
+from rescalevit_jax.training import initial_state
 from rescalevit_jax.training import preemption
 from rescalevit_jax.training import progress as progress_lib
 from rescalevit_jax.training import trainer as trainer_lib
@@ -83,7 +84,7 @@ def _train_and_evaluate(config, workdir, folder, draw_attention):
   experiment = experiment_lib.create(config)
   state, progress = None, checkpoint.Progress()
   if not folder_lib.saved_steps(workdir, "last"):
-    state = experiment_lib.initial_state(experiment)
+    state = initial_state.create(experiment)
   with (
     checkpoint.Checkpoints(workdir, config.keep_checkpoints) as checkpoints,
     preemption.Interrupt() as stop,

@@ -6,6 +6,7 @@ import flax
 from flax import linen as nn
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Int32
 import optax
 
 from rescalevit_jax.distributed import sharding
@@ -14,18 +15,18 @@ from rescalevit_jax.optim import loss_scale as loss_scale_lib
 
 @flax.struct.dataclass
 class TrainState:
-  """All that a step changes.
+  """The state that a training step updates.
 
   Attributes:
-    step: [] int32, steps done.
+    step: steps done.
     params: the model's parameters, float32.
-    batch_stats: statistics of norms and layers; empty where there are none.
+    batch_stats: running statistics of norms and layers; may be empty.
     opt_state: the optimizer's state.
-    ema: `params` and `batch_stats` averaged over the steps, or None.
-    loss_scale: of a model that computes in float16; None with others.
+    ema: exponential moving averages of `params` and `batch_stats`, or None.
+    loss_scale: None except in float16.
   """
 
-  step: jax.Array
+  step: Int32[Array, ""]
   params: Any
   batch_stats: Any
   opt_state: Any
@@ -34,7 +35,7 @@ class TrainState:
 
   @property
   def evaluated(self) -> dict[str, Any]:
-    """The collections `params` and `batch_stats` of the model to evaluate."""
+    """The collections `params` and `batch_stats` to evaluate."""
     if self.ema is not None:
       return self.ema
     return {"params": self.params, "batch_stats": self.batch_stats}
@@ -81,7 +82,7 @@ def init_state(
   *,
   averages: bool = False,
 ) -> TrainState:
-  """Returns the state at step 0, from scratch; with averages or without."""
+  """Return the state at step 0 from scratch, with an EMA if `averages`."""
   images = jnp.zeros((1, image_size, image_size, 3))
   variables = model.init(jax.random.key(seed), images, train=False)
   state = TrainState(

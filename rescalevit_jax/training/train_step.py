@@ -1,4 +1,4 @@
-"""train_step and eval_step: pure functions of state and batch."""
+"""Training and evaluation steps: pure functions of state and batch."""
 
 from collections.abc import Callable
 import functools
@@ -7,6 +7,7 @@ from typing import Any
 from flax import linen as nn
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float32, Int32, UInt8
 import optax
 
 from rescalevit_jax.augment import mixing as mixing_lib
@@ -20,8 +21,8 @@ from rescalevit_jax.training import train_state
 
 def train_step(
   state: train_state.TrainState,
-  images: jax.Array,
-  labels: jax.Array,
+  images: UInt8[Array, "A B H W 3"],
+  labels: Int32[Array, "A B"],
   seed: int | jax.Array,
   *,
   model: nn.Module,
@@ -34,34 +35,33 @@ def train_step(
   gather: Callable[[Any], Any] = lambda params: params,
   scatter: Callable[[Any], Any] = lambda grads: grads,
 ) -> tuple[train_state.TrainState, dict[str, jax.Array]]:
-  """One update.
+  """Update the state with one batch.
 
-  All randomness is a function of (seed, step), so that a resumed run is the
-  same run; a crop depends on its place in the batch, not on `accum_steps`.
+  All randomness is a function of (seed, step): a resumed run is the same run.
+  Crops depend on the index in the batch, not on `accum_steps`.
 
   Args:
-    state: the state before the update.
-    images: [A, B, H, W, 3] uint8, the batch as A micro-batches, whose gradients
-      are averaged.
-    labels: [A, B] int32.
+    state: before the update.
+    images: A micro-batches, whose gradients are averaged.
+    labels: of the images.
     seed: of the run.
     model: a `VisionTransformer`.
     optimizer: of the parameters.
-    augment: what happens to training images.
+    augment: augmentation of single images.
     image_size: edge of the model's input, in pixels.
-    mixing: what happens to labels, and to pairs of images of a micro-batch.
-    ema_decay: of the averages, if the state has them.
-    settled: whether the first `Norm.SETTLES_AFTER` passes are over. If so, the
-      program omits calibration.
-    gather: brings parameters, of which a device may hold a part, to all.
-    scatter: leaves each device its part of a gradient.
+    mixing: label smoothing, and augmentation of pairs of images of a
+      micro-batch.
+    ema_decay: decay of the EMA, if the state has one.
+    settled: whether the first `Norm.SETTLES_AFTER` forward passes are over. If
+      so, the program omits calibration.
+    gather: replicates sharded parameters.
+    scatter: shards a gradient.
 
   Returns:
-    The state after the update, and scalars: `loss` (mean over the batch, before
-    the update) and `grad_norm` (global norm before clipping). In float16 also
-    `loss_scale` and `skipped_steps`, after the step. A step whose `grad_norm`
-    is not finite is skipped: it changes the step, the loss scale and nothing
-    else.
+    The updated state and scalars: `loss` (batch mean before the update),
+    `grad_norm` (global norm before clipping), and in float16 `loss_scale` and
+    `skipped_steps` after the step. In float16, a step with a non-finite
+    `grad_norm` is skipped: it updates only the step and the loss scale.
   """
   loss, grads, batch_stats, loss_scale = gradient(
     state,
@@ -89,8 +89,8 @@ def train_step(
 
 def gradient(
   state: train_state.TrainState,
-  images: jax.Array,
-  labels: jax.Array,
+  images: UInt8[Array, "A B H W 3"],
+  labels: Int32[Array, "A B"],
   seed: int | jax.Array,
   *,
   model: nn.Module,
@@ -101,7 +101,10 @@ def gradient(
   gather: Callable[[Any], Any] = lambda params: params,
   scatter: Callable[[Any], Any] = lambda grads: grads,
 ) -> tuple[jax.Array, Any, Any, loss_scale_lib.LossScale | None]:
-  """Returns loss, gradient, new statistics and loss scale; see `train_step`."""
+  """Compute loss, gradient, running statistics and loss scale of a batch.
+
+  See `train_step` for the arguments.
+  """
   crop_keys, dropout_keys, mixing_keys = random_keys(
     seed, state.step + 1, labels.shape
   )
@@ -132,7 +135,7 @@ def gradient(
     (jnp.zeros(()), jax.tree.map(jnp.zeros_like, params)),
   )
   micro_batches = (images, labels, crop_keys, mixing_keys, dropout_keys)
-  if len(labels) == 1:  # No loop: the compiler sees one straight step.
+  if len(labels) == 1:  # Without a loop, XLA optimizes better.
     carry, _ = micro_step(carry, jax.tree.map(lambda x: x[0], micro_batches))
   else:
     carry, _ = jax.lax.scan(micro_step, carry, micro_batches)
@@ -144,10 +147,10 @@ def gradient(
 def random_keys(
   seed: int | jax.Array, step: int | jax.Array, shape: tuple[int, int]
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """Returns a step's keys: of crops [A, B], dropout [A] and mixing [A, B]."""
+  """Return a step's keys: of crops [A, B], dropout [A] and mixing [A, B]."""
   key = jax.random.fold_in(jax.random.key(seed), step)
   crop_key, dropout_key = jax.random.split(key)
-  # Splitting is folding in 0, 1, …: another number gives another key.
+  # jax.random.split folds in 0 and 1, so 2 gives an independent key.
   mixing_key = jax.random.fold_in(key, 2)
   return (
     jax.random.split(crop_key, shape),
@@ -159,26 +162,26 @@ def random_keys(
 def loss_fn(
   params: Any,
   batch_stats: Any,
-  images: jax.Array,
-  labels: jax.Array,
+  images: Float32[Array, "B S S 3"],
+  labels: Int32[Array, " B"] | Float32[Array, "B C"],
   dropout_key: jax.Array,
   *,
   model: nn.Module,
   settled: bool = False,
-) -> tuple[jax.Array, Any]:
-  """Mean cross-entropy in training mode.
+) -> tuple[Float32[Array, ""], Any]:
+  """Compute the mean cross-entropy in training mode.
 
   Args:
     params: the parameters.
-    batch_stats: the statistics before the pass.
-    images: [B, S, S, 3] float32 in [-1, 1].
-    labels: [B] int32, or what the model ought to say, [B, C] float32.
+    batch_stats: running statistics before the forward pass.
+    images: in [-1, 1].
+    labels: class indices, or target probabilities.
     dropout_key: a PRNG key.
     model: a `VisionTransformer`.
-    settled: whether the norm has had its `SETTLES_AFTER` passes before.
+    settled: see `train_step`.
 
   Returns:
-    The loss, [] float32, and the statistics after the pass.
+    The loss and the running statistics after the forward pass.
   """
   logits, new = model.apply(
     {"params": params, "batch_stats": batch_stats},
@@ -204,7 +207,7 @@ def update(
   optimizer: optax.GradientTransformation,
   ema_decay: float = 0.0,
 ) -> tuple[train_state.TrainState, dict[str, jax.Array]]:
-  """Applies a gradient; see `train_step` for what it returns."""
+  """Apply a gradient; return the results of `train_step`."""
   updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
   new = train_state.TrainState(
     step=state.step + 1,
@@ -236,26 +239,26 @@ def update(
 def eval_step(
   params: Any,
   batch_stats: Any,
-  images: jax.Array,
-  labels: jax.Array,
-  mask: jax.Array,
+  images: UInt8[Array, "B H W 3"],
+  labels: Int32[Array, " B"],
+  mask: Bool[Array, " B"],
   *,
   model: nn.Module,
   image_size: int,
 ) -> dict[str, jax.Array]:
-  """Sums over one batch of a split.
+  """Compute sums over one batch of a split.
 
   Args:
     params: the parameters.
-    batch_stats: the statistics.
-    images: [B, H, W, 3] uint8.
-    labels: [B] int32.
-    mask: [B] bool, False where the batch is only filled up.
+    batch_stats: the running statistics.
+    images: of the batch.
+    labels: of the images.
+    mask: False for padding.
     model: a `VisionTransformer`.
     image_size: edge of the model's input, in pixels.
 
   Returns:
-    `loss` ([] float32) and `correct` ([] int32), summed over the examples.
+    `loss` (float32) and `correct` (int32), summed over the examples.
   """
   x = preprocess.prepare(images, image_size)
   logits = model.apply(

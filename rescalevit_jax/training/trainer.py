@@ -27,7 +27,7 @@ _log = logging.getLogger(__name__)
 _SECONDS_BETWEEN_LINES = 10.0
 _WARM_UP_STEPS = 3  # Before a profile.
 
-# (step, experiment, variables) -> pictures, uint8 [H, W, 3], by name.
+# (step, experiment, variables) -> images by name, uint8 [H, W, 3].
 DrawAttention = Callable[
   [int, experiment_lib.Experiment, Mapping[str, Any]], Mapping[str, np.ndarray]
 ]
@@ -38,16 +38,16 @@ class DivergedError(errors.UserError):
 
 
 class Trainer:
-  """The training loop and what it works with.
+  """The training loop.
 
   Args:
     experiment: data, model and optimizer.
-    state: where to begin; given away to the device.
-    progress: what the run knows of itself, updated on the way.
-    checkpoints: where the state is saved.
-    writer: where the metrics go.
+    state: initial state; donated.
+    progress: of the run; updated in place.
+    checkpoints: of the run.
+    writer: of metrics.
     folder: for other files of the run.
-    draw_attention: draws the pictures of `log_attention`; None: no pictures.
+    draw_attention: draws the images of `log_attention`; None: no images.
   """
 
   def __init__(
@@ -72,7 +72,7 @@ class Trainer:
 
     dataset = experiment.dataset
     self._train = experiment.train_loader
-    self._train_places = experiment.train_indices
+    self._train_indices = experiment.train_indices
     self._evaluator = evaluate.Evaluator(
       experiment.model,
       experiment.test_loader,
@@ -89,9 +89,9 @@ class Trainer:
       eval_images=len(dataset.test),
       evaluations=-(-(config.total_steps - progress.step) // config.eval_every),
     )
-    self._metrics = None  # Of the step that the device works on.
+    self._metrics = None  # Of the step that the device computes.
     self._first_step = progress.step + 1
-    # From here on there is another program, if it is a later step.
+    # A later step than the first one if norms settle: another program.
     settled_from = (experiment.settled_from or 1) + progress.skipped_steps
     self._recompiled = max(settled_from, self._first_step)
     self._profile = profiler.Profile(
@@ -106,12 +106,12 @@ class Trainer:
     )
 
   def run(self, stop: preemption.Interrupt) -> bool:
-    """Trains until the end, or until `stop` and says so by False."""
+    """Train until the last step or `stop`; return whether it is the last."""
     config, progress = self._config, self._progress
     if progress.step < config.total_steps:
       _log.info("compiling the training step")
     steps = range(progress.step + 1, config.total_steps + 1)
-    with self._train.batches(self._train_places, steps) as batches:
+    with self._train.batches(self._train_indices, steps) as batches:
       return self._loop(stop, batches)
 
   def _loop(self, stop, batches):
@@ -131,7 +131,7 @@ class Trainer:
       self._step(*next(batches))
 
   def _step(self, images, labels):
-    """Starts a step, then waits for the one before it and reports on that."""
+    """Dispatch a step, then log the metrics of the previous one."""
     progress = self._progress
     step = progress.step + 1
     if self._first_step < step == self._recompiled:
@@ -155,7 +155,7 @@ class Trainer:
       self._timer.first_step_done(step)
 
   def _finish_step(self):
-    """Waits for the metrics of the last step and reports on it."""
+    """Wait for the metrics of the dispatched step and log them."""
     if self._metrics is None:
       return
     step, metrics = self._progress.step, jax.device_get(self._metrics)
@@ -175,7 +175,7 @@ class Trainer:
       self._writer.write(step, line)
 
   def _skip_or_fail(self, loss, grad_norm, loss_scale):
-    """Log a skipped step; raise UserError if there is no use in more."""
+    """Log a skipped step; raise DivergedError if training cannot continue."""
     what = f"loss {loss}, gradient norm {grad_norm}"
     if loss_scale is None:
       self._fail(what)
@@ -192,7 +192,7 @@ class Trainer:
     quiet = time.monotonic() - self._timer.last_line
     if not due and quiet < _SECONDS_BETWEEN_LINES:
       return
-    # The optimizer counts no skipped step.
+    # The optimizer does not count skipped steps.
     count = max(0, step - 1 - self._progress.skipped_steps)
     lr = float(self._lr_schedule(count))
     steps, seconds = self._lap(step)
@@ -204,7 +204,7 @@ class Trainer:
         "train/lr": lr,
         **scaling,
       }
-      if not math.isfinite(grad_norm):  # JSON has no such numbers.
+      if not math.isfinite(grad_norm):  # JSON cannot represent it.
         del line["train/grad_norm"]
       self._writer.write(
         step,

@@ -187,7 +187,7 @@ def test_the_others_stop_when_one_is_killed(
     if i != victim:
       assert process.returncode != 0
       if victim:
-        assert f"{victim} is missing" in log.splitlines()[-1], log
+        assert f"process {victim} of " in log.splitlines()[-1], log
       else:  # JAX's own words.
         assert "leader task" in log, log
   if victim:
@@ -319,6 +319,6 @@ def test_only_those_that_did_not_end_are_missing(
     processes_lib._watch(FakeClient(beats), 0, 2, ended)
     assert missing is None
   except Exit:
-    assert f"of 2 processes, {missing} is missing" in capsys.readouterr().err
+    assert f"process {missing} of 2 has died" in capsys.readouterr().err
     assert missing is not None
   timer.cancel()

@@ -24,6 +24,7 @@ from rescalevit_jax.runs import checkpoint
 from rescalevit_jax.runs import run_reader
 from rescalevit_jax.training import evaluate
 from rescalevit_jax.training import experiment
+from rescalevit_jax.training import initial_state
 from rescalevit_jax.training import measurements
 from rescalevit_jax.training import train
 from rescalevit_jax.training import trainer
@@ -246,7 +247,7 @@ def test_a_file_brings_how_far_it_has_faded_but_no_passes(
   saved = flax.traverse_util.unflatten_dict(flat)
   npz.save(tmp_path / "a.npz", state.params, saved)
   tiny_config.pretrained_path = str(tmp_path / "a.npz")
-  found = experiment.initial_state(experiment.create(tiny_config)).batch_stats
+  found = initial_state.create(experiment.create(tiny_config)).batch_stats
   assert {int(n) for n in stats(found, "count")} == {0}
   assert {int(n) for n in stats(found, "faded")} == {fade.FULL // 4}
 

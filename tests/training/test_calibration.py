@@ -10,13 +10,14 @@ from rescalevit_jax.data import dataset
 from rescalevit_jax.models import pointwise
 from rescalevit_jax.pretrained import npz
 from rescalevit_jax.training import experiment
+from rescalevit_jax.training import initial_state
 from rescalevit_jax.training import train_step
 
 PLACE = ("Transformer", "encoderblock_0", "Cal_0")
 
 
-def initial_state(config):
-  return experiment.initial_state(experiment.create(config))
+def calibrated_state(config):
+  return initial_state.create(experiment.create(config))
 
 
 def at(tree, *path):
@@ -39,7 +40,7 @@ def different(a, b):
 
 def test_only_alpha_and_the_means_are_set(tiny_config):
   tiny_config.model.norm = "Cal"
-  state = initial_state(tiny_config)
+  state = calibrated_state(tiny_config)
   scratch = experiment.create(tiny_config).init_state()
   changed = different(
     (state.params, state.batch_stats, state.opt_state),
@@ -61,7 +62,7 @@ def test_the_batches_are_the_first_eight_as_training_sees_them(
   tiny_config.augment.flip = True
   tiny_config.mixup = mixup
   parts = experiment.create(tiny_config)
-  state = experiment.initial_state(parts)
+  state = initial_state.create(parts)
   # The input of the first place needs no calibration of others.
   split, seen = parts.dataset.train, []
   for number in range(1, 9):
@@ -115,28 +116,28 @@ def test_the_key_says_which_norms(tiny_config, norm, calibration, calibrated):
   tiny_config.model.norm = norm
   tiny_config.model.num_layers = 1
   tiny_config.calibration = calibration
-  state = initial_state(tiny_config)
+  state = calibrated_state(tiny_config)
   scratch = experiment.create(tiny_config).init_state()
   assert bool(different(state.params, scratch.params)) == calibrated
 
 
 def test_a_file_is_calibrated_but_for_what_it_brought(tiny_config, tmp_path):
   tiny_config.model.norm = "Cal"
-  brought = initial_state(tiny_config)
+  brought = calibrated_state(tiny_config)
   npz.save(tmp_path / "a.npz", brought.params, brought.batch_stats)
   tiny_config.seed = 1
   tiny_config.pretrained_path = str(tmp_path / "a.npz")
-  state = initial_state(tiny_config)
+  state = calibrated_state(tiny_config)
   assert not different(state.params, brought.params)
   assert not different(state.batch_stats, brought.batch_stats)
 
   tiny_config.model.norm = "LN"
   tiny_config.pretrained_path = None
-  plain = initial_state(tiny_config)
+  plain = calibrated_state(tiny_config)
   npz.save(tmp_path / "b.npz", plain.params, plain.batch_stats)
   tiny_config.model.norm = "Cal"
   tiny_config.pretrained_path = str(tmp_path / "b.npz")
-  state = initial_state(tiny_config)
+  state = calibrated_state(tiny_config)
   assert at(state.params, *PLACE, "alpha") != 1
   kernel = ("embedding", "kernel")
   np.testing.assert_array_equal(
@@ -148,9 +149,9 @@ def test_recomputing_changes_nothing(tiny_config):
   tiny_config.model.norm = "Cal"
   tiny_config.model.num_layers = 1
   tiny_config.model.sigma_reparam = True
-  state = initial_state(tiny_config)
+  state = calibrated_state(tiny_config)
   tiny_config.model.remat = True
-  again = initial_state(tiny_config)
+  again = calibrated_state(tiny_config)
   for x, y in zip(jax.tree.leaves(state), jax.tree.leaves(again), strict=True):
     np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6)
 

@@ -14,6 +14,7 @@ from rescalevit_jax.optim import optimizers
 from rescalevit_jax.optim import schedule
 from rescalevit_jax.runtime import accelerator
 from rescalevit_jax.training import experiment
+from rescalevit_jax.training import initial_state
 
 OPTIMIZER = {
   "momentum": 0.8,
@@ -99,11 +100,11 @@ def test_weights_are_averaged_as_the_config_says(tiny_config):
 
 def test_a_shift_beyond_the_image_is_refused(tiny_config):
   tiny_config.augment.update({"crop": False, "pad_crop": 7})
-  experiment.initial_state(experiment.create(tiny_config))
+  initial_state.create(experiment.create(tiny_config))
   tiny_config.augment.pad_crop = 8
   found = experiment.create(tiny_config)
   with pytest.raises(errors.UserError, match="pad_crop is 8.*are 8 pixels"):
-    experiment.initial_state(found)
+    initial_state.create(found)
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ from rescalevit_jax.runs import metric_writers
 from rescalevit_jax.runs import result as result_lib
 from rescalevit_jax.training import evaluate
 from rescalevit_jax.training import experiment
+from rescalevit_jax.training import initial_state
 from rescalevit_jax.training import preemption
 from rescalevit_jax.training import progress
 from rescalevit_jax.training import train
@@ -316,7 +317,7 @@ def test_a_pretrained_file_is_where_a_run_starts(
   path = tmp_path / "a.npz"
   npz.save(path, params, batch_stats)
   tiny_config.pretrained_path = str(path)
-  state = experiment.initial_state(experiment.create(tiny_config))
+  state = initial_state.create(experiment.create(tiny_config))
   for x, y in zip(
     jax.tree.leaves((state.params, state.batch_stats)),
     jax.tree.leaves((params, batch_stats)),
