@@ -99,7 +99,8 @@ def weights(
     drawn.append(cutmix_weights(cutmix_key, size, mixing.cutmix))
   if len(drawn) == 1:
     return drawn[0]
-  return jnp.where(jax.random.bernoulli(coin_key), *drawn)
+  mixup, cutmix = drawn
+  return jnp.where(jax.random.bernoulli(coin_key), mixup, cutmix)
 
 
 def mixup_weights(

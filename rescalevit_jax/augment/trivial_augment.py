@@ -5,6 +5,7 @@ paper's "wide" search space. Operations equal Pillow's, which the paper uses,
 without rounding and with bilinear interpolation.
 """
 
+from collections.abc import Callable
 import functools
 import math
 
@@ -164,7 +165,7 @@ def _equalize(strength, sign, x):
   return equalized.astype(jnp.float32)
 
 
-_COLOURS = {
+_COLOURS: dict[str, Callable[..., jax.Array]] = {
   "brightness": functools.partial(_enhance, jnp.zeros_like),
   "color": functools.partial(_enhance, _grey),
   "contrast": functools.partial(_enhance, lambda x: _grey(x).mean()),

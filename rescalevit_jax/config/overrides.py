@@ -80,7 +80,8 @@ def split_argv(argv: Sequence[str]) -> tuple[list[str], list[Setting]]:
   Raises:
     UserError: an override has no value, or its key is unknown.
   """
-  rest, settings = [], []
+  rest: list[str] = []
+  settings: list[Setting] = []
   words = list(argv)
   while words:
     word = words.pop(0)

@@ -9,6 +9,7 @@ import hashlib
 import logging
 import os
 import pathlib
+from typing import Any
 
 import numpy as np
 
@@ -50,7 +51,7 @@ def load(path: pathlib.Path) -> dict[str, np.ndarray] | None:
     return None
 
 
-def save(path: pathlib.Path, arrays: Mapping[str, np.ndarray]) -> None:
+def save(path: pathlib.Path, arrays: Mapping[str, Any]) -> None:
   """Save arrays atomically; errors are only logged."""
   try:
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -29,7 +29,7 @@ class ArrayRecordFiles:
   def __init__(self, paths: Sequence[str], counts: Sequence[int]):
     self._paths = paths
     self._stops = list(itertools.accumulate(counts))
-    self._readers = {}
+    self._readers: dict[int, array_record_module.ArrayRecordReader] = {}
     _allow_open_files(len(paths))
 
   def __len__(self) -> int:

@@ -34,7 +34,7 @@ class Split:
     return len(self.labels)
 
   def read(
-    self, indices: Sequence[int]
+    self, indices: Sequence[int] | np.ndarray
   ) -> tuple[UInt8[np.ndarray, "B H W 3"], Int32[np.ndarray, " B"]]:
     """Return the images and labels at some indices."""
     return self.images[indices], self.labels[indices]
@@ -187,7 +187,8 @@ def _load_split(
   path = array_cache.folder(name, builder.data_dir) / f"{split}{size}.npz"
   arrays = array_cache.load(path)
   if arrays is not None:
-    cached = Split(arrays.get("images"), arrays.get("labels"))
+    empty = np.zeros(0)
+    cached = Split(arrays.get("images", empty), arrays.get("labels", empty))
     if _is_valid(cached, (count, *decode.shape), num_classes):
       return cached
   _log.info("reading %s %s: %s images ...", builder.name, split, f"{count:,}")
@@ -210,9 +211,7 @@ def _load_split(
 def _is_valid(split, shape, num_classes):
   images, labels = split.images, split.labels
   return (
-    images is not None
-    and labels is not None
-    and (images.shape, images.dtype) == (shape, np.uint8)
+    (images.shape, images.dtype) == (shape, np.uint8)
     and (labels.shape, labels.dtype) == (shape[:1], np.int32)
     and bool((labels >= 0).all() and (labels < num_classes).all())
   )

@@ -92,12 +92,13 @@ def model_input(image: Source, size: int) -> Float[np.ndarray, "S S 3"]:
   Raises:
     UserError: see `read`.
   """
-  image = read(image)
+  rgb = read(image)
   x = np.empty((size, size, 3), np.float32)
   for i in range(3):
     # One float32 channel at a time: Pillow would round the pixels of RGB.
-    channel = image.getchannel(i).convert("F")
-    x[..., i] = channel.resize((size, size), Image.Resampling.BILINEAR)
+    channel = rgb.getchannel(i).convert("F")
+    channel = channel.resize((size, size), Image.Resampling.BILINEAR)
+    x[..., i] = np.asarray(channel)
   return x / np.float32(127.5) - 1
 
 

@@ -85,8 +85,8 @@ class Loader:
     batch_bytes = own.size * math.prod(self._split.shape)
     ahead = min(2 * threads, max(2, _READ_AHEAD_BYTES // batch_bytes))
     options = grain.ReadOptions(threads, ahead)
-    numbers = grain.MapDataset.range(numbers.start, numbers.stop)
-    local_batches = iter(numbers.map(read).to_iter_dataset(options))
+    source = grain.MapDataset.range(numbers.start, numbers.stop)
+    local_batches = iter(source.map(read).to_iter_dataset(options))
     try:
       yield map(put, local_batches)
     finally:

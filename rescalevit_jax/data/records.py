@@ -94,8 +94,8 @@ class Decoder:
     example = self._features.deserialize_example_np(
       record, decoders={self._image_key: tfds.decode.SkipDecoding()}
     )
-    with Image.open(io.BytesIO(example[self._image_key])) as image:
-      image = image.convert("RGB")
+    with Image.open(io.BytesIO(example[self._image_key])) as encoded:
+      image = encoded.convert("RGB")
     if self._image_size is not None:
       image = image.resize(self.shape[:2], Image.Resampling.BILINEAR)
     pixels = np.asarray(image)
@@ -147,7 +147,7 @@ class StreamedSplit:
     self._num_classes = features(builder)[1].num_classes
     self._where = f"{builder.data_dir}: {split}"
     self._records = _open(builder, split)
-    self._indices: Sequence[int] = range(len(self._records))
+    self._indices: Sequence[int] | np.ndarray = range(len(self._records))
     self.shape = self._decode.shape
 
   def __len__(self) -> int:
@@ -160,7 +160,7 @@ class StreamedSplit:
     return part
 
   def read(
-    self, indices: Sequence[int]
+    self, indices: Sequence[int] | np.ndarray
   ) -> tuple[UInt8[np.ndarray, "B H W 3"], Int32[np.ndarray, " B"]]:
     """Read the images and labels at some indices.
 

@@ -5,6 +5,7 @@ import dataclasses
 import gzip
 import os
 import tarfile
+from typing import Any
 
 import numpy as np
 
@@ -96,7 +97,7 @@ def check(path: str, layouts: Sequence[Layout]) -> Layout:
     if os.path.getsize(path) > max(layout.max_bytes for layout in layouts):
       raise ValueError("it is larger than any of them")
     with gzip.open(path) as unzipped:
-      file = _BudgetFile(unzipped)
+      file: Any = _BudgetFile(unzipped)  # tarfile only calls read.
       with tarfile.open(fileobj=file, mode="r|") as tar:
         layout = _check_members(path, file, tar, layouts)
       # Read to the end, where gzip compares its checksum.

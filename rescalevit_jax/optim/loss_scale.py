@@ -10,7 +10,7 @@ With gradient accumulation each micro-batch has its own gradient.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 from flax.training import dynamic_scale
 import jax
@@ -73,4 +73,5 @@ def value_and_grad(
     return loss, (loss, aux)  # The first one is scaled and may overflow.
 
   result = loss_scale.value_and_grad(loss_twice, has_aux=True)(*args)
-  return result.aux[1], result.grad, result.dynamic_scale
+  scale = cast(LossScale, result.dynamic_scale)  # Flax copies our class.
+  return result.aux[1], result.grad, scale

@@ -45,7 +45,9 @@ def read(path: str, max_bytes: int | None = None) -> Checkpoint:
   """
   with untrusted_npz.open_archive(path, max_bytes) as archive:
     prefix = _prefix(path, archive.names)
-    arrays, names, outside = {}, {}, []
+    arrays: dict[str, np.ndarray] = {}
+    names: dict[str, str] = {}
+    outside = []
     for name in archive.names:
       if not name.startswith((prefix, param_keys.STATS)):
         outside.append(name)

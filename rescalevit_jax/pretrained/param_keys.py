@@ -35,7 +35,8 @@ def flatten(
 
 def unflatten(arrays: Mapping[str, Any]) -> tuple[dict, dict]:
   """Return the trees of parameters and statistics; the inverse of `flatten`."""
-  params, stats = {}, {}
+  params: dict[str, Any] = {}
+  stats: dict[str, Any] = {}
   for key, value in arrays.items():
     tree = stats if key.startswith(STATS) else params
     tree[key.removeprefix(STATS)] = value

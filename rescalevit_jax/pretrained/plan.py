@@ -58,7 +58,7 @@ def make(
   initial, ignored = difference.initial, difference.ignored
   notes = difference.notes
 
-  zero = set()
+  zero: set[str] = set()
   if reason := transfer.why_new_head(renamed, model, reinit_head):
     zero.update(param_keys.HEAD)
     notes.append(f"the head starts at zeros: {reason}")

@@ -59,9 +59,8 @@ def from_plain(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
       raise ValueError(f"{layer}kernel is all zeros")
     v = rng.standard_normal(arrays[key].shape, np.float32)
     result[key] = np.asarray(sigma.singular_vector(kernel, v))
-    result[f"{layer}{_GAMMA}"] = np.float32(
-      [sigma.largest(kernel, result[key])]
-    )
+    gamma = [sigma.largest(kernel, result[key])]
+    result[f"{layer}{_GAMMA}"] = np.array(gamma, np.float32)
   return result
 
 

@@ -162,7 +162,7 @@ def _besides_affine(keys: Iterable[str]) -> set[str]:
 
 def _in_blocks(keys: Iterable[str]) -> dict[tuple[str, str], list[str]]:
   """Return the keys of the blocks' norms by slot and leaf."""
-  found = {}
+  found: dict[tuple[str, str], list[str]] = {}
   for key in keys:
     slot = _norm_slot(key)
     if slot not in (None, _FINAL_NORM):

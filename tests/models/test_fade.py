@@ -402,7 +402,9 @@ def test_resumes_through_the_middle_of_a_fade(
   assert {int(n) for n in stats(end, "faded")} == {fade.FULL}
   np.testing.assert_allclose(stats(end, "alpha"), alpha)
   if alpha:
-    with pytest.raises(errors.UserError, match=r"folds only after.*fade\.alpha"):
+    with pytest.raises(
+      errors.UserError, match=r"folds only after.*fade\.alpha"
+    ):
       fold.fold("Fade", weights, end)
     # A file of it is evaluated with its own alpha.
     npz.save(tmp_path / "a.npz", weights, end)
