@@ -1,1 +1,1 @@
-"""Random crops, flips and colors, mixup and CutMix, on the device."""
+"""Augmentation on the device: crop, flip, color operations, mixup, CutMix."""

@@ -63,7 +63,7 @@ def validate(config: ml_collections.ConfigDict) -> None:
 
 
 def _problem(name, key, value):
-  """Return what is wrong with one value, and the fix; None if it is valid."""
+  """Return the problem of a value with its fix; None if it is valid."""
   kind = key.optional or type(key.default)
   if value is not None and type(value) is not kind:
     return f"{value!r}; use a value of type {kind.__name__}"

@@ -114,7 +114,7 @@ def prepare(
       ) from e
     raise errors.UserError(
       f"{builder.data_dir_root}: {builder.name} cannot be prepared"
-      f" ({_reason(e)}); solve this and start again"
+      f" ({_reason(e)}); fix this and start again"
     ) from e
 
 

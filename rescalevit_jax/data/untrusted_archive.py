@@ -168,7 +168,7 @@ def _check_members(path, file, tar, layouts):
 
 
 def _member_problem(file, tar, member, layout, name, seen):
-  """Return what is wrong with a member, or None."""
+  """Return the problem of a member, or None."""
   if name in seen:
     return "is there twice"
   if not name and member.isdir():

@@ -90,4 +90,4 @@ def _check_size(image):
 def _check_scans(file):
   with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
     if sum(1 for _ in re.finditer(b"\xff\xda", content)) > _MAX_SCANS:
-      raise ValueError(f"it has more than {_MAX_SCANS} scans; save it anew")
+      raise ValueError(f"it has more than {_MAX_SCANS} scans; save it again")

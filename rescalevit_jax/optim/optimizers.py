@@ -149,7 +149,7 @@ def scale_scalars(factor: float) -> optax.GradientTransformation:
   """Return a transformation that scales updates of one-element parameters.
 
   The gradient of a scalar that multiplies D channels is a sum over D terms. If
-  each channel also has a scale of its own, the scalar moves their common size D
+  the channels also have separate scales, the scalar changes their common size D
   times as fast.
   """
   return optax.stateless(

@@ -1,1 +1,1 @@
-"""Weights in .npz files: detect, transfer, load, save and fold."""
+"""Weights in .npz files: read, detect, plan, load, save and fold."""

@@ -1,4 +1,4 @@
-"""Decide what happens to each array when a file is loaded into a model."""
+"""Plan the loading of a file: copy, convert, initialize or ignore each array."""
 
 from collections.abc import Mapping
 import dataclasses

@@ -1,4 +1,4 @@
-"""Makes the reduced set of reference numbers that every clone carries.
+"""Create the reduced set of reference numbers that is part of the repository.
 
 Reads `../shared/parity` beside the checkout and writes `tests/data/*.xz`: the
 same files with the same keys, less what costs most. Kept whole: all weights,
@@ -35,7 +35,7 @@ STRIDE = 100
 
 
 def keep(file: str, key: str, array: np.ndarray) -> np.ndarray | None:
-  """Returns the part of an array that is kept, or None."""
+  """Return the part of an array to keep, or None."""
   if file in BATCHES:
     return _keep_norm(BATCHES[file], key, array)
   if file == "lr_schedule.npz":
@@ -80,7 +80,7 @@ def _keep_norm(batches, key, array):
 
 
 def pack(arrays: dict[str, np.ndarray]) -> bytes:
-  """Returns an uncompressed `.npz` whose arrays start at multiples of 64."""
+  """Return an uncompressed `.npz` whose arrays start at multiples of 64."""
   buffer = io.BytesIO()
   with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:
     for key, array in arrays.items():
@@ -93,7 +93,7 @@ def pack(arrays: dict[str, np.ndarray]) -> bytes:
 
 
 def compress(content: bytes, word: bool) -> bytes:
-  """Returns an xz file; `word`: the content is mostly 4-byte numbers."""
+  """Return an xz file; `word`: the content is mostly 4-byte numbers."""
   positions = {"lc": 0, "lp": 2} if word else {"lc": 3, "lp": 0}
   filters = [
     {
