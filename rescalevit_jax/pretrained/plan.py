@@ -1,4 +1,4 @@
-"""Plan the loading of a file: copy, convert, initialize or ignore each array."""
+"""Plan the loading of a file: copy, convert, initialize or ignore arrays."""
 
 from collections.abc import Mapping
 import dataclasses
