@@ -1,4 +1,4 @@
-"""The one exception for mistakes that the person at the keyboard can mend."""
+"""The exception for errors that the user can correct."""
 
 from collections.abc import Iterable
 import difflib
@@ -11,17 +11,17 @@ _TENSORSTORES_NOTES = re.compile(
 
 
 class UserError(Exception):
-  """A mistake in a flag, a file or the machine's state.
+  """An error in a flag, a file or the state of the machine.
 
-  The message is one line: what was wrong, where, what to do. Programs print it
-  without a traceback and exit with a code other than 0.
+  The message is one line, `<file or key>: <problem>; <fix>`. Commands print it
+  without a traceback and exit with a non-zero code.
   """
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:
-  """Returns a hint such as 'did you mean LN? valid: LN, BN, GN'.
+  """Return a hint such as 'did you mean LN? valid: LN, BN, GN'.
 
-  A long list of valid names is left out where there is a near one.
+  A long list of valid names is omitted if one is close.
   """
   valid = list(valid)
   lower = {v.lower(): v for v in valid}
@@ -36,10 +36,9 @@ def nearest(name: str, valid: Iterable[str]) -> str:
 
 
 def brief(error: Exception) -> str:
-  """Returns an exception's message as one line of moderate length.
+  """Return an exception's message as one line of at most 305 characters.
 
-  Libraries put their own words and long paths first, and the cause last; but
-  for TensorStore, which adds what it was asked to do.
+  Libraries put the cause last, except TensorStore, whose request is removed.
   """
   text = " ".join(str(error).split()) or type(error).__name__
   text = _TENSORSTORES_NOTES.sub("", text)
@@ -47,12 +46,11 @@ def brief(error: Exception) -> str:
 
 
 def explain(error: Exception, expected: tuple[type[Exception], ...]) -> str:
-  """Returns what to say of an exception that a config file has led to.
+  """Return the message of an exception raised by a config file.
 
   Args:
-    error: it.
-    expected: types whose messages are for people; of others, the type and the
-      place are told as well.
+    error: the exception.
+    expected: types whose message is clear; for others, type and line are added.
   """
   message = str(error)
   if "Traceback" in message:  # ml_collections quotes a whole one.

@@ -1,17 +1,17 @@
-r"""Classifies image files with the model of a run.
+r"""Classify image files with the model of a run.
 
   python -m rescalevit_jax.predict --workdir=runs/a cat.png photos/
   python -m rescalevit_jax.predict --workdir=runs/a photos/ --output=a.csv
 
-Of a folder, all files are taken that by their names are images, in folders
-below it, too: AVIF, BMP, GIF, JPEG, PNG, PPM, TIFF, WebP. What cannot be read
-is named and skipped. From Python:
+A folder stands for all image files in it and its subfolders, by their suffix:
+AVIF, BMP, GIF, JPEG, PNG, PPM, TIFF, WebP. Unreadable files are reported and
+skipped. From Python:
 
   from rescalevit_jax import predict
   model = predict.load("runs/a")
   probabilities = model(["cat.png"])
 
-Exit code: 0 if every image was classified, 1 if not, 2 for a mistake on the
+Exit code: 0 if every image was classified, 1 if not, 2 for an error in the
 command line.
 """
 
@@ -42,9 +42,9 @@ from rescalevit_jax.training import progress
 _log = logging.getLogger("rescalevit_jax.predict")  # Even as __main__.
 
 _SECONDS_BETWEEN_LINES = 10.0
-# Threads that read: each may need what an image of images.MAX_PIXELS takes.
+# Reader threads; each may need the memory of an image of MAX_PIXELS.
 _READERS = min(4, os.cpu_count() or 1)
-_WIDEST_NAME = 60  # Of those that stdout's columns make room for.
+_WIDEST_NAME = 60  # Longer names shift the columns.
 
 Top = list[tuple[str, float]]
 
@@ -56,19 +56,18 @@ def classify(
   files: Iterable[pathlib.Path],
   batch: int = 64,
 ) -> Iterator[tuple[pathlib.Path, np.ndarray | errors.UserError]]:
-  """Classifies files one batch after the other.
+  """Classify files in batches.
 
-  Threads read the next batch while the device computes; no more than two are in
-  memory.
+  Threads read the next batch while the device computes; at most two batches are
+  in memory.
 
   Args:
     model: of a run.
-    files: any number of them.
-    batch: images a step of the device.
+    files: to classify, in order.
+    batch: images per step of the device.
 
   Yields:
-    Each file, in their order, with its probabilities [classes], float32, or
-    with why it cannot be read.
+    Each file with its probabilities [classes], float32, or with the error.
   """
   pool = concurrent.futures.ThreadPoolExecutor(_READERS)
 
@@ -89,10 +88,10 @@ def classify(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-  """Classifies the files of the command line; returns the exit code."""
+  """Classify the files of the command line; return the exit code."""
   args = _parse(argv)
   terminal.log_to_stderr()
-  # What Pillow has to say of odd files; errors come as exceptions.
+  # Pillow warns about odd files; errors are exceptions.
   warnings.filterwarnings("ignore", module="PIL")
   return cli.run(lambda: _run(args))
 
@@ -112,20 +111,20 @@ def _parse(argv):
     type=_positive,
     default=5,
     metavar="N",
-    help="classes to name for each image (default: 5)",
+    help="classes to print for each image (default: 5)",
   )
   parser.add_argument(
     "--batch",
     type=_positive,
     default=64,
     metavar="N",
-    help="images a step of the device (default: 64)",
+    help="images per step of the device (default: 64)",
   )
   parser.add_argument(
     "--output",
     type=pathlib.Path,
     metavar="FILE",
-    help="a .csv or .json to write instead of lines on the terminal",
+    help="a .csv or .json file to write instead of printing",
   )
   parser.add_argument(
     "files", nargs="+", metavar="FILE", help="an image, or a folder of images"
@@ -146,7 +145,7 @@ def _run(args):
   for name in empty:
     _skip(f"{name}: no images in this folder")
   if not files:
-    raise errors.UserError("no images to classify")
+    raise errors.UserError("no images to classify; give image files")
   model = load(args.workdir, args.checkpoint)
   progress.warn_of_idle_gpu()
   names = [str(file)[:_WIDEST_NAME] for file in files]
@@ -177,7 +176,7 @@ def _run(args):
 def _check_output(path):
   if _suffix(path) not in _WRITERS:
     raise errors.UserError(
-      f"--output: {path} ends neither in .csv nor in .json"
+      f"--output: {path} ends neither in .csv nor in .json; choose one of them"
     )
   if path.is_dir() or not os.access(path.parent, os.W_OK):
     raise errors.UserError(
@@ -191,7 +190,7 @@ def _suffix(path):
 
 
 def _find(names):
-  """Returns the files, and the folders that have none."""
+  """Return the files, and the folders without images."""
   files, empty = [], []
   for name in names:
     path = pathlib.Path(name)
@@ -228,13 +227,13 @@ def _results(model, work, batch):
 
 
 def _with_progress(model, files, batch):
-  """Yields what `classify` does; says now and then how far it is."""
+  """Yield the results of `classify`; log the progress."""
   batch = min(batch, len(files))
   start = line = None
   for done, found in enumerate(classify(model, files, batch), start=1):
     yield found
     now = time.monotonic()
-    if done == batch:  # What follows is without the compilation.
+    if done == batch:  # The first batch includes compilation.
       start = line = now
     elif done > batch and now - line > _SECONDS_BETWEEN_LINES:
       line = now
@@ -281,7 +280,7 @@ _WRITERS = {".csv": _csv, ".json": _json}
 
 
 def _text(name):
-  """Makes a file's name writable that is not in the system's encoding."""
+  """Escape characters of a file name that have no encoding."""
   return name.encode("utf-8", "backslashreplace").decode("utf-8")
 
 

@@ -1,7 +1,4 @@
-"""SHA-256 sums of a folder's files, so that damage is noticed.
-
-The file of sums has the form of the command sha256sum, which can check it too.
-"""
+"""SHA-256 checksums of a folder's files, in the format of sha256sum."""
 
 import hashlib
 import os
@@ -13,10 +10,9 @@ NAME = "SHA256SUMS"
 
 
 def write(folder: pathlib.Path) -> None:
-  """Writes the sums of all files in the folders of a folder.
+  """Write the checksums of all files in subfolders; flush all files to disk.
 
-  Then all of it is on the disk, whatever happens to the machine: the folder can
-  be given the name by which others know that it is whole.
+  Afterwards the folder can be renamed to its final name.
   """
   lines = [
     f"{_sum(path)}  {path.relative_to(folder).as_posix()}\n"
@@ -31,10 +27,10 @@ def write(folder: pathlib.Path) -> None:
 
 
 def verify(folder: pathlib.Path) -> None:
-  """Checks all files against their sums.
+  """Check all files against their checksums.
 
   Raises:
-    UserError: a file, or the file of sums, is missing or differs.
+    UserError: a file is missing or differs, or there are no checksums.
   """
   try:
     lines = (folder / NAME).read_text(encoding="utf-8").splitlines()
@@ -44,7 +40,7 @@ def verify(folder: pathlib.Path) -> None:
   except (OSError, ValueError) as e:
     raise errors.UserError(f"{folder / NAME}: missing or damaged") from e
   for expected, name in sums:
-    # Not of files elsewhere, such as one without an end in /dev.
+    # Do not read files elsewhere, such as /dev/zero.
     if not (folder / name).resolve().is_relative_to(folder.resolve()):
       raise errors.UserError(f"{folder / NAME}: names {name!r}, elsewhere")
     try:

@@ -1,4 +1,4 @@
-"""Where a run's numbers go: metrics.jsonl and TensorBoard."""
+"""Writers of a run's metrics: metrics.jsonl and TensorBoard."""
 
 from collections.abc import Callable, Mapping
 import json
@@ -22,14 +22,14 @@ _log = logging.getLogger(__name__)
 class MetricWriter:
   """Writes scalars to metrics.jsonl and TensorBoard.
 
-  metrics.jsonl has one object a line: step, then scalars. It holds only what a
-  repeated run would write again, so no times; those go to TensorBoard alone.
+  metrics.jsonl has one object per line: step, then scalars. It holds only
+  values that a repeated run reproduces; timings go to TensorBoard alone.
 
   Args:
     workdir: the run's folder.
     config: of the run, for TensorBoard.
-    keep: whether a line of an earlier start, as a dict, stays: a run that goes
-      on from a checkpoint writes the later ones again.
+    keep: returns whether a line of an earlier process stays. A resumed run
+      writes the lines after its checkpoint again.
   """
 
   def __init__(
@@ -57,7 +57,7 @@ class MetricWriter:
     self._board.close()
 
   def open(self) -> None:
-    """Opens TensorBoard's file, which takes seconds, if not the first write."""
+    """Open the TensorBoard file now: the first write would take seconds."""
     self._board.open()
 
   def write(
@@ -66,7 +66,7 @@ class MetricWriter:
     scalars: Mapping[str, float],
     timings: Mapping[str, float] | None = None,
   ) -> None:
-    """Writes one line of scalars; `timings` only to TensorBoard."""
+    """Write one line of scalars; `timings` to TensorBoard only."""
     self._file.write(json.dumps({"step": step, **scalars}) + "\n")
     self._file.flush()
     self._board.write(step, {**scalars, **(timings or {})})
@@ -74,25 +74,25 @@ class MetricWriter:
   def write_images(
     self, step: int, draw: Callable[[], Mapping[str, np.ndarray]]
   ) -> None:
-    """Writes pictures, uint8 [H, W, 3], to TensorBoard.
+    """Write images to TensorBoard.
 
     Args:
       step: of the run.
-      draw: returns them by name; what it raises ends TensorBoard's files, not
-        the run.
+      draw: returns images by name, uint8 [H, W, 3]. An exception ends the
+        TensorBoard file, not the run.
     """
     self._board.write_images(step, draw)
 
   def sync(self) -> None:
-    """Makes sure that all lines are on disk, whatever happens next."""
+    """Flush all lines to disk."""
     self._file.flush()
     os.fsync(self._file.fileno())
 
 
 class _TensorBoard:
-  """clu's writer, made when first used: importing TensorFlow takes seconds.
+  """clu's writer, created at first use: importing TensorFlow takes seconds.
 
-  Training goes on without it: one warning says why.
+  If it fails, one warning is logged and training continues.
   """
 
   def __init__(self, workdir, config):
@@ -125,9 +125,9 @@ class _TensorBoard:
       if self._writer is None:
         self._writer = self._create()
       action(self._writer)
-    except Exception as e:  # TensorFlow raises all sorts.
+    except Exception as e:  # TensorFlow raises any type.
       self._works = False
-      _log.warning("no TensorBoard files from here on: %s", errors.brief(e))
+      _log.warning("TensorBoard: no further files (%s)", errors.brief(e))
 
   def _create(self):
     tensorflow_cpu.load()

@@ -1,4 +1,4 @@
-"""What lies in the folders of runs, read back: configs, results, curves."""
+"""Read the folders of runs: configs, results, metrics."""
 
 from collections.abc import Iterable, Iterator, Sequence
 import dataclasses
@@ -16,13 +16,13 @@ from rescalevit_jax.config import keys
 from rescalevit_jax.runs import folder as folder_lib
 from rescalevit_jax.runs import result as result_lib
 
-LOG_HEADER = "--- "  # Begins the line of a start in log.txt.
-_TAIL_BYTES = 65_536  # More than a line of metrics, diagnostics included.
+LOG_HEADER = "--- "  # First line of each process in log.txt.
+_TAIL_BYTES = 65_536  # More than a line of metrics with diagnostics.
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-  """A run, finished or not.
+  """A run.
 
   Attributes:
     workdir: its folder.
@@ -43,24 +43,24 @@ class Run:
 
   @property
   def step(self) -> int:
-    """The last step that the metrics tell of."""
+    """The last step in the metrics."""
     return self.metrics[-1]["step"] if self.metrics else 0
 
   def curve(self, name: str) -> tuple[list[int], list[float]]:
-    """Returns the steps and values of a scalar, such as 'test/accuracy'."""
+    """Return the steps and values of a scalar, such as 'test/accuracy'."""
     lines = [x for x in self.metrics if isinstance(x.get(name), int | float)]
     return [line["step"] for line in lines], [line[name] for line in lines]
 
 
 @dataclasses.dataclass(frozen=True)
 class Found:
-  """What there is in a folder.
+  """The runs in a folder.
 
   Attributes:
-    runs: in order of their paths.
+    runs: sorted by path.
     damaged: a line for each run or folder that cannot be read.
-    not_begun: a line for each run that a sweep started and that failed before
-      it had a config.
+    not_begun: a line for each run of a sweep that failed before it wrote its
+      config.
   """
 
   runs: list[Run]
@@ -69,7 +69,7 @@ class Found:
 
 
 def read(workdir: str | pathlib.Path) -> Run:
-  """Reads a run's folder.
+  """Read a run's folder.
 
   Raises:
     UserError: there is no run, or a file of it is damaged.
@@ -86,9 +86,9 @@ def read(workdir: str | pathlib.Path) -> Run:
 
 
 def find(folder: str | pathlib.Path) -> Found:
-  """Reads all runs in a folder and below it.
+  """Read all runs in a folder and its subfolders.
 
-  Links are followed, and each run is read once.
+  Links are followed. Each run is read once.
 
   Raises:
     UserError: there is no such folder, or no run in it.
@@ -114,7 +114,7 @@ def find(folder: str | pathlib.Path) -> Found:
 
 
 def find_each(folders: Iterable[str | pathlib.Path]) -> list[Run]:
-  """Reads all runs in several folders, each once; says what is left out.
+  """Read all runs in several folders; report unreadable ones on stderr.
 
   Raises:
     UserError: a folder is missing, or there is no run in it.
@@ -130,10 +130,7 @@ def find_each(folders: Iterable[str | pathlib.Path]) -> list[Run]:
 
 
 def group(runs: Iterable[Run]) -> list[tuple[Run, ...]]:
-  """Puts runs together that differ only in the seed.
-
-  And in keys that do not change a run's numbers.
-  """
+  """Group runs that differ only in the seed and in resumable keys."""
   groups = {}
   for run in runs:
     values = config_lib.flatten(run.config)
@@ -146,10 +143,7 @@ def group(runs: Iterable[Run]) -> list[tuple[Run, ...]]:
 
 
 def varied_keys(configs: Sequence[ml_collections.ConfigDict]) -> list[str]:
-  """Returns the keys that change a run's numbers and in which configs differ.
-
-  The seed is not among them.
-  """
+  """Return the differing keys of configs, without seed and resumable ones."""
   flat = [config_lib.flatten(config) for config in configs]
   return [
     key
@@ -159,16 +153,13 @@ def varied_keys(configs: Sequence[ml_collections.ConfigDict]) -> list[str]:
 
 
 def last_log_line(workdir: pathlib.Path) -> str:
-  """Returns the last line of log.txt, '' if there is none."""
+  """Return the last line of log.txt, '' if there is none."""
   lines = tail(workdir / folder_lib.LOG)
   return lines[-1] if lines else ""
 
 
 def tail(path: pathlib.Path) -> list[str]:
-  """Returns the last lines of a file that may be long, without empty ones.
-
-  There are none if it cannot be read.
-  """
+  """Return the last non-empty lines of a file, [] if it cannot be read."""
   try:
     with open(path, "rb") as f:
       size = f.seek(0, os.SEEK_END)
@@ -190,9 +181,9 @@ def _identifying_keys():
 def _folders(
   top: pathlib.Path, damaged: list[str]
 ) -> Iterator[tuple[pathlib.Path, list[str]]]:
-  """Yields each folder once, with the names of its files.
+  """Yield each folder once, with the names of its files.
 
-  Under a name without links where it has one; what cannot be listed is added to
+  Paths without links come first. Folders that cannot be listed are added to
   `damaged`.
   """
 
@@ -214,7 +205,7 @@ def _folders(
 
 
 def _is_log(path):
-  """Whether a sweep has written this file; others have logs, too."""
+  """Return whether a sweep wrote this file."""
   try:
     with open(path, "rb") as f:
       return f.read(len(LOG_HEADER)) == LOG_HEADER.encode()
@@ -224,7 +215,7 @@ def _is_log(path):
 
 def _metrics(workdir):
   try:
-    # A character that is none is part of a damaged line, left out below.
+    # An invalid character belongs to a damaged line, which is omitted below.
     text = (workdir / folder_lib.METRICS).read_text("utf-8", errors="replace")
   except FileNotFoundError:
     return []
@@ -234,6 +225,6 @@ def _metrics(workdir):
       value = json.loads(line)
       value["step"]
     except (KeyError, RecursionError, TypeError, ValueError):
-      continue  # Being written just now, or cut off.
+      continue  # Incomplete.
     lines.append(value)
   return lines

@@ -11,20 +11,20 @@ import platform
 
 import jax
 
-_MIN_SECONDS = 0.05  # Of a compilation that is worth a file.
+_MIN_SECONDS = 0.05  # Shorter compilations are not cached.
 
 
 def root() -> pathlib.Path:
-  """Returns this package's folder among the user's caches."""
+  """Return the cache folder of this package."""
   caches = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
   return pathlib.Path(caches, "rescalevit_jax")
 
 
 def enable_compilation_cache() -> None:
-  """Switches the cache on, unless JAX_COMPILATION_CACHE_DIR names another.
+  """Enable the compilation cache, unless JAX_COMPILATION_CACHE_DIR is set.
 
-  Called before anything is compiled. JAX_ENABLE_COMPILATION_CACHE=false
-  switches it off.
+  Call it before the first compilation. JAX_ENABLE_COMPILATION_CACHE=false
+  disables it.
   """
   if jax.config.jax_compilation_cache_dir:
     return
@@ -34,10 +34,10 @@ def enable_compilation_cache() -> None:
 
 
 def _machine() -> str:
-  """Returns a name for this kind of processor.
+  """Return a name for this kind of processor.
 
-  What is compiled for one may be wrong for another; machines of a cluster often
-  share a home folder.
+  Programs compiled for one kind may fail on another, and machines of a cluster
+  often share a home folder.
   """
   text = f"{platform.system()} {platform.machine()} {platform.processor()}"
   info = pathlib.Path("/proc/cpuinfo")

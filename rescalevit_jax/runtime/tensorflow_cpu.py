@@ -1,4 +1,4 @@
-"""The one door to TensorFlow, which is slow to import and greedy for GPUs."""
+"""Import of TensorFlow, which is slow and would reserve GPUs."""
 
 import functools
 import os
@@ -6,14 +6,13 @@ import types
 
 from rescalevit_jax import errors
 
-# Level 3 hides all but fatal messages; with oneDNN's operations off it does
-# not announce them either.
+# Level 3 hides all but fatal messages; oneDNN would log one when enabled.
 _QUIET = {"TF_CPP_MIN_LOG_LEVEL": "3", "TF_ENABLE_ONEDNN_OPTS": "0"}
 
 
 @functools.cache
 def load() -> types.ModuleType:
-  """Imports TensorFlow quietly and keeps it off the GPU, which is JAX's.
+  """Import TensorFlow without log messages and without GPUs.
 
   Returns:
     The module `tensorflow`.
@@ -27,7 +26,7 @@ def load() -> types.ModuleType:
     import tensorflow as tf
   except ImportError as e:
     raise errors.UserError(
-      f"cannot import TensorFlow ({' '.join(str(e).split())}): pip install"
+      f"cannot import TensorFlow ({' '.join(str(e).split())}); run pip install"
       " tensorflow-cpu"
     ) from e
   finally:  # JAX and child processes read these variables too.

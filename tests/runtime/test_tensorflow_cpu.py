@@ -46,5 +46,5 @@ def test_a_missing_tensorflow_is_the_users_error(tmp_path):
     PYTHONPATH=os.pathsep.join([str(tmp_path), *filter(None, sys.path)]),
   )
   assert result.stdout == (
-    "cannot import TensorFlow (not there): pip install tensorflow-cpu\n"
+    "cannot import TensorFlow (not there); run pip install tensorflow-cpu\n"
   )

@@ -213,7 +213,7 @@ def test_event_files_that_cannot_be_written(trial, whole):
     if done.returncode:
       pytest.skip(f"no file can be made immutable here: {done.stderr.strip()}")
     assert process.wait() == 0, trial.said()
-    assert trial.said().count("no TensorBoard files from here on") == 1
+    assert trial.said().count("TensorBoard: no further files") == 1
     trials.check_same(trial, whole)
   finally:
     kill(process)
