@@ -47,7 +47,7 @@ def probabilities(
       blocks[f"encoderblock_{i}"]["MultiHeadDotProductAttention_1"][
         "attention"
       ][0]
-      for i in range(model.num_layers)
+      for i in range(model.config.num_layers)
     ]
   )
 

@@ -70,10 +70,10 @@ def draw(
   """
   rows = []
   for model in models:
-    if not 0 <= block < model.model.num_layers:
+    if not 0 <= block < model.model.config.num_layers:
       raise errors.UserError(
         f"{model.name}: has no block {block}; choose one of 0 to"
-        f" {model.model.num_layers - 1}"
+        f" {model.model.config.num_layers - 1}"
       )
     x = model.inputs([image])
     maps = np.asarray(
@@ -196,7 +196,7 @@ def _figure(rows, kind):
   for part, (model, _, _), name, row in zip(
     parts, rows, names, cells, strict=False
   ):
-    norm = model.model.norm
+    norm = model.model.config.norm
     part.suptitle(
       # Equal heights align the panels.
       plots.plain("\n".join([norm, *name, *[""] * (name_lines - len(name))])),

@@ -10,6 +10,7 @@ import pathlib
 import sys
 
 from rescalevit_jax import errors
+from rescalevit_jax.pretrained import detect
 from rescalevit_jax.pretrained import fold as fold_lib
 from rescalevit_jax.pretrained import npz
 from rescalevit_jax.runs import checkpoint as checkpoint_lib
@@ -92,7 +93,8 @@ def export(
 
 def _not_in_arrays(model):
   """Return the options that the arrays do not show, as `--npz` takes them."""
-  options = ["GN"] if model.norm == "GN" else []  # Never folded.
+  inferred = detect.same_arrays(model.norm)[0]
+  options = [model.norm] if model.norm != inferred else []
   options += [model.gelu] if model.gelu != "erf" else []
   options += [model.pool] if model.pool != "cls" else []
   if model.residual == "rescalenet" and model.residual_c is not None:

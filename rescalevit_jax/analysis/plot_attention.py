@@ -181,8 +181,8 @@ def measure(
         {
           "model": model.name,
           "path": subject.path,
-          "norm": model.model.norm,
-          "gelu": model.model.gelu,
+          "norm": model.model.config.norm,
+          "gelu": model.model.config.gelu,
           "dataset": subject.source[0],
           "images": found.images,
           "tokens": found.tokens,

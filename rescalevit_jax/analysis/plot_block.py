@@ -12,9 +12,9 @@ import textwrap
 from matplotlib import figure as figure_lib
 from matplotlib import patches
 
-from rescalevit_jax import models
 from rescalevit_jax.analysis import plots
 from rescalevit_jax.models import norms
+from rescalevit_jax.models import vit_config
 from rescalevit_jax.runtime import cli
 
 _LAYER, _NORM, _RESIDUAL = "#E8E8E8", "#9CCBEB", "#F7CE85"
@@ -93,7 +93,7 @@ def draw() -> figure_lib.Figure:
   box(13.1, _STREAM, "head", _LAYER, 1.1)
   for y, key, color, names in (
     (-1.2, "model.norm", _NORM, norms.NORMS),
-    (-1.85, "model.residual", _RESIDUAL, models.RESIDUALS),
+    (-1.85, "model.residual", _RESIDUAL, vit_config.RESIDUALS),
   ):
     axes.add_patch(
       patches.Rectangle((-0.8, y - 0.13), 0.3, 0.3, fc=color, ec="0.3")

@@ -23,22 +23,7 @@ from rescalevit_jax.models import norms
 from rescalevit_jax.runs import run_reader
 from rescalevit_jax.runtime import atomic_file
 
-# Okabe and Ito's palette for colour-blind readers
-# (https://jfly.uni-koeln.de/color/), and three colours of Paul Tol's. Markers
-# distinguish the norms in greyscale.
-_COLORS = (
-  "#0072B2",
-  "#E69F00",
-  "#009E73",
-  "#D55E00",
-  "#CC79A7",
-  "#56B4E9",
-  "#000000",
-  "#882255",
-  "#999933",
-  "#777777",
-  "#332288",
-)
+# Markers distinguish the norms in greyscale.
 _MARKERS = "osD^vP*X<>h"
 # Dotted lines are reserved for published curves.
 _LINES = (
@@ -56,7 +41,7 @@ _FORMATS = (".png", ".svg")
 
 def norm_color(norm: str) -> str:
   """Return a norm's colour, the same in every picture, as '#rrggbb'."""
-  return _COLORS[list(norms.NORMS).index(norm) % len(_COLORS)]
+  return norms.NORMS[norm].COLOR
 
 
 def style(norm: str, used: int) -> dict[str, Any]:

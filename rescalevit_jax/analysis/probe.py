@@ -39,6 +39,7 @@ from rescalevit_jax.analysis import plots
 from rescalevit_jax.analysis import probe_plots
 from rescalevit_jax.config import overrides
 from rescalevit_jax.models import norms
+from rescalevit_jax.models.norms import traits
 from rescalevit_jax.runtime import atomic_file
 from rescalevit_jax.runtime import cli
 from rescalevit_jax.runtime import markdown
@@ -208,9 +209,10 @@ def measure(
   ) as batches:
     batch = next(batches)
   found, _ = programs.before_step(state, *batch)
-  num_stats_batches = norms.NORMS[config.model.norm].NUM_STATS_BATCHES
-  if num_stats_batches and config.pretrained_path is None:
-    state = experiment.calibrate(state, num_stats_batches)
+  Norm = norms.NORMS[config.model.norm]
+  has_statistics = issubclass(Norm, traits.RunningStatistics)
+  if has_statistics and config.pretrained_path is None:
+    state = experiment.calibrate(state, Norm.NUM_STATS_BATCHES)
     seen, _ = programs.before_step(state, *batch)
     found |= {k: x for k, x in seen.items() if not k.startswith("grad_norm")}
   if sharpness:
@@ -222,7 +224,7 @@ def measure(
     "grad_norm": norm,
     "clip_factor": diagnostics.clip_factor(norm, config.grad_norm_clip),
     "grad_share_qk": qk / norm**2 if norm else math.nan,
-    **measurements.by_name(found, experiment.model.num_layers),
+    **measurements.by_name(found, experiment.model.config.num_layers),
   }
 
 

@@ -9,10 +9,11 @@ import pathlib
 from typing import Any
 
 from rescalevit_jax import errors
-from rescalevit_jax import models as models_lib
 from rescalevit_jax.analysis import trained_model
 from rescalevit_jax.data import dataset as dataset_lib
 from rescalevit_jax.models import norms
+from rescalevit_jax.models import vit_config
+from rescalevit_jax.pretrained import detect
 from rescalevit_jax.runs import folder as folder_lib
 
 _log = logging.getLogger(__name__)
@@ -81,8 +82,14 @@ def load(
   for reference in npz:
     path, options = _parse_reference(reference)
     model = trained_model.load_npz(path, **options)
-    if "norm" not in options and model.model.norm == "LN":
-      _log.info("%s: assuming LN; append :GN if the norm is GN", path)
+    norm, *others = detect.same_arrays(model.model.config.norm)
+    if "norm" not in options and others:
+      _log.info(
+        "%s: assuming %s; append the norm if it is %s",
+        path,
+        norm,
+        " or ".join(f":{other}" for other in others),
+      )
     subjects.append(Subject(model, path, first))
   names = [subject.model.name for subject in subjects]
   for subject, reference in zip(subjects, [*workdirs, *npz], strict=True):
@@ -99,8 +106,8 @@ def _parse_reference(reference: str) -> tuple[str, dict[str, Any]]:
     return reference, {}
   known = {
     **dict.fromkeys(norms.NORMS, "norm"),
-    **dict.fromkeys(models_lib.GELUS, "gelu"),
-    **dict.fromkeys(models_lib.POOLS, "pool"),
+    **dict.fromkeys(vit_config.GELUS, "gelu"),
+    **dict.fromkeys(vit_config.POOLS, "pool"),
   }
   options = {}
   for word in filter(None, words.split(",")):

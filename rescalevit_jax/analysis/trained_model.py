@@ -23,7 +23,7 @@ from PIL import Image
 from rescalevit_jax import errors
 from rescalevit_jax import models
 from rescalevit_jax.data import image_files
-from rescalevit_jax.models import variants
+from rescalevit_jax.models import vit_config
 from rescalevit_jax.pretrained import detect
 from rescalevit_jax.pretrained import load as load_lib
 from rescalevit_jax.pretrained import npz
@@ -205,7 +205,7 @@ def load_npz(
   pre_logits = arrays.get("pre_logits/bias")
   try:
     model = models.create(
-      next(iter(variants.VARIANTS)),
+      next(iter(vit_config.VARIANTS)),
       num_classes=num_classes or 1,
       image_size=image_size,
       gelu=gelu,
@@ -218,7 +218,7 @@ def load_npz(
     )
   except errors.UserError as e:
     raise errors.UserError(f"{path}: {e}") from e
-  if norm != found["norm"] and (norm, found["norm"]) != ("GN", "LN"):
+  if norm not in detect.same_arrays(found["norm"]):
     raise errors.UserError(
       f"{path}: holds a model with {found['norm']}, not {norm}; change the norm"
     )

@@ -53,7 +53,7 @@ def describe(
     image_size=config.image_size,
     **{**config.model, "attention": "xla"},
   )
-  training = 3 * flops.forward_flops(model, config.image_size)
+  training = 3 * flops.forward_flops(model.config)
   found["training_flops_per_image"] = training
   found["peak_share"] = statistics.median(
     training * r["images_per_second"] / r["peak_flops_per_second"]

@@ -23,6 +23,7 @@ from rescalevit_jax.benchmark import memory
 from rescalevit_jax.benchmark import peers
 from rescalevit_jax.benchmark import report as report_lib
 from rescalevit_jax.models import norms
+from rescalevit_jax.models.norms import traits
 from rescalevit_jax.runtime import accelerator
 from rescalevit_jax.runtime import atomic_file
 from rescalevit_jax.runtime import markdown as markdown_lib
@@ -145,8 +146,8 @@ def _compile(
     "model": config.model_name,
     "image_size": config.image_size,
     "batch": config.batch,
-    "dtype": model.dtype.name,
-    "attention": model.attention if subject == "ours" else "xla",
+    "dtype": model.config.dtype,
+    "attention": model.config.attention if subject == "ours" else "xla",
     "memory_bytes": needed,
     "memory_limit_bytes": limit,
     "fits": needed <= limit,
@@ -171,7 +172,8 @@ def _train_step(config, gpu, inputs, devices):
   """Return the peak memory of a step, and the steady-state program."""
   settled = gpu_compile.train_step(config, gpu, inputs, devices)
   needed = memory.needed(settled)
-  if norms.NORMS[config.model.norm].SETTLES_AFTER:  # Step 1 may need more.
+  Norm = norms.NORMS[config.model.norm]
+  if issubclass(Norm, traits.Settling):  # Step 1 may need more.
     first = gpu_compile.train_step(config, gpu, inputs, devices, step=1)
     needed = max(needed, memory.needed(first))
   return needed, hlo.read(settled.as_text())

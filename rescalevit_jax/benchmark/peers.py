@@ -56,12 +56,13 @@ class FlaxViT(nn.Module):
 
 def flax_recipe(config: Any) -> tuple[FlaxViT, optax.GradientTransformation]:
   """Return the model with the sizes of a config, and its optimizer."""
-  ours = model_of(config)
+  ours = model_of(config).config
   optimizer = optax.chain(
     optax.clip_by_global_norm(config.grad_norm_clip or np.inf),
     optax.sgd(config.base_lr, config.momentum),
   )
-  return FlaxViT(ours, config.model.dropout_rate, ours.dtype), optimizer
+  dtype = jnp.dtype(ours.dtype)
+  return FlaxViT(ours, ours.dropout_rate, dtype), optimizer
 
 
 def flax_train_step(
@@ -142,7 +143,7 @@ class TimmPeer:
     import torch
 
     self._torch = torch
-    ours = model_of(config)
+    ours = model_of(config).config
     self.batch = config.batch
     self._device = "cuda" if jax.default_backend() == "gpu" else "cpu"
     torch.manual_seed(0)

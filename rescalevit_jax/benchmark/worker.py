@@ -39,7 +39,7 @@ def main(subject: str, config_json: str, options_json: str) -> None:
     result = measure_ours(config, options)
   else:
     result = measure_peer(peers.PEERS[subject](config), options)
-  result["dtype"] = peers.model_of(config).dtype.name
+  result["dtype"] = peers.model_of(config).config.dtype
   print(json.dumps(result), flush=True)
 
 
@@ -103,7 +103,9 @@ def measure_ours(
     "eval_images_per_second": count / statistics.median(eval_times),
     "compile_seconds": seconds,
     "memory_bytes": memory.used(compiled),
-    "peak_flops_per_second": matmul_flops_per_second(experiment.model.dtype),
+    "peak_flops_per_second": matmul_flops_per_second(
+      experiment.model.config.dtype
+    ),
     **_diagnostics(experiment, compiled, options["seconds"]),
   }
 
@@ -164,7 +166,7 @@ def _resident(experiment, by_device):
   size = config.image_size
   shape = (config.accum_steps, config.batch // config.accum_steps)
   images = rng.standard_normal((*shape, size, size, 3), np.float32)
-  labels = rng.integers(0, model.num_classes, shape, np.int32)
+  labels = rng.integers(0, model.config.num_classes, shape, np.int32)
   images, labels = sharding.put((images, labels), by_device)
   state = experiment.init_state()
 

@@ -3,13 +3,13 @@
 from collections.abc import Iterable
 
 from rescalevit_jax import errors
-from rescalevit_jax import models
 from rescalevit_jax.augment import preprocess
 from rescalevit_jax.config import key as key_lib
 from rescalevit_jax.config import renamed
 from rescalevit_jax.models import initializers
 from rescalevit_jax.models import norms
-from rescalevit_jax.models import variants
+from rescalevit_jax.models import vit_config
+from rescalevit_jax.models.ops import attention
 from rescalevit_jax.optim import optimizers
 
 KEYS = {
@@ -47,13 +47,15 @@ KEYS = {
     "size of a validation split, which is taken from the training images"
     " and replaces the test images; for tuning; 0: none",
   ),
-  "model_name": key_lib.Key("ViT-B_16", "size of the model", variants.VARIANTS),
+  "model_name": key_lib.Key(
+    "ViT-B_16", "size of the model", vit_config.VARIANTS
+  ),
   "model.norm": key_lib.Key("LN", "normalization layer", norms.NORMS),
   "model.residual": key_lib.Key(
     "auto",
     "residual connection; `auto`: `rescalevit` with Rescale, `plain` with"
     " all other norms",
-    models.RESIDUALS,
+    vit_config.RESIDUALS,
   ),
   "model.residual_c": key_lib.positive(
     None,
@@ -81,13 +83,13 @@ KEYS = {
     "cls",
     "input of the head: class token (`cls`) or mean of the patch tokens"
     " (`gap`)",
-    models.POOLS,
+    vit_config.POOLS,
   ),
   "model.gelu": key_lib.Key(
     "erf",
     "GELU: exact (`erf`, as RescaleViT) or approximate (`tanh`, as Google's"
     " code)",
-    models.GELUS,
+    vit_config.GELUS,
   ),
   "model.init": key_lib.Key(
     "torch",
@@ -99,7 +101,7 @@ KEYS = {
     "auto",
     "implementation of attention, XLA or cuDNN; results differ by rounding"
     " only",
-    models.ATTENTIONS,
+    attention.IMPLEMENTATIONS,
     resumable=True,
   ),
   "model.remat": key_lib.Key(
@@ -265,7 +267,7 @@ KEYS = {
     "auto",
     "dtype of the computation; `auto`: `bfloat16` on TPU and GPU, `float16`"
     " on a GPU without `bfloat16` (T4, V100), `float32` on a CPU",
-    models.DTYPES,
+    vit_config.DTYPES,
   ),
   "deterministic": key_lib.Key(
     False, "bitwise reproducible runs on GPUs, at some cost in speed"

@@ -1,18 +1,18 @@
-"""Arithmetic of a model, counted from its shapes."""
+"""Arithmetic of a model, counted from its sizes."""
 
-from rescalevit_jax.models import vit
+from rescalevit_jax.models import vit_config
 
 
-def forward_flops(model: vit.VisionTransformer, image_size: int) -> int:
-  """Floating-point operations of the matrix products of one image's forward.
+def forward_flops(config: vit_config.ViTConfig) -> int:
+  """Return the floating-point operations of one image's forward pass.
 
-  A product of [m, k] and [k, n] counts 2 m k n. Norms, GELU and softmax are
-  left out. A training step takes about three times as much.
+  Only matrix products count: one of [m, k] and [k, n] has 2 m k n operations. A
+  training step takes about three times as many.
   """
-  patches = (image_size // model.patch_size) ** 2
-  n, d = patches + 1, model.hidden_size
-  embedding = 2 * patches * model.patch_size**2 * 3 * d
+  patches = (config.image_size // config.patch_size) ** 2
+  n, d = patches + 1, config.hidden_size
+  embedding = 2 * patches * config.patch_size**2 * 3 * d
   attention = 4 * 2 * n * d * d + 2 * 2 * n * n * d
-  mlp = 2 * 2 * n * d * model.mlp_dim
-  head = 2 * d * model.num_classes
-  return embedding + model.num_layers * (attention + mlp) + head
+  mlp = 2 * 2 * n * d * config.mlp_dim
+  head = 2 * d * config.num_classes
+  return embedding + config.num_layers * (attention + mlp) + head

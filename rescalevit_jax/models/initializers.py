@@ -1,9 +1,9 @@
-"""How a model starts from scratch.
+"""Initialization of the parameters.
 
-Three schemes: `torch`, what RescaleViT gets from PyTorch's defaults; `google`,
-that of Google's ViT code; and `unit`, in which tokens have variance 1 and the
-linear layers keep it. Class token (0) and MLP (Xavier uniform, biases normal
-1e-6) are alike in the first two, and norms (scale 1, bias 0) in all.
+There are three schemes. `torch` is RescaleViT's, with PyTorch's defaults.
+`google` is Google's ViT code's. In `unit`, tokens have variance 1 and linear
+layers preserve it. The first two share the class token (0) and the MLP (Xavier
+uniform, biases normal 1e-6). All share the norms (scale 1, bias 0).
 """
 
 from collections.abc import Callable
@@ -21,7 +21,8 @@ Initializer = Callable[..., Any]
 class Scheme:
   """Initializers of each kind of parameter.
 
-  Those of biases are functions of the layer's fan-in.
+  `patch_bias`, `attention_bias` and `head_bias` map a layer's fan-in to an
+  initializer.
   """
 
   patch_kernel: Initializer
@@ -51,12 +52,12 @@ def _uniform(fan_in):
   return init
 
 
-# Variance 1 / (3 fan_in): U(-b, b) with b = fan_in^(-1/2), as PyTorch's
-# default of Linear and Conv2d.
+# Variance 1 / (3 fan_in): U(-b, b) with b = fan_in^(-1/2), PyTorch's default of
+# Linear and Conv2d.
 _TORCH_KERNEL = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
-# Half of a token's variance is its position's, half its content's. Pixels count
-# as uniform in [-1, 1], variance 1/3.
+# Half of a token's variance comes from its position, half from its content.
+# Pixels are assumed to be uniform in [-1, 1], with variance 1/3.
 _HALF = nn.initializers.normal(stddev=0.5**0.5)
 _HALF_OF_PIXELS = nn.initializers.variance_scaling(3 / 2, "fan_in", "normal")
 

@@ -4,8 +4,8 @@ import math
 from typing import Any
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from rescalevit_jax.models.ops import gradients
 
@@ -13,19 +13,20 @@ from rescalevit_jax.models.ops import gradients
 class Linear(nn.Module):
   """A linear layer over the last axis, or the last two: y = x kernel + bias.
 
-  Parameters are those of `flax.linen.DenseGeneral`. Arrays are flat around the
-  product. A bias of shape [h, d] is otherwise broadcast to a whole activation
-  in memory, and XLA transposes the activations for the kernel's gradient.
+  It has the parameters of `flax.linen.DenseGeneral`, and flattens the arrays
+  before the product. Otherwise a bias of shape [h, d] is broadcast to a whole
+  activation in memory, and XLA transposes the activations for the kernel's
+  gradient.
 
   Attributes:
-    features: size of the output's last axis, or of its last two.
-    input_axes: number of axes of the input that are summed over.
+    features: size of the output's last axis, or of its last two axes.
+    input_axes: number of contracted axes of the input.
     kernel_init: initializer of the kernel as a matrix [inputs, outputs].
     bias_init: initializer of the bias.
     dtype: of the computation.
-    bias_in_product: whether cuBLAS adds the bias, in `dtype`. That is best if
-      the result is the operand of another product. Otherwise the kernel that
-      reads the result adds it, without an array of its own.
+    bias_in_product: whether cuBLAS adds the bias, in `dtype`. This is fastest
+      if the result is the operand of another product. Otherwise the kernel that
+      reads the result adds the bias without another array in memory.
   """
 
   features: int | tuple[int, ...]
@@ -36,8 +37,10 @@ class Linear(nn.Module):
   bias_in_product: bool = False
 
   @nn.compact
-  def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
-    """Map x [..., inputs] to [..., outputs]."""
+  def __call__(
+    self, x: Float[Array, "*batch inputs"], train: bool = False
+  ) -> Float[Array, "*batch outputs"]:
+    """Return x kernel + bias."""
     outputs = self.features
     if isinstance(outputs, int):
       outputs = (outputs,)
@@ -61,7 +64,9 @@ class Linear(nn.Module):
       y = (y.astype(jnp.float32) + bias).astype(self.dtype)
     return y.reshape(*batch, *outputs)
 
-  def reparametrize(self, kernel: jax.Array, train: bool) -> jax.Array:
-    """Return the matrix to multiply by, [inputs, outputs]."""
+  def reparametrize(
+    self, kernel: Float[Array, "inputs outputs"], train: bool
+  ) -> Float[Array, "inputs outputs"]:
+    """Return the matrix to multiply by."""
     del train
     return kernel

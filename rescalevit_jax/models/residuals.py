@@ -1,23 +1,23 @@
-"""How a branch's output joins the residual stream: every way behind one name.
+"""Every residual by name: functions that add a branch to the residual stream.
 
-Branches are numbered 1 to 2L: attention and MLP of L blocks. To add a way,
+Branches are numbered 1 to 2L: attention and MLP of L blocks. To add a residual,
 write a class and enter it in `RESIDUALS`.
 """
 
 from typing import Any, ClassVar
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 
 class Residual(nn.Module):
-  """The stream plus the branch.
+  """The residual stream plus the branch.
 
   Attributes:
-    features: channels D.
-    branch: its number k, from 1; even ones are MLPs.
-    num_blocks: encoder blocks L.
+    features: number of channels D.
+    branch: number k of the branch, from 1; even branches are MLPs.
+    num_blocks: number of encoder blocks L.
     c: of `RescaleNet`; None: 2L.
     dtype: of the output.
   """
@@ -29,18 +29,20 @@ class Residual(nn.Module):
   dtype: Any = jnp.float32
 
   # The parameter is named SLOT_0/scale after attention and SLOT_2/scale after
-  # the MLP, like the norms' before them; None: there is none.
+  # the MLP, like the preceding norm's; None: no parameter.
   SLOT: ClassVar[str | None] = None
 
-  def __call__(self, x: jax.Array, y: jax.Array) -> jax.Array:
-    """Joins the stream x [B, N, D] and a branch's output y [B, N, D]."""
+  def __call__(
+    self, x: Float[Array, "B N D"], y: Float[Array, "B N D"]
+  ) -> Float[Array, "B N D"]:
+    """Add a branch's output y to the residual stream x."""
     return x + y
 
 
 class RescaleViT(Residual):
-  """What RescaleViT coded: the MLP's residual is scaled, attention's is not.
+  """RescaleViT's residual, which scales the MLP's branch and not attention's.
 
-  With k the number of the block of L and one learned scale a block,
+  With k the number of the block of L and one learned scale per block,
 
     x = sqrt(k / (k + 1)) * x + scale * L^(-1/2) * MLP(x)
   """
@@ -59,12 +61,14 @@ class RescaleViT(Residual):
 
 
 class RescaleNet(Residual):
-  """RescaleNet's, of every branch (Shao et al. 2020, NeurIPS).
+  """RescaleNet's residual, which scales every branch.
+
+  Shao et al. 2020, NeurIPS:
 
     x = sqrt((k - 1 + c) / (k + c)) * x + scale * (k + c)^(-1/2) * branch(x)
 
-  The squares of the factors sum to 1, so that the variance neither grows nor
-  shrinks with depth. Scale is learned, one number a branch, from 1.
+  The squares of the factors sum to 1, which keeps the variance constant over
+  depth. Each branch learns one scale, which starts at 1.
   """
 
   SLOT: ClassVar[str] = "RescaleNet"
@@ -75,15 +79,14 @@ class RescaleNet(Residual):
     c = 2 * self.num_blocks if self.c is None else self.c
     skip = ((self.branch - 1 + c) / (self.branch + c)) ** 0.5
     branch = scale * (self.branch + c) ** -0.5
-    # As skip * x + branch * y, XLA on a CPU would compute the stream anew, from
-    # all branches before, for each that reads it (a third of an evaluation's
-    # time).
+    # With skip * x + branch * y, XLA on a CPU recomputes the stream from all
+    # previous branches at each use (a third of an evaluation's time).
     change = (skip - 1) * x.astype(jnp.float32) + branch * y
     return _join(1.0, x, 1.0, change, self.dtype)
 
 
 class SkipInit(Residual):
-  """x + scale * branch(x), one learned scale a branch, from 0.
+  """x + scale * branch(x), with one learned scale per branch that starts at 0.
 
   De & Smith 2020 (NeurIPS, arXiv:2002.10444): the network starts as the
   identity.
@@ -98,10 +101,10 @@ class SkipInit(Residual):
 
 
 class LayerScale(Residual):
-  """x + scale * branch(x), one learned scale a channel, from a small number.
+  """x + scale * branch(x), with one small learned scale per channel.
 
-  Touvron et al. 2021 (CaiT, arXiv:2103.17239), section 2: 0.1 for up to 18
-  blocks, 1e-5 up to 24, 1e-6 beyond.
+  Touvron et al. 2021 (CaiT, arXiv:2103.17239), section 2: it starts at 0.1 for
+  up to 18 blocks, 1e-5 for up to 24, and 1e-6 for more.
   """
 
   SLOT: ClassVar[str] = "LayerScale"
@@ -116,7 +119,7 @@ class LayerScale(Residual):
 
 
 def _join(skip, x, branch, y, dtype):
-  x = x.astype(jnp.float32)  # Or bfloat16 would round `skip`.
+  x = x.astype(jnp.float32)  # Otherwise bfloat16 rounds `skip`.
   return (skip * x + branch * y).astype(dtype)
 
 

@@ -1,14 +1,14 @@
-"""Linear layers that learn their largest singular value."""
-
-from typing import Any
+"""Linear layers that learn their largest singular value (sigmaReparam)."""
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
+import numpy as np
 
 from rescalevit_jax.models import linear
 
-_FIRST_ITERATIONS = 16
+_INITIAL_ITERATIONS = 16
 
 
 class SigmaLinear(linear.Linear):
@@ -16,10 +16,10 @@ class SigmaLinear(linear.Linear):
 
   sigmaReparam (Zhai et al. 2023, arXiv:2303.06296): sigma(W) is the largest
   singular value of the parameter `kernel` as a matrix [inputs, outputs], and
-  gamma is learned, from 1. sigma(W) = |W v|. One step of power iteration in
-  each training pass improves v, which is kept in `batch_stats`. As in the
-  paper, v is a constant in the gradient, so sigma's gradient is that of u^T W v
-  with u = W v / |W v|.
+  gamma is learned, starting at 1. sigma(W) = |W v| with the singular vector v
+  in `batch_stats`. Each training pass improves v by one step of power
+  iteration. As in the paper, v is a constant in the gradient, so the gradient
+  of sigma equals the gradient of u^T W v with u = W v / |W v|.
   """
 
   def reparametrize(self, kernel, train):
@@ -34,33 +34,38 @@ class SigmaLinear(linear.Linear):
     return kernel * (gamma / largest(kernel, v.value))
 
 
-def singular_vector(kernel: Any, v: Any) -> Any:
-  """Returns v after some steps of power iteration, of length 1, [outputs].
+def singular_vector(
+  kernel: Float[Array, "..."], v: Float[Array, " outputs"]
+) -> Float[Array, " outputs"]:
+  """Return v after some steps of power iteration, with length 1.
 
   Args:
-    kernel: a layer's, whatever the axes of its inputs and outputs.
-    v: where to begin, [outputs].
+    kernel: of a layer, with any number of axes of inputs and outputs.
+    v: initial vector.
   """
   matrix = kernel.reshape(-1, v.size)
-  for _ in range(_FIRST_ITERATIONS):
+  for _ in range(_INITIAL_ITERATIONS):
     v = _improved(matrix, v)
   return v
 
 
-def largest(kernel: Any, v: Any) -> Any:
-  """Returns sigma(W) = |W v| / |v|, of NumPy's arrays or JAX's.
+def largest(
+  kernel: Float[Array | np.ndarray, "..."],
+  v: Float[Array | np.ndarray, " outputs"],
+) -> Float[Array | np.ndarray, ""]:
+  """Return the largest singular value sigma(W) = |W v| / |v|.
 
-  v is of length 1, but for an average over the steps.
+  v has length 1, unless it is an average over steps (EMA).
 
   Args:
     kernel: see `singular_vector`.
-    v: the singular vector, [outputs].
+    v: the singular vector.
   """
   product = kernel.reshape(-1, v.size) @ v
   return ((product**2).sum() / (v**2).sum()) ** 0.5
 
 
 def _improved(matrix, v):
-  """One step of power iteration on W^T W, v [outputs]."""
+  """Return v after one step of power iteration on W^T W."""
   v = jax.lax.stop_gradient(matrix.T @ (matrix @ v))
   return v / jnp.linalg.norm(v)

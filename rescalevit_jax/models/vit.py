@@ -1,307 +1,290 @@
-"""VisionTransformer and its blocks.
+"""The Vision Transformer: the whole forward pass, from images to logits.
 
-Modules and parameters have the names of Google's published checkpoints, so
-that the parameter tree, flattened with '/', is the checkpoint format.
+Modules and parameters have the names of Google's published checkpoints: the
+parameter tree, flattened with '/', is the checkpoint format.
 
-Shapes: B images, H by W pixels, N tokens (the class token first), D channels.
+Axes: B images, H by W pixels, N tokens (the class token first) of D channels,
+M queries, h attention heads of d channels.
 """
 
-from typing import Any
+import functools
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, UInt32
 
-from rescalevit_jax.models import branches
-from rescalevit_jax.models import fade as fade_lib
-from rescalevit_jax.models import initializers
+from rescalevit_jax.models import linear
 from rescalevit_jax.models import norms
 from rescalevit_jax.models import residuals
+from rescalevit_jax.models import sigma
+from rescalevit_jax.models.norms import rms_norm
+from rescalevit_jax.models.ops import attention
 from rescalevit_jax.models.ops import dropout
 from rescalevit_jax.models.ops import gradients
+from rescalevit_jax.models.vit_config import ViTConfig
+
+Images = Float[Array, "B H W 3"]
+Patches = Float[Array, "B N-1 D"]
+Tokens = Float[Array, "B N D"]
+ClassToken = Float[Array, "1 1 D"]
+DropoutKey = UInt32[Array, " 2"] | None
 
 
 class PatchEmbedding(nn.Module):
-  """Linear map of each patch: [B, H, W, 3] -> [B, H/P * W/P, D]."""
+  """A linear map of each patch."""
 
-  patch_size: int
-  hidden_size: int
-  scheme: initializers.Scheme
-  dtype: Any
+  config: ViTConfig
 
   @nn.compact
-  def __call__(self, images):
+  def __call__(self, images: Images) -> Patches:
+    c, p = self.config, self.config.patch_size
     batch, height, width, channels = images.shape
-    p = self.patch_size
     if height % p or width % p:
       raise ValueError(
-        f"images of {height}x{width} pixels do not divide into patches of"
-        f" {p}x{p}"
+        f"images: {height}x{width} pixels are not divisible into patches of"
+        f" {p}x{p}; resize the images"
       )
-    shape = (p, p, channels, self.hidden_size)
-    kernel = self.param("kernel", self.scheme.patch_kernel, shape)
-    bias = self.param(
-      "bias", self.scheme.patch_bias(p * p * channels), (self.hidden_size,)
-    )
+    inputs = p * p * channels
+    shape = (p, p, channels, c.hidden_size)
+    kernel = self.param("kernel", c.scheme.patch_kernel, shape)
+    bias = self.param("bias", c.scheme.patch_bias(inputs), (c.hidden_size,))
     # A convolution whose stride is its size is one matrix product.
-    patches = images.reshape(
-      batch, height // p, p, width // p, p, channels
-    ).transpose(0, 1, 3, 2, 4, 5)
-    patches = patches.reshape(batch, -1, p * p * channels).astype(self.dtype)
-    kernel = kernel.reshape(-1, self.hidden_size).astype(self.dtype)
-    return patches @ kernel + bias.astype(self.dtype)
+    x = images.reshape(batch, height // p, p, width // p, p, channels)
+    x = x.transpose(0, 1, 3, 2, 4, 5).reshape(batch, -1, inputs)
+    kernel = kernel.reshape(inputs, -1).astype(c.dtype)
+    return x.astype(c.dtype) @ kernel + bias.astype(c.dtype)
 
 
 class PositionEmbedding(nn.Module):
-  """Prepends the class token, then adds a learned vector to each token.
+  """Prepend the class token and add a learned vector to each token."""
 
-  Maps patches [B, N - 1, D] and the class token [1, 1, D] to [B, N, D].
-  """
-
-  scheme: initializers.Scheme
+  config: ViTConfig
 
   @nn.compact
-  def __call__(self, patches, cls):
+  def __call__(self, patches: Patches, cls: ClassToken) -> Tokens:
     _, count, features = patches.shape
     shape = (1, count + 1, features)
-    pos = self.param("pos_embedding", self.scheme.position, shape)
+    pos = self.param("pos_embedding", self.config.scheme.position, shape)
     pos = pos + jnp.pad(cls, ((0, 0), (0, count), (0, 0)))
     patches = jnp.pad(patches, ((0, 0), (1, 0), (0, 0)))
     return gradients.add_to_batch(patches, pos[0].astype(patches.dtype))
 
 
+class MultiHeadAttention(nn.Module):
+  """Self-attention of the tokens x, with their first M tokens as queries.
+
+  The attention probabilities are sown as `intermediates/.../attention`.
+
+  With `qk_norm`, RMSNorms normalize each head's queries and keys. The heads
+  share its scale, as in ViT-22B (Dehghani et al. 2023, arXiv:2302.05442,
+  section 2: LayerNorm without bias and centering).
+  """
+
+  config: ViTConfig
+
+  @nn.compact
+  def __call__(
+    self, queries: Float[Array, "B M D"], x: Tokens, train: bool
+  ) -> Float[Array, "B M D"]:
+    c = self.config
+    Linear = functools.partial(
+      sigma.SigmaLinear if c.sigma_reparam else linear.Linear,
+      kernel_init=c.scheme.attention_kernel,
+      bias_init=c.scheme.attention_bias(c.hidden_size),
+      dtype=c.dtype,
+    )
+
+    def project(name, x):
+      heads = (c.num_heads, c.head_dim)
+      return Linear(heads, bias_in_product=True, name=name)(x, train)
+
+    values = x
+    if queries is x:
+      queries, x, values = gradients.fan_out(x)
+    query = project("query", queries)
+    key, value = project("key", x), project("value", values)
+    if c.qk_norm:
+      RMSNorm = rms_norm.RMSNorm
+      query = RMSNorm(c.head_dim, c.dtype, name="query_norm")(query, train)
+      key = RMSNorm(c.head_dim, c.dtype, name="key_norm")(key, train)
+    if self.is_mutable_collection("intermediates"):
+      maps = attention.probabilities(query, key)
+      self.sow("intermediates", "attention", maps)
+    y = attention.attend(query, key, value, c.attention)
+    return Linear(c.hidden_size, input_axes=2, name="out")(y, train)
+
+
+class Mlp(nn.Module):
+  """Two linear layers with a GELU between them.
+
+  Attributes:
+    config: of the model.
+    dropout_index: index of the first of the two dropouts.
+  """
+
+  config: ViTConfig
+  dropout_index: int
+
+  @nn.compact
+  def __call__(self, x: Tokens, train: bool, key: DropoutKey) -> Tokens:
+    c = self.config
+    Linear = functools.partial(
+      sigma.SigmaLinear if c.sigma_reparam else linear.Linear,
+      kernel_init=c.scheme.mlp_kernel,
+      bias_init=c.scheme.mlp_bias,
+      dtype=c.dtype,
+    )
+    x = Linear(c.mlp_dim, name="Dense_0")(x, train)
+    Norm = norms.NORMS[c.norm]
+    if Norm.IN_MLP:
+      x = Norm(c.mlp_dim, c.dtype, name=Norm.IN_MLP)(x, train)
+    x = gelu(x, c.gelu)
+    x = dropout.drop(x, key, self.dropout_index, c.dropout_rate)
+    x = Linear(c.hidden_size, name="Dense_1")(x, train)
+    return dropout.drop(x, key, self.dropout_index + 1, c.dropout_rate)
+
+
+def gelu(x: Float[Array, "..."], kind: str) -> Float[Array, "..."]:
+  """Return the GELU (Hendrycks & Gimpel 2016), computed in float32.
+
+  Args:
+    x: any array.
+    kind: 'erf', or 'tanh' for Google's approximation.
+  """
+  y = x.astype(jnp.float32)
+  if kind == "tanh":
+    y = nn.gelu(y)
+  else:  # flax's GELU uses XLA's erfc, which is slower than erf on a CPU.
+    y *= 0.5 * (1 + jax.lax.erf(y * 2**-0.5))
+  return y.astype(x.dtype)
+
+
 class EncoderBlock(nn.Module):
-  """Pre-norm attention, then pre-norm MLP: [B, N, D] -> [B, N, D].
+  """Pre-norm attention, then pre-norm MLP, each added to the residual stream.
 
   In training an image skips a branch of block l of L with the probability
   l/L * stochastic_depth (Huang et al. 2016, arXiv:1603.09382, equation 4).
 
-  With `only_cls` the caller needs the class token alone. If the norm maps each
-  token by itself, the others are computed only up to their keys and values, and
-  the result is [B, 1, D].
+  If the head sees only the class token, the last block computes the other
+  tokens up to their keys and values and returns one token. This requires a norm
+  that maps each token independently of the others.
+
+  Attributes:
+    config: of the model.
+    block: number of the block, from 1.
   """
 
+  config: ViTConfig
   block: int
-  num_blocks: int
-  num_heads: int
-  mlp_dim: int
-  norm: str
-  residual: str
-  residual_c: float | None
-  qk_norm: bool
-  sigma_reparam: bool
-  dropout_rate: float
-  stochastic_depth: float
-  gelu: str
-  attention: str
-  scheme: initializers.Scheme
-  dtype: Any
-  fade: fade_lib.Schedule | None = None
-  only_cls: bool = False
 
   @nn.compact
-  def __call__(self, x, train, key):
-    skip_rate = self.stochastic_depth * self.block / self.num_blocks
-
-    def drop(y, number):
-      site = 4 * self.block + number
-      return dropout.drop(y, key, site, skip_rate, whole=True)
-
-    attention = branches.MultiHeadAttention(
-      self.num_heads,
-      self.qk_norm,
-      self.sigma_reparam,
-      self.attention,
-      self.scheme,
-      self.dtype,
-      name="MultiHeadDotProductAttention_1",
-    )
-    norm, join = self._place(0, x.shape[-1])
+  def __call__(self, x: Tokens, train: bool, key: DropoutKey) -> Tokens:
+    c = self.config
+    attend = MultiHeadAttention(c, name="MultiHeadDotProductAttention_1")
+    norm, add = self._norm_and_residual(branch=2 * self.block - 1)
     y = norm(x, train)
     queries = y
+    is_last = c.pool == "cls" and self.block == c.num_layers
     observed = self.is_mutable_collection("intermediates")
-    if self.only_cls and norm.is_per_token(train) and not observed:
+    if is_last and norm.is_per_token(train) and not observed:
       x, queries = x[:, :1], y[:, :1]
-    x = join(x, drop(attention(queries, y, train), 0))
+    x = add(x, self._skip(attend(queries, y, train), key, 4 * self.block))
 
-    mlp = branches.Mlp(
-      self.mlp_dim,
-      self.norm,
-      self.sigma_reparam,
-      self.dropout_rate,
-      4 * self.block + 2,
-      self.gelu,
-      self.scheme,
-      self.dtype,
-      name="MlpBlock_3",
-    )
-    norm, join = self._place(2, x.shape[-1])
-    return join(x, drop(mlp(norm(x, train), train, key), 1))
+    mlp = Mlp(c, dropout_index=4 * self.block + 2, name="MlpBlock_3")
+    norm, add = self._norm_and_residual(branch=2 * self.block)
+    y = mlp(norm(x, train), train, key)
+    return add(x, self._skip(y, key, 4 * self.block + 1))
 
-  def _place(self, number, features):
-    """Returns the norm before a branch and the residual after it."""
-    Norm = norms.NORMS[self.norm]
-    Residual = residuals.RESIDUALS[self.residual]
-    shared = Residual.SLOT == Norm.SLOT  # RescaleViT's names: one module.
+  def _skip(self, y, key, index):
+    rate = self.config.stochastic_depth * self.block / self.config.num_layers
+    return dropout.drop(y, key, index, rate, whole=True)
+
+  def _norm_and_residual(self, branch):
+    c, number = self.config, 0 if branch % 2 else 2
+    Norm, Residual = norms.NORMS[c.norm], residuals.RESIDUALS[c.residual]
+    norm = _norm(c, branch - 1, f"{Norm.SLOT}_{number}")
+    shared = Residual.SLOT == Norm.SLOT  # One module, as in RescaleViT.
     unnamed = shared or Residual.SLOT is None
-    branch = 2 * self.block - (number == 0)
-    ramp = _ramp(self.fade, branch - 1, self.num_blocks)
-    norm = Norm(features, self.dtype, ramp, name=f"{Norm.SLOT}_{number}")
-    join = Residual(
-      features,
+    residual = Residual(
+      c.hidden_size,
       branch=branch,
-      num_blocks=self.num_blocks,
-      c=self.residual_c,
-      dtype=self.dtype,
+      num_blocks=c.num_layers,
+      c=c.residual_c,
+      dtype=c.dtype,
       name=None if unnamed else f"{Residual.SLOT}_{number}",
     )
     if shared:
-      nn.share_scope(join, norm)
-    return norm, join
+      nn.share_scope(residual, norm)
+    return norm, residual
+
+
+def _norm(config, site, name):
+  """Return the norm at a site: two in each block, then the final norm."""
+  Norm, options = norms.NORMS[config.norm], {}
+  if config.norm_schedule is not None:
+    num_sites = 2 * config.num_layers + 1
+    options["schedule"] = config.norm_schedule.at_site(site, num_sites)
+  return Norm(config.hidden_size, config.dtype, name=name, **options)
 
 
 class Encoder(nn.Module):
-  """Class token and positions, the blocks, the final norm.
+  """Class token and positions, the blocks, the final norm."""
 
-  Maps patches [B, N - 1, D] and the class token [1, 1, D] to [B, N, D], or to
-  [B, 1, D] if only the class token is needed.
-  """
-
-  num_layers: int
-  num_heads: int
-  mlp_dim: int
-  norm: str
-  residual: str
-  residual_c: float | None
-  qk_norm: bool
-  sigma_reparam: bool
-  dropout_rate: float
-  stochastic_depth: float
-  gelu: str
-  attention: str
-  remat: bool
-  pool: str
-  scheme: initializers.Scheme
-  dtype: Any
-  fade: fade_lib.Schedule | None = None
+  config: ViTConfig
 
   @nn.compact
-  def __call__(self, patches, cls, train, key):
-    x = PositionEmbedding(self.scheme, name="posembed_input")(patches, cls)
-    x = dropout.drop(x, key, 0, self.dropout_rate)
+  def __call__(
+    self, patches: Patches, cls: ClassToken, train: bool, key: DropoutKey
+  ) -> Tokens:
+    c = self.config
+    x = PositionEmbedding(c, name="posembed_input")(patches, cls)
+    x = dropout.drop(x, key, 0, c.dropout_rate)
     Block = EncoderBlock
-    if self.remat:
+    if c.remat:
       Block = nn.remat(EncoderBlock, static_argnums=2)  # `train`.
-    for i in range(self.num_layers):
-      x = Block(
-        block=i + 1,
-        num_blocks=self.num_layers,
-        num_heads=self.num_heads,
-        mlp_dim=self.mlp_dim,
-        norm=self.norm,
-        residual=self.residual,
-        residual_c=self.residual_c,
-        qk_norm=self.qk_norm,
-        sigma_reparam=self.sigma_reparam,
-        dropout_rate=self.dropout_rate,
-        stochastic_depth=self.stochastic_depth,
-        gelu=self.gelu,
-        attention=self.attention,
-        scheme=self.scheme,
-        dtype=self.dtype,
-        fade=self.fade,
-        only_cls=self.pool == "cls" and i == self.num_layers - 1,
-        name=f"encoderblock_{i}",
-      )(x, train, key)
-    Norm = norms.NORMS[self.norm]
-    if Norm.FINAL:
-      ramp = _ramp(self.fade, 2 * self.num_layers, self.num_layers)
-      x = Norm(x.shape[-1], self.dtype, ramp, name="encoder_norm")(x, train)
+    for i in range(c.num_layers):
+      x = Block(c, block=i + 1, name=f"encoderblock_{i}")(x, train, key)
+    if norms.NORMS[c.norm].FINAL:
+      x = _norm(c, 2 * c.num_layers, "encoder_norm")(x, train)
     return x
 
 
-def _ramp(schedule, place, num_blocks):
-  return schedule and schedule.ramp(place, 2 * num_blocks + 1)
-
-
 class VisionTransformer(nn.Module):
-  """A Vision Transformer (Dosovitskiy et al. 2021, arXiv:2010.11929).
+  """A Vision Transformer (Dosovitskiy et al. 2021, arXiv:2010.11929)."""
 
-  Made by `models.create`, whose docstring explains the attributes.
-  """
-
-  num_classes: int
-  patch_size: int
-  hidden_size: int
-  mlp_dim: int
-  num_heads: int
-  num_layers: int
-  norm: str = "LN"
-  residual: str = "plain"
-  residual_c: float | None = None
-  qk_norm: bool = False
-  sigma_reparam: bool = False
-  dropout_rate: float = 0.1
-  stochastic_depth: float = 0.0
-  pool: str = "cls"
-  gelu: str = "erf"
-  attention: str = "xla"
-  remat: bool = False
-  init_scheme: str = "torch"
-  representation_size: int | None = None
-  fade: fade_lib.Schedule | None = None
-  dtype: Any = jnp.float32
+  config: ViTConfig
 
   @nn.compact
-  def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
-    """Classifies images.
+  def __call__(
+    self, images: Images, train: bool = False
+  ) -> Float[Array, "B classes"]:
+    """Classify images.
 
     Args:
-      images: [B, H, W, 3] float32 in [-1, 1].
-      train: whether dropout is on (needs the rng `dropout`) and statistics are
-        those of the batch (BN, BN2, Rescale, Fade and `sigma_reparam` change
-        `batch_stats`).
+      images: float32 in [-1, 1].
+      train: whether dropout is on, which needs the rng `dropout`, and norms use
+        batch statistics and update the collection `batch_stats`.
 
     Returns:
-      Logits [B, num_classes], float32.
+      Logits, float32.
     """
-    scheme = initializers.SCHEMES[self.init_scheme]
-    x = PatchEmbedding(
-      self.patch_size, self.hidden_size, scheme, self.dtype, name="embedding"
-    )(images)
-    cls = self.param("cls", scheme.cls, (1, 1, self.hidden_size))
+    c = self.config
+    x = PatchEmbedding(c, name="embedding")(images)
+    cls = self.param("cls", c.scheme.cls, (1, 1, c.hidden_size))
     key = None
-    if train and (self.dropout_rate or self.stochastic_depth):
+    if train and (c.dropout_rate or c.stochastic_depth):
       key = dropout.step_key(self.make_rng("dropout"))
-    x = Encoder(
-      num_layers=self.num_layers,
-      num_heads=self.num_heads,
-      mlp_dim=self.mlp_dim,
-      norm=self.norm,
-      residual=self.residual,
-      residual_c=self.residual_c,
-      qk_norm=self.qk_norm,
-      sigma_reparam=self.sigma_reparam,
-      dropout_rate=self.dropout_rate,
-      stochastic_depth=self.stochastic_depth,
-      gelu=self.gelu,
-      attention=self.attention,
-      remat=self.remat,
-      pool=self.pool,
-      scheme=scheme,
-      dtype=self.dtype,
-      fade=self.fade,
-      name="Transformer",
-    )(x, cls, train, key)
-    if self.pool == "cls":
+    x = Encoder(c, name="Transformer")(x, cls, train, key)
+    if c.pool == "cls":
       x = x[:, 0].astype(jnp.float32)
     else:
       x = x[:, 1:].astype(jnp.float32).mean(axis=1)
-    if self.representation_size is not None:
-      x = nn.tanh(nn.Dense(self.representation_size, name="pre_logits")(x))
+    if c.representation_size is not None:
+      x = nn.tanh(nn.Dense(c.representation_size, name="pre_logits")(x))
     return nn.Dense(
-      self.num_classes,
-      kernel_init=scheme.head_kernel,
-      bias_init=scheme.head_bias(x.shape[-1]),
+      c.num_classes,
+      kernel_init=c.scheme.head_kernel,
+      bias_init=c.scheme.head_bias(x.shape[-1]),
       name="head",
     )(x)

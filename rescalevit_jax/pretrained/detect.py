@@ -1,22 +1,25 @@
 """Detect which model a set of weights belongs to, by names and shapes."""
 
 from collections.abc import Mapping
-import dataclasses
+import functools
 import re
 from typing import Any
 
-from rescalevit_jax.models import base
+import jax
+import jax.numpy as jnp
+
 from rescalevit_jax.models import norms
 from rescalevit_jax.models import residuals
-from rescalevit_jax.models import variants
+from rescalevit_jax.models import vit_config
 from rescalevit_jax.pretrained import param_keys
 
 # Model options that add arrays to a plain block, with patterns of their keys.
 # The parameter of a residual is a sibling of the norm's.
 _RESIDUALS = {R.SLOT: name for name, R in residuals.RESIDUALS.items() if R.SLOT}
+_IN_MLP = {N.IN_MLP for N in norms.NORMS.values() if N.IN_MLP}
 OPTIONS = {
   "residual": re.compile(rf".*/({'|'.join(_RESIDUALS)})_\d/scale"),
-  "in_mlp": re.compile(rf".*/MlpBlock_3/{norms.IN_MLP}/.*"),
+  "in_mlp": re.compile(rf".*/MlpBlock_3/({'|'.join(_IN_MLP)})/.*"),
   "qk_norm": re.compile(r".*/(query|key)_norm/.*"),
   "sigma_reparam": re.compile(r".*/(gamma|singular_vector)"),
 }
@@ -33,8 +36,7 @@ def option(key: str) -> str | None:
 def settings(arrays: Mapping[str, Any]) -> dict[str, Any]:
   """Infer the arguments of `models.create` that add or rename arrays.
 
-  GN has the same arrays as LN and is reported as LN. The constant c of the
-  residual `rescalenet` cannot be inferred.
+  The constant c of the residual `rescalenet` cannot be inferred.
 
   Args:
     arrays: arrays by key.
@@ -53,22 +55,43 @@ def settings(arrays: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def norm(arrays: Mapping[str, Any]) -> str:
-  """Infer the name of the norm; see `settings`."""
+  """Infer the norm from the names of its arrays.
+
+  The result is the first of `same_arrays`.
+
+  Args:
+    arrays: arrays by key.
+  """
   plain = [key for key in arrays if option(key) is None]
-  matches = map(param_keys.BLOCK.fullmatch, plain)
-  slots = {match[3] for match in matches if match}
-  for name, Norm in norms.NORMS.items():
-    if Norm.SLOT != base.Norm.SLOT and f"{Norm.SLOT}_0" in slots:
-      return name
-  if f"{base.Norm.SLOT}_0" not in slots:
-    return "Identity"
-  if any(key.endswith("/faded") for key in plain):
-    return "Fade"
-  if any(option(key) == "in_mlp" for key in arrays):
-    return "BN2"
-  return (
-    "BN" if any(key.startswith(param_keys.STATS) for key in plain) else "LN"
-  )
+  blocks = filter(None, map(param_keys.BLOCK.fullmatch, plain))
+  slots = {match[3] for match in blocks}
+  stats = [key for key in plain if key.startswith(param_keys.STATS)]
+  stats = {key.rpartition("/")[2] for key in stats}
+  in_mlp = any(option(key) == "in_mlp" for key in arrays)
+
+  def matches(name):
+    *_, own, name_in_mlp = _signature(name)
+    return len(stats & own) + (bool(name_in_mlp) == in_mlp)
+
+  found = [name for name, N in norms.NORMS.items() if f"{N.SLOT}_0" in slots]
+  without = [name for name in norms.NORMS if not _signature(name)[1]]
+  return max(found, key=matches) if found else without[0]
+
+
+def same_arrays(name: str) -> list[str]:
+  """Return the norms whose arrays have the same names as this norm's."""
+  return [x for x in norms.NORMS if _signature(x) == _signature(name)]
+
+
+@functools.cache
+def _signature(name):
+  """Return a norm's module name, parameters, statistics and norm in the MLP."""
+  Norm = norms.NORMS[name]
+  init = functools.partial(Norm(8).init, train=False)
+  x = jax.ShapeDtypeStruct((1, 2, 8), jnp.float32)
+  variables = jax.eval_shape(init, jax.random.key(0), x)
+  collections = (variables.get(k, {}) for k in ("params", "batch_stats"))
+  return Norm.SLOT, *map(frozenset, collections), Norm.IN_MLP
 
 
 def size_mismatch(
@@ -97,7 +120,7 @@ def size_mismatch(
 
 
 def sizes(arrays: Mapping[str, Any]) -> dict[str, int | None]:
-  """Infer the sizes of a model, by the fields of `variants.Variant`.
+  """Infer the sizes of a `ViTConfig`.
 
   Args:
     arrays: arrays, or anything with a shape, by key.
@@ -130,8 +153,8 @@ def sizes(arrays: Mapping[str, Any]) -> dict[str, int | None]:
 
 
 def _variant(sizes: Mapping[str, int | None]) -> str | None:
-  for name, variant in variants.VARIANTS.items():
-    if dataclasses.asdict(variant) == sizes:
+  for name, variant in vit_config.VARIANTS.items():
+    if variant == sizes:
       return name
   return None
 

@@ -5,8 +5,8 @@ from typing import Any
 import numpy as np
 
 from rescalevit_jax import errors
-from rescalevit_jax.models import base
 from rescalevit_jax.models import norms
+from rescalevit_jax.models.norms import traits
 from rescalevit_jax.pretrained import detect
 from rescalevit_jax.pretrained import param_keys
 from rescalevit_jax.pretrained import sigma_kernels
@@ -21,7 +21,7 @@ def fold(name: str, params: Any, batch_stats: Any) -> tuple[Any, Any]:
   Kernels with sigma_reparam become plain ones.
 
   Args:
-    name: a norm that defines `as_linear`.
+    name: a norm that is `traits.Foldable`.
     params: parameters of the model; not changed.
     batch_stats: statistics of the model; not changed.
 
@@ -32,12 +32,12 @@ def fold(name: str, params: Any, batch_stats: Any) -> tuple[Any, Any]:
     UserError: the norm cannot be folded.
   """
   Norm = norms.NORMS[name]
-  foldable = [
-    name
-    for name, other in norms.NORMS.items()
-    if other.as_linear is not base.Norm.as_linear
-  ]
-  if name not in foldable:
+  if not issubclass(Norm, traits.Foldable):
+    foldable = [
+      name
+      for name, other in norms.NORMS.items()
+      if issubclass(other, traits.Foldable)
+    ]
     raise errors.UserError(
       f"{name} does not fold into the next layer; choose one of"
       f" {', '.join(foldable)}"
@@ -47,16 +47,12 @@ def fold(name: str, params: Any, batch_stats: Any) -> tuple[Any, Any]:
     {key: _astype(x, np.float64) for key, x in arrays.items()}
   )
   for site, layers in _layers_after_sites(Norm, params).items():
-    linear = Norm.as_linear(
-      _pop(arrays, site), _pop(arrays, f"{param_keys.STATS}{site}")
-    )
-    if linear is None:
-      raise errors.UserError(
-        f"{site}: {name} folds only after it has faded to a linear map, with"
-        " one scale for class token and patches; take the latest checkpoint of"
-        " a finished run with fade.alpha=0 and fade.separate_cls=False"
-      )
-    factor, shift = linear
+    params = _pop(arrays, site)
+    batch_stats = _pop(arrays, f"{param_keys.STATS}{site}")
+    try:
+      factor, shift = Norm.as_linear(params, batch_stats)
+    except ValueError as e:
+      raise errors.UserError(f"{site}: {e}") from e
     for layer in layers:
       kernel = arrays[f"{layer}/kernel"]
       arrays[f"{layer}/bias"] += np.tensordot(shift, kernel, 1)

@@ -12,7 +12,7 @@ from rescalevit_jax import config as config_lib
 from rescalevit_jax import errors
 from rescalevit_jax.config import keys
 from rescalevit_jax.models import norms
-from rescalevit_jax.models import variants
+from rescalevit_jax.models import vit_config
 from rescalevit_jax.runs import run_reader
 
 # Keys with their own column or meaning.
@@ -150,7 +150,7 @@ def _is_number(value):
 def _order(config):
   return (
     config.dataset,
-    list(variants.VARIANTS).index(config.model_name),
+    list(vit_config.VARIANTS).index(config.model_name),
     list(norms.NORMS).index(config.model.norm),
     pretrained(config),
     config.image_size,

@@ -76,7 +76,7 @@ def step_flops(run: grid.PlannedRun) -> float:
   Raises:
     UserError: the sizes of the model are inconsistent.
   """
-  forward = flops.forward_flops(_model(run), run.config.image_size)
+  forward = flops.forward_flops(_model(run).config)
   return float(forward * run.config.batch)
 
 

@@ -17,13 +17,13 @@ import numpy as np
 
 from rescalevit_jax.augment import mixing as mixing_lib
 from rescalevit_jax.augment import preprocess
-from rescalevit_jax.models import pointwise
+from rescalevit_jax.models.norms import traits
 from rescalevit_jax.training import train_state
 from rescalevit_jax.training import train_step
 
 NUM_BATCHES = 8  # Like Rescale.
 
-_COLLECTIONS = ("params", "batch_stats", pointwise.CALIBRATION)
+_COLLECTIONS = ("params", "batch_stats", traits.CALIBRATION)
 
 
 def calibrate(
@@ -90,7 +90,7 @@ def measure(
   Args:
     params: the parameters.
     batch_stats: the running statistics.
-    measured: the collection `pointwise.CALIBRATION` of earlier batches.
+    measured: the collection `traits.CALIBRATION` of earlier batches.
     images: A micro-batches.
     labels: of the images.
     seed: of the run.
@@ -110,7 +110,9 @@ def measure(
   def micro_step(collections, micro_batch):
     images, labels, crop_keys, mixing_keys, dropout_key = micro_batch
     x = preprocess.prepare_random(crop_keys, images, image_size, augment)
-    x, _ = mixing_lib.mix(mixing_keys, x, labels, model.num_classes, mixing)
+    x, _ = mixing_lib.mix(
+      mixing_keys, x, labels, model.config.num_classes, mixing
+    )
     new = _forward(model, collections, x, dropout_key)
     return tuple(new.get(name, {}) for name in _COLLECTIONS), None
 
@@ -128,7 +130,7 @@ def _initial(model, params, batch_stats, image_size):
     x,
     jax.random.key(0),
   )
-  shapes = shapes.get(pointwise.CALIBRATION, {})
+  shapes = shapes.get(traits.CALIBRATION, {})
   return jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
 
 

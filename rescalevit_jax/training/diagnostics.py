@@ -135,7 +135,7 @@ class Diagnostics:
     if not config.diagnostics_every:
       self._restart_sums()  # They may be enabled later.
       return
-    self._num_layers = experiment.model.num_layers
+    self._num_layers = experiment.model.config.num_layers
     self._measure = CompiledDiagnostics(experiment)
     # All at once: one at a time would interrupt the device between steps.
     counts = jnp.arange(config.total_steps)

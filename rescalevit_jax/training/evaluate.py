@@ -199,6 +199,7 @@ def _load_pretrained(experiment):
   gather = jax.jit(
     lambda tree: tree, out_shardings=sharding.replicated(experiment.mesh)
   )
-  # The file stores how far norms have faded; the config's schedule is ignored.
-  model = experiment.model.clone(fade=None)
+  # The norms stay as in the file; the config's schedule is ignored.
+  config = dataclasses.replace(experiment.model.config, norm_schedule=None)
+  model = experiment.model.clone(config=config)
   return model, gather((state.params, state.batch_stats))

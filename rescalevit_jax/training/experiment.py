@@ -23,9 +23,9 @@ from rescalevit_jax.augment import preprocess
 from rescalevit_jax.data import dataset as dataset_lib
 from rescalevit_jax.data import loader
 from rescalevit_jax.distributed import sharding
-from rescalevit_jax.models import fade
 from rescalevit_jax.models import norms
 from rescalevit_jax.models import vit
+from rescalevit_jax.models.norms import traits
 from rescalevit_jax.models.ops import attention
 from rescalevit_jax.optim import optimizers
 from rescalevit_jax.optim import schedule
@@ -109,14 +109,16 @@ class Experiment:
 
   @functools.cached_property
   def settled_from(self) -> int | None:
-    """The first step that needs no calibration, see `Norm.SETTLES_AFTER`.
+    """The first step that needs no calibration, see `Settling.SETTLES_AFTER`.
 
     None if all steps are the same or may be skipped (float16).
     """
-    passes = norms.NORMS[self.config.model.norm].SETTLES_AFTER
-    if not passes or self.model.dtype == jnp.float16:
+    Norm = norms.NORMS[self.config.model.norm]
+    if not issubclass(Norm, traits.Settling):
       return None
-    return 1 + -(-passes // self.config.accum_steps)
+    if self.model.config.dtype == "float16":
+      return None
+    return 1 + -(-Norm.SETTLES_AFTER // self.config.accum_steps)
 
   @functools.cached_property
   def _train_steps(self):
@@ -216,9 +218,9 @@ def _log_attention(config, model):
   elif config.model.attention != "auto":
     reason = "model.attention"
   else:
-    head_dim = model.hidden_size // model.num_heads
-    reason = attention.choose(model.dtype, head_dim).reason
-  _log.info("attention by %s: %s", model.attention, reason)
+    dtype = jnp.dtype(model.config.dtype)
+    reason = attention.choose(dtype, model.config.head_dim).reason
+  _log.info("attention by %s: %s", model.config.attention, reason)
 
 
 def build(
@@ -282,23 +284,14 @@ def create_model(
         " choose auto"
       )
     keys["attention"] = "xla"
-  if config.model.norm == "Fade":
-    keys["fade"] = _fade_schedule(config)
+  Norm = norms.NORMS[config.model.norm]
+  if issubclass(Norm, traits.Scheduled):
+    passes = config.total_steps * config.accum_steps
+    keys["norm_schedule"] = Norm.create_schedule(config, passes)
   return models.create(
     config.model_name,
     num_classes=num_classes,
     image_size=config.image_size,
     dtype=config.dtype,
     **keys,
-  )
-
-
-def _fade_schedule(config):
-  passes = config.total_steps * config.accum_steps
-  return fade.Schedule(
-    config.fade.begin * passes,
-    config.fade.end * passes,
-    config.fade.site_fraction,
-    config.fade.separate_cls,
-    config.fade.alpha,
   )

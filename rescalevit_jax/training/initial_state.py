@@ -6,8 +6,8 @@ import jax
 
 from rescalevit_jax import errors
 from rescalevit_jax.distributed import sharding
-from rescalevit_jax.models import fade
 from rescalevit_jax.models import norms
+from rescalevit_jax.models.norms import traits
 from rescalevit_jax.pretrained import load
 from rescalevit_jax.training import calibration
 from rescalevit_jax.training import experiment as experiment_lib
@@ -28,8 +28,10 @@ def create(
   """
   config, state = experiment.config, experiment.init_state()
   _check_shift(config.augment.pad_crop, experiment.dataset)
+  Norm = norms.NORMS[config.model.norm]
   calibrated = (
-    config.calibration in norms.NORMS[config.model.norm].CALIBRATED_BY
+    issubclass(Norm, traits.Calibrated)
+    and config.calibration in Norm.CALIBRATED_BY
   )
   if config.pretrained_path is None:
     _log.info("starting from scratch, seed %d", config.seed)
@@ -59,7 +61,9 @@ def load_pretrained(
     allow_nonfinite=config.pretrained_allow_nonfinite,
   )
   _log.info("weights of %s\n%s", config.pretrained_path, report.summary())
-  batch_stats = fade.reset_counters(batch_stats)
+  Norm = norms.NORMS[config.model.norm]
+  if issubclass(Norm, traits.Scheduled):
+    batch_stats = Norm.reset_counters(batch_stats)
   shardings = experiment.shardings()
   params, batch_stats = jax.tree.map(
     sharding.put,

@@ -16,9 +16,9 @@ from jaxtyping import Array, Float32, Int32, UInt8
 import numpy as np
 
 from rescalevit_jax.augment import preprocess
-from rescalevit_jax.models import base
 from rescalevit_jax.models import norms
 from rescalevit_jax.models import vit
+from rescalevit_jax.models.norms import traits
 from rescalevit_jax.training import train_state
 from rescalevit_jax.training import train_step
 
@@ -200,7 +200,7 @@ def forward(
     mutable=["intermediates"],
   )
   found = found["intermediates"]["Transformer"]
-  blocks = [found[f"encoderblock_{i}"] for i in range(model.num_layers)]
+  blocks = [found[f"encoderblock_{i}"] for i in range(model.config.num_layers)]
   streams = [found["posembed_input"]["__call__"][-1]]
   streams += [block["__call__"][-1] for block in blocks]
   entropies = [
@@ -216,9 +216,11 @@ def forward(
       ),
       f"stream_mean_{name}": jnp.stack([x.mean() for x in x]),
     }
-  Norm = norms.NORMS[model.norm]
-  # A site that fades to a linear map does not saturate.
-  if Norm.SATURATED is None or "function" not in found.get("encoder_norm", {}):
+  Norm = norms.NORMS[model.config.norm]
+  if not issubclass(Norm, traits.Saturating):
+    return measured
+  # A linear site does not call its function.
+  if "function" not in found.get("encoder_norm", {}):
     return measured
 
   def saturation(site):
@@ -237,6 +239,6 @@ def _is_measured(module, method):
   Attention probabilities are always captured.
   """
   if method == "function":
-    return isinstance(module, base.Norm)
+    return isinstance(module, traits.Saturating)
   stream = (vit.EncoderBlock, vit.PositionEmbedding)
   return method == "__call__" and isinstance(module, stream)

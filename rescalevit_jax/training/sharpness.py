@@ -1,5 +1,6 @@
 """Sharpness: the largest eigenvalue of the Hessian."""
 
+import dataclasses
 from typing import Any
 
 from flax import linen as nn
@@ -49,7 +50,9 @@ def sharpness(
     The scalars `sharpness` and `sharpness_residual`.
   """
   # cuDNN's attention has no second derivative.
-  model = model.clone(dtype=jnp.float32, attention="xla")
+  model = model.clone(
+    config=dataclasses.replace(model.config, dtype="float32", attention="xla")
+  )
 
   def loss(params):
     logits = model.apply(

@@ -91,7 +91,7 @@ def init_state(
     batch_stats=variables.get("batch_stats", {}),
     opt_state=optimizer.init(variables["params"]),
     loss_scale=(
-      loss_scale_lib.create() if model.dtype == jnp.float16 else None
+      loss_scale_lib.create() if model.config.dtype == "float16" else None
     ),
   )
   if averages:

@@ -12,7 +12,7 @@ import optax
 
 from rescalevit_jax.augment import mixing as mixing_lib
 from rescalevit_jax.augment import preprocess
-from rescalevit_jax.models import base
+from rescalevit_jax.models.norms import traits
 from rescalevit_jax.optim import clipping
 from rescalevit_jax.optim import ema as ema_lib
 from rescalevit_jax.optim import loss_scale as loss_scale_lib
@@ -52,8 +52,8 @@ def train_step(
     mixing: label smoothing, and augmentation of pairs of images of a
       micro-batch.
     ema_decay: decay of the EMA, if the state has one.
-    settled: whether the first `Norm.SETTLES_AFTER` forward passes are over. If
-      so, the program omits calibration.
+    settled: whether the first `Settling.SETTLES_AFTER` forward passes are over.
+      If so, the program omits calibration.
     gather: replicates sharded parameters.
     scatter: shards a gradient.
 
@@ -115,7 +115,7 @@ def gradient(
     images, labels, crop_keys, mixing_keys, dropout_key = micro_batch
     x = preprocess.prepare_random(crop_keys, images, image_size, augment)
     x, labels = mixing_lib.mix(
-      mixing_keys, x, labels, model.num_classes, mixing
+      mixing_keys, x, labels, model.config.num_classes, mixing
     )
     (loss, batch_stats), grads, loss_scale = loss_scale_lib.value_and_grad(
       functools.partial(loss_fn, model=model, settled=settled),
@@ -187,7 +187,7 @@ def loss_fn(
     {"params": params, "batch_stats": batch_stats},
     images,
     train=True,
-    mutable=["batch_stats", base.SETTLED] if settled else ["batch_stats"],
+    mutable=["batch_stats", traits.SETTLED] if settled else ["batch_stats"],
     rngs={"dropout": dropout_key},
   )
   if jnp.issubdtype(labels.dtype, jnp.integer):

@@ -83,7 +83,6 @@ class Trainer:
     self._diagnostics = diagnostics.Diagnostics(experiment, progress)
     progress_lib.warn_of_long_run(
       experiment.model,
-      image_size=config.image_size,
       batch=config.batch,
       steps=config.total_steps - progress.step,
       eval_images=len(dataset.test),

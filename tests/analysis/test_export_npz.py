@@ -66,7 +66,8 @@ def test_fold(default_run, test_digits, tmp_path, capsys):
   assert export_npz.main(flags) == 0
   assert "norm folded" in capsys.readouterr().out
   folded, run = trained_model.load_npz(path), trained_model.load(default_run)
-  assert run.model.norm == "Rescale" and folded.model.norm == "Identity"
+  norms = [model.model.config.norm for model in (run, folded)]
+  assert norms == ["Rescale", "Identity"]
   images = list(test_digits.images[:20])
   np.testing.assert_allclose(folded(images), run(images), atol=1e-5)
 

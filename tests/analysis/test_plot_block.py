@@ -1,8 +1,8 @@
 """The picture of an encoder block."""
 
-from rescalevit_jax import models
 from rescalevit_jax.analysis import plot_block
 from rescalevit_jax.models import norms
+from rescalevit_jax.models import vit_config
 
 
 def test_names_every_norm_and_residual(tmp_path):
@@ -10,7 +10,7 @@ def test_names_every_norm_and_residual(tmp_path):
   assert (tmp_path / "block.svg").stat().st_size > 5000
   texts = [x.get_text() for x in plot_block.draw().axes[0].texts]
   assert "model.norm: " + ", ".join(norms.NORMS) in texts
-  assert "model.residual: " + ", ".join(models.RESIDUALS) in texts
+  assert "model.residual: " + ", ".join(vit_config.RESIDUALS) in texts
 
 
 def test_other_formats_are_refused(tmp_path, capsys):

@@ -153,7 +153,7 @@ def test_a_run_of_another_device_loads(copied):
   text = path.read_text()
   assert '"attention": "auto"' in text
   path.write_text(text.replace('"attention": "auto"', '"attention": "cudnn"'))
-  assert trained_model.load(copied).model.attention == "xla"
+  assert trained_model.load(copied).model.config.attention == "xla"
 
 
 def test_class_names(copied):
@@ -194,7 +194,7 @@ def test_a_file_of_each_norm(norm, tmp_path):
   model = trained_model.load_npz(tmp_path / "some.npz", **said)
   assert model.name == "some" and model.image_size == 12
   assert model.class_names == ("0", "1", "2")
-  assert model.model.norm == norm
+  assert model.model.config.norm == norm
   expected = models.create(
     "ViT-B_16", num_classes=3, norm=norm, image_size=12, **trees.TINY
   ).apply({"params": params, "batch_stats": stats}, model.inputs(IMAGES))
@@ -230,7 +230,10 @@ def test_options_are_inferred_from_a_file(norm, options, tmp_path):
 def test_residual_c_and_pool_are_arguments(tmp_path):
   npz.save(tmp_path / "a.npz", *trees.fresh(residual="rescalenet"))
   model = trained_model.load_npz(tmp_path / "a.npz", residual_c=3.0, pool="gap")
-  assert (model.model.residual_c, model.model.pool) == (3.0, "gap")
+  assert (model.model.config.residual_c, model.model.config.pool) == (
+    3.0,
+    "gap",
+  )
 
 
 def test_gelu(tmp_path):
@@ -239,14 +242,14 @@ def test_gelu(tmp_path):
     trained_model.load_npz(tmp_path / "a.npz", gelu=gelu)
     for gelu in ("erf", "tanh")
   ]
-  assert [model.model.gelu for model in found] == ["erf", "tanh"]
+  assert [model.model.config.gelu for model in found] == ["erf", "tanh"]
 
 
 def test_a_file_with_pre_logits(tmp_path):
   params, stats = variables("LN", representation_size=6)
   npz.save(tmp_path / "a.npz", params, stats)
   model = trained_model.load_npz(tmp_path / "a.npz")
-  assert model.model.representation_size == 6
+  assert model.model.config.representation_size == 6
   trees.same(trees.flat(**model.variables), trees.flat(params, stats))
   assert model(IMAGES).shape == (7, 3)
 

@@ -8,10 +8,10 @@ import pytest
 from tiny_gpu import tiny_config
 
 from rescalevit_jax import errors
-from rescalevit_jax import models
 from rescalevit_jax.benchmark import gpus
 from rescalevit_jax.benchmark import hlo
 from rescalevit_jax.models import norms
+from rescalevit_jax.models import vit_config
 from rescalevit_jax.training import experiment
 
 ATTEND = "__cudnn$fmhaSoftmax"
@@ -21,7 +21,7 @@ FLOAT32_PRODUCTS = re.compile(r"bsh,bhwc->bswc|btw,bswc->bstc|/head/")
 
 # Norms that differ little from others, where a compilation takes long.
 RARE = ("RMS", "Derf", "BN2", "Identity")
-HALF_DTYPES = [x for x in ("bfloat16", "float16") if x in models.DTYPES]
+HALF_DTYPES = [x for x in ("bfloat16", "float16") if x in vit_config.DTYPES]
 
 
 def assert_lean(program):

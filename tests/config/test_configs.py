@@ -34,7 +34,7 @@ def test_methods_of_the_study_differ():
   module = load("norm_free")
   configs = [module.get_config(method) for method in module.METHODS]
   for config in configs:
-    model = experiment.create_model(config, 10)
+    model = experiment.create_model(config, 10).config
     assert (model.num_layers, model.hidden_size) == (12, 64)
     assert configs.count(config) == 1
   with pytest.raises(errors.UserError, match="'Cal-rescal'.*Cal-rescalenet"):

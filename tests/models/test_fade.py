@@ -15,8 +15,9 @@ from rescalevit_jax import config as config_lib
 from rescalevit_jax import errors
 from rescalevit_jax import models
 from rescalevit_jax.analysis import trained_model
-from rescalevit_jax.models import fade
 from rescalevit_jax.models import norms
+from rescalevit_jax.models.norms import fade
+from rescalevit_jax.models.norms import layer_norm
 from rescalevit_jax.pretrained import fold
 from rescalevit_jax.pretrained import load
 from rescalevit_jax.pretrained import npz
@@ -59,7 +60,7 @@ def variables(share=0.0, count=0, log_sigma=LOG_SIGMA, alpha=0.0):
 
 
 def apply(share, x=X, alpha=0.0):
-  return norms.Fade(D).apply(variables(share, alpha=alpha), x, False)
+  return fade.Fade(D).apply(variables(share, alpha=alpha), x, False)
 
 
 def sigma(x):
@@ -79,8 +80,8 @@ def test_at_first_it_is_layer_norm_bit_for_bit(alpha):
       found, X
     )
     for module, found in (
-      (norms.Fade(D), variables(alpha=alpha)),
-      (norms.LayerNorm(D), {"params": PARAMS}),
+      (fade.Fade(D), variables(alpha=alpha)),
+      (layer_norm.LayerNorm(D), {"params": PARAMS}),
     )
   ]
   for ours, theirs in zip(*map(jax.tree.leaves, both), strict=True):
@@ -161,7 +162,7 @@ def test_gradient_is_the_slope(share, alpha):
   def fixed(params, x):
     return (
       weights
-      * norms.Fade(D).apply(
+      * fade.Fade(D).apply(
         {"params": params, "batch_stats": statistics}, x, False
       )
     ).sum()
@@ -180,9 +181,9 @@ def test_gradient_is_the_slope(share, alpha):
   np.testing.assert_allclose(slope, (ends[0] - ends[1]) / 2e-2, rtol=5e-3)
 
 
-def passes(ramp, batches, start):
+def passes(schedule, batches, start):
   found = start
-  module = norms.Fade(D, ramp=ramp)
+  module = fade.Fade(D, schedule=schedule)
   for x in batches:
     _, new = module.apply(found, x, True, mutable=["batch_stats"])
     found = {"params": PARAMS, **new}
@@ -192,9 +193,9 @@ def passes(ramp, batches, start):
 @pytest.mark.parametrize("apart", [True, False])
 def test_running_statistics_by_hand(apart):
   """The mean over the first 100 passes; then a hundredth of the way each."""
-  ramp = fade.Ramp(1000, 2000, apart)
+  schedule = fade.SiteSchedule(1000, 2000, apart)
   batches = [X, 3 * X - 1, X**2]
-  found = passes(ramp, batches, variables())
+  found = passes(schedule, batches, variables())
   logs = [np.log(sigma(x.astype(np.float64))) for x in batches]
   kinds = [(log[:, 0].mean(), log[:, 1:].mean()) for log in logs]
   if not apart:
@@ -202,30 +203,30 @@ def test_running_statistics_by_hand(apart):
   want = np.mean(kinds, axis=0)
   np.testing.assert_allclose(found["log_sigma"], want, rtol=1e-5)
   assert found["count"] == 3 and found["faded"] == 0
-  later = passes(ramp, [X], variables(count=500))
+  later = passes(schedule, [X], variables(count=500))
   want = LOG_SIGMA + 0.01 * (kinds[0] - LOG_SIGMA)
   np.testing.assert_allclose(later["log_sigma"], want, rtol=1e-5)
   assert later["count"] == 501
 
 
 def test_statistics_freeze_when_a_place_is_done():
-  ramp = fade.Ramp(1, 3, True)
+  schedule = fade.SiteSchedule(1, 3, True)
   half, full = variables(0.5, count=2), variables(1.0, count=3)
-  moved = passes(ramp, [X], half)
+  moved = passes(schedule, [X], half)
   assert moved["faded"] == fade.FULL
   assert (moved["log_sigma"] != LOG_SIGMA).all()
-  stays = passes(ramp, [X, X + 1], full)
+  stays = passes(schedule, [X, X + 1], full)
   np.testing.assert_array_equal(stays["log_sigma"], LOG_SIGMA)
   assert stays["faded"] == fade.FULL
   # Nor does a run that would begin later undo it.
-  stays = passes(fade.Ramp(90, 99, True), [X], full)
+  stays = passes(fade.SiteSchedule(90, 99, True), [X], full)
   assert stays["faded"] == fade.FULL
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.5])
 def test_the_schedules_alpha_counts_and_not_a_files(alpha):
   """In evaluation, too; a training pass writes it down."""
-  module = norms.Fade(D, ramp=fade.Ramp(1, 2, True, alpha))
+  module = fade.Fade(D, schedule=fade.SiteSchedule(1, 2, True, alpha))
   found = variables(1.0, count=9, alpha=0.25)
   np.testing.assert_array_equal(
     module.apply(found, X, False), apply(1.0, alpha=alpha)
@@ -273,14 +274,14 @@ def test_saturation_is_that_of_the_tanh():
     np.testing.assert_allclose(found["head/saturation"], want)
   some = measure(1.0, 1.0)["saturation_mlp"]
   assert (0.01 < some).all() and (some < 0.99).all()
-  linear = measure(0.0, 1.0, fade=fade.Schedule(0, 1, 1.0, True))
+  linear = measure(0.0, 1.0, norm_schedule=fade.Schedule(0, 1, 1.0, True))
   assert not any("saturation" in name for name in linear)
 
 
 def test_schedule_by_hand():
   """Three places, each for 20 of the 40 passes after the hundredth."""
   schedule = fade.Schedule(100, 140, 0.5, True)
-  ramps = [schedule.ramp(place, 3) for place in range(3)]
+  ramps = [schedule.at_site(site, 3) for site in range(3)]
   assert [(r.begin, r.end) for r in ramps] == [
     (100, 120),
     (110, 130),
@@ -300,11 +301,11 @@ def test_schedule_by_hand():
     [1, 1, 1],
   ]
   together = fade.Schedule(100, 140, 1.0, True)
-  assert {together.ramp(place, 3) for place in range(3)} == {
-    fade.Ramp(100, 140, True)
+  assert {together.at_site(site, 3) for site in range(3)} == {
+    fade.SiteSchedule(100, 140, True)
   }
   for begin in (100, 99.6):  # Done after pass 100, however short.
-    short = fade.Ramp(begin, 100, True)
+    short = fade.SiteSchedule(begin, 100, True)
     found = [int(short.faded(jnp.int32(n))) for n in (99, 100)]
     assert found == [0, fade.FULL]
 
@@ -328,7 +329,7 @@ def stats(state_or_stats, name):
 
 
 def test_first_blocks_fade_first_and_the_final_norm_last():
-  model = tiny(fade=fade.Schedule(2, 10, 0.5, True))
+  model = tiny(norm_schedule=fade.Schedule(2, 10, 0.5, True))
   x = np.random.default_rng(0).uniform(-1, 1, (5, 8, 8, 3)).astype(np.float32)
   start = model.init(jax.random.key(0), x)
 
@@ -452,7 +453,7 @@ def test_one_scale_folds_into_the_layers_that_follow(tmp_path):
   tree, weights = folded()
   npz.save(tmp_path / "a.npz", *weights)
   model = trained_model.load_npz(tmp_path / "a.npz")
-  assert model.model.norm == "Identity"
+  assert model.model.config.norm == "Identity"
   x = np.random.default_rng(0).uniform(-1, 1, (5, 8, 8, 3)).astype(np.float32)
   want = tiny().apply({"params": params, "batch_stats": tree}, x)
   error = np.abs(model.model.apply(model.variables, x) - want).max()

@@ -5,8 +5,9 @@ import numpy as np
 import pytest
 
 from rescalevit_jax import models
-from rescalevit_jax.models import base
 from rescalevit_jax.models import norms
+from rescalevit_jax.models.norms import rescale
+from rescalevit_jax.models.norms import traits
 
 IMAGES = np.random.default_rng(0).uniform(-1, 1, (4, 8, 8, 3))
 IMAGES = IMAGES.astype(np.float32)
@@ -53,7 +54,7 @@ def trained(model):
     )[1]
   )
   if variables["batch_stats"]:
-    for _ in range(norms.Rescale.CALIBRATION_BATCHES):
+    for _ in range(rescale.Rescale.CALIBRATION_BATCHES):
       variables |= apply(variables)
   return variables
 
@@ -75,7 +76,7 @@ def test_training_is_as_with_all_tokens(norm, remat):
   variables = trained(model)
   # Whatever is observed is there for all tokens.
   want = loss_and_gradient(model, variables, "intermediates")
-  assert_close(loss_and_gradient(model, variables, base.SETTLED), want)
+  assert_close(loss_and_gradient(model, variables, traits.SETTLED), want)
 
 
 @pytest.mark.parametrize("norm", norms.NORMS)
@@ -120,7 +121,7 @@ def rows_of_the_last_mlp(norm, train, pool="cls", collections=()):
     ("BN", False, (), True),
     ("GN", False, (), False),
     ("Rescale", True, (), False),  # It may be calibrating.
-    ("Rescale", True, (base.SETTLED,), True),
+    ("Rescale", True, (traits.SETTLED,), True),
     ("Cal", True, (), True),
     ("Cal", True, ("calibration", "params"), False),
     ("Fade", True, (), False),
@@ -148,7 +149,7 @@ def test_a_pass_in_which_all_is_mutable_calibrates():
 def test_a_settled_rescale_keeps_its_statistics_and_leaves_no_trace():
   model = tiny(norm="Rescale")
   variables = trained(model)
-  (_, statistics), _ = loss_and_gradient(model, variables, base.SETTLED)
+  (_, statistics), _ = loss_and_gradient(model, variables, traits.SETTLED)
   jax.tree.map(
     np.testing.assert_array_equal, statistics, variables["batch_stats"]
   )

@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+from typing import NamedTuple
 
 import flax
 import jax
@@ -12,15 +13,18 @@ import pytest
 
 from rescalevit_jax import errors
 from rescalevit_jax import models
+from rescalevit_jax.analysis import plots
 from rescalevit_jax.augment import preprocess
-from rescalevit_jax.models import base
-from rescalevit_jax.models import branches
-from rescalevit_jax.models import initializers
 from rescalevit_jax.models import norms
-from rescalevit_jax.models import variants
 from rescalevit_jax.models import vit
+from rescalevit_jax.models import vit_config
+from rescalevit_jax.models.norms import base
+from rescalevit_jax.models.norms import group_norm
+from rescalevit_jax.models.norms import layer_norm
+from rescalevit_jax.models.norms import rescale
 from rescalevit_jax.models.ops import dropout
 from rescalevit_jax.optim import optimizers
+from rescalevit_jax.pretrained import detect
 from rescalevit_jax.runtime import accelerator
 from rescalevit_jax.training import train_state
 from rescalevit_jax.training import train_step as train_step_lib
@@ -85,7 +89,7 @@ def flatten(tree):
     (dict(gelu="tan"), "gelu: unknown 'tan'; did you mean tanh"),
     (dict(gelu=True), "gelu: unknown True; .*erf, tanh"),
     (dict(residual="rescal"), "residual: unknown 'rescal'; .*rescale"),
-    (dict(residual_c=0.0), "residual_c: is 0.0, but must be > 0"),
+    (dict(residual_c=0.0), "residual_c: 0.0 is not > 0"),
     (dict(pool="mean"), "pool: unknown 'mean'; .*cls, gap"),
     (dict(init="googel"), "init: unknown 'googel'; did you mean google"),
     (dict(dtype="float61"), "dtype: unknown 'float61'; did you mean .*float16"),
@@ -105,7 +109,8 @@ def test_mistake_is_one_line_that_says_what_is_wrong(kwargs, expected):
 
 def test_size_of_none_keeps_the_tables_value():
   model = models.create("ViT-S_16", num_classes=3, hidden_size=None)
-  assert model.hidden_size == variants.VARIANTS["ViT-S_16"].hidden_size
+  want = vit_config.VARIANTS["ViT-S_16"]["hidden_size"]
+  assert model.config.hidden_size == want
 
 
 def test_from_python_as_the_documentation_shows_it():
@@ -236,13 +241,7 @@ def test_representation_size_adds_pre_logits_before_the_head():
 
 def expected_count(name, classes, norm):
   """Counts parameters from the sizes, at 224 pixels."""
-  size = variants.VARIANTS[name]
-  d, m, p, layers = (
-    size.hidden_size,
-    size.mlp_dim,
-    size.patch_size,
-    size.num_layers,
-  )
+  p, d, m, _, layers = vit_config.VARIANTS[name].values()
 
   def linear(inputs, outputs):
     return (inputs + 1) * outputs
@@ -256,7 +255,7 @@ def expected_count(name, classes, norm):
 
 
 @pytest.mark.parametrize("norm", ["LN", "Rescale"])
-@pytest.mark.parametrize("name", variants.VARIANTS)
+@pytest.mark.parametrize("name", vit_config.VARIANTS)
 def test_every_variant_has_the_parameters_of_its_sizes(name, norm):
   model = models.create(name, num_classes=10, norm=norm)
   images = jnp.zeros((2, 224, 224, 3))
@@ -283,8 +282,14 @@ def test_every_variant_has_the_parameters_of_its_sizes(name, norm):
   ],
 )
 def test_sizes_are_those_of_the_papers(name, patch, width, mlp, heads, layers):
-  want = variants.Variant(patch, width, mlp, heads, layers)
-  assert variants.VARIANTS[name] == want
+  found = vit_config.VARIANTS[name]
+  assert found == {
+    "patch_size": patch,
+    "hidden_size": width,
+    "mlp_dim": mlp,
+    "num_heads": heads,
+    "num_layers": layers,
+  }
 
 
 # Precision.
@@ -377,10 +382,10 @@ def test_dropout_acts_only_in_training(norm):
 def test_dropout_is_thrice_and_never_in_attention(monkeypatch):
   variables, zeros, drop = variables_of("LN"), {}, dropout.drop
 
-  def spy(x, key, site, rate, whole=False):
-    y = drop(x, key, site, rate, whole)
-    assert site not in zeros  # Or two would drop the same elements.
-    zeros[site] = np.mean(np.asarray((y == 0) & (x != 0)))
+  def spy(x, key, index, rate, whole=False):
+    y = drop(x, key, index, rate, whole)
+    assert index not in zeros  # Or two would drop the same elements.
+    zeros[index] = np.mean(np.asarray((y == 0) & (x != 0)))
     return y
 
   monkeypatch.setattr(dropout, "drop", spy)
@@ -391,12 +396,12 @@ def test_dropout_is_thrice_and_never_in_attention(monkeypatch):
     rngs={"dropout": jax.random.key(0)},
     capture_intermediates=True,
   )
-  # After the positions, the GELUs and the MLPs; a block's other two sites are
-  # those of stochastic depth.
-  places = {0, 6, 7, 10, 11}
-  assert set(zeros) == places | {4, 5, 8, 9}
-  for site, share in zeros.items():
-    assert share == pytest.approx(0.5 * (site in places), abs=0.05), site
+  # After the positions, the GELUs and the MLPs. A block's other two dropouts
+  # are stochastic depth.
+  elements = {0, 6, 7, 10, 11}
+  assert set(zeros) == elements | {4, 5, 8, 9}
+  for index, share in zeros.items():
+    assert share == pytest.approx(0.5 * (index in elements), abs=0.05), index
   attention = seen["intermediates"]["Transformer"]["encoderblock_0"][
     "MultiHeadDotProductAttention_1"
   ]
@@ -407,24 +412,9 @@ def test_dropout_is_thrice_and_never_in_attention(monkeypatch):
 
 @pytest.mark.parametrize("block, rate", [(1, 0.25), (2, 0.5)])
 def test_stochastic_depth_skips_whole_branches_by_its_linear_rule(block, rate):
-  scheme = initializers.SCHEMES["torch"]
-  whole = vit.EncoderBlock(
-    block=block,
-    num_blocks=2,
-    num_heads=2,
-    mlp_dim=32,
-    norm="LN",
-    residual="plain",
-    residual_c=None,
-    qk_norm=False,
-    sigma_reparam=False,
-    dropout_rate=0.0,
-    stochastic_depth=0.5,
-    gelu="erf",
-    attention="xla",
-    scheme=scheme,
-    dtype=jnp.float32,
-  )
+  settings = dict(norm="LN", pool="gap", dropout_rate=0.0)
+  config = tiny(stochastic_depth=0.5, **settings).config
+  whole = vit.EncoderBlock(config, block)
   params = variables_of("LN")["params"]["Transformer"]["encoderblock_0"]
   one = jax.random.normal(jax.random.key(0), (1, 5, 16))
   x = jnp.tile(one, (1000, 1, 1))
@@ -432,11 +422,9 @@ def test_stochastic_depth_skips_whole_branches_by_its_linear_rule(block, rate):
   def apply(module, name, *args):
     return module.apply({"params": params[name]}, *args)
 
-  norm = norms.LayerNorm(features=16)
-  attention = branches.MultiHeadAttention(
-    2, False, False, "xla", scheme, jnp.float32
-  )
-  mlp = branches.Mlp(32, "LN", False, 0.0, 0, "erf", scheme, jnp.float32)
+  norm = layer_norm.LayerNorm(features=16)
+  attention = vit.MultiHeadAttention(config)
+  mlp = vit.Mlp(config, 0)
   want = {}
   for kept in itertools.product((0, 1), repeat=2):
     y = apply(norm, "LayerNorm_0", one, True)
@@ -463,7 +451,7 @@ def test_stochastic_depth_skips_whole_branches_by_its_linear_rule(block, rate):
   assert sum(shares.values()) == 1
   assert (got != train(1)).any()
   evaluated = whole.apply({"params": params}, one, False, None)
-  plain = whole.clone(stochastic_depth=0.0)
+  plain = vit.EncoderBlock(tiny(**settings).config, block)
   np.testing.assert_array_equal(
     evaluated, plain.apply({"params": params}, one, True, None)
   )
@@ -693,7 +681,7 @@ def test_group_norm_is_of_each_image():
 
 
 def test_group_norm_is_over_all_tokens_and_consecutive_channels():
-  module = norms.GroupNorm(features=8)
+  module = group_norm.GroupNorm(features=8)
   x = jax.random.normal(jax.random.key(0), (2, 5, 8)) * 3 + 1
   x = x * jnp.arange(1, 9)
   y = module.apply(module.init(jax.random.key(0), x, True), x, True)
@@ -705,7 +693,7 @@ def test_group_norm_is_over_all_tokens_and_consecutive_channels():
 
 
 def test_layer_norm_is_of_each_token():
-  module = norms.LayerNorm(features=8)
+  module = layer_norm.LayerNorm(features=8)
   x = jax.random.normal(jax.random.key(0), (2, 5, 8)) * 3 + 1
   y = module.apply(module.init(jax.random.key(0), x, True), x, True)
   np.testing.assert_allclose(y.mean(-1), 0, atol=1e-5)
@@ -743,7 +731,7 @@ def test_batch_norm_depends_on_the_other_images_in_training_only():
 
 
 def test_rescale_calibrates_eight_times_then_freezes():
-  module = norms.Rescale(features=3)
+  module = rescale.Rescale(features=3)
   x = jax.random.normal(jax.random.key(0), (10, 2, 5, 3)) + 1
   variables = module.init(jax.random.key(0), x[0], False)
   variables["params"]["bias"] = jnp.array([1.0, 2.0, 3.0])
@@ -758,7 +746,7 @@ def test_rescale_calibrates_eight_times_then_freezes():
 
 
 def test_rescale_has_no_gradient_through_its_mean():
-  module = norms.Rescale(features=3)
+  module = rescale.Rescale(features=3)
   x = jax.random.normal(jax.random.key(0), (2, 5, 3))
   variables = module.init(jax.random.key(0), x, False)
 
@@ -809,3 +797,36 @@ def test_new_norm_is_one_class_and_one_entry(monkeypatch):
   )
   assert np.isfinite(metrics["loss"])
   assert flatten(state.params)[alpha] != before[alpha]
+  assert detect.norm(before) == "Tanh"
+  assert plots.norm_color("Tanh") == base.Norm.COLOR
+
+
+class SiteSchedule(NamedTuple):
+  """A schedule that is its site."""
+
+  site: int = -1
+  num_sites: int = -1
+
+  def at_site(self, site, num_sites):
+    return SiteSchedule(site, num_sites)
+
+
+def test_a_norm_with_a_schedule_gets_the_schedule_of_its_site(monkeypatch):
+  schedules = []
+
+  class Scheduled(base.Norm):
+    schedule: SiteSchedule | None = None
+
+    def __call__(self, x, train):
+      schedules.append(self.schedule)
+      return x
+
+  monkeypatch.setitem(norms.NORMS, "Scheduled", Scheduled)
+  for schedule, want in (
+    (SiteSchedule(), [SiteSchedule(i, 5) for i in range(5)]),
+    (None, [None] * 5),
+  ):
+    schedules.clear()
+    model = tiny(norm="Scheduled", norm_schedule=schedule)
+    jax.eval_shape(model.init, jax.random.key(0), images(1))
+    assert schedules == want

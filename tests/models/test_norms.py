@@ -10,7 +10,9 @@ import pytest
 
 from rescalevit_jax import models
 from rescalevit_jax.models import norms
-from rescalevit_jax.models import pointwise
+from rescalevit_jax.models.norms import identity
+from rescalevit_jax.models.norms import pointwise
+from rescalevit_jax.models.norms import traits
 from rescalevit_jax.models.ops import normalization
 
 D = 6
@@ -112,12 +114,12 @@ def test_starts():
   for norm, alpha in (("DyT", 0.5), ("Derf", 0.5), ("Cal", 1.0)):
     found = norms.NORMS[norm](D).init(jax.random.key(0), X, True)
     assert found["params"]["alpha"] == alpha
-    assert pointwise.CALIBRATION not in found
+    assert traits.CALIBRATION not in found
   np.testing.assert_array_equal(pointwise.Cal(D).apply(found, X, True), X)
-  np.testing.assert_array_equal(norms.Identity(D).apply({}, X, True), X)
+  np.testing.assert_array_equal(identity.Identity(D).apply({}, X, True), X)
 
 
-MUTABLE = ["params", "batch_stats", pointwise.CALIBRATION]
+MUTABLE = ["params", "batch_stats", traits.CALIBRATION]
 
 
 def calibrate(module, start, *batches):
@@ -178,7 +180,7 @@ def test_a_place_is_calibrated_behind_the_calibrated_ones_before_it():
   images = np.random.default_rng(0).uniform(-1, 1, (6, 8, 8, 3))
   start = model.init(jax.random.key(0), images)
   calibrated = model.apply(start, images, train=True, mutable=MUTABLE)[1]
-  calibrated.pop(pointwise.CALIBRATION)
+  calibrated.pop(traits.CALIBRATION)
   _, seen = model.apply(
     calibrated,
     images,
@@ -204,4 +206,12 @@ def test_as_linear_is_the_norm_in_evaluation(norm):
     factor, shift = Norm.as_linear(found["params"], found["batch_stats"])
     y = Norm(D).apply(found, X, False)
     np.testing.assert_allclose(factor * X + shift, y, rtol=1e-5, atol=1e-5)
-  assert norms.LayerNorm.as_linear({}, {}) is None
+
+
+def test_only_norms_that_are_linear_in_evaluation_fold():
+  foldable = {
+    name
+    for name, Norm in norms.NORMS.items()
+    if issubclass(Norm, traits.Foldable)
+  }
+  assert foldable == {"Rescale", "Cal", "Fade"}

@@ -14,6 +14,7 @@ from rescalevit_jax import errors
 from rescalevit_jax import models
 from rescalevit_jax import predict
 from rescalevit_jax.augment import preprocess
+from rescalevit_jax.models import vit_config
 from rescalevit_jax.optim import loss_scale
 from rescalevit_jax.optim import optimizers
 from rescalevit_jax.runs import checkpoint
@@ -345,7 +346,7 @@ def test_a_run_resumes_with_another_dtype_of_auto(
     ("float32", 9, None),
     ("float16", 12, 2.0**30),
   ):
-    monkeypatch.setattr(models, "choose_dtype", lambda d=dtype: d)
+    monkeypatch.setattr(vit_config, "choose_dtype", lambda d=dtype: d)
     stop_at(number)
     with pytest.raises(InterruptedError):
       train.train_and_evaluate(tiny_config, tmp_path)

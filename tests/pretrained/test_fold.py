@@ -49,9 +49,9 @@ def test_the_folded_model_computes_the_same(norm, residual, options, tmp_path):
   npz.save(tmp_path / "a.npz", *fold.fold(norm, params, stats))
   trees.same(trees.flat(params, stats), before)
   folded = trained_model.load_npz(tmp_path / "a.npz")
-  assert folded.model.norm == "Identity"
-  assert folded.model.residual == residual
-  assert not folded.model.sigma_reparam
+  assert folded.model.config.norm == "Identity"
+  assert folded.model.config.residual == residual
+  assert not folded.model.config.sigma_reparam
   found = folded.model.apply(folded.variables, x)
   # Logits of different images differ far more.
   error = np.abs(found - want).max()

@@ -7,7 +7,7 @@ import pytest
 from rescalevit_jax.augment import mixing
 from rescalevit_jax.augment import preprocess
 from rescalevit_jax.data import dataset
-from rescalevit_jax.models import pointwise
+from rescalevit_jax.models.norms import traits
 from rescalevit_jax.pretrained import npz
 from rescalevit_jax.training import experiment
 from rescalevit_jax.training import initial_state
@@ -160,4 +160,4 @@ def test_the_collection_is_not_part_of_a_model(tiny_config):
   tiny_config.model.norm = "Cal"
   model = experiment.create_model(tiny_config, 10)
   found = model.init(jax.random.key(0), np.zeros((1, 8, 8, 3)))
-  assert pointwise.CALIBRATION not in found
+  assert traits.CALIBRATION not in found

@@ -46,7 +46,7 @@ def known_stream(model, variables):
   }
   flat["cls"] += 2
   flat["embedding/bias"] += np.repeat([1, -3], 8)
-  for i in range(model.num_layers):
+  for i in range(model.config.num_layers):
     block = f"Transformer/encoderblock_{i}"
     flat[f"{block}/MultiHeadDotProductAttention_1/out/bias"] += 0.3
     flat[f"{block}/MlpBlock_3/Dense_1/bias"] += 0.2

@@ -1,1 +1,1 @@
-"""Fast paths of the model, with gradients written out; see `tests`."""
+"""Fast operations of the model, with hand-written gradients."""

@@ -1,15 +1,16 @@
-"""Scaled dot-product attention (Vaswani et al. 2017, eq. 1), two ways.
+"""Scaled dot-product attention (Vaswani et al. 2017, eq. 1), by XLA or cuDNN.
 
-The gradient is written out, so that forward-mode differentiation works over it
-(`jax.jvp` of `jax.grad`), not without it.
+The gradient is written by hand. XLA's version supports forward-mode
+differentiation of its gradient (`jax.jvp` of `jax.grad`), but not of its value.
 
-Shapes: B images, N tokens, h heads of d channels.
+Axes: B images, M queries, N tokens, h heads of d channels.
 """
 
 import dataclasses
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from rescalevit_jax.models.ops import cudnn
 from rescalevit_jax.runtime import accelerator
@@ -19,31 +20,31 @@ IMPLEMENTATIONS = ("auto", "xla", "cudnn")
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-  """An implementation of attention, and why it was chosen."""
+  """An implementation of attention and the reason for it."""
 
   implementation: str
   reason: str
 
 
 def choose(dtype: jnp.dtype, head_dim: int) -> Choice:
-  """Return the fastest implementation that runs here: 'cudnn' or 'xla'.
+  """Return the fastest implementation on this machine: 'cudnn' or 'xla'.
 
-  Token counts do not matter: cuDNN takes any without a bias.
+  cuDNN supports any number of tokens, because there is no bias.
 
   Args:
     dtype: of queries, keys and values.
-    head_dim: channels of a head.
+    head_dim: number of channels of a head.
   """
   problem = cudnn_problem(dtype, head_dim)
   if problem:
     return Choice("xla", problem)
-  return Choice("cudnn", "fused, keeps no probabilities in memory")
+  return Choice("cudnn", "fused, stores no probabilities")
 
 
 def cudnn_problem(dtype: jnp.dtype, head_dim: int) -> str | None:
   """Return the reason why cuDNN's attention cannot run here, or None.
 
-  Devices are asked last, since that starts them.
+  The device is checked last, because the check initializes JAX's devices.
   """
   if dtype not in (jnp.bfloat16, jnp.float16):
     return f"cuDNN needs bfloat16 or float16, not {dtype.name}"
@@ -65,31 +66,36 @@ def cudnn_problem(dtype: jnp.dtype, head_dim: int) -> str | None:
 
 
 def attend(
-  query: jax.Array, key: jax.Array, value: jax.Array, implementation: str
-) -> jax.Array:
-  """Returns softmax(query key^T / sqrt(d)) value, [B, M, h, d].
+  query: Float[Array, "B M h d"],
+  key: Float[Array, "B N h d"],
+  value: Float[Array, "B N h d"],
+  implementation: str,
+) -> Float[Array, "B M h d"]:
+  """Return softmax(query key^T / sqrt(d)) value.
 
   Args:
-    query: [B, M, h, d].
-    key: [B, N, h, d].
-    value: likewise.
-    implementation: 'xla', or 'cudnn' where `cudnn_problem` has none.
+    query: queries.
+    key: keys.
+    value: values.
+    implementation: 'xla', or 'cudnn' if `cudnn_problem` returns None.
   """
   if implementation == "cudnn" and query.shape == key.shape:
     return cudnn.attend(query, key, value)
   return _attend(query, key, value)
 
 
-def probabilities(query: jax.Array, key: jax.Array) -> jax.Array:
-  """Return softmax(query key^T / sqrt(d)), [B, h, M, N] float32."""
+def probabilities(
+  query: Float[Array, "B M h d"], key: Float[Array, "B N h d"]
+) -> Float[Array, "B h M N"]:
+  """Return softmax(query key^T / sqrt(d)) in float32."""
   query = query * query.shape[-1] ** -0.5
   return jax.nn.softmax(_product("bqhd,bkhd->bhqk", query, key, jnp.float32))
 
 
 def _product(subscripts, x, y, dtype):
-  """Return a product with float32 sums, rounded to dtype."""
+  """Return a product accumulated in float32, rounded to dtype."""
   if accelerator.platform() == "cpu":
-    # XLA has not all products of bfloat16 with float32 sums there.
+    # XLA lacks some products of bfloat16 that accumulate in float32 there.
     x, y = x.astype(jnp.float32), y.astype(jnp.float32)
     return jnp.einsum(subscripts, x, y).astype(dtype)
   return jnp.einsum(subscripts, x, y, preferred_element_type=dtype)
@@ -100,9 +106,9 @@ def _attend(query, key, value):
   return _forward(query, key, value)[0]
 
 
-# The softmax's sum divides the products, not the N^2 probabilities, in both
-# passes. Of shape [B, h, M, N] only the exponentials E are kept. With
-# E = exp(S - max S), Z = sum E and Y = E V / Z,
+# Both passes divide the products by the softmax's sum, instead of the N^2
+# probabilities. The exponentials E are the only array of shape [B, h, M, N] in
+# memory. With E = exp(S - max S), Z = sum E and Y = E V / Z,
 #
 #   dV = E^T (dY / Z),  dS = E * ((dY / Z) V^T - sum_d(dY * Y) / Z).
 
@@ -117,10 +123,10 @@ def _forward(query, key, value):
     scores = jnp.where(real, scores, -jnp.inf)
   weights = jnp.exp(scores - scores.max(axis=-1, keepdims=True)).astype(dtype)
   if accelerator.platform() != "cpu":
-    # XLA would keep the float32 scores for the backward pass instead.
+    # Otherwise XLA stores the float32 scores for the backward pass.
     weights = jax.lax.optimization_barrier(weights)
   total = weights.astype(jnp.float32).sum(axis=-1, keepdims=True)
-  # Before the division a sum over N tokens may overflow float16.
+  # A sum over N tokens may overflow float16 before the division.
   wide = jnp.float32 if dtype == jnp.float16 else dtype
   y = _product("bhqk,bhkd->bhqd", weights, value, wide)
   y = (y / total).astype(dtype)
@@ -146,12 +152,12 @@ _attend.defvjp(_forward, _backward)
 
 
 def _fill(query, key):
-  """Return how many tokens to add on a GPU: cuBLAS needs multiples of 8.
+  """Return the number of padding tokens on a GPU: cuBLAS needs multiples of 8.
 
-  XLA would add them to each array of [N, N] by a kernel of its own.
+  Otherwise XLA pads each array of [N, N] in a separate kernel.
   """
   tokens = key.shape[1]
-  is_one_of_many = query.shape[1] != tokens  # No product for cuBLAS.
+  is_one_of_many = query.shape[1] != tokens  # cuBLAS does not compute it.
   if accelerator.platform() == "cpu" or is_one_of_many:
     return 0
   return -tokens % 8

@@ -1,11 +1,10 @@
-"""cuDNN's fused attention, as the custom calls that XLA compiles for it.
+"""cuDNN's fused attention, by XLA's custom calls.
 
-`jax.nn.dot_product_attention` makes the same calls, but refuses odd token
-counts in training: it
-applies the rule for a bias, an even size, to its empty bias. A ViT with a class
-token usually has an odd count.
+`jax.nn.dot_product_attention` makes the same calls, but rejects odd numbers of
+tokens in training: it applies a rule for biases, an even size, to an empty
+bias. A ViT with a class token usually has an odd number.
 
-Shapes: B images, N tokens, h heads of d channels.
+Axes: B images, N tokens, h heads of d channels.
 """
 
 import functools
@@ -16,12 +15,14 @@ from jax.experimental.custom_partitioning import custom_partitioning
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec
+from jaxtyping import Array, Float
 
 _FORWARD = "__cudnn$fmhaSoftmax"
 _BACKWARD = "__cudnn$fmhaSoftmaxBackward"
 
-# Axes of each product as XLA's config wants them: those it sums over, those of
-# image and head. P are the probabilities [B, h, N, N], the others [B, N, h, d].
+# Axes of each product in XLA's config: the contracted axis of both operands,
+# then their batch axes. P are the probabilities [B, h, N, N], and the others
+# are [B, N, h, d].
 _QKV, _P = (0, 2), (0, 1)  # Image and head.
 _FORWARD_PRODUCTS = {
   "bmm1": (3, 3, _QKV, _QKV),  # Q K^T
@@ -36,14 +37,12 @@ _BACKWARD_PRODUCTS = {
 
 
 @jax.custom_vjp
-def attend(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
-  """Return softmax(query key^T / sqrt(d)) value, [B, N, h, d].
-
-  Args:
-    query: [B, N, h, d], bfloat16 or float16.
-    key: likewise.
-    value: likewise.
-  """
+def attend(
+  query: Float[Array, "B N h d"],
+  key: Float[Array, "B N h d"],
+  value: Float[Array, "B N h d"],
+) -> Float[Array, "B N h d"]:
+  """Return softmax(query key^T / sqrt(d)) value, in bfloat16 or float16."""
   return _infer(query, key, value)
 
 
@@ -61,10 +60,10 @@ attend.defvjp(_attend_forward, _attend_backward)
 
 
 def _per_device(rule):
-  """Return a decorator: each device calls the function on its own images.
+  """Return a decorator that runs a function on each device's own images.
 
   Args:
-    rule: names of the axes of arguments and results; b is split.
+    rule: names of the axes of arguments and results; b is sharded.
   """
 
   def partition(function, mesh, arguments, results):
@@ -102,9 +101,9 @@ def _backward(query, key, value, log_sums, dy, y):
 
 
 def _call(target, query, operands, outputs, with_log_sums=False):
-  """Call cuDNN on the images of one device; the last result is scratch."""
+  """Call cuDNN on the images of one device; its last result is a workspace."""
   batch, tokens, heads, channels = query.shape
-  # Rows of tokens, as the linear layers have them, whatever the logical order.
+  # The memory layout is the linear layers', [B, N, h, d].
   like_query = jax.ShapeDtypeStruct(
     (batch, heads, tokens, channels), query.dtype
   )

@@ -1,18 +1,18 @@
-"""Dropout (Srivastava et al. 2014) with masks that cost little.
+"""Dropout (Srivastava et al. 2014) with fast random masks.
 
 Stochastic depth (Huang et al. 2016) is dropout of a branch's whole output.
 
-All masks of a step come from one key: a Threefry-2x32 block has the counter
-(image, token, site, column), and its 64 bits decide on four elements.
-jax.random would make a block for each element and derive a key for each site.
-On a GPU the masks are kept for the backward pass as packed words, not as a byte
-an element.
+One key generates all masks of a step. The counter of a Threefry-2x32 block is
+(image, token, mask, column), and its 64 bits decide four elements. jax.random
+would compute a block per element and a key per mask. On a GPU the backward pass
+reads the masks as bits packed into words, not as one byte per element.
 """
 
 import math
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Key, UInt32
 import numpy as np
 
 from rescalevit_jax.runtime import accelerator
@@ -27,80 +27,80 @@ _MAX_COLUMNS = 2**20
 
 
 def drop(
-  x: jax.Array,
-  key: jax.Array | None,
-  site: int,
+  x: Float[Array, "B ... D"],
+  key: UInt32[Array, " 2"] | None,
+  index: int,
   rate: float,
   whole: bool = False,
-) -> jax.Array:
-  """Return x [B, ..., D] with a share of it set to 0, the rest scaled up.
+) -> Float[Array, "B ... D"]:
+  """Return x with a fraction of its elements set to 0 and the rest scaled up.
 
   Args:
     x: the input.
-    key: uint32 [2], the step's key; see `step_key`. None: x stays as it is.
-    site: number of this dropout in the model, below 2^12.
-    rate: the share, in [0, 1); rounded to a multiple of 2^-16.
-    whole: whether an image is set to 0 as a whole or not at all.
+    key: of the step; see `step_key`. None: return x.
+    index: number of this dropout in the model, below 2^12.
+    rate: the fraction, in [0, 1); rounded to a multiple of 2^-16.
+    whole: whether to drop whole images instead of elements.
   """
   kept = max(1, _LEVELS - round(rate * _LEVELS))
   if key is None or kept == _LEVELS:
     return x
   shape = (len(x), *[1] * (x.ndim - 1)) if whole else x.shape
-  mask = random_mask(key, site, shape, kept)
+  mask = random_mask(key, index, shape, kept)
   return jnp.where(mask, x * (_LEVELS / kept), 0).astype(x.dtype)
 
 
-def step_key(key: jax.Array) -> jax.Array:
-  """Return the key of all masks of a step, uint32 [2], from a PRNG key."""
+def step_key(key: Key[Array, ""]) -> UInt32[Array, " 2"]:
+  """Return the key of all masks of a step, from a PRNG key."""
   return jax.random.bits(key, (2,), jnp.uint32)
 
 
 def random_mask(
-  key: jax.Array, site: int, shape: tuple[int, ...], kept: int
-) -> jax.Array:
-  """Return a random mask; an element depends on its place and the key alone.
+  key: UInt32[Array, " 2"], index: int, shape: tuple[int, ...], kept: int
+) -> Bool[Array, "..."]:
+  """Return a random mask; each element depends only on its index and the key.
+
+  The four parts of the mask along its last axis are the four quarters of the
+  blocks with the counters (image and token, mask and column in the part).
 
   Args:
-    key: uint32 [2].
-    site: number of the mask among those of this key.
+    key: see `step_key`.
+    index: number of the mask among the masks of this key.
     shape: of the mask, [B, ..., D]: up to 2^18 images of 2^14 tokens.
     kept: an element is True with probability kept / 2^16.
-
-  Returns:
-    bool of that shape: its 4 parts along the last axis are made of the 4
-    quarters of the blocks with the counters (image and token, site and column
-    in the part).
   """
   *rows, features = shape
   words = -(-features // (4 * _BLOCKS))
   assert math.prod(rows[1:]) <= _MAX_TOKENS
   assert words * _BLOCKS <= _MAX_COLUMNS
   if accelerator.platform() == "cpu":
-    # The compiler makes the mask where it is used: faster than to unpack it.
-    parts = _quarters(key, site, rows, (_BLOCKS * words,), kept)
+    # Here it is faster to compute the mask where it is used than to unpack it.
+    parts = _quarters(key, index, rows, (_BLOCKS * words,), kept)
     return jnp.concatenate(parts, axis=-1)[..., :features]
-  # Packed: bit 8 i + j of word w is element 8 i W + j W + w, for W words. A
-  # block has bits of one j alone. XLA does not make a sum anew for each use.
+  # Packed: bit 8 i + j of word w is element 8 i W + j W + w, for W words. The
+  # bits of a block have the same j. XLA does not recompute a sum for each use.
   block = jnp.arange(_BLOCKS, dtype=jnp.uint32)[:, None]
   packed = sum(
     part.astype(jnp.uint32) << (block + np.uint32(_BLOCKS * i))
-    for i, part in enumerate(_quarters(key, site, rows, (_BLOCKS, words), kept))
+    for i, part in enumerate(
+      _quarters(key, index, rows, (_BLOCKS, words), kept)
+    )
   ).sum(-2, dtype=jnp.uint32)
   bit = jnp.arange(4 * _BLOCKS, dtype=jnp.uint32)[:, None]
   mask = (packed[..., None, :] >> bit) & np.uint32(1)
   return mask.reshape(*rows, -1)[..., :features] > 0
 
 
-def _quarters(key, site, rows, columns, kept):
+def _quarters(key, index, rows, columns, kept):
   """Return four parts of a mask, bool [*rows, *columns] each."""
   shape = (*rows, *columns)
-  # A token's masks are the same whether the others are computed or not.
+  # The mask of a token does not depend on the number of tokens.
   strides = [_MAX_TOKENS, *_strides(rows[1:]), *_strides(columns)]
   numbers = [
     np.uint32(stride) * jax.lax.broadcasted_iota(jnp.uint32, shape, axis)
     for axis, stride in enumerate(strides)
   ]
-  first = np.uint32(site * _MAX_COLUMNS)
+  first = np.uint32(index * _MAX_COLUMNS)
   x, y = threefry2x32(
     key[0],
     key[1],
@@ -117,9 +117,12 @@ def _strides(shape):
 
 
 def threefry2x32(
-  key0: jax.Array, key1: jax.Array, x: jax.Array, y: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-  """Return Threefry-2x32 of 20 rounds (Salmon et al. 2011), all uint32."""
+  key0: UInt32[Array, ""],
+  key1: UInt32[Array, ""],
+  x: UInt32[Array, "..."],
+  y: UInt32[Array, "..."],
+) -> tuple[UInt32[Array, "..."], UInt32[Array, "..."]]:
+  """Return Threefry-2x32 with 20 rounds (Salmon et al. 2011)."""
   keys = (key0, key1, key0 ^ key1 ^ _PARITY)
   x, y = x + keys[0], y + keys[1]
   for i in range(5):

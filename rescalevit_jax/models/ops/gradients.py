@@ -1,16 +1,19 @@
-"""Copies and sums with gradients that XLA compiles well for a GPU."""
+"""Copies and sums whose gradients XLA compiles into fast GPU programs."""
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 
 @jax.custom_vjp
-def fan_out(x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+def fan_out(
+  x: Float[Array, "..."],
+) -> tuple[Float[Array, "..."], Float[Array, "..."], Float[Array, "..."]]:
   """Return x three times.
 
-  The gradients are added in the order in which cuBLAS can add all of them. XLA
+  The gradients are added in an order that lets cuBLAS do all additions. XLA
   fuses an addition into a matrix product only if the product is the left
-  operand and has no other addition fused.
+  operand and no other addition has been fused into it.
   """
   return x, x, x
 
@@ -28,15 +31,13 @@ fan_out.defvjp(_fan_out_forward, _fan_out_backward)
 
 
 @jax.custom_vjp
-def add_bias(x: jax.Array, bias: jax.Array) -> jax.Array:
-  """Return x + bias, [M, D], rounded to the dtype of x.
+def add_bias(
+  x: Float[Array, "M D"], bias: Float[Array, " D"]
+) -> Float[Array, "M D"]:
+  """Return x + bias in the dtype of x.
 
-  The bias is rounded before the addition, which cuBLAS then makes part of the
+  The bias is rounded before the addition, so cuBLAS can add it to the matrix
   product x. Its gradient is summed in float32.
-
-  Args:
-    x: a product [M, D].
-    bias: [D] float32.
   """
   return x + bias.astype(x.dtype)
 
@@ -53,13 +54,15 @@ add_bias.defvjp(_add_bias_forward, _add_bias_backward)
 
 
 @jax.custom_vjp
-def add_to_batch(x: jax.Array, y: jax.Array) -> jax.Array:
-  """Return x + y, [B, ...], with y [...] added to each of the B elements.
+def add_to_batch(
+  x: Float[Array, "B ..."], y: Float[Array, "..."]
+) -> Float[Array, "B ..."]:
+  """Return x + y, with y broadcast over the batch.
 
-  The gradient of y is a sum over the batch, of flat arrays. If a sum leaves two
-  axes or more, XLA makes the summed axes minor in its input. B would be minor
-  in this gradient, and the layout would spread to all activations of a ViT on a
-  GPU, with transposes around each product.
+  The gradient of y is a sum over the batch of flat arrays. XLA makes the summed
+  axes minor in the input of a sum if two or more axes remain. The batch axis
+  would then be minor in all activations of a ViT on a GPU, with transposes
+  around each product.
   """
   return x + y
 
@@ -69,7 +72,7 @@ def _add_to_batch_forward(x, y):
 
 
 def _add_to_batch_backward(_, dz):
-  # The barrier keeps XLA from making one sum over [B, ...] of it again.
+  # The barrier prevents XLA from rewriting it as one sum over [B, ...].
   flat = jax.lax.optimization_barrier(dz.reshape(len(dz), -1))
   dy = flat.astype(jnp.float32).sum(axis=0).astype(dz.dtype)
   return dz, dy.reshape(dz.shape[1:])

@@ -1,9 +1,10 @@
-"""What norms divide by, with the gradient written out."""
+"""Normalization by mean and variance, with a hand-written gradient."""
 
 import functools
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from rescalevit_jax.runtime import accelerator
 
@@ -12,18 +13,18 @@ EPSILON = 1e-6
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
 def normalize(
-  x: jax.Array, axes: tuple[int, ...], centered: bool = True
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """Returns x with mean 0 and variance 1 over axes, and both as they were.
+  x: Float[Array, "..."], axes: tuple[int, ...], centered: bool = True
+) -> tuple[Float[Array, "..."], Float[Array, "..."], Float[Array, "..."]]:
+  """Return x with mean 0 and variance 1 over axes, its mean and its variance.
 
-  The mean and the biased variance are statistics: no gradient goes through
-  them as results.
+  The returned mean and biased variance are statistics: no gradient flows
+  through them.
 
   Args:
-    x: of any shape, float32.
+    x: float32.
     axes: to normalize over.
-    centered: whether the mean is taken away; without, it counts as 0, and the
-      variance is the mean square.
+    centered: whether to subtract the mean. Otherwise the mean counts as 0, and
+      the variance is the mean square.
   """
   return _forward(x, axes, centered)[0]
 
@@ -36,9 +37,9 @@ def _forward(x, axes, centered):
     var = jnp.square(x).mean(axes, keepdims=True)
     mean = jnp.zeros_like(var)
   scale = jax.lax.rsqrt(var + EPSILON)
-  # Without the barrier XLA would compute both anew wherever they are used: on a
-  # CPU for each element, on a GPU in the backward pass, which then writes a
-  # float32 array of the size of x for the gradient of the norm's scale.
+  # Without the barrier XLA recomputes both at each use: on a CPU for each
+  # element, and on a GPU in the backward pass, which then writes a float32
+  # array of the size of x for the gradient of the norm's scale.
   kept = jax.lax.optimization_barrier((mean, scale))
   if accelerator.platform() == "cpu":
     mean, scale = kept
@@ -46,10 +47,10 @@ def _forward(x, axes, centered):
 
 
 def _backward(axes, centered, residuals, gradients):
-  # Ioffe & Szegedy 2015, section 3, put together: with y the result,
+  # Ioffe & Szegedy 2015, section 3, as one formula: with y the result,
   #   dx = scale * (dy - mean(dy) - y * mean(dy * y)),
-  # without mean(dy) where no mean is taken away. The compiler, left to itself,
-  # computes the residual stream's gradient anew in each of the parts.
+  # without mean(dy) if x is not centered. XLA's own gradient recomputes the
+  # gradient of the residual stream in each term.
   x, mean, scale = residuals
   dy, _, _ = gradients
   y = (x - mean) * scale

@@ -13,7 +13,7 @@ from scipy import special
 from rescalevit_jax import config as config_lib
 from rescalevit_jax import errors
 from rescalevit_jax import models
-from rescalevit_jax.models import branches
+from rescalevit_jax.models import vit
 from rescalevit_jax.models.ops import attention
 from rescalevit_jax.models.ops import cudnn
 from rescalevit_jax.models.ops import dropout
@@ -327,9 +327,9 @@ def test_threefry_is_that_of_jax():
   np.testing.assert_array_equal(np.concatenate(found), expected)
 
 
-def mask_of(seed, shape, kept, site=0):
+def mask_of(seed, shape, kept, index=0):
   key = dropout.step_key(jax.random.key(seed))
-  return np.asarray(dropout.random_mask(key, site, shape, kept))
+  return np.asarray(dropout.random_mask(key, index, shape, kept))
 
 
 @pytest.mark.parametrize("features", [1, 3, 64, 258])
@@ -357,9 +357,9 @@ def test_the_bits_of_a_row_are_independent():
 
 @pytest.mark.parametrize("shape", [(3, 5, 64), (2, 258), (6, 1), (4, 3, 7)])
 def test_packed_masks_of_a_gpu_are_the_same(shape):
-  want = mask_of(5, shape, 2**15, site=7)
+  want = mask_of(5, shape, 2**15, index=7)
   with on("gpu", (9, 0)):
-    found = mask_of(5, shape, 2**15, site=7)
+    found = mask_of(5, shape, 2**15, index=7)
   np.testing.assert_array_equal(found, want)
 
 
@@ -368,17 +368,17 @@ def test_an_element_is_the_part_of_a_threefry_block():
   row, column = 1 * 2**14 + 2, 6
   counters = np.uint32([row, (7 << 20) + column])
   blocks = extend_random.threefry_2x32(tuple(key), counters)
-  mask = mask_of(5, (2, 3, 64), 2**15, site=7)
+  mask = mask_of(5, (2, 3, 64), 2**15, index=7)
   halves = [int(half) for x in blocks for half in (x & 0xFFFF, x >> 16)]
   found = [mask[1, 2, 16 * quarter + column] for quarter in range(4)]
   assert found == [half < 2**15 for half in halves]
 
 
-def test_masks_depend_on_the_key_and_the_site_alone():
+def test_masks_depend_on_the_key_and_the_index_alone():
   a, b, c = (mask_of(seed, (3, 5, 8), 2**15) for seed in (0, 0, 1))
   np.testing.assert_array_equal(a, b)
   assert (a != c).any()
-  assert (a != mask_of(0, (3, 5, 8), 2**15, site=1)).any()
+  assert (a != mask_of(0, (3, 5, 8), 2**15, index=1)).any()
 
 
 def test_a_mask_does_not_depend_on_other_tokens_and_images():
@@ -412,10 +412,8 @@ def test_images_are_dropped_as_a_whole():
 def test_gelu_is_exact():
   x = np.linspace(-12, 12, 10_001, dtype=np.float32)
   exact = x * special.ndtr(x.astype(np.float64))
-  np.testing.assert_allclose(
-    branches.gelu(jnp.asarray(x), "erf"), exact, atol=2e-6
-  )
-  rough = branches.gelu(jnp.asarray(x, jnp.bfloat16), "erf")
+  np.testing.assert_allclose(vit.gelu(jnp.asarray(x), "erf"), exact, atol=2e-6)
+  rough = vit.gelu(jnp.asarray(x, jnp.bfloat16), "erf")
   assert rough.dtype == jnp.bfloat16
   given = np.asarray(jnp.asarray(x, jnp.bfloat16), np.float64)
   np.testing.assert_allclose(

@@ -1,0 +1,30 @@
+"""Every norm by name.
+
+A norm prepares the input of a branch (attention or MLP) or of the head. To add
+one, write a class and enter it in `NORMS`. `residuals` has the functions that
+add a branch's output to the residual stream.
+"""
+
+from rescalevit_jax.models.norms import base
+from rescalevit_jax.models.norms import batch_norm
+from rescalevit_jax.models.norms import fade
+from rescalevit_jax.models.norms import group_norm
+from rescalevit_jax.models.norms import identity
+from rescalevit_jax.models.norms import layer_norm
+from rescalevit_jax.models.norms import pointwise
+from rescalevit_jax.models.norms import rescale
+from rescalevit_jax.models.norms import rms_norm
+
+NORMS: dict[str, type[base.Norm]] = {
+  "LN": layer_norm.LayerNorm,
+  "BN": batch_norm.BatchNorm,
+  "GN": group_norm.GroupNorm,
+  "Rescale": rescale.Rescale,
+  "RMS": rms_norm.RMSNorm,
+  "DyT": pointwise.DyT,
+  "Derf": pointwise.Derf,
+  "Cal": pointwise.Cal,
+  "BN2": batch_norm.BatchNorm2,
+  "Fade": fade.Fade,
+  "Identity": identity.Identity,
+}

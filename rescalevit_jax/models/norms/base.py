@@ -1,0 +1,47 @@
+"""The interface of a norm."""
+
+from typing import Any, ClassVar
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+
+class Norm(nn.Module):
+  """A norm at one site: before a branch of a block, or before the head.
+
+  Attributes:
+    features: number of channels D.
+    dtype: of the output; statistics are float32.
+  """
+
+  features: int
+  dtype: Any = jnp.float32
+
+  # The module is named SLOT_0 before attention and SLOT_2 before the MLP, the
+  # numbering of the published checkpoints.
+  SLOT: ClassVar[str] = "LayerNorm"
+  # Whether the model has a final norm, `encoder_norm`.
+  FINAL: ClassVar[bool] = True
+  # The name of another norm inside the MLP, before its GELU.
+  IN_MLP: ClassVar[str | None] = None
+  # The residual that model.residual=auto selects.
+  RESIDUAL: ClassVar[str] = "plain"
+  # The color in plots. NORMS has Okabe and Ito's palette for color-blind
+  # readers (https://jfly.uni-koeln.de/color/) and colors of Paul Tol's.
+  COLOR: ClassVar[str] = "#AAAAAA"
+
+  def __call__(
+    self, x: Float[Array, "B N D"], train: bool
+  ) -> Float[Array, "B N D"]:
+    """Return the input of the branch or of the head."""
+    raise NotImplementedError
+
+  def is_per_token(self, train: bool) -> bool:
+    """Return whether this pass maps each token independently of the others."""
+    del train
+    return False
+
+  @classmethod
+  def check(cls, features: int) -> None:
+    """Raise a UserError if the norm does not support this many channels."""

@@ -1,0 +1,258 @@
+"""Fade: a LayerNorm that becomes a linear map or a tanh during training.
+
+After Heimersheim 2024 (arXiv:2409.13710) and Baroni et al. 2025 ("Transformers
+Don't Need LayerNorm at Inference Time"), who remove GPT-2's norms one by one
+while they fine-tune. LayerNorm is linear except for 1 / sigma, so a constant
+sigma leaves a linear map. They replace sigma at once. Here the change is
+gradual, and may end as a tanh, as in DyT (arXiv:2503.10622).
+"""
+
+import dataclasses
+from typing import Any, ClassVar
+
+from flax import traverse_util
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+import numpy as np
+
+from rescalevit_jax.models.norms import layer_norm
+from rescalevit_jax.models.norms import pointwise
+from rescalevit_jax.models.norms import traits
+from rescalevit_jax.models.ops import normalization
+from rescalevit_jax.runtime import accelerator
+
+# `faded` counts from 0 to FULL. An average of the weights leaves integers
+# unchanged, so it ends at exactly FULL.
+FULL = 2**16
+_MEMORY = 100  # Length of the running mean, in passes.
+
+
+@dataclasses.dataclass(frozen=True)
+class SiteSchedule:
+  """The schedule of one site, in training passes (micro-batches).
+
+  Attributes:
+    begin: number of passes before it starts to fade.
+    end: number of passes before it has faded.
+    separate_cls: whether class token and patches have separate scales.
+    alpha: of the final tanh; 0: a linear map.
+  """
+
+  begin: float
+  end: float
+  separate_cls: bool
+  alpha: float = 0.0
+
+  def faded(self, passes: Int[Array, ""]) -> Int[Array, ""]:
+    """Return the progress after this many passes, from 0 to FULL."""
+    share = (passes - self.begin) / max(self.end - self.begin, 1.0)
+    share = jnp.where(passes >= self.end, 1.0, jnp.clip(share, 0.0, 1.0))
+    return jnp.round(FULL * share).astype(jnp.int32)
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+  """The schedule of all sites, from the first one to the final norm.
+
+  Attributes:
+    begin: number of passes before the first site starts to fade.
+    end: number of passes before the last site has faded.
+    site_fraction: fraction of the time from begin to end that each site takes,
+      in (0, 1]; 1: all sites fade together.
+    separate_cls: see `SiteSchedule`.
+    alpha: see `SiteSchedule`.
+  """
+
+  begin: float
+  end: float
+  site_fraction: float
+  separate_cls: bool
+  alpha: float = 0.0
+
+  def at_site(self, site: int, num_sites: int) -> SiteSchedule:
+    """Return the schedule of a site, numbered from 0."""
+    length = self.site_fraction * (self.end - self.begin)
+    delay = (self.end - self.begin - length) * site / max(1, num_sites - 1)
+    begin = self.begin + delay
+    return SiteSchedule(begin, begin + length, self.separate_cls, self.alpha)
+
+
+class Fade(
+  layer_norm.Affine, traits.Scheduled, traits.Foldable, traits.Saturating
+):
+  """LayerNorm whose sigma fades to a constant during fine-tuning. Ours.
+
+    z = (x - mean) / (sigma^(1 - t) * frozen^t)
+    y = scale * tanh(t * alpha * z) / (t * alpha) + bias
+
+  `mean` and `sigma` are each token's own. `frozen` is the running geometric
+  mean of sigma over the class tokens or the patches at a site. t rises from 0,
+  which is LayerNorm, to 1, when `frozen` becomes constant. The result is a
+  linear map if alpha is 0, where tanh(az) / a is replaced by z. Otherwise it is
+  DyT of x - mean with a constant alpha. The parameters are LayerNorm's, so any
+  LayerNorm checkpoint loads. Only training passes change t.
+  """
+
+  schedule: SiteSchedule | None = None
+
+  COLOR: ClassVar[str] = "#777777"
+  CENTERED: ClassVar[bool] = True
+  SATURATED: ClassVar[float] = pointwise.DyT.SATURATED
+
+  def setup(self):
+    super().setup()
+    alpha = 0.0 if self.schedule is None else self.schedule.alpha
+    self.log_sigma = self.variable("batch_stats", "log_sigma", jnp.zeros, 2)
+    self.alpha = self.variable("batch_stats", "alpha", jnp.float32, alpha)
+    self.count, self.faded = (
+      self.variable("batch_stats", name, jnp.zeros, (), jnp.int32)
+      for name in ("count", "faded")
+    )
+
+  def normalize(self, x, train):
+    log_sigma, faded = self.log_sigma.value, self.faded.value
+    share = faded / FULL
+    y, log_own = normalize(x, by_token(log_sigma, x.shape[1]), share)
+    if train and not self.is_initializing():
+      count = self.count.value + 1
+      separate_cls = self.schedule is None or self.schedule.separate_cls
+      updated = update_running_mean(log_sigma, log_own, count, separate_cls)
+      self.log_sigma.value = jnp.where(faded < FULL, updated, log_sigma)
+      self.count.value = count
+      if self.schedule is not None:
+        # This replaces the alpha of a loaded file.
+        self.alpha.value = jnp.float32(self.schedule.alpha)
+        self.faded.value = jnp.maximum(faded, self.schedule.faded(count))
+    if self.schedule is None:
+      return self.scaled_tanh(y, share * self.alpha.value)
+    if self.schedule.alpha > 0:
+      y = self.scaled_tanh(y, share * self.schedule.alpha)
+    return y
+
+  def is_per_token(self, train):
+    return not train
+
+  def scaled_tanh(self, y, alpha):
+    """Return tanh(alpha * y) / alpha, or y where alpha is 0."""
+    curved = self.function(alpha * y) / jnp.where(alpha > 0, alpha, 1.0)
+    return jnp.where(alpha > 0, curved, y)
+
+  def function(self, x):
+    """Return tanh(x); see `traits.Saturating`."""
+    return jnp.tanh(x)
+
+  @staticmethod
+  def as_linear(params, batch_stats):
+    of_cls, of_patches = batch_stats["log_sigma"]
+    linear = batch_stats["faded"] == FULL and batch_stats["alpha"] == 0
+    if not linear or of_cls != of_patches:
+      raise ValueError(
+        "Fade folds only after it has faded to a linear map, with one scale for"
+        " class token and patches; take the latest checkpoint of a finished run"
+        " with fade.alpha=0 and fade.separate_cls=False"
+      )
+    return params["scale"] * np.exp(-of_patches), params["bias"]
+
+  @staticmethod
+  def create_schedule(config, passes):
+    keys = config.fade
+    return Schedule(
+      keys.begin * passes,
+      keys.end * passes,
+      keys.site_fraction,
+      keys.separate_cls,
+      keys.alpha,
+    )
+
+  @staticmethod
+  def reset_counters(batch_stats: Any) -> Any:
+    """Return a model's statistics with the counters of passes set to 0.
+
+    This restarts the running mean of sigma, except at sites that have faded.
+    """
+    flat = traverse_util.flatten_dict(batch_stats)
+    for *site, name in list(flat):
+      if name == "faded":
+        flat[*site, "count"] = 0 * flat[*site, "count"]
+    return traverse_util.unflatten_dict(flat)
+
+
+@jax.custom_vjp
+def normalize(
+  x: Float[Array, "B N D"],
+  log_frozen: Float[Array, "N 1"],
+  share: Float[Array, ""],
+) -> tuple[Float[Array, "B N D"], Float[Array, "B N 1"]]:
+  """Return (x - mean) / (sigma^(1 - share) * frozen^share) and log sigma.
+
+  The result is LayerNorm's if share is 0. If share is 1, only the mean, a
+  linear function, depends on the token. No gradient flows through `log_frozen`,
+  `share` and the returned log sigma, which are statistics.
+
+  Args:
+    x: tokens.
+    log_frozen: logarithm of the frozen sigma.
+    share: in [0, 1].
+  """
+  return _forward(x, log_frozen, share)[0]
+
+
+def _forward(x, log_frozen, share):
+  mean = x.mean(-1, keepdims=True)
+  var = jnp.square(x - mean).mean(-1, keepdims=True) + normalization.EPSILON
+  own, log_own = jax.lax.rsqrt(var), 0.5 * jnp.log(var)
+  # Exactly LayerNorm's at 0 and exactly the frozen one at 1.
+  between = own * jnp.exp(share * (log_own - log_frozen))
+  scale = jnp.where(share < 1, between, jnp.exp(-log_frozen))
+  # The barrier has the same purpose as in `ops.normalization`.
+  kept = jax.lax.optimization_barrier((mean, own, scale))
+  if accelerator.platform() == "cpu":
+    mean, own, scale = kept
+  return ((x - mean) * scale, log_own), (x, *kept, share)
+
+
+def _backward(residuals, gradients):
+  # As in `ops.normalization`, with a scale that depends on sigma^(share - 1).
+  # With y the normalized x,
+  #   dx = scale * (dy - mean(dy) - (1 - share) * y * mean(dy * y)).
+  x, mean, own, scale, share = residuals
+  dy, _ = gradients
+  y = (x - mean) * own
+  dy_mean = dy.mean(-1, keepdims=True)
+  dy_y_mean = (1 - share) * (dy * y).mean(-1, keepdims=True)
+  dx = scale * (dy - dy_mean - y * dy_y_mean)
+  return dx, jnp.zeros(x.shape[1:2] + (1,)), jnp.zeros(())
+
+
+normalize.defvjp(_forward, _backward)
+
+
+def by_token(kinds: Float[Array, " 2"], num_tokens: int) -> Float[Array, "N 1"]:
+  """Return the numbers of class token and patches as one number per token."""
+  patches = jnp.broadcast_to(kinds[1:], num_tokens - 1)
+  return jnp.concatenate([kinds[:1], patches])[:, None]
+
+
+def update_running_mean(
+  log_frozen: Float[Array, " 2"],
+  log_own: Float[Array, "B N 1"],
+  passes: Int[Array, ""],
+  separate_cls: bool,
+) -> Float[Array, " 2"]:
+  """Return the running means of class token and patches after a batch.
+
+  Args:
+    log_frozen: the means before the batch.
+    log_own: of the batch's tokens.
+    passes: number of batches including this one; the mean of up to 100 batches
+      is their average.
+    separate_cls: whether the two differ; otherwise both are the mean over all
+      tokens.
+  """
+  if separate_cls:
+    mean = jnp.stack([log_own[:, 0].mean(), log_own[:, 1:].mean()])
+  else:
+    mean = jnp.broadcast_to(log_own.mean(), 2)
+  momentum = jnp.maximum(1 / passes, 1 / _MEMORY)
+  return log_frozen + momentum * (mean - log_frozen)

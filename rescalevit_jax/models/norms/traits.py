@@ -1,0 +1,108 @@
+"""Optional abilities of norms, for training, diagnostics and export.
+
+A norm inherits from the classes below that apply to it. Callers ask with
+`issubclass`.
+"""
+
+from collections.abc import Hashable
+from typing import Any, ClassVar
+
+import ml_collections
+import numpy as np
+
+from rescalevit_jax.models.norms import base
+
+# The collection of the averages of a calibration; see `Calibrated`.
+CALIBRATION = "calibration"
+# A collection without variables; see `Settling`.
+SETTLED = "settled"
+
+
+class Calibrated(base.Norm):
+  """A norm whose parameters a calibration sets before the first step.
+
+  A calibration is a forward pass in which the collection `CALIBRATION` is
+  mutable. Each site is calibrated when the pass reaches it, so the next site
+  sees its output. Further passes average over their batches.
+  """
+
+  # The values of the config key `calibration` that calibrate this norm.
+  CALIBRATED_BY: ClassVar[tuple[str, ...]] = ("all",)
+
+
+class RunningStatistics(base.Norm):
+  """A norm that evaluates with statistics of training batches."""
+
+  # The number of training batches that determine the statistics.
+  NUM_STATS_BATCHES: ClassVar[int]
+
+
+class Settling(base.Norm):
+  """A norm that does less work in training after its first passes.
+
+  The collection `SETTLED` is mutable in training passes after the first
+  `SETTLES_AFTER`. The compiled program then omits the work of the first ones.
+  """
+
+  SETTLES_AFTER: ClassVar[int]
+
+  def is_settled(self, train: bool) -> bool:
+    """Return whether this is a training pass after `SETTLES_AFTER`."""
+    # With flax's `mutable=True` every collection is mutable.
+    everything = self.is_mutable_collection("params")
+    return train and self.is_mutable_collection(SETTLED) and not everything
+
+
+class Saturating(base.Norm):
+  """A norm with a saturating function, computed by its method `function`."""
+
+  # |f| above which the slope of f is below a tenth of its maximum.
+  SATURATED: ClassVar[float]
+
+
+class Foldable(base.Norm):
+  """A norm that is linear in evaluation and folds into the next layer."""
+
+  # Whether `as_linear` applies to x minus each token's mean.
+  CENTERED: ClassVar[bool] = False
+
+  @staticmethod
+  def as_linear(
+    params: dict[str, np.ndarray], batch_stats: dict[str, np.ndarray]
+  ) -> tuple[np.ndarray, np.ndarray]:
+    """Return the factor and the shift of each channel.
+
+    Args:
+      params: parameters of one site, by name.
+      batch_stats: statistics of the same site.
+
+    Raises:
+      ValueError: the norm at this site is not linear.
+    """
+    raise NotImplementedError
+
+
+class Scheduled(base.Norm):
+  """A norm that changes during training.
+
+  The norm has a field `schedule`. The model sets it at each site to
+  `config.norm_schedule.at_site(site, num_sites)`. Without a schedule the field
+  is None, and the norm does not change.
+  """
+
+  @staticmethod
+  def create_schedule(
+    config: ml_collections.ConfigDict, passes: int
+  ) -> Hashable:
+    """Return the schedule of all sites.
+
+    Args:
+      config: of the run.
+      passes: number of training passes (micro-batches) of the run.
+    """
+    raise NotImplementedError
+
+  @staticmethod
+  def reset_counters(batch_stats: Any) -> Any:
+    """Return a model's statistics with the counters of passes set to 0."""
+    raise NotImplementedError

@@ -1,0 +1,174 @@
+"""The config of a Vision Transformer, and the sizes of the published ones."""
+
+import dataclasses
+from typing import Any
+
+import jax.numpy as jnp
+
+from rescalevit_jax import errors
+from rescalevit_jax.models import initializers
+from rescalevit_jax.models import norms
+from rescalevit_jax.models import residuals
+from rescalevit_jax.models.ops import attention as attention_lib
+from rescalevit_jax.runtime import accelerator
+
+GELUS = ("erf", "tanh")
+POOLS = ("cls", "gap")
+RESIDUALS = ("auto", *residuals.RESIDUALS)
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+SIZES = ("patch_size", "hidden_size", "mlp_dim", "num_heads", "num_layers")
+# Ti to H: Dosovitskiy et al. 2021 (arXiv:2010.11929), Table 1, and Steiner et
+# al. 2022 (arXiv:2106.10270), Table 2. XS is ours, for small images on a CPU.
+VARIANTS = {
+  name: dict(zip(SIZES, sizes, strict=True))
+  for name, sizes in {
+    "ViT-XS_2": (2, 64, 256, 4, 4),
+    "ViT-XS_4": (4, 64, 256, 4, 4),
+    "ViT-Ti_16": (16, 192, 768, 3, 12),
+    "ViT-S_16": (16, 384, 1536, 6, 12),
+    "ViT-B_16": (16, 768, 3072, 12, 12),
+    "ViT-B_32": (32, 768, 3072, 12, 12),
+    "ViT-L_16": (16, 1024, 4096, 16, 24),
+    "ViT-L_32": (32, 1024, 4096, 16, 24),
+    "ViT-H_14": (14, 1280, 5120, 16, 32),
+  }.items()
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ViTConfig:
+  """The definition of a Vision Transformer.
+
+  Attributes:
+    num_classes: width of the head.
+    patch_size: edge of a square patch, in pixels.
+    hidden_size: width D of a token.
+    mlp_dim: width of the hidden layer of the MLP.
+    num_heads: number of attention heads.
+    num_layers: number of encoder blocks.
+    image_size: edge of the square images, in pixels.
+    norm: a key of `norms.NORMS`.
+    norm_schedule: of a norm that changes during training; see `norms.traits`.
+    residual: a key of `residuals.RESIDUALS`, or 'auto' for the norm's default.
+    residual_c: c of the residual `rescalenet`; None: twice `num_layers`.
+    qk_norm: whether queries and keys are normalized; see `vit`.
+    sigma_reparam: whether the linear layers of the blocks learn their largest
+      singular value; see `sigma`.
+    dropout_rate: after the embedding and twice in each MLP; attention has none.
+    stochastic_depth: probability that an image skips a branch of the last block
+      in training; see `vit.EncoderBlock`.
+    pool: input of the head: the class token ('cls') or the mean of the patches
+      ('gap'). Both have the same parameters.
+    gelu: 'erf' as in RescaleViT or 'tanh' as in Google's code.
+    attention: 'xla', 'cudnn', or 'auto'; see `ops.attention.choose`.
+    remat: whether the backward pass recomputes each block's activations, which
+      saves memory.
+    init: a key of `initializers.SCHEMES`.
+    representation_size: width of Google's `pre_logits` layer; None: no layer.
+    dtype: of the computation: 'float32', 'bfloat16', 'float16', or 'auto'; see
+      `choose_dtype`. Parameters, norm statistics, softmax and logits are
+      float32.
+
+  Raises:
+    UserError: an unknown name, or sizes that do not fit together.
+  """
+
+  num_classes: int
+  patch_size: int
+  hidden_size: int
+  mlp_dim: int
+  num_heads: int
+  num_layers: int
+  image_size: int = 224
+  norm: str = "LN"
+  norm_schedule: Any = None
+  residual: str = "auto"
+  residual_c: float | None = None
+  qk_norm: bool = False
+  sigma_reparam: bool = False
+  dropout_rate: float = 0.1
+  stochastic_depth: float = 0.0
+  pool: str = "cls"
+  gelu: str = "erf"
+  attention: str = "auto"
+  remat: bool = False
+  init: str = "torch"
+  representation_size: int | None = None
+  dtype: str = "float32"
+
+  def __post_init__(self):
+    for value, valid, key in (
+      (self.norm, norms.NORMS, "model.norm"),
+      (self.residual, RESIDUALS, "model.residual"),
+      (self.pool, POOLS, "model.pool"),
+      (self.gelu, GELUS, "model.gelu"),
+      (self.attention, attention_lib.IMPLEMENTATIONS, "model.attention"),
+      (self.init, initializers.SCHEMES, "model.init"),
+      (self.dtype, DTYPES, "dtype"),
+    ):
+      if value not in valid:
+        raise errors.UserError(
+          f"{key}: unknown {value!r}; {errors.nearest(str(value), valid)}"
+        )
+    for key in (*SIZES, "residual_c"):
+      value = getattr(self, key)
+      if value is not None and value <= 0:
+        raise errors.UserError(
+          f"model.{key}: {value} is not > 0; choose a larger value"
+        )
+    if self.image_size % self.patch_size:
+      raise errors.UserError(
+        f"image_size: {self.image_size} is not divisible by the patch size"
+        f" {self.patch_size}; choose a multiple"
+      )
+    if self.hidden_size % self.num_heads:
+      raise errors.UserError(
+        f"model.hidden_size: {self.hidden_size} is not divisible by the"
+        f" {self.num_heads} heads; choose a multiple"
+      )
+    norms.NORMS[self.norm].check(self.hidden_size)
+
+  @property
+  def scheme(self) -> initializers.Scheme:
+    """The initializers of the parameters."""
+    return initializers.SCHEMES[self.init]
+
+  @property
+  def head_dim(self) -> int:
+    """The number of channels of an attention head."""
+    return self.hidden_size // self.num_heads
+
+  def resolve(self) -> "ViTConfig":
+    """Return the config with each 'auto' replaced by its choice here.
+
+    Raises:
+      UserError: cuDNN's attention cannot run here.
+    """
+    residual, dtype, attention = self.residual, self.dtype, self.attention
+    if residual == "auto":
+      residual = norms.NORMS[self.norm].RESIDUAL
+    if dtype == "auto":
+      dtype = choose_dtype()
+    shape = jnp.dtype(dtype), self.head_dim
+    if attention == "auto":
+      attention = attention_lib.choose(*shape).implementation
+    elif attention == "cudnn" and (
+      problem := attention_lib.cudnn_problem(*shape)
+    ):
+      raise errors.UserError(f"model.attention: {problem}; choose auto or xla")
+    return dataclasses.replace(
+      self, residual=residual, dtype=dtype, attention=attention
+    )
+
+
+def choose_dtype() -> str:
+  """Return the dtype that 'auto' selects on this machine.
+
+  It is float32 on a CPU, and float16 on an NVIDIA GPU before Ampere (compute
+  capability 8.0), which has no bfloat16. Elsewhere it is bfloat16.
+  """
+  if accelerator.platform() == "cpu":
+    return "float32"
+  has_no_bfloat16 = (0, 0) < accelerator.current().compute_capability < (8, 0)
+  return "float16" if has_no_bfloat16 else "bfloat16"
