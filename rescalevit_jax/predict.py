@@ -3,7 +3,7 @@ r"""Classify image files with the model of a run.
   python -m rescalevit_jax.predict --workdir=runs/a cat.png photos/
   python -m rescalevit_jax.predict --workdir=runs/a photos/ --output=a.csv
 
-A folder stands for all image files in it and its subfolders, by their suffix:
+A folder means all image files in it and its subfolders, by their suffix:
 AVIF, BMP, GIF, JPEG, PNG, PPM, TIFF, WebP. Unreadable files are reported and
 skipped. From Python:
 

@@ -42,7 +42,7 @@ class Progress:
     timed_steps: training steps in `timed_seconds`.
     timed_seconds: training time without compilation and evaluation.
     summed_steps: steps since the last line of diagnostics.
-    clipped_steps: those of them whose gradient was clipped.
+    clipped_steps: steps among them with a clipped gradient.
     effective_lr: sum of their learning rates after clipping.
     skipped_steps: steps of the run whose gradient overflowed float16.
   """

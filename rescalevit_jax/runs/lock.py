@@ -22,8 +22,8 @@ def hold(workdir: str | pathlib.Path) -> Iterator[None]:
   process ends, even if it is killed. Child processes do not inherit it. On exit
   the file is deleted, and so is a folder that was created here if it is empty.
 
-  If the file system has no locks or is not writable, there is no lock: the run
-  itself reports what it cannot write.
+  If the file system has no locks or is not writable, there is no lock. The run
+  reports failed writes itself.
 
   Args:
     workdir: the run's folder.

@@ -19,7 +19,7 @@ def run(body: Callable[[], int | None]) -> int:
     body: does the work; returns the exit code, or None for 0.
 
   Returns:
-    The exit code: that of `body`, 1 after an error, 130 after Ctrl-C.
+    The exit code: from `body`, 1 after an error, 130 after Ctrl-C.
   """
   if hasattr(sys.stdout, "reconfigure"):
     # File names may have characters that the terminal cannot show.

@@ -33,7 +33,7 @@ def restart_with(module: str) -> None:
   To be called first, since nothing is kept but the command line.
 
   Args:
-    module: what `python -m` has to run. Nothing happens in other programs, such
+    module: name given to `python -m`. Nothing happens in other programs, such
       as a notebook that runs the module.
   """
   wanted = environment(os.environ)

@@ -84,7 +84,7 @@ class CompiledDiagnostics:
   def compile(
     self, state: train_state.TrainState, images: jax.Array, labels: jax.Array
   ) -> None:
-    """Compile all measurements; the arguments are those of a step."""
+    """Compile all measurements for the arguments of a step."""
     arguments = (state, images, labels, self._seed, self._probe)
     self._before_step = self._before_step.lower(*arguments).compile()
     params = state.params

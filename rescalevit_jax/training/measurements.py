@@ -86,8 +86,8 @@ def before_step(
     gradient_options: see `Experiment.gradient_options`.
 
   Returns:
-    The results of `gradient_norms` and `forward`. The gradient is that of the
-    step, computed a second time.
+    The results of `gradient_norms` and `forward`. The step's gradient is
+    computed a second time.
   """
   _, grads, _, _ = train_step.gradient(
     state, images, labels, seed, **gradient_options

@@ -13,7 +13,7 @@ from rescalevit_jax.runtime import terminal
 
 _log = logging.getLogger(__name__)
 
-# FLOP/s of a training step over those of a large matrix product.
+# Speed of a training step relative to a large matrix product.
 _EFFICIENCY = 0.4
 _LONG_RUN_SECONDS = 3600.0
 _SLOW_DEVICE = 1e10  # FLOP/s, less than any device in use.

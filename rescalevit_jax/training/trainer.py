@@ -175,11 +175,11 @@ class Trainer:
 
   def _skip_or_fail(self, loss, grad_norm, loss_scale):
     """Log a skipped step; raise DivergedError if training cannot continue."""
-    what = f"loss {loss}, gradient norm {grad_norm}"
+    values = f"loss {loss}, gradient norm {grad_norm}"
     if loss_scale is None:
-      self._fail(what)
+      self._fail(values)
     if not math.isfinite(loss) or loss_scale < 1:
-      self._fail(f"{what}, loss scale {loss_scale:g}")
+      self._fail(f"{values}, loss scale {loss_scale:g}")
     _log.info(
       "step %d skipped: gradient overflowed float16; loss scale is now %g",
       self._progress.step,
@@ -215,12 +215,12 @@ class Trainer:
         },
       )
 
-  def _fail(self, what):
+  def _fail(self, values):
     self._checkpoints.wait()
     last = self._checkpoints.latest_step()
     wider = "" if self._state.loss_scale is None else ", or dtype float32,"
     raise DivergedError(
-      f"step {self._progress.step}: training diverged ({what}); the last"
+      f"step {self._progress.step}: training diverged ({values}); the last"
       f" checkpoint is of step {last}; try a smaller base_lr or"
       f" grad_norm_clip{wider} in a new --workdir"
     )
