@@ -1,4 +1,4 @@
-"""The norm Fade: LayerNorm at first, a linear map at last, slowly between."""
+"""Fade: LayerNorm at first, a linear map or DyT at the end."""
 
 import functools
 import runpy
@@ -68,7 +68,7 @@ def sigma(x):
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.5])
-def test_at_first_it_is_layer_norm_bit_for_bit(alpha):
+def test_equals_layer_norm_bitwise_at_the_start(alpha):
   weights = np.random.default_rng(1).normal(size=X.shape)
 
   def total(module, found, x):
@@ -89,7 +89,7 @@ def test_at_first_it_is_layer_norm_bit_for_bit(alpha):
 
 
 @pytest.mark.parametrize("share", [0.25, 0.5, 1.0])
-def test_between_is_the_geometric_mean_with_the_frozen_sigma(share):
+def test_sigma_is_a_geometric_mean_with_the_frozen_sigma(share):
   x = X.astype(np.float64)
   frozen = np.exp(LOG_SIGMA)[[0, 1, 1, 1]]
   between = sigma(x) ** (1 - share) * frozen**share
@@ -99,8 +99,8 @@ def test_between_is_the_geometric_mean_with_the_frozen_sigma(share):
 
 
 @pytest.mark.parametrize("share", [0.25, 1.0])
-def test_with_alpha_it_goes_over_to_dyt(share):
-  """By hand; at last that is DyT of x - mean, with alpha over the scale."""
+def test_becomes_dyt_with_alpha(share):
+  """The end is DyT of x - mean, with alpha divided by the scale."""
   x = X.astype(np.float64)
   frozen = np.exp(LOG_SIGMA)[[0, 1, 1, 1]]
   between = sigma(x) ** (1 - share) * frozen**share
@@ -126,8 +126,8 @@ def test_with_alpha_it_goes_over_to_dyt(share):
       )
 
 
-def test_at_last_it_is_a_linear_map_of_each_kind_of_token():
-  """Exactly homogeneous, so that a token's own size is not looked at."""
+def test_ends_as_a_linear_map_for_each_kind_of_token():
+  """The map is exactly homogeneous: it ignores a token's own size."""
   start = apply(1.0, 0 * X)
   np.testing.assert_array_equal(start - PARAMS["bias"], 0)
   linear = apply(1.0) - start
@@ -153,8 +153,8 @@ def test_at_last_it_is_a_linear_map_of_each_kind_of_token():
 
 @pytest.mark.parametrize("alpha", [0.0, 0.5])
 @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
-def test_gradient_is_the_slope(share, alpha):
-  """Of the input and of each parameter, in a random direction."""
+def test_gradient_equals_finite_differences(share, alpha):
+  """Test the input and each parameter in a random direction."""
   rng = np.random.default_rng(1)
   weights = rng.normal(size=X.shape)
   statistics = variables(share, alpha=alpha)["batch_stats"]
@@ -190,15 +190,15 @@ def passes(schedule, batches, start):
   return found["batch_stats"]
 
 
-@pytest.mark.parametrize("apart", [True, False])
-def test_running_statistics_by_hand(apart):
-  """The mean over the first 100 passes; then a hundredth of the way each."""
-  schedule = fade.SiteSchedule(1000, 2000, apart)
+@pytest.mark.parametrize("separate_cls", [True, False])
+def test_running_statistics_by_hand(separate_cls):
+  """Test the mean of the first 100 passes, then a momentum of 0.99."""
+  schedule = fade.SiteSchedule(1000, 2000, separate_cls)
   batches = [X, 3 * X - 1, X**2]
   found = passes(schedule, batches, variables())
   logs = [np.log(sigma(x.astype(np.float64))) for x in batches]
   kinds = [(log[:, 0].mean(), log[:, 1:].mean()) for log in logs]
-  if not apart:
+  if not separate_cls:
     kinds = [(log.mean(), log.mean()) for log in logs]
   want = np.mean(kinds, axis=0)
   np.testing.assert_allclose(found["log_sigma"], want, rtol=1e-5)
@@ -209,7 +209,7 @@ def test_running_statistics_by_hand(apart):
   assert later["count"] == 501
 
 
-def test_statistics_freeze_when_a_place_is_done():
+def test_statistics_freeze_when_a_site_has_faded():
   schedule = fade.SiteSchedule(1, 3, True)
   half, full = variables(0.5, count=2), variables(1.0, count=3)
   moved = passes(schedule, [X], half)
@@ -224,8 +224,8 @@ def test_statistics_freeze_when_a_place_is_done():
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.5])
-def test_the_schedules_alpha_counts_and_not_a_files(alpha):
-  """In evaluation, too; a training pass writes it down."""
+def test_the_schedules_alpha_replaces_a_files(alpha):
+  """Evaluation uses it, too, after a training pass has stored it."""
   module = fade.Fade(D, schedule=fade.SiteSchedule(1, 2, True, alpha))
   found = variables(1.0, count=9, alpha=0.25)
   np.testing.assert_array_equal(
@@ -235,10 +235,8 @@ def test_the_schedules_alpha_counts_and_not_a_files(alpha):
   assert new["batch_stats"]["alpha"] == alpha
 
 
-def test_a_file_brings_how_far_it_has_faded_but_no_passes(
-  tiny_config, tmp_path
-):
-  """Or the schedule of the new run would be over before it begins."""
+def test_a_file_keeps_its_progress_but_not_its_passes(tiny_config, tmp_path):
+  """Otherwise the schedule of a new run would end before its first step."""
   tiny_config.model.norm = "Fade"
   parts = experiment.create(tiny_config)
   state = parts.init_state()
@@ -253,7 +251,7 @@ def test_a_file_brings_how_far_it_has_faded_but_no_passes(
   assert {int(n) for n in stats(found, "faded")} == {fade.FULL // 4}
 
 
-def test_saturation_is_that_of_the_tanh():
+def test_saturation_of_the_tanh():
   images = np.random.default_rng(0).uniform(-1, 1, (5, 8, 8, 3))
   params, _ = trees.fresh("LN")
 
@@ -279,7 +277,7 @@ def test_saturation_is_that_of_the_tanh():
 
 
 def test_schedule_by_hand():
-  """Three places, each for 20 of the 40 passes after the hundredth."""
+  """Three sites fade for 20 of the 40 passes after the hundredth."""
   schedule = fade.Schedule(100, 140, 0.5, True)
   ramps = [schedule.at_site(site, 3) for site in range(3)]
   assert [(r.begin, r.end) for r in ramps] == [
@@ -359,10 +357,10 @@ def test_first_blocks_fade_first_and_the_final_norm_last():
 @pytest.mark.parametrize(
   "alpha", [pytest.param(0.0, marks=pytest.mark.slow), 0.5]
 )
-def test_resumes_through_the_middle_of_a_fade(
+def test_resumes_in_the_middle_of_a_fade(
   alpha, tiny_config, tmp_path, monkeypatch
 ):
-  """To the same bits; what is evaluated at the end has no norm left."""
+  """Test bitwise equality; the final evaluation has no norm."""
   config = tiny_config
   config.model.norm = "Fade"
   config.fade.update(
@@ -391,7 +389,7 @@ def test_resumes_through_the_middle_of_a_fade(
     with pytest.raises(InterruptedError):
       train.train_and_evaluate(config, tmp_path / "b")
   _, between, at = checkpoint.load_variables(tmp_path / "b", "latest")
-  # Steps 3 to 9 of 12, two passes each; place 0 takes half of them.
+  # Steps 3 to 9 of 12, two passes each; site 0 takes half of them.
   assert at == 4
   shares = [int(n) / fade.FULL for n in stats(between, "faded")]
   assert shares == pytest.approx([1 / 3, 0, 0], abs=1e-4)
@@ -436,7 +434,7 @@ def test_an_ln_file_loads_strictly_and_starts_as_ln(tmp_path):
   np.testing.assert_array_equal(found, want)
 
 
-def test_one_scale_folds_into_the_layers_that_follow(tmp_path):
+def test_one_scale_folds_into_the_next_layers(tmp_path):
   params, statistics = jax.tree.map(
     lambda x: x if x.dtype == np.int32 else 0.5 * x, trees.fresh("Fade", seed=9)
   )
@@ -489,8 +487,8 @@ def test_without_a_schedule_it_stays_layer_norm():
     ("Fade-DyT", "Fade", "ViT-XS_4"),
   ],
 )
-def test_the_config_of_an_experiment(run, norm, model_name):
-  """The methods differ in the norm alone: the comparison is a fair one."""
+def test_config_of_the_experiment(run, norm, model_name):
+  """The methods differ only in the norm: the comparison is fair."""
   path = paths.ROOT / "configs" / "remove_norm.py"
   get_config = runpy.run_path(str(path))["get_config"]
   config = get_config(run)

@@ -1,4 +1,4 @@
-"""The last block computes the class token alone where that is enough."""
+"""The last block computes only the class token if that is enough."""
 
 import jax
 import numpy as np
@@ -26,7 +26,7 @@ def tiny(**arguments):
 
 
 def loss_and_gradient(model, variables, *collections):
-  """In training mode, with the statistics afterwards."""
+  """Return loss, new statistics and gradient in training mode."""
 
   def loss(params):
     logits, new = model.apply(
@@ -71,7 +71,7 @@ def assert_close(found, want):
   "norm, remat",
   [*((norm, False) for norm in norms.NORMS), ("Rescale", True)],
 )
-def test_training_is_as_with_all_tokens(norm, remat):
+def test_training_equals_training_with_all_tokens(norm, remat):
   model = tiny(norm=norm, remat=remat)
   variables = trained(model)
   # Whatever is observed is there for all tokens.
@@ -80,7 +80,7 @@ def test_training_is_as_with_all_tokens(norm, remat):
 
 
 @pytest.mark.parametrize("norm", norms.NORMS)
-def test_evaluation_is_as_with_all_tokens(norm):
+def test_evaluation_equals_evaluation_with_all_tokens(norm):
   model = tiny(norm=norm)
   variables = trained(model)
   found = jax.jit(model.apply)(variables, IMAGES)
@@ -128,7 +128,9 @@ def rows_of_the_last_mlp(norm, train, pool="cls", collections=()):
     ("LN", True, ("intermediates",), False),
   ],
 )
-def test_where_one_token_is_enough(norm, train, collections, shortened):
+def test_one_token_is_computed_if_sufficient(
+  norm, train, collections, shortened
+):
   found = rows_of_the_last_mlp(norm, train, collections=collections)
   assert found == ({1: 1, 17: 1} if shortened else {1: 0, 17: 2})
 
@@ -137,7 +139,7 @@ def test_a_mean_of_patches_needs_all_tokens():
   assert rows_of_the_last_mlp("LN", True, "gap") == {1: 0, 17: 2}
 
 
-def test_a_pass_in_which_all_is_mutable_calibrates():
+def test_a_pass_with_all_collections_mutable_calibrates():
   model = tiny(norm="Rescale")
   variables = model.init(jax.random.key(0), IMAGES)
   rngs = {"dropout": jax.random.key(0)}
@@ -146,7 +148,7 @@ def test_a_pass_in_which_all_is_mutable_calibrates():
   assert block["Rescale_0"]["count"] == 1
 
 
-def test_a_settled_rescale_keeps_its_statistics_and_leaves_no_trace():
+def test_a_settled_rescale_keeps_its_statistics_and_adds_no_collection():
   model = tiny(norm="Rescale")
   variables = trained(model)
   (_, statistics), _ = loss_and_gradient(model, variables, traits.SETTLED)

@@ -1,4 +1,4 @@
-"""Linear layers and gradients written out, against their plain forms."""
+"""Linear layers and hand-written gradients, compared with plain ones."""
 
 from flax import linen as nn
 import jax
@@ -14,7 +14,7 @@ X = jax.random.normal(jax.random.key(1), (2, 5, 3, 4))
 
 @pytest.mark.parametrize("bias_in_product", [False, True])
 @pytest.mark.parametrize("features, axes", [(6, 1), ((3, 2), 1), (6, 2)])
-def test_linear_is_a_dense_general(features, axes, bias_in_product):
+def test_linear_equals_dense_general(features, axes, bias_in_product):
   ours = linear.Linear(
     features,
     axes,
@@ -80,7 +80,7 @@ def test_a_bias_gradient_is_summed_in_float32():
   assert jax.grad(loss)(jnp.zeros(1)) == 4096
 
 
-def test_the_gradients_have_derivatives_themselves():
+def test_gradients_are_differentiable():
   def loss(x):
     y, z, _ = gradients.fan_out(gradients.add_to_batch(x, x[0]))
     flat = gradients.add_bias(y.reshape(-1, 4), z[0, 0, 0])

@@ -51,7 +51,7 @@ def images(batch=4):
 
 
 def random_variables(model):
-  """Returns random parameters and fresh statistics, without compiling."""
+  """Return random parameters and fresh statistics, without compiling."""
   shapes = jax.eval_shape(
     functools.partial(model.init, train=False), jax.random.key(0), images(1)
   )
@@ -99,7 +99,7 @@ def flatten(tree):
     (dict(hidden_size=18, norm="GN"), "hidden_size: 18 .*4 groups"),
   ],
 )
-def test_mistake_is_one_line_that_says_what_is_wrong(kwargs, expected):
+def test_invalid_arguments_raise_one_line_errors(kwargs, expected):
   with pytest.raises(errors.UserError, match=expected) as error:
     tiny(**kwargs) if "name" not in kwargs else models.create(
       **{**TINY, **kwargs}
@@ -107,13 +107,13 @@ def test_mistake_is_one_line_that_says_what_is_wrong(kwargs, expected):
   assert "\n" not in str(error.value)
 
 
-def test_size_of_none_keeps_the_tables_value():
+def test_size_of_none_keeps_the_variants_value():
   model = models.create("ViT-S_16", num_classes=3, hidden_size=None)
   want = vit_config.VARIANTS["ViT-S_16"]["hidden_size"]
   assert model.config.hidden_size == want
 
 
-def test_from_python_as_the_documentation_shows_it():
+def test_example_of_the_documentation():
   images = jnp.zeros((2, 24, 24, 3))
   key = jax.random.key(1)
   model = models.create(
@@ -153,7 +153,7 @@ def test_from_python_as_the_documentation_shows_it():
 
 
 def expected_names(norm):
-  """Google's names of a two-block model's variables, and ours of the norm."""
+  """Return the names of a two-block model's variables."""
   params = {"cls", "embedding/kernel", "embedding/bias"}
   params |= {"head/kernel", "head/bias"}
   params |= {"Transformer/posembed_input/pos_embedding"}
@@ -240,7 +240,7 @@ def test_representation_size_adds_pre_logits_before_the_head():
 
 
 def expected_count(name, classes, norm):
-  """Counts parameters from the sizes, at 224 pixels."""
+  """Return the number of parameters at 224 pixels, from the sizes."""
   p, d, m, _, layers = vit_config.VARIANTS[name].values()
 
   def linear(inputs, outputs):
@@ -281,7 +281,7 @@ def test_every_variant_has_the_parameters_of_its_sizes(name, norm):
     ("ViT-H_14", 14, 1280, 5120, 16, 32),
   ],
 )
-def test_sizes_are_those_of_the_papers(name, patch, width, mlp, heads, layers):
+def test_sizes_equal_the_papers(name, patch, width, mlp, heads, layers):
   found = vit_config.VARIANTS[name]
   assert found == {
     "patch_size": patch,
@@ -348,7 +348,7 @@ def test_bfloat16_statistics_are_float32_means(norm):
     (accelerator.Accelerator("gpu", (12, 0)), "bfloat16"),
   ],
 )
-def test_dtype_auto_is_what_the_accelerator_has(device, expected, monkeypatch):
+def test_dtype_auto_follows_the_accelerator(device, expected, monkeypatch):
   monkeypatch.setattr(accelerator, "platform", lambda: device.platform)
   monkeypatch.setattr(accelerator, "current", lambda: device)
   assert tiny(dtype="auto").dtype == expected
@@ -379,7 +379,7 @@ def test_dropout_acts_only_in_training(norm):
   assert (evaluated == plain.apply(variables, images(), train=False)).all()
 
 
-def test_dropout_is_thrice_and_never_in_attention(monkeypatch):
+def test_dropout_sites_exclude_attention(monkeypatch):
   variables, zeros, drop = variables_of("LN"), {}, dropout.drop
 
   def spy(x, key, index, rate, whole=False):
@@ -411,7 +411,7 @@ def test_dropout_is_thrice_and_never_in_attention(monkeypatch):
 
 
 @pytest.mark.parametrize("block, rate", [(1, 0.25), (2, 0.5)])
-def test_stochastic_depth_skips_whole_branches_by_its_linear_rule(block, rate):
+def test_stochastic_depth_skips_branches_at_a_linear_rate(block, rate):
   settings = dict(norm="LN", pool="gap", dropout_rate=0.0)
   config = tiny(stochastic_depth=0.5, **settings).config
   whole = vit.EncoderBlock(config, block)
@@ -457,7 +457,7 @@ def test_stochastic_depth_skips_whole_branches_by_its_linear_rule(block, rate):
   )
 
 
-def test_stochastic_depth_of_a_model_skips_its_last_block_most():
+def test_stochastic_depth_skips_the_last_block_most():
   model = tiny(norm="LN", dropout_rate=0.0, stochastic_depth=1 - 1e-6)
   variables = random_variables(model)
   _, seen = model.apply(
@@ -554,8 +554,7 @@ OPTIONS = {
 
 
 @pytest.mark.parametrize("norm", NORMS)
-def test_recomputing_changes_nothing(norm):
-  """And every parameter has a gradient."""
+def test_remat_changes_nothing_and_every_parameter_has_a_gradient(norm):
   kwargs = {"norm": norm, "num_layers": 1, **OPTIONS.get(norm, {})}
   model, again = (tiny(remat=remat, **kwargs) for remat in (False, True))
   variables = random_variables(model)
@@ -583,7 +582,7 @@ def test_recomputing_changes_nothing(norm):
 
 
 def test_batch_norm_in_the_mlp_is_before_the_gelu():
-  """Of all tokens by the batch's statistics, or by those that run along."""
+  """Test batch statistics in training and running statistics in evaluation."""
   model = tiny(norm="BN2", dropout_rate=0.0)
   variables = random_variables(model)
 
@@ -636,7 +635,7 @@ def test_queries_and_keys_are_normalized_head_by_head():
 
 
 def test_unit_initialization_has_variance_1():
-  """Of tokens, if pixels are uniform, and behind each linear layer."""
+  """Test tokens for uniform pixels, and the output of each linear layer."""
   model = models.create(
     "ViT-B_16",
     num_classes=1000,
@@ -669,7 +668,7 @@ def test_unit_initialization_has_variance_1():
   assert np.square(tokens[0, 0]).mean() == pytest.approx(1, rel=0.3)
 
 
-def test_group_norm_is_of_each_image():
+def test_group_norm_normalizes_each_image():
   model = tiny(norm="GN", dropout_rate=0.0)
   variables = variables_of("GN")
   batch = images(4)
@@ -680,7 +679,7 @@ def test_group_norm_is_of_each_image():
   np.testing.assert_allclose(together, jnp.concatenate(alone), atol=1e-5)
 
 
-def test_group_norm_is_over_all_tokens_and_consecutive_channels():
+def test_group_norm_normalizes_tokens_and_consecutive_channels():
   module = group_norm.GroupNorm(features=8)
   x = jax.random.normal(jax.random.key(0), (2, 5, 8)) * 3 + 1
   x = x * jnp.arange(1, 9)
@@ -692,7 +691,7 @@ def test_group_norm_is_over_all_tokens_and_consecutive_channels():
   np.testing.assert_allclose(y, want, atol=1e-4)
 
 
-def test_layer_norm_is_of_each_token():
+def test_layer_norm_normalizes_each_token():
   module = layer_norm.LayerNorm(features=8)
   x = jax.random.normal(jax.random.key(0), (2, 5, 8)) * 3 + 1
   y = module.apply(module.init(jax.random.key(0), x, True), x, True)
@@ -716,7 +715,7 @@ def test_batch_norm_does_not_depend_on_the_order_of_the_batch():
   )
 
 
-def test_batch_norm_depends_on_the_other_images_in_training_only():
+def test_batch_norm_depends_on_other_images_only_in_training():
   model = tiny(norm="BN", dropout_rate=0.0)
   variables = variables_of("BN")
   batch = images()
@@ -757,7 +756,7 @@ def test_rescale_has_no_gradient_through_its_mean():
 
 
 class TanhNorm(base.Norm):
-  """y = tanh(alpha x): a norm without a final one."""
+  """y = tanh(alpha x), without a final norm."""
 
   SLOT = "Tanh"
   FINAL = False
@@ -802,7 +801,7 @@ def test_new_norm_is_one_class_and_one_entry(monkeypatch):
 
 
 class SiteSchedule(NamedTuple):
-  """A schedule that is its site."""
+  """A schedule that records its site."""
 
   site: int = -1
   num_sites: int = -1

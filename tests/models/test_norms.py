@@ -1,4 +1,4 @@
-"""Norms by hand: formulas, gradients, and what a calibration sets."""
+"""Norms: formulas, gradients and calibration."""
 
 import math
 
@@ -62,8 +62,8 @@ def test_formula(norm, train):
 
 
 @pytest.mark.parametrize("norm", ["RMS", "DyT", "Derf", "Cal"])
-def test_gradient_is_the_slope(norm):
-  """Of the input and of each parameter, in a random direction."""
+def test_gradient_equals_finite_differences(norm):
+  """Test the input and each parameter in a random direction."""
   module, start = norms.NORMS[norm](D), variables(norm)
   rng = np.random.default_rng(1)
   weights = rng.normal(size=X.shape)
@@ -95,7 +95,7 @@ def test_gradient_is_the_slope(norm):
 
 
 @pytest.mark.parametrize("centered", [True, False])
-def test_gradient_of_normalize_is_that_of_its_formula(centered):
+def test_gradient_of_normalize_equals_autodiff(centered):
   def formula(x):
     mean = x.mean(-1, keepdims=True) if centered else 0
     var = jnp.square(x - mean).mean(-1, keepdims=True)
@@ -109,8 +109,8 @@ def test_gradient_of_normalize_is_that_of_its_formula(centered):
   np.testing.assert_allclose(found, want, rtol=1e-4, atol=1e-5)
 
 
-def test_starts():
-  """Without a calibration: DyT and Derf at 0.5, Cal does nothing."""
+def test_initial_alpha():
+  """Without a calibration DyT and Derf have 0.5, and Cal is the identity."""
   for norm, alpha in (("DyT", 0.5), ("Derf", 0.5), ("Cal", 1.0)):
     found = norms.NORMS[norm](D).init(jax.random.key(0), X, True)
     assert found["params"]["alpha"] == alpha
@@ -139,7 +139,7 @@ def test_a_calibrated_alpha_is_one_over_rms(norm):
   assert jax.tree.all(jax.tree.map(np.array_equal, found["params"], want))
 
 
-def test_a_calibrated_cal_has_mean_0_and_variance_1():
+def test_calibrated_cal_has_mean_0_and_variance_1():
   start = pointwise.Cal(D).init(jax.random.key(0), X, False)
   y, found = calibrate(pointwise.Cal(D), start, X)
   np.testing.assert_allclose(y.mean((0, 1)), 0, atol=1e-6)
@@ -164,7 +164,7 @@ def test_a_calibration_averages_over_its_batches():
   np.testing.assert_allclose(found["params"]["alpha"], [alpha], rtol=1e-5)
 
 
-def test_a_place_is_calibrated_behind_the_calibrated_ones_before_it():
+def test_each_site_is_calibrated_after_the_previous_ones():
   model = models.create(
     "ViT-B_16",
     num_classes=3,
@@ -197,7 +197,7 @@ def test_a_place_is_calibrated_behind_the_calibrated_ones_before_it():
 
 
 @pytest.mark.parametrize("norm", ["Cal", "Rescale"])
-def test_as_linear_is_the_norm_in_evaluation(norm):
+def test_as_linear_equals_the_norm_in_evaluation(norm):
   Norm = norms.NORMS[norm]
   start = {"params": {"bias": BIAS}, "batch_stats": {"init_mean": MEAN}}
   for count in (3, 8):

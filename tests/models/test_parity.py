@@ -1,4 +1,4 @@
-"""Agreement with the numbers recorded from the original and from Google's code.
+"""Parity with numbers recorded from the original and from Google's code.
 
 Every check runs on the full reference numbers and on the reduced ones, which
 hold fewer training batches and the leading parts of some arrays.
@@ -65,7 +65,7 @@ def _full_precision():
 
 
 def check(got, want, quantity, norm):
-  """Compares arrays; of `got`, the leading part that `want` covers."""
+  """Compare arrays; `want` may cover only a leading part of `got`."""
   got = np.asarray(got)
   assert got.ndim == want.ndim
   got = got[tuple(slice(n) for n in want.shape)]
@@ -76,7 +76,7 @@ def check(got, want, quantity, norm):
 
 
 def check_tree(got, want, quantity, norm, source):
-  """Compares a tree with the arrays recorded under its flattened names."""
+  """Compare a tree with arrays recorded under its flattened names."""
   got = flatten(got)
   assert set(want) <= set(got)
   if source == "full":
@@ -112,7 +112,7 @@ def model_of(norm):
 
 
 def variables_of(norm, source):
-  """Returns params and batch_stats (maybe empty) as the file has them."""
+  """Return params and batch_stats (possibly empty) of the file."""
   data = reference(norm, source)
   flat = {k: data[k] for k in data if not k.startswith("ref/")}
   tree = flax.traverse_util.unflatten_dict(flat, sep="/")
@@ -121,7 +121,7 @@ def variables_of(norm, source):
 
 
 def training_start(norm, source):
-  """Returns the same, with Rescale's statistics uncalibrated."""
+  """Return the variables with Rescale's statistics uncalibrated."""
   variables = variables_of(norm, source)
   if norm == "Rescale":
     variables["batch_stats"] = jax.tree.map(
@@ -132,7 +132,7 @@ def training_start(norm, source):
 
 @functools.cache
 def forward_of(norm):
-  """Returns (variables, images) -> logits, intermediates, jitted."""
+  """Return a jitted function (variables, images) -> logits, intermediates."""
   return jax.jit(
     functools.partial(
       model_of(norm).apply,
@@ -151,7 +151,7 @@ def evaluation(norm, source):
 
 @functools.cache
 def eval_loss_of(norm):
-  """Returns (params, batch_stats, images, labels) -> loss, grads, jitted."""
+  """Return a jitted (params, batch_stats, images, labels) -> loss, grads."""
 
   def loss(params, batch_stats, images, labels):
     variables = {"params": params, "batch_stats": batch_stats}
@@ -177,14 +177,14 @@ def eval_gradient(norm, source):
 
 @functools.cache
 def train_forward_of(norm):
-  """Returns (variables, images) -> logits, new batch_stats, jitted."""
+  """Return a jitted function (variables, images) -> logits, batch_stats."""
   return jax.jit(
     functools.partial(model_of(norm).apply, train=True, mutable=["batch_stats"])
   )
 
 
 def passes(norm, variables, batches):
-  """Returns the logits and the statistics of passes in training mode.
+  """Return the logits and the statistics of passes in training mode.
 
   Args:
     norm: of the model.
@@ -207,14 +207,14 @@ def passes(norm, variables, batches):
 
 @functools.cache
 def train_gradient_of(norm):
-  """Returns the gradient of the library's training loss, jitted."""
+  """Return the jitted gradient of the training loss."""
   loss = functools.partial(train_step_lib.loss_fn, model=model_of(norm))
   return jax.jit(jax.grad(loss, has_aux=True))
 
 
 @functools.cache
 def train_step_of(norm):
-  """Returns the library's training step, compiled once a clip setting."""
+  """Return the training step, compiled once per clip setting."""
 
   @functools.partial(jax.jit, static_argnames="max_grad_norm")
   def train_step(state, images, labels, linear, weight_decay, max_grad_norm):
@@ -244,7 +244,7 @@ def train_step_of(norm):
 
 @functools.cache
 def blank_state(norm):
-  """Returns a state at step 0; that of the optimizer suits all the runs."""
+  """Return a state at step 0; its optimizer state suits all runs."""
   sgd = optimizers.sgd(
     schedule.create(BASE_LR, WARMUP, TOTAL, "cosine"),
     momentum=0.9,
@@ -256,7 +256,7 @@ def blank_state(norm):
 
 @functools.cache
 def training(norm, source, run):
-  """Returns losses, gradient norms and the final state of a recorded run."""
+  """Return losses, gradient norms and the final state of a recorded run."""
   data = reference(norm, source)
   linear = run.startswith("linear")
   weight_decay, max_grad_norm = 1e-4 if run.endswith("wd1e-4") else 0.0, 1.0
@@ -282,7 +282,7 @@ def training(norm, source, run):
 
 
 def finished(norm, source, run):
-  """Returns the state after all the steps, or skips."""
+  """Return the state after all steps, or skip the test."""
   data = reference(norm, source)
   if len(data["ref/train/images"]) < TOTAL:
     pytest.skip(f"the reduced {norm}.npz has not all training batches")
@@ -489,7 +489,7 @@ def test_schedule(source, setting, decay_type):
 # Google's curves at the same settings: one update later, and the linear one
 # ends at 1e-5.
 @pytest.mark.parametrize("decay_type", ["cosine", "linear"])
-def test_schedule_of_google_is_one_update_behind(source, decay_type):
+def test_googles_schedule_is_one_update_behind(source, decay_type):
   data = parity.arrays("lr_schedule.npz", source)
   want = data[f"info_google_{decay_type}"]
   base, warmup, total = data["base_warmup_total"]
@@ -563,7 +563,7 @@ def test_initialization(scheme, recorded, norm, source):
 
 @functools.cache
 def initial_statistics(scheme, norm):
-  """Returns shape, mean, std, min and max of each variable of a ViT-B_32."""
+  """Return shape, mean, std, min and max of each variable of a ViT-B_32."""
   model = models.create("ViT-B_32", num_classes=10, norm=norm, init=scheme)
   # Not jitted: layers of one shape share what little is compiled.
   variables = model.init(
@@ -586,7 +586,7 @@ def test_reduced_set_is_small():
   assert 0 < sum(f.stat().st_size for f in files) <= 2_000_000
 
 
-def test_reduced_set_is_what_its_script_makes():
+def test_reduced_set_equals_the_output_of_its_script():
   if not parity.FULL.is_dir():
     pytest.skip("the full reference numbers are not beside this checkout")
   script = parity.REDUCED / "reduce.py"

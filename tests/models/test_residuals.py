@@ -1,4 +1,4 @@
-"""Residuals by hand, and with every norm."""
+"""Residuals: formulas, and combinations with every norm."""
 
 import functools
 
@@ -32,7 +32,7 @@ def test_plain_adds():
   close(joined("plain", branch=3, num_blocks=9), X + Y)
 
 
-def test_the_original_scales_the_residual_of_the_mlp_only():
+def test_rescalevit_scales_only_the_residual_of_the_mlp():
   close(joined("rescalevit", branch=5, num_blocks=9), X + Y)
   # Branch 6 is the MLP of block 3: sqrt(k / (k + 1)) x + scale L^(-1/2) y.
   found = joined("rescalevit", [2.0], branch=6, num_blocks=9)
@@ -48,7 +48,7 @@ def test_the_original_scales_the_residual_of_the_mlp_only():
     (5, 0.5, 4.5 / 5.5, 1 / 5.5),
   ],
 )
-def test_rescale_is_that_of_the_paper_on_every_branch(branch, c, skip, weight):
+def test_rescalenet_follows_the_paper_on_every_branch(branch, c, skip, weight):
   assert skip + weight == pytest.approx(1)  # Of the variance.
   kwargs = dict(branch=branch, num_blocks=9, c=c)
   close(joined("rescalenet", **kwargs), skip**0.5 * X + weight**0.5 * Y)
@@ -124,8 +124,8 @@ def shapes(norm, residual):
 
 @pytest.mark.parametrize("norm", norms.NORMS)
 @pytest.mark.parametrize("kind", ["auto", *residuals.RESIDUALS])
-def test_every_norm_takes_every_residual(norm, kind):
-  """Names are a contract; `rescalevit` with Rescale has RescaleViT's."""
+def test_every_norm_works_with_every_residual(norm, kind):
+  """Test the parameter names, which are a contract."""
   found, without = shapes(norm, kind), shapes(norm, "plain")
   want = {
     "plain": {},
@@ -141,7 +141,7 @@ def test_every_norm_takes_every_residual(norm, kind):
 
 
 def test_each_branch_has_its_number():
-  """In a model whose branches give 1: the residual alone makes the output."""
+  """Test a model whose branches return 1: only residuals make the output."""
   model = models.create(
     "ViT-XS_4",
     num_classes=64,

@@ -37,7 +37,7 @@ def test_formula(features, axes):
   np.testing.assert_allclose(found, want + 0.3, rtol=1e-4, atol=1e-4)
 
 
-def test_the_gradient_is_that_of_the_largest_singular_value():
+def test_gradient_equals_the_gradient_of_the_largest_singular_value():
   layer = sigma.SigmaLinear(5)
   x = X[0, 0]
   variables = layer.init(jax.random.key(0), x)
@@ -58,7 +58,7 @@ def test_the_gradient_is_that_of_the_largest_singular_value():
   np.testing.assert_allclose(found, want, rtol=1e-3, atol=1e-4)
 
 
-def test_only_training_moves_the_vector():
+def test_only_training_updates_the_vector():
   start = sigma.SigmaLinear(5).init(jax.random.key(0), X)
   v = start["batch_stats"]["singular_vector"]
   for train in (False, True):
@@ -72,7 +72,7 @@ def test_only_training_moves_the_vector():
   assert np.linalg.norm(kernel @ v) == pytest.approx(largest, rel=0.02)
 
 
-def test_an_average_of_vectors_does_as_well():
+def test_an_average_of_vectors_gives_the_same_value():
   variables = sigma.SigmaLinear(5).init(jax.random.key(0), X)
   want = sigma.SigmaLinear(5).apply(variables, X)
   shorter = jax.tree.map(lambda v: 0.7 * v, variables["batch_stats"])
@@ -81,7 +81,7 @@ def test_an_average_of_vectors_does_as_well():
 
 
 @pytest.mark.parametrize("file_has_it", [False, True])
-def test_a_file_with_the_other_layers_computes_the_same(file_has_it, tmp_path):
+def test_a_file_of_the_other_layers_computes_the_same(file_has_it, tmp_path):
   def logits(variables, sigma_reparam):
     model = models.create(
       "ViT-B_16",
@@ -110,7 +110,7 @@ def test_a_file_with_the_other_layers_computes_the_same(file_has_it, tmp_path):
   assert any("plain" in note for note in report.notes) == file_has_it
 
 
-def test_a_file_without_a_singular_vector_is_refused(tmp_path):
+def test_a_file_without_a_singular_vector_is_rejected(tmp_path):
   arrays = trees.arrays(sigma_reparam=True)
   key = next(key for key in arrays if key.endswith("singular_vector"))
   del arrays[key]
@@ -128,8 +128,8 @@ def test_a_file_without_a_singular_vector_is_refused(tmp_path):
     ("singular_vector", lambda x: x[None]),
   ],
 )
-def test_a_file_with_other_shapes_is_refused(leaf, change, tmp_path):
-  """Nothing is multiplied before: it might take any memory."""
+def test_a_file_with_other_shapes_is_rejected(leaf, change, tmp_path):
+  """Test the shapes before a product, which might need any amount of memory."""
   arrays = trees.arrays(sigma_reparam=True)
   for key in [key for key in arrays if key.endswith(f"query/{leaf}")]:
     arrays[key] = change(arrays[key])

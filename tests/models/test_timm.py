@@ -1,4 +1,4 @@
-"""What we export is what timm's VisionTransformer computes with."""
+"""Exported weights give the same logits in timm's VisionTransformer."""
 
 import functools
 
@@ -70,6 +70,6 @@ def test_logits_are_equal(image_size, classes, sizes, tmp_path):
   np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
 
 
-def test_the_epsilon_is_theirs():
+def test_epsilon_is_googles():
   layer = vision_transformer.VisionTransformer(depth=1, embed_dim=12).norm
   assert layer.eps == normalization.EPSILON

@@ -26,7 +26,7 @@ def draw(shape, seed, dtype=np.float32):
 
 
 def plain_attention(query, key, value):
-  """As the equation has it, in float32."""
+  """Return attention by its equation, in float32."""
   query, key, value = (x.astype(jnp.float32) for x in (query, key, value))
   with jax.default_matmul_precision("highest"):
     scores = jnp.einsum("bqhd,bkhd->bhqk", query, key) / query.shape[-1] ** 0.5
@@ -62,7 +62,7 @@ def test_attention_and_its_gradient(dtype, atol, scale):
 
 
 @pytest.mark.parametrize("queries", [1, 7, 8])
-def test_attention_with_tokens_filled_up_for_a_gpu(queries):
+def test_attention_with_tokens_padded_for_a_gpu(queries):
   arrays = [draw((2, n, 3, 4), i) for i, n in enumerate((queries, 7, 7))]
   if queries == 8:
     arrays = [draw((2, 8, 3, 4), i) for i in range(3)]
@@ -98,7 +98,7 @@ def test_attention_does_not_overflow():
   np.testing.assert_allclose(y, mean, atol=1e-6)
 
 
-def test_probabilities_are_those_of_the_result():
+def test_probabilities_times_values_give_the_output():
   query, key, value = (draw((2, 5, 2, 3), i) for i in range(3))
   maps = attention.probabilities(query, key)
   np.testing.assert_allclose(maps.sum(-1), 1, rtol=1e-6)
@@ -109,7 +109,7 @@ def test_probabilities_are_those_of_the_result():
 
 
 def test_second_derivatives():
-  """Forward over reverse, as sharpness needs it."""
+  """Test forward-over-reverse derivatives, which sharpness needs."""
   arrays = [draw((1, 4, 1, 2), i) for i in range(3)]
 
   def product(attend):
@@ -138,7 +138,7 @@ def on(platform, capability=(0, 0)):
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 @pytest.mark.parametrize("name", GPUS)
-def test_auto_is_cudnn_from_ampere_on(name, dtype):
+def test_auto_selects_cudnn_on_ampere_and_newer(name, dtype):
   for head_dim in (32, 64, 80, 128):
     with on("gpu", GPUS[name]):
       found = attention.choose(jnp.dtype(dtype), head_dim)
@@ -159,7 +159,7 @@ def test_auto_is_cudnn_from_ampere_on(name, dtype):
     ("tpu", 64, "not this TPU"),
   ],
 )
-def test_auto_is_xla_elsewhere(platform, head_dim, reason):
+def test_auto_selects_xla_elsewhere(platform, head_dim, reason):
   with on(platform, (9, 0)):
     found = attention.choose(jnp.dtype("bfloat16"), head_dim)
   assert found.implementation == "xla" and reason in found.reason
@@ -185,13 +185,15 @@ def lowered_cudnn(tokens, head_dim, dtype, attend):
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("head_dim", [32, 64, 80, 128])
 @pytest.mark.parametrize("tokens", [50, 65, 197, 257, 577])
-def test_cudnn_takes_any_token_count_in_training(tokens, head_dim, dtype):
+def test_cudnn_supports_any_number_of_tokens_in_training(
+  tokens, head_dim, dtype
+):
   found = lowered_cudnn(tokens, head_dim, dtype, cudnn.attend)
   assert set(found) == {"__cudnn$fmhaSoftmax", "__cudnn$fmhaSoftmaxBackward"}
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_cudnn_is_called_as_jax_calls_it(dtype, monkeypatch):
+def test_cudnn_calls_equal_jax_calls(dtype, monkeypatch):
   # Private, for JAX asks the devices that are here. Red means that JAX has
   # changed what it tells XLA: see what of that `ops.cudnn` has to follow.
   from jax._src.cudnn import fused_attention_stablehlo as jax_cudnn
@@ -226,7 +228,7 @@ def test_cudnn_is_called_as_jax_calls_it(dtype, monkeypatch):
     ("cpu", "bfloat16", "needs an NVIDIA GPU, not this CPU"),
   ],
 )
-def test_cudnn_that_cannot_run_is_refused(platform, dtype, reason):
+def test_unsupported_cudnn_is_rejected(platform, dtype, reason):
   with (
     on(platform, (9, 0)),
     pytest.raises(errors.UserError, match=f"attention: .*{reason}; choose"),
@@ -234,7 +236,7 @@ def test_cudnn_that_cannot_run_is_refused(platform, dtype, reason):
     models.create("ViT-XS_4", num_classes=2, attention="cudnn", dtype=dtype)
 
 
-def test_a_deterministic_run_does_without_cudnn(monkeypatch):
+def test_deterministic_runs_do_not_use_cudnn(monkeypatch):
   monkeypatch.setattr(
     accelerator, "current", lambda: accelerator.Accelerator("gpu", (9, 0))
   )
@@ -249,7 +251,7 @@ def test_a_deterministic_run_does_without_cudnn(monkeypatch):
 
 
 @pytest.mark.parametrize("norm", ["LN", "Rescale"])
-def test_a_bfloat16_model_trains_on_this_machine(norm):
+def test_bfloat16_model_trains_on_this_machine(norm):
   images = draw((4, 32, 32, 3), 0)
   gradients = []
   for dtype in ("float32", "bfloat16"):
@@ -275,7 +277,7 @@ def test_a_bfloat16_model_trains_on_this_machine(norm):
 
 
 @pytest.mark.parametrize("norm", ["LN", "Rescale"])
-def test_remat_changes_memory_only(norm):
+def test_remat_changes_only_memory(norm):
   images = draw((2, 8, 8, 3), 0)
 
   def gradient(remat):
@@ -319,7 +321,7 @@ def test_remat_changes_memory_only(norm):
 # Dropout.
 
 
-def test_threefry_is_that_of_jax():
+def test_threefry_equals_jax():
   key = np.array([0x12345678, 0x9ABCDEF0], np.uint32)
   counters = np.random.default_rng(0).integers(0, 2**32, (2, 100), np.uint32)
   found = dropout.threefry2x32(*key, *map(jnp.asarray, counters))
@@ -333,7 +335,7 @@ def mask_of(seed, shape, kept, index=0):
 
 
 @pytest.mark.parametrize("features", [1, 3, 64, 258])
-def test_masks_are_as_frequent_as_asked_for_and_independent(features):
+def test_masks_have_the_requested_rate_and_are_independent(features):
   rows = 2**12
   kept = 6 * 2**13  # Of 2^16: 3/4.
   mask = mask_of(7, (32, rows, features), kept)
@@ -349,21 +351,21 @@ def test_masks_are_as_frequent_as_asked_for_and_independent(features):
     assert abs(covariance) < 5 * 0.75 * 0.25 / left.size**0.5
 
 
-def test_the_bits_of_a_row_are_independent():
+def test_bits_of_a_row_are_independent():
   mask = mask_of(3, (20_000, 64), 2**15)
   same = (2.0 * mask - 1).T @ (2.0 * mask - 1) / len(mask)
   np.testing.assert_allclose(same, np.eye(64), atol=5 / 20_000**0.5)
 
 
 @pytest.mark.parametrize("shape", [(3, 5, 64), (2, 258), (6, 1), (4, 3, 7)])
-def test_packed_masks_of_a_gpu_are_the_same(shape):
+def test_packed_gpu_masks_equal_cpu_masks(shape):
   want = mask_of(5, shape, 2**15, index=7)
   with on("gpu", (9, 0)):
     found = mask_of(5, shape, 2**15, index=7)
   np.testing.assert_array_equal(found, want)
 
 
-def test_an_element_is_the_part_of_a_threefry_block():
+def test_an_element_is_a_quarter_of_a_threefry_block():
   key = dropout.step_key(jax.random.key(5))
   row, column = 1 * 2**14 + 2, 6
   counters = np.uint32([row, (7 << 20) + column])
@@ -374,14 +376,14 @@ def test_an_element_is_the_part_of_a_threefry_block():
   assert found == [half < 2**15 for half in halves]
 
 
-def test_masks_depend_on_the_key_and_the_index_alone():
+def test_masks_depend_only_on_key_and_index():
   a, b, c = (mask_of(seed, (3, 5, 8), 2**15) for seed in (0, 0, 1))
   np.testing.assert_array_equal(a, b)
   assert (a != c).any()
   assert (a != mask_of(0, (3, 5, 8), 2**15, index=1)).any()
 
 
-def test_a_mask_does_not_depend_on_other_tokens_and_images():
+def test_masks_do_not_depend_on_other_tokens_and_images():
   want = mask_of(0, (4, 7, 40), 2**15)
   np.testing.assert_array_equal(mask_of(0, (4, 1, 40), 2**15), want[:, :1])
   np.testing.assert_array_equal(mask_of(0, (2, 7, 40), 2**15), want[:2])
@@ -403,13 +405,13 @@ def test_dropout_keeps_the_mean():
   assert dropout.drop(x, key, 0, 1e-6) is x  # A rate that rounds to nothing.
 
 
-def test_images_are_dropped_as_a_whole():
+def test_whole_images_are_dropped():
   key = dropout.step_key(jax.random.key(0))
   y = np.asarray(dropout.drop(jnp.ones((64, 3, 5)), key, 0, 0.5, whole=True))
   assert set(y.min((1, 2))) == {0, 2} and (y.min((1, 2)) == y.max((1, 2))).all()
 
 
-def test_gelu_is_exact():
+def test_gelu_is_accurate():
   x = np.linspace(-12, 12, 10_001, dtype=np.float32)
   exact = x * special.ndtr(x.astype(np.float64))
   np.testing.assert_allclose(vit.gelu(jnp.asarray(x), "erf"), exact, atol=2e-6)
