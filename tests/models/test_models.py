@@ -351,7 +351,7 @@ def test_bfloat16_statistics_are_float32_means(norm):
 def test_dtype_auto_follows_the_accelerator(device, expected, monkeypatch):
   monkeypatch.setattr(accelerator, "platform", lambda: device.platform)
   monkeypatch.setattr(accelerator, "current", lambda: device)
-  assert tiny(dtype="auto").dtype == expected
+  assert tiny(dtype="auto").config.dtype == expected
 
 
 # Modes.

@@ -242,9 +242,9 @@ def test_deterministic_runs_do_not_use_cudnn(monkeypatch):
   )
   monkeypatch.setattr(accelerator, "platform", lambda: "gpu")
   config = config_lib.default()
-  assert experiment.create_model(config, 2).attention == "cudnn"
+  assert experiment.create_model(config, 2).config.attention == "cudnn"
   config.deterministic = True
-  assert experiment.create_model(config, 2).attention == "xla"
+  assert experiment.create_model(config, 2).config.attention == "xla"
   config.model.attention = "cudnn"
   with pytest.raises(errors.UserError, match="not deterministic"):
     experiment.create_model(config, 2)
