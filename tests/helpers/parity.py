@@ -1,10 +1,9 @@
-"""Where the reference numbers lie, and how tests read them.
+"""Reference numbers of the original PyTorch code and of Google's code.
 
-The numbers were recorded from the original PyTorch code and from Google's code;
-the README beside the full set tells what each array is. The full set lies
-beside the checkout, in `../shared/parity`; every clone has a part of it in
-`tests/data`, made by `tests/data/reduce.py`, under the same names and keys. A
-check whose numbers are in neither is skipped and says so.
+The full set is beside the checkout, in `../shared/parity`. Its README describes
+each array. Every clone has a part of it in `tests/data`, written by
+`tests/data/reduce.py` with the same names and keys. Tests whose numbers are in
+neither are skipped.
 """
 
 import atexit
@@ -25,11 +24,12 @@ SOURCES = ("full", "reduced")
 
 
 def path(name: str, source: str | None = None) -> pathlib.Path:
-  """Returns a file of the reference numbers, or skips the calling test.
+  """Return the path of a reference file, or skip the calling test.
 
   Args:
     name: of the file, such as 'google.npz' or 'param_counts.json'.
-    source: 'full', 'reduced', or None for the full one where it is there.
+    source: 'full', 'reduced', or None for the full set with the reduced set as
+      fallback.
   """
   if source != "reduced" and (FULL / name).exists():
     return FULL / name
@@ -41,7 +41,7 @@ def path(name: str, source: str | None = None) -> pathlib.Path:
 
 
 class Arrays(Mapping):
-  """The arrays of an `.npz`; a key that the file lacks skips the test."""
+  """The arrays of an `.npz` file; a missing key skips the test."""
 
   def __init__(self, arrays: dict[str, np.ndarray], label: str):
     self._arrays = arrays
@@ -62,9 +62,9 @@ class Arrays(Mapping):
     return len(self._arrays)
 
   def under(self, prefix: str) -> dict[str, np.ndarray]:
-    """Returns the arrays whose keys start with `prefix`, without it.
+    """Return the arrays whose keys start with `prefix`, without the prefix.
 
-    Skips the test where there are none.
+    Skip the test if there are none.
     """
     found = {
       k.removeprefix(prefix): v
@@ -77,12 +77,12 @@ class Arrays(Mapping):
 
 
 def arrays(name: str, source: str | None = None) -> Arrays:
-  """Returns the arrays of an `.npz`; see `path`."""
+  """Return the arrays of an `.npz` file; see `path`."""
   return _load(path(name, source))
 
 
 def table(name: str, source: str | None = None) -> dict:
-  """Returns the content of a `.json`; see `path`."""
+  """Return the content of a `.json` file; see `path`."""
   return json.loads(path(name, source).read_text())
 
 

@@ -138,7 +138,7 @@ def test_ends_as_a_linear_map_for_each_kind_of_token():
     want = np.array(linear)
     want[0, 1] *= factor
     np.testing.assert_allclose(found, want, rtol=1e-5, atol=2e-7)
-  # LayerNorm would take the factor out.
+  # LayerNorm would remove the factor.
   assert np.abs(apply(0.0, 1024 * X) - apply(0.0)).max() < 1e-4
   other = np.random.default_rng(2).normal(size=X.shape).astype(np.float32)
   np.testing.assert_allclose(
@@ -218,7 +218,7 @@ def test_statistics_freeze_when_a_site_has_faded():
   stays = passes(schedule, [X, X + 1], full)
   np.testing.assert_array_equal(stays["log_sigma"], LOG_SIGMA)
   assert stays["faded"] == fade.FULL
-  # Nor does a run that would begin later undo it.
+  # A later schedule does not undo it.
   stays = passes(fade.SiteSchedule(90, 99, True), [X], full)
   assert stays["faded"] == fade.FULL
 
@@ -405,7 +405,7 @@ def test_resumes_in_the_middle_of_a_fade(
       errors.UserError, match=r"folds only after.*fade\.alpha"
     ):
       fold.fold("Fade", weights, end)
-    # A file of it is evaluated with its own alpha.
+    # Evaluation uses the file's alpha.
     npz.save(tmp_path / "a.npz", weights, end)
     config.update({"eval_weights": "pretrained", "ema_decay": 0.0})
     config.update({"pretrained_path": str(tmp_path / "a.npz")})

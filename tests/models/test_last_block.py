@@ -74,7 +74,7 @@ def assert_close(found, want):
 def test_training_equals_training_with_all_tokens(norm, remat):
   model = tiny(norm=norm, remat=remat)
   variables = trained(model)
-  # Whatever is observed is there for all tokens.
+  # Captured intermediates contain all tokens.
   want = loss_and_gradient(model, variables, "intermediates")
   assert_close(loss_and_gradient(model, variables, traits.SETTLED), want)
 
@@ -117,7 +117,7 @@ def rows_of_the_last_mlp(norm, train, pool="cls", collections=()):
   [
     ("LN", True, (), True),
     ("LN", False, (), True),
-    ("BN", True, (), False),  # Statistics are those of all tokens.
+    ("BN", True, (), False),  # The statistics need all tokens.
     ("BN", False, (), True),
     ("GN", False, (), False),
     ("Rescale", True, (), False),  # It may be calibrating.

@@ -324,7 +324,7 @@ def test_half_precision_keeps_variables_and_logits_float32(norm, dtype):
 
 @pytest.mark.parametrize("norm", ["BN", "Rescale"])
 def test_bfloat16_statistics_are_float32_means(norm):
-  # Means of values that bfloat16 does not tell apart.
+  # Means of values that are equal in bfloat16.
   module = norms.NORMS[norm](features=2, dtype=jnp.bfloat16)
   x = jnp.array([[[1.0, 256.0], [1.0, 258.0], [1.0078125, 258.0]]])
   x = x.astype(jnp.bfloat16)

@@ -27,7 +27,7 @@ NORMS = ("LN", "BN", "GN", "Rescale")
 RUNS = ("cosine_wd0", "cosine_wd1e-4", "linear_wd0", "linear_wd1e-4", "extra")
 BASE_LR, WARMUP, TOTAL = 0.05, 4, 12
 
-# Largest absolute difference, float32 on a CPU: of LN, GN, Rescale; of BN.
+# Largest absolute differences in float32 on a CPU: LN, GN and Rescale, then BN.
 TOLERANCES = {
   "logits": (1e-5, 5e-5),
   "embed": (5e-6, 5e-6),
@@ -435,8 +435,8 @@ def test_three_passes_of_batch_norm(source):
   check(got, want, "logits", "BN")
 
 
-# Sequences that the original recorded in evaluation mode, too, are reproduced
-# in training mode: evaluation never calibrates here.
+# The original also recorded sequences in evaluation mode. Here they run in
+# training mode, because evaluation never calibrates.
 @pytest.mark.parametrize("sequence", ["train", "eval", "mixed", "resume5"])
 def test_calibration_of_rescale(source, sequence):
   data = reference("Rescale", source)
@@ -486,7 +486,7 @@ def test_schedule(source, setting, decay_type):
   np.testing.assert_allclose(got[kept], want[kept], rtol=0, atol=LR_ATOL)
 
 
-# Google's curves at the same settings: one update later, and the linear one
+# Google's curves at the same settings are one update later, and its linear one
 # ends at 1e-5.
 @pytest.mark.parametrize("decay_type", ["cosine", "linear"])
 def test_googles_schedule_is_one_update_behind(source, decay_type):
@@ -565,7 +565,7 @@ def test_initialization(scheme, recorded, norm, source):
 def initial_statistics(scheme, norm):
   """Return shape, mean, std, min and max of each variable of a ViT-B_32."""
   model = models.create("ViT-B_32", num_classes=10, norm=norm, init=scheme)
-  # Not jitted: layers of one shape share what little is compiled.
+  # Without jit, layers of one shape share their small compiled programs.
   variables = model.init(
     jax.random.key(0), jnp.zeros((1, 224, 224, 3)), train=False
   )

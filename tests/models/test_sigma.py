@@ -66,7 +66,7 @@ def test_only_training_updates_the_vector():
     _, new = layer.apply(start, X, train, mutable=["batch_stats"])
     moved = np.abs(new["batch_stats"]["singular_vector"] - v).max() > 0
     assert moved == train
-  # Sixteen iterations are close already.
+  # Sixteen iterations are close.
   kernel = start["params"]["kernel"]
   largest = np.linalg.svd(kernel)[1][0]
   assert np.linalg.norm(kernel @ v) == pytest.approx(largest, rel=0.02)

@@ -39,15 +39,15 @@ def test_logits_are_equal(image_size, classes, sizes, tmp_path):
   rng = np.random.default_rng(0)
   shape = (5, image_size, image_size, 3)
   images = rng.uniform(-1, 1, shape).astype(np.float32)
-  # Random throughout: neither the head nor a bias is zero.
+  # All parameters are random: neither the head nor a bias is zero.
   params, _ = trees.fresh(num_classes=classes, image_size=image_size, **sizes)
-  # The tokens are so small at first that the norm's epsilon can be seen.
+  # The initial tokens are small enough to reveal the norm's epsilon.
   params = jax.tree_util.tree_map_with_path(
     lambda path, x: x * (0.2 if "encoder" in str(path) else 0.01), params
   )
   params["head"] = jax.tree.map(lambda x: 20 * x, params["head"])
   expected = np.asarray(jax.jit(model.apply)({"params": params}, images))
-  assert np.ptp(expected, axis=0).min() > 0.01  # Images tell them apart.
+  assert np.ptp(expected, axis=0).min() > 0.01  # Logits depend on the image.
 
   npz.save(tmp_path / "a.npz", params, {})
   theirs = vision_transformer.VisionTransformer(
@@ -60,7 +60,7 @@ def test_logits_are_equal(image_size, classes, sizes, tmp_path):
     num_classes=classes,
     class_token=True,
     global_pool="token",
-    # timm's own default, said here because the logits depend on it.
+    # timm's default, explicit because the logits depend on it.
     norm_layer=functools.partial(torch.nn.LayerNorm, eps=normalization.EPSILON),
     act_layer=torch.nn.GELU,
   ).eval()

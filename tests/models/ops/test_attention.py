@@ -194,8 +194,8 @@ def test_cudnn_supports_any_number_of_tokens_in_training(
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_cudnn_calls_equal_jax_calls(dtype, monkeypatch):
-  # Private, for JAX asks the devices that are here. Red means that JAX has
-  # changed what it tells XLA: see what of that `ops.cudnn` has to follow.
+  # A private function, because the public one checks the local devices. If this
+  # fails, JAX has changed its call of XLA, and `ops.cudnn` may have to follow.
   from jax._src.cudnn import fused_attention_stablehlo as jax_cudnn
 
   monkeypatch.setattr(jax_cudnn, "check_cudnn_version", lambda: 91000)
@@ -307,7 +307,7 @@ def test_remat_changes_only_memory(norm):
 
   (plain, text), (again, saved) = gradient(False), gradient(True)
 
-  # jax 0.12 rounds what it computes again in other places.
+  # jax 0.12 rounds recomputed values differently.
   def assert_close(x, y):
     scale = max(1, np.abs(x).max())
     np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6 * scale)
@@ -398,7 +398,7 @@ def test_dropout_keeps_the_mean():
   assert values[0] == 0 and values[1] == pytest.approx(1 / 0.9, rel=4e-3)
   assert np.asarray(y, np.float32).mean() == pytest.approx(1, abs=5e-3)
   assert dropout.drop(x, None, 0, 0.1) is x
-  # Almost all, by a key of another kind.
+  # Almost all elements are dropped, with another type of key.
   key = dropout.step_key(jax.random.key(0, impl="rbg"))
   y = dropout.drop(x, key, 0, 0.9999999)
   assert np.isfinite(np.asarray(y, np.float32)).all() and not y.all()
