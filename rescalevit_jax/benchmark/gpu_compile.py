@@ -16,8 +16,8 @@ import numpy as np
 
 from rescalevit_jax.benchmark import gpus
 from rescalevit_jax.benchmark import peers
-from rescalevit_jax.data import records
-from rescalevit_jax.data import tfds_builders
+from rescalevit_jax.data import dataset
+from rescalevit_jax.data import image_files
 from rescalevit_jax.distributed import sharding
 from rescalevit_jax.runtime import accelerator
 from rescalevit_jax.runtime import cuda_plugin
@@ -47,11 +47,12 @@ def inputs_of(config: ml_collections.ConfigDict) -> Inputs:
   Raises:
     UserError: the data set is unknown or unsuitable.
   """
-  builder = tfds_builders.open_builder(config.dataset, config.tfds_data_dir)
-  size = config.data.image_size
-  records.check_features(builder, any_size=size is not None)
-  num_classes = records.features(builder)[1].num_classes
-  return Inputs(records.Decoder(builder, size).shape, num_classes)
+  shape, class_names = dataset.describe(
+    config.dataset,
+    config.tfds_data_dir,
+    image_files.Resize(config.data.image_size),
+  )
+  return Inputs(shape, len(class_names))
 
 
 def train_step(

@@ -29,8 +29,10 @@ import tensorflow_datasets as tfds
 
 from rescalevit_jax.benchmark import synthetic_dataset
 from rescalevit_jax.data import dataset
+from rescalevit_jax.data import image_files
 from rescalevit_jax.data import loader
 from rescalevit_jax.data import records
+from rescalevit_jax.data import streamed
 from rescalevit_jax.distributed import sharding
 from rescalevit_jax.runtime import atomic_file
 from rescalevit_jax.runtime import cli
@@ -123,7 +125,14 @@ def measure(folder: str, count: int, batch: int) -> dict[str, float]:
 
   start = time.perf_counter()
   builder = tfds.builder_from_directory(folder)
-  split = records.StreamedSplit(builder, "train", None)
+  examples = records.TfdsExamples(builder, "train")
+  image, label = records.features(builder)
+  split = streamed.StreamedSplit(
+    [(examples, range(len(examples)))],
+    dataset.image_shape(image.shape, image_files.Resize()),
+    image_files.Resize(),
+    label.num_classes,
+  )
   images = loader.Loader(split, mesh)
   opened = time.perf_counter() - start
   planning, first, usual, processor = [], [], [], []

@@ -6,6 +6,7 @@ from rescalevit_jax import errors
 from rescalevit_jax.augment import preprocess
 from rescalevit_jax.config import key as key_lib
 from rescalevit_jax.config import renamed
+from rescalevit_jax.data import image_files
 from rescalevit_jax.models import initializers
 from rescalevit_jax.models import norms
 from rescalevit_jax.models import vit_config
@@ -16,7 +17,8 @@ KEYS = {
   "dataset": key_lib.Key(
     "cifar10",
     "data set of tfds with one label per image: `cifar10`, `cifar100`,"
-    " `digits` (included in the package), ...",
+    " `digits` (included in the package), ...; or `folder:PATH`, a folder of"
+    " class folders of image files",
   ),
   "tfds_data_dir": key_lib.Key(
     None,
@@ -40,6 +42,32 @@ KEYS = {
     "edge to resize images to when they are read, for data sets of mixed"
     " image sizes; None: no resizing",
     optional=int,
+  ),
+  "data.resize": key_lib.Key(
+    "squash",
+    "resizing to `data.image_size`: stretch to a square (`squash`), or resize"
+    " the short side and take the center (`crop`)",
+    image_files.RESIZE_METHODS,
+  ),
+  "data.crop_ratio": key_lib.Key(
+    0.875,
+    "with `data.resize=crop`: `data.image_size` over the short side before the"
+    " crop",
+    "in (0, 1]",
+    lambda x: 0 < x <= 1,
+  ),
+  "data.train_split": key_lib.Key(
+    "train",
+    "split to train on, in the notation of tfds, such as `train[:10%]`",
+  ),
+  "data.test_split": key_lib.Key(
+    None,
+    "split to evaluate on, in the same notation; None: `test`, or `validation`"
+    " if there is no test split with labels",
+    optional=str,
+  ),
+  "data.skip_damaged": key_lib.Key(
+    False, "leave out images that cannot be read; the result counts them"
   ),
   "data.num_val": key_lib.at_least(
     0,

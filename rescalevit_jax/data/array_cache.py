@@ -18,7 +18,7 @@ from rescalevit_jax.runtime import cache
 
 _log = logging.getLogger(__name__)
 # Part of the fingerprint; increase it when decoding changes.
-_DECODER_VERSION = 1
+_DECODER_VERSION = 2
 
 
 def folder(name: str, source: str | os.PathLike[str]) -> pathlib.Path:
@@ -30,8 +30,9 @@ def folder(name: str, source: str | os.PathLike[str]) -> pathlib.Path:
       the name, size and modification time of each file.
   """
   files = sorted(
-    (entry.name, entry.stat().st_size, entry.stat().st_mtime_ns)
-    for entry in os.scandir(source)
+    (os.path.relpath(path, source), stat.st_size, stat.st_mtime_ns)
+    for path in pathlib.Path(source).rglob("*")
+    if path.is_file() and (stat := path.stat())
   )
   key = repr((_DECODER_VERSION, os.path.realpath(source), files))
   fingerprint = hashlib.sha256(key.encode()).hexdigest()[:16]

@@ -1,17 +1,86 @@
-"""Find and read image files, and resize them for a model."""
+"""Find, read and resize image files: for training, evaluation and prediction.
 
+Every command reads images here. An image becomes 8-bit RGB as follows:
+
+- Of an animation or of several pages, the first image is read.
+- The EXIF orientation is applied.
+- Colors are converted to sRGB if the file has another ICC profile.
+- 16-bit greys are rounded to 8 bits; of 16-bit colors the upper 8 bits remain.
+- Transparent parts become white.
+- Palettes, CMYK, grey and black-and-white images become RGB.
+
+Images of floats, and greys outside of 16 bits, are refused.
+"""
+
+import dataclasses
+import functools
+import io
 import os
 import pathlib
 
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
 import numpy as np
 from PIL import Image
+from PIL import ImageCms
 from PIL import ImageOps
 
 from rescalevit_jax import errors
 from rescalevit_jax.data import untrusted_image
 
 Source = str | os.PathLike[str] | Image.Image | np.ndarray
+
+RESIZE_METHODS = ("squash", "crop")
+
+
+@dataclasses.dataclass(frozen=True)
+class Resize:
+  """The first resizing of an image, on the host; `augment` does the second.
+
+  Attributes:
+    image_size: edge of the result; None: images keep their size.
+    method: "squash" stretches an image to a square; "crop" resizes its short
+      side to `image_size / crop_ratio` and takes the center, as usual for
+      ImageNet.
+    crop_ratio: see `method`.
+  """
+
+  image_size: int | None = None
+  method: str = "squash"
+  crop_ratio: float = 0.875
+
+  def __call__(self, image: Image.Image) -> Image.Image:
+    """Resize an RGB image."""
+    size = self.image_size
+    if size is None:
+      return image
+    if self.method == "squash":
+      return image.resize((size, size), Image.Resampling.BILINEAR)
+    short = round(size / self.crop_ratio)
+    width, height = (
+      max(size, short * edge // min(image.size)) for edge in image.size
+    )
+    image = image.resize((width, height), Image.Resampling.BILINEAR)
+    left, top = round((width - size) / 2), round((height - size) / 2)
+    return image.crop((left, top, left + size, top + size))
+
+  @property
+  def key(self) -> str:
+    """A name for caches; empty without resizing."""
+    if self.image_size is None:
+      return ""
+    if self.method == "squash":
+      return f"-{self.image_size}"
+    return f"-{self.image_size}-crop{self.crop_ratio:g}"
+
+
+def decode(content: bytes, resize: Resize) -> UInt8[np.ndarray, "H W 3"]:
+  """Decode a file's content to an RGB array.
+
+  Raises:
+    Exception: any type, if the content is damaged or refused.
+  """
+  with untrusted_image.open_image(content) as image:
+    return np.asarray(resize(_rgb(image)))
 
 
 def find(folder: str | os.PathLike[str]) -> list[pathlib.Path]:
@@ -82,17 +151,22 @@ def read(image: Source) -> Image.Image:
   return _from_array(np.asarray(image))
 
 
-def model_input(image: Source, size: int) -> Float[np.ndarray, "S S 3"]:
+def model_input(
+  image: Source, size: int, resize: Resize | None = None
+) -> Float[np.ndarray, "S S 3"]:
   """Read an image and resize it as evaluation does, to values in [-1, 1].
 
   Args:
     image: see `read`.
     size: edge S of the result.
+    resize: the first resizing; None: none.
 
   Raises:
     UserError: see `read`.
   """
   rgb = read(image)
+  if resize is not None:
+    rgb = resize(rgb)
   x = np.empty((size, size, 3), np.float32)
   for i in range(3):
     # One float32 channel at a time: Pillow would round the pixels of RGB.
@@ -110,11 +184,49 @@ def _rgb(image):
   elif image.mode == "F":
     raise ValueError("its pixels are floats; save it with 8 or 16 bits")
   if not image.has_transparency_data:
-    return image.convert("RGB")
-  image = image.convert("RGBA")
+    return _to_srgb(image)
+  rgba = image.convert("RGBA")
+  opaque = rgba.convert("RGB")
+  opaque.info = {**image.info, "transparency": None}
   white = Image.new("RGB", image.size, "white")
-  white.paste(image, mask=image.getchannel("A"))
+  white.paste(_to_srgb(opaque), mask=rgba.getchannel("A"))
   return white
+
+
+def _to_srgb(image):
+  """Convert an opaque image to RGB, by its ICC profile if there is one."""
+  if image.mode in ("P", "1"):
+    image = _with_info(image.convert("RGB"), image)
+  profile = _profile(image.info.get("icc_profile"), image.mode)
+  if profile is None:
+    return image.convert("RGB")
+  return ImageCms.profileToProfile(
+    image, profile, _srgb_profile(), outputMode="RGB"
+  )
+
+
+def _with_info(converted, image):
+  converted.info = image.info
+  return converted
+
+
+@functools.cache
+def _srgb_profile():
+  return ImageCms.createProfile("sRGB")
+
+
+def _profile(content, mode):
+  """Open an ICC profile; None if it does not apply or describes sRGB."""
+  if not content:
+    return None
+  try:
+    profile = ImageCms.ImageCmsProfile(io.BytesIO(content))
+    name = ImageCms.getProfileDescription(profile)
+  except (OSError, ImageCms.PyCMSError):
+    return None  # Damaged: most programs ignore it.
+  modes = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK"}
+  space = modes.get(profile.profile.xcolor_space.strip())
+  return None if space != mode or "sRGB" in name else profile
 
 
 def _eight_bits(image):

@@ -13,7 +13,7 @@ from jaxtyping import Array, Int32, UInt8
 import numpy as np
 
 from rescalevit_jax.data import dataset
-from rescalevit_jax.data import records
+from rescalevit_jax.data import streamed
 from rescalevit_jax.distributed import sharding
 
 _READ_AHEAD_BYTES = 2**30
@@ -36,7 +36,7 @@ class Loader:
     mesh: the devices.
   """
 
-  def __init__(self, split: dataset.Split | records.StreamedSplit, mesh: Mesh):
+  def __init__(self, split: dataset.Split | streamed.StreamedSplit, mesh: Mesh):
     self._split = split
     self._mesh = mesh
     if isinstance(split, dataset.Split):

@@ -53,9 +53,10 @@ def open_builder(name: str, data_dir: str | None) -> tfds.core.DatasetBuilder:
     close = difflib.get_close_matches(name.lower(), known, n=3)
     valid = dict.fromkeys((*close, *NAMES))
     raise errors.UserError(
-      f"dataset: unknown data set {name!r};"
+      f"dataset: unknown data set {name!r}, neither in"
+      f" {data_dir or '~/tensorflow_datasets'} nor in tfds;"
       f" {errors.nearest(name.lower(), valid)}, or"
-      " any other image classification data set of tfds"
+      " any other image classification data set of tfds, or folder:PATH"
     ) from e
   if os.path.exists(builder.data_dir) and not is_prepared(builder):
     raise errors.UserError(

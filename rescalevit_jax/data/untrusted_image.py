@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 import contextlib
+import functools
 import io
 import mmap
 import os
@@ -23,6 +24,7 @@ _MAX_SCANS = 2000
 FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 
 
+@functools.cache
 def supported_formats() -> list[str]:
   """Return the entries of `FORMATS` that this build of Pillow supports."""
   supported = {*Image.registered_extensions().values()}
@@ -30,46 +32,76 @@ def supported_formats() -> list[str]:
 
 
 @contextlib.contextmanager
-def open_image(path: str | os.PathLike[str]) -> Iterator[Image.Image]:
-  """Open an image file of one of `FORMATS` for decoding.
+def open_image(
+  source: str | os.PathLike[str] | bytes,
+) -> Iterator[Image.Image]:
+  """Open an image of one of `FORMATS` for decoding.
+
+  Args:
+    source: a file's path, or its content.
 
   Raises:
     ValueError: the file is too large in bytes, pixels or scans.
     Exception: any type, from Pillow's decoders, also while decoding.
   """
-  with (
-    _BoundedFile(io.FileIO(path)) as file,
-    Image.open(file, formats=supported_formats()) as image,
-  ):
+  opened = (
+    _BoundedBytes(source)
+    if isinstance(source, bytes)
+    else _BoundedFile(io.FileIO(source))
+  )
+  with opened as file, Image.open(file, formats=supported_formats()) as image:
     _check_size(image)
     if image.format in ("JPEG", "MPO"):
-      _check_scans(file)
+      if isinstance(source, bytes):
+        _check_scans(source)
+      else:
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+          _check_scans(content)
     yield image
 
 
-class _BoundedFile(io.BufferedReader):
-  """A file that bounds the size of one read and of all reads together.
+class _Bound:
+  """A bound on the size of one read and of all reads of a file together.
 
   Pillow requests as many bytes as a file declares, and Python allocates them
   first. With this bound, time is linear in the file's size: 1 s a MB at worst,
   for a damaged GIF.
   """
 
-  def __init__(self, raw: io.FileIO):
-    super().__init__(raw)
-    self._size = os.fstat(raw.fileno()).st_size
-    if self._size > MAX_BYTES:
+  def __init__(self, size: int):
+    if size > MAX_BYTES:
       raise ValueError(f"it is larger than {MAX_BYTES / 1e9:g} GB")
-    self._left = 16 * self._size + (1 << 26)
+    self._size = size
+    self._left = 16 * size + (1 << 26)
 
-  def read(self, size: int | None = -1) -> bytes:
-    if size is None or size < 0:
-      size = self._size
-    content = super().read(min(size, self._size))
+  def largest(self, size: int | None) -> int:
+    """Return how much of a requested size to read."""
+    return self._size if size is None or size < 0 else min(size, self._size)
+
+  def count(self, content: bytes) -> bytes:
+    """Count what has been read; raise ValueError beyond the bound."""
     self._left -= len(content)
     if self._left < 0:
       raise ValueError("it refers to the same bytes over and over")
     return content
+
+
+class _BoundedFile(io.BufferedReader):
+  def __init__(self, raw: io.FileIO):
+    super().__init__(raw)
+    self._bound = _Bound(os.fstat(raw.fileno()).st_size)
+
+  def read(self, size: int | None = -1) -> bytes:
+    return self._bound.count(super().read(self._bound.largest(size)))
+
+
+class _BoundedBytes(io.BytesIO):
+  def __init__(self, content: bytes):
+    super().__init__(content)
+    self._bound = _Bound(len(content))
+
+  def read(self, size: int | None = -1) -> bytes:
+    return self._bound.count(super().read(self._bound.largest(size)))
 
 
 def _check_size(image):
@@ -87,7 +119,6 @@ def _check_size(image):
       )
 
 
-def _check_scans(file):
-  with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-    if sum(1 for _ in re.finditer(b"\xff\xda", content)) > _MAX_SCANS:
-      raise ValueError(f"it has more than {_MAX_SCANS} scans; save it again")
+def _check_scans(content):
+  if sum(1 for _ in re.finditer(b"\xff\xda", content)) > _MAX_SCANS:
+    raise ValueError(f"it has more than {_MAX_SCANS} scans; save it again")

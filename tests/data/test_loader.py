@@ -11,8 +11,9 @@ import pytest
 from rescalevit_jax import errors
 from rescalevit_jax.analysis import subjects
 from rescalevit_jax.data import dataset as dataset_lib
+from rescalevit_jax.data import image_files
 from rescalevit_jax.data import loader
-from rescalevit_jax.data import records
+from rescalevit_jax.data import streamed as streamed_lib
 from rescalevit_jax.data import tfds_builders
 from rescalevit_jax.distributed import sharding
 from rescalevit_jax.report import page
@@ -59,13 +60,13 @@ def test_a_streamed_batch_is_read_without_previous_batches(
   streamed, monkeypatch
 ):
   wanted = []
-  real = records.StreamedSplit.read
+  real = streamed_lib.StreamedSplit.read
 
   def read(self, indices):
     wanted.append(sorted(indices))
     return real(self, indices)
 
-  monkeypatch.setattr(records.StreamedSplit, "read", read)
+  monkeypatch.setattr(streamed_lib.StreamedSplit, "read", read)
   numbers = range(10**9, 10**9 + 3)
   assert len(batches(streamed, numbers)) == 3
   assert sorted(wanted) == sorted(sorted(plan(i).ravel()) for i in numbers)
@@ -84,11 +85,12 @@ def test_early_exit_ends_the_threads(streamed):
 
 
 def test_a_record_that_cannot_be_read_is_one_line(streamed, monkeypatch):
-  def fail(self, record):
+  def fail(content, resize):
     raise ValueError("first line\nsecond line")
 
-  monkeypatch.setattr(records.Decoder, "__call__", fail)
-  with pytest.raises(errors.UserError, match="train: cannot be read .*first"):
+  monkeypatch.setattr(image_files, "decode", fail)
+  words = r"train.*record \d+: cannot be read .*first"
+  with pytest.raises(errors.UserError, match=words):
     batches(streamed, range(1, 3))
 
 
@@ -162,7 +164,7 @@ def test_the_limit_selects_the_source(digits_dir):
     type(dataset_lib.load("digits", str(digits_dir), max_gb=max_gb).test)
     for max_gb in (3.4e-4, 3.5e-4)  # 1797 images of 8 x 8 x 3 bytes.
   ]
-  assert kinds == [records.StreamedSplit, dataset_lib.Split]
+  assert kinds == [streamed_lib.StreamedSplit, dataset_lib.Split]
 
 
 def test_images_of_any_size_are_resized_as_they_are_read(tmp_path, monkeypatch):

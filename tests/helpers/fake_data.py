@@ -93,7 +93,24 @@ class FakeUnpaired(Fake):
 
 
 class FakeImageToText(Fake):
+  """Its supervised keys are not a label, but it has one."""
+
   KEYS = ("image", "id")
+
+
+class FakeUnlabeledText(Fake):
+  """Images with texts, without classes."""
+
+  def _info(self):
+    return tfds.core.DatasetInfo(
+      builder=self,
+      features=tfds.features.FeaturesDict(
+        {
+          "image": tfds.features.Image(shape=self.SHAPE),
+          "id": tfds.features.Text(),
+        }
+      ),
+    )
 
 
 class FakeDeep(Fake):

@@ -1,0 +1,110 @@
+"""Data sets that are folders of image files, one subfolder a class.
+
+PATH/train/CLASS/*.png, PATH/test/CLASS/*.jpg     stored splits
+PATH/CLASS/*.png                                  all images are `train`
+"""
+
+from collections.abc import Iterator
+import pathlib
+
+from rescalevit_jax import errors
+from rescalevit_jax.data import image_files
+
+PREFIX = "folder:"
+# Usual names of split folders, and the split that each one holds.
+_SPLITS = {
+  "train": "train",
+  "training": "train",
+  "val": "validation",
+  "valid": "validation",
+  "validation": "validation",
+  "test": "test",
+  "testing": "test",
+}
+
+
+class FolderExamples:
+  """The files of one split with their labels.
+
+  Args:
+    files: image files.
+    labels: class index of each.
+  """
+
+  def __init__(self, files: list[pathlib.Path], labels: list[int]):
+    self._files, self._labels = files, labels
+
+  def __len__(self) -> int:
+    return len(self._files)
+
+  def __getitem__(self, index: int) -> tuple[bytes, int]:
+    """Return an encoded image and its label."""
+    return self._files[index].read_bytes(), self._labels[index]
+
+  def __iter__(self) -> Iterator[tuple[bytes, int]]:
+    return map(self.__getitem__, range(len(self)))
+
+  def where(self, index: int) -> str:
+    """Describe where an example is stored."""
+    return str(self._files[index])
+
+
+def open_folder(
+  path: pathlib.Path,
+) -> tuple[dict[str, FolderExamples], tuple[str, ...]]:
+  """List the examples of a folder.
+
+  Returns:
+    Examples by split, and the class names in alphabetical order.
+
+  Raises:
+    UserError: there is no such folder, or it has no class folders, or splits
+      differ in their classes.
+  """
+  path = path.expanduser()
+  if not path.is_dir():
+    raise errors.UserError(f"{path}: no such folder; check dataset")
+  folders = _subfolders(path)
+  names = {x.name.lower(): x for x in folders}
+  roots = {"train": path}
+  if folders and set(names) <= set(_SPLITS):
+    roots = {}
+    for name, root in names.items():
+      if _SPLITS[name] in roots:
+        raise errors.UserError(
+          f"{path}: has two folders for the split {_SPLITS[name]}; keep one"
+        )
+      roots[_SPLITS[name]] = root
+  classes = {split: _subfolders(root) for split, root in roots.items()}
+  class_names = sorted({x.name for found in classes.values() for x in found})
+  if len(class_names) < 2:
+    raise errors.UserError(
+      f"{path}: has {len(class_names)} class folders; expected"
+      " PATH/CLASS/IMAGE or PATH/train/CLASS/IMAGE with at least two classes"
+    )
+  examples = {}
+  for split, found in classes.items():
+    if split == "train" and len(found) < len(class_names):
+      missing = sorted(set(class_names) - {x.name for x in found})
+      raise errors.UserError(
+        f"{roots[split]}: lacks the class {missing[0]}, which another split"
+        " has; the classes of all splits must be in train"
+      )
+    files: list[pathlib.Path] = []
+    labels: list[int] = []
+    for folder in found:
+      images = image_files.find(folder)
+      files += images
+      labels += [class_names.index(folder.name)] * len(images)
+    if not files:
+      raise errors.UserError(
+        f"{roots[split]}: has no image files; expected CLASS/IMAGE in it"
+      )
+    examples[split] = FolderExamples(files, labels)
+  return examples, tuple(class_names)
+
+
+def _subfolders(path):
+  return sorted(
+    x for x in path.iterdir() if x.is_dir() and not x.name.startswith(".")
+  )

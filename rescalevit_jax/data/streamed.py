@@ -1,0 +1,158 @@
+"""A split whose images stay on disk."""
+
+import bisect
+from collections.abc import Sequence
+import copy
+import itertools
+import operator
+from typing import Protocol
+
+from jaxtyping import Int32, UInt8
+import numpy as np
+
+from rescalevit_jax import errors
+from rescalevit_jax.data import image_files
+
+
+class Examples(Protocol):
+  """Encoded images with labels, such as `records.TfdsExamples`."""
+
+  def __len__(self) -> int: ...
+
+  def __getitem__(self, index: int) -> tuple[bytes, int]: ...
+
+  def where(self, index: int) -> str:
+    """Describe where an example is stored."""
+    ...
+
+
+class StreamedSplit:
+  """A split that is read and decoded batch by batch; thread-safe.
+
+  Args:
+    parts: examples, and the range of them that belongs to the split.
+    shape: shape of an image, (H, W, 3).
+    resize: the first resizing.
+    num_classes: number of classes.
+  """
+
+  def __init__(
+    self,
+    parts: Sequence[tuple[Examples, range]],
+    shape: tuple[int, int, int],
+    resize: image_files.Resize,
+    num_classes: int,
+  ):
+    self._parts = parts
+    self._stops = list(itertools.accumulate(len(r) for _, r in parts))
+    self._indices: Sequence[int] | np.ndarray = range(self._stops[-1])
+    self._resize = resize
+    self._num_classes = num_classes
+    self.shape = shape
+
+  def __len__(self) -> int:
+    return len(self._indices)
+
+  def subset(self, indices: np.ndarray) -> "StreamedSplit":
+    """Return the split of the examples at some indices."""
+    part = copy.copy(self)
+    part._indices = indices
+    return part
+
+  def read(
+    self, indices: Sequence[int] | np.ndarray
+  ) -> tuple[UInt8[np.ndarray, "B H W 3"], Int32[np.ndarray, " B"]]:
+    """Read the images and labels at some indices.
+
+    Raises:
+      UserError: an example is damaged or has no label.
+    """
+    images = np.empty((len(indices), *self.shape), np.uint8)
+    labels = np.empty(len(indices), np.int32)
+    for i, index in enumerate(indices):
+      examples, stored = self._locate(int(self._indices[index]))
+      images[i], labels[i] = read_example(
+        examples, stored, self._resize, self.shape, self._num_classes
+      )
+    return images, labels
+
+  @property
+  def images(self) -> "_Images":
+    """The images, read on access by an index or a slice."""
+    return _Images(self)
+
+  def _locate(self, index):
+    part = bisect.bisect_right(self._stops, index)
+    examples, stored = self._parts[part]
+    return examples, stored[index - (self._stops[part - 1] if part else 0)]
+
+
+class UnlabelledError(errors.UserError):
+  """Raised for a split without labels."""
+
+
+def read_example(
+  examples: Examples,
+  index: int,
+  resize: image_files.Resize,
+  shape: tuple[int, int, int],
+  num_classes: int,
+) -> tuple[UInt8[np.ndarray, "H W 3"], int]:
+  """Read and decode one example.
+
+  Raises:
+    UserError: it is damaged, of another shape, or has no label.
+  """
+  try:
+    return decode_example(*examples[index], resize, shape, num_classes)
+  except UnlabelledError as e:
+    raise UnlabelledError(f"{examples.where(index)}: {e}") from e
+  except Exception as e:  # Damaged files raise many types.
+    raise errors.UserError(
+      f"{examples.where(index)}: cannot be read ({errors.brief(e)}); remove or"
+      " replace it, or set data.skip_damaged"
+    ) from e
+
+
+def decode_example(
+  content: bytes,
+  label: int,
+  resize: image_files.Resize,
+  shape: tuple[int, int, int],
+  num_classes: int,
+) -> tuple[UInt8[np.ndarray, "H W 3"], int]:
+  """Decode an image and check it and its label.
+
+  Raises:
+    UnlabelledError: there is no label.
+    Exception: any type, if the image is damaged.
+  """
+  if not 0 <= label < num_classes:
+    raise UnlabelledError(
+      "the example has no label; choose a split with labels by data.test_split"
+    )
+  pixels = image_files.decode(content, resize)
+  if pixels.shape != shape:
+    raise ValueError(
+      f"the image has shape {list(pixels.shape)}, others {list(shape)}; set"
+      " data.image_size"
+    )
+  return pixels, label
+
+
+class _Images:
+  """Images of a split on disk, indexed like an array."""
+
+  def __init__(self, split):
+    self._split = split
+
+  def __len__(self):
+    return len(self._split)
+
+  def __getitem__(self, item: int | slice) -> np.ndarray:
+    if isinstance(item, slice):
+      return self._split.read(range(*item.indices(len(self))))[0]
+    index = operator.index(item)
+    if not -len(self) <= index < len(self):
+      raise IndexError(f"image {index} of {len(self)}")
+    return self._split.read([index % len(self)])[0][0]
