@@ -73,7 +73,12 @@ def classify(
 
   def submit(paths):
     return [
-      (path, pool.submit(image_files.model_input, path, model.image_size))
+      (
+        path,
+        pool.submit(
+          image_files.model_input, path, model.image_size, model.resize
+        ),
+      )
       for path in paths
     ]
 

@@ -303,10 +303,10 @@ def test_the_next_batch_is_read_while_the_device_computes(
     Image.new("RGB", (2, 2)).save(tmp_path / f"{i}.png")
   model_input, second = image_files.model_input, threading.Event()
 
-  def read(path, size):
+  def read(path, *args):
     if path.name == "1.png":
       second.set()
-    return model_input(path, size)
+    return model_input(path, *args)
 
   def probabilities(inputs, batch):
     assert second.wait(30)

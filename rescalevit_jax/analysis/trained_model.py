@@ -41,6 +41,7 @@ class TrainedModel:
     variables: the collections `params` and `batch_stats`.
     image_size: height and width of the model's input, in pixels.
     class_names: names in the order of the probabilities; empty without a head.
+    resize: the first resizing of images, as in the run's data set.
   """
 
   def __init__(
@@ -50,12 +51,14 @@ class TrainedModel:
     variables: dict[str, Any],
     image_size: int,
     class_names: Sequence[str],
+    resize: image_files.Resize = image_files.Resize(),  # noqa: B008 - frozen.
   ):
     self.name = name
     self.model = model
     self.variables = variables
     self.image_size = image_size
     self.class_names = tuple(class_names)
+    self.resize = resize
 
   def __call__(
     self, images: Iterable[image_files.Source], batch: int = 64
@@ -91,7 +94,10 @@ class TrainedModel:
       UserError: an image cannot be read.
     """
     return np.stack(
-      [image_files.model_input(image, self.image_size) for image in images]
+      [
+        image_files.model_input(image, self.image_size, self.resize)
+        for image in images
+      ]
     )
 
   def probabilities(
@@ -163,6 +169,9 @@ def load(workdir: str | os.PathLike[str], which: str = "best") -> TrainedModel:
     variables,
     config.image_size,
     _class_names(workdir, num_classes),
+    image_files.Resize(
+      config.data.image_size, config.data.resize, config.data.crop_ratio
+    ),
   )
 
 

@@ -182,6 +182,17 @@ def load(
   )
 
 
+def is_prepared(name: str, data_dir: str | None) -> bool:
+  """Return whether a data set can be loaded without preparing it.
+
+  Raises:
+    UserError: the data set is unknown.
+  """
+  if name.startswith(folder.PREFIX):
+    return True
+  return tfds_builders.is_prepared(tfds_builders.open_builder(name, data_dir))
+
+
 def describe(
   name: str, data_dir: str | None, resize: image_files.Resize
 ) -> tuple[tuple[int, int, int], tuple[str, ...]]:

@@ -40,7 +40,7 @@ class Resize:
     image_size: edge of the result; None: images keep their size.
     method: "squash" stretches an image to a square; "crop" resizes its short
       side to `image_size / crop_ratio` and takes the center, as usual for
-      ImageNet.
+      ImageNet. Neither changes images that have the size already.
     crop_ratio: see `method`.
   """
 
@@ -51,7 +51,7 @@ class Resize:
   def __call__(self, image: Image.Image) -> Image.Image:
     """Resize an RGB image."""
     size = self.image_size
-    if size is None:
+    if size is None or image.size == (size, size):
       return image
     if self.method == "squash":
       return image.resize((size, size), Image.Resampling.BILINEAR)
@@ -152,21 +152,19 @@ def read(image: Source) -> Image.Image:
 
 
 def model_input(
-  image: Source, size: int, resize: Resize | None = None
+  image: Source, size: int, resize: Resize = Resize()
 ) -> Float[np.ndarray, "S S 3"]:
   """Read an image and resize it as evaluation does, to values in [-1, 1].
 
   Args:
     image: see `read`.
     size: edge S of the result.
-    resize: the first resizing; None: none.
+    resize: the first resizing.
 
   Raises:
     UserError: see `read`.
   """
-  rgb = read(image)
-  if resize is not None:
-    rgb = resize(rgb)
+  rgb = resize(read(image))
   x = np.empty((size, size, 3), np.float32)
   for i in range(3):
     # One float32 channel at a time: Pillow would round the pixels of RGB.

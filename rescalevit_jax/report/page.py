@@ -20,7 +20,7 @@ from rescalevit_jax.analysis import diagnostics_plots
 from rescalevit_jax.analysis import plots
 from rescalevit_jax.analysis import reference_results
 from rescalevit_jax.analysis import trained_model
-from rescalevit_jax.data import tfds_builders
+from rescalevit_jax.data import dataset
 from rescalevit_jax.report import run_groups
 from rescalevit_jax.report import tables
 from rescalevit_jax.runs import run_reader
@@ -177,12 +177,11 @@ def _load_any(study, group):
 
 
 def _test_image(config, index) -> UInt8[np.ndarray, "H W 3"]:
-  builder = tfds_builders.open_builder(config.dataset, config.tfds_data_dir)
-  if not tfds_builders.is_prepared(builder):
+  if not dataset.is_prepared(config.dataset, config.tfds_data_dir):
     # A report must not start a download.
     raise errors.UserError(
       f"the data set {config.dataset} is not prepared in"
-      f" {builder.data_dir_root}"
+      f" {config.tfds_data_dir or '~/tensorflow_datasets'}"
     )
   images = experiment.load_dataset(config).test.images
   if index >= len(images):

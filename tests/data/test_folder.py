@@ -1,0 +1,137 @@
+"""Folders of image files as data sets, and splits in tfds' notation."""
+
+import numpy as np
+from PIL import Image
+import pytest
+
+from rescalevit_jax import errors
+from rescalevit_jax.data import dataset as dataset_lib
+from rescalevit_jax.data import splits
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+  monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def write(root, counts, size=(6, 5)):
+  """Write images of one color each: red is the number, green the class."""
+  for i, (name, count) in enumerate(counts.items()):
+    (root / name).mkdir(parents=True)
+    for j in range(count):
+      Image.new("RGB", size, (j, i, 7)).save(root / name / f"{j:03}.png")
+
+
+def load(root, **kwargs):
+  return dataset_lib.load(f"folder:{root}", None, **kwargs)
+
+
+@pytest.mark.parametrize("source", ["resident", "streaming"])
+@pytest.mark.parametrize("test", ["test", "val", "valid", "validation"])
+def test_split_folders(tmp_path, source, test):
+  write(tmp_path / "d" / "train", {"cat": 3, "dog": 4})
+  write(tmp_path / "d" / test, {"cat": 2, "dog": 1})
+  found = load(tmp_path / "d", source=source)
+  assert found.class_names == ("cat", "dog")
+  assert found.test_split == ("test" if test == "test" else "validation")
+  images, labels = found.train.read(range(7))
+  assert labels.tolist() == [0, 0, 0, 1, 1, 1, 1]
+  assert images[:, 0, 0, 0].tolist() == [0, 1, 2, 0, 1, 2, 3]
+  assert images.shape == (7, 5, 6, 3)
+  assert found.test.read(range(3))[1].tolist() == [0, 0, 1]
+
+
+def test_class_folders_alone_are_training_images(tmp_path):
+  write(tmp_path / "d", {"cat": 10, "dog": 10})
+  with pytest.raises(errors.UserError, match=r"data\.num_val"):
+    load(tmp_path / "d")
+  first, again = (load(tmp_path / "d", num_val=5) for _ in range(2))
+  assert (len(first.train), len(first.test)) == (15, 5)
+  np.testing.assert_array_equal(first.test.images, again.test.images)
+  assert first.test_split == "train (5 held out)"
+
+
+def test_any_part_of_a_split(tmp_path):
+  write(tmp_path / "d", {"cat": 10, "dog": 10})
+  found = load(
+    tmp_path / "d", train_split="train[:25%]", test_split="train[-2:]"
+  )
+  assert found.train.labels.tolist() == [0] * 5
+  assert found.train.images[:, 0, 0, 0].tolist() == [0, 1, 2, 3, 4]
+  assert found.test.images[:, 0, 0, 0].tolist() == [8, 9]
+  assert found.test_split == "train[-2:]"
+  streamed = load(
+    tmp_path / "d",
+    train_split="train[:25%]+train[75%:]",
+    test_split="train[-2:]",
+    source="streaming",
+  )
+  images, labels = streamed.train.read(range(10))
+  assert labels.tolist() == [0] * 5 + [1] * 5
+  assert images[:, 0, 0, 0].tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 8, 9]
+
+
+@pytest.mark.parametrize(
+  "notation", ["nowhere", "train[", "train[:0%]", "train[:200%", "train[5:5]"]
+)
+def test_invalid_splits_are_one_line(notation):
+  with pytest.raises(errors.UserError, match="data.train_split") as caught:
+    splits.resolve(notation, {"train": 10}, "data.train_split", "d")
+  assert len(str(caught.value).splitlines()) == 1
+
+
+def test_images_of_several_sizes(tmp_path):
+  write(tmp_path / "d", {"cat": 3, "dog": 3})
+  Image.new("RGB", (9, 9)).save(tmp_path / "d" / "dog" / "big.png")
+  with pytest.raises(errors.UserError, match=r"big\.png.*data\.image_size"):
+    load(tmp_path / "d", num_val=1)
+  assert (
+    load(tmp_path / "d", num_val=1, image_size=4).train.images.shape[1] == 4
+  )
+
+
+def test_a_damaged_file_is_named_and_can_be_skipped(tmp_path):
+  write(tmp_path / "d", {"cat": 3, "dog": 3})
+  (tmp_path / "d" / "cat" / "001.png").write_bytes(b"not an image")
+  for source in ("resident", "streaming"):
+    with pytest.raises(errors.UserError, match=r"001\.png: cannot be read"):
+      load(tmp_path / "d", num_val=1, source=source).train.read(range(5))
+  found = load(tmp_path / "d", num_val=1, skip_damaged=True)
+  assert found.num_skipped == 1
+  assert len(found.train) + len(found.test) == 5
+  again = load(tmp_path / "d", num_val=1, skip_damaged=True)  # From the cache.
+  assert again.num_skipped == 1
+  np.testing.assert_array_equal(again.train.images, found.train.images)
+  with pytest.raises(errors.UserError, match="data.skip_damaged needs"):
+    load(tmp_path / "d", num_val=1, skip_damaged=True, source="streaming")
+
+
+def test_a_changed_file_is_read_again(tmp_path):
+  write(tmp_path / "d", {"cat": 3, "dog": 3})
+  load(tmp_path / "d", num_val=1)
+  Image.new("RGB", (6, 5), (99, 99, 99)).save(tmp_path / "d/cat/000.png")
+  found = load(tmp_path / "d", test_split="train")
+  assert found.train.images[0, 0, 0].tolist() == [99, 99, 99]
+
+
+@pytest.mark.parametrize(
+  "layout, words",
+  [
+    ({}, "0 class folders"),
+    ({"cat": 2}, "1 class folders"),
+    ({"train/cat": 2, "train/dog": 2, "test/cow": 1}, "lacks the class cow"),
+    ({"train/cat": 1, "train/dog": 1, "val/cat": 1, "valid/cat": 1}, "two"),
+    ({"train/cat": 1, "train/dog": 1, "test/cat": 0}, "no image files"),
+  ],
+)
+def test_other_folders_are_refused(tmp_path, layout, words):
+  (tmp_path / "d").mkdir()
+  write(tmp_path / "d", layout)
+  with pytest.raises(errors.UserError, match=words) as caught:
+    load(tmp_path / "d", num_val=1)
+  assert str(tmp_path) in str(caught.value)
+
+
+def test_a_missing_folder_is_named(tmp_path):
+  with pytest.raises(errors.UserError, match="no such folder"):
+    load(tmp_path / "nowhere")
