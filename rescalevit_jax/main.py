@@ -101,7 +101,7 @@ def main(config: ml_collections.ConfigDict) -> None:
   except jax.errors.JaxRuntimeError as e:
     advice = ""
     if compat.is_out_of_memory(e):
-      advice = "; lower batch, or raise accum_steps and lower batch_eval"
+      advice = "; use a smaller batch, or accum_steps and a smaller batch_eval"
     _fail(f"{' '.join(str(e).split())[:300]}{advice}", code=1)
   except KeyboardInterrupt:
     _fail("interrupted; run the same command to resume", code=130)

@@ -84,9 +84,10 @@ def distributed_state() -> Any:
 def is_out_of_memory(error: Exception) -> bool:
   """Return whether a `JaxRuntimeError` says that a device lacks memory.
 
-  XLA's status code is only part of the message.
+  XLA's status code is only part of the message; on a CPU it may be INTERNAL.
   """
-  return "RESOURCE_EXHAUSTED" in str(error)
+  text = str(error)
+  return "RESOURCE_EXHAUSTED" in text or "Out of memory" in text
 
 
 def is_abandoned_write(error: BaseException | None) -> bool:

@@ -167,7 +167,9 @@ def test_without_a_whole_one_the_run_does_not_begin_again(tiny_config, killed):
   for step in ("4", "8"):
     _flip(files_of(killed / "checkpoints" / "last" / step / "optimizer")[0])
   before = {p: p.read_bytes() for p in files_of(killed)}
-  with pytest.raises(errors.UserError, match="last/8/.*last/4/.*no checkpoint"):
+  with pytest.raises(
+    errors.UserError, match="last/8/.*last/4/.*all checkpoints of this run"
+  ):
     train.train_and_evaluate(tiny_config, killed)
   assert {p: p.read_bytes() for p in files_of(killed)} == before
 
