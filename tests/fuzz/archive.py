@@ -59,7 +59,7 @@ def _good(layout):
     for name, count in layout.names.items()
   }
   contents |= {name: bytes(layout.record_bytes) for name in layout.records}
-  contents |= {name: b"<html>" for name in layout.others}
+  contents |= {name: b"<html>" for name in layout.optional}
   return tuple(
     (_header(f"{layout.folder}/{name}", len(content)), content)
     for name, content in contents.items()
