@@ -81,7 +81,7 @@ def test_a_single_image_is_an_error(colors, tmp_path):
   Image.fromarray(IMAGES[0]).save(tmp_path / "a.png")
   path = tmp_path / "a.png"
   for image in (path, str(path), IMAGES[0], Image.fromarray(IMAGES[0])):
-    with pytest.raises(errors.UserError, match="put it into a list"):
+    with pytest.raises(errors.UserError, match="pass a list of images"):
       colors(image)
 
 
@@ -133,7 +133,7 @@ def test_the_requested_checkpoint_is_loaded(copied):
 @pytest.mark.parametrize(
   ("old", "new", "words"),
   [
-    ('"num_layers": 2', '"num_layers": 3', "is None there"),
+    ('"num_layers": 2', '"num_layers": 3', "has shape None"),
     ('"norm": "Rescale"', '"norm": "LN"', "Rescale_0"),
     ('"image_size": 12', '"image_size": 24', "pos_embedding"),
   ],
@@ -143,7 +143,7 @@ def test_a_config_of_another_model_is_an_error(old, new, words, copied):
   text = path.read_text()
   assert old in text
   path.write_text(text.replace(old, new))
-  with pytest.raises(errors.UserError, match="not of the model") as caught:
+  with pytest.raises(errors.UserError, match="does not match config") as caught:
     trained_model.load(copied)
   assert words in str(caught.value) and "\n" not in str(caught.value)
 
@@ -314,5 +314,7 @@ def test_an_unknown_checkpoint_is_an_error(tiny_run):
 @pytest.mark.parametrize("names", ["abcdefghij", None, {}])
 def test_class_names_are_a_list(copied, names):
   (copied / "class_names.json").write_text(json.dumps(names))
-  with pytest.raises(errors.UserError, match=r"class_names\.json: is no list"):
+  with pytest.raises(
+    errors.UserError, match=r"class_names\.json: is not a list"
+  ):
     trained_model.load(copied)
