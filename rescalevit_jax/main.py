@@ -20,6 +20,7 @@ if __name__ == "__main__":
 
 import json
 import os
+import pathlib
 import sys
 from typing import NoReturn
 
@@ -91,11 +92,13 @@ def main(config: ml_collections.ConfigDict) -> None:
   try:
     processes.join(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
     if _MODE.value == "train":
-      train.train_and_evaluate(config, workdir, _draw_attention)
+      result = train.train_and_evaluate(config, workdir, _draw_attention)
     else:
       result = evaluate.evaluate_run(config, workdir)
       if jax.process_index() == 0:
-        print(json.dumps(result))
+        print(json.dumps(_short(result)))
+    if result is not None and jax.process_index() == 0:
+      _draw_confusion(workdir)
   except (errors.UserError, OSError) as e:
     _fail(str(e), code=1)
   except jax.errors.JaxRuntimeError as e:
@@ -112,6 +115,20 @@ def _draw_attention(step, experiment, variables):
   from rescalevit_jax.analysis import attention_plots
 
   return attention_plots.draw_during_training(step, experiment, variables)
+
+
+def _short(result):
+  """Return the scores of an evaluation without those of each class."""
+  result = {k: v for k, v in result.items() if k != "per_class"}
+  for name, one in result.get("datasets", {}).items():
+    result["datasets"][name] = _short(one)
+  return result
+
+
+def _draw_confusion(workdir):
+  from rescalevit_jax.analysis import confusion_plot  # Imports matplotlib.
+
+  confusion_plot.draw_run(pathlib.Path(workdir))
 
 
 def parse(argv: list[str]) -> ml_collections.ConfigDict:

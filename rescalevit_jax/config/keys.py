@@ -237,6 +237,19 @@ KEYS = {
     ("best", "latest", "pretrained"),
     resumable=True,
   ),
+  "eval_dataset": key_lib.Key(
+    None,
+    "data set that `--mode=eval` evaluates on, with the run's classes, such as"
+    " `cifar10_1`; `cifar10_corrupted/*` stands for all its configs; None:"
+    " `dataset`",
+    optional=str,
+    resumable=True,
+  ),
+  "save_predictions": key_lib.Key(
+    False,
+    "write the logits and labels of an evaluation to `predictions.npz`",
+    resumable=True,
+  ),
   "pretrained_path": key_lib.Key(
     None,
     "`.npz` file of initial weights; None: train from scratch",

@@ -126,27 +126,11 @@ def load(
       damaged, or `num_val` leaves no training images.
   """
   first_resize = image_files.Resize(image_size, resize, crop_ratio)
-  if name.startswith(folder.PREFIX):
-    stored = _open_folder(name, first_resize)
-  else:
-    stored = _open_tfds(name, data_dir, first_resize)
+  stored = _open(name, data_dir, first_resize)
   train_parts = splits.resolve(
     train_split, stored.sizes, "data.train_split", name
   )
-  candidates = [test_split] if test_split else ["test", "validation"]
-  candidates = [x for x in candidates if test_split or x in stored.sizes]
-  if num_val:
-    candidates = []
-  elif not candidates:
-    raise errors.UserError(
-      f"dataset: {name} has no split test or validation; its splits are"
-      f" {', '.join(stored.sizes) or '(none)'}; choose one by data.test_split,"
-      " or hold out training images by data.num_val"
-    )
-  tests = {
-    x: splits.resolve(x, stored.sizes, "data.test_split", name)
-    for x in candidates
-  }
+  tests = {} if num_val else _candidates(stored, test_split, name)
   if source == "auto":
     images = sum(
       stored.sizes[split]
@@ -180,6 +164,66 @@ def load(
     chosen,
     num_skipped,
   )
+
+
+def load_test(
+  name: str,
+  data_dir: str | None,
+  *,
+  test_split: str | None = None,
+  image_size: int | None = None,
+  resize: str = "squash",
+  crop_ratio: float = 0.875,
+  skip_damaged: bool = False,
+  **others: Any,
+) -> tuple[Split, str, tuple[str, ...]]:
+  """Load only the test split of a data set, into memory.
+
+  Args:
+    name: see `load`.
+    data_dir: see `load`.
+    test_split: see `load`.
+    image_size: see `load`.
+    resize: see `load`.
+    crop_ratio: see `load`.
+    skip_damaged: see `load`.
+    **others: the other arguments of `load`, which have no effect.
+
+  Returns:
+    The split, its name and the class names.
+
+  Raises:
+    UserError: see `load`.
+  """
+  del others
+  first_resize = image_files.Resize(image_size, resize, crop_ratio)
+  stored = _open(name, data_dir, first_resize)
+  tests = _candidates(stored, test_split, name)
+  test, chosen, _ = _first_labelled(
+    tests,
+    functools.partial(_resident, stored),
+    first_resize,
+    skip_damaged,
+    name,
+  )
+  return test, chosen, stored.class_names
+
+
+def expand(name: str, data_dir: str | None) -> list[str]:
+  """Return the data sets that NAME/* stands for: all configs of NAME.
+
+  Raises:
+    UserError: the data set is unknown or has no configs.
+  """
+  base, star, rest = name.rpartition("/*")
+  if not star or rest:
+    return [name]
+  configs = tfds_builders.config_names(base, data_dir)
+  if not configs:
+    raise errors.UserError(
+      f"config: eval_dataset ({name}): {base} has no configs; leave out /*"
+    )
+  return [f"{base}/{config}" for config in configs]
 
 
 def is_prepared(name: str, data_dir: str | None) -> bool:
@@ -294,6 +338,27 @@ class _Stored:
   def sizes(self) -> dict[str, int]:
     """Number of examples by split."""
     return {split: len(x) for split, x in self.examples.items()}
+
+
+def _open(name, data_dir, resize):
+  if name.startswith(folder.PREFIX):
+    return _open_folder(name, resize)
+  return _open_tfds(name, data_dir, resize)
+
+
+def _candidates(stored, test_split, name):
+  """Return the parts of the possible test splits, by name, the best first."""
+  usual = ["test", "validation"] if test_split is None else [test_split]
+  found = [x for x in usual if test_split or x in stored.sizes]
+  if not found:
+    raise errors.UserError(
+      f"dataset: {name} has no split test or validation; its splits are"
+      f" {', '.join(stored.sizes) or '(none)'}; choose one by data.test_split,"
+      " or hold out training images by data.num_val"
+    )
+  return {
+    x: splits.resolve(x, stored.sizes, "data.test_split", name) for x in found
+  }
 
 
 def _open_tfds(name, data_dir, resize):

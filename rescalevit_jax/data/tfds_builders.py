@@ -66,6 +66,20 @@ def open_builder(name: str, data_dir: str | None) -> tfds.core.DatasetBuilder:
   return builder
 
 
+def config_names(name: str, data_dir: str | None) -> list[str]:
+  """Return the names of a data set's configs.
+
+  Raises:
+    UserError: the data set is unknown.
+  """
+  try:
+    configs = tfds.builder_cls(name).builder_configs
+  except Exception:  # tfds raises many types; the next line explains.
+    configs = {}
+    open_builder(name, data_dir)
+  return sorted(configs)
+
+
 def is_prepared(builder: tfds.core.DatasetBuilder) -> bool:
   """Return whether a data set is prepared."""
   # The builder's own method warns if it is not.

@@ -11,7 +11,9 @@ CONFIG = "config.json"
 CLASS_NAMES = "class_names.json"
 METRICS = "metrics.jsonl"
 RESULT = "result.json"
-EVALUATION = "eval.json"  # Of --mode=eval.
+EVALUATION = "eval.json"
+CONFUSION = "confusion.csv"
+PREDICTIONS = "predictions.npz"
 LOG = "log.txt"  # Of runs that a sweep started.
 PROFILE = "profile"
 LOCK = ".lock"

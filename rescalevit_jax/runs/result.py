@@ -5,6 +5,7 @@ diverged run has status "diverged" with `step` and `error`. A run that stopped
 for another reason has no result.json; the same command resumes it.
 """
 
+from collections.abc import Mapping
 import importlib.metadata
 import json
 import math
@@ -24,13 +25,29 @@ from rescalevit_jax.runtime import atomic_file
 FINISHED, DIVERGED = "finished", "diverged"
 
 
+# Scores of the last weights, from eval.json.
+_SCORES = (
+  "split",
+  "accuracy_interval",
+  "top5",
+  "calibration_error",
+  "train_accuracy",
+  "skipped_images",
+)
+
+
 def create(
-  progress: checkpoint.Progress, *, images_per_second: float, parameters: int
+  progress: checkpoint.Progress,
+  evaluation: Mapping[str, Any],
+  *,
+  images_per_second: float,
+  parameters: int,
 ) -> dict[str, Any]:
   """Return the result of a finished run.
 
   Args:
     progress: of the run.
+    evaluation: the content of eval.json, of the last weights.
     images_per_second: training throughput.
     parameters: number of parameters of the model.
   """
@@ -42,6 +59,7 @@ def create(
     "last_step": progress.last_step,
     "last_loss": progress.last_loss,
     "examples_evaluated": progress.examples_evaluated,
+    **{key: evaluation[key] for key in _SCORES if key in evaluation},
     "images_per_second": images_per_second,
     "seconds": progress.seconds,
     "skipped_steps": progress.skipped_steps,

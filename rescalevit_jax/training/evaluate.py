@@ -1,9 +1,9 @@
 """Evaluation of a split: each example counts exactly once."""
 
 from collections.abc import Callable
+import copy
 import dataclasses
 import functools
-import json
 import logging
 import pathlib
 import time
@@ -12,18 +12,19 @@ from typing import Any
 from flax import linen as nn
 import jax
 from jax.sharding import Mesh
+from jaxtyping import Float32, Int32
 import ml_collections
 import numpy as np
 
 from rescalevit_jax import errors
+from rescalevit_jax.data import dataset as dataset_lib
 from rescalevit_jax.data import loader
 from rescalevit_jax.distributed import sharding
 from rescalevit_jax.runs import checkpoint
-from rescalevit_jax.runs import folder
 from rescalevit_jax.runs import result as result_lib
-from rescalevit_jax.runtime import atomic_file
 from rescalevit_jax.training import experiment as experiment_lib
 from rescalevit_jax.training import initial_state
+from rescalevit_jax.training import scores
 from rescalevit_jax.training import train_step
 
 _log = logging.getLogger(__name__)
@@ -83,6 +84,12 @@ class Evaluator:
     self._by_device = sharding.split(mesh)
     self._step = compiled_step(model, image_size, mesh)
 
+  def on(self, images: loader.Loader) -> "Evaluator":
+    """Return an evaluator of another split with the same compiled step."""
+    other = copy.copy(self)
+    other._images = images
+    return other
+
   def __call__(
     self,
     params: Any,
@@ -90,7 +97,30 @@ class Evaluator:
     stopped: Callable[[], bool] = lambda: False,
   ) -> Result | None:
     """Return the result, or None if `stopped` became true."""
-    sums = []
+    found = self._run(params, batch_stats, ("loss", "correct"), stopped)
+    if found is None:
+      return None
+    examples = len(self._images)
+    return Result(
+      loss=sum(float(x["loss"]) for x in found) / examples,
+      accuracy=sum(int(x["correct"]) for x in found) / examples,
+      examples=examples,
+    )
+
+  def logits(
+    self, params: Any, batch_stats: Any
+  ) -> tuple[Float32[np.ndarray, "N C"], Int32[np.ndarray, " N"]]:
+    """Return the logits and labels of all examples, in the split's order."""
+    found = self._run(params, batch_stats, ("logits", "labels"))
+    logits, labels = (
+      np.concatenate([x[key] for x in found])[: len(self._images)]
+      for key in ("logits", "labels")
+    )
+    return logits.astype(np.float32), labels
+
+  def _run(self, params, batch_stats, keys, stopped=lambda: False):
+    """Return some outputs of the step for all batches; None if stopped."""
+    found = []
     start = line = time.monotonic()
     numbers = range(-(-len(self._images) // self._batch))
     with self._images.batches(self._indices, numbers) as batches:
@@ -98,7 +128,7 @@ class Evaluator:
         if stopped():
           return None
         if i >= 2:  # The device still has one batch to compute.
-          jax.block_until_ready(sums[i - 2])
+          found[i - 2] = jax.device_get(found[i - 2])
         if time.monotonic() - line > _SECONDS_BETWEEN_LINES:
           line = time.monotonic()
           left = (line - start) / max(1, i - 1) * (len(numbers) - i + 1)
@@ -106,14 +136,9 @@ class Evaluator:
             "evaluating: batch %d/%d  ETA %.0f s", i, len(numbers), left
           )
         mask = sharding.put(self._mask(i), self._by_device)
-        sums.append(self._step(params, batch_stats, *next(batches), mask))
-    sums = jax.device_get(sums)
-    examples = len(self._images)
-    return Result(
-      loss=sum(float(s["loss"]) for s in sums) / examples,
-      accuracy=sum(int(s["correct"]) for s in sums) / examples,
-      examples=examples,
-    )
+        outputs = self._step(params, batch_stats, *next(batches), mask)
+        found.append({key: outputs[key] for key in keys})
+    return jax.device_get(found)
 
   def _indices(self, number):
     """Return the indices of a batch; padding repeats the last example."""
@@ -130,49 +155,93 @@ class Evaluator:
 def evaluate_run(
   config: ml_collections.ConfigDict, workdir: str | pathlib.Path
 ) -> dict[str, Any]:
-  """Evaluate a run's checkpoint, or an .npz file, on the test split.
+  """Evaluate a run's checkpoint, or an .npz file.
 
   Args:
-    config: of the run; `eval_weights` selects the weights.
+    config: of the run; `eval_weights` selects the weights, `eval_dataset` the
+      images.
     workdir: the run's folder.
 
   Returns:
-    The content of eval.json: weights, step, loss, accuracy, examples.
+    The content of eval.json.
 
   Raises:
-    UserError: the weights are missing or do not fit the config's model.
+    UserError: the weights are missing or do not fit the config's model, the
+      data set has other classes, or a logit is not finite.
   """
   workdir = pathlib.Path(workdir)
   result_lib.read_same_run(config, workdir)
+  experiment = experiment_lib.create(config, training=False)
   if config.eval_weights == "pretrained":
-    experiment = experiment_lib.create(config)
     model, variables = _load_pretrained(experiment)
     weights, step = config.pretrained_path, 0
   else:
     *variables, step = checkpoint.load_variables(workdir, config.eval_weights)
-    experiment = experiment_lib.create(config)
     model = experiment.model
     replicated = sharding.replicated(experiment.mesh)
     variables = sharding.put(variables, replicated)
     weights = f"{config.eval_weights} checkpoint"
-  evaluator = Evaluator(
-    model,
-    experiment.test_loader,
-    image_size=config.image_size,
-    batch=config.batch_eval,
-    mesh=experiment.mesh,
-  )
-  result = {
-    "weights": weights,
-    "step": step,
-    **dataclasses.asdict(evaluator(*variables)),
-  }
+  info = {"weights": weights, "step": step}
+  if config.eval_dataset is None:
+    evaluator = create_evaluator(experiment, model)
+    found = scores.evaluation(
+      *evaluator.logits(*variables),
+      experiment.dataset.class_names,
+      **info,
+      dataset=config.dataset,
+      split=experiment.dataset.test_split,
+    )
+  else:
+    found = _evaluate_others(experiment, model, variables, info)
   if jax.process_index() == 0:
     workdir.mkdir(parents=True, exist_ok=True)
-    atomic_file.write(
-      workdir / folder.EVALUATION, json.dumps(result, indent=2) + "\n"
+    found.write(workdir, config.save_predictions)
+  return found.summary
+
+
+def create_evaluator(
+  experiment: experiment_lib.Experiment, model: nn.Module | None = None
+) -> Evaluator:
+  """Create the evaluator of a run's test split."""
+  return Evaluator(
+    model or experiment.model,
+    experiment.test_loader,
+    image_size=experiment.config.image_size,
+    batch=experiment.config.batch_eval,
+    mesh=experiment.mesh,
+  )
+
+
+def _evaluate_others(experiment, model, variables, info):
+  """Evaluate on `eval_dataset`: one data set, or all configs of NAME/*."""
+  config, own = experiment.config, experiment.dataset
+  names = dataset_lib.expand(config.eval_dataset, config.tfds_data_dir)
+  results = {}
+  for i, name in enumerate(names, start=1):
+    if len(names) > 1:
+      _log.info("data set %d/%d: %s", i, len(names), name)
+    split, split_name, class_names = dataset_lib.load_test(
+      name, config.tfds_data_dir, **config.data
     )
-  return result
+    if class_names != own.class_names:
+      raise errors.UserError(
+        f"config: eval_dataset ({name}) has the classes"
+        f" {', '.join(class_names[:3])}, ..., and the run"
+        f" {', '.join(own.class_names[:3])}, ...; choose a data set with the"
+        " run's classes"
+      )
+    evaluator = create_evaluator(experiment, model)
+    images = loader.Loader(split, experiment.mesh)
+    results[name] = scores.evaluation(
+      *evaluator.on(images).logits(*variables),
+      class_names,
+      **info,
+      dataset=name,
+      split=split_name,
+    )
+  if len(results) == 1:
+    return next(iter(results.values()))
+  return scores.Suite(results)
 
 
 def _load_pretrained(experiment):

@@ -193,15 +193,22 @@ class Experiment:
     )
 
 
-def create(config: ml_collections.ConfigDict) -> Experiment:
+def create(
+  config: ml_collections.ConfigDict, *, training: bool = True
+) -> Experiment:
   """Build the parts of a run from its config.
+
+  Args:
+    config: of the run.
+    training: False to evaluate only; the training batch need not fit.
 
   Raises:
     UserError: a value of the config is invalid, or the data are missing.
   """
   config_lib.validate(config)
   mesh = sharding.create_mesh()
-  sharding.check_batch(config.batch, config.accum_steps, mesh)
+  if training:
+    sharding.check_batch(config.batch, config.accum_steps, mesh)
   progress.warn_of_idle_gpu()
   # Report errors in the model's keys before loading data.
   _log_attention(config, create_model(config, 1))

@@ -1,12 +1,20 @@
 """Scores of a classifier, from its logits on a whole split."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+import csv
+import dataclasses
+import io
+import json
 import math
+import pathlib
 from typing import Any
 
 from jaxtyping import Float, Int
 import numpy as np
-import scipy.special
+
+from rescalevit_jax import errors
+from rescalevit_jax.runs import folder
+from rescalevit_jax.runtime import atomic_file
 
 _CALIBRATION_BINS = 15
 _Z = 1.959963984540054  # Normal quantile of 97.5 %, for 95 % intervals.
@@ -46,13 +54,109 @@ def scores(
   return found
 
 
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+  """An evaluation on one data set.
+
+  Attributes:
+    summary: the content of eval.json.
+    class_names: class names by label.
+    logits: of all examples.
+    labels: of all examples.
+  """
+
+  summary: dict[str, Any]
+  class_names: Sequence[str]
+  logits: Float[np.ndarray, "N C"]
+  labels: Int[np.ndarray, " N"]
+
+  def write(self, workdir: pathlib.Path, save_predictions: bool) -> None:
+    """Write eval.json, confusion.csv and, if asked for, predictions.npz."""
+    _write_json(workdir / folder.EVALUATION, self.summary)
+    table = io.StringIO()
+    writer = csv.writer(table, lineterminator="\n")
+    writer.writerow(["label", *self.class_names])
+    counts = confusion_matrix(self.logits, self.labels)
+    for name, row in zip(self.class_names, counts, strict=True):
+      writer.writerow([name, *row])
+    atomic_file.write(workdir / folder.CONFUSION, table.getvalue())
+    if save_predictions:
+      with atomic_file.replacing(workdir / folder.PREDICTIONS) as f:
+        np.savez(f, logits=self.logits, labels=self.labels)
+
+
+@dataclasses.dataclass(frozen=True)
+class Suite:
+  """Evaluations on several data sets, such as corruptions of one.
+
+  Attributes:
+    evaluations: by data set.
+  """
+
+  evaluations: Mapping[str, Evaluation]
+
+  @property
+  def summary(self) -> dict[str, Any]:
+    """The content of eval.json: means, and the scores of each data set.
+
+    The mean corruption error averages first over the severities of a
+    corruption (names that end in _1, _2, ...), then over corruptions.
+    """
+    found = {name: x.summary for name, x in self.evaluations.items()}
+    by_corruption: dict[str, list[float]] = {}
+    for name, one in found.items():
+      corruption = name.rpartition("_")[0] or name
+      by_corruption.setdefault(corruption, []).append(1 - one["accuracy"])
+    means = [sum(x) / len(x) for x in by_corruption.values()]
+    return {
+      "mean_corruption_error": sum(means) / len(means),
+      "mean_accuracy": sum(x["accuracy"] for x in found.values()) / len(found),
+      "datasets": found,
+    }
+
+  def write(self, workdir: pathlib.Path, save_predictions: bool) -> None:
+    """Write eval.json; predictions are not saved."""
+    del save_predictions
+    _write_json(workdir / folder.EVALUATION, self.summary)
+
+
+def evaluation(
+  logits: Float[np.ndarray, "N C"],
+  labels: Int[np.ndarray, " N"],
+  class_names: Sequence[str],
+  **info: Any,
+) -> Evaluation:
+  """Score the logits of a data set.
+
+  Args:
+    logits: of all examples.
+    labels: of all examples.
+    class_names: class names by label.
+    **info: weights, data set and split, for eval.json.
+
+  Raises:
+    UserError: a logit is not finite.
+  """
+  if not np.isfinite(logits).all():
+    raise errors.UserError(
+      f"{info.get('weights', 'weights')}: the logits of"
+      f" {int((~np.isfinite(logits)).any(1).sum())} images are not finite;"
+      " choose other weights, or dtype=float32"
+    )
+  summary = info | scores(logits, labels, class_names)
+  return Evaluation(summary, class_names, logits, labels)
+
+
+def _write_json(path, value):
+  atomic_file.write(path, json.dumps(value, indent=2) + "\n")
+
+
 def cross_entropy(
   logits: Float[np.ndarray, "N C"], labels: Int[np.ndarray, " N"]
 ) -> float:
   """Compute the mean negative log-likelihood of the labels, in nats."""
-  logits = logits.astype(np.float64)
-  true = np.take_along_axis(logits, labels[:, None].astype(int), axis=1)[:, 0]
-  return float((scipy.special.logsumexp(logits, axis=1) - true).mean())
+  log_probabilities = _log_softmax(logits)
+  return -float(log_probabilities[np.arange(len(labels)), labels].mean())
 
 
 def top_accuracy(
@@ -74,8 +178,7 @@ def calibration_error(
   Guo et al. 2017 (arXiv:1706.04599), equation 3: |accuracy - confidence| of
   each bin, weighted by its examples.
   """
-  probabilities = scipy.special.softmax(logits.astype(np.float64), axis=1)
-  confidence = probabilities.max(axis=1)
+  confidence = np.exp(_log_softmax(logits)).max(axis=1)
   correct = logits.argmax(-1) == labels
   bins = np.ceil(confidence * _CALIBRATION_BINS).astype(int)
   gaps = np.bincount(bins, correct - confidence)
@@ -101,3 +204,9 @@ def wilson_interval(successes: int, trials: int) -> list[float]:
   half = _Z * math.sqrt(p * (1 - p) / trials + z2 / (4 * trials**2))
   half /= 1 + z2 / trials
   return [max(0.0, center - half), min(1.0, center + half)]
+
+
+def _log_softmax(logits):
+  logits = logits.astype(np.float64)
+  logits = logits - logits.max(axis=1, keepdims=True)
+  return logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))

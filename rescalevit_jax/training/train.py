@@ -131,8 +131,11 @@ def _train_and_evaluate(config, workdir, folder, draw_attention):
       config.total_steps,
     )
     return None
+  evaluation = trainer.final_evaluation()
+  evaluation.write(folder, config.save_predictions)
   result = result_lib.create(
     progress,
+    evaluation.summary,
     images_per_second=progress_lib.images_per_second(
       progress.timed_steps, progress.timed_seconds, config.batch
     ),

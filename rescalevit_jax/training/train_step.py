@@ -258,7 +258,8 @@ def eval_step(
     image_size: edge of the model's input, in pixels.
 
   Returns:
-    `loss` (float32) and `correct` (int32), summed over the examples.
+    `loss` (float32) and `correct` (int32), summed over the examples; `logits`
+    [B, C] and `labels` [B] of all of them.
   """
   x = preprocess.prepare(images, image_size)
   logits = model.apply(
@@ -268,4 +269,6 @@ def eval_step(
   return {
     "loss": jnp.where(mask, loss, 0.0).sum(),
     "correct": (mask & (logits.argmax(-1) == labels)).sum(),
+    "logits": logits,
+    "labels": labels,
   }

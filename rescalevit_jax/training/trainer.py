@@ -11,6 +11,7 @@ import jax
 import numpy as np
 
 from rescalevit_jax import errors
+from rescalevit_jax.data import loader
 from rescalevit_jax.runs import checkpoint
 from rescalevit_jax.runs import folder as folder_lib
 from rescalevit_jax.runs import metric_writers
@@ -20,6 +21,7 @@ from rescalevit_jax.training import experiment as experiment_lib
 from rescalevit_jax.training import preemption
 from rescalevit_jax.training import profiler
 from rescalevit_jax.training import progress as progress_lib
+from rescalevit_jax.training import scores
 from rescalevit_jax.training import train_state
 
 _log = logging.getLogger(__name__)
@@ -60,7 +62,7 @@ class Trainer:
     folder: pathlib.Path,
     draw_attention: DrawAttention | None = None,
   ):
-    config, mesh = experiment.config, experiment.mesh
+    config = experiment.config
     self._config = config
     self._experiment = experiment
     self._lr_schedule = experiment.lr_schedule
@@ -73,13 +75,7 @@ class Trainer:
     dataset = experiment.dataset
     self._train = experiment.train_loader
     self._train_indices = experiment.train_indices
-    self._evaluator = evaluate.Evaluator(
-      experiment.model,
-      experiment.test_loader,
-      image_size=config.image_size,
-      batch=config.batch_eval,
-      mesh=mesh,
-    )
+    self._evaluator = evaluate.create_evaluator(experiment)
     self._diagnostics = diagnostics.Diagnostics(experiment, progress)
     progress_lib.warn_of_long_run(
       experiment.model,
@@ -277,6 +273,30 @@ class Trainer:
       result.accuracy,
       progress.best_accuracy,
       progress.best_step,
+    )
+
+  def final_evaluation(self) -> scores.Evaluation:
+    """Score the last weights on the test images and on training images.
+
+    The training images are as many, and not augmented.
+    """
+    dataset = self._experiment.dataset
+    variables = self._state.evaluated
+    variables = variables["params"], variables["batch_stats"]
+    count = min(len(dataset.test), len(dataset.train))
+    train_images = loader.Loader(
+      dataset.train.subset(np.arange(count)), self._experiment.mesh
+    )
+    on_training_images = self._evaluator.on(train_images)(*variables)
+    return scores.evaluation(
+      *self._evaluator.logits(*variables),
+      dataset.class_names,
+      weights="last step",
+      step=self._progress.step,
+      dataset=self._config.dataset,
+      split=dataset.test_split,
+      train_accuracy=on_training_images.accuracy,
+      skipped_images=dataset.num_skipped,
     )
 
   def _save(self):
