@@ -59,9 +59,10 @@ _WORKDIR = flags.DEFINE_string(
 _MODE = flags.DEFINE_enum(
   "mode",
   "train",
-  ["train", "eval"],
-  "Train and evaluate, or only evaluate the weights that"
-  " --config.eval_weights selects.",
+  ["train", "eval", "probe"],
+  "Train and evaluate; or only evaluate the weights that --config.eval_weights"
+  " selects; or classify by their features, with nearest neighbours and a"
+  " linear probe.",
 )
 _COORDINATOR = flags.DEFINE_string(
   "coordinator",
@@ -93,12 +94,15 @@ def main(config: ml_collections.ConfigDict) -> None:
     processes.join(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
     if _MODE.value == "train":
       result = train.train_and_evaluate(config, workdir, _draw_attention)
-    else:
+    elif _MODE.value == "eval":
       result = evaluate.evaluate_run(config, workdir)
-      if jax.process_index() == 0:
-        print(json.dumps(_short(result)))
+    else:
+      result = evaluate.probe_run(config, workdir)
     if result is not None and jax.process_index() == 0:
-      _draw_confusion(workdir)
+      if _MODE.value != "train":
+        print(json.dumps(_short(result)))
+      if _MODE.value != "probe":
+        _draw_confusion(workdir)
   except (errors.UserError, OSError) as e:
     _fail(str(e), code=1)
   except jax.errors.JaxRuntimeError as e:

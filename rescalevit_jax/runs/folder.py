@@ -13,6 +13,7 @@ METRICS = "metrics.jsonl"
 RESULT = "result.json"
 EVALUATION = "eval.json"
 CONFUSION = "confusion.csv"
+PROBE = "probe.json"  # Of --mode=probe.
 PREDICTIONS = "predictions.npz"
 LOG = "log.txt"  # Of runs that a sweep started.
 PROFILE = "profile"

@@ -21,6 +21,7 @@ from rescalevit_jax.data import dataset as dataset_lib
 from rescalevit_jax.data import loader
 from rescalevit_jax.distributed import sharding
 from rescalevit_jax.runs import checkpoint
+from rescalevit_jax.runs import folder
 from rescalevit_jax.runs import result as result_lib
 from rescalevit_jax.training import experiment as experiment_lib
 from rescalevit_jax.training import initial_state
@@ -79,6 +80,7 @@ class Evaluator:
     mesh: Mesh,
   ):
     self._images = images
+    self._model, self._image_size = model, image_size
     batch = min(batch, len(images))
     self._batch = -(-batch // mesh.size) * mesh.size
     self._by_device = sharding.split(mesh)
@@ -111,12 +113,28 @@ class Evaluator:
     self, params: Any, batch_stats: Any
   ) -> tuple[Float32[np.ndarray, "N C"], Int32[np.ndarray, " N"]]:
     """Return the logits and labels of all examples, in the split's order."""
-    found = self._run(params, batch_stats, ("logits", "labels"))
-    logits, labels = (
-      np.concatenate([x[key] for x in found])[: len(self._images)]
-      for key in ("logits", "labels")
+    return self._collect(params, batch_stats, "logits")
+
+  def features(
+    self, params: Any, batch_stats: Any
+  ) -> tuple[Float32[np.ndarray, "N D"], Int32[np.ndarray, " N"]]:
+    """Return the inputs of the head and the labels of all examples."""
+    other = copy.copy(self)
+    other._step = jax.jit(
+      functools.partial(
+        train_step.feature_step, model=self._model, image_size=self._image_size
+      ),
+      out_shardings=sharding.replicated(self._by_device.mesh),
     )
-    return logits.astype(np.float32), labels
+    return other._collect(params, batch_stats, "features")
+
+  def _collect(self, params, batch_stats, name):
+    found = self._run(params, batch_stats, (name, "labels"))
+    values, labels = (
+      np.concatenate([x[key] for x in found])[: len(self._images)]
+      for key in (name, "labels")
+    )
+    return values.astype(np.float32), labels
 
   def _run(self, params, batch_stats, keys, stopped=lambda: False):
     """Return some outputs of the step for all batches; None if stopped."""
@@ -170,18 +188,7 @@ def evaluate_run(
       data set has other classes, or a logit is not finite.
   """
   workdir = pathlib.Path(workdir)
-  result_lib.read_same_run(config, workdir)
-  experiment = experiment_lib.create(config, training=False)
-  if config.eval_weights == "pretrained":
-    model, variables = _load_pretrained(experiment)
-    weights, step = config.pretrained_path, 0
-  else:
-    *variables, step = checkpoint.load_variables(workdir, config.eval_weights)
-    model = experiment.model
-    replicated = sharding.replicated(experiment.mesh)
-    variables = sharding.put(variables, replicated)
-    weights = f"{config.eval_weights} checkpoint"
-  info = {"weights": weights, "step": step}
+  experiment, model, variables, info = _load(config, workdir)
   if config.eval_dataset is None:
     evaluator = create_evaluator(experiment, model)
     found = scores.evaluation(
@@ -197,6 +204,68 @@ def evaluate_run(
     workdir.mkdir(parents=True, exist_ok=True)
     found.write(workdir, config.save_predictions)
   return found.summary
+
+
+def probe_run(
+  config: ml_collections.ConfigDict, workdir: str | pathlib.Path
+) -> dict[str, Any]:
+  """Judge a run's representation by classifiers on its frozen features.
+
+  Args:
+    config: of the run; `eval_weights` selects the weights.
+    workdir: the run's folder.
+
+  Returns:
+    The content of probe.json: accuracy and interval of k nearest neighbours and
+    of a linear probe.
+
+  Raises:
+    UserError: the weights are missing or do not fit the config's model.
+  """
+  from rescalevit_jax.training import frozen_features
+
+  workdir = pathlib.Path(workdir)
+  experiment, model, variables, info = _load(config, workdir)
+  evaluator = create_evaluator(experiment, model)
+  _log.info("computing the features of the training images")
+  train = evaluator.on(experiment.train_loader).features(*variables)
+  test, labels = evaluator.features(*variables)
+  classes = experiment.dataset.num_classes
+  linear, penalty = frozen_features.linear_probe_logits(*train, test, classes)
+  found = {
+    **info,
+    "dataset": config.dataset,
+    "split": experiment.dataset.test_split,
+    "examples": len(labels),
+    "knn": scores.accuracy(
+      frozen_features.knn_logits(*train, test, classes), labels
+    ),
+    "linear": scores.accuracy(linear, labels) | {"penalty": penalty},
+  }
+  if jax.process_index() == 0:
+    workdir.mkdir(parents=True, exist_ok=True)
+    scores.write_json(workdir / folder.PROBE, found)
+  return found
+
+
+def _load(config, workdir):
+  """Load the weights of `eval_weights`; return also what results say of them.
+
+  Returns:
+    Experiment, model, its variables and {"weights": ..., "step": ...}.
+  """
+  result_lib.read_same_run(config, workdir)
+  experiment = experiment_lib.create(config, training=False)
+  if config.eval_weights == "pretrained":
+    model, variables = _load_pretrained(experiment)
+    info = {"weights": config.pretrained_path, "step": 0}
+  else:
+    *variables, step = checkpoint.load_variables(workdir, config.eval_weights)
+    model = experiment.model
+    replicated = sharding.replicated(experiment.mesh)
+    variables = sharding.put(variables, replicated)
+    info = {"weights": f"{config.eval_weights} checkpoint", "step": step}
+  return experiment, model, variables, info
 
 
 def create_evaluator(

@@ -32,11 +32,9 @@ def scores(
     classes), `loss`, `calibration_error`, and `per_class`: examples, accuracy
     and interval by class name.
   """
-  correct = logits.argmax(-1) == labels
-  found = {
+  found: dict[str, Any] = {
     "examples": len(labels),
-    "accuracy": float(correct.mean()),
-    "accuracy_interval": wilson_interval(int(correct.sum()), len(labels)),
+    **accuracy(logits, labels),
     "loss": cross_entropy(logits, labels),
     "calibration_error": calibration_error(logits, labels),
   }
@@ -72,7 +70,7 @@ class Evaluation:
 
   def write(self, workdir: pathlib.Path, save_predictions: bool) -> None:
     """Write eval.json, confusion.csv and, if asked for, predictions.npz."""
-    _write_json(workdir / folder.EVALUATION, self.summary)
+    write_json(workdir / folder.EVALUATION, self.summary)
     table = io.StringIO()
     writer = csv.writer(table, lineterminator="\n")
     writer.writerow(["label", *self.class_names])
@@ -117,7 +115,7 @@ class Suite:
   def write(self, workdir: pathlib.Path, save_predictions: bool) -> None:
     """Write eval.json; predictions are not saved."""
     del save_predictions
-    _write_json(workdir / folder.EVALUATION, self.summary)
+    write_json(workdir / folder.EVALUATION, self.summary)
 
 
 def evaluation(
@@ -147,8 +145,20 @@ def evaluation(
   return Evaluation(summary, class_names, logits, labels)
 
 
-def _write_json(path, value):
+def write_json(path: pathlib.Path, value: Mapping[str, Any]) -> None:
+  """Write a JSON file, atomically."""
   atomic_file.write(path, json.dumps(value, indent=2) + "\n")
+
+
+def accuracy(
+  logits: Float[np.ndarray, "N C"], labels: Int[np.ndarray, " N"]
+) -> dict[str, Any]:
+  """Compute the accuracy and its 95 % interval."""
+  correct = logits.argmax(-1) == labels
+  return {
+    "accuracy": float(correct.mean()),
+    "accuracy_interval": wilson_interval(int(correct.sum()), len(labels)),
+  }
 
 
 def cross_entropy(

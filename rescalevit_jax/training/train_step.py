@@ -272,3 +272,32 @@ def eval_step(
     "logits": logits,
     "labels": labels,
   }
+
+
+def feature_step(
+  params: Any,
+  batch_stats: Any,
+  images: UInt8[Array, "B H W 3"],
+  labels: Int32[Array, " B"],
+  mask: Bool[Array, " B"],
+  *,
+  model: nn.Module,
+  image_size: int,
+) -> dict[str, jax.Array]:
+  """Compute the inputs of the model's head for one batch; see `eval_step`.
+
+  Returns:
+    `features` [B, D] and `labels` [B], padding included.
+  """
+  del mask
+  features = []
+
+  def intercept(method, args, kwargs, context):
+    if context.module.path == ("head",):
+      features.append(args[0])
+    return method(*args, **kwargs)
+
+  x = preprocess.prepare(images, image_size)
+  with nn.intercept_methods(intercept):
+    model.apply({"params": params, "batch_stats": batch_stats}, x, train=False)
+  return {"features": features[0], "labels": labels}

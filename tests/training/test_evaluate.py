@@ -1,16 +1,23 @@
 """Every example counts once."""
 
+import csv
+import json
+
 import jax
 import numpy as np
 import optax
+from PIL import Image
 import pytest
 
+from rescalevit_jax import errors
 from rescalevit_jax import models
 from rescalevit_jax.augment import preprocess
 from rescalevit_jax.data import dataset
 from rescalevit_jax.data import loader
 from rescalevit_jax.distributed import sharding
 from rescalevit_jax.training import evaluate
+from rescalevit_jax.training import scores
+from rescalevit_jax.training import train
 
 
 @pytest.fixture(scope="module")
@@ -68,3 +75,134 @@ def test_it_stops_when_asked(setting):
     )
     is None
   )
+
+
+def write_set(root, names, counts=(6, 4)):
+  """Write a folder data set of squares, one brightness a class."""
+  for split, count in zip(("train", "test"), counts, strict=True):
+    for i, name in enumerate(names):
+      (root / split / name).mkdir(parents=True)
+      for j in range(count):
+        pixels = np.full((8, 8, 3), 60 * i + j, np.uint8)
+        Image.fromarray(pixels).save(root / split / name / f"{j}.png")
+  return f"folder:{root}"
+
+
+@pytest.fixture(scope="module")
+def finished(module_config, tmp_path_factory):
+  """A run on a folder, its config and its result."""
+  root = tmp_path_factory.mktemp("sets")
+  config = module_config.copy_and_resolve_references()
+  config.dataset = write_set(root / "own", ("a", "b", "c"))
+  config.batch, config.total_steps, config.warmup_steps = 6, 4, 1
+  config.save_predictions = True
+  result = train.train_and_evaluate(config, root / "run")
+  return config, root / "run", result
+
+
+def test_a_finished_run_has_all_scores(finished):
+  _, workdir, result = finished
+  written = json.loads((workdir / "eval.json").read_text())
+  assert written["weights"] == "last step" and written["split"] == "test"
+  assert written["accuracy"] == result["last_accuracy"]
+  np.testing.assert_allclose(written["loss"], result["last_loss"], rtol=1e-5)
+  low, high = result["accuracy_interval"]
+  assert low < result["last_accuracy"] < high or low < high
+  assert 0 <= result["train_accuracy"] <= 1
+  assert result["examples_evaluated"] == written["examples"] == 12
+  with open(workdir / "confusion.csv", newline="") as f:
+    header, *rows = csv.reader(f)
+  assert header == ["label", "a", "b", "c"]
+  assert [sum(map(int, row[1:])) for row in rows] == [4, 4, 4]
+  with np.load(workdir / "predictions.npz") as saved:
+    assert saved["logits"].shape == (12, 3)
+    assert saved["labels"].tolist() == [0] * 4 + [1] * 4 + [2] * 4
+    correct = saved["logits"].argmax(-1) == saved["labels"]
+  assert correct.mean() == result["last_accuracy"]
+
+
+def test_other_images_with_the_runs_classes(finished, tmp_path):
+  config, workdir, _ = finished
+  config = config.copy_and_resolve_references()
+  config.eval_dataset = write_set(tmp_path / "other", ("a", "b", "c"), (1, 7))
+  found = evaluate.evaluate_run(config, workdir)
+  assert found["examples"] == 21 and found["dataset"] == config.eval_dataset
+  config.eval_dataset = write_set(tmp_path / "wrong", ("a", "b", "x"))
+  with pytest.raises(errors.UserError, match="has the classes a, b, x"):
+    evaluate.evaluate_run(config, workdir)
+
+
+def test_all_corruptions_of_a_data_set(finished, monkeypatch):
+  """By the form of their names: three severities of one, one of another."""
+  config, workdir, _ = finished
+  config = config.copy_and_resolve_references()
+  config.eval_dataset = "corrupted/*"
+  own = dataset.load(config.dataset, None)
+  names = ["blur_1", "blur_2", "blur_3", "fog_1"]
+  monkeypatch.setattr(
+    evaluate.dataset_lib,
+    "expand",
+    lambda name, data_dir: [f"corrupted/{x}" for x in names],
+  )
+
+  def load_test(name, data_dir, **kwargs):
+    count = 12 if name.endswith("fog_1") else 6
+    part = own.test.subset(np.arange(count))
+    return part, "test", own.class_names
+
+  monkeypatch.setattr(evaluate.dataset_lib, "load_test", load_test)
+  found = evaluate.evaluate_run(config, workdir)
+  assert list(found["datasets"]) == [f"corrupted/{x}" for x in names]
+  accuracy = {k: x["accuracy"] for k, x in found["datasets"].items()}
+  blur = 1 - accuracy["corrupted/blur_1"]
+  fog = 1 - accuracy["corrupted/fog_1"]
+  assert found["mean_corruption_error"] == pytest.approx((blur + fog) / 2)
+  assert found["mean_accuracy"] == pytest.approx(np.mean([*accuracy.values()]))
+
+
+def test_weights_that_are_not_finite_are_an_error(setting):
+  *_, labels, logits = setting
+  broken = np.asarray(logits).copy()
+  broken[3, 1] = np.nan
+  with pytest.raises(errors.UserError, match="best checkpoint.*1 images"):
+    scores.evaluation(broken, labels, "abcd", weights="best checkpoint")
+
+
+def test_the_training_batch_does_not_matter(finished, monkeypatch):
+  """On three devices a batch of 64 is refused for training, not here."""
+  config, workdir, _ = finished
+
+  def refuse(*args):
+    raise errors.UserError("config: batch does not fit")
+
+  monkeypatch.setattr(sharding, "check_batch", refuse)
+  assert evaluate.evaluate_run(config, workdir)["examples"] == 12
+
+
+def test_frozen_features_are_the_heads_inputs(setting):
+  model, variables, images, labels, logits = setting
+  mesh = sharding.create_mesh()
+  evaluator = evaluate.Evaluator(
+    model,
+    loader.Loader(dataset.Split(images, labels), mesh),
+    image_size=8,
+    batch=5,
+    mesh=mesh,
+  )
+  features, found = evaluator.features(
+    variables["params"], variables["batch_stats"]
+  )
+  np.testing.assert_array_equal(found, labels)
+  head = variables["params"]["head"]
+  expected = features @ head["kernel"] + head["bias"]
+  np.testing.assert_allclose(expected, logits, rtol=1e-5, atol=1e-5)
+
+
+def test_a_probe_of_a_run(finished):
+  config, workdir, _ = finished
+  found = evaluate.probe_run(config, workdir)
+  assert found == json.loads((workdir / "probe.json").read_text())
+  assert found["examples"] == 12
+  for kind in ("knn", "linear"):
+    low, high = found[kind]["accuracy_interval"]
+    assert 0 <= low <= found[kind]["accuracy"] <= high <= 1
