@@ -201,7 +201,10 @@ def test_an_empty_folder_is_named_and_the_rest_classified(call, picture):
     "skipped: none: no images in this folder",
     "error: 1 folders have no images, see above",
   ]
-  assert call("none")[1:] == ([], [err[0], "error: no images to classify"])
+  assert call("none")[1:] == (
+    [],
+    [err[0], "error: no images to classify; give image files"],
+  )
 
 
 # Mistakes.

@@ -264,8 +264,12 @@ def _difference(variables, like):
     for v in (variables, like)
   )
   for key in sorted(ours | theirs):
-    if ours.get(key) != theirs.get(key):
-      return f"{key} has shape {ours.get(key)}, not {theirs.get(key)}"
+    if key not in ours:
+      return f"{key} is missing in the checkpoint"
+    if key not in theirs:
+      return f"{key} is not in the model"
+    if ours[key] != theirs[key]:
+      return f"{key} has shape {ours[key]}, not {theirs[key]}"
   return None
 
 

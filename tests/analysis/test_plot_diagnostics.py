@@ -50,9 +50,9 @@ def test_maps_have_depth_upwards_and_time_to_the_right(workdir):
   figure = diagnostics_plots.draw(run, "a $x$")
   found = panels(figure)
   assert list(found) == [
-    "Stream, class token",
+    "Residual stream, class token",
     "Gradient, before clipping",
-    "Steps clipped, since the point before",
+    "Clipped steps since the last point",
     "Learning rate",
     "Sharpness",
   ]
@@ -67,7 +67,7 @@ def test_maps_have_depth_upwards_and_time_to_the_right(workdir):
   assert ticks == ["embedding", "0", "1", "head"]
   edges = mesh.get_coordinates()[0, :, 0]
   np.testing.assert_allclose(edges, [0, 50.5, 150, 250, 350])
-  shares = found["Steps clipped, since the point before"].lines[0]
+  shares = found["Clipped steps since the last point"].lines[0]
   np.testing.assert_allclose(shares.get_ydata(), 25)
   above, below = found["Sharpness"].lines
   assert (list(above.get_xdata()), list(above.get_ydata())) == ([300], [50])
@@ -86,7 +86,7 @@ def test_models_are_compared():
   np.testing.assert_allclose(first.get_ydata(), [1, 10, 100, 1000])
   assert first.get_color() == second.get_color()
   assert first.get_linestyle() != second.get_linestyle()
-  *points, clip = found["Gradient of all, before clipping"].lines
+  *points, clip = found["Whole gradient, before clipping"].lines
   assert [point.get_ydata()[0] for point in points] == [2, 0]
   assert list(clip.get_ydata()) == [1, 1]
   ticks = found["Gradient, before clipping"].get_xticklabels()
@@ -110,7 +110,7 @@ def test_the_report_contains_diagnostics(
   assert command_line.main([str(workdir.parent), *flags]) == 0
   page = (tmp_path / "report.html").read_text()
   assert page.count("<h2>Diagnostics</h2>") == 1
-  assert page.count("by depth and time, a $x$") == 2  # alt, and below it.
+  assert page.count("over depth and time, a $x$") == 2  # alt, and below it.
 
 
 @pytest.mark.parametrize(
@@ -119,7 +119,7 @@ def test_the_report_contains_diagnostics(
     (["--workdir={runs}/without"], "--config.diagnostics_every"),
     (["--workdir={runs}", "--output=a.pdf"], ".png or .svg"),
     (["--workdir={runs}/nowhere"], "no such folder"),
-    (["--workdir={runs}", "--output={runs}/a.png"], "one run, but there are 2"),
+    (["--workdir={runs}", "--output={runs}/a.png"], "one picture for 2 runs"),
   ],
 )
 def test_errors_are_one_line(flags, words, workdir, capsys):

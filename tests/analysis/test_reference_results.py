@@ -146,7 +146,7 @@ def test_read_curves(tmp_path):
     ("a,b,LN,0,100,2,57.1\n", ["line 2", "valid_accuracy", "'57.1'"]),
     ("a,b,LN,yes,100,2,0.1\n", ["line 2", "pretrained", "'yes'"]),
     ("a,b,LN,0,100\n", ["line 2", "valid_loss", "''"]),
-    ("a,b,LN,0,1,2,0.1\na,b,LN,0,1,2,0.1\n", ["line 3", "second", "1"]),
+    ("a,b,LN,0,1,2,0.1\na,b,LN,0,1,2,0.1\n", ["line 3", "repeats step 1", "1"]),
   ],
 )
 def test_invalid_curves_are_errors(text, words, tmp_path):

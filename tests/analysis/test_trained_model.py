@@ -133,7 +133,7 @@ def test_the_requested_checkpoint_is_loaded(copied):
 @pytest.mark.parametrize(
   ("old", "new", "words"),
   [
-    ('"num_layers": 2', '"num_layers": 3', "has shape None"),
+    ('"num_layers": 2', '"num_layers": 3', "is missing"),
     ('"norm": "Rescale"', '"norm": "LN"', "Rescale_0"),
     ('"image_size": 12', '"image_size": 24', "pos_embedding"),
   ],
