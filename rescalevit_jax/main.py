@@ -34,9 +34,9 @@ from rescalevit_jax.config import keys
 from rescalevit_jax.config import overrides
 from rescalevit_jax.distributed import processes
 from rescalevit_jax.runs import folder
-from rescalevit_jax.runtime import cache
+from rescalevit_jax.runtime import accelerator
+from rescalevit_jax.runtime import cli
 from rescalevit_jax.runtime import compat
-from rescalevit_jax.runtime import cuda_plugin
 from rescalevit_jax.runtime import terminal
 from rescalevit_jax.training import evaluate
 from rescalevit_jax.training import train
@@ -88,8 +88,7 @@ def main(config: ml_collections.ConfigDict) -> None:
   if config.deterministic:  # JAX reads it when it starts the devices, below.
     flag = "--xla_gpu_deterministic_ops=true"
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}"
-  cuda_plugin.hide_if_compile_only()
-  cache.enable_compilation_cache()
+  cli.prepare()
   try:
     processes.join(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
     if _MODE.value == "train":
@@ -110,6 +109,10 @@ def main(config: ml_collections.ConfigDict) -> None:
     if compat.is_out_of_memory(e):
       advice = "; use a smaller batch, or accum_steps and a smaller batch_eval"
     _fail(f"{' '.join(str(e).split())[:300]}{advice}", code=1)
+  except (AssertionError, RuntimeError) as e:
+    if problem := accelerator.start_problem():
+      _fail(problem, code=1)
+    raise e
   except KeyboardInterrupt:
     _fail("interrupted; run the same command to resume", code=130)
 
@@ -142,7 +145,7 @@ def parse(argv: list[str]) -> ml_collections.ConfigDict:
   """
   try:
     argv = flags.FLAGS.read_flags_from_files(argv, force_gnu=False)
-    argv, settings = overrides.split_argv(argv)
+    argv, settings = overrides.split_argv(cli.arguments(argv))
     rest = flags.FLAGS(argv)[1:]
     if rest:
       raise errors.UserError(

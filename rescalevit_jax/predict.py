@@ -134,7 +134,7 @@ def _parse(argv):
   parser.add_argument(
     "files", nargs="+", metavar="FILE", help="an image, or a folder of images"
   )
-  return parser.parse_args(argv)
+  return parser.parse_args(cli.arguments(argv))
 
 
 def _positive(text):

@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     action="store_true",
     help="fold the norm, if it folds, into the linear layers after it",
   )
-  args = parser.parse_args(argv)
+  args = parser.parse_args(cli.arguments(argv))
   return cli.run(
     lambda: export(
       args.workdir,

@@ -38,7 +38,7 @@ _log = logging.getLogger("rescalevit_jax.analysis.plot_attention")
 
 def main(argv: Sequence[str] | None = None) -> int:
   """Draw and measure attention; return the exit code."""
-  args = _parser().parse_args(argv)
+  args = _parser().parse_args(cli.arguments(argv))
   terminal.log_to_stderr()
   return cli.run(lambda: _run(args))
 

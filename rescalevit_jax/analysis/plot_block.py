@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     required=True,
     help="picture, .png or .svg; repeatable",
   )
-  args = parser.parse_args(argv)
+  args = parser.parse_args(cli.arguments(argv))
   return cli.run(lambda: _save(args.output))
 
 

@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     " recipe; columns: dataset, model, norm, pretrained, step, valid_loss,"
     " valid_accuracy",
   )
-  args = parser.parse_args(argv)
+  args = parser.parse_args(cli.arguments(argv))
   return cli.run(
     lambda: plot(args.workdir, args.output or _OUTPUTS, args.published)
   )

@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     help="the picture of a single run, .png or .svg; repeatable (default:"
     " diagnostics.png and diagnostics.svg in each run's folder)",
   )
-  args = parser.parse_args(argv)
+  args = parser.parse_args(cli.arguments(argv))
   return cli.run(lambda: plot(args.workdir, args.output))
 
 

@@ -93,7 +93,7 @@ def _parser():
 
 
 def _run(argv):
-  rest, settings = overrides.split_argv(argv)
+  rest, settings = overrides.split_argv(cli.arguments(argv))
   args = _parser().parse_args(rest)
   points = list(itertools.product(*map(overrides.parse_axis, args.grid)))
   configs = load_configs(args.config, settings, points)

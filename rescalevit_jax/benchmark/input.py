@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     "--scratch", help="temporary folder for the data sets, 0.4 KB per record"
   )
   parser.add_argument("--output", type=pathlib.Path, metavar="DIR")
-  args = parser.parse_args(argv)
+  args = parser.parse_args(cli.arguments(argv))
   terminal.log_to_stderr()
   return cli.run(
     lambda: run(args.records, args.batch, args.scratch, args.output)

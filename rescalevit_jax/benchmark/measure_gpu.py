@@ -41,7 +41,7 @@ from rescalevit_jax.runtime import terminal
 
 def main(argv: Sequence[str] | None = None) -> int:
   """Run the measurements; return the exit code."""
-  args = _parser().parse_args(argv)
+  args = _parser().parse_args(cli.arguments(argv))
   terminal.log_to_stderr()
   # KeyboardInterrupt also ends the current subprocess.
   signal.signal(signal.SIGTERM, signal.default_int_handler)

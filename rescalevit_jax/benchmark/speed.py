@@ -99,7 +99,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     default=1,
     help="number of GPUs to compile for, on one host (default: 1)",
   )
-  args = parser.parse_args(argv)
+  args = parser.parse_args(cli.arguments(argv))
   terminal.log_to_stderr()
   # KeyboardInterrupt also ends the current subprocess.
   signal.signal(signal.SIGTERM, signal.default_int_handler)

@@ -18,12 +18,13 @@ from rescalevit_jax import errors
 from rescalevit_jax.data import records
 from rescalevit_jax.data import tfds_builders
 from rescalevit_jax.data import untrusted_archive
+from rescalevit_jax.runtime import cli
 from rescalevit_jax.runtime import compat
 
 
 def main(argv: Sequence[str] | None = None) -> int:
   """Prepare data sets; return the exit code."""
-  args = _parser().parse_args(argv)
+  args = _parser().parse_args(cli.arguments(argv))
   try:
     if args.dataset is not None:
       _prepare_by_name(args.dataset, args.data_dir)

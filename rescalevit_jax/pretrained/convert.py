@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     action="store_true",
     help="leave out DeiT's distillation token and head, which changes results",
   )
-  args = parser.parse_args(argv)
+  args = parser.parse_args(cli.arguments(argv))
   return cli.run(lambda: _run(args))
 
 

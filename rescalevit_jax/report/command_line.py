@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     action="store_true",
     help="omit the attention maps, which load every model",
   )
-  args = parser.parse_args(argv)
+  args = parser.parse_args(cli.arguments(argv))
   terminal.log_to_stderr()
   return cli.run(lambda: _run(args))
 

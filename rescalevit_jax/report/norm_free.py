@@ -151,7 +151,7 @@ class _Study:
 
 
 def _run(argv):
-  rest, settings = overrides.split_argv(argv)
+  rest, settings = overrides.split_argv(cli.arguments(argv))
   args, unknown = _parser().parse_known_args(rest)
   if unknown:
     raise errors.UserError(f"unknown argument {unknown[0]}; see --help")

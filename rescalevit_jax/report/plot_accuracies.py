@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     help="draw this method under another name; repeatable. If given, methods"
     " without a label are left out",
   )
-  args = parser.parse_args(argv)
+  args = parser.parse_args(cli.arguments(argv))
   return cli.run(lambda: _run(args))
 
 

@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import pathlib
+import time
 from typing import Any
 
 import ml_collections
@@ -30,6 +31,8 @@ class MetricWriter:
     config: of the run, for TensorBoard.
     keep: returns whether a line of an earlier process stays. A resumed run
       writes the lines after its checkpoint again.
+    first_step: the first step that is written; TensorBoard drops what an
+      earlier process wrote from there on.
   """
 
   def __init__(
@@ -37,6 +40,7 @@ class MetricWriter:
     workdir: pathlib.Path,
     config: ml_collections.ConfigDict,
     keep: Callable[[Mapping[str, Any]], bool],
+    first_step: int = 1,
   ):
     path = workdir / folder_lib.METRICS
     if path.exists():
@@ -47,7 +51,7 @@ class MetricWriter:
       ]
       atomic_file.write(path, "".join(f"{line}\n" for line in kept))
     self._file = open(path, "a", encoding="utf-8")
-    self._board = _TensorBoard(workdir, config)
+    self._board = _TensorBoard(workdir, config, first_step)
 
   def __enter__(self) -> "MetricWriter":
     return self
@@ -95,8 +99,9 @@ class _TensorBoard:
   If it fails, one warning is logged and training continues.
   """
 
-  def __init__(self, workdir, config):
+  def __init__(self, workdir, config, first_step):
     self._workdir = workdir
+    self._first_step = first_step
     self._config = config
     self._writer = None
     self._works = True
@@ -135,6 +140,8 @@ class _TensorBoard:
       from clu import metric_writers
     except ImportError as e:
       raise errors.UserError(f"cannot import clu.metric_writers: {e}") from e
+    if any(self._workdir.glob("events.out.tfevents.*")):
+      _drop_events(self._workdir, self._first_step)
     writer = metric_writers.SummaryWriter(str(self._workdir))
     values = config_lib.flatten(self._config)
     writer.write_hparams(
@@ -143,6 +150,22 @@ class _TensorBoard:
     text = config_lib.to_json(self._config)
     writer.write_texts(0, {"config": f"```json\n{text}```"})
     return writer
+
+
+def _drop_events(workdir, first_step):
+  """Tell TensorBoard to ignore earlier events from a step on.
+
+  An event file of its own, since TensorFlow's writer cannot write such events.
+  """
+  from tensorboard.compat.proto import event_pb2
+  from tensorboard.summary.writer import event_file_writer
+
+  start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+  writer = event_file_writer.EventFileWriter(str(workdir), filename_suffix=".0")
+  writer.add_event(
+    event_pb2.Event(wall_time=time.time(), step=first_step, session_log=start)
+  )
+  writer.close()
 
 
 def _is_whole(line):

@@ -156,6 +156,14 @@ def read_same_run(
   differing = config_lib.differing_keys(old, config)
   if differing and has_diverged(result) and not saved:
     return None
+  if is_finished(result) and config.total_steps > old.total_steps:
+    raise errors.UserError(
+      f"{workdir}: finished after {old.total_steps} steps, and its"
+      " learning-rate schedule has ended; start a new run from its weights:"
+      f" python -m rescalevit_jax.analysis.export_npz --workdir={workdir}"
+      " --output=weights.npz, then --config.pretrained_path=weights.npz in"
+      " another --workdir"
+    )
   if differing:
     raise errors.UserError(
       f"{workdir}: holds a run of another config: {', '.join(differing)};"

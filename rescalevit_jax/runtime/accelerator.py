@@ -12,6 +12,8 @@ import re
 
 import jax
 
+from rescalevit_jax import errors
+
 
 @dataclasses.dataclass(frozen=True)
 class Accelerator:
@@ -61,3 +63,16 @@ def compiling_for(described: Accelerator) -> Iterator[None]:
   finally:
     _described.reset(token)
     jax.clear_caches()
+
+
+def start_problem() -> str | None:
+  """Return why JAX cannot start a device, None if it can."""
+  try:
+    jax.devices()
+  except Exception as e:  # An AssertionError if a plugin is missing.
+    platforms = jax.config.jax_platforms
+    return (
+      f"JAX_PLATFORMS ({platforms}): no such device"
+      f" ({errors.brief(e) or type(e).__name__}); unset it, or set it to cpu"
+    )
+  return None

@@ -1,15 +1,44 @@
 """Run a command: a user's mistake becomes one line and an exit code."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 import os
 import sys
 
 import jax
 
 from rescalevit_jax import errors
+from rescalevit_jax.runtime import accelerator
 from rescalevit_jax.runtime import cache
 from rescalevit_jax.runtime import compat
 from rescalevit_jax.runtime import cuda_plugin
+
+# Flags of local folders and files.
+_PATH_FLAGS = ("--workdir", "--runs_dir", "--output", "--tfds_data_dir")
+
+
+def arguments(argv: Sequence[str] | None = None) -> list[str]:
+  """Return command-line arguments with `~` expanded to the home folder.
+
+  Ends the process with code 2 if a folder is a URL, such as gs://.
+
+  Args:
+    argv: arguments; None: those of this process.
+  """
+  expanded = []
+  for word in sys.argv[1:] if argv is None else argv:
+    flag, equals, value = word.partition("=")
+    if not flag.startswith("-"):
+      flag, equals, value = "", "", word
+    if "://" in value and flag in ("", *_PATH_FLAGS):
+      sys.exit(
+        fail(
+          f"{flag or 'arguments'}: {value} is a URL; give a folder of this"
+          " machine, such as a mounted bucket",
+          code=2,
+        )
+      )
+    expanded.append(flag + equals + os.path.expanduser(value))
+  return expanded
 
 
 def run(body: Callable[[], int | None]) -> int:
@@ -24,8 +53,7 @@ def run(body: Callable[[], int | None]) -> int:
   if hasattr(sys.stdout, "reconfigure"):
     # File names may have characters that the terminal cannot show.
     sys.stdout.reconfigure(errors="backslashreplace")
-  cuda_plugin.hide_if_compile_only()
-  cache.enable_compilation_cache()
+  prepare()
   try:
     return body() or 0
   except BrokenPipeError:
@@ -37,8 +65,20 @@ def run(body: Callable[[], int | None]) -> int:
   except jax.errors.JaxRuntimeError as e:
     full = compat.is_out_of_memory(e)
     return fail(str(e)[:300] + ": try a smaller --batch" * full)
+  except (AssertionError, RuntimeError) as e:
+    if problem := accelerator.start_problem():
+      return fail(problem)
+    raise e
   except KeyboardInterrupt:
     return fail("interrupted", 130)
+
+
+def prepare() -> None:
+  """Set up the process of a command, before devices are used."""
+  cuda_plugin.hide_if_compile_only()
+  cache.enable_compilation_cache()
+  # A notebook's backend need not exist here; pictures are written to files.
+  os.environ["MPLBACKEND"] = "agg"
 
 
 def fail(message: str, code: int = 1) -> int:

@@ -98,7 +98,7 @@ def parse(
   Raises:
     UserError: a flag, a config or a value is invalid.
   """
-  rest, settings = overrides.split_argv(argv)
+  rest, settings = overrides.split_argv(cli.arguments(argv))
   options, unknown = _parser().parse_known_args(rest)
   if unknown:
     name = unknown[0].partition("=")[0]

@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT make a run save a checkpoint and stop."""
+"""SIGTERM, SIGINT and SIGHUP make a run save a checkpoint and stop."""
 
 import logging
 import signal
@@ -21,7 +21,8 @@ class Interrupt:
     requested: whether a signal has arrived.
   """
 
-  SIGNALS = (signal.SIGTERM, signal.SIGINT)
+  # SIGHUP: the terminal was closed.
+  SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
   def __init__(self):
     self.requested = False
@@ -31,7 +32,11 @@ class Interrupt:
     # Only the main thread can set signal handlers.
     in_main_thread = threading.current_thread() is threading.main_thread()
     if in_main_thread and jax.process_count() == 1:
-      self._previous = {s: signal.signal(s, self._handle) for s in self.SIGNALS}
+      self._previous = {
+        s: signal.signal(s, self._handle)
+        for s in self.SIGNALS
+        if signal.getsignal(s) != signal.SIG_IGN  # As under nohup.
+      }
     return self
 
   def __exit__(self, *exc_info):

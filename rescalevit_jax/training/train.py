@@ -106,7 +106,9 @@ def _train_and_evaluate(config, workdir, folder, draw_attention):
       json.dumps(experiment.dataset.class_names, indent=2) + "\n",
     )
     keep = functools.partial(_is_of_the_past, progress)
-    with metric_writers.MetricWriter(folder, config, keep) as writer:
+    with metric_writers.MetricWriter(
+      folder, config, keep, progress.step + 1
+    ) as writer:
       trainer = trainer_lib.Trainer(
         experiment,
         state,

@@ -4,6 +4,8 @@ import json
 import os
 
 import pytest
+from tensorboard.backend.event_processing import event_accumulator
+from tensorboard.util import tensor_util
 
 from rescalevit_jax import config as config_lib
 from rescalevit_jax.runs import metric_writers
@@ -73,3 +75,26 @@ def test_an_unwritable_event_file_is_one_warning(tmp_path, monkeypatch, caplog):
     writer.write(2, {"train/loss": 1.0})
   assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
   assert [r.levelname for r in caplog.records] == ["WARNING"]
+
+
+def test_tensorboard_shows_repeated_steps_once(tmp_path):
+  """A killed process wrote steps that the resumed one writes again."""
+  pytest.importorskip("tensorflow")
+  config = config_lib.default()
+  for first_step, value in ((1, 1.0), (4, 2.0)):
+    with metric_writers.MetricWriter(
+      tmp_path, config, lambda line: line["step"] < first_step, first_step
+    ) as writer:
+      for step in range(first_step, 7):
+        writer.write(step, {"train/loss": value + step})
+  board = event_accumulator.EventAccumulator(str(tmp_path), {"tensors": 0})
+  board.Reload()
+  found = [
+    (event.step, float(tensor_util.make_ndarray(event.tensor_proto)))
+    for event in board.Tensors("train/loss")
+  ]
+  old, new = (
+    [(s, 1.0 + s) for s in (1, 2, 3)],
+    [(s, 2.0 + s) for s in (4, 5, 6)],
+  )
+  assert found == old + new

@@ -37,3 +37,13 @@ def test_another_thread_has_no_signals():
   thread.start()
   thread.join()
   assert found == [False]
+
+
+def test_a_closed_terminal_is_ignored_under_nohup(monkeypatch):
+  before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+  try:
+    with preemption.Interrupt() as stop:
+      os.kill(os.getpid(), signal.SIGHUP)
+      assert not stop.requested
+  finally:
+    signal.signal(signal.SIGHUP, before)

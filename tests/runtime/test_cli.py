@@ -1,0 +1,77 @@
+"""Arguments and the process of every command."""
+
+import os
+import subprocess
+import sys
+
+import paths
+import pytest
+
+from rescalevit_jax.runtime import cli
+
+
+def test_the_home_folder_is_expanded(monkeypatch):
+  monkeypatch.setenv("HOME", "/home/me")
+  argv = ["~/cat.png", "--workdir=~/runs/a", "--config.pretrained_path=~/a.npz"]
+  argv += ["--grid", "base_lr=0.1", "--output", "~/b"]
+  assert cli.arguments(argv) == [
+    "/home/me/cat.png",
+    "--workdir=/home/me/runs/a",
+    "--config.pretrained_path=/home/me/a.npz",
+    "--grid",
+    "base_lr=0.1",
+    "--output",
+    "/home/me/b",
+  ]
+
+
+@pytest.mark.parametrize(
+  "argv", [["--workdir=gs://bucket/a"], ["--runs_dir", "s3://bucket"]]
+)
+def test_a_url_is_refused_at_once(argv, capsys):
+  with pytest.raises(SystemExit) as caught:
+    cli.arguments(argv)
+  assert caught.value.code == 2
+  (line,) = capsys.readouterr().err.splitlines()
+  assert argv[-1].split("=")[-1] in line and "URL" in line
+
+
+COMMANDS = {
+  "main": ["--config=configs/quickstart.py", "--workdir={tmp}/run"],
+  "predict": ["--workdir={run}", "{tmp}"],
+  "analysis.plot_attention": ["--workdir={run}", "--output={tmp}/out"],
+}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_missing_device_is_one_line(name, tiny_run, tmp_path):
+  """JAX raises an AssertionError without a message."""
+  flags = [x.format(tmp=tmp_path, run=tiny_run) for x in COMMANDS[name]]
+  done = subprocess.run(
+    [sys.executable, "-m", f"rescalevit_jax.{name}", *flags],
+    env=os.environ | {"JAX_PLATFORMS": "cuda", "PYTHONPATH": str(paths.ROOT)},
+    cwd=paths.ROOT,
+    capture_output=True,
+    text=True,
+  )
+  assert done.returncode == 1
+  lines = [x for x in done.stderr.splitlines() if x.startswith("error: ")]
+  assert len(lines) == 1 and "JAX_PLATFORMS (cuda)" in lines[0], done.stderr
+  assert "Traceback" not in done.stderr
+
+
+def test_pictures_do_not_need_a_notebooks_backend(tiny_run, tmp_path):
+  path = tmp_path / "curves.png"
+  done = subprocess.run(
+    [
+      *(sys.executable, "-m", "rescalevit_jax.analysis.plot_curves"),
+      *(f"--workdir={tiny_run}", f"--output={path}"),
+    ],
+    env=os.environ
+    | {"MPLBACKEND": "module://nowhere.backend", "PYTHONPATH": str(paths.ROOT)},
+    cwd=paths.ROOT,
+    capture_output=True,
+    text=True,
+  )
+  assert done.returncode == 0, done.stderr
+  assert path.exists()
