@@ -80,21 +80,22 @@ def test_an_unwritable_event_file_is_one_warning(tmp_path, monkeypatch, caplog):
 def test_tensorboard_shows_repeated_steps_once(tmp_path):
   """A killed process wrote steps that the resumed one writes again."""
   pytest.importorskip("tensorflow")
-  config = config_lib.default()
-  for first_step, value in ((1, 1.0), (4, 2.0)):
+
+  def write(steps, value):
     with metric_writers.MetricWriter(
-      tmp_path, config, lambda line: line["step"] < first_step, first_step
+      tmp_path, config_lib.default(), lambda line: True, steps[0]
     ) as writer:
-      for step in range(first_step, 7):
+      for step in steps:
         writer.write(step, {"train/loss": value + step})
+
+  write([1, 2, 3, 4, 5, 6], 1.0)
+  (path,) = tmp_path.glob("events.*")
+  path.rename(tmp_path / "events.out.tfevents.1000000000.host.1.0.v2")
+  write([4, 5, 6], 2.0)
   board = event_accumulator.EventAccumulator(str(tmp_path), {"tensors": 0})
   board.Reload()
   found = [
     (event.step, float(tensor_util.make_ndarray(event.tensor_proto)))
     for event in board.Tensors("train/loss")
   ]
-  old, new = (
-    [(s, 1.0 + s) for s in (1, 2, 3)],
-    [(s, 2.0 + s) for s in (4, 5, 6)],
-  )
-  assert found == old + new
+  assert found == [(1, 2), (2, 3), (3, 4), (4, 6), (5, 7), (6, 8)]

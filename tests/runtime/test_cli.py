@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import paths
+from PIL import Image
 import pytest
 
 from rescalevit_jax.runtime import cli
@@ -38,7 +39,7 @@ def test_a_url_is_refused_at_once(argv, capsys):
 
 COMMANDS = {
   "main": ["--config=configs/quickstart.py", "--workdir={tmp}/run"],
-  "predict": ["--workdir={run}", "{tmp}"],
+  "predict": ["--workdir={run}", "{tmp}/a.png"],
   "analysis.plot_attention": ["--workdir={run}", "--output={tmp}/out"],
 }
 
@@ -46,6 +47,7 @@ COMMANDS = {
 @pytest.mark.parametrize("name", COMMANDS)
 def test_a_missing_device_is_one_line(name, tiny_run, tmp_path):
   """JAX raises an AssertionError without a message."""
+  Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
   flags = [x.format(tmp=tmp_path, run=tiny_run) for x in COMMANDS[name]]
   done = subprocess.run(
     [sys.executable, "-m", f"rescalevit_jax.{name}", *flags],
