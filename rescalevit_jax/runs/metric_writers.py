@@ -162,9 +162,11 @@ def _drop_events(workdir, first_step):
 
   start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
   writer = event_file_writer.EventFileWriter(str(workdir), filename_suffix=".0")
-  writer.add_event(
-    event_pb2.Event(wall_time=time.time(), step=first_step, session_log=start)
-  )
+  # TensorBoard takes the first start of a folder for that of the run.
+  for _ in range(2):
+    writer.add_event(
+      event_pb2.Event(wall_time=time.time(), step=first_step, session_log=start)
+    )
   writer.close()
 
 

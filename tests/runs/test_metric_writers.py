@@ -4,7 +4,7 @@ import json
 import os
 
 import pytest
-from tensorboard.backend.event_processing import event_accumulator
+from tensorboard.backend.event_processing import plugin_event_accumulator
 from tensorboard.util import tensor_util
 
 from rescalevit_jax import config as config_lib
@@ -92,7 +92,9 @@ def test_tensorboard_shows_repeated_steps_once(tmp_path):
   (path,) = tmp_path.glob("events.*")
   path.rename(tmp_path / "events.out.tfevents.1000000000.host.1.0.v2")
   write([4, 5, 6], 2.0)
-  board = event_accumulator.EventAccumulator(str(tmp_path), {"tensors": 0})
+  board = plugin_event_accumulator.EventAccumulator(
+    str(tmp_path), {"tensors": 0}
+  )
   board.Reload()
   found = [
     (event.step, float(tensor_util.make_ndarray(event.tensor_proto)))
