@@ -40,6 +40,7 @@ setuptools.setup(
     include=["rescalevit_jax", "rescalevit_jax.*"]
   ),
   package_data={
+    "rescalevit_jax.analysis": ["published/*.csv"],
     "rescalevit_jax.benchmark": ["gpu_targets/*.txtpb", "reference.json"],
     "rescalevit_jax.report": ["page.html"],
   },

@@ -11,7 +11,6 @@ import sys
 
 from rescalevit_jax import errors
 from rescalevit_jax.analysis import plots
-from rescalevit_jax.analysis import reference_results
 from rescalevit_jax.runs import run_reader
 from rescalevit_jax.runtime import cli
 
@@ -36,29 +35,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     help="the picture, .png or .svg; repeatable (default: curves.png and"
     " curves.svg)",
   )
-  parser.add_argument(
-    "--published",
-    help="CSV of published curves, drawn faintly beside runs of the same"
-    " recipe; columns: dataset, model, norm, pretrained, step, valid_loss,"
-    " valid_accuracy",
-  )
   args = parser.parse_args(cli.arguments(argv))
-  return cli.run(
-    lambda: plot(args.workdir, args.output or _OUTPUTS, args.published)
-  )
+  return cli.run(lambda: plot(args.workdir, args.output or _OUTPUTS))
 
 
 def plot(
   workdirs: Sequence[str | pathlib.Path],
   outputs: Sequence[pathlib.Path],
-  published: str | None = None,
 ) -> None:
   """Draw the curves of all runs in some folders and write the pictures.
 
   Args:
     workdirs: folders of a run, or of several.
     outputs: paths of the pictures, .png or .svg.
-    published: CSV file of published curves.
 
   Raises:
     UserError: a file cannot be read or written, or there is no run.
@@ -70,8 +59,7 @@ def plot(
     raise errors.UserError(
       f"{', '.join(map(str, workdirs))}: no readable run; give folders of runs"
     )
-  curves = {} if published is None else reference_results.read_curves(published)
-  figure = plots.curves(runs, curves)
+  figure = plots.curves(runs)
   for path in outputs:
     plots.save(figure, path)
     print(f"{path}: {len(runs)} run{'s' * (len(runs) > 1)}")

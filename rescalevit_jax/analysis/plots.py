@@ -4,7 +4,7 @@ Figures are created without pyplot, which needs global state and perhaps a
 window.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 import io
 import os
 import pathlib
@@ -114,11 +114,7 @@ def pixels(figure: figure_lib.Figure) -> UInt8[np.ndarray, "H W 3"]:
   return np.asarray(canvas.buffer_rgba())[..., :3]
 
 
-def curves(
-  runs: Sequence[run_reader.Run],
-  published: Mapping[reference_results.Key, reference_results.Curve]
-  | None = None,
-) -> figure_lib.Figure:
+def curves(runs: Sequence[run_reader.Run]) -> figure_lib.Figure:
   """Draw accuracy and loss of all runs over steps.
 
   Runs that differ only in the seed share colour, line and legend entry. The
@@ -126,7 +122,6 @@ def curves(
 
   Args:
     runs: at least one run.
-    published: curves of RescaleViT, from `reference_results.read_curves`.
   """
   figure = figure_lib.Figure(figsize=(11, 4.2), layout="constrained")
   accuracy, loss = figure.subplots(1, 2)
@@ -139,8 +134,8 @@ def curves(
     for i, run in enumerate(members):
       _draw_run(accuracy, loss, run, line_style, None if i else label + count)
     key = reference_results.match(members[0].config)
-    if key in (published or {}):
-      _draw_published(accuracy, loss, published[key], line_style, label)
+    if (published := reference_results.curves().get(key)) is not None:
+      _draw_published(accuracy, loss, published, line_style, label)
   accuracy.set(xlabel="step", ylabel="test accuracy, %")
   loss.set(xlabel="step", ylabel="test loss, training loss (faint)")
   for axes in (accuracy, loss):

@@ -10,7 +10,6 @@ attention maps, in one file that works offline).
 import argparse
 from collections.abc import Sequence
 
-from rescalevit_jax.analysis import reference_results
 from rescalevit_jax.report import output
 from rescalevit_jax.runtime import cli
 from rescalevit_jax.runtime import terminal
@@ -26,11 +25,6 @@ def main(argv: Sequence[str] | None = None) -> int:
   parser.add_argument("runs_dir", metavar="RUNS_DIR", help="folder of runs")
   parser.add_argument(
     "--output", metavar="DIR", help="output folder (default: RUNS_DIR)"
-  )
-  parser.add_argument(
-    "--published",
-    metavar="CSV",
-    help="published curves of RescaleViT, drawn faintly beside the runs",
   )
   parser.add_argument(
     "--index",
@@ -50,13 +44,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(args):
-  curves = (
-    reference_results.read_curves(args.published) if args.published else {}
-  )
   table, paths = output.write(
     args.runs_dir,
     args.output or args.runs_dir,
-    curves,
     None if args.no_attention else args.index,
   )
   print(table)

@@ -4,7 +4,8 @@ import logging
 import os
 import pathlib
 
-from rescalevit_jax.analysis import reference_results
+from rescalevit_jax.report import differences
+from rescalevit_jax.report import latex
 from rescalevit_jax.report import notes as notes_lib
 from rescalevit_jax.report import page
 from rescalevit_jax.report import run_groups
@@ -12,21 +13,20 @@ from rescalevit_jax.report import tables
 from rescalevit_jax.runtime import atomic_file
 from rescalevit_jax.runtime import markdown
 
+_ALIGNMENT = "llrrlrr"  # Of the differences.
 _log = logging.getLogger(__name__)
 
 
 def write(
   runs_dir: str | os.PathLike[str],
   output: str | os.PathLike[str],
-  curves: dict[reference_results.Key, reference_results.Curve],
   index: int | None,
 ) -> tuple[str, list[pathlib.Path]]:
-  """Write report.md, report.csv, runs.csv and report.html.
+  """Write report.md, .csv, .tex and .html, and runs.csv.
 
   Args:
     runs_dir: folder of the runs.
     output: output folder; created if missing.
-    curves: published curves.
     index: index of the test image for the attention maps; None for no maps.
 
   Returns:
@@ -43,14 +43,17 @@ def write(
   output = pathlib.Path(output)
   output.mkdir(parents=True, exist_ok=True)
   columns, rows = tables.columns(study), tables.rows(study)
-  table = tables.markdown(columns, rows) if rows else "No finished run.\n"
+  cells = tables.cells(columns, rows)
+  table = markdown.table(*cells) if rows else "No finished run.\n"
   notes = notes_lib.describe(study)
+  compared = list(map(differences.cells, differences.compare(study)))
   files = {
-    "report.md": lambda: _markdown(study, table, notes),
+    "report.md": lambda: _markdown(study, table, notes, compared),
     "report.csv": lambda: tables.to_csv(rows),
+    "report.tex": lambda: _latex(cells, compared),
     "runs.csv": lambda: tables.to_csv(tables.run_rows(study)),
     "report.html": lambda: page.render(
-      study, columns, rows, notes, curves, index
+      study, columns, rows, notes, compared, index
     ),
   }
   for name, text in files.items():
@@ -58,8 +61,18 @@ def write(
   return table, [output / name for name in files]
 
 
-def _markdown(study, table, notes):
+def _latex(cells, compared):
+  parts = ["% Needs the package booktabs.\n", latex.table(*cells)]
+  if compared:
+    parts.append(latex.table(_ALIGNMENT, differences.headings(), compared))
+  return "\n".join(parts)
+
+
+def _markdown(study, table, notes, compared):
   lines = ["# Comparison of runs", "", *_items(notes), "", table]
+  if compared:
+    lines += ["## Differences of the last accuracy", "", differences.NOTE, ""]
+    lines += [markdown.table(_ALIGNMENT, differences.headings(), compared)]
   for title, items in tables.left_out(study):
     lines += [f"## {title}", "", *_items(items), ""]
   return "\n".join(lines).rstrip() + "\n"

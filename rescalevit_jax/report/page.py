@@ -1,7 +1,7 @@
 """Render the report's page: one HTML file with table, curves and pictures."""
 
 import base64
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 import dataclasses
 import io
 import logging
@@ -18,9 +18,9 @@ from rescalevit_jax import errors
 from rescalevit_jax.analysis import attention_plots
 from rescalevit_jax.analysis import diagnostics_plots
 from rescalevit_jax.analysis import plots
-from rescalevit_jax.analysis import reference_results
 from rescalevit_jax.analysis import trained_model
 from rescalevit_jax.data import dataset
+from rescalevit_jax.report import differences
 from rescalevit_jax.report import run_groups
 from rescalevit_jax.report import tables
 from rescalevit_jax.runs import run_reader
@@ -58,7 +58,7 @@ def render(
   columns: Sequence[tables.Column],
   rows: Sequence[dict[str, Any]],
   notes: Sequence[str],
-  curves: Mapping[reference_results.Key, reference_results.Curve],
+  compared: Sequence[Sequence[str]],
   index: int | None,
 ) -> str:
   """Return the page, which needs no other file.
@@ -68,7 +68,7 @@ def render(
     columns: columns of the table.
     rows: rows of the table.
     notes: notes on the table.
-    curves: published curves.
+    compared: displayed rows of the differences.
     index: index of the test image for the attention maps; None for no maps.
   """
   environment = jinja2.Environment(
@@ -83,7 +83,10 @@ def render(
     columns=columns,
     rows=rows,
     norm_color=plots.norm_color,
-    curves=_curves(study, curves),
+    differences=compared,
+    difference_headings=differences.headings(),
+    difference_note=differences.NOTE,
+    curves=_curves(study),
     diagnostics=_diagnostics(study),
     attention=[] if index is None else _attention(study, index),
     left_out=tables.left_out(study),
@@ -104,12 +107,12 @@ def _group_by_recipe(
   return sections
 
 
-def _curves(study, curves):
+def _curves(study):
   runs = [run for run in (*study.finished, *study.unfinished) if run.metrics]
   return [
     _Picture(
       f"Test accuracy and loss over training steps, {title}",
-      svg=markupsafe.Markup(plots.svg(plots.curves(members, curves))),
+      svg=markupsafe.Markup(plots.svg(plots.curves(members))),
     )
     for title, members in _group_by_recipe(runs).items()
   ]

@@ -13,7 +13,6 @@ from rescalevit_jax.analysis import reference_results
 from rescalevit_jax.config import keys
 from rescalevit_jax.report import run_groups
 from rescalevit_jax.runs import run_reader
-from rescalevit_jax.runtime import markdown as markdown_lib
 from rescalevit_jax.runtime.markdown import NOTHING
 
 
@@ -111,9 +110,11 @@ def columns(study: run_groups.Study) -> list[Column]:
   return result
 
 
-def markdown(columns: Sequence[Column], rows: Sequence[dict[str, Any]]) -> str:
-  """Return the table as Markdown."""
-  return markdown_lib.table(
+def cells(
+  columns: Sequence[Column], rows: Sequence[dict[str, Any]]
+) -> tuple[str, list[str], list[list[str]]]:
+  """Return the alignment, headings and cells of the displayed table."""
+  return (
     "".join("r" if column.numeric else "l" for column in columns),
     [column.heading for column in columns],
     [[column.text(row) for column in columns] for row in rows],

@@ -39,7 +39,6 @@ def test_control_c_is_one_line(tiny_run, monkeypatch, capsys):
   [
     (["--workdir=nowhere"], "no such folder"),
     (["--workdir={run}", "--output=a.jpeg"], ".png or .svg"),
-    (["--workdir={run}", "--published=nowhere.csv"], "nowhere.csv"),
   ],
 )
 def test_errors_are_one_line(flags, words, tiny_run, capsys):

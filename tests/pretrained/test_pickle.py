@@ -17,7 +17,6 @@ import tfrecord_frames
 import trees
 
 from rescalevit_jax import errors
-from rescalevit_jax.analysis import reference_results
 from rescalevit_jax.analysis import trained_model
 from rescalevit_jax.data import array_cache
 from rescalevit_jax.data import dataset
@@ -157,11 +156,6 @@ def test_checkpoints(kind, pickled, tiny_run, tmp_path):
       trained_model.load(run, {"best": "best", "last": "latest"}[kind])
     (run / name).write_bytes(content)
     checksums.write(run / place)
-
-
-def test_table_of_published_curves(pickled, tmp_path):
-  (tmp_path / "a.csv").write_bytes(pickled)
-  refused(reference_results.read_curves, tmp_path / "a.csv")
 
 
 # Images and data sets.

@@ -14,7 +14,7 @@ import pytest
 from rescalevit_jax.report import command_line
 from rescalevit_jax.runtime import terminal
 
-FILES = ("report.md", "report.csv", "runs.csv", "report.html")
+FILES = ("report.csv", "report.html", "report.md", "report.tex", "runs.csv")
 
 
 @pytest.fixture(autouse=True)
@@ -122,20 +122,8 @@ def test_names_with_undecodable_bytes_are_escaped(tmp_path, capsys):
   assert r"a\udcfe: step 300" in text
 
 
-def test_published_curves(runs, tmp_path, capsys):
-  curves = tmp_path / "curves.csv"
-  curves.write_text(
-    "dataset,model,norm,pretrained,step,valid_loss,valid_accuracy\n"
-    "cifar10,ViT-B_32,BN,0,100,2.5,0.25\n"
-    "cifar10,ViT-B_32,BN,0,200,2.0,0.5\n"
-  )
-  without = command_line.main([str(runs), "--no_attention"])
-  plain = (runs / "report.html").read_text()
-  given = command_line.main(
-    [str(runs), "--no_attention", f"--published={curves}"]
-  )
-  assert without == given == 0
-  assert "BN, published" not in plain
+def test_published_curves_are_beside_runs_of_the_recipe(runs):
+  assert command_line.main([str(runs), "--no_attention"]) == 0
   assert "BN, published" in (runs / "report.html").read_text()
 
 
@@ -149,7 +137,7 @@ def test_no_finished_run(tmp_path, capsys):
   assert (tmp_path / "report.csv").read_text() == ""
 
 
-@pytest.mark.parametrize("flags", [["--published=none.csv"], ["--output=x/y"]])
+@pytest.mark.parametrize("flags", [["--output=x/y"]])
 def test_errors_are_one_line(flags, runs, tmp_path, monkeypatch, capsys):
   monkeypatch.chdir(tmp_path)
   (tmp_path / "x").write_text("a file")

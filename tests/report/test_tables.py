@@ -199,7 +199,7 @@ def test_the_error_of_a_diverged_run_is_listed(three, tmp_path):
 
 def test_markdown_table(three):
   columns, rows = tables.columns(three), tables.rows(three)
-  head, line, row = tables.markdown(columns, rows).splitlines()
+  head, line, row = markdown.table(*tables.cells(columns, rows)).splitlines()
   assert head.startswith("| data set | model |")
   assert line.startswith("| --- | --- | --- | --- | --: |")
   assert row.startswith("| cifar10 | ViT-B_32 | LN | no | 224 | 3 | 63.0 ± 2.6")
