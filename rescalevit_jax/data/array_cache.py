@@ -4,7 +4,7 @@ The files are `*.npz` in `${XDG_CACHE_HOME:-~/.cache}/rescalevit_jax/`, in one
 folder `NAME-FINGERPRINT` per data set. They can be deleted at any time.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 import hashlib
 import logging
 import os
@@ -18,23 +18,32 @@ from rescalevit_jax.runtime import cache
 
 _log = logging.getLogger(__name__)
 # Part of the fingerprint; increase it when decoding changes.
-_DECODER_VERSION = 2
+_DECODER_VERSION = 3
 
 
-def folder(name: str, source: str | os.PathLike[str]) -> pathlib.Path:
+def folder(
+  name: str,
+  source: str | os.PathLike[str],
+  files: Iterable[str | os.PathLike[str]] | None = None,
+  class_names: Sequence[str] = (),
+) -> pathlib.Path:
   """Return the cache folder for arrays decoded from a folder of files.
 
   Args:
     name: first part of the cache folder's name.
     source: folder of the files. The rest of the name depends on its path and on
       the name, size and modification time of each file.
+    files: the files; None: all in `source`, without those behind links.
+    class_names: class names, if the files' names give the labels.
   """
-  files = sorted(
+  if files is None:
+    files = pathlib.Path(source).rglob("*")
+  stats = sorted(
     (os.path.relpath(path, source), stat.st_size, stat.st_mtime_ns)
-    for path in pathlib.Path(source).rglob("*")
+    for path in map(pathlib.Path, files)
     if path.is_file() and (stat := path.stat())
   )
-  key = repr((_DECODER_VERSION, os.path.realpath(source), files))
+  key = repr((_DECODER_VERSION, os.path.realpath(source), stats, *class_names))
   fingerprint = hashlib.sha256(key.encode()).hexdigest()[:16]
   return cache.root() / f"{name}-{fingerprint}"
 

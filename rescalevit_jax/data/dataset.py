@@ -326,6 +326,7 @@ class _Stored:
     examples: by split.
     shape: shape of an image after the first resizing.
     class_names: class names by label.
+    files: of a folder, whose names give the labels; None for tfds.
   """
 
   name: str
@@ -333,11 +334,19 @@ class _Stored:
   examples: dict[str, Any]
   shape: tuple[int, int, int]
   class_names: tuple[str, ...]
+  files: Sequence[pathlib.Path] | None = None
 
   @property
   def sizes(self) -> dict[str, int]:
     """Number of examples by split."""
     return {split: len(x) for split, x in self.examples.items()}
+
+  def cache_folder(self) -> pathlib.Path:
+    """Return the folder of the cached arrays."""
+    name = self.name.replace("/", "-")
+    if self.files is None:
+      return array_cache.folder(name, self.source)
+    return array_cache.folder(name, self.source, self.files, self.class_names)
 
 
 def _open(name, data_dir, resize):
@@ -414,6 +423,7 @@ def _open_folder(name, resize):
     examples,
     image_shape(shape, resize),
     class_names,
+    [file for split in examples.values() for file in split.files],
   )
 
 
@@ -448,6 +458,11 @@ def _resident(stored, parts, resize, skip_damaged):
       found.append(Split(whole.images, whole.labels))
     else:
       found.append(Split(whole.images[inside], whole.labels[inside]))
+  if not any(map(len, found)):
+    raise errors.UserError(
+      f"{stored.source}: none of the {sum(map(len, parts))} images can be read;"
+      " get the files again"
+    )
   if len(found) == 1:
     return found[0], num_skipped
   return Split(
@@ -480,9 +495,8 @@ class _Arrays:
 def _read_stored_split(stored, split, resize, skip_damaged) -> _Arrays:
   """Load a stored split from the cache, or decode it."""
   examples, num_classes = stored.examples[split], len(stored.class_names)
-  name = stored.name.replace("/", "-")
   variant = f"{split}{resize.key}{'-skip' * skip_damaged}"
-  path = array_cache.folder(name, stored.source) / f"{variant}.npz"
+  path = stored.cache_folder() / f"{variant}.npz"
   arrays = array_cache.load(path)
   if arrays is not None:
     cached = _Arrays(

@@ -32,21 +32,21 @@ class FolderExamples:
   """
 
   def __init__(self, files: list[pathlib.Path], labels: list[int]):
-    self._files, self._labels = files, labels
+    self.files, self._labels = files, labels
 
   def __len__(self) -> int:
-    return len(self._files)
+    return len(self.files)
 
   def __getitem__(self, index: int) -> tuple[bytes, int]:
     """Return an encoded image and its label."""
-    return self._files[index].read_bytes(), self._labels[index]
+    return self.files[index].read_bytes(), self._labels[index]
 
   def __iter__(self) -> Iterator[tuple[bytes, int]]:
     return map(self.__getitem__, range(len(self)))
 
   def where(self, index: int) -> str:
     """Describe where an example is stored."""
-    return str(self._files[index])
+    return str(self.files[index])
 
 
 def open_folder(
@@ -65,16 +65,22 @@ def open_folder(
   if not path.is_dir():
     raise errors.UserError(f"{path}: no such folder; check dataset")
   folders = _subfolders(path)
-  names = {x.name.lower(): x for x in folders}
+  named = [(_SPLITS.get(x.name.lower()), x) for x in folders]
+  others = [x.name for split, x in named if split is None]
   roots = {"train": path}
-  if folders and set(names) <= set(_SPLITS):
+  if folders and not others:
     roots = {}
-    for name, root in names.items():
-      if _SPLITS[name] in roots:
+    for split, root in named:
+      if split in roots:
         raise errors.UserError(
-          f"{path}: has two folders for the split {_SPLITS[name]}; keep one"
+          f"{path}: has two folders for the split {split}; keep one"
         )
-      roots[_SPLITS[name]] = root
+      roots[split] = root
+  elif any(split == "train" and _subfolders(x) for split, x in named):
+    raise errors.UserError(
+      f"{path}: has {others[0]} beside the folders of splits; move it to"
+      " another folder"
+    )
   classes = {split: _subfolders(root) for split, root in roots.items()}
   class_names = sorted({x.name for found in classes.values() for x in found})
   if len(class_names) < 2:

@@ -30,6 +30,7 @@ from rescalevit_jax.data import untrusted_image
 Source = str | os.PathLike[str] | Image.Image | np.ndarray
 
 RESIZE_METHODS = ("squash", "crop")
+_EMPTY, _UNSUPPORTED = "it is empty", "its format is not supported"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,8 +60,12 @@ class Resize:
     width, height = (
       max(size, short * edge // min(image.size)) for edge in image.size
     )
-    image = image.resize((width, height), Image.Resampling.BILINEAR)
     left, top = round((width - size) / 2), round((height - size) / 2)
+    if width * height > untrusted_image.MAX_PIXELS:  # It is a narrow strip.
+      x, y = image.width / width, image.height / height
+      box = (left * x, top * y, (left + size) * x, (top + size) * y)
+      return image.resize((size, size), Image.Resampling.BILINEAR, box)
+    image = image.resize((width, height), Image.Resampling.BILINEAR)
     return image.crop((left, top, left + size, top + size))
 
   @property
@@ -79,8 +84,11 @@ def decode(content: bytes, resize: Resize) -> UInt8[np.ndarray, "H W 3"]:
   Raises:
     Exception: any type, if the content is damaged or refused.
   """
-  with untrusted_image.open_image(content) as image:
-    return np.asarray(resize(_rgb(image)))
+  try:
+    with untrusted_image.open_image(content) as image:
+      return np.asarray(resize(_rgb(image)))
+  except Image.UnidentifiedImageError as e:
+    raise ValueError(_UNSUPPORTED if content else _EMPTY) from e
 
 
 def find(folder: str | os.PathLike[str]) -> list[pathlib.Path]:
@@ -178,13 +186,15 @@ def _rgb(image):
   """Convert an image to RGB; the image may be changed."""
   ImageOps.exif_transpose(image, in_place=True)
   if image.mode.startswith("I"):
+    profile = image.info.get("icc_profile")
     image = _eight_bits(image)
+    image.info["icc_profile"] = profile
   elif image.mode == "F":
     raise ValueError("its pixels are floats; save it with 8 or 16 bits")
   if not image.has_transparency_data:
     return _to_srgb(image)
   rgba = image.convert("RGBA")
-  opaque = rgba.convert("RGB")
+  opaque = rgba.convert("L" if image.mode in ("L", "LA") else "RGB")
   opaque.info = {**image.info, "transparency": None}
   white = Image.new("RGB", image.size, "white")
   white.paste(_to_srgb(opaque), mask=rgba.getchannel("A"))
@@ -198,9 +208,12 @@ def _to_srgb(image):
   profile = _profile(image.info.get("icc_profile"), image.mode)
   if profile is None:
     return image.convert("RGB")
-  return ImageCms.profileToProfile(
-    image, profile, _srgb_profile(), outputMode="RGB"
-  )
+  try:
+    return ImageCms.profileToProfile(
+      image, profile, _srgb_profile(), outputMode="RGB"
+    )
+  except ImageCms.PyCMSError:  # Damaged.
+    return image.convert("RGB")
 
 
 def _with_info(converted, image):
@@ -217,13 +230,13 @@ def _profile(content, mode):
   """Open an ICC profile; None if it does not apply or describes sRGB."""
   if not content:
     return None
+  modes = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK"}
   try:
     profile = ImageCms.ImageCmsProfile(io.BytesIO(content))
     name = ImageCms.getProfileDescription(profile)
-  except (OSError, ImageCms.PyCMSError):
+    space = modes.get(profile.profile.xcolor_space.strip())
+  except (OSError, ValueError, ImageCms.PyCMSError):
     return None  # Damaged: most programs ignore it.
-  modes = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK"}
-  space = modes.get(profile.profile.xcolor_space.strip())
   return None if space != mode or "sRGB" in name else profile
 
 
@@ -266,5 +279,5 @@ def _reason(error, path=None):
     return error.strerror
   if isinstance(error, Image.UnidentifiedImageError):
     empty = path is not None and os.path.getsize(path) == 0
-    return "it is empty" if empty else "its format is not supported"
+    return _EMPTY if empty else _UNSUPPORTED
   return " ".join(str(error).split()).rstrip(".") or type(error).__name__

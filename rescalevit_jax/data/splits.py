@@ -57,14 +57,13 @@ def resolve(
       " train[:10%]"
     ) from e
   parts = [
-    Part(
-      x.splitname,
-      x.from_ or 0,
-      sizes[x.splitname] if x.to is None else x.to,
-    )
+    Part(x.splitname, start, stop)
     for x in absolute
+    for start in [x.from_ or 0]
+    for stop in [sizes[x.splitname] if x.to is None else x.to]
+    if start < stop
   ]
-  if not sum(map(len, parts)):
+  if not parts:
     raise errors.UserError(
       f"config: {key} ({notation}) selects no example of {name}; select more"
     )

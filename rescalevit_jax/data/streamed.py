@@ -56,7 +56,7 @@ class StreamedSplit:
   def subset(self, indices: np.ndarray) -> "StreamedSplit":
     """Return the split of the examples at some indices."""
     part = copy.copy(self)
-    part._indices = indices
+    part._indices = np.asarray(self._indices)[indices]
     return part
 
   def read(

@@ -72,7 +72,15 @@ def test_any_part_of_a_split(tmp_path):
 
 
 @pytest.mark.parametrize(
-  "notation", ["nowhere", "train[", "train[:0%]", "train[:200%", "train[5:5]"]
+  "notation",
+  [
+    "nowhere",
+    "train[",
+    "train[:0%]",
+    "train[:200%",
+    "train[5:5]",
+    "train[5:3]",
+  ],
 )
 def test_invalid_splits_are_one_line(notation):
   with pytest.raises(errors.UserError, match="data.train_split") as caught:
@@ -135,3 +143,67 @@ def test_other_folders_are_refused(tmp_path, layout, words):
 def test_a_missing_folder_is_named(tmp_path):
   with pytest.raises(errors.UserError, match="no such folder"):
     load(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("source", ["resident", "streaming"])
+def test_a_subset_leaves_out_held_out_images(tmp_path, source):
+  write(tmp_path / "d", {"cat": 10, "dog": 10})
+  found = load(tmp_path / "d", source=source, num_val=8)
+  held_out = {tuple(x) for x in found.test.images[:][:, 0, 0, :2]}
+  first = found.train.subset(np.arange(10))
+  assert len(first) == 10
+  assert not held_out & {tuple(x) for x in first.images[:][:, 0, 0, :2]}
+
+
+def test_new_files_behind_links_are_read(tmp_path):
+  write(tmp_path / "files", {"cat": 3, "dog": 3})
+  (tmp_path / "d").mkdir()
+  for name in ("cat", "dog"):
+    (tmp_path / "d" / name).symlink_to(tmp_path / "files" / name)
+  load(tmp_path / "d", test_split="train")
+  Image.new("RGB", (6, 5), (99, 0, 7)).save(
+    tmp_path / "files" / "cat" / "000.png"
+  )
+  found = load(tmp_path / "d", test_split="train")
+  assert found.train.images[:, 0, 0, 0].tolist() == [99, 1, 2, 0, 1, 2]
+
+
+def test_an_added_class_changes_the_labels(tmp_path):
+  write(tmp_path / "d", {"cat": 2, "dog": 2})
+  load(tmp_path / "d", test_split="train")
+  (tmp_path / "d" / "ant").mkdir()
+  found = load(tmp_path / "d", test_split="train")
+  assert found.class_names == ("ant", "cat", "dog")
+  assert found.train.labels.tolist() == [1, 1, 2, 2]
+
+
+def test_two_folders_of_a_split_are_refused(tmp_path):
+  for name in ("train", "Train"):
+    write(tmp_path / "d" / name, {"cat": 1, "dog": 1})
+  with pytest.raises(errors.UserError, match="two folders for the split train"):
+    load(tmp_path / "d", num_val=1)
+
+
+def test_splits_are_not_taken_for_classes(tmp_path):
+  for name in ("train", "test"):
+    write(tmp_path / "d" / name, {"cat": 1, "dog": 1})
+  (tmp_path / "d" / "annotations").mkdir()
+  with pytest.raises(errors.UserError, match="annotations"):
+    load(tmp_path / "d")
+
+
+def test_classes_may_be_named_like_splits(tmp_path):
+  write(tmp_path / "d", {"invalid": 2, "train": 2, "valid": 1})
+  found = load(tmp_path / "d", num_val=1)
+  assert found.class_names == ("invalid", "train", "valid")
+
+
+def test_a_split_of_damaged_images_is_refused(tmp_path):
+  for name in ("cat", "dog"):
+    (tmp_path / "d" / name).mkdir(parents=True)
+    (tmp_path / "d" / name / "a.png").write_bytes(b"")
+  with pytest.raises(errors.UserError, match="none of the 2 images"):
+    load(tmp_path / "d", image_size=4, skip_damaged=True, test_split="train")
+  for source in ("resident", "streaming"):
+    with pytest.raises(errors.UserError, match=r"\(it is empty\)"):
+      load(tmp_path / "d", image_size=4, source=source, test_split="train")

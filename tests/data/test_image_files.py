@@ -491,3 +491,105 @@ def test_find(tmp_path):
 def test_find_in_a_folder_that_cannot_be_listed(tmp_path):
   with pytest.raises(errors.UserError, match="none: cannot be listed"):
     image_files.find(tmp_path / "none")
+
+
+def icc_profile(primaries, gamma, space=b"RGB "):
+  """Return an ICC profile (version 2) of one gamma curve.
+
+  Args:
+    primaries: XYZ of red, green and blue, adapted to D50; None for greys.
+    gamma: exponent of the curves.
+    space: color space.
+  """
+
+  def xyz(values):
+    return struct.pack(">3i", *(round(x * 65536) for x in values))
+
+  curve = b"curv" + struct.pack(">IIHH", 0, 1, round(gamma * 256), 0)
+  white = (0.9642, 1.0, 0.8249)
+  tags = {
+    b"desc": b"desc" + struct.pack(">II", 0, 5) + b"test\0" + bytes(79),
+    b"wtpt": b"XYZ " + bytes(4) + xyz(white),
+  }
+  if primaries is None:
+    tags[b"kTRC"] = curve
+  else:
+    for name, values in zip((b"r", b"g", b"b"), primaries, strict=True):
+      tags[name + b"XYZ"] = b"XYZ " + bytes(4) + xyz(values)
+      tags[name + b"TRC"] = curve
+  table, data = struct.pack(">I", len(tags)), b""
+  for name, content in tags.items():
+    start = 132 + 12 * len(tags) + len(data)
+    table += name + struct.pack(">II", start, len(content))
+    data += content
+  size = 128 + len(table) + len(data)
+  head = struct.pack(
+    ">II4B4s4s4s", size, 0, 2, 64, 0, 0, b"mntr", space, b"XYZ "
+  )
+  head += bytes(12) + b"acsp" + bytes(28) + xyz(white)
+  return head + bytes(128 - len(head)) + table + data
+
+
+# Adobe RGB (1998), version 2005-05, section 4.3.5.3, adapted to D50.
+ADOBE = (
+  (0.60974, 0.31111, 0.01947),
+  (0.20528, 0.62567, 0.06087),
+  (0.14919, 0.06322, 0.74457),
+)
+
+
+def encoded(image, icc, **kwargs):
+  file = io.BytesIO()
+  image.save(file, "PNG", icc_profile=icc, **kwargs)
+  return file.getvalue()
+
+
+def first_pixel(content):
+  decoded = image_files.decode(content, image_files.Resize())
+  return decoded[0, 0].astype(int)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "transparency"])
+def test_wide_colors_become_srgb(mode):
+  kwargs = {"transparency": (1, 2, 3)} if mode == "transparency" else {}
+  image = Image.new("RGB", (2, 2), (200, 30, 30))
+  if mode == "RGBA":
+    image.putalpha(255)
+  found = first_pixel(encoded(image, icc_profile(ADOBE, 563 / 256), **kwargs))
+  assert np.abs(found - (233, 24, 24)).max() <= 1
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "I;16"])
+def test_linear_greys_become_srgb(mode):
+  color = {"L": 100, "LA": (100, 255), "I;16": 25700}[mode]
+  content = encoded(
+    Image.new(mode, (2, 2), color), icc_profile(None, 1.0, b"GRAY")
+  )
+  # sRGB of 100 / 255, IEC 61966-2-1: 255 (1.055 x^(1/2.4) - 0.055)
+  assert np.abs(first_pixel(content) - 169).max() <= 1
+
+
+@pytest.mark.parametrize(
+  "damage",
+  [
+    (b"rTRC", b"xTRC"),  # It lacks a curve.
+    (b"RGB ", b"\xffGB "),  # Its color space is no text.
+  ],
+)
+def test_damaged_profiles_are_ignored(damage):
+  icc = icc_profile(ADOBE, 2.2).replace(*damage)
+  content = encoded(Image.new("RGB", (2, 2), (200, 30, 30)), icc)
+  assert first_pixel(content).tolist() == [200, 30, 30]
+
+
+def test_the_center_of_a_narrow_strip(monkeypatch):
+  image = Image.fromarray(
+    np.linspace(0, 255, 3 * 600).reshape(600, 1, 3).astype(np.uint8)
+  )
+  resize = image_files.Resize(16, "crop", 0.8)
+  expected = np.asarray(resize(image)).astype(int)
+  monkeypatch.setattr(untrusted_image, "MAX_PIXELS", 1000)
+  monkeypatch.setattr(
+    Image.Image, "crop", lambda *_: pytest.fail("all of it was resized")
+  )
+  assert np.abs(np.asarray(resize(image)) - expected).max() <= 2
