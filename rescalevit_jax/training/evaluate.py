@@ -11,6 +11,7 @@ from typing import Any
 
 from flax import linen as nn
 import jax
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from jaxtyping import Float32, Int32
 import ml_collections
@@ -51,10 +52,16 @@ class Result:
 def compiled_step(
   model: nn.Module, image_size: int, mesh: Mesh
 ) -> Callable[..., Any]:
-  """Return `train_step.eval_step`, jitted."""
+  """Return `train_step.eval_step`, jitted; logits and labels stay sharded."""
+  sums, examples = sharding.replicated(mesh), sharding.split(mesh)
   return jax.jit(
     functools.partial(train_step.eval_step, model=model, image_size=image_size),
-    out_shardings=sharding.replicated(mesh),
+    out_shardings={
+      "loss": sums,
+      "correct": sums,
+      "logits": examples,
+      "labels": examples,
+    },
   )
 
 
@@ -124,7 +131,7 @@ class Evaluator:
       functools.partial(
         train_step.feature_step, model=self._model, image_size=self._image_size
       ),
-      out_shardings=sharding.replicated(self._by_device.mesh),
+      out_shardings=self._by_device,
     )
     return other._collect(params, batch_stats, "features")
 
@@ -146,7 +153,7 @@ class Evaluator:
         if stopped():
           return None
         if i >= 2:  # The device still has one batch to compute.
-          found[i - 2] = jax.device_get(found[i - 2])
+          found[i - 2] = _fetch(found[i - 2])
         if time.monotonic() - line > _SECONDS_BETWEEN_LINES:
           line = time.monotonic()
           left = (line - start) / max(1, i - 1) * (len(numbers) - i + 1)
@@ -156,7 +163,8 @@ class Evaluator:
         mask = sharding.put(self._mask(i), self._by_device)
         outputs = self._step(params, batch_stats, *next(batches), mask)
         found.append({key: outputs[key] for key in keys})
-    return jax.device_get(found)
+    found[-2:] = map(_fetch, found[-2:])
+    return found
 
   def _indices(self, number):
     """Return the indices of a batch; padding repeats the last example."""
@@ -168,6 +176,17 @@ class Evaluator:
     """Return a mask that is False for padding."""
     left = len(self._images) - number * self._batch
     return np.arange(self._batch) < left
+
+
+def _fetch(outputs):
+  """Copy outputs to the host, with the parts of other processes."""
+
+  def fetch(x):
+    if x.is_fully_addressable or x.is_fully_replicated:
+      return jax.device_get(x)
+    return multihost_utils.process_allgather(x, tiled=True)
+
+  return jax.tree.map(fetch, outputs)
 
 
 def evaluate_run(

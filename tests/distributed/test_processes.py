@@ -90,6 +90,10 @@ def stop_on_the_way(workdir, setting, count, steps, **kwargs):
 
 
 def assert_same_numbers(a, b):
+  scores = [json.loads((x / "eval.json").read_text()) for x in (a, b)]
+  assert scores[0]["examples"] == scores[1]["examples"] == 360
+  for key in ("loss", "accuracy", "calibration_error", "train_accuracy"):
+    np.testing.assert_allclose(scores[0][key], scores[1][key], atol=0.02)
   lines = []
   for workdir in (a, b):
     with open(workdir / "metrics.jsonl", encoding="utf-8") as f:

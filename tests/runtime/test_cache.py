@@ -11,7 +11,7 @@ import pytest
 from rescalevit_jax.runtime import cache
 
 PROGRAM = """
-from rescalevit_jax import compile_cache
+from rescalevit_jax.runtime import cache
 import jax, jax.numpy as jnp
 cache._MIN_SECONDS = 0
 cache.enable_compilation_cache()

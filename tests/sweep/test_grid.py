@@ -111,10 +111,8 @@ def test_the_command_yields_the_same_config():
   assert run.command[:3] == [sys.executable, "-m", "rescalevit_jax.main"]
   assert f"--workdir={run.workdir}" in run.command
   code = (
-    "import sys; from absl import flags;"
-    "from rescalevit_jax import config, main;"
-    "main.parse(['main', *sys.argv[1:]]);"
-    "print(config.to_json(flags.FLAGS.config))"
+    "import sys; from rescalevit_jax import config, main;"
+    "print(config.to_json(main.parse(['main', *sys.argv[1:]])))"
   )
   command = [sys.executable, "-c", code, *run.command[3:]]
   done = subprocess.run(
