@@ -32,6 +32,7 @@ import warnings
 import numpy as np
 
 from rescalevit_jax import errors
+from rescalevit_jax.analysis import subjects
 from rescalevit_jax.analysis import trained_model
 from rescalevit_jax.data import image_files
 from rescalevit_jax.runtime import atomic_file
@@ -107,7 +108,13 @@ def _parse(argv):
     description=__doc__,
     formatter_class=argparse.RawDescriptionHelpFormatter,
   )
-  parser.add_argument("--workdir", required=True, help="the run's folder")
+  source = parser.add_mutually_exclusive_group(required=True)
+  source.add_argument("--workdir", help="the run's folder")
+  source.add_argument(
+    "--npz",
+    metavar="FILE[:ARGS]",
+    help="a checkpoint file; ARGS as in rescalevit_jax.analysis.plot_attention",
+  )
   parser.add_argument(
     "--checkpoint", choices=("best", "latest"), default="best"
   )
@@ -151,7 +158,10 @@ def _run(args):
     _skip(f"{name}: no images in this folder")
   if not files:
     raise errors.UserError("no images to classify; give image files")
-  model = load(args.workdir, args.checkpoint)
+  if args.npz:
+    model = subjects.load((), (args.npz,))[0].model
+  else:
+    model = load(args.workdir, args.checkpoint)
   progress.warn_of_idle_gpu()
   names = [str(file)[:_WIDEST_NAME] for file in files]
   widths = max(map(len, names)), max(map(len, model.class_names))

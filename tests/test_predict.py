@@ -17,6 +17,7 @@ import pytest
 
 from rescalevit_jax import errors
 from rescalevit_jax import predict
+from rescalevit_jax.analysis import export_npz
 from rescalevit_jax.analysis import trained_model
 from rescalevit_jax.data import image_files
 
@@ -435,3 +436,23 @@ def test_a_terminal_without_the_letters(tiny_run, tmp_path):
     check=False,
   )
   assert child.returncode == 0 and rb"\xfcn\xef.png" in child.stdout
+
+
+def test_weights_without_a_run(tiny_run, tmp_path, capsys):
+  """An exported file gives the probabilities of its run."""
+  weights = tmp_path / "a.npz"
+  flags = [f"--workdir={tiny_run}", f"--output={weights}"]
+  assert export_npz.main(flags) == 0
+  Image.new("RGB", (8, 8), (90, 90, 90)).save(tmp_path / "x.png")
+  outputs = []
+  for name, source in (
+    ("a", f"--npz={weights}"),
+    ("b", f"--workdir={tiny_run}"),
+  ):
+    path = tmp_path / f"{name}.json"
+    flags = [source, str(tmp_path / "x.png"), f"--output={path}"]
+    assert predict.main(flags) == 0
+    outputs.append(json.loads(path.read_text()))
+  (a,), (b,) = outputs
+  assert str(a) != "" and a.keys() == b.keys()
+  assert repr(a) == repr(b)
