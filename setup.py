@@ -63,7 +63,7 @@ setuptools.setup(
     "optax>=0.2.8",
     "orbax-checkpoint>=0.12",
     "scipy>=1.14.1",
-    # The data set inside the package: handwritten digits.
+    # The dataset inside the package: handwritten digits.
     "scikit-learn>=1.7",
     "tensorflow-datasets>=4.9.10",
     # tensorflow_datasets.data_source reads array_record files, decodes images

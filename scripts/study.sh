@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Trains the models of RescaleViT's study on a data set: ViT-B_16, B_32, L_32 and
+# Trains the models of RescaleViT's study on a dataset: ViT-B_16, B_32, L_32 and
 # L_16, each with LN from pretrained weights, then with LN, BN, GN and Rescale
 # from scratch.
 #

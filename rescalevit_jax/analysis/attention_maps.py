@@ -99,7 +99,7 @@ def statistics(
 
   Args:
     model: the model.
-    images: images of the data set's size.
+    images: images of the dataset's size.
     batch: images per step.
   """
   batch = min(batch, len(images))

@@ -74,10 +74,10 @@ def _parser():
   )
   add(
     "--dataset",
-    help="data set of the test split (default: each run's own; the first run's"
+    help="dataset of the test split (default: each run's own; the first run's"
     " for the image and for checkpoint files)",
   )
-  add("--tfds_data_dir", help="folder of data sets (default: the runs' own)")
+  add("--tfds_data_dir", help="folder of datasets (default: the runs' own)")
   add(
     "--kind",
     action="append",

@@ -200,7 +200,7 @@ def _labelled(groups) -> list[tuple[str, tuple[run_reader.Run, ...]]]:
 
 
 def _title(runs):
-  """Return the model and the data set, if all runs share them."""
+  """Return the model and the dataset, if all runs share them."""
   parts = []
   for key in ("model_name", "dataset"):
     values = {config_lib.flatten(run.config)[key] for run in runs}

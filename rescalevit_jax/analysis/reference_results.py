@@ -20,7 +20,7 @@ from rescalevit_jax.config import keys
 _FOLDER = pathlib.Path(__file__).parent / "published"
 _EVALUATIONS = "200"  # Of a complete log.
 
-# Data set, model_name, norm, True for pretrained weights.
+# Dataset, model_name, norm, True for pretrained weights.
 Key = tuple[str, str, str, bool]
 
 

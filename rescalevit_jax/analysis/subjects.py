@@ -1,4 +1,4 @@
-"""Load the models of an analysis, from runs and files, with their data sets."""
+"""Load the models of an analysis, from runs and files, with their datasets."""
 
 from collections.abc import Sequence
 import dataclasses
@@ -26,7 +26,7 @@ class Subject:
   Attributes:
     model: the model.
     path: its folder or file, as given.
-    source: name, folder and `data` keys of its data set; None if unknown.
+    source: name, folder and `data` keys of its dataset; None if unknown.
   """
 
   model: trained_model.TrainedModel
@@ -35,7 +35,7 @@ class Subject:
 
   @property
   def test_split(self) -> dataset_lib.Split | None:
-    """Test split of its data set."""
+    """Test split of its dataset."""
     return None if self.source is None else _test_split(*self.source)
 
 
@@ -51,14 +51,14 @@ def load(
   dataset: str | None = None,
   tfds_data_dir: str | None = None,
 ) -> list[Subject]:
-  """Load models of runs and of checkpoint files, with their data sets.
+  """Load models of runs and of checkpoint files, with their datasets.
 
   Args:
     workdirs: folders of runs.
     npz: checkpoint files, FILE or FILE:ARGS.
     checkpoint: 'best' or 'latest' checkpoint of the runs.
-    dataset: data set of the test split; None for each run's own.
-    tfds_data_dir: folder of data sets; None for the runs' own.
+    dataset: dataset of the test split; None for each run's own.
+    tfds_data_dir: folder of datasets; None for the runs' own.
 
   Raises:
     UserError: a model cannot be loaded.

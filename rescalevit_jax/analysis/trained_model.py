@@ -41,7 +41,7 @@ class TrainedModel:
     variables: the collections `params` and `batch_stats`.
     image_size: height and width of the model's input, in pixels.
     class_names: names in the order of the probabilities; empty without a head.
-    resize: the first resizing of images, as in the run's data set.
+    resize: the first resizing of images, as in the run's dataset.
   """
 
   def __init__(

@@ -245,7 +245,7 @@ def markdown(report: dict[str, Any]) -> str:
     " bytes at memory bandwidth and its products at peak speed. Launch"
     " overhead, caches and communication are not counted.",
     f"- Fits: the step needs at most {100 * share:g} % of the GPU's memory, the"
-    " share that JAX allocates (XLA_CLIENT_MEM_FRACTION). A data set on the GPU"
+    " share that JAX allocates (XLA_CLIENT_MEM_FRACTION). A dataset on the GPU"
     " needs additional memory: 0.2 GB for CIFAR.",
     *(
       [f"- {devices} GPUs; figures are per GPU, except images/s."]

@@ -30,7 +30,7 @@ _OPTIONS = {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False}
 
 @dataclasses.dataclass(frozen=True)
 class Inputs:
-  """Properties of a data set that a program depends on.
+  """Properties of a dataset that a program depends on.
 
   Attributes:
     shape: shape of a stored image, (H, W, 3).
@@ -42,10 +42,10 @@ class Inputs:
 
 
 def inputs_of(config: ml_collections.ConfigDict) -> Inputs:
-  """Return the inputs of a config's data set, which need not be prepared.
+  """Return the inputs of a config's dataset, which need not be prepared.
 
   Raises:
-    UserError: the data set is unknown or unsuitable.
+    UserError: the dataset is unknown or unsuitable.
   """
   shape, class_names = dataset.describe(
     config.dataset,
@@ -67,7 +67,7 @@ def train_step(
   Args:
     config: valid config of a run.
     gpu: GPU to compile for.
-    inputs: inputs of its data set.
+    inputs: inputs of its dataset.
     devices: number of GPUs on one host, which share the batch.
     step: number of the step, since a norm may calibrate in step 1; None for the
       last step.

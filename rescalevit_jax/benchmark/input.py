@@ -1,8 +1,8 @@
-"""Measure the cost of reading from disk for data sets of different sizes.
+"""Measure the cost of reading from disk for datasets of different sizes.
 
 python -m rescalevit_jax.benchmark.input --output=docs/results/input
 
-Writes data sets of small synthetic images as array_record files with 10,000
+Writes datasets of small synthetic images as array_record files with 10,000
 images each. Reads batches at distant steps in new processes, with the files in
 the page cache. Then decodes synthetic photographs with increasing numbers of
 threads. Prints tables; with --output, also writes them and a JSON file.
@@ -56,11 +56,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     type=lambda text: [int(n) for n in text.split(",")],
     default=[10_000, 100_000, 1_000_000, 10_000_000],
     metavar="N,N",
-    help="sizes of the data sets (default: 10 thousand to 10 million)",
+    help="sizes of the datasets (default: 10 thousand to 10 million)",
   )
   parser.add_argument("--batch", type=int, default=128, help="default: 128")
   parser.add_argument(
-    "--scratch", help="temporary folder for the data sets, 0.4 KB per record"
+    "--scratch", help="temporary folder for the datasets, 0.4 KB per record"
   )
   parser.add_argument("--output", type=pathlib.Path, metavar="DIR")
   args = parser.parse_args(cli.arguments(argv))
@@ -79,9 +79,9 @@ def run(
   """Measure reading and decoding, and print tables.
 
   Args:
-    counts: sizes of the data sets, in records.
+    counts: sizes of the datasets, in records.
     batch: images per batch.
-    scratch_dir: temporary folder for the data sets.
+    scratch_dir: temporary folder for the datasets.
     output: folder of input.md and input.json, or None.
   """
   tensorflow_cpu.load()  # Silences the import by tfds.

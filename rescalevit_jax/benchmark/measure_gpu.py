@@ -8,7 +8,7 @@ unfinished measurements.
 
 norms     One training step of every norm of ViT-B_16: losses in bfloat16 and
           float32 against float32 losses of a CPU, then time, compilation and
-          memory of the recipe's step. Needs no data set.
+          memory of the recipe's step. Needs no dataset.
 speed     images/s of training and evaluation, share of peak and memory, beside
           timm and flax if installed. --bounds=compiled.json adds the lower
           bounds of rescalevit_jax.benchmark --compile_for.

@@ -28,7 +28,7 @@ _log = logging.getLogger(__name__)
 # Share of the remaining time that a stage may use, to leave time for the next
 # stage. The last stage may use all of it.
 _SHARES = {"norms": 0.35, "speed": 0.5}
-_TEST_IMAGES = 10_000  # CIFAR's test split; used until the data set is read.
+_TEST_IMAGES = 10_000  # CIFAR's test split; used until the dataset is read.
 _OVERTIME = 30.0  # Seconds that the last measurement of a stage may overrun.
 _SECONDS_TO_SAVE = 20.0  # Time that a stopped run needs.
 _SECONDS_TO_START = 40.0  # Upper bound for a run's start, without compilation.
@@ -201,7 +201,7 @@ class Session:
     )
 
   def _data_problem(self, run):
-    """Return why a run's data set cannot be loaded, or None."""
+    """Return why a run's dataset cannot be loaded, or None."""
     name = run.config.dataset
     if name not in self._data_problems:
       self._data_problems[name] = None

@@ -1,4 +1,4 @@
-"""Write synthetic data sets of small images for benchmarks."""
+"""Write synthetic datasets of small images for benchmarks."""
 
 import pathlib
 
@@ -10,7 +10,7 @@ _FILE_RECORDS = 10_000
 
 
 def write(folder: pathlib.Path, count: int) -> None:
-  """Write a data set of small labelled images."""
+  """Write a dataset of small labelled images."""
   folder.mkdir()
   features = tfds.features.FeaturesDict(
     {

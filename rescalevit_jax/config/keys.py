@@ -16,13 +16,13 @@ from rescalevit_jax.optim import optimizers
 KEYS = {
   "dataset": key_lib.Key(
     "cifar10",
-    "data set of tfds with one label per image: `cifar10`, `cifar100`,"
+    "dataset of tfds with one label per image: `cifar10`, `cifar100`,"
     " `digits` (included in the package), ...; or `folder:PATH`, a folder of"
     " class folders of image files",
   ),
   "tfds_data_dir": key_lib.Key(
     None,
-    "folder of prepared data sets; None: `~/tensorflow_datasets`",
+    "folder of prepared datasets; None: `~/tensorflow_datasets`",
     optional=str,
     resumable=True,
   ),
@@ -39,7 +39,7 @@ KEYS = {
   ),
   "data.image_size": key_lib.positive(
     None,
-    "edge to resize images to when they are read, for data sets of mixed"
+    "edge to resize images to when they are read, for datasets of mixed"
     " image sizes; None: no resizing",
     optional=int,
   ),
@@ -239,7 +239,7 @@ KEYS = {
   ),
   "eval_dataset": key_lib.Key(
     None,
-    "data set that `--mode=eval` evaluates on, with the run's classes, such as"
+    "dataset that `--mode=eval` evaluates on, with the run's classes, such as"
     " `cifar10_1`; `cifar10_corrupted/*` stands for all its configs; None:"
     " `dataset`",
     optional=str,

@@ -1,7 +1,7 @@
 """On-disk cache of decoded images, for a fast start of the next run.
 
 The files are `*.npz` in `${XDG_CACHE_HOME:-~/.cache}/rescalevit_jax/`, in one
-folder `NAME-FINGERPRINT` per data set. They can be deleted at any time.
+folder `NAME-FINGERPRINT` per dataset. They can be deleted at any time.
 """
 
 from collections.abc import Iterable, Mapping, Sequence

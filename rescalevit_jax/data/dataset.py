@@ -1,4 +1,4 @@
-"""Load image data sets from tfds, and compute the indices of a batch."""
+"""Load image datasets from tfds, and compute the indices of a batch."""
 
 from collections.abc import Sequence
 import concurrent.futures
@@ -60,7 +60,7 @@ class Split:
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
-  """An image classification data set.
+  """An image classification dataset.
 
   Attributes:
     name: the requested name.
@@ -96,15 +96,15 @@ def load(
   num_val: int = 0,
   skip_damaged: bool = False,
 ) -> Dataset:
-  """Load a data set; prepare it first if necessary.
+  """Load a dataset; prepare it first if necessary.
 
   Images and their order are the same for both formats of prepared files
   (array_record, tfrecord) and for all values of `source`.
 
   Args:
-    name: "cifar10", "cifar100", "digits", another tfds data set of images with
+    name: "cifar10", "cifar100", "digits", another tfds dataset of images with
       one label each, or "folder:PATH" for a folder of image files.
-    data_dir: folder of prepared data sets; None for the default of tfds.
+    data_dir: folder of prepared datasets; None for the default of tfds.
     train_split: split to train on, in tfds' notation, such as "train[:10%]".
     test_split: split to evaluate on; None: "test", or "validation" if there is
       no test split with labels.
@@ -122,7 +122,7 @@ def load(
     skip_damaged: leave out images that cannot be read.
 
   Raises:
-    UserError: the data set is unknown, not suitable, cannot be prepared or is
+    UserError: the dataset is unknown, not suitable, cannot be prepared or is
       damaged, or `num_val` leaves no training images.
   """
   first_resize = image_files.Resize(image_size, resize, crop_ratio)
@@ -177,7 +177,7 @@ def load_test(
   skip_damaged: bool = False,
   **others: Any,
 ) -> tuple[Split, str, tuple[str, ...]]:
-  """Load only the test split of a data set, into memory.
+  """Load only the test split of a dataset, into memory.
 
   Args:
     name: see `load`.
@@ -210,10 +210,10 @@ def load_test(
 
 
 def expand(name: str, data_dir: str | None) -> list[str]:
-  """Return the data sets that NAME/* stands for: all configs of NAME.
+  """Return the datasets that NAME/* stands for: all configs of NAME.
 
   Raises:
-    UserError: the data set is unknown or has no configs.
+    UserError: the dataset is unknown or has no configs.
   """
   base, star, rest = name.rpartition("/*")
   if not star or rest:
@@ -227,10 +227,10 @@ def expand(name: str, data_dir: str | None) -> list[str]:
 
 
 def is_prepared(name: str, data_dir: str | None) -> bool:
-  """Return whether a data set can be loaded without preparing it.
+  """Return whether a dataset can be loaded without preparing it.
 
   Raises:
-    UserError: the data set is unknown.
+    UserError: the dataset is unknown.
   """
   if name.startswith(folder.PREFIX):
     return True
@@ -243,7 +243,7 @@ def describe(
   """Return the shape of an image and the class names, without preparing.
 
   Raises:
-    UserError: the data set is unknown or not suitable.
+    UserError: the dataset is unknown or not suitable.
   """
   if name.startswith(folder.PREFIX):
     stored = _open_folder(name, resize)
@@ -287,7 +287,7 @@ def batch_indices(
     seed: seed of the order, at least 0.
     step: training step, from 1.
     batch: batch size; may exceed `num_examples`.
-    num_examples: size of the data set.
+    num_examples: size of the dataset.
   """
   start, stop = (step - 1) * batch, step * batch
   parts = []
@@ -318,7 +318,7 @@ def _split_validation(train, count, name):
 
 @dataclasses.dataclass(frozen=True)
 class _Stored:
-  """A data set on disk.
+  """A dataset on disk.
 
   Attributes:
     name: for the log and the cache.
@@ -381,7 +381,7 @@ def _open_tfds(name, data_dir, resize):
   if len(class_names) != label.num_classes:
     raise errors.UserError(
       f"{builder.data_dir}: damaged, {len(class_names)} class names instead"
-      f" of {label.num_classes}; remove this folder to prepare the data set"
+      f" of {label.num_classes}; remove this folder to prepare the dataset"
       " again"
     )
   return _Stored(
@@ -546,7 +546,7 @@ def _decode_all(examples, resize, stored, split, skip_damaged):
       except Exception as e:  # Damaged files raise many types.
         raise errors.UserError(
           f"{stored.source}: damaged, cannot read {split}"
-          f" ({errors.brief(e)}); remove this folder to prepare the data set"
+          f" ({errors.brief(e)}); remove this folder to prepare the dataset"
           " again"
         ) from e
       for index, error in filter(None, pool.map(decode, chunk)):
@@ -573,7 +573,7 @@ def _decode_all(examples, resize, stored, split, skip_damaged):
   if next(numbered, None) is not None:
     raise errors.UserError(
       f"{stored.source}: damaged, {split} has more than {count} examples;"
-      " remove this folder to prepare the data set again"
+      " remove this folder to prepare the dataset again"
     )
   indices = np.flatnonzero(~damaged)
   if damaged.any():

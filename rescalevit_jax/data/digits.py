@@ -1,4 +1,4 @@
-"""scikit-learn's handwritten digits as a tfds data set: nothing to download."""
+"""scikit-learn's handwritten digits as a tfds dataset: nothing to download."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -29,7 +29,7 @@ class Digits(tfds.core.GeneratorBasedBuilder):
       builder=self,
       description=(
         "The handwritten digits that come with scikit-learn: the test part"
-        " of the UCI data set Optical Recognition of Handwritten Digits."
+        " of the UCI dataset Optical Recognition of Handwritten Digits."
         " The 17 grey levels are scaled to 0 to 255."
       ),
       features=tfds.features.FeaturesDict(

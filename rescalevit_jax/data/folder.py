@@ -1,4 +1,4 @@
-"""Data sets that are folders of image files, one subfolder a class.
+"""Datasets that are folders of image files, one subfolder a class.
 
 PATH/train/CLASS/*.png, PATH/test/CLASS/*.jpg     stored splits
 PATH/CLASS/*.png                                  all images are `train`

@@ -1,9 +1,9 @@
 """Compute a random order one index at a time.
 
-Shuffling an array of all indices takes time and memory proportional to the data
-set, before the first batch. Here each index is encrypted instead, by a Feistel
-network with modular addition on a rectangle of about `size` cells (Black and
-Rogaway, "Ciphers with Arbitrary Finite Domains", 2002).
+Shuffling an array of all indices takes time and memory proportional to the
+dataset, before the first batch. Here each index is encrypted instead, by a
+Feistel network with modular addition on a rectangle of about `size` cells
+(Black and Rogaway, "Ciphers with Arbitrary Finite Domains", 2002).
 `grain.experimental.index_shuffle` shuffles one index per call. It is
 experimental and may change the order. It takes 4 microseconds an index and
 0.5 s to import.

@@ -1,4 +1,4 @@
-"""Prepare a data set: download it, or convert an official archive.
+"""Prepare a dataset: download it, or convert an official archive.
 
 python -m rescalevit_jax.data.prepare --dataset=cifar10
 python -m rescalevit_jax.data.prepare --archive=cifar-10-binary.tar.gz
@@ -23,7 +23,7 @@ from rescalevit_jax.runtime import compat
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-  """Prepare data sets; return the exit code."""
+  """Prepare datasets; return the exit code."""
   args = _parser().parse_args(cli.arguments(argv))
   try:
     if args.dataset is not None:
@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"error: {e}", file=sys.stderr)
     return 1
   except KeyboardInterrupt:
-    print("interrupted: no data set is half prepared", file=sys.stderr)
+    print("interrupted: no dataset is half prepared", file=sys.stderr)
     return 130
   return 0
 
@@ -60,7 +60,7 @@ def _parser():
   )
   parser.add_argument(
     "--data_dir",
-    help="folder of prepared data sets; default: ~/tensorflow_datasets",
+    help="folder of prepared datasets; default: ~/tensorflow_datasets",
   )
   return parser
 
@@ -110,7 +110,7 @@ def _expect(builder, path):
 
 
 def _report_prepared(builder):
-  """Return whether the data set is prepared already, and say so."""
+  """Return whether the dataset is prepared already, and say so."""
   if tfds_builders.is_prepared(builder):
     print(f"{builder.name} is prepared already: {builder.data_dir}")
     return True

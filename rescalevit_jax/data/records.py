@@ -1,4 +1,4 @@
-"""Read the records of a prepared tfds data set."""
+"""Read the records of a prepared tfds dataset."""
 
 from collections.abc import Iterator
 import os
@@ -11,14 +11,14 @@ from rescalevit_jax.data import tfrecord
 
 
 def check_features(builder: tfds.core.DatasetBuilder, any_size: bool) -> None:
-  """Check that a data set has images with one label each.
+  """Check that a dataset has images with one label each.
 
   Args:
-    builder: builder of the data set, which need not be prepared.
+    builder: builder of the dataset, which need not be prepared.
     any_size: whether the images may differ in size.
 
   Raises:
-    UserError: the data set is not suitable.
+    UserError: the dataset is not suitable.
   """
   image, label = features(builder)
   if image is None or label is None:
@@ -28,18 +28,18 @@ def check_features(builder: tfds.core.DatasetBuilder, any_size: bool) -> None:
     )
     raise errors.UserError(
       f"dataset: {builder.name} has no images with class labels; its features"
-      f" are {found or 'unnamed'}; choose an image classification data set"
+      f" are {found or 'unnamed'}; choose an image classification dataset"
     )
   if image.shape[-1] not in (1, 3, 4) or image.np_dtype != np.uint8:
     raise errors.UserError(
       f"dataset: images of {builder.name} are {image.np_dtype.__name__}"
-      f" {list(image.shape)}; choose a data set with uint8 images of 1, 3 or 4"
+      f" {list(image.shape)}; choose a dataset with uint8 images of 1, 3 or 4"
       " channels"
     )
   if None in image.shape[:2] and not any_size:
     raise errors.UserError(
       f"dataset: images of {builder.name} differ in size; resize them by"
-      " data.image_size, such as 256, or choose a data set with images of one"
+      " data.image_size, such as 256, or choose a dataset with images of one"
       " size, such as imagenet_resized/64x64"
     )
 
@@ -53,7 +53,7 @@ def features(builder: tfds.core.DatasetBuilder):
 def keys(builder: tfds.core.DatasetBuilder) -> tuple[str | None, str | None]:
   """Find the names of the image and of the label.
 
-  They are the supervised keys of the data set, or its only image and its only
+  They are the supervised keys of the dataset, or its only image and its only
   class label.
   """
   found = dict(builder.info.features.items())
@@ -78,7 +78,7 @@ class TfdsExamples:
   """The encoded images of a stored split, with their labels.
 
   Args:
-    builder: builder of a prepared data set that `check_features` accepts.
+    builder: builder of a prepared dataset that `check_features` accepts.
     split: name of the split.
   """
 
@@ -106,7 +106,7 @@ class TfdsExamples:
     if self._format != "array_record":
       raise errors.UserError(
         f"{self._data_dir}: {self._format} files have no random access; set"
-        " data.max_gb to at least the data set's size in memory, or prepare it"
+        " data.max_gb to at least the dataset's size in memory, or prepare it"
         " as array_record in another tfds_data_dir by"
         " rescalevit_jax.data.prepare"
       )

@@ -35,7 +35,7 @@ def resolve(
     notation: the split, in tfds' notation.
     sizes: number of examples of each stored split.
     key: config key of the notation, for errors.
-    name: name of the data set, for errors.
+    name: name of the dataset, for errors.
 
   Raises:
     UserError: the notation is invalid, or it selects no example.

@@ -1,4 +1,4 @@
-"""Find a tfds builder by name, and prepare its data set."""
+"""Find a tfds builder by name, and prepare its dataset."""
 
 import contextlib
 import difflib
@@ -18,7 +18,7 @@ from rescalevit_jax.data import digits
 from rescalevit_jax.runtime import compat
 from rescalevit_jax.runtime import tensorflow_cpu
 
-# The data sets to suggest first; tfds has hundreds.
+# The datasets to suggest first; tfds has hundreds.
 NAMES = ("cifar10", "cifar100", digits.Digits.name)
 
 _NETWORK_ERRORS = (
@@ -30,14 +30,14 @@ _NETWORK_ERRORS = (
 
 
 def open_builder(name: str, data_dir: str | None) -> tfds.core.DatasetBuilder:
-  """Return the builder of a data set, prepared or not.
+  """Return the builder of a dataset, prepared or not.
 
   Args:
     name: name in tfds, such as "cifar10" or "imagenet_resized/32x32".
-    data_dir: folder of prepared data sets; None for the default of tfds.
+    data_dir: folder of prepared datasets; None for the default of tfds.
 
   Raises:
-    UserError: the data set is unknown, or its folder is damaged.
+    UserError: the dataset is unknown, or its folder is damaged.
   """
   if data_dir is not None:
     data_dir = os.path.expanduser(data_dir)
@@ -53,24 +53,24 @@ def open_builder(name: str, data_dir: str | None) -> tfds.core.DatasetBuilder:
     close = difflib.get_close_matches(name.lower(), known, n=3)
     valid = dict.fromkeys((*close, *NAMES))
     raise errors.UserError(
-      f"dataset: unknown data set {name!r}, neither in"
+      f"dataset: unknown dataset {name!r}, neither in"
       f" {data_dir or '~/tensorflow_datasets'} nor in tfds;"
       f" {errors.nearest(name.lower(), valid)}, or"
-      " any other image classification data set of tfds, or folder:PATH"
+      " any other image classification dataset of tfds, or folder:PATH"
     ) from e
   if os.path.exists(builder.data_dir) and not is_prepared(builder):
     raise errors.UserError(
       f"{builder.data_dir}: damaged, dataset_info.json is missing; remove"
-      " this folder to prepare the data set again"
+      " this folder to prepare the dataset again"
     )
   return builder
 
 
 def config_names(name: str, data_dir: str | None) -> list[str]:
-  """Return the names of a data set's configs.
+  """Return the names of a dataset's configs.
 
   Raises:
-    UserError: the data set is unknown.
+    UserError: the dataset is unknown.
   """
   try:
     configs = tfds.builder_cls(name).builder_configs
@@ -81,7 +81,7 @@ def config_names(name: str, data_dir: str | None) -> list[str]:
 
 
 def is_prepared(builder: tfds.core.DatasetBuilder) -> bool:
-  """Return whether a data set is prepared."""
+  """Return whether a dataset is prepared."""
   # The builder's own method warns if it is not.
   return os.path.exists(os.path.join(builder.data_dir, "dataset_info.json"))
 
@@ -91,10 +91,10 @@ def prepare(
   download_dir: str | None = None,
   manual_dir: str | None = None,
 ) -> None:
-  """Download a data set and write its files (array_record), if necessary.
+  """Download a dataset and write its files (array_record), if necessary.
 
   Args:
-    builder: builder of the data set.
+    builder: builder of the dataset.
     download_dir: folder for downloads and extracted files; None for the default
       of tfds.
     manual_dir: folder of files that tfds uses in place of downloads; None for
@@ -134,7 +134,7 @@ def prepare(
 
 
 def archive_names(builder: tfds.core.DatasetBuilder) -> dict[str, str]:
-  """Return the URLs that tfds downloads for a data set, by file name."""
+  """Return the URLs that tfds downloads for a dataset, by file name."""
   infos = builder.url_infos or {}
   return {info.filename: url for url, info in infos.items() if info.filename}
 

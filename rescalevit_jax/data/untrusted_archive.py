@@ -21,7 +21,7 @@ class Layout:
   """The content of an official binary archive.
 
   Attributes:
-    dataset: name of the data set in tfds.
+    dataset: name of the dataset in tfds.
     archive: official file name of the archive.
     folder: the folder of all members.
     records: number of images in each file of records, by its name in `folder`.

@@ -18,12 +18,12 @@ REFERENCE = "LN"
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-  """The results of a method on a data set.
+  """The results of a method on a dataset.
 
   The accuracy of a run that diverged, with a loss that is not finite, is None.
 
   Attributes:
-    dataset: name of the data set.
+    dataset: name of the dataset.
     method: name of the method.
     norm: norm of its model.
     val_accuracy: accuracy on held-out training images, as a fraction, by
@@ -69,7 +69,7 @@ def table(outcomes: Sequence[Outcome]) -> str:
     difference = _difference(x, outcomes)
     rows.append([x.dataset, x.method, lr, val, _mean(x), *difference])
   headings = [
-    "data set",
+    "dataset",
     "method",
     "learning rate",
     "held-out accuracy by learning rate, %",
@@ -126,7 +126,7 @@ def write_csv(outcomes: Iterable[Outcome], path: pathlib.Path) -> None:
 
 
 def draw(outcomes: Sequence[Outcome]) -> figure_lib.Figure:
-  """Draw the held-out and the test accuracies, a row per data set.
+  """Draw the held-out and the test accuracies, a row per dataset.
 
   Methods of one norm share its colour. A faint line marks LN's mean.
   """
@@ -171,7 +171,7 @@ def draw(outcomes: Sequence[Outcome]) -> figure_lib.Figure:
 
 
 def _style(outcome, outcomes):
-  """Return a method's line style, the same for every data set."""
+  """Return a method's line style, the same for every dataset."""
   same_norm = dict.fromkeys(
     x.method for x in outcomes if x.norm == outcome.norm
   )

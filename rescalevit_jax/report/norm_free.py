@@ -84,7 +84,7 @@ def _parser():
   parser.add_argument(
     "--methods", type=names, help="methods of that file (default: all)"
   )
-  add("datasets", "cifar10,cifar100", "data sets")
+  add("datasets", "cifar10,cifar100", "datasets")
   parser.add_argument(
     "--model",
     help="model at 224x224, such as ViT-B_32, with runs in RUNS_DIR/MODEL"
@@ -196,7 +196,7 @@ def accuracies(
   The accuracy of a diverged run is None.
 
   Args:
-    plans: runs by data set and method; all have ended.
+    plans: runs by dataset and method; all have ended.
 
   Raises:
     UserError: a run failed for another reason.

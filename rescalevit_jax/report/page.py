@@ -96,7 +96,7 @@ def render(
 def _group_by_recipe(
   runs: Iterable[run_reader.Run],
 ) -> dict[str, list[run_reader.Run]]:
-  """Return the runs of each model, data set and resolution, by title."""
+  """Return the runs of each model, dataset and resolution, by title."""
   sections: dict[str, list[run_reader.Run]] = {}
   for run in runs:
     title = (
@@ -183,7 +183,7 @@ def _test_image(config, index) -> UInt8[np.ndarray, "H W 3"]:
   if not dataset.is_prepared(config.dataset, config.tfds_data_dir):
     # A report must not start a download.
     raise errors.UserError(
-      f"the data set {config.dataset} is not prepared in"
+      f"the dataset {config.dataset} is not prepared in"
       f" {config.tfds_data_dir or '~/tensorflow_datasets'}"
     )
   images = experiment.load_dataset(config).test.images

@@ -77,7 +77,7 @@ def columns(study: run_groups.Study) -> list[Column]:
     return "0.0" if text[1:] == "0.0" else text
 
   result = [
-    text("data set", "dataset"),
+    text("dataset", "dataset"),
     text("model", "model"),
     text("norm", "norm"),
     text("pretrained", "pretrained"),

@@ -55,7 +55,7 @@ def tfds_expected_file(builder: Any, url: str, info: Any) -> Iterator[None]:
 
   tfds accepts a file in place of a download only if its checksum is the
   published one, and has no option to change that. The dictionary is shared by
-  all builders of the data set in this process.
+  all builders of the dataset in this process.
 
   Args:
     builder: a tfds builder.

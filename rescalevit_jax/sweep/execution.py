@@ -134,7 +134,7 @@ def _unfinished(runs, runs_dir):
 
 
 def _prepare_data(runs):
-  """Prepare the data sets once; concurrent runs would each prepare them."""
+  """Prepare the datasets once; concurrent runs would each prepare them."""
   configs = {
     (
       run.config.dataset,

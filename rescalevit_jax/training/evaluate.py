@@ -204,7 +204,7 @@ def evaluate_run(
 
   Raises:
     UserError: the weights are missing or do not fit the config's model, the
-      data set has other classes, or a logit is not finite.
+      dataset has other classes, or a logit is not finite.
   """
   workdir = pathlib.Path(workdir)
   experiment, model, variables, info = _load(config, workdir)
@@ -301,13 +301,13 @@ def create_evaluator(
 
 
 def _evaluate_others(experiment, model, variables, info):
-  """Evaluate on `eval_dataset`: one data set, or all configs of NAME/*."""
+  """Evaluate on `eval_dataset`: one dataset, or all configs of NAME/*."""
   config, own = experiment.config, experiment.dataset
   names = dataset_lib.expand(config.eval_dataset, config.tfds_data_dir)
   results = {}
   for i, name in enumerate(names, start=1):
     if len(names) > 1:
-      _log.info("data set %d/%d: %s", i, len(names), name)
+      _log.info("dataset %d/%d: %s", i, len(names), name)
     split, split_name, class_names = dataset_lib.load_test(
       name, config.tfds_data_dir, **config.data
     )
@@ -315,7 +315,7 @@ def _evaluate_others(experiment, model, variables, info):
       raise errors.UserError(
         f"config: eval_dataset ({name}) has the classes"
         f" {', '.join(class_names[:3])}, ..., and the run"
-        f" {', '.join(own.class_names[:3])}, ...; choose a data set with the"
+        f" {', '.join(own.class_names[:3])}, ...; choose a dataset with the"
         " run's classes"
       )
     evaluator = create_evaluator(experiment, model)
@@ -346,7 +346,7 @@ def _load_pretrained(experiment):
   if missing:
     raise errors.UserError(
       f"{path}: cannot be evaluated, it has no {missing[0]} for this model and"
-      " data set; choose the model.* keys and the dataset of its training"
+      " dataset; choose the model.* keys and the dataset of its training"
     )
   if report.unsupported:
     raise errors.UserError(

@@ -271,7 +271,7 @@ def build(
 
 
 def load_dataset(config: ml_collections.ConfigDict) -> dataset_lib.Dataset:
-  """Open a run's data set; see `data.dataset.load`."""
+  """Open a run's dataset; see `data.dataset.load`."""
   return dataset_lib.load(config.dataset, config.tfds_data_dir, **config.data)
 
 

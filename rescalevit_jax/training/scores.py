@@ -54,7 +54,7 @@ def scores(
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-  """An evaluation on one data set.
+  """An evaluation on one dataset.
 
   Attributes:
     summary: the content of eval.json.
@@ -85,17 +85,17 @@ class Evaluation:
 
 @dataclasses.dataclass(frozen=True)
 class Suite:
-  """Evaluations on several data sets, such as corruptions of one.
+  """Evaluations on several datasets, such as corruptions of one.
 
   Attributes:
-    evaluations: by data set.
+    evaluations: by dataset.
   """
 
   evaluations: Mapping[str, Evaluation]
 
   @property
   def summary(self) -> dict[str, Any]:
-    """The content of eval.json: means, and the scores of each data set.
+    """The content of eval.json: means, and the scores of each dataset.
 
     The mean corruption error averages first over the severities of a
     corruption (names that end in _1, _2, ...), then over corruptions.
@@ -124,13 +124,13 @@ def evaluation(
   class_names: Sequence[str],
   **info: Any,
 ) -> Evaluation:
-  """Score the logits of a data set.
+  """Score the logits of a dataset.
 
   Args:
     logits: of all examples.
     labels: of all examples.
     class_names: class names by label.
-    **info: weights, data set and split, for eval.json.
+    **info: weights, dataset and split, for eval.json.
 
   Raises:
     UserError: a logit is not finite.

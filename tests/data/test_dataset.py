@@ -82,7 +82,7 @@ def cache(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="session")
 def prepared(tmp_path_factory):
-  """Return a data_dir of data sets that tests do not change."""
+  """Return a data_dir of datasets that tests do not change."""
   path = tmp_path_factory.mktemp("prepared")
   for name in (
     "fake",

@@ -1,4 +1,4 @@
-"""Folders of image files as data sets, and splits in tfds' notation."""
+"""Folders of image files as datasets, and splits in tfds' notation."""
 
 import numpy as np
 from PIL import Image

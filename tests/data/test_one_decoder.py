@@ -83,7 +83,7 @@ def cache(tmp_path_factory):
 
 
 def in_folder(content, suffix, root):
-  """Make a folder data set of a file, in two classes."""
+  """Make a folder dataset of a file, in two classes."""
   for name in ("a", "b"):
     (root / name).mkdir(parents=True)
     (root / name / f"x{suffix}").write_bytes(content)

@@ -1,4 +1,4 @@
-"""Data sets prepared by name and from archives."""
+"""Datasets prepared by name and from archives."""
 
 import os
 import pathlib

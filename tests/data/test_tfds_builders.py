@@ -32,7 +32,7 @@ class TestOpen:
   @pytest.mark.parametrize("name", ["cifar1", "CIFAR10", "cifar-10"])
   def test_unknown_name_gets_a_hint(self, name):
     message = open_error(name)
-    assert f"unknown data set {name!r}" in message
+    assert f"unknown dataset {name!r}" in message
     assert "did you mean cifar10" in message
     assert len(message) < 300
 
@@ -42,7 +42,7 @@ class TestOpen:
   @pytest.mark.parametrize("name", ["", "../x", "no such", "a:b", "zzz/1"])
   def test_impossible_name(self, name):
     message = open_error(name)
-    assert f"unknown data set {name!r}" in message
+    assert f"unknown dataset {name!r}" in message
     assert "cifar10, cifar100, digits" in message
 
   def test_unknown_version_or_config(self):

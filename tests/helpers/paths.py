@@ -4,5 +4,5 @@ import pathlib
 
 HELPERS = pathlib.Path(__file__).resolve().parent
 ROOT = HELPERS.parents[1]
-# Data sets and reference numbers that a user does not have.
+# Datasets and reference numbers that a user does not have.
 SHARED = ROOT.parent / "shared"

@@ -158,7 +158,7 @@ def test_checkpoints(kind, pickled, tiny_run, tmp_path):
     checksums.write(run / place)
 
 
-# Images and data sets.
+# Images and datasets.
 
 
 @pytest.mark.parametrize("name", ["a.png", "a.jpg", "a.tiff", "a.pkl"])
@@ -184,7 +184,7 @@ def test_archives(pickled, tmp_path, capsys):
     path.write_bytes(content)
     refused(untrusted_archive.check, str(path), untrusted_archive.LAYOUTS)
   for name, content in (
-    # The python version of the data set consists of pickles.
+    # The python version of the dataset consists of pickles.
     ("cifar-10-batches-py/data_batch_1", pickled),
     ("cifar-10-batches-bin/data_batch_1", pickled),
     ("cifar-10-batches-bin/test_batch.bin", pickled.ljust(size, b"\0")),

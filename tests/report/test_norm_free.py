@@ -289,7 +289,7 @@ def test_the_picture_shows_the_numbers():
     "s",
     "s",
     "o",
-  ]  # The same on each data set.
+  ]  # The same on each dataset.
   drawn = [list(zip(*x.get_data(), strict=True)) for x in left.get_lines()]
   assert drawn == [[(0.1, 30.0)], [(0.1, 25.0), (0.2, 35.0)]]
   assert [x.get_text() for x in right.get_yticklabels()] == ["LN (0.1)"]

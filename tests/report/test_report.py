@@ -237,7 +237,7 @@ def test_the_module_runs(runs, tmp_path):
     check=False,
   )
   assert done.returncode == 0
-  assert done.stdout.startswith("| data set |")
+  assert done.stdout.startswith("| dataset |")
   assert "left out: " in done.stderr and "Traceback" not in done.stderr
 
 

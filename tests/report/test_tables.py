@@ -76,7 +76,7 @@ def test_a_held_out_split_has_a_column(tmp_path):
 def test_displayed_text(three):
   assert shown(three) == [
     {
-      "data set": "cifar10",
+      "dataset": "cifar10",
       "model": "ViT-B_32",
       "norm": "LN",
       "pretrained": "no",
@@ -200,7 +200,7 @@ def test_the_error_of_a_diverged_run_is_listed(three, tmp_path):
 def test_markdown_table(three):
   columns, rows = tables.columns(three), tables.rows(three)
   head, line, row = markdown.table(*tables.cells(columns, rows)).splitlines()
-  assert head.startswith("| data set | model |")
+  assert head.startswith("| dataset | model |")
   assert line.startswith("| --- | --- | --- | --- | --: |")
   assert row.startswith("| cifar10 | ViT-B_32 | LN | no | 224 | 3 | 63.0 ± 2.6")
   assert len({text.count("|") for text in (head, line, row)}) == 1

@@ -78,7 +78,7 @@ def test_it_stops_when_asked(setting):
 
 
 def write_set(root, names, counts=(6, 4)):
-  """Write a folder data set of squares, one brightness a class."""
+  """Write a folder dataset of squares, one brightness a class."""
   for split, count in zip(("train", "test"), counts, strict=True):
     for i, name in enumerate(names):
       (root / split / name).mkdir(parents=True)
