@@ -1,5 +1,7 @@
 """Paths in the folder of a run, and its config."""
 
+from collections.abc import Sequence
+import json
 import pathlib
 
 import ml_collections
@@ -75,6 +77,30 @@ def read_config(
     raise errors.UserError(
       f"{path}: damaged or from another program ({e}); use another folder"
     ) from e
+
+
+def check_class_names(
+  workdir: str | pathlib.Path, class_names: Sequence[str]
+) -> None:
+  """Check that the data set of a run still has the same classes.
+
+  A run without class_names.json, or with a damaged one, passes.
+
+  Raises:
+    UserError: the classes differ.
+  """
+  path = pathlib.Path(workdir) / CLASS_NAMES
+  try:
+    saved = json.loads(path.read_text(encoding="utf-8"))
+  except (FileNotFoundError, RecursionError, ValueError):
+    return
+  if saved != list(class_names):
+    differing = sorted({*map(str, saved)} ^ {*class_names}) or ["their order"]
+    raise errors.UserError(
+      f"{path}: the run has {len(saved)} classes, its data set has"
+      f" {len(class_names)} now; they differ in {', '.join(differing[:3])};"
+      " restore the data set, or start a run in another --workdir"
+    )
 
 
 def require_config(workdir: str | pathlib.Path) -> ml_collections.ConfigDict:

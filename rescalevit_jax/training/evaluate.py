@@ -279,6 +279,7 @@ def _load(config, workdir):
     model, variables = _load_pretrained(experiment)
     info = {"weights": config.pretrained_path, "step": 0}
   else:
+    folder.check_class_names(workdir, experiment.dataset.class_names)
     *variables, step = checkpoint.load_variables(workdir, config.eval_weights)
     model = experiment.model
     replicated = sharding.replicated(experiment.mesh)

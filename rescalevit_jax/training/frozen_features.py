@@ -11,6 +11,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 import numpy as np
 
+from rescalevit_jax.data import index_shuffle
+
 NEIGHBORS = 20
 TEMPERATURE = 0.07
 # Ridge penalties, relative to the number of training examples; the features
@@ -60,7 +62,7 @@ def linear_probe_logits(
 ) -> tuple[Float[np.ndarray, "M C"], float]:
   """Fit a ridge regression to one-hot labels and apply it.
 
-  The last tenth of the training examples chooses the penalty among `PENALTIES`;
+  A random tenth of the training examples chooses the penalty among `PENALTIES`;
   then all of them fit the weights.
 
   Returns:
@@ -72,11 +74,16 @@ def linear_probe_logits(
   targets = np.eye(num_classes, dtype=np.float32)[labels]
   # Both parts need an example.
   count = min(max(1, round(len(train) * (1 - _VALIDATION))), len(train) - 1)
-  best = (-1.0, PENALTIES[0])
+  order = index_shuffle.shuffle(np.arange(len(train)), len(train), 0, 0)
+  fit, held_out = np.sort(order[:count]), np.sort(order[count:])
+  fit_features, held_out_features = train[fit], train[held_out]
+  best = (-1.0, PENALTIES[-1])
   for penalty in PENALTIES:
-    weights, bias = _ridge(train[:count], targets[:count], penalty)
-    predicted = (train[count:] @ weights + bias).argmax(-1)
-    accuracy = float((predicted == labels[count:]).mean())
+    weights, bias = _ridge(fit_features, targets[fit], penalty)
+    if not np.isfinite(weights).all():
+      continue  # The matrix is singular in float32; it needs a larger penalty.
+    predicted = (held_out_features @ weights + bias).argmax(-1)
+    accuracy = float((predicted == labels[held_out]).mean())
     best = max(best, (accuracy, penalty))
   weights, bias = _ridge(train, targets, best[1])
   apply = jax.jit(

@@ -17,6 +17,7 @@ from rescalevit_jax.runs import folder
 from rescalevit_jax.runtime import atomic_file
 
 _CALIBRATION_BINS = 15
+_MOST_CONFUSED = 2000  # Classes of a confusion matrix: an 8 MB file.
 _Z = 1.959963984540054  # Normal quantile of 97.5 %, for 95 % intervals.
 
 
@@ -40,14 +41,17 @@ def scores(
   }
   if logits.shape[1] > 5:
     found["top5"] = top_accuracy(logits, labels, 5)
-  confusion = confusion_matrix(logits, labels)
+  classes = logits.shape[1]
+  examples = np.bincount(labels, minlength=classes).tolist()
+  correct = labels[logits.argmax(-1) == labels]
+  corrects = np.bincount(correct, minlength=classes).tolist()
   found["per_class"] = {
     name: {
-      "examples": int(row.sum()),
-      "accuracy": float(row[i] / row.sum()) if row.sum() else None,
-      "interval": wilson_interval(int(row[i]), int(row.sum())),
+      "examples": n,
+      "accuracy": k / n if n else None,
+      "interval": wilson_interval(k, n),
     }
-    for i, (name, row) in enumerate(zip(class_names, confusion, strict=True))
+    for name, n, k in zip(class_names, examples, corrects, strict=True)
   }
   return found
 
@@ -69,18 +73,25 @@ class Evaluation:
   labels: Int[np.ndarray, " N"]
 
   def write(self, workdir: pathlib.Path, save_predictions: bool) -> None:
-    """Write eval.json, confusion.csv and, if asked for, predictions.npz."""
+    """Write eval.json, confusion.csv and, if asked for, predictions.npz.
+
+    Above 2000 classes there is no confusion.csv.
+    """
     write_json(workdir / folder.EVALUATION, self.summary)
+    if len(self.class_names) <= _MOST_CONFUSED:
+      self._write_confusion(workdir / folder.CONFUSION)
+    if save_predictions:
+      with atomic_file.replacing(workdir / folder.PREDICTIONS) as f:
+        np.savez(f, logits=self.logits, labels=self.labels)
+
+  def _write_confusion(self, path):
     table = io.StringIO()
     writer = csv.writer(table, lineterminator="\n")
     writer.writerow(["label", *self.class_names])
     counts = confusion_matrix(self.logits, self.labels)
     for name, row in zip(self.class_names, counts, strict=True):
       writer.writerow([name, *row])
-    atomic_file.write(workdir / folder.CONFUSION, table.getvalue())
-    if save_predictions:
-      with atomic_file.replacing(workdir / folder.PREDICTIONS) as f:
-        np.savez(f, logits=self.logits, labels=self.labels)
+    atomic_file.write(path, table.getvalue())
 
 
 @dataclasses.dataclass(frozen=True)

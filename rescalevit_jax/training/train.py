@@ -90,6 +90,7 @@ def _train_and_evaluate(config, workdir, folder, draw_attention):
     preemption.Interrupt() as stop,
   ):
     if state is None:
+      folder_lib.check_class_names(workdir, experiment.dataset.class_names)
       abstract = experiment.abstract_state()
       items, progress = checkpoints.restore(abstract.to_checkpoint())
       state = abstract.from_checkpoint(items, progress.skipped_steps)

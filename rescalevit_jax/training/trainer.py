@@ -11,6 +11,7 @@ import jax
 import numpy as np
 
 from rescalevit_jax import errors
+from rescalevit_jax.data import dataset as dataset_lib
 from rescalevit_jax.data import loader
 from rescalevit_jax.runs import checkpoint
 from rescalevit_jax.runs import folder as folder_lib
@@ -278,14 +279,20 @@ class Trainer:
   def final_evaluation(self) -> scores.Evaluation:
     """Score the last weights on the test images and on training images.
 
-    The training images are as many, and not augmented.
+    The training images are as many, chosen at random, and not augmented.
     """
     dataset = self._experiment.dataset
     variables = self._state.evaluated
     variables = variables["params"], variables["batch_stats"]
-    count = min(len(dataset.test), len(dataset.train))
+    # Not the first ones, which may be of one class. No run has this seed.
+    chosen = dataset_lib.batch_indices(
+      2**32,
+      1,
+      min(len(dataset.test), len(dataset.train)),
+      len(dataset.train),
+    )
     train_images = loader.Loader(
-      dataset.train.subset(np.arange(count)), self._experiment.mesh
+      dataset.train.subset(np.sort(chosen)), self._experiment.mesh
     )
     on_training_images = self._evaluator.on(train_images)(*variables)
     return scores.evaluation(

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -9,6 +10,7 @@ import optax
 from PIL import Image
 import pytest
 
+from rescalevit_jax import config as config_lib
 from rescalevit_jax import errors
 from rescalevit_jax import models
 from rescalevit_jax.augment import preprocess
@@ -206,3 +208,39 @@ def test_a_probe_of_a_run(finished):
   for kind in ("knn", "linear"):
     low, high = found[kind]["accuracy_interval"]
     assert 0 <= low <= found[kind]["accuracy"] <= high <= 1
+
+
+def test_the_training_accuracy_is_of_all_classes(
+  finished, monkeypatch, tmp_path
+):
+  """Files of a folder are in the order of their classes."""
+  config, _, _ = finished
+  config = config.copy_and_resolve_references()
+  config.dataset = write_set(tmp_path / "set", ("a", "b", "c"), (12, 4))
+  splits = []
+
+  class Loader(loader.Loader):
+    def __init__(self, split, mesh):
+      super().__init__(split, mesh)
+      splits.append(split)
+
+  monkeypatch.setattr(loader, "Loader", Loader)
+  train.train_and_evaluate(config, tmp_path / "run")
+  assert len(splits[-1]) == 12
+  assert set(splits[-1].labels.tolist()) == {0, 1, 2}
+
+
+def test_other_classes_than_the_runs_are_an_error(finished, tmp_path):
+  config, workdir, _ = finished
+  config = config.copy_and_resolve_references()
+  config.dataset = write_set(tmp_path / "set", ("a", "b", "c"))
+  shutil.copytree(workdir, tmp_path / "run")
+  for name in ("config.json", "result.json"):
+    (tmp_path / "run" / name).unlink()
+  text = config_lib.to_json(config)
+  (tmp_path / "run" / "config.json").write_text(text)
+  for split in ("train", "test"):
+    (tmp_path / "set" / split / "a").rename(tmp_path / "set" / split / "z")
+  for start in (train.train_and_evaluate, evaluate.evaluate_run):
+    with pytest.raises(errors.UserError, match="classes.*differ in a, z"):
+      start(config, tmp_path / "run")

@@ -64,3 +64,22 @@ def test_constant_features_do_no_harm(digits):
   train, test = np.zeros_like(train), np.zeros_like(test)
   found, _ = frozen_features.linear_probe_logits(train, labels, test, 10)
   assert np.isfinite(found).all()
+
+
+def test_the_probe_of_examples_in_the_order_of_their_classes(digits):
+  train, labels, test, expected = digits
+  order = np.argsort(labels, kind="stable")
+  probe, penalty = frozen_features.linear_probe_logits(
+    train[order], labels[order], test, 10
+  )
+  assert penalty < max(frozen_features.PENALTIES)
+  assert (probe.argmax(-1) == expected).mean() > 0.85
+
+
+def test_a_singular_matrix_is_not_chosen():
+  """Each image twice, labels of noise: always class 0 is the best guess."""
+  rng = np.random.default_rng(0)
+  features = rng.normal(size=(50, 768)).astype(np.float32).repeat(2, 0)
+  labels = (rng.random(100) < 0.3).astype(np.int32)
+  found, _ = frozen_features.linear_probe_logits(features, labels, features, 2)
+  assert np.isfinite(found).all()

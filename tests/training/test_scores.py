@@ -66,3 +66,14 @@ def test_a_class_without_examples_has_no_accuracy():
 def test_equal_logits_count_as_argmax_does():
   logits = np.zeros((2, 8))
   assert scores.top_accuracy(logits, np.array([0, 5]), 5) == 0.5
+
+
+def test_a_confusion_matrix_has_a_limit(monkeypatch, tmp_path):
+  """Of 21841 classes it would take 3.8 GB."""
+  labels = np.array([0, 1, 1, 2])
+  logits = np.eye(3, dtype=np.float32)[[0, 1, 0, 2]]
+  found = scores.evaluation(logits, labels, "abc")
+  monkeypatch.setattr(scores, "_MOST_CONFUSED", 2)
+  found.write(tmp_path, save_predictions=False)
+  assert [x.name for x in tmp_path.iterdir()] == ["eval.json"]
+  assert found.summary["per_class"]["b"]["accuracy"] == 0.5
