@@ -40,6 +40,7 @@ setuptools.setup(
     include=["rescalevit_jax", "rescalevit_jax.*"]
   ),
   package_data={
+    "rescalevit_jax": ["py.typed"],
     "rescalevit_jax.analysis": ["published/*.csv"],
     "rescalevit_jax.benchmark": ["gpu_targets/*.txtpb", "reference.json"],
     "rescalevit_jax.report": ["page.html"],
@@ -87,6 +88,7 @@ setuptools.setup(
       *_DOCS,
       *_GPU_COMPILE,
       "hypothesis>=6.150",
+      "mypy>=2.0",
       "onnx>=1.18",
       "pytest>=8.4",
       "pytest-xdist>=3.8",

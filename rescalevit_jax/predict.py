@@ -84,7 +84,7 @@ def classify(
     ]
 
   try:
-    ahead = []
+    ahead: list[tuple[str, concurrent.futures.Future]] = []
     # After the last batch, an empty one.
     for paths in itertools.chain(_batches(files, batch), [[]]):
       work, ahead = ahead, submit(paths)

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Runs the linter and the test suite, on the CPU unless JAX_PLATFORMS is set.
+# Runs the linter, the type checker and the test suite. The tests run on the CPU
+# unless JAX_PLATFORMS is set.
 #
 # Usage: bash scripts/test.sh [FLAG]...
 #
@@ -13,6 +14,7 @@ bash "$root/scripts/env.sh" test
 cd "$root"
 .venv/bin/python -m ruff check .
 .venv/bin/python -m ruff format --check .
+.venv/bin/python -m mypy
 # Each process loads JAX, so more than four are slower.
 JAX_PLATFORMS="${JAX_PLATFORMS-cpu}" exec .venv/bin/python -m pytest \
   --numprocesses=logical --maxprocesses=4 --dist=worksteal --durations=10 "$@"

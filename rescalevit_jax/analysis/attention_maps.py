@@ -103,7 +103,7 @@ def statistics(
     batch: images per step.
   """
   batch = min(batch, len(images))
-  sums, tokens = 0.0, 0
+  sums, tokens = np.zeros((3, model.model.config.num_layers)), 0
   start = last_log = time.monotonic()
   for first in range(0, len(images), batch):
     part = images[first : first + batch]
@@ -125,7 +125,8 @@ def statistics(
         speed,
         terminal.duration((len(images) - done) / speed),
       )
-  return Statistics(*sums / len(images), int(tokens), len(images))
+  entropy, diagonal, sparsity = sums / len(images)
+  return Statistics(entropy, diagonal, sparsity, int(tokens), len(images))
 
 
 @functools.partial(jax.jit, static_argnames=("model", "image_size"))

@@ -74,9 +74,8 @@ def export(
     raise errors.UserError(
       f"{output}: exists already; choose another --output or add --overwrite"
     )
-  params, batch_stats, step = checkpoint_lib.load_variables(
-    pathlib.Path(workdir), checkpoint
-  )
+  workdir = pathlib.Path(workdir)
+  params, batch_stats, step = checkpoint_lib.load_variables(workdir, checkpoint)
   model = folder.require_config(workdir).model
   if fold:
     params, batch_stats = fold_lib.fold(model.norm, params, batch_stats)

@@ -174,8 +174,9 @@ def measure(
   """
   rows = []
   for subject in subjects:
-    model, images = subject.model, subject.test_split.images
-    found = attention_maps.statistics(model, images, batch)
+    model, split = subject.model, subject.test_split
+    assert split is not None and subject.source is not None
+    found = attention_maps.statistics(model, split.images, batch)
     for block in range(len(found.entropy)):
       rows.append(
         {

@@ -4,6 +4,7 @@ Figures are created without pyplot, which needs global state and perhaps a
 window.
 """
 
+import collections
 from collections.abc import Sequence
 import io
 import os
@@ -125,16 +126,16 @@ def curves(runs: Sequence[run_reader.Run]) -> figure_lib.Figure:
   """
   figure = figure_lib.Figure(figsize=(11, 4.2), layout="constrained")
   accuracy, loss = figure.subplots(1, 2)
-  used = {}
+  used: collections.Counter[str] = collections.Counter()
   for label, members in _labelled(run_reader.group(runs)):
     norm = members[0].config.model.norm
-    line_style = style(norm, used.get(norm, 0))
-    used[norm] = used.get(norm, 0) + 1
+    line_style = style(norm, used[norm])
+    used[norm] += 1
     count = f", {len(members)} runs" if len(members) > 1 else ""
     for i, run in enumerate(members):
       _draw_run(accuracy, loss, run, line_style, None if i else label + count)
     key = reference_results.match(members[0].config)
-    if (published := reference_results.curves().get(key)) is not None:
+    if key and (published := reference_results.curves().get(key)):
       _draw_published(accuracy, loss, published, line_style, label)
   accuracy.set(xlabel="step", ylabel="test accuracy, %")
   loss.set(xlabel="step", ylabel="test loss, training loss (faint)")

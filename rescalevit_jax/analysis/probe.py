@@ -210,8 +210,8 @@ def measure(
     batch = next(batches)
   found, _ = programs.before_step(state, *batch)
   Norm = norms.NORMS[config.model.norm]
-  has_statistics = issubclass(Norm, traits.RunningStatistics)
-  if has_statistics and config.pretrained_path is None:
+  pretrained = config.pretrained_path is not None
+  if issubclass(Norm, traits.RunningStatistics) and not pretrained:
     state = experiment.calibrate(state, Norm.NUM_STATS_BATCHES)
     seen, _ = programs.before_step(state, *batch)
     found |= {k: x for k, x in seen.items() if not k.startswith("grad_norm")}

@@ -1,5 +1,6 @@
 """Draw freshly initialized models side by side over depth."""
 
+import collections
 from collections.abc import Mapping, Sequence
 import math
 
@@ -30,10 +31,11 @@ def compare(
     clip: gradient norm at which gradients are clipped, drawn as a line; 0 for
       no clipping.
   """
-  used, styles = {}, []
+  used: collections.Counter[str] = collections.Counter()
+  styles = []
   for _, norm, _ in models:
-    styles.append(plots.style(norm, used.get(norm, 0)))
-    used[norm] = used.get(norm, 0) + 1
+    styles.append(plots.style(norm, used[norm]))
+    used[norm] += 1
   every = [numbers for _, _, numbers in models]
   quantities = [
     quantity

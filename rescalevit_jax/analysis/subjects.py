@@ -109,12 +109,12 @@ def _parse_reference(reference: str) -> tuple[str, dict[str, Any]]:
     **dict.fromkeys(vit_config.GELUS, "gelu"),
     **dict.fromkeys(vit_config.POOLS, "pool"),
   }
-  options = {}
+  options: dict[str, Any] = {}
   for word in filter(None, words.split(",")):
     key, value = known.get(word), word
     if word.startswith("c="):
       key, value = "residual_c", _positive(word.removeprefix("c="))
-    if key in options or None in (key, value):
+    if key is None or value is None or key in options:
       raise errors.UserError(
         f"--npz: unknown or too many: {word!r} in {reference}; at most one"
         " norm, one GELU, one pool and one c=NUMBER above 0;"

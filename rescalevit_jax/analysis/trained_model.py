@@ -5,7 +5,7 @@ probabilities = model(["cat.png", "dog.jpeg"])
 names = model.top(probabilities[0])
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 import functools
 import json
 import math
@@ -48,7 +48,7 @@ class TrainedModel:
     self,
     name: str,
     model: nn.Module,
-    variables: dict[str, Any],
+    variables: Mapping[str, Any],
     image_size: int,
     class_names: Sequence[str],
     resize: image_files.Resize = image_files.Resize(),  # noqa: B008 - frozen.
@@ -203,13 +203,19 @@ def load_npz(
   arrays = npz.read(os.fspath(path)).arrays
   sizes = detect.sizes(arrays)
   positions = arrays.get("Transformer/posembed_input/pos_embedding")
-  if None in sizes.values() or positions is None or positions.ndim != 3:
+  patch_size = sizes["patch_size"]
+  if (
+    patch_size is None
+    or None in sizes.values()
+    or positions is None
+    or positions.ndim != 3
+  ):
     raise errors.UserError(
       f"{path}: does not hold a complete Vision Transformer"
     )
   found = detect.settings(arrays)
   norm = norm or found["norm"]
-  image_size = math.isqrt(positions.shape[1]) * sizes["patch_size"]
+  image_size = math.isqrt(positions.shape[1]) * patch_size
   num_classes = np.size(arrays.get("head/bias", ()))
   pre_logits = arrays.get("pre_logits/bias")
   try:

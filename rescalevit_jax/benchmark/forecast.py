@@ -13,6 +13,7 @@ import pathlib
 import time
 from typing import Any
 
+from flax import linen as nn
 import jax
 import ml_collections
 
@@ -130,9 +131,12 @@ def _compile(
     needed, program = _train_step(config, gpu, inputs, devices)
   else:
     compiled = gpu_compile.flax_train_step(config, gpu, devices)
-    needed, program = memory.needed(compiled), hlo.read(compiled.as_text())
+    text = compiled.as_text()
+    assert text is not None  # Of the backend cuda.
+    needed, program = memory.needed(compiled), hlo.read(text)
   seconds = time.monotonic() - start
   limit = _memory_share() * gpu.memory_bytes
+  model: nn.Module
   with accelerator.compiling_for(gpu.accelerator):
     if subject == "ours":
       model = experiment.create_model(config, inputs.num_classes)

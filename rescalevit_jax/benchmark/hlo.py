@@ -157,8 +157,8 @@ def _visit(computation, computations, times) -> Program:
       for part in called:
         program.add(_visit(part, computations, times))
     elif opcode == "while":
-      trips = _TRIPS.search(instruction.attributes)
-      trips = int(trips.group(1)) if trips else 1
+      match = _TRIPS.search(instruction.attributes)
+      trips = int(match.group(1)) if match else 1
       for part in called:
         program.add(_visit(part, computations, times * trips))
     elif opcode == "conditional":

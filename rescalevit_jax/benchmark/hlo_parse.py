@@ -34,7 +34,7 @@ class Shape:
     """Size in memory."""
     if self.dtype == "pred":
       return self.size
-    return self.size * int(re.search(r"\d+", self.dtype).group()) / 8
+    return self.size * int(re.findall(r"\d+", self.dtype)[0]) / 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,7 +95,9 @@ Computation = dict[str, Instruction]
 
 def parse(text: str) -> tuple[dict[str, Computation], str]:
   """Return the instructions by computation and name, and the entry's name."""
-  computations, current, entry = {}, None, ""
+  computations: dict[str, Computation] = {}
+  current: Computation = {}
+  entry = ""
   for line in text.splitlines():
     if header := _COMPUTATION.match(line):
       current = computations[header.group(2)] = {}

@@ -59,11 +59,12 @@ class Results:
 
   def names(self, stage: str) -> Mapping[str, Any]:
     """Return the planned measurements of a stage, by name."""
-    return {
+    planned: dict[str, Mapping[str, Any]] = {
       "norms": self._plan.norms[1],
       "speed": self._plan.speed,
       "training": self._plan.training,
-    }[stage]
+    }
+    return planned[stage]
 
   def left(self, stage: str) -> list[str]:
     """Return the names of unfinished measurements, failed ones last."""

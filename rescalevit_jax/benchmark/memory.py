@@ -12,6 +12,7 @@ def used(compiled: jax.stages.Compiled) -> int:
 def needed(compiled: jax.stages.Compiled) -> int:
   """Return the bytes of arguments, results and temporaries on one device."""
   found = compiled.memory_analysis()
+  assert found is not None  # Of the backends cpu and cuda.
   return (
     found.argument_size_in_bytes
     + found.output_size_in_bytes

@@ -118,6 +118,7 @@ def run(
       ) as process,
       _killing(process, most_seconds - passed),
     ):
+      assert process.stdout is not None  # A pipe.
       for line in process.stdout:
         name = next(names)
         del left[name]

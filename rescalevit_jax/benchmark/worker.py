@@ -81,7 +81,7 @@ def measure_ours(
   resident = _resident(experiment, by_device)
   real_times, resident_times = time_laps([run, resident], options["seconds"])
   test = experiment.dataset.test
-  count = min(len(test), options["eval_images"])
+  count = min(len(test), int(options["eval_images"]))
   test = dataset.Split(*test.read(range(count)))
   evaluator = evaluate.Evaluator(
     experiment.model,
@@ -244,7 +244,7 @@ def time_laps(
     run(1)
     single = time.perf_counter() - start
     steps.append(max(1, round(lap / single)))
-  times = [[] for _ in runs]
+  times: list[list[float]] = [[] for _ in runs]
   end = time.perf_counter() + seconds
   while time.perf_counter() < end or len(times[0]) < _MIN_LAPS:
     for run, count, found in zip(runs, steps, times, strict=True):

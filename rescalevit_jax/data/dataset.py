@@ -401,7 +401,7 @@ def image_shape(
 ) -> tuple[int, int, int]:
   """Return the shape of an image after the first resizing."""
   size = resize.image_size
-  return (*shape[:2], 3) if size is None else (size, size, 3)
+  return (shape[0], shape[1], 3) if size is None else (size, size, 3)
 
 
 def _open_folder(name, resize):
@@ -480,8 +480,6 @@ class _Arrays:
   indices: np.ndarray
 
   def is_valid(self, shape, num_classes, count, complete):
-    if any(x is None for x in (self.images, self.labels, self.indices)):
-      return False
     n = len(self.labels)
     return (
       (self.images.shape, self.images.dtype) == ((n, *shape), np.uint8)
@@ -498,10 +496,8 @@ def _read_stored_split(stored, split, resize, skip_damaged) -> _Arrays:
   variant = f"{split}{resize.key}{'-skip' * skip_damaged}"
   path = stored.cache_folder() / f"{variant}.npz"
   arrays = array_cache.load(path)
-  if arrays is not None:
-    cached = _Arrays(
-      *(arrays.get(key) for key in ("images", "labels", "indices"))
-    )
+  if arrays is not None and {"images", "labels", "indices"} <= arrays.keys():
+    cached = _Arrays(arrays["images"], arrays["labels"], arrays["indices"])
     if cached.is_valid(
       stored.shape, num_classes, len(examples), not skip_damaged
     ):

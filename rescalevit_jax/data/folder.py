@@ -65,8 +65,10 @@ def open_folder(
   if not path.is_dir():
     raise errors.UserError(f"{path}: no such folder; check dataset")
   folders = _subfolders(path)
-  named = [(_SPLITS.get(x.name.lower()), x) for x in folders]
-  others = [x.name for split, x in named if split is None]
+  others = [x.name for x in folders if x.name.lower() not in _SPLITS]
+  named = [
+    (split, x) for x in folders if (split := _SPLITS.get(x.name.lower()))
+  ]
   roots = {"train": path}
   if folders and not others:
     roots = {}

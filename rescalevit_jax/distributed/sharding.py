@@ -53,7 +53,7 @@ def create(tree: Any, mesh: Mesh, fsdp: bool) -> Any:
   return jax.tree.map(create_sharding, tree)
 
 
-def put(tree: Any, sharding: NamedSharding) -> Any:
+def put(tree: Any, sharding: jax.sharding.Sharding) -> Any:
   """Put arrays on the devices; every process holds them in full."""
 
   def put_array(x):
@@ -70,10 +70,11 @@ def local_shard(x: np.ndarray, sharding: NamedSharding) -> np.ndarray:
     x: the whole array.
     sharding: splits at most one axis, in the order of the processes.
   """
-  parts = sharding.addressable_devices_indices_map(x.shape).values()
+  indices = sharding.addressable_devices_indices_map(x.shape).values()
+  parts = [index for index in indices if index is not None]
   own = []
-  for size, *slices in zip(x.shape, *parts, strict=True):
-    bounds = [part.indices(size) for part in slices]
+  for axis, size in enumerate(x.shape):
+    bounds = [part[axis].indices(size) for part in parts]
     own.append(slice(min(b[0] for b in bounds), max(b[1] for b in bounds)))
   return x[tuple(own)]
 

@@ -35,8 +35,9 @@ class SigmaLinear(linear.Linear):
 
 
 def singular_vector(
-  kernel: Float[Array, "..."], v: Float[Array, " outputs"]
-) -> Float[Array, " outputs"]:
+  kernel: Float[Array | np.ndarray, "..."],
+  v: Float[Array | np.ndarray, " outputs"],
+) -> Float[Array | np.ndarray, " outputs"]:
   """Return v after some steps of power iteration, with length 1.
 
   Args:

@@ -65,8 +65,9 @@ def norm(arrays: Mapping[str, Any]) -> str:
   plain = [key for key in arrays if option(key) is None]
   blocks = filter(None, map(param_keys.BLOCK.fullmatch, plain))
   slots = {match[3] for match in blocks}
-  stats = [key for key in plain if key.startswith(param_keys.STATS)]
-  stats = {key.rpartition("/")[2] for key in stats}
+  stats = {
+    key.rpartition("/")[2] for key in plain if key.startswith(param_keys.STATS)
+  }
   in_mlp = any(option(key) == "in_mlp" for key in arrays)
 
   def matches(name):

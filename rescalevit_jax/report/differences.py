@@ -59,7 +59,7 @@ class Difference:
 
 def compare(study: run_groups.Study) -> list[Difference]:
   """Compare all groups of two runs or more with their groups of LN."""
-  by_setting: dict[str, dict[str, Sequence[run_reader.Run]]] = {}
+  by_setting: dict[str, dict[str, tuple[run_reader.Run, ...]]] = {}
   for row, group in zip(tables.rows(study), study.groups, strict=True):
     names = [name for name in study.varied if name != "model.norm"]
     parts = [row[k] for k in ("dataset", "model", "pretrained")]

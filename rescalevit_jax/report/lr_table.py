@@ -138,10 +138,9 @@ def draw(outcomes: Sequence[Outcome]) -> figure_lib.Figure:
     tested = [x for x in shown if x.percent]
     for x in shown:
       style = _style(x, outcomes)
-      lrs = sorted(lr for lr, y in x.val_accuracy.items() if y is not None)
-      left.plot(
-        lrs, [100 * x.val_accuracy[lr] for lr in lrs], label=x.method, **style
-      )
+      kept = {lr: y for lr, y in x.val_accuracy.items() if y is not None}
+      lrs = sorted(kept)
+      left.plot(lrs, [100 * kept[lr] for lr in lrs], label=x.method, **style)
       if x in tested:
         deviation = statistics.stdev(x.percent) if len(x.percent) > 1 else None
         mean = statistics.fmean(x.percent)

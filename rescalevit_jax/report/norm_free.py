@@ -205,7 +205,7 @@ def accuracies(
   for run in [run for runs in plans.values() for run in runs]:
     result = result_lib.read_same_run(run.config, run.workdir)
     if result is None:
-      reason = subprocess_run.failure(run.workdir, None)
+      reason = subprocess_run.failure(run.workdir, None) or "ended early"
       raise errors.UserError(f"{run.workdir}: {reason.removeprefix('error: ')}")
     found[run.workdir] = result.get("last_accuracy")
   return found

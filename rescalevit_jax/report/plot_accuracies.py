@@ -110,13 +110,13 @@ def read(path: pathlib.Path) -> list[lr_table.Outcome]:
         f"{path}: method {method!r}: {errors.nearest(norm, norms.NORMS)}"
       )
     finals = tested.get((dataset, method), {})
-    lr, seeds = max(
+    selected, seeds = max(
       finals.items(),
       key=lambda x: accuracies.get(x[0]) or 0.0,
       default=(None, {}),
     )
     outcomes.append(
-      lr_table.Outcome(dataset, method, norm, accuracies, lr, seeds)
+      lr_table.Outcome(dataset, method, norm, accuracies, selected, seeds)
     )
   return outcomes
 

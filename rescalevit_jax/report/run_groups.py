@@ -116,8 +116,8 @@ def varied_keys(
   # The column `pretrained` says if there is a file. Which file follows from the
   # model, unless a model has several.
   files = {(c.model_name, c.pretrained_path) for c in configs}
-  files = [model for model, file in files if file is not None]
-  if "pretrained_path" in varied and len(files) == len(set(files)):
+  models = [model for model, file in files if file is not None]
+  if "pretrained_path" in varied and len(models) == len(set(models)):
     varied.remove("pretrained_path")
   return tuple(varied)
 

@@ -133,13 +133,15 @@ def to_csv(rows: Sequence[dict[str, Any]]) -> str:
 
 def devices(run: run_reader.Run) -> str:
   """Return the devices of a finished run, such as '1 x NVIDIA H100'."""
-  counts = collections.Counter(map(str, run.result["devices"]))
+  result = run.result or {}
+  counts = collections.Counter(map(str, result.get("devices", ())))
   return ", ".join(f"{n} x {kind}" for kind, n in counts.items()) or "unknown"
 
 
 def versions(run: run_reader.Run) -> str:
   """Return the versions of a finished run: 'python 3.11.2, jax 0.10.2, …'."""
-  items = run.result["versions"].items()
+  result = run.result or {}
+  items = result.get("versions", {}).items()
   return ", ".join(f"{name} {version}" for name, version in items) or "unknown"
 
 

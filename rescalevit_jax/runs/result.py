@@ -11,7 +11,7 @@ import json
 import math
 import pathlib
 import platform
-from typing import Any
+from typing import Any, TypeGuard
 
 import jax
 import ml_collections
@@ -122,12 +122,12 @@ def read(workdir: str | pathlib.Path) -> dict[str, Any] | None:
     ) from e
 
 
-def is_finished(result: dict[str, Any] | None) -> bool:
+def is_finished(result: dict[str, Any] | None) -> TypeGuard[dict[str, Any]]:
   """Return whether a run with this result needs no further training."""
   return result is not None and result["status"] == FINISHED
 
 
-def has_diverged(result: dict[str, Any] | None) -> bool:
+def has_diverged(result: dict[str, Any] | None) -> TypeGuard[dict[str, Any]]:
   """Return whether a run with this result has diverged."""
   return result is not None and result["status"] == DIVERGED
 

@@ -96,7 +96,9 @@ def find(folder: str | pathlib.Path) -> Found:
   folder = pathlib.Path(folder)
   if not folder.is_dir():
     raise errors.UserError(f"{folder}: no such folder; give one with runs")
-  runs, damaged, not_begun = [], [], []
+  runs: list[Run] = []
+  damaged: list[str] = []
+  not_begun: list[str] = []
   for workdir, files in _folders(folder, damaged):
     if folder_lib.CONFIG in files:
       try:
@@ -119,7 +121,8 @@ def find_each(folders: Iterable[str | pathlib.Path]) -> list[Run]:
   Raises:
     UserError: a folder is missing, or there is no run in it.
   """
-  runs, others = {}, {}
+  runs: dict[pathlib.Path, Run] = {}
+  others: dict[str, None] = {}
   for folder in folders:
     found = find(folder)
     runs |= {run.workdir.resolve(): run for run in found.runs}
@@ -131,7 +134,7 @@ def find_each(folders: Iterable[str | pathlib.Path]) -> list[Run]:
 
 def group(runs: Iterable[Run]) -> list[tuple[Run, ...]]:
   """Group runs that differ only in the seed and in resumable keys."""
-  groups = {}
+  groups: dict[tuple[Any, ...], list[Run]] = {}
   for run in runs:
     values = config_lib.flatten(run.config)
     key = tuple(values[k] for k in _identifying_keys())

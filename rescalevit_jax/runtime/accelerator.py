@@ -70,7 +70,7 @@ def start_problem() -> str | None:
   try:
     jax.devices()
   except Exception as e:  # An AssertionError if a plugin is missing.
-    platforms = jax.config.jax_platforms
+    platforms = jax.config.values["jax_platforms"]
     return (
       f"JAX_PLATFORMS ({platforms}): no such device"
       f" ({errors.brief(e) or type(e).__name__}); unset it, or set it to cpu"

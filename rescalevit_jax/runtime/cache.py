@@ -26,7 +26,7 @@ def enable_compilation_cache() -> None:
   Call it before the first compilation. JAX_ENABLE_COMPILATION_CACHE=false
   disables it.
   """
-  if jax.config.jax_compilation_cache_dir:
+  if jax.config.values["jax_compilation_cache_dir"]:
     return
   folder = root() / f"compiled-{_machine()}"
   jax.config.update("jax_compilation_cache_dir", str(folder))

@@ -8,6 +8,7 @@ half, jax-cuda12-plugin, is installed as well.
 
 from collections.abc import Iterator
 import contextlib
+import importlib
 import importlib.util
 import logging
 import sys
@@ -76,15 +77,15 @@ def compiler_options() -> dict[str, str]:
 
   XLA may find another one on this machine first, too new for an old GPU.
   """
-  spec = importlib.util.find_spec(_NVCC)
-  return {"xla_gpu_cuda_data_dir": spec.submodule_search_locations[0]}
+  nvcc = importlib.import_module(_NVCC)
+  return {"xla_gpu_cuda_data_dir": nvcc.__path__[0]}
 
 
 @contextlib.contextmanager
 def without_cache() -> Iterator[None]:
   """Compile without JAX's cache on disk, which cannot read these programs."""
   key = "jax_persistent_cache_min_compile_time_secs"
-  seconds = jax.config.jax_persistent_cache_min_compile_time_secs
+  seconds = jax.config.values[key]
   jax.config.update(key, float("inf"))
   try:
     yield

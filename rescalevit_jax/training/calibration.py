@@ -29,7 +29,7 @@ _COLLECTIONS = ("params", "batch_stats", traits.CALIBRATION)
 def calibrate(
   state: train_state.TrainState,
   batches: Iterable[tuple[jax.Array, jax.Array]],
-  seed: int | jax.Array,
+  seed: int | np.integer | jax.Array,
   *,
   model: nn.Module,
   augment: preprocess.Augment,
@@ -50,16 +50,16 @@ def calibrate(
     shardings: of the state.
   """
   params, batch_stats = state.params, state.batch_stats
-  passes = functools.partial(
-    measure,
-    model=model,
-    augment=augment,
-    mixing=mixing,
-    image_size=image_size,
-  )
   replicated = shardings.step
   passes = jax.jit(
-    passes, out_shardings=(shardings.params, shardings.batch_stats, replicated)
+    functools.partial(
+      measure,
+      model=model,
+      augment=augment,
+      mixing=mixing,
+      image_size=image_size,
+    ),
+    out_shardings=(shardings.params, shardings.batch_stats, replicated),
   )
   measured = None
   for i, (images, labels) in enumerate(batches):

@@ -17,6 +17,7 @@ Stream and sharpness are measured on the probe images: the first images of the
 evaluation split, prepared as in evaluation.
 """
 
+from collections.abc import Callable
 import functools
 import math
 from typing import Any
@@ -68,13 +69,15 @@ class CompiledDiagnostics:
         model=model,
       )
 
-    self._before_step = jax.jit(
-      before_step, out_shardings=(replicated, shardings.params)
+    self._jitted = (
+      jax.jit(before_step, out_shardings=(replicated, shardings.params)),
+      jax.jit(measurements.after_step, out_shardings=replicated),
+      jax.jit(sharpness, out_shardings=replicated),
     )
-    self._after_step = jax.jit(
-      measurements.after_step, out_shardings=replicated
-    )
-    self._sharpness = jax.jit(sharpness, out_shardings=replicated)
+    self._before_step: Callable[..., Any]
+    self._after_step: Callable[..., Any]
+    self._sharpness: Callable[..., Any]
+    self._before_step, self._after_step, self._sharpness = self._jitted
     with experiment.test_loader.batches(
       functools.partial(_probe_indices, experiment), range(1)
     ) as batches:
@@ -85,12 +88,15 @@ class CompiledDiagnostics:
     self, state: train_state.TrainState, images: jax.Array, labels: jax.Array
   ) -> None:
     """Compile all measurements for the arguments of a step."""
-    arguments = (state, images, labels, self._seed, self._probe)
-    self._before_step = self._before_step.lower(*arguments).compile()
-    params = state.params
-    self._after_step = self._after_step.lower(params, params).compile()
-    arguments = (state, self._seed, self._probe, self._labels)
-    self._sharpness = self._sharpness.lower(*arguments).compile()
+    before_step, after_step, sharpness = self._jitted
+    seed, probe = self._seed, self._probe
+    self._before_step = before_step.lower(
+      state, images, labels, seed, probe
+    ).compile()
+    self._after_step = after_step.lower(state.params, state.params).compile()
+    self._sharpness = sharpness.lower(
+      state, seed, probe, self._labels
+    ).compile()
 
   def before_step(
     self, state: train_state.TrainState, images: jax.Array, labels: jax.Array

@@ -51,7 +51,7 @@ class Result:
 
 def compiled_step(
   model: nn.Module, image_size: int, mesh: Mesh
-) -> Callable[..., Any]:
+) -> jax.stages.Wrapped:
   """Return `train_step.eval_step`, jitted; logits and labels stay sharded."""
   sums, examples = sharding.replicated(mesh), sharding.split(mesh)
   return jax.jit(

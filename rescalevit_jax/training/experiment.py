@@ -1,6 +1,5 @@
 """The parts of a run, built from its config: data, model, optimizer, step."""
 
-from collections.abc import Callable
 import dataclasses
 import functools
 import logging
@@ -45,7 +44,7 @@ class Experiment:
   Attributes:
     config: the validated config.
     mesh: the devices.
-    dataset: both splits; None to compile only.
+    loaded_dataset: the data set; None to compile only.
     model: a `VisionTransformer`.
     lr_schedule: learning rate as a function of the number of steps done.
     optimizer: of the parameters.
@@ -53,10 +52,17 @@ class Experiment:
 
   config: ml_collections.ConfigDict
   mesh: Mesh
-  dataset: dataset_lib.Dataset | None
+  loaded_dataset: dataset_lib.Dataset | None
   model: nn.Module
   lr_schedule: optax.Schedule
   optimizer: optax.GradientTransformation
+
+  @property
+  def dataset(self) -> dataset_lib.Dataset:
+    """Both splits."""
+    if self.loaded_dataset is None:
+      raise ValueError("an experiment to compile only has no data set")
+    return self.loaded_dataset
 
   def init_state(self) -> train_state.TrainState:
     """Return the state at step 0."""
@@ -93,7 +99,7 @@ class Experiment:
     )
     return indices.reshape(config.accum_steps, -1)
 
-  def train_step(self, step: int, skipped: int = 0) -> Callable[..., Any]:
+  def train_step(self, step: int, skipped: int = 0) -> jax.stages.Wrapped:
     """Return `train_step.train_step`, jitted.
 
     Its arguments are the state, which is donated, images, labels and seed. The

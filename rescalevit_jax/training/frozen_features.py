@@ -38,7 +38,7 @@ def knn_logits(
   """
   k = min(NEIGHBORS, len(train))
   keys = _normalize(jnp.asarray(train, jnp.float32))
-  labels = jnp.asarray(labels)
+  classes = jnp.asarray(labels)
 
   @jax.jit
   def vote(queries):
@@ -46,7 +46,7 @@ def knn_logits(
       _normalize(queries), keys.T, precision=jax.lax.Precision.HIGHEST
     )
     nearest, indices = jax.lax.top_k(similarity, k)
-    weights = jax.nn.one_hot(labels[indices], num_classes)
+    weights = jax.nn.one_hot(classes[indices], num_classes)
     # Of the largest similarity 1, to stay in float32's range.
     weights *= jnp.exp((nearest - 1) / TEMPERATURE)[..., None]
     return jnp.log(weights.sum(1))

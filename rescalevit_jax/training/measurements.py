@@ -151,8 +151,8 @@ def sums_of_squares(
   blocks = [name for name in tree["Transformer"] if name.startswith("enc")]
   num_layers = sum(name != "encoder_norm" for name in blocks)
   sums = {part: jnp.zeros(()) for part in parts(num_layers)}
-  for path, x in jax.tree_util.tree_leaves_with_path(tree):
-    path = [key.key for key in path]
+  for keys, x in jax.tree_util.tree_leaves_with_path(tree):
+    path = [key.key for key in keys]
     if wanted(path):
       sums[_part(path)] += jnp.square(x.astype(jnp.float32)).sum()
   return jnp.stack(list(sums.values()))

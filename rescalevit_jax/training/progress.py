@@ -54,8 +54,8 @@ class Timer:
     self.last_line = now = time.monotonic()
     speed = eta = ""
     if steps:
-      speed = images_per_second(steps, seconds, self._batch)
-      speed = f"  {speed:.{0 if speed >= 10 else 2}f} images/s"
+      rate = images_per_second(steps, seconds, self._batch)
+      speed = f"  {rate:.{0 if rate >= 10 else 2}f} images/s"
     if self._step > self._first_step:
       pace = (now - self._start) / (self._step - self._first_step)
       eta = (

@@ -13,8 +13,7 @@ from rescalevit_jax.distributed import sharding
 from rescalevit_jax.optim import loss_scale as loss_scale_lib
 
 
-@flax.struct.dataclass
-class TrainState:
+class TrainState(flax.struct.PyTreeNode):
   """The state that a training step updates.
 
   Attributes:
@@ -49,7 +48,10 @@ class TrainState:
     optimizer = {"step": self.step, "opt_state": self.opt_state}
     if self.ema is not None:
       optimizer |= {"params": self.params, "batch_stats": self.batch_stats}
-    items = {"variables": self.evaluated, "optimizer": optimizer}
+    items: dict[str, Any] = {
+      "variables": self.evaluated,
+      "optimizer": optimizer,
+    }
     if self.loss_scale is not None:
       items["loss_scale"] = self.loss_scale
     return items
@@ -68,8 +70,7 @@ class TrainState:
     loss_scale = items.get("loss_scale")
     if loss_scale is None and self.loss_scale is not None:
       loss_scale = sharding.put(
-        loss_scale_lib.create(skipped_steps),
-        self.loss_scale.scale.sharding,
+        loss_scale_lib.create(skipped_steps), self.step.sharding
       )
     return TrainState(**variables, **items["optimizer"], loss_scale=loss_scale)
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 import functools
-from typing import Any
+from typing import Any, cast
 
 from flax import linen as nn
 import jax
@@ -145,9 +145,15 @@ def gradient(
 
 
 def random_keys(
-  seed: int | jax.Array, step: int | jax.Array, shape: tuple[int, int]
+  seed: int | jax.Array, step: int | jax.Array, shape: tuple[int, ...]
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """Return a step's keys: of crops [A, B], dropout [A] and mixing [A, B]."""
+  """Return a step's keys: of crops [A, B], dropout [A] and mixing [A, B].
+
+  Args:
+    seed: of the run.
+    step: the step.
+    shape: (A, B).
+  """
   key = jax.random.fold_in(jax.random.key(seed), step)
   crop_key, dropout_key = jax.random.split(key)
   # jax.random.split folds in 0 and 1, so 2 gives an independent key.
@@ -232,7 +238,10 @@ def update(
     new.replace(loss_scale=loss_scale),
     state.replace(step=new.step, loss_scale=loss_scale),
   )
-  metrics |= {"loss_scale": loss_scale.scale, "skipped_steps": skipped_steps}
+  metrics |= {
+    "loss_scale": cast(jax.Array, loss_scale.scale),  # Flax declares a float.
+    "skipped_steps": skipped_steps,
+  }
   return new, metrics
 
 
@@ -262,9 +271,8 @@ def eval_step(
     [B, C] and `labels` [B] of all of them.
   """
   x = preprocess.prepare(images, image_size)
-  logits = model.apply(
-    {"params": params, "batch_stats": batch_stats}, x, train=False
-  )
+  variables = {"params": params, "batch_stats": batch_stats}
+  logits = cast(jax.Array, model.apply(variables, x, train=False))
   loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
   return {
     "loss": jnp.where(mask, loss, 0.0).sum(),

@@ -282,8 +282,8 @@ class Trainer:
     The training images are as many, chosen at random, and not augmented.
     """
     dataset = self._experiment.dataset
-    variables = self._state.evaluated
-    variables = variables["params"], variables["batch_stats"]
+    evaluated = self._state.evaluated
+    variables = evaluated["params"], evaluated["batch_stats"]
     # Not the first ones, which may be of one class. No run has this seed.
     chosen = dataset_lib.batch_indices(
       2**32,
@@ -295,6 +295,7 @@ class Trainer:
       dataset.train.subset(np.sort(chosen)), self._experiment.mesh
     )
     on_training_images = self._evaluator.on(train_images)(*variables)
+    assert on_training_images is not None  # Nothing stops it.
     return scores.evaluation(
       *self._evaluator.logits(*variables),
       dataset.class_names,
