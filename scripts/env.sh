@@ -95,7 +95,7 @@ sorted() {
 
 wanted="$(sorted "$*" "${EXTRAS:-}")"
 for extra in $wanted; do
-  grep -q "^ *\"$extra\": \[" "$root/setup.py" ||
+  grep -q "^ *\"$extra\": " "$root/setup.py" ||
     die "setup.py has no extra '$extra'; see its extras_require"
 done
 
