@@ -87,6 +87,8 @@ def _run(args):
   print(f"{output}: {sum(x.size for x in arrays.values()):,} weights")
   settings = {f"model.{k}": v for k, v in sizes.items()}
   settings |= {f"model.{k}": v for k, v in detect.settings(arrays).items()}
+  if _json_beside(args.file, "config.json").get("global_pool") == "avg":
+    settings["model.pool"] = "gap"  # timm; the arrays are the same.
   print("start a run from it with")
   for key, value in {"pretrained_path": output, **settings}.items():
     print(f"  --config.{key}={value}")
@@ -124,10 +126,17 @@ def convert(
   tensors = _drop(tensors | prefixed, str(path), drop_distillation)
   if name == "timm":
     tensors = families.split_qkv(tensors)
-  config = _config_beside(path)
-  hidden = tensors[_norm_name(name)].shape[0]
+  config = _json_beside(path, "config.json")
+  norm = tensors.get(_norm_name(name))
+  if norm is None or norm.ndim != 1:
+    raise errors.UserError(
+      f"{path}: has no norm at its end ({_norm_name(name)}); get the whole file"
+    )
+  hidden = len(norm)
   heads = (
-    heads or config.get("num_attention_heads") or _default_heads(hidden, path)
+    heads
+    or _number(config.get("num_attention_heads"))
+    or _default_heads(hidden, path)
   )
   arrays = families.read(tensors, families.TABLES[name], heads, str(path))
   arrays = _with_biases(arrays, heads)
@@ -138,6 +147,11 @@ def convert(
   arrays[_POSITIONS] = _positions(positions, no_class_position, path)
   if fold_layer_scale:
     arrays = families.fold_layer_scale(arrays)
+  if arrays["embedding/kernel"].shape[2] != 3:
+    raise errors.UserError(
+      f"{path}: takes {arrays['embedding/kernel'].shape[2]} channels; choose a"
+      " model of RGB images"
+    )
   mean, std = normalization or _normalization_beside(path, config)
   return families.fold_input_normalization(
     arrays, np.asarray(mean, np.float64), np.asarray(std, np.float64)
@@ -217,6 +231,10 @@ def _norm_name(family):
   return "norm.weight" if family == "timm" else "layernorm.weight"
 
 
+def _number(value):
+  return value if isinstance(value, int) and value > 0 else None
+
+
 def _default_heads(hidden, path):
   if hidden % 64:
     raise errors.UserError(
@@ -268,8 +286,9 @@ def _positions(positions, no_class_position, path):
   return positions
 
 
-def _config_beside(path):
-  file = path.with_name("config.json")
+def _json_beside(path, name):
+  """Return the content of a JSON file; empty if there is none."""
+  file = path.with_name(name)
   if not file.exists():
     return {}
   try:
@@ -300,14 +319,19 @@ def _normalization(mean, std):
 
 
 def _normalization_beside(path, config):
-  found = config.get("pretrained_cfg", {})  # timm
-  if "mean" in found and "std" in found:
-    return found["mean"], found["std"]
-  file = path.with_name("preprocessor_config.json")  # Hugging Face
-  if file.exists():
-    found = json.loads(file.read_text(encoding="utf-8"))
-    if "image_mean" in found and "image_std" in found:
-      return found["image_mean"], found["image_std"]
+  timm = config.get("pretrained_cfg")
+  timm = timm if isinstance(timm, dict) else {}
+  hugging_face = _json_beside(path, "preprocessor_config.json")
+  if hugging_face.get("do_normalize") is False:
+    hugging_face |= {"image_mean": [0] * 3, "image_std": [1] * 3}
+  for found, prefix in ((timm, ""), (hugging_face, "image_")):
+    values = [found.get(f"{prefix}{name}") for name in ("mean", "std")]
+    try:
+      mean, std = (np.broadcast_to(np.asarray(x, float), 3) for x in values)
+    except (TypeError, ValueError):
+      continue
+    if np.isfinite([mean, std]).all() and (std > 0).all():
+      return mean, std
   raise errors.UserError(
     f"{path}: does not tell how its inputs are normalized; give --mean and"
     " --std, such as --mean=0.5 --std=0.5 (ViT, AugReg) or --mean=imagenet"

@@ -330,3 +330,62 @@ def test_timm_takes_what_is_written(tmp_path):
   assert tensors.keys() == expected.keys()
   for key, x in tensors.items():
     np.testing.assert_allclose(x, expected[key].numpy(), rtol=1e-6, atol=1e-7)
+
+
+def test_mean_pooling_is_told(tmp_path, capsys):
+  """The files of timm do not differ, but for config.json."""
+  path = tmp_path / "a.safetensors"
+  save(timm_model(global_pool="avg", fc_norm=False), path)
+  config = {
+    "global_pool": "avg",
+    "pretrained_cfg": {"mean": [0.5] * 3, "std": [0.5] * 3},
+  }
+  (tmp_path / "config.json").write_text(json.dumps(config))
+  assert convert.main([str(path), f"--heads={HEADS}"]) == 0
+  assert "--config.model.pool=gap" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+  "config",
+  [
+    {"pretrained_cfg": None},
+    {"pretrained_cfg": {"mean": None, "std": None}},
+    {"pretrained_cfg": {"mean": [0.5] * 3, "std": [0.0] * 3}},
+    {"pretrained_cfg": {"mean": [0.5, 0.5], "std": [0.5, 0.5]}},
+  ],
+)
+def test_a_normalization_that_is_none_is_refused(config, tmp_path):
+  save(timm_model(), tmp_path / "a.safetensors")
+  (tmp_path / "config.json").write_text(json.dumps(config))
+  with pytest.raises(errors.UserError, match="give --mean"):
+    convert.convert(tmp_path / "a.safetensors", heads=HEADS)
+
+
+def test_inputs_that_are_not_normalized(tmp_path):
+  path = tmp_path / "a.safetensors"
+  save(timm_model(), path)
+  file = tmp_path / "preprocessor_config.json"
+  file.write_text(
+    json.dumps({"do_normalize": False, "image_mean": [0.5], "image_std": [0.5]})
+  )
+  found = convert.convert(path, heads=HEADS)
+  expected = convert.convert(
+    path, heads=HEADS, normalization=([0] * 3, [1] * 3)
+  )
+  np.testing.assert_equal(found, expected)
+  file.write_text("{")
+  with pytest.raises(errors.UserError, match="not valid JSON"):
+    convert.convert(path, heads=HEADS)
+
+
+@pytest.mark.parametrize(
+  "key, words", [("norm.weight", "no norm"), ("in_chans", "takes 1 channels")]
+)
+def test_other_odd_models_are_refused(key, words, tmp_path):
+  module = timm_model(**({"in_chans": 1} if key == "in_chans" else {}))
+  state = module.state_dict()
+  state.pop(key, None)
+  path = tmp_path / "a.safetensors"
+  safetensors.save_file(state, path)
+  with pytest.raises(errors.UserError, match=words):
+    convert.convert(path, heads=HEADS, normalization=IMAGENET)
