@@ -82,7 +82,7 @@ def read_config(
 def check_class_names(
   workdir: str | pathlib.Path, class_names: Sequence[str]
 ) -> None:
-  """Check that the data set of a run still has the same classes.
+  """Check that the dataset of a run still has the same classes.
 
   A run without class_names.json, or with a damaged one, passes.
 
@@ -97,9 +97,9 @@ def check_class_names(
   if saved != list(class_names):
     differing = sorted({*map(str, saved)} ^ {*class_names}) or ["their order"]
     raise errors.UserError(
-      f"{path}: the run has {len(saved)} classes, its data set has"
+      f"{path}: the run has {len(saved)} classes, its dataset has"
       f" {len(class_names)} now; they differ in {', '.join(differing[:3])};"
-      " restore the data set, or start a run in another --workdir"
+      " restore the dataset, or start a run in another --workdir"
     )
 
 

@@ -44,7 +44,7 @@ class Experiment:
   Attributes:
     config: the validated config.
     mesh: the devices.
-    loaded_dataset: the data set; None to compile only.
+    loaded_dataset: the dataset; None to compile only.
     model: a `VisionTransformer`.
     lr_schedule: learning rate as a function of the number of steps done.
     optimizer: of the parameters.
@@ -61,7 +61,7 @@ class Experiment:
   def dataset(self) -> dataset_lib.Dataset:
     """Both splits."""
     if self.loaded_dataset is None:
-      raise ValueError("an experiment to compile only has no data set")
+      raise ValueError("an experiment to compile only has no dataset")
     return self.loaded_dataset
 
   def init_state(self) -> train_state.TrainState:
