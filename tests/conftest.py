@@ -12,6 +12,7 @@ import pytest
 import small_run
 
 from rescalevit_jax.data import dataset
+from rescalevit_jax.data import resident
 from rescalevit_jax.training import train
 
 # A shell that starts the tests in the background makes them ignore signals that
@@ -110,7 +111,7 @@ def default_run(digits_dir, shared_dir) -> pathlib.Path:
 
 
 @pytest.fixture(scope="session")
-def test_digits(digits_dir) -> dataset.Split:
+def test_digits(digits_dir) -> resident.Split:
   """The test split of the digits."""
   return dataset.load("digits", str(digits_dir)).test
 

@@ -11,6 +11,7 @@ from typing import Any
 from rescalevit_jax import errors
 from rescalevit_jax.analysis import trained_model
 from rescalevit_jax.data import dataset as dataset_lib
+from rescalevit_jax.data import resident
 from rescalevit_jax.models import norms
 from rescalevit_jax.models import vit_config
 from rescalevit_jax.pretrained import detect
@@ -34,7 +35,7 @@ class Subject:
   source: tuple[str, str | None, tuple[tuple[str, Any], ...]] | None
 
   @property
-  def test_split(self) -> dataset_lib.Split | None:
+  def test_split(self) -> resident.Split | None:
     """Test split of its dataset."""
     return None if self.source is None else _test_split(*self.source)
 

@@ -16,8 +16,8 @@ import numpy as np
 
 from rescalevit_jax.benchmark import gpus
 from rescalevit_jax.benchmark import peers
-from rescalevit_jax.data import dataset
 from rescalevit_jax.data import image_files
+from rescalevit_jax.data import stored
 from rescalevit_jax.distributed import sharding
 from rescalevit_jax.runtime import accelerator
 from rescalevit_jax.runtime import cuda_plugin
@@ -47,7 +47,7 @@ def inputs_of(config: ml_collections.ConfigDict) -> Inputs:
   Raises:
     UserError: the dataset is unknown or unsuitable.
   """
-  shape, class_names = dataset.describe(
+  shape, class_names = stored.describe(
     config.dataset,
     config.tfds_data_dir,
     image_files.Resize(config.data.image_size),

@@ -32,6 +32,7 @@ from rescalevit_jax.data import dataset
 from rescalevit_jax.data import image_files
 from rescalevit_jax.data import loader
 from rescalevit_jax.data import records
+from rescalevit_jax.data import stored
 from rescalevit_jax.data import streamed
 from rescalevit_jax.distributed import sharding
 from rescalevit_jax.runtime import atomic_file
@@ -129,7 +130,7 @@ def measure(folder: str, count: int, batch: int) -> dict[str, float]:
   image, label = records.features(builder)
   split = streamed.StreamedSplit(
     [(examples, range(len(examples)))],
-    dataset.image_shape(image.shape, image_files.Resize()),
+    stored.image_shape(image.shape, image_files.Resize()),
     image_files.Resize(),
     label.num_classes,
   )

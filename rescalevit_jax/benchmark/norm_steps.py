@@ -29,6 +29,7 @@ from rescalevit_jax import errors
 from rescalevit_jax.benchmark import memory
 from rescalevit_jax.benchmark import worker
 from rescalevit_jax.data import dataset as dataset_lib
+from rescalevit_jax.data import resident
 from rescalevit_jax.distributed import sharding
 from rescalevit_jax.sweep import die_with_parent
 from rescalevit_jax.training import evaluate
@@ -261,7 +262,7 @@ def prepare_timing(
 def _experiment(config):
   rng = np.random.default_rng(0)
   images = rng.integers(0, 256, (config.batch, 32, 32, 3), np.uint8)
-  split = dataset_lib.Split(
+  split = resident.Split(
     images, np.arange(config.batch, dtype=np.int32) % _CLASSES
   )
   names = tuple(map(str, range(_CLASSES)))

@@ -19,7 +19,6 @@ import numpy as np
 from rescalevit_jax import config as config_lib
 from rescalevit_jax.benchmark import memory
 from rescalevit_jax.benchmark import peers
-from rescalevit_jax.data import dataset
 from rescalevit_jax.data import loader
 from rescalevit_jax.distributed import sharding
 from rescalevit_jax.training import diagnostics
@@ -82,7 +81,7 @@ def measure_ours(
   real_times, resident_times = time_laps([run, resident], options["seconds"])
   test = experiment.dataset.test
   count = min(len(test), int(options["eval_images"]))
-  test = dataset.Split(*test.read(range(count)))
+  test = resident.Split(*test.read(range(count)))
   evaluator = evaluate.Evaluator(
     experiment.model,
     loader.Loader(test, experiment.mesh),

@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding
 from jaxtyping import Array, Int32, UInt8
 import numpy as np
 
-from rescalevit_jax.data import dataset
+from rescalevit_jax.data import resident
 from rescalevit_jax.data import streamed
 from rescalevit_jax.distributed import sharding
 
@@ -36,10 +36,12 @@ class Loader:
     mesh: the devices.
   """
 
-  def __init__(self, split: dataset.Split | streamed.StreamedSplit, mesh: Mesh):
+  def __init__(
+    self, split: resident.Split | streamed.StreamedSplit, mesh: Mesh
+  ):
     self._split = split
     self._mesh = mesh
-    if isinstance(split, dataset.Split):
+    if isinstance(split, resident.Split):
       everywhere = sharding.replicated(mesh)
       self._arrays = sharding.put((split.images, split.labels), everywhere)
 
@@ -58,7 +60,7 @@ class Loader:
       batch_indices: returns the indices of a batch's examples.
       numbers: the requested batches. The start takes the same time for all.
     """
-    if isinstance(self._split, dataset.Split):
+    if isinstance(self._split, resident.Split):
       yield map(self._gather, map(batch_indices, numbers))
       return
     import grain  # Not needed for splits in memory.

@@ -19,7 +19,7 @@ from rescalevit_jax.analysis import attention_plots
 from rescalevit_jax.analysis import diagnostics_plots
 from rescalevit_jax.analysis import plots
 from rescalevit_jax.analysis import trained_model
-from rescalevit_jax.data import dataset
+from rescalevit_jax.data import stored
 from rescalevit_jax.report import differences
 from rescalevit_jax.report import run_groups
 from rescalevit_jax.report import tables
@@ -180,7 +180,7 @@ def _load_any(study, group):
 
 
 def _test_image(config, index) -> UInt8[np.ndarray, "H W 3"]:
-  if not dataset.is_prepared(config.dataset, config.tfds_data_dir):
+  if not stored.is_prepared(config.dataset, config.tfds_data_dir):
     # A report must not start a download.
     raise errors.UserError(
       f"the dataset {config.dataset} is not prepared in"

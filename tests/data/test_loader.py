@@ -13,6 +13,7 @@ from rescalevit_jax.analysis import subjects
 from rescalevit_jax.data import dataset as dataset_lib
 from rescalevit_jax.data import image_files
 from rescalevit_jax.data import loader
+from rescalevit_jax.data import resident as resident_lib
 from rescalevit_jax.data import streamed as streamed_lib
 from rescalevit_jax.data import tfds_builders
 from rescalevit_jax.distributed import sharding
@@ -164,7 +165,7 @@ def test_the_limit_selects_the_source(digits_dir):
     type(dataset_lib.load("digits", str(digits_dir), max_gb=max_gb).test)
     for max_gb in (3.4e-4, 3.5e-4)  # 1797 images of 8 x 8 x 3 bytes.
   ]
-  assert kinds == [streamed_lib.StreamedSplit, dataset_lib.Split]
+  assert kinds == [streamed_lib.StreamedSplit, resident_lib.Split]
 
 
 def test_images_of_any_size_are_resized_as_they_are_read(tmp_path, monkeypatch):

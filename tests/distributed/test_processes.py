@@ -118,6 +118,9 @@ def test_what_two_processes_began_one_goes_on_with(setting, alone, tmp_path):
     "checkpoints",
     "class_names.json",
     "config.json",
+    "confusion.csv",
+    "confusion.png",
+    "eval.json",
     "metrics.jsonl",
     "result.json",
   ]
@@ -255,7 +258,7 @@ def test_a_port_that_is_taken_is_one_line():
     s.bind(("", 0))
     s.listen()
     address = f"localhost:{s.getsockname()[1]}"
-    with pytest.raises(errors.UserError, match="a port that is free"):
+    with pytest.raises(errors.UserError, match="a free port"):
       processes_lib.join(address, 2, 0)
 
 

@@ -16,6 +16,7 @@ from rescalevit_jax import models
 from rescalevit_jax.augment import preprocess
 from rescalevit_jax.data import dataset
 from rescalevit_jax.data import loader
+from rescalevit_jax.data import resident
 from rescalevit_jax.distributed import sharding
 from rescalevit_jax.training import evaluate
 from rescalevit_jax.training import scores
@@ -49,7 +50,7 @@ def test_any_batch_counts_every_example_once(setting, batch):
   mesh = sharding.create_mesh()
   result = evaluate.Evaluator(
     model,
-    loader.Loader(dataset.Split(images, labels), mesh),
+    loader.Loader(resident.Split(images, labels), mesh),
     image_size=8,
     batch=batch,
     mesh=mesh,
@@ -65,7 +66,7 @@ def test_it_stops_when_asked(setting):
   mesh = sharding.create_mesh()
   evaluator = evaluate.Evaluator(
     model,
-    loader.Loader(dataset.Split(images, labels), mesh),
+    loader.Loader(resident.Split(images, labels), mesh),
     image_size=8,
     batch=5,
     mesh=mesh,
@@ -186,7 +187,7 @@ def test_frozen_features_are_the_heads_inputs(setting):
   mesh = sharding.create_mesh()
   evaluator = evaluate.Evaluator(
     model,
-    loader.Loader(dataset.Split(images, labels), mesh),
+    loader.Loader(resident.Split(images, labels), mesh),
     image_size=8,
     batch=5,
     mesh=mesh,
