@@ -62,7 +62,9 @@ def compare(study: run_groups.Study) -> list[Difference]:
   by_setting: dict[str, dict[str, tuple[run_reader.Run, ...]]] = {}
   for row, group in zip(tables.rows(study), study.groups, strict=True):
     names = [name for name in study.varied if name != "model.norm"]
-    parts = [row[k] for k in ("dataset", "model", "pretrained")]
+    parts = [row["dataset"], row["model"]]
+    if row["pretrained"] != "no":
+      parts.append(f"pretrained: {row['pretrained']}")
     parts += [f"{name}={row[name]}" for name in names]
     setting = ", ".join(map(str, parts))
     by_setting.setdefault(setting, {})[row["norm"]] = group
