@@ -63,6 +63,7 @@ setuptools.setup(
     "numpy>=2.0",
     "optax>=0.2.8",
     "orbax-checkpoint>=0.12",
+    "requests>=2.32",
     "scipy>=1.14.1",
     # The dataset inside the package: handwritten digits.
     "scikit-learn>=1.7",

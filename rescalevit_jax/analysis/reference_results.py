@@ -145,7 +145,8 @@ def match(config: ml_collections.ConfigDict) -> Key | None:
   if config.batch != _BATCH.get(config.model_name):
     return None
   path = config.pretrained_path
-  if path is not None and pathlib.Path(path).name != f"{config.model_name}.npz":
+  names = (config.model_name, f"{config.model_name}.npz")
+  if path is not None and pathlib.Path(path).name not in names:
     return None
   return (
     config.dataset,

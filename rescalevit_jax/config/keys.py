@@ -252,7 +252,9 @@ KEYS = {
   ),
   "pretrained_path": key_lib.Key(
     None,
-    "`.npz` file of initial weights; None: train from scratch",
+    "`.npz` file of initial weights, or the name of published ones, which are"
+    " downloaded: `ViT-B_16` (ImageNet-21k), `augreg/FILE`; None: train from"
+    " scratch",
     optional=str,
   ),
   "pretrained_allow_nonfinite": key_lib.Key(

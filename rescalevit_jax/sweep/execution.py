@@ -6,6 +6,7 @@ import pathlib
 from typing import Any
 
 from rescalevit_jax import errors
+from rescalevit_jax.pretrained import published
 from rescalevit_jax.runs import folder
 from rescalevit_jax.runs import result as result_lib
 from rescalevit_jax.sweep import device_slots
@@ -50,7 +51,11 @@ def missing_weights(runs: Iterable[grid.PlannedRun]) -> list[str]:
     for run in runs
     if run.config.pretrained_path and not subprocess_run.saved_step(run.workdir)
   ]
-  return [p for p in dict.fromkeys(paths) if not pathlib.Path(p).is_file()]
+  return [
+    path
+    for path in dict.fromkeys(paths)
+    if not pathlib.Path(path).is_file() and not published.is_name(path)
+  ]
 
 
 def execute(

@@ -9,6 +9,7 @@ from rescalevit_jax.distributed import sharding
 from rescalevit_jax.models import norms
 from rescalevit_jax.models.norms import traits
 from rescalevit_jax.pretrained import load
+from rescalevit_jax.pretrained import published
 from rescalevit_jax.training import calibration
 from rescalevit_jax.training import experiment as experiment_lib
 from rescalevit_jax.training import train_state
@@ -54,7 +55,7 @@ def load_pretrained(
   """Return a state with the weights of `pretrained_path`, and the report."""
   config = experiment.config
   params, batch_stats, report = load.load(
-    config.pretrained_path,
+    published.find(config.pretrained_path),
     state.params,
     state.batch_stats,
     reinit_head=config.reinit_head,
