@@ -38,7 +38,7 @@ from rescalevit_jax.runtime import accelerator
 from rescalevit_jax.runtime import cli
 from rescalevit_jax.runtime import compat
 from rescalevit_jax.runtime import terminal
-from rescalevit_jax.training import evaluate
+from rescalevit_jax.training import evaluate_run
 from rescalevit_jax.training import train
 
 __doc__ += keys.describe("  {name} = {default}\n      {meaning}")
@@ -94,9 +94,9 @@ def main(config: ml_collections.ConfigDict) -> None:
     if _MODE.value == "train":
       result = train.train_and_evaluate(config, workdir, _draw_attention)
     elif _MODE.value == "eval":
-      result = evaluate.evaluate_run(config, workdir)
+      result = evaluate_run.evaluate_run(config, workdir)
     else:
-      result = evaluate.probe_run(config, workdir)
+      result = evaluate_run.probe_run(config, workdir)
     if result is not None and jax.process_index() == 0:
       if _MODE.value != "train":
         print(json.dumps(_short(result)))

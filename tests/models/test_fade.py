@@ -23,7 +23,7 @@ from rescalevit_jax.pretrained import load
 from rescalevit_jax.pretrained import npz
 from rescalevit_jax.runs import checkpoint
 from rescalevit_jax.runs import run_reader
-from rescalevit_jax.training import evaluate
+from rescalevit_jax.training import evaluate_run
 from rescalevit_jax.training import experiment
 from rescalevit_jax.training import initial_state
 from rescalevit_jax.training import measurements
@@ -410,7 +410,7 @@ def test_resumes_in_the_middle_of_a_fade(
     config.update({"eval_weights": "pretrained", "ema_decay": 0.0})
     config.update({"pretrained_path": str(tmp_path / "a.npz")})
     config.fade.alpha = 0.0
-    found = evaluate.evaluate_run(config, tmp_path / "c")
+    found = evaluate_run.evaluate_run(config, tmp_path / "c")
     last = run_reader.read(tmp_path / "a").result["last_loss"]
     assert found["loss"] == pytest.approx(last, rel=1e-6)
   else:  # Averaged, they still are the same for all tokens.

@@ -18,7 +18,7 @@ from rescalevit_jax.models import vit_config
 from rescalevit_jax.optim import loss_scale
 from rescalevit_jax.optim import optimizers
 from rescalevit_jax.runs import checkpoint
-from rescalevit_jax.training import evaluate
+from rescalevit_jax.training import evaluate_run
 from rescalevit_jax.training import experiment
 from rescalevit_jax.training import train
 from rescalevit_jax.training import train_state
@@ -330,7 +330,7 @@ def test_a_run_reports_skipped_steps_and_resumes_bit_for_bit(
   assert block["Rescale_0"]["count"] == 8
 
   tiny_config.eval_weights = "latest"
-  evaluated = evaluate.evaluate_run(tiny_config, tmp_path / "a")
+  evaluated = evaluate_run.evaluate_run(tiny_config, tmp_path / "a")
   assert evaluated["accuracy"] == result["last_accuracy"]
   probabilities = predict.load(tmp_path / "a")([IMAGES[0]])
   assert probabilities.sum() == pytest.approx(1, abs=1e-5)

@@ -19,6 +19,7 @@ from rescalevit_jax.data import loader
 from rescalevit_jax.data import resident
 from rescalevit_jax.distributed import sharding
 from rescalevit_jax.training import evaluate
+from rescalevit_jax.training import evaluate_run
 from rescalevit_jax.training import scores
 from rescalevit_jax.training import train
 
@@ -128,11 +129,11 @@ def test_other_images_with_the_runs_classes(finished, tmp_path):
   config, workdir, _ = finished
   config = config.copy_and_resolve_references()
   config.eval_dataset = write_set(tmp_path / "other", ("a", "b", "c"), (1, 7))
-  found = evaluate.evaluate_run(config, workdir)
+  found = evaluate_run.evaluate_run(config, workdir)
   assert found["examples"] == 21 and found["dataset"] == config.eval_dataset
   config.eval_dataset = write_set(tmp_path / "wrong", ("a", "b", "x"))
   with pytest.raises(errors.UserError, match="has the classes a, b, x"):
-    evaluate.evaluate_run(config, workdir)
+    evaluate_run.evaluate_run(config, workdir)
 
 
 def test_all_corruptions_of_a_data_set(finished, monkeypatch):
@@ -143,7 +144,7 @@ def test_all_corruptions_of_a_data_set(finished, monkeypatch):
   own = dataset.load(config.dataset, None)
   names = ["blur_1", "blur_2", "blur_3", "fog_1"]
   monkeypatch.setattr(
-    evaluate.dataset_lib,
+    evaluate_run.dataset_lib,
     "expand",
     lambda name, data_dir: [f"corrupted/{x}" for x in names],
   )
@@ -153,8 +154,8 @@ def test_all_corruptions_of_a_data_set(finished, monkeypatch):
     part = own.test.subset(np.arange(count))
     return part, "test", own.class_names
 
-  monkeypatch.setattr(evaluate.dataset_lib, "load_test", load_test)
-  found = evaluate.evaluate_run(config, workdir)
+  monkeypatch.setattr(evaluate_run.dataset_lib, "load_test", load_test)
+  found = evaluate_run.evaluate_run(config, workdir)
   assert list(found["datasets"]) == [f"corrupted/{x}" for x in names]
   accuracy = {k: x["accuracy"] for k, x in found["datasets"].items()}
   blur = 1 - accuracy["corrupted/blur_1"]
@@ -179,7 +180,7 @@ def test_the_training_batch_does_not_matter(finished, monkeypatch):
     raise errors.UserError("config: batch does not fit")
 
   monkeypatch.setattr(sharding, "check_batch", refuse)
-  assert evaluate.evaluate_run(config, workdir)["examples"] == 12
+  assert evaluate_run.evaluate_run(config, workdir)["examples"] == 12
 
 
 def test_frozen_features_are_the_heads_inputs(setting):
@@ -203,7 +204,7 @@ def test_frozen_features_are_the_heads_inputs(setting):
 
 def test_a_probe_of_a_run(finished):
   config, workdir, _ = finished
-  found = evaluate.probe_run(config, workdir)
+  found = evaluate_run.probe_run(config, workdir)
   assert found == json.loads((workdir / "probe.json").read_text())
   assert found["examples"] == 12
   for kind in ("knn", "linear"):
@@ -242,6 +243,6 @@ def test_other_classes_than_the_runs_are_an_error(finished, tmp_path):
   (tmp_path / "run" / "config.json").write_text(text)
   for split in ("train", "test"):
     (tmp_path / "set" / split / "a").rename(tmp_path / "set" / split / "z")
-  for start in (train.train_and_evaluate, evaluate.evaluate_run):
+  for start in (train.train_and_evaluate, evaluate_run.evaluate_run):
     with pytest.raises(errors.UserError, match="classes.*differ in a, z"):
       start(config, tmp_path / "run")

@@ -19,6 +19,7 @@ from rescalevit_jax.runs import checkpoint
 from rescalevit_jax.runs import metric_writers
 from rescalevit_jax.runs import result as result_lib
 from rescalevit_jax.training import evaluate
+from rescalevit_jax.training import evaluate_run
 from rescalevit_jax.training import experiment
 from rescalevit_jax.training import initial_state
 from rescalevit_jax.training import preemption
@@ -180,7 +181,7 @@ def test_a_resumed_run_of_any_recipe_is_the_same_run(
   assert_same_run(tmp_path / "a", tmp_path / "b")
   # What was measured is what the best checkpoint holds: the averages.
   tiny_config.eval_weights = "best"
-  result = evaluate.evaluate_run(tiny_config, tmp_path / "a")
+  result = evaluate_run.evaluate_run(tiny_config, tmp_path / "a")
   found = lines(tmp_path / "a")
   assert result["loss"] in [
     pytest.approx(x["test/loss"], rel=1e-5) for x in found if "test/loss" in x
@@ -326,7 +327,7 @@ def test_a_pretrained_file_is_where_a_run_starts(
     np.testing.assert_array_equal(x, y)
 
   tiny_config.eval_weights = "pretrained"
-  result = evaluate.evaluate_run(tiny_config, tmp_path / "b")
+  result = evaluate_run.evaluate_run(tiny_config, tmp_path / "b")
   assert result["accuracy"] == lines(default_run)[-1]["test/accuracy"]
 
 
@@ -348,10 +349,12 @@ def test_a_file_of_another_norm_is_not_evaluated(
   npz.save(path, state.params, state.batch_stats)
   tiny_config.update({"pretrained_path": str(path)})
   tiny_config.eval_weights = "pretrained"
-  assert evaluate.evaluate_run(tiny_config, tmp_path / "a")["examples"] == 360
+  assert (
+    evaluate_run.evaluate_run(tiny_config, tmp_path / "a")["examples"] == 360
+  )
   tiny_config.model.norm = norm
   with pytest.raises(errors.UserError, match=f"cannot be evaluated.*{words}"):
-    evaluate.evaluate_run(tiny_config, tmp_path / "b")
+    evaluate_run.evaluate_run(tiny_config, tmp_path / "b")
 
 
 def test_a_test_loss_that_is_not_finite_stops_the_run(
@@ -407,7 +410,7 @@ def test_a_folder_without_its_config_is_refused(
     train.train_and_evaluate(tiny_config, tmp_path)
   (tmp_path / "result.json").unlink()
   with pytest.raises(errors.UserError, match=r"without its config\.json"):
-    evaluate.evaluate_run(tiny_config, tmp_path)
+    evaluate_run.evaluate_run(tiny_config, tmp_path)
 
 
 def test_a_run_that_saved_nothing_may_change_its_config(
@@ -430,7 +433,7 @@ def test_eval_mode_repeats_what_training_measured(
   trained = json.loads((tmp_path / "result.json").read_text())
   tiny_config.eval_weights = which
   tiny_config.batch_eval = 7
-  result = evaluate.evaluate_run(tiny_config, tmp_path)
+  result = evaluate_run.evaluate_run(tiny_config, tmp_path)
   assert result["step"] == trained[f"{at}_step"]
   assert result["accuracy"] == trained[f"{at}_accuracy"]
   assert result["examples"] == 360
