@@ -20,6 +20,7 @@ from rescalevit_jax import config as config_lib
 from rescalevit_jax.benchmark import memory
 from rescalevit_jax.benchmark import peers
 from rescalevit_jax.data import loader
+from rescalevit_jax.data import resident
 from rescalevit_jax.distributed import sharding
 from rescalevit_jax.training import diagnostics
 from rescalevit_jax.training import evaluate
@@ -77,8 +78,8 @@ def measure_ours(
         last = metrics
     jax.block_until_ready((state, metrics))
 
-  resident = _resident(experiment, by_device)
-  real_times, resident_times = time_laps([run, resident], options["seconds"])
+  on_device = _resident(experiment, by_device)
+  real_times, resident_times = time_laps([run, on_device], options["seconds"])
   test = experiment.dataset.test
   count = min(len(test), int(options["eval_images"]))
   test = resident.Split(*test.read(range(count)))

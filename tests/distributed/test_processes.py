@@ -265,7 +265,7 @@ def test_a_port_that_is_taken_is_one_line():
 def test_a_watch_that_never_rests_does_not_abort_the_end():
   program = """
 import sys
-from rescalevit_jax import processes
+from rescalevit_jax.distributed import processes
 processes._SECONDS_BETWEEN_BEATS = 0.0
 processes.join(sys.argv[1], 2, int(sys.argv[2]))
 processes.wait_for_all("both are there")

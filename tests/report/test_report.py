@@ -14,7 +14,7 @@ import pytest
 from rescalevit_jax.report import command_line
 from rescalevit_jax.runtime import terminal
 
-FILES = ("report.csv", "report.html", "report.md", "report.tex", "runs.csv")
+FILES = ("report.md", "report.csv", "report.tex", "runs.csv", "report.html")
 
 
 @pytest.fixture(autouse=True)
@@ -64,7 +64,7 @@ def test_files_and_output(runs, tmp_path, capsys):
   lines = [line for line in printed.splitlines() if line.startswith("|")]
   assert len(lines) == 4 and "\n".join(lines) in table
   assert "76.0 ± 1.4" in table
-  assert printed.splitlines()[-4:] == [str(out / name) for name in FILES]
+  assert printed.splitlines()[-5:] == [str(out / name) for name in FILES]
   page = (out / "report.html").read_text()
   assert "76.0 ± 1.4" in page and page.count("<svg") == 2
   assert "Attention" not in page

@@ -36,9 +36,9 @@ def run(code, **environment):
 @pytest.mark.parametrize("platforms", ["", "cpu"])
 def test_programs_run_on_the_cpu_without_a_word(platforms):
   done = run(
-    "from rescalevit_jax import program\n"
+    "from rescalevit_jax.runtime import cli\n"
     "import jax\n"
-    "program.run(lambda: print(jax.default_backend()))",
+    "cli.run(lambda: print(jax.default_backend()))",
     JAX_PLATFORMS=platforms,
   )
   assert (done.stdout, done.stderr) == ("cpu\n", "")
@@ -47,7 +47,7 @@ def test_programs_run_on_the_cpu_without_a_word(platforms):
 @tiny_gpu.needs_compiler
 def test_a_program_compiles_though_the_plugin_was_hidden():
   done = run(
-    "from rescalevit_jax import cuda_plugin\n"
+    "from rescalevit_jax.runtime import cuda_plugin\n"
     "from rescalevit_jax.benchmark import gpus\n"
     "import jax\n"
     "cuda_plugin.hide_if_compile_only()\n"

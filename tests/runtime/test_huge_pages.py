@@ -11,7 +11,7 @@ from rescalevit_jax.runtime import huge_pages
 SCRIPT = """
 import os, sys
 print(os.getpid(), os.environ.get("GLIBC_TUNABLES"), sys.argv[1:])
-from rescalevit_jax import huge_pages
+from rescalevit_jax.runtime import huge_pages
 huge_pages.restart_with("-c")
 print("running")
 """

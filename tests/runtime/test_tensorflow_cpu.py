@@ -8,7 +8,7 @@ import pytest
 PROGRAM = """
 import os, sys
 before = dict(os.environ)
-from rescalevit_jax import tensorflow_cpu
+from rescalevit_jax.runtime import tensorflow_cpu
 assert "tensorflow" not in sys.modules
 tf = tensorflow_cpu.load()
 for name in tensorflow_cpu._QUIET:  # TensorFlow itself sets others.

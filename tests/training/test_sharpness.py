@@ -1,7 +1,7 @@
 """Sharpness, against all eigenvalues of a Hessian."""
 
+import dataclasses
 import functools
-from typing import Any
 
 from flax import linen as nn
 import jax
@@ -18,15 +18,20 @@ IMAGES = IMAGES.astype(np.float32)
 LABELS = np.array([0, 1, 2, 0, 1, 2])
 
 
+@dataclasses.dataclass(frozen=True)
+class Config:
+  dtype: str = "bfloat16"
+  attention: str = "cudnn"
+
+
 class Network(nn.Module):
   """What is asked of a model, with 17 parameters."""
 
-  dtype: Any = jnp.bfloat16
-  attention: str = "cudnn"
+  config: Config = Config()
 
   @nn.compact
   def __call__(self, x, train=False):
-    assert not train and (self.dtype, self.attention) == (jnp.float32, "xla")
+    assert not train and self.config == Config("float32", "xla")
     x = nn.tanh(nn.Dense(2)(x.mean((1, 2))))
     return nn.Dense(3)(nn.tanh(x))
 
