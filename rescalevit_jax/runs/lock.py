@@ -63,6 +63,8 @@ def _acquire(path: pathlib.Path) -> filelock.BaseFileLock | None:
       " ends, stop it, or choose another --workdir"
     ) from e
   except OSError:
+    with contextlib.suppress(OSError):  # The library leaves an empty file.
+      path.unlink()
     return None
   with contextlib.suppress(OSError):  # A full disk can be locked too.
     path.write_text(f"{socket.gethostname()} {os.getpid()}")
