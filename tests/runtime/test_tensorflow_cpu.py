@@ -40,7 +40,8 @@ def test_load_is_quiet_and_leaves_no_trace():
 def test_a_missing_tensorflow_is_the_users_error(tmp_path):
   (tmp_path / "tensorflow.py").write_text("raise ImportError('not\\nthere')")
   result = run(
-    "from rescalevit_jax import errors, tensorflow_cpu\n"
+    "from rescalevit_jax import errors\n"
+    "from rescalevit_jax.runtime import tensorflow_cpu\n"
     "try:\n  tensorflow_cpu.load()\n"
     "except errors.UserError as e:\n  print(e)\n",
     PYTHONPATH=os.pathsep.join([str(tmp_path), *filter(None, sys.path)]),

@@ -6,7 +6,6 @@ import functools
 from flax import linen as nn
 import jax
 from jax.flatten_util import ravel_pytree
-import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -39,7 +38,7 @@ class Network(nn.Module):
 @pytest.fixture(scope="module")
 def problem():
   """Measures the sharpness of a tiny model; its Hessian's eigenvalues."""
-  model = Network(jnp.float32, "xla")
+  model = Network(Config("float32", "xla"))
   params = model.init(jax.random.key(0), IMAGES)["params"]
   rng = np.random.default_rng(1)
   params = jax.tree.map(lambda x: rng.normal(size=x.shape), params)
