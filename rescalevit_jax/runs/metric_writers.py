@@ -5,6 +5,8 @@ import json
 import logging
 import os
 import pathlib
+import shutil
+import tempfile
 import time
 from typing import Any
 
@@ -18,6 +20,7 @@ from rescalevit_jax.runtime import atomic_file
 from rescalevit_jax.runtime import tensorflow_cpu
 
 _log = logging.getLogger(__name__)
+_EVENT_FILES = "events.out.tfevents.*"
 
 
 class MetricWriter:
@@ -140,7 +143,7 @@ class _TensorBoard:
       from clu import metric_writers
     except ImportError as e:
       raise errors.UserError(f"cannot import clu.metric_writers: {e}") from e
-    if any(self._workdir.glob("events.out.tfevents.*")):
+    if any(self._workdir.glob(_EVENT_FILES)):
       _drop_events(self._workdir, self._first_step)
     writer = metric_writers.SummaryWriter(str(self._workdir))
     values = config_lib.flatten(self._config)
@@ -156,18 +159,26 @@ def _drop_events(workdir, first_step):
   """Tell TensorBoard to ignore earlier events from a step on.
 
   An event file of its own, since TensorFlow's writer cannot write such events.
+  TensorBoard reads files in the order of their names, so this one gets the name
+  of the newest earlier file with a suffix.
   """
   from tensorboard.compat.proto import event_pb2
   from tensorboard.summary.writer import event_file_writer
 
+  earlier = max(path.name for path in workdir.glob(_EVENT_FILES))
   start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
-  writer = event_file_writer.EventFileWriter(str(workdir), filename_suffix=".0")
-  # TensorBoard takes the first start of a folder for that of the run.
-  for _ in range(2):
-    writer.add_event(
-      event_pb2.Event(wall_time=time.time(), step=first_step, session_log=start)
-    )
-  writer.close()
+  with tempfile.TemporaryDirectory() as folder:
+    writer = event_file_writer.EventFileWriter(folder)
+    # TensorBoard takes the first start of a folder for that of the run.
+    for _ in range(2):
+      writer.add_event(
+        event_pb2.Event(
+          wall_time=time.time(), step=first_step, session_log=start
+        )
+      )
+    writer.close()
+    (written,) = pathlib.Path(folder).iterdir()
+    shutil.copyfile(written, workdir / f"{earlier}.resumed")
 
 
 def _is_whole(line):
