@@ -140,7 +140,7 @@ def convert(
   )
   arrays = families.read(tensors, families.TABLES[name], heads, str(path))
   arrays = _with_biases(arrays, heads)
-  _check_complete(arrays, families.TABLES[name], path)
+  families.check_complete(arrays, families.TABLES[name], str(path))
   positions = arrays[_POSITIONS]
   if drop_distillation:
     positions = np.delete(positions, 1, axis=1)
@@ -250,24 +250,6 @@ def _with_biases(arrays, heads):
     if match := re.fullmatch(r"(.*/(?:query|key|value)/)kernel", key):
       added.setdefault(f"{match[1]}bias", np.zeros(x.shape[1:], np.float32))
   return added
-
-
-def _check_complete(arrays, table, path):
-  blocks = sorted(
-    {int(m[1]) for m in map(re.compile(r".*encoderblock_(\d+)/").match, arrays)
-     if m}
-  )  # fmt: skip
-  optional = re.compile(r"head/.*|pre_logits/.*|.*LayerScale.*")
-  for ours, _ in table.values():
-    if optional.fullmatch(ours):
-      continue
-    for i in blocks if "{i}" in ours else [0]:
-      if ours.format(i=i) not in arrays:
-        raise errors.UserError(
-          f"{path}: has nothing for {ours.format(i=i)}; get the whole file"
-        )
-  if blocks != list(range(len(blocks))):
-    raise errors.UserError(f"{path}: lacks a block; it has {blocks}")
 
 
 def _positions(positions, no_class_position, path):

@@ -311,6 +311,28 @@ def write(arrays: Mapping[str, np.ndarray], table: Table, heads: int) -> Arrays:
   return converted
 
 
+def check_complete(
+  arrays: Mapping[str, np.ndarray], table: Table, path: str
+) -> None:
+  """Raise UserError if a plain ViT lacks an array; heads are optional."""
+  matches = map(re.compile(r".*encoderblock_(\d+)/").match, arrays)
+  blocks = sorted({int(match[1]) for match in matches if match})
+  optional = re.compile(r"head/.*|pre_logits/.*|.*LayerScale.*")
+  for ours, _ in table.values():
+    if optional.fullmatch(ours):
+      continue
+    for i in blocks if "{i}" in ours else [0]:
+      if ours.format(i=i) not in arrays:
+        raise errors.UserError(
+          f"{path}: has nothing for {ours.format(i=i)}; get the whole file, or"
+          " choose a model with LN"
+        )
+  if blocks != list(range(len(blocks))):
+    raise errors.UserError(
+      f"{path}: lacks a block, it has {blocks}; get the whole file"
+    )
+
+
 def fold_layer_scale(arrays: Arrays) -> Arrays:
   """Multiply the output layers of the branches by their LayerScale."""
   folded = dict(arrays)

@@ -38,7 +38,7 @@ class Run:
 
   @property
   def is_finished(self) -> bool:
-    """Whether the run has reached its last step."""
+    """True if the run has reached its last step."""
     return result_lib.is_finished(self.result)
 
   @property

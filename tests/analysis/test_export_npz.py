@@ -9,9 +9,12 @@ import pytest
 import trees
 
 from rescalevit_jax import errors
+from rescalevit_jax import models
 from rescalevit_jax.analysis import export_npz
 from rescalevit_jax.analysis import trained_model
+from rescalevit_jax.pretrained import convert
 from rescalevit_jax.pretrained import load
+from rescalevit_jax.pretrained import param_keys
 from rescalevit_jax.runs import checkpoint
 
 
@@ -112,3 +115,66 @@ def test_a_missing_run_is_an_error(export, tmp_path, capsys):
   captured = capsys.readouterr()
   assert captured.err.count("\n") == 1 and "no checkpoint" in captured.err
   assert not captured.out and not (tmp_path / "a.npz").exists()
+
+
+SIZES = dict(patch_size=4, hidden_size=48, mlp_dim=96, num_heads=3)
+
+
+@pytest.fixture
+def ln_run(tmp_path, monkeypatch):
+  """The folder of a run with LN whose weights are random; its parameters."""
+  params, _ = trees.fresh(num_classes=5, image_size=16, num_layers=2, **SIZES)
+  monkeypatch.setattr(
+    checkpoint, "load_variables", lambda workdir, which: (params, {}, 7)
+  )
+  return fake_runs.write(tmp_path / "ln", {"model.norm": "LN"}), params
+
+
+def test_timm_loads_the_weights_and_gives_the_same_logits(ln_run):
+  workdir, params = ln_run
+  torch = pytest.importorskip("torch", reason="needs the extra timm")
+  timm_vit = pytest.importorskip(
+    "timm.models.vision_transformer", reason="needs the extra timm"
+  )
+  safetensors = pytest.importorskip("safetensors.torch")
+  assert export_npz.main([f"--workdir={workdir}", "--family=timm"]) == 0
+  module = timm_vit.VisionTransformer(
+    img_size=16,
+    patch_size=4,
+    embed_dim=48,
+    depth=2,
+    num_heads=3,
+    mlp_ratio=2,
+    num_classes=5,
+  ).eval()
+  weights = safetensors.load_file(workdir / "weights.safetensors")
+  module.load_state_dict(weights, strict=True)
+  model = models.create(
+    "ViT-B_16", num_classes=5, image_size=16, num_layers=2, **SIZES
+  )
+  x = np.random.default_rng(0).uniform(-1, 1, (3, 16, 16, 3))
+  expected = model.apply({"params": params}, x.astype(np.float32))
+  with torch.no_grad():
+    x = torch.from_numpy(x.transpose(0, 3, 1, 2).astype(np.float32))
+    np.testing.assert_allclose(module(x).numpy(), expected, atol=1e-4)
+
+
+def test_the_files_of_families_convert_back(ln_run, tmp_path):
+  workdir, params = ln_run
+  pytest.importorskip("safetensors")
+  for family in ("timm", "huggingface"):
+    output = tmp_path / f"{family}.safetensors"
+    flags = [f"--workdir={workdir}", f"--family={family}"]
+    assert export_npz.main([*flags, f"--output={output}"]) == 0
+    half = ((0.5,) * 3, (0.5,) * 3)
+    found = convert.convert(output, heads=3, normalization=half)
+    for key, x in param_keys.flatten(params, {}).items():
+      np.testing.assert_allclose(found[key], x, rtol=1e-6, err_msg=key)
+
+
+def test_families_have_no_other_norms(export, tmp_path, capsys):
+  pytest.importorskip("safetensors")
+  assert export("--family=timm") == 1
+  (line,) = capsys.readouterr().err.splitlines()
+  assert line.startswith("error: ")
+  assert not (tmp_path / "a.npz").exists()

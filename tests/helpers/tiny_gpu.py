@@ -16,7 +16,7 @@ CAN_COMPILE = (
 REASON = "needs the extra gpu-compile, and JAX_PLATFORMS=cpu"
 needs_compiler = pytest.mark.skipif(not CAN_COMPILE, reason=REASON)
 
-# Resized, so that there is a product for it.
+# Images are resized: the program has a product for it.
 INPUTS = gpu_compile.Inputs((24, 24, 3), 10)
 SIZES = {
   "model_name": "ViT-XS_4",

@@ -333,7 +333,7 @@ def test_timm_takes_what_is_written(tmp_path):
 
 
 def test_mean_pooling_is_told(tmp_path, capsys):
-  """The files of timm do not differ, but for config.json."""
+  """The files of timm differ only in config.json."""
   path = tmp_path / "a.safetensors"
   save(timm_model(global_pool="avg", fc_norm=False), path)
   config = {

@@ -45,6 +45,17 @@ def setting():
   return model, variables, images, labels, model.apply(variables, x)
 
 
+def create_evaluator(model, images, labels, batch=5):
+  mesh = sharding.create_mesh()
+  return evaluate.Evaluator(
+    model,
+    loader.Loader(resident.Split(images, labels), mesh),
+    image_size=8,
+    batch=batch,
+    mesh=mesh,
+  )
+
+
 @pytest.mark.parametrize("batch", [1, 5, 8, 22, 23, 24, 1000])
 def test_any_batch_counts_every_example_once(setting, batch):
   model, variables, images, labels, logits = setting
@@ -64,14 +75,7 @@ def test_any_batch_counts_every_example_once(setting, batch):
 
 def test_it_stops_when_asked(setting):
   model, variables, images, labels, _ = setting
-  mesh = sharding.create_mesh()
-  evaluator = evaluate.Evaluator(
-    model,
-    loader.Loader(resident.Split(images, labels), mesh),
-    image_size=8,
-    batch=5,
-    mesh=mesh,
-  )
+  evaluator = create_evaluator(model, images, labels)
   asked = iter([False, False, True])
   assert (
     evaluator(
@@ -185,14 +189,7 @@ def test_the_training_batch_does_not_matter(finished, monkeypatch):
 
 def test_frozen_features_are_the_heads_inputs(setting):
   model, variables, images, labels, logits = setting
-  mesh = sharding.create_mesh()
-  evaluator = evaluate.Evaluator(
-    model,
-    loader.Loader(resident.Split(images, labels), mesh),
-    image_size=8,
-    batch=5,
-    mesh=mesh,
-  )
+  evaluator = create_evaluator(model, images, labels)
   features, found = evaluator.features(
     variables["params"], variables["batch_stats"]
   )

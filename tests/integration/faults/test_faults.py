@@ -93,7 +93,7 @@ def kill(process):
 
 
 def fill(disk: pathlib.Path, room: int = 0) -> pathlib.Path:
-  """Fills a disk but for so many bytes; returns the file to delete."""
+  """Fill a disk up to so many free bytes; return the file to delete."""
   path = disk / "filler"
   with open(path, "wb", buffering=0) as f:
     with contextlib.suppress(OSError):
