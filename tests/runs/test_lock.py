@@ -147,6 +147,7 @@ def test_a_file_system_without_locks(tmp_path, monkeypatch):
   with lock.hold(tmp_path / "file" / "run"):
     done.append(True)
   assert len(done) == 2
+  assert not list(tmp_path.rglob(".lock"))
 
 
 def test_a_full_disk_is_locked_too(tmp_path, monkeypatch):
