@@ -21,6 +21,7 @@ if __name__ == "__main__":
 import json
 import os
 import pathlib
+import signal
 import sys
 from typing import NoReturn
 
@@ -113,8 +114,6 @@ def main(config: ml_collections.ConfigDict) -> None:
     if problem := accelerator.start_problem():
       _fail(problem, code=1)
     raise e
-  except KeyboardInterrupt:
-    _fail("interrupted; run the same command to resume", code=130)
 
 
 def _draw_attention(step, experiment, variables):
@@ -182,5 +181,17 @@ def _fail(message: str, code: int) -> NoReturn:
   os._exit(code)
 
 
+def _interrupt(number, frame):
+  """Handle Ctrl-C outside the training loop, or a second one within it.
+
+  No KeyboardInterrupt: Python prints and drops those that arise in callbacks.
+  """
+  del number, frame
+  os.write(2, b"error: interrupted; run the same command to resume\n")
+  os._exit(130)
+
+
 if __name__ == "__main__":
+  if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:  # As under nohup.
+    signal.signal(signal.SIGINT, _interrupt)
   app.run(main, flags_parser=parse)
