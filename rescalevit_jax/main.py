@@ -7,8 +7,8 @@ r"""Train or evaluate a Vision Transformer, with a norm or without one.
 
 The same command resumes a run that stopped; --workdir alone is enough. Exit
 code: 0 if the run finished, or a signal stopped it after a checkpoint; 1 after
-an error; 2 for an error in the command line; 130 after a second Ctrl-C. Config
-keys, set by --config.KEY=VALUE:
+an error; 2 for an error in the command line; 130 after Ctrl-C outside the
+training loop, or a second one. Config keys, set by --config.KEY=VALUE:
 
 """
 

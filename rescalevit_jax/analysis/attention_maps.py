@@ -26,7 +26,7 @@ _PROGRESS_SECONDS = 10.0
 
 
 @functools.partial(jax.jit, static_argnames="model")
-def probabilities(
+def collect_probabilities(
   model: nn.Module,
   variables: dict[str, Any],
   images: Float32[Array, "B S S 3"],
@@ -132,7 +132,9 @@ def statistics(
 @functools.partial(jax.jit, static_argnames=("model", "image_size"))
 def _sums(model, variables, images, counted, image_size):
   """Return the statistics summed over counted images, [3, L], and N."""
-  p = probabilities(model, variables, preprocess.prepare(images, image_size))
+  p = collect_probabilities(
+    model, variables, preprocess.prepare(images, image_size)
+  )
   n = p.shape[-1]
   entropy = jax.scipy.special.entr(p).sum(-1)
   diagonal = jnp.diagonal(p, axis1=-2, axis2=-1)

@@ -77,7 +77,7 @@ def draw(
       )
     x = model.inputs([image])
     maps = np.asarray(
-      attention_maps.probabilities(model.model, model.variables, x)
+      attention_maps.collect_probabilities(model.model, model.variables, x)
     )[:, 0]
     rows.append((model, (x[0] + 1) / 2, KINDS[kind].panels(maps, x[0], block)))
   return _figure(rows, KINDS[kind])

@@ -31,7 +31,7 @@ class Report:
   Attributes:
     loaded: model keys with the file's values.
     resized: model keys with interpolated values of the file.
-    carried: model keys with the scale or bias of a different norm.
+    carried: model keys with the scale or bias of a norm with other names.
     reinitialized: model keys set to zeros.
     derived: model keys computed from the file's values.
     initial: model keys at their initial values.

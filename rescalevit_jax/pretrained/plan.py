@@ -51,7 +51,7 @@ def make(
     model: arrays of the model by key, or anything with a shape.
     reinit_head: whether the head starts at zeros even if the file's head fits.
   """
-  our_names = transfer.affine_names(file, model)
+  our_names = transfer.renamed_affine(file, model)
   file_keys = {our_names.get(key, key): key for key in file}
   renamed = {key: file[file_key] for key, file_key in file_keys.items()}
   difference = transfer.find(renamed, model, affine_only=bool(our_names))

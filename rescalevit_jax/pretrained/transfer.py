@@ -38,10 +38,10 @@ class Difference:
     self.notes += notes
 
 
-def affine_names(
+def renamed_affine(
   file: Mapping[str, Any], model: Mapping[str, Any]
 ) -> dict[str, str]:
-  """Map keys of scale and bias of the file's norm to the model's norm.
+  """Map keys of scale and bias between norms with other parameter names.
 
   Both have them at the same sites under different names, such as
   `LayerNorm_0/scale` in the file and `Cal_0/scale` in the model.

@@ -205,7 +205,9 @@ def accuracies(
   for run in [run for runs in plans.values() for run in runs]:
     result = result_lib.read_same_run(run.config, run.workdir)
     if result is None:
-      reason = subprocess_run.failure(run.workdir, None) or "ended early"
+      reason = (
+        subprocess_run.why_not_finished(run.workdir, None) or "ended early"
+      )
       raise errors.UserError(f"{run.workdir}: {reason.removeprefix('error: ')}")
     found[run.workdir] = result.get("last_accuracy")
   return found

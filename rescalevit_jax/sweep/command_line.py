@@ -161,7 +161,7 @@ def _sweep(argv):
 
 
 def _print_commands(runs):
-  outcome, left = execution.split(runs)
+  outcome, left = execution.split_by_result(runs)
   for run in runs:
     print(shlex.join(run.command))
   sys.stdout.flush()

@@ -19,7 +19,7 @@ from rescalevit_jax.training import experiment
 _log = logging.getLogger(__name__)
 
 
-def split(
+def split_by_result(
   runs: Iterable[grid.PlannedRun],
 ) -> tuple[schedule.Outcome, list[grid.PlannedRun]]:
   """Return the finished and diverged runs as an outcome, and the other runs.
@@ -126,7 +126,7 @@ def submit(
 
 
 def _unfinished(runs, runs_dir):
-  outcome, left = split(runs)
+  outcome, left = split_by_result(runs)
   _log.info(
     "%d runs in %s, %d finished", len(runs), runs_dir, len(outcome.done)
   )

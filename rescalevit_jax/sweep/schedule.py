@@ -206,7 +206,7 @@ class Schedule:
       self._running.remove(running)
       self._free.append(running.slot)
       self._flops_done += running.steps() * self._step_flops[run.workdir]
-      reason = subprocess_run.failure(run.workdir, code)
+      reason = subprocess_run.why_not_finished(run.workdir, code)
       if reason is None:
         self._outcome.done.append(run)
         _log.info("done: %s", run.workdir)

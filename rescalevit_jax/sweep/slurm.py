@@ -43,7 +43,7 @@ class Task:
     self._process = subprocess_run.start(self._command, self._workdir, {})
     self._wait(self._process)
     code = self._process.wait()
-    if reason := subprocess_run.failure(self._workdir, code):
+    if reason := subprocess_run.why_not_finished(self._workdir, code):
       raise RuntimeError(reason)
 
   def checkpoint(self):

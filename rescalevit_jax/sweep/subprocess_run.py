@@ -55,7 +55,9 @@ def kill(process: subprocess.Popen) -> None:
     os.killpg(process.pid, signal.SIGKILL)
 
 
-def failure(workdir: pathlib.Path, returncode: int | None) -> str | None:
+def why_not_finished(
+  workdir: pathlib.Path, returncode: int | None
+) -> str | None:
   """Return why a run's process ended without a result, None if it has one.
 
   Args:

@@ -10,7 +10,7 @@ from jax.experimental import multihost_utils
 _log = logging.getLogger(__name__)
 
 
-class Interrupt:
+class StopSignal:
   """A request to stop, by signal.
 
   A context manager around the training loop. The first signal sets `requested`;
@@ -28,7 +28,7 @@ class Interrupt:
     self.requested = False
     self._previous = {}
 
-  def __enter__(self) -> "Interrupt":
+  def __enter__(self) -> "StopSignal":
     # Only the main thread can set signal handlers.
     in_main_thread = threading.current_thread() is threading.main_thread()
     if in_main_thread and jax.process_count() == 1:

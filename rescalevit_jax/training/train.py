@@ -87,7 +87,7 @@ def _train_and_evaluate(config, workdir, folder, draw_attention):
     state = initial_state.create(experiment)
   with (
     checkpoint.Checkpoints(workdir, config.keep_checkpoints) as checkpoints,
-    preemption.Interrupt() as stop,
+    preemption.StopSignal() as stop,
   ):
     if state is None:
       folder_lib.check_class_names(workdir, experiment.dataset.class_names)

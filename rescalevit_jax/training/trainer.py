@@ -101,7 +101,7 @@ class Trainer:
       config.total_steps, config.batch, progress.step
     )
 
-  def run(self, stop: preemption.Interrupt) -> bool:
+  def run(self, stop: preemption.StopSignal) -> bool:
     """Train until the last step or `stop`; return whether it is the last."""
     config, progress = self._config, self._progress
     if progress.step < config.total_steps:

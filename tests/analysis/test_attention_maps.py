@@ -19,7 +19,7 @@ def images():
 @pytest.mark.parametrize("norm", norms.NORMS)
 def test_rows_sum_to_one(norm, images):
   model = tiny_model.create(norm)
-  maps = attention_maps.probabilities(
+  maps = attention_maps.collect_probabilities(
     model.model, model.variables, model.inputs(images)
   )
   assert maps.shape == (3, 7, 2, 5, 5)
@@ -34,7 +34,7 @@ def test_blocks_are_in_order_beyond_ten(images):
     np.zeros_like, attn["MultiHeadDotProductAttention_1"]["query"]
   )
   maps = np.asarray(
-    attention_maps.probabilities(
+    attention_maps.collect_probabilities(
       model.model, model.variables, model.inputs(images[:1])
     )
   )
@@ -77,7 +77,7 @@ def test_statistics_count_each_image_once(images, batch):
   model = tiny_model.create()
   found = attention_maps.statistics(model, images, batch=batch)
   p = np.asarray(
-    attention_maps.probabilities(
+    attention_maps.collect_probabilities(
       model.model, model.variables, preprocess.prepare(images, 8)
     ),
     np.float64,

@@ -25,7 +25,7 @@ def axes(figure):
 
 def maps_of(model, image):
   return np.asarray(
-    attention_maps.probabilities(
+    attention_maps.collect_probabilities(
       model.model, model.variables, model.inputs([image])
     )
   )[:, 0]

@@ -35,7 +35,7 @@ def study(monkeypatch):
   module, planned = norm_free, []
 
   def execute(runs, runs_dir, *, jobs):
-    outcome, left = execution.split(runs)
+    outcome, left = execution.split_by_result(runs)
     diverged = [run for run, _ in outcome.failed]
     planned.extend(run for run in runs if run not in diverged)
     for run in left:

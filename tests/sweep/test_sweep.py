@@ -304,7 +304,8 @@ def test_planning_does_not_initialize_devices(tmp_path, tiny):
   """A sweep that initializes a GPU takes the memory that its runs need."""
   code = (
     "import sys; from rescalevit_jax.sweep import command_line, execution;"
-    "_, runs = command_line.parse(sys.argv[1:]); execution.split(runs);"
+    "_, runs = command_line.parse(sys.argv[1:]);"
+    "execution.split_by_result(runs);"
     "from jax._src import xla_bridge;"
     "print(len(runs), xla_bridge.backends_are_initialized())"
   )

@@ -9,10 +9,10 @@ import pytest
 from rescalevit_jax.training import preemption
 
 
-@pytest.mark.parametrize("number", preemption.Interrupt.SIGNALS)
+@pytest.mark.parametrize("number", preemption.StopSignal.SIGNALS)
 def test_the_first_signal_is_noted(number):
   before = signal.getsignal(number)
-  with preemption.Interrupt() as stop:
+  with preemption.StopSignal() as stop:
     assert not stop.requested
     os.kill(os.getpid(), number)
     assert stop.requested
@@ -21,7 +21,7 @@ def test_the_first_signal_is_noted(number):
 
 
 def test_the_second_signal_has_its_usual_effect():
-  with pytest.raises(KeyboardInterrupt), preemption.Interrupt():
+  with pytest.raises(KeyboardInterrupt), preemption.StopSignal():
     os.kill(os.getpid(), signal.SIGINT)
     os.kill(os.getpid(), signal.SIGINT)
 
@@ -30,7 +30,7 @@ def test_another_thread_has_no_signals():
   found = []
 
   def work():
-    with preemption.Interrupt() as stop:
+    with preemption.StopSignal() as stop:
       found.append(stop.requested)
 
   thread = threading.Thread(target=work)
@@ -42,7 +42,7 @@ def test_another_thread_has_no_signals():
 def test_a_closed_terminal_is_ignored_under_nohup(monkeypatch):
   before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
   try:
-    with preemption.Interrupt() as stop:
+    with preemption.StopSignal() as stop:
       os.kill(os.getpid(), signal.SIGHUP)
       assert not stop.requested
   finally:

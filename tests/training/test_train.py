@@ -210,8 +210,8 @@ def test_a_signal_during_evaluation_saves_and_evaluates_later(
     stop.requested = True
     return real(self, params, batch_stats, stopped)
 
-  stop = preemption.Interrupt()
-  monkeypatch.setattr(train.preemption, "Interrupt", lambda: stop)
+  stop = preemption.StopSignal()
+  monkeypatch.setattr(train.preemption, "StopSignal", lambda: stop)
   monkeypatch.setattr(evaluate.Evaluator, "__call__", interrupted)
   assert train.train_and_evaluate(tiny_config, tmp_path / "b") is None
   assert [x["step"] for x in lines(tmp_path / "b")] == [2, 4]
@@ -225,12 +225,12 @@ def test_an_evaluation_made_up_for_is_written_once(
 ):
   with monkeypatch.context() as patch:
     patch.setattr(evaluate.Evaluator, "__call__", lambda *args: stop_now())
-    stop = preemption.Interrupt()
+    stop = preemption.StopSignal()
 
     def stop_now():
       stop.requested = True
 
-    patch.setattr(train.preemption, "Interrupt", lambda: stop)
+    patch.setattr(train.preemption, "StopSignal", lambda: stop)
     train.train_and_evaluate(tiny_config, tmp_path / "b")
   # Saved at step 5, unevaluated; evaluated now, and again after a crash.
   stop_at(7)
