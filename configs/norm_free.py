@@ -14,6 +14,10 @@ _CALIBRATED = {"calibration": "all"}
 # Multiplier for alphas and branch scales: near 1 / width of the small model,
 # and equal for others.
 _SLOW = {"scalar_lr_mult": 0.02}
+_POINTWISE = (
+  *("DyT", "Derf", "ISRU", "DyISRU", "HardTanh", "Arctan", "Softsign"),
+  "Linear",
+)
 
 METHODS = {
   "LN": {},
@@ -22,16 +26,20 @@ METHODS = {
   "LN-rescalenet-unit": _BOTH,
   "LN-rescalenet-unit-slow": {**_BOTH, **_SLOW},
   "Rescale": {"model.norm": "Rescale"},
-  "DyT": {"model.norm": "DyT"},
-  "DyT-rescalenet-unit": {"model.norm": "DyT", **_CALIBRATED, **_BOTH},
-  "Derf": {"model.norm": "Derf"},
-  "Derf-rescalenet-unit": {"model.norm": "Derf", **_CALIBRATED, **_BOTH},
   "Cal": {"model.norm": "Cal"},
   "Cal-unit": {"model.norm": "Cal", **_UNIT},
   "Cal-rescalenet": {"model.norm": "Cal", "model.residual": "rescalenet"},
   "Cal-rescalenet-unit": {"model.norm": "Cal", **_BOTH},
   "Cal-rescalenet-unit-slow": {"model.norm": "Cal", **_BOTH, **_SLOW},
 }
+for _norm in _POINTWISE:
+  _own = {"model.norm": _norm}
+  METHODS[_norm] = _own
+  METHODS[f"{_norm}-rescalenet-unit"] = {**_own, **_CALIBRATED, **_BOTH}
+  METHODS[f"{_norm}-rescalenet-unit-slow"] = {
+    **METHODS[f"{_norm}-rescalenet-unit"],
+    **_SLOW,
+  }
 
 
 def get_config(run="Cal-rescalenet"):

@@ -10,6 +10,7 @@ from ml_collections import config_dict
 from rescalevit_jax import errors
 from rescalevit_jax.config import keys
 from rescalevit_jax.config import renamed
+from rescalevit_jax.models.norms import base
 
 
 def default() -> ml_collections.ConfigDict:
@@ -89,6 +90,19 @@ def _conflicts(config):
     yield (
       f"fade.begin ({config.fade.begin}) exceeds fade.end"
       f" ({config.fade.end}); lower fade.begin"
+    )
+  if config.model.alpha_init is not None and config.calibration == "all":
+    yield (
+      "calibration (all) replaces model.alpha_init"
+      f" ({config.model.alpha_init}); set calibration=auto"
+    )
+  if (
+    base.CALIBRATED in (config.model.alpha_init or "")
+    and config.calibration == "none"
+  ):
+    yield (
+      f"model.alpha_init ({config.model.alpha_init}) needs a calibration; set"
+      " calibration=auto"
     )
   if config.augment.pad_crop and config.augment.crop:
     yield (

@@ -79,6 +79,14 @@ KEYS = {
     "ViT-B_16", "size of the model", vit_config.VARIANTS
   ),
   "model.norm": key_lib.Key("LN", "normalization layer", norms.NORMS),
+  "model.alpha_init": key_lib.Key(
+    None,
+    "initial alpha of a pointwise norm (DyT, Derf, ISRU, ...): a number, or"
+    " `calibrated` for 1 / RMS of the site's input in 8 training batches; or"
+    " three of them with commas, for attention, MLP and final norm; None: the"
+    " norm's own",
+    optional=str,
+  ),
   "model.residual": key_lib.Key(
     "auto",
     "residual connection; `auto`: `rescalevit` with Rescale, `plain` with"
@@ -263,7 +271,7 @@ KEYS = {
   "calibration": key_lib.Key(
     "auto",
     "norms to initialize from statistics of 8 training batches: Cal"
-    " (`auto`), Cal, DyT and Derf (`all`), or none",
+    " (`auto`), all pointwise norms (`all`), or none",
     ("auto", "all", "none"),
   ),
   "fade.begin": key_lib.Key(

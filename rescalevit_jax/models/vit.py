@@ -221,11 +221,13 @@ class EncoderBlock(nn.Module):
 
 def _norm(config, site, name):
   """Return the norm at a site: two in each block, then the final norm."""
-  Norm, options = norms.NORMS[config.norm], {}
+  Norm, fields = norms.NORMS[config.norm], {}
+  last = 2 * config.num_layers
+  kind = "final" if site == last else ("attention", "mlp")[site % 2]
   if config.norm_schedule is not None:
-    num_sites = 2 * config.num_layers + 1
-    options["schedule"] = config.norm_schedule.at_site(site, num_sites)
-  return Norm(config.hidden_size, config.dtype, name=name, **options)
+    fields["schedule"] = config.norm_schedule.at_site(site, last + 1)
+  options = config.norm_options(kind)
+  return Norm(config.hidden_size, config.dtype, options, name=name, **fields)
 
 
 class Encoder(nn.Module):

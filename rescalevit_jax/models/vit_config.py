@@ -9,6 +9,8 @@ from rescalevit_jax import errors
 from rescalevit_jax.models import initializers
 from rescalevit_jax.models import norms
 from rescalevit_jax.models import residuals
+from rescalevit_jax.models.norms import base
+from rescalevit_jax.models.norms import pointwise
 from rescalevit_jax.models.ops import attention as attention_lib
 from rescalevit_jax.runtime import accelerator
 
@@ -49,6 +51,7 @@ class ViTConfig:
     num_layers: number of encoder blocks.
     image_size: edge of the square images, in pixels.
     norm: a key of `norms.NORMS`.
+    alpha_init: initial alpha of a pointwise norm; see `pointwise.parse_alphas`.
     norm_schedule: of a norm that changes during training; see `norms.traits`.
     residual: a key of `residuals.RESIDUALS`, or 'auto' for the norm's default.
     residual_c: c of the residual `rescalenet`; None: twice `num_layers`.
@@ -82,6 +85,7 @@ class ViTConfig:
   num_layers: int
   image_size: int = 224
   norm: str = "LN"
+  alpha_init: str | None = None
   norm_schedule: Any = None
   residual: str = "auto"
   residual_c: float | None = None
@@ -127,7 +131,8 @@ class ViTConfig:
         f"model.hidden_size: {self.hidden_size} is not divisible by the"
         f" {self.num_heads} heads; choose a multiple"
       )
-    norms.NORMS[self.norm].check(self.hidden_size)
+    for site in base.SITES:
+      norms.NORMS[self.norm].check(self.hidden_size, self.norm_options(site))
 
   @property
   def scheme(self) -> initializers.Scheme:
@@ -138,6 +143,11 @@ class ViTConfig:
   def head_dim(self) -> int:
     """The number of channels of an attention head."""
     return self.hidden_size // self.num_heads
+
+  def norm_options(self, site: str) -> base.Options:
+    """Return the options of the norms at a kind of site, one of `SITES`."""
+    alphas = pointwise.parse_alphas(self.alpha_init)
+    return base.Options(alpha=alphas[base.SITES.index(site)])
 
   def resolve(self) -> "ViTConfig":
     """Return the config with each 'auto' replaced by its choice here.

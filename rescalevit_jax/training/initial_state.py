@@ -30,16 +30,17 @@ def create(
   config, state = experiment.config, experiment.init_state()
   _check_shift(config.augment.pad_crop, experiment.dataset)
   Norm = norms.NORMS[config.model.norm]
-  calibrated = (
-    issubclass(Norm, traits.Calibrated)
-    and config.calibration in Norm.CALIBRATED_BY
+  calibrated = issubclass(Norm, traits.Calibrated) and Norm.is_calibrated_by(
+    config.calibration, config.model.alpha_init
   )
   if config.pretrained_path is None:
     _log.info("starting from scratch, seed %d", config.seed)
   else:
     _log.info("starting from %s", config.pretrained_path)
     state, report = load_pretrained(experiment, state)
-    calibrated &= any(key.endswith("/alpha") for key in report.initial)
+    if calibrated:
+      suffix = f"/{Norm.PARAMETER}"
+      calibrated = any(key.endswith(suffix) for key in report.initial)
   if not calibrated:
     return state
   _log.info(

@@ -186,11 +186,11 @@ def forward(
     `attention_entropy` [L]: -sum p ln p over keys in nats, averaged over
     images, heads and queries; ln N for uniform attention over N tokens.
 
-    For norms that saturate (DyT, Derf, Fade with an alpha)
+    For norms with a bounded function (DyT and similar, Fade with an alpha)
     `saturation_attention` and `saturation_mlp` [L] and `head/saturation`: the
     fraction of activations, over images, tokens and channels, for which the
-    slope of tanh or erf is below a tenth of its maximum: |tanh| > 0.949,
-    |erf| > 0.968.
+    slope of the function is below a tenth of its maximum, such as
+    |tanh| > 0.949, |erf| > 0.968.
   """
   _, found = model.apply(
     variables,
@@ -224,7 +224,7 @@ def forward(
     return measured
 
   def saturation(site):
-    return (jnp.abs(site["function"][-1]) > Norm.SATURATED).mean()
+    return (jnp.abs(site["function"][-1]) > Norm.FUNCTION.saturated).mean()
 
   for number, branch in ((0, "attention"), (2, "mlp")):
     shares = [saturation(block[f"{Norm.SLOT}_{number}"]) for block in blocks]

@@ -1,13 +1,13 @@
 """Attention maps, rollout and statistics."""
 
 import jax
+import norm_sets
 import numpy as np
 import pytest
 import tiny_model
 
 from rescalevit_jax.analysis import attention_maps
 from rescalevit_jax.augment import preprocess
-from rescalevit_jax.models import norms
 
 
 @pytest.fixture(scope="module")
@@ -16,7 +16,7 @@ def images():
   return generator.integers(0, 256, (7, 8, 8, 3), np.uint8)
 
 
-@pytest.mark.parametrize("norm", norms.NORMS)
+@pytest.mark.parametrize("norm", norm_sets.DIFFERENT)
 def test_rows_sum_to_one(norm, images):
   model = tiny_model.create(norm)
   maps = attention_maps.collect_probabilities(

@@ -2,6 +2,7 @@
 
 import itertools
 
+import norm_sets
 import numpy as np
 import pytest
 import tiny_model
@@ -10,7 +11,6 @@ from rescalevit_jax import errors
 from rescalevit_jax.analysis import attention_maps
 from rescalevit_jax.analysis import attention_plots
 from rescalevit_jax.analysis import plots
-from rescalevit_jax.models import norms
 
 
 @pytest.fixture(scope="module")
@@ -82,14 +82,14 @@ def test_rollout_starts_at_the_class_token(image):
 
 @pytest.mark.parametrize("kind", attention_plots.KINDS)
 def test_all_norms_share_one_scale(kind, image):
-  models = [tiny_model.create(norm) for norm in norms.NORMS]
+  models = [tiny_model.create(norm) for norm in norm_sets.DIFFERENT]
   figure = attention_plots.draw(kind, models, image)
   maps = [i for ax in axes(figure) for i in ax.images if i.norm.vmax != 1]
   assert len(maps) >= len(models)
   assert len({(i.norm.vmin, i.norm.vmax) for i in maps}) == 1
   titles = [f.get_suptitle() for f in figure.subfigs[0].subfigs]
   titles = list(filter(None, titles))  # The last row may have room left.
-  assert titles == [f"{norm}\ntiny" for norm in norms.NORMS]
+  assert titles == [f"{norm}\ntiny" for norm in norm_sets.DIFFERENT]
 
 
 @pytest.mark.parametrize(

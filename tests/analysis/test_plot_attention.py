@@ -3,6 +3,7 @@
 import csv
 import shutil
 
+import norm_sets
 import numpy as np
 from PIL import Image
 import pytest
@@ -14,7 +15,6 @@ from rescalevit_jax.analysis import attention_plots
 from rescalevit_jax.analysis import plot_attention
 from rescalevit_jax.analysis import trained_model
 from rescalevit_jax.data import dataset
-from rescalevit_jax.models import norms
 from rescalevit_jax.pretrained import npz
 
 
@@ -77,17 +77,20 @@ def test_an_image_file_may_have_any_size(tiny_run, tmp_path):
 
 
 def test_files_of_all_norms_side_by_side(digits_dir, tmp_path):
-  for norm in norms.NORMS:
+  names = norm_sets.DIFFERENT
+  for norm in names:
     variables = tiny_model.create(norm).variables
     npz.save(tmp_path / f"{norm}.npz", **variables)
   words = {"GN": ":GN", "Rescale": ":tanh"}
-  flags = [f"--npz={tmp_path}/{n}.npz{words.get(n, '')}" for n in norms.NORMS]
+  flags = [
+    f"--npz={tmp_path}/{n}.npz{words.get(n, '')}" for n in norm_sets.DIFFERENT
+  ]
   flags += ["--dataset=digits", f"--tfds_data_dir={digits_dir}"]
   assert plot_attention.main([*flags, "--kind=rollout"]) == 0
   with open(tmp_path / "attention" / "attention.csv", newline="") as f:
     rows = list(csv.DictReader(f))
   found = list(dict.fromkeys((r["model"], r["norm"]) for r in rows))
-  assert found == [(norm, norm) for norm in norms.NORMS]
+  assert found == [(norm, norm) for norm in names]
   images = dataset.load("digits", str(digits_dir)).test.images
   tanh = trained_model.load_npz(tmp_path / "Rescale.npz", gelu="tanh")
   expected = attention_maps.statistics(tanh, images).entropy

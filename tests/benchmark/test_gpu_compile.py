@@ -4,13 +4,13 @@ import collections
 import re
 
 import jax
+import norm_sets
 import pytest
 from tiny_gpu import tiny_config
 
 from rescalevit_jax import errors
 from rescalevit_jax.benchmark import gpus
 from rescalevit_jax.benchmark import hlo
-from rescalevit_jax.models import norms
 from rescalevit_jax.models import vit_config
 from rescalevit_jax.training import experiment
 
@@ -37,7 +37,7 @@ def assert_lean(program):
   "norm",
   [
     pytest.param(x, marks=[pytest.mark.slow] if x in RARE else [])
-    for x in norms.NORMS
+    for x in norm_sets.DIFFERENT
   ],
 )
 def test_every_norm_trains(compile_tiny, norm):
@@ -56,7 +56,7 @@ def test_the_batch_is_not_the_minor_axis_of_activations(compile_tiny, norm):
   assert "65,128,64]" not in compile_tiny("train", **keys).text
 
 
-@pytest.mark.parametrize("norm", norms.NORMS)
+@pytest.mark.parametrize("norm", norm_sets.DIFFERENT)
 def test_every_norm_evaluates(compile_tiny, norm):
   program = compile_tiny("eval", **{"model.norm": norm})
   assert_lean(program)

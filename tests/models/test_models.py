@@ -7,6 +7,7 @@ from typing import NamedTuple
 import flax
 import jax
 import jax.numpy as jnp
+import norm_sets
 import numpy as np
 import optax
 import pytest
@@ -29,7 +30,7 @@ from rescalevit_jax.runtime import accelerator
 from rescalevit_jax.training import train_state
 from rescalevit_jax.training import train_step as train_step_lib
 
-NORMS = tuple(norms.NORMS)
+NORMS = norm_sets.DIFFERENT
 TINY = dict(
   num_classes=3,
   image_size=8,
@@ -191,6 +192,7 @@ SLOTS = {
   "DyT": "DyT",
   "Derf": "Derf",
   "Cal": "Cal",
+  **{name: name for name in norm_sets.LIKE_DYT},
 }
 PARAMS = {
   "Rescale": ("bias",),
@@ -198,6 +200,9 @@ PARAMS = {
   "DyT": ("alpha", "scale", "bias"),
   "Derf": ("alpha", "shift", "scale", "bias"),
   "Cal": ("alpha", "scale", "bias"),
+  **dict.fromkeys(norm_sets.LIKE_DYT, ("alpha", "shift", "scale", "bias")),
+  "DyISRU": ("beta", "scale", "bias"),
+  "Linear": ("alpha", "scale", "bias"),
 }
 STATISTICS = {
   "BN": ("mean", "var"),
@@ -208,7 +213,7 @@ STATISTICS = {
 }
 
 
-@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("norm", norms.NORMS)
 def test_names_of_variables(norm):
   variables = variables_of(norm)
   params, statistics = expected_names(norm)

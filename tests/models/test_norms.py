@@ -1,5 +1,6 @@
 """Norms: formulas, gradients and calibration."""
 
+import functools
 import math
 
 import flax
@@ -8,14 +9,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from rescalevit_jax import errors
 from rescalevit_jax import models
 from rescalevit_jax.models import norms
+from rescalevit_jax.models.norms import base
+from rescalevit_jax.models.norms import functions
 from rescalevit_jax.models.norms import identity
 from rescalevit_jax.models.norms import pointwise
 from rescalevit_jax.models.norms import traits
 from rescalevit_jax.models.ops import normalization
 
-D = 6
+D = 8
 X = np.random.default_rng(0).normal(0.5, 2.0, (3, 4, D)).astype(np.float32)
 SCALE = np.linspace(0.5, 1.5, D).astype(np.float32)
 BIAS = np.linspace(-0.3, 0.4, D).astype(np.float32)
@@ -23,45 +27,63 @@ MEAN = np.linspace(-1, 1, D).astype(np.float32)
 ERF = np.vectorize(math.erf)
 
 
+VALUES = {
+  "scale": SCALE,
+  "bias": BIAS,
+  "alpha": 0.7,
+  "beta": 5.0,
+  "shift": 0.2,
+  "init_mean": MEAN,
+  "mean": MEAN,
+  "var": SCALE,
+  "log_sigma": [-0.5, 1.0],
+  "count": 9,
+  "faded": 20_000,
+}
+
+
+@functools.cache
 def variables(norm):
-  params = {"scale": SCALE, "bias": BIAS, "alpha": np.array([0.7], np.float32)}
-  names = {
-    "RMS": ("scale",),
-    "DyT": ("alpha", "scale", "bias"),
-    "Derf": ("alpha", "shift", "scale", "bias"),
-    "Cal": ("alpha", "scale", "bias"),
-  }[norm]
-  params["shift"] = np.array([0.2], np.float32)
-  found = {"params": {name: params[name] for name in names}}
-  if norm == "Cal":
-    found["batch_stats"] = {"init_mean": MEAN}
-  return found
-
-
-def by_hand(norm, x):
-  x = x.astype(np.float64)
-  if norm == "RMS":
-    return SCALE * x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-6)
-  return (
-    BIAS
-    + SCALE
-    * {
-      "DyT": lambda: np.tanh(0.7 * x),
-      "Derf": lambda: ERF(0.7 * x + 0.2),
-      "Cal": lambda: 0.7 * (x - MEAN),
-    }[norm]()
+  """Return variables of a norm, with a value for each name."""
+  shapes = jax.eval_shape(
+    lambda: norms.NORMS[norm](D).init(jax.random.key(0), X, False)
+  )
+  return jax.tree_util.tree_map_with_path(
+    lambda path, x: np.broadcast_to(
+      np.asarray(VALUES[path[-1].key], x.dtype), x.shape
+    ),
+    shapes,
   )
 
 
-@pytest.mark.parametrize("norm", ["RMS", "DyT", "Derf", "Cal"])
+def u(x):
+  return 0.7 * x + 0.2
+
+
+# In float64, from the papers' formulas.
+BY_HAND = {
+  "RMS": lambda x: SCALE * x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-6),
+  "DyT": lambda x: SCALE * np.tanh(0.7 * x) + BIAS,
+  "Derf": lambda x: SCALE * ERF(u(x)) + BIAS,
+  "ISRU": lambda x: SCALE * u(x) / np.sqrt(1 + u(x) ** 2) + BIAS,
+  "HardTanh": lambda x: SCALE * np.clip(u(x), -1, 1) + BIAS,
+  "Arctan": lambda x: SCALE * np.arctan(u(x)) / (np.pi / 2) + BIAS,
+  "Softsign": lambda x: SCALE * u(x) / (1 + np.abs(u(x))) + BIAS,
+  "DyISRU": lambda x: SCALE * D**0.5 * x / np.sqrt(5 + x**2) + BIAS,
+  "Linear": lambda x: SCALE * 0.7 * x + BIAS,
+  "Cal": lambda x: SCALE * 0.7 * (x - MEAN) + BIAS,
+}
+
+
+@pytest.mark.parametrize("norm", BY_HAND)
 @pytest.mark.parametrize("train", [False, True])
 def test_formula(norm, train):
-  module = norms.NORMS[norm](D)
-  y = module.apply(variables(norm), X, train)
-  np.testing.assert_allclose(y, by_hand(norm, X), rtol=1e-5, atol=1e-5)
+  y = norms.NORMS[norm](D).apply(variables(norm), X, train)
+  want = BY_HAND[norm](X.astype(np.float64))
+  np.testing.assert_allclose(y, want, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("norm", ["RMS", "DyT", "Derf", "Cal"])
+@pytest.mark.parametrize("norm", [x for x in norms.NORMS if x != "Identity"])
 def test_gradient_equals_finite_differences(norm):
   """Test the input and each parameter in a random direction."""
   module, start = norms.NORMS[norm](D), variables(norm)
@@ -70,7 +92,8 @@ def test_gradient_equals_finite_differences(norm):
   fixed = {k: v for k, v in start.items() if k != "params"}
 
   def total(params, x):
-    y = module.apply({"params": params, **fixed}, x, True)
+    collections = {"params": params, **fixed}
+    y, _ = module.apply(collections, x, True, mutable=["batch_stats"])
     return (weights * y).sum()
 
   with jax.enable_x64(True):
@@ -92,6 +115,20 @@ def test_gradient_equals_finite_differences(norm):
       np.testing.assert_allclose(
         (slope * way).sum(), want, rtol=2e-2, atol=2e-2
       )
+
+
+@pytest.mark.parametrize("name", functions.FUNCTIONS)
+def test_functions_are_bounded_and_saturate_at_a_tenth_of_the_slope(name):
+  function = functions.FUNCTIONS[name]
+  at = np.linspace(-30, 30, 60_001, dtype=np.float32)
+  y = np.asarray(function.apply(at))
+  slope = np.asarray(jax.vmap(jax.grad(function.apply))(at))
+  np.testing.assert_allclose(y, -y[::-1], atol=1e-6)
+  assert 0.9 < np.abs(y).max() < 1 + 1e-6
+  assert (np.diff(y) >= -1e-6).all()
+  flat = slope < 0.1 * slope.max()
+  differs = flat != (np.abs(y) > function.saturated)
+  assert flat.any() and differs.sum() <= 2  # Up to rounding.
 
 
 @pytest.mark.parametrize("centered", [True, False])
@@ -129,14 +166,62 @@ def calibrate(module, start, *batches):
   return y, found
 
 
-@pytest.mark.parametrize("norm", ["DyT", "Derf"])
-def test_a_calibrated_alpha_is_one_over_rms(norm):
+@pytest.mark.parametrize(
+  "norm, name", [("DyT", "alpha"), ("Derf", "alpha"), ("DyISRU", "beta")]
+)
+def test_a_calibrated_alpha_is_one_over_rms(norm, name):
   y, found = calibrate(norms.NORMS[norm](D), variables(norm), X)
-  alpha = found["params"].pop("alpha")
-  np.testing.assert_allclose(alpha, 1 / np.sqrt((X**2).mean()), rtol=1e-6)
-  want = variables(norm)["params"]
-  del want["alpha"]
-  assert jax.tree.all(jax.tree.map(np.array_equal, found["params"], want))
+  square = (X**2).mean()
+  want = D * square if name == "beta" else 1 / np.sqrt(square)
+  np.testing.assert_allclose(found["params"][name], [want], rtol=1e-6)
+  changed = {
+    name
+    for name, x in variables(norm)["params"].items()
+    if not np.array_equal(x, found["params"][name])
+  }
+  assert changed == {name}
+
+
+@pytest.mark.parametrize("norm", ["DyT", "Cal"])
+@pytest.mark.parametrize("alpha", [0.25, base.CALIBRATED])
+def test_only_a_calibration_replaces_the_initial_alpha(norm, alpha):
+  module = norms.NORMS[norm](D, options=base.Options(alpha=alpha))
+  start = module.init(jax.random.key(0), X, False)
+  own = norms.NORMS[norm].ALPHA
+  assert start["params"]["alpha"] == (own if isinstance(alpha, str) else alpha)
+  _, found = calibrate(module, start, X)
+  kept = found["params"]["alpha"] == start["params"]["alpha"]
+  assert kept == (alpha == 0.25)
+  if norm == "Cal":  # Its mean is calibrated in both cases.
+    assert np.any(found["batch_stats"]["init_mean"])
+
+
+def test_alphas_of_attention_mlp_and_final_norm():
+  parse = pointwise.parse_alphas
+  assert parse(None) == (None, None, None)
+  assert parse("0.5") == (0.5, 0.5, 0.5)
+  assert parse("calibrated,0.2,3") == ("calibrated", 0.2, 3.0)
+  for text in ("", "0", "nan", "-1", "inf", "0.1,0.2", "Calibrated", "1,,1"):
+    with pytest.raises(errors.UserError, match="model.alpha_init: "):
+      parse(text)
+  with pytest.raises(errors.UserError, match="LayerNorm has no alpha"):
+    models.create("ViT-XS_4", num_classes=3, alpha_init="0.5")
+  model = models.create(
+    "ViT-XS_4",
+    num_classes=3,
+    norm="Softsign",
+    alpha_init="0.8,0.2,0.1",
+    image_size=8,
+    num_layers=1,
+  )
+  params = model.init(jax.random.key(0), np.zeros((1, 8, 8, 3)))["params"]
+  block = params["Transformer"]["encoderblock_0"]
+  sites = (
+    *(block[f"Softsign_{number}"] for number in (0, 2)),
+    params["Transformer"]["encoder_norm"],
+  )
+  found = [float(site["alpha"][0]) for site in sites]
+  np.testing.assert_allclose(found, [0.8, 0.2, 0.1], rtol=1e-6)
 
 
 def test_calibrated_cal_has_mean_0_and_variance_1():
@@ -196,16 +281,23 @@ def test_each_site_is_calibrated_after_the_previous_ones():
     np.testing.assert_allclose(y.var(), 1, rtol=1e-3, err_msg=name)
 
 
-@pytest.mark.parametrize("norm", ["Cal", "Rescale"])
-def test_as_linear_equals_the_norm_in_evaluation(norm):
-  Norm = norms.NORMS[norm]
-  start = {"params": {"bias": BIAS}, "batch_stats": {"init_mean": MEAN}}
-  for count in (3, 8):
-    start["batch_stats"]["count"] = np.int32(count)
-    found = variables("Cal") if norm == "Cal" else start
-    factor, shift = Norm.as_linear(found["params"], found["batch_stats"])
-    y = Norm(D).apply(found, X, False)
-    np.testing.assert_allclose(factor * X + shift, y, rtol=1e-5, atol=1e-5)
+@pytest.mark.parametrize(
+  "norm, numbers",
+  [
+    ("Cal", {}),
+    ("Linear", {}),
+    ("Rescale", {"count": 3}),
+    ("Rescale", {"count": 8}),
+  ],
+)
+def test_as_linear_equals_the_norm_in_evaluation(norm, numbers):
+  Norm, found = norms.NORMS[norm], variables(norm)
+  stats = found.get("batch_stats", {})
+  stats = stats | {k: np.int32(n) for k, n in numbers.items()}
+  factor, shift = Norm.as_linear(found["params"], stats)
+  y = Norm(D).apply({**found, "batch_stats": stats}, X, False)
+  x = X - X.mean(-1, keepdims=True) if Norm.CENTERED else X
+  np.testing.assert_allclose(factor * x + shift, y, rtol=1e-5, atol=1e-5)
 
 
 def test_only_norms_that_are_linear_in_evaluation_fold():
@@ -214,4 +306,4 @@ def test_only_norms_that_are_linear_in_evaluation_fold():
     for name, Norm in norms.NORMS.items()
     if issubclass(Norm, traits.Foldable)
   }
-  assert foldable == {"Rescale", "Cal", "Fade"}
+  assert foldable == {"Rescale", "Cal", "Linear", "Fade"}

@@ -4,6 +4,7 @@ import jax
 import numpy as np
 import pytest
 
+from rescalevit_jax import errors
 from rescalevit_jax.augment import mixing
 from rescalevit_jax.augment import preprocess
 from rescalevit_jax.data import dataset
@@ -119,6 +120,22 @@ def test_the_key_says_which_norms(tiny_config, norm, calibration, calibrated):
   state = calibrated_state(tiny_config)
   scratch = experiment.create(tiny_config).init_state()
   assert bool(different(state.params, scratch.params)) == calibrated
+
+
+def test_alpha_init_selects_the_calibrated_sites(tiny_config):
+  tiny_config.model.norm = "DyISRU"
+  tiny_config.model.num_layers = 1
+  tiny_config.model.alpha_init = "calibrated,0.5,calibrated"
+  state = calibrated_state(tiny_config)
+  scratch = experiment.create(tiny_config).init_state()
+  found = different(state.params, scratch.params)
+  assert len(found) == 2 and all("DyISRU_2" not in str(x) for x in found)
+  tiny_config.calibration = "all"
+  with pytest.raises(errors.UserError, match="replaces model.alpha_init"):
+    experiment.create(tiny_config)
+  tiny_config.calibration = "none"
+  with pytest.raises(errors.UserError, match="needs a calibration"):
+    experiment.create(tiny_config)
 
 
 def test_a_file_is_calibrated_but_for_what_it_brought(tiny_config, tmp_path):

@@ -5,13 +5,13 @@ import math
 
 from flax import traverse_util
 import jax
+import norm_sets
 import numpy as np
 import pytest
 import tiny_model
 
 from rescalevit_jax import models
 from rescalevit_jax.analysis import attention_maps
-from rescalevit_jax.models import norms
 from rescalevit_jax.training import measurements
 
 IMAGES = np.random.default_rng(0).uniform(-1, 1, (3, 8, 8, 3))
@@ -130,7 +130,8 @@ def test_update_ratio_of_the_parts(tiny):
 
 
 @pytest.mark.parametrize(
-  "norm, remat", [("DyT", True), *((norm, False) for norm in norms.NORMS)]
+  "norm, remat",
+  [("DyT", True), *((norm, False) for norm in norm_sets.DIFFERENT)],
 )
 def test_every_model_is_measured(norm, remat):
   model = models.create(

@@ -26,5 +26,11 @@ NORMS: dict[str, type[base.Norm]] = {
   "Cal": pointwise.Cal,
   "BN2": batch_norm.BatchNorm2,
   "Fade": fade.Fade,
+  "ISRU": pointwise.ISRU,
+  "DyISRU": pointwise.DyISRU,
+  "HardTanh": pointwise.HardTanh,
+  "Arctan": pointwise.Arctan,
+  "Softsign": pointwise.Softsign,
+  "Linear": pointwise.Linear,
   "Identity": identity.Identity,
 }

@@ -1,10 +1,28 @@
 """The interface of a norm."""
 
+import dataclasses
 from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
+
+from rescalevit_jax import errors
+
+SITES = ("attention", "mlp", "final")
+CALIBRATED = "calibrated"
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+  """Constants of a norm at one site.
+
+  Attributes:
+    alpha: initial alpha of a pointwise function; `CALIBRATED`: from a
+      calibration; None: the norm's own.
+  """
+
+  alpha: float | str | None = None
 
 
 class Norm(nn.Module):
@@ -13,10 +31,12 @@ class Norm(nn.Module):
   Attributes:
     features: number of channels D.
     dtype: of the output; statistics are float32.
+    options: constants.
   """
 
   features: int
   dtype: Any = jnp.float32
+  options: Options = Options()
 
   # The module is named SLOT_0 before attention and SLOT_2 before the MLP, the
   # numbering of the published checkpoints.
@@ -43,5 +63,15 @@ class Norm(nn.Module):
     return False
 
   @classmethod
-  def check(cls, features: int) -> None:
-    """Raise a UserError if the norm does not support this many channels."""
+  def check(cls, features: int, options: Options) -> None:
+    """Raise a UserError if the norm does not support these channels or options.
+
+    Args:
+      features: number of channels.
+      options: at any site.
+    """
+    del features
+    if options.alpha is not None:
+      raise errors.UserError(
+        f"model.alpha_init: {cls.__name__} has no alpha; choose None"
+      )

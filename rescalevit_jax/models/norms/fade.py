@@ -16,8 +16,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 import numpy as np
 
+from rescalevit_jax.models.norms import functions
 from rescalevit_jax.models.norms import layer_norm
-from rescalevit_jax.models.norms import pointwise
 from rescalevit_jax.models.norms import traits
 from rescalevit_jax.models.ops import normalization
 from rescalevit_jax.runtime import accelerator
@@ -98,7 +98,7 @@ class Fade(
 
   COLOR: ClassVar[str] = "#777777"
   CENTERED: ClassVar[bool] = True
-  SATURATED: ClassVar[float] = pointwise.DyT.SATURATED
+  FUNCTION: ClassVar[functions.Function] = functions.FUNCTIONS["tanh"]
 
   def setup(self):
     super().setup()
@@ -140,7 +140,7 @@ class Fade(
 
   def function(self, x):
     """Return tanh(x); see `traits.Saturating`."""
-    return jnp.tanh(x)
+    return self.FUNCTION.apply(x)
 
   @staticmethod
   def as_linear(params, batch_stats):

@@ -21,7 +21,8 @@ class GroupNorm(layer_norm.Affine):
     return normalization.normalize(groups, (1, 3))[0].reshape(x.shape)
 
   @classmethod
-  def check(cls, features):
+  def check(cls, features, options):
+    super().check(features, options)
     if features % cls.GROUPS:
       raise errors.UserError(
         f"model.hidden_size: {features} is not divisible by the {cls.GROUPS}"

@@ -1,4 +1,4 @@
-"""Pointwise functions that replace a norm: DyT, Derf and Cal."""
+"""Pointwise functions that replace a norm: DyT, Derf, Cal and others."""
 
 import math
 from typing import ClassVar
@@ -7,8 +7,39 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from rescalevit_jax import errors
+from rescalevit_jax.models.norms import base
+from rescalevit_jax.models.norms import functions
 from rescalevit_jax.models.norms import traits
 from rescalevit_jax.models.ops import normalization
+
+
+def parse_alphas(text: str | None) -> tuple[float | str | None, ...]:
+  """Return the initial alphas of attention, MLP and final norm.
+
+  Args:
+    text: one value for all, or three with commas. A value is a number above 0
+      or 'calibrated'. None: the norm's own.
+
+  Raises:
+    UserError: the text has another form.
+  """
+  if text is None:
+    return (None,) * len(base.SITES)
+  words = text.split(",")
+  try:
+    alphas = [x if x == base.CALIBRATED else float(x) for x in words]
+  except ValueError:
+    alphas = []
+  numbers = [x for x in alphas if x != base.CALIBRATED]
+  valid = all(0 < x < math.inf for x in numbers)
+  if len(alphas) not in (1, len(base.SITES)) or not valid:
+    raise errors.UserError(
+      f"model.alpha_init: {text!r} is neither a number above 0 nor"
+      f" {base.CALIBRATED!r}, nor three of them; use a value such as 0.5 or"
+      " 0.8,0.2,0.2"
+    )
+  return tuple(alphas if len(alphas) > 1 else alphas * len(base.SITES))
 
 
 class Pointwise(traits.Calibrated):
@@ -19,19 +50,28 @@ class Pointwise(traits.Calibrated):
   input, which gives the argument of f the size of a normalized input.
   """
 
-  ALPHA: ClassVar[float]  # Initial alpha without a calibration.
+  ALPHA: ClassVar[float] = 0.5  # Initial alpha without a calibration.
 
   @nn.compact
   def __call__(self, x, train):
-    alpha = self.param("alpha", nn.initializers.constant(self.ALPHA), (1,))
+    own = self.options.alpha in (None, base.CALIBRATED)
+    alpha = self.ALPHA if own else self.options.alpha
+    init = nn.initializers.constant(self.parameter(alpha))
+    alpha = self.param(self.PARAMETER, init, (1,))
     scale = self.param("scale", nn.initializers.ones, (self.features,))
     bias = self.param("bias", nn.initializers.zeros, (self.features,))
     x = x.astype(jnp.float32)
     if self.is_calibrating():
       square = self.average("square", jnp.square(self.centered(x)).mean())
-      alpha = jax.lax.rsqrt(jnp.maximum(square, normalization.EPSILON**2))[None]
-      self.put_variable("params", "alpha", alpha)
+      if own:
+        alpha = jax.lax.rsqrt(jnp.maximum(square, normalization.EPSILON**2))
+        alpha = self.parameter(alpha)[None]
+        self.put_variable("params", self.PARAMETER, alpha)
     return self.map(x, alpha, scale, bias).astype(self.dtype)
+
+  def parameter(self, alpha):
+    """Return the value of the parameter for an alpha."""
+    return alpha
 
   def centered(self, x):
     """Return x minus the mean that a calibration subtracts."""
@@ -61,38 +101,114 @@ class Pointwise(traits.Calibrated):
     mean.value += (value - mean.value) / count.value
     return mean.value
 
+  @classmethod
+  def check(cls, features, options):
+    """Accept all options."""
 
-class DyT(Pointwise, traits.Saturating):
+
+class Bounded(Pointwise, traits.Saturating):
+  """scale * f(alpha * x + shift) + bias, with a bounded f.
+
+  The functions with a shift are candidates of Chen et al. 2025
+  (arXiv:2512.10938), whose code starts all alphas at 0.5 and shifts at 0. A
+  site has one of each.
+  """
+
+  SHIFTED: ClassVar[bool] = True
+
+  def function(self, x):
+    if self.SHIFTED:
+      x = x + self.param("shift", nn.initializers.zeros, (1,))
+    return self.FUNCTION.apply(x)
+
+
+class DyT(Bounded):
   """Dynamic tanh: scale * tanh(alpha * x) + bias.
 
   Zhu et al. 2025 (CVPR, arXiv:2503.10622), with their initial alpha of 0.5.
+  Their language models start with a larger alpha before attention.
   """
 
   SLOT: ClassVar[str] = "DyT"
   COLOR: ClassVar[str] = "#56B4E9"
-  ALPHA: ClassVar[float] = 0.5
-  SATURATED: ClassVar[float] = 0.9**0.5  # The slope is 1 - tanh^2.
-
-  def function(self, x):
-    return jnp.tanh(x)
+  FUNCTION: ClassVar[functions.Function] = functions.FUNCTIONS["tanh"]
+  SHIFTED: ClassVar[bool] = False
 
 
-class Derf(Pointwise, traits.Saturating):
-  """Dynamic erf: scale * erf(alpha * x + shift) + bias.
-
-  Chen et al. 2025 (arXiv:2512.10938), with their initial alpha of 0.5 and shift
-  of 0. A site has one of each.
-  """
+class Derf(Bounded):
+  """Dynamic erf, the best function of Chen et al.: erf(alpha * x + shift)."""
 
   SLOT: ClassVar[str] = "Derf"
   COLOR: ClassVar[str] = "#000000"
-  ALPHA: ClassVar[float] = 0.5
-  # The slope at u is exp(-u^2) times the maximum.
-  SATURATED: ClassVar[float] = math.erf(math.log(10) ** 0.5)
+  FUNCTION: ClassVar[functions.Function] = functions.FUNCTIONS["erf"]
 
-  def function(self, x):
-    shift = self.param("shift", nn.initializers.zeros, (1,))
-    return jax.lax.erf(x + shift)
+
+class ISRU(Bounded):
+  """Inverse square root unit: u / sqrt(1 + u^2), u = alpha * x + shift."""
+
+  SLOT: ClassVar[str] = "ISRU"
+  COLOR: ClassVar[str] = "#EE3377"
+  FUNCTION: ClassVar[functions.Function] = functions.FUNCTIONS["isru"]
+
+
+class HardTanh(Bounded):
+  """Hard tanh: clip(alpha * x + shift, -1, 1)."""
+
+  SLOT: ClassVar[str] = "HardTanh"
+  COLOR: ClassVar[str] = "#117733"
+  FUNCTION: ClassVar[functions.Function] = functions.FUNCTIONS["clip"]
+
+
+class Arctan(Bounded):
+  """Arctangent: 2 / pi * arctan(alpha * x + shift)."""
+
+  SLOT: ClassVar[str] = "Arctan"
+  COLOR: ClassVar[str] = "#44AA99"
+  FUNCTION: ClassVar[functions.Function] = functions.FUNCTIONS["arctan"]
+
+
+class Softsign(Bounded):
+  """Softsign: u / (1 + |u|), u = alpha * x + shift."""
+
+  SLOT: ClassVar[str] = "Softsign"
+  COLOR: ClassVar[str] = "#DDAA33"
+  FUNCTION: ClassVar[functions.Function] = functions.FUNCTIONS["softsign"]
+
+
+class DyISRU(Bounded):
+  """Dynamic ISRU: scale * sqrt(D) * x / sqrt(beta + x^2) + bias.
+
+  Stollenwerk 2025 (arXiv:2503.21708), the elementwise counterpart of RMSNorm,
+  which has the token's sum of the other x^2 in place of the learned beta. At 0
+  the slope is sqrt(D / beta) = alpha. beta starts at 4 D, the slope of DyT.
+  """
+
+  SLOT: ClassVar[str] = "DyISRU"
+  COLOR: ClassVar[str] = "#AA4499"
+  FUNCTION: ClassVar[functions.Function] = functions.FUNCTIONS["isru"]
+  SHIFTED: ClassVar[bool] = False
+  PARAMETER: ClassVar[str] = "beta"
+
+  def parameter(self, alpha):
+    return self.features / alpha**2
+
+  def map(self, x, beta, scale, bias):
+    inner = jax.lax.rsqrt(jnp.maximum(beta, normalization.EPSILON))
+    return self.function(inner * x) * (self.features**0.5 * scale) + bias
+
+
+class Linear(Pointwise, traits.Foldable):
+  """The control without a bound: scale * alpha * x + bias. Ours."""
+
+  SLOT: ClassVar[str] = "Linear"
+  COLOR: ClassVar[str] = "#BBBB77"
+
+  def map(self, x, alpha, scale, bias):
+    return alpha * scale * x + bias
+
+  @staticmethod
+  def as_linear(params, batch_stats):
+    return params["alpha"] * params["scale"], params["bias"]
 
 
 class Cal(Pointwise, traits.Foldable):

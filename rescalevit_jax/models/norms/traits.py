@@ -11,6 +11,7 @@ import ml_collections
 import numpy as np
 
 from rescalevit_jax.models.norms import base
+from rescalevit_jax.models.norms import functions
 
 # The collection of the averages of a calibration; see `Calibrated`.
 CALIBRATION = "calibration"
@@ -28,6 +29,14 @@ class Calibrated(base.Norm):
 
   # The values of the config key `calibration` that calibrate this norm.
   CALIBRATED_BY: ClassVar[tuple[str, ...]] = ("all",)
+  # The parameter that a calibration sets.
+  PARAMETER: ClassVar[str] = "alpha"
+
+  @classmethod
+  def is_calibrated_by(cls, calibration: str, alpha_init: str | None) -> bool:
+    """Return whether a run with these config keys calibrates the norm."""
+    asked = base.CALIBRATED in (alpha_init or "")
+    return asked or calibration in cls.CALIBRATED_BY
 
 
 class RunningStatistics(base.Norm):
@@ -54,10 +63,9 @@ class Settling(base.Norm):
 
 
 class Saturating(base.Norm):
-  """A norm with a saturating function, computed by its method `function`."""
+  """A norm with a bounded function, computed by its method `function`."""
 
-  # |f| above which the slope of f is below a tenth of its maximum.
-  SATURATED: ClassVar[float]
+  FUNCTION: ClassVar[functions.Function]
 
 
 class Foldable(base.Norm):

@@ -44,6 +44,12 @@ KINDS = [
   ("BN2", 3),
   ("RMS", 3),
   ("Derf", 1),
+  ("DyISRU", 3),
+  ("ISRU", 1),
+  ("HardTanh", 3),
+  ("Arctan", 1),
+  ("Softsign", 3),
+  ("Linear", 1),
 ]
 # What else a norm is run with: all that keeps something of its own from step to
 # step.
@@ -60,8 +66,9 @@ _MORE_KEYS = {
   "DyT": ("calibration=all", "ema_decay=0.5"),
   "Derf": ("calibration=all", "agc=0.05"),
   "RMS": ("dtype=float16", "ema_decay=0.9"),
+  "DyISRU": ("model.alpha_init=calibrated,0.5,calibrated",),
 }
-_CALIBRATED = ("Cal", "DyT", "Derf")
+_CALIBRATED = ("Cal", "DyT", "Derf", "DyISRU")
 PHASES = (
   "start-up",
   "calibration",
