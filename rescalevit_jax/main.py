@@ -101,8 +101,10 @@ def main(config: ml_collections.ConfigDict) -> None:
     if result is not None and jax.process_index() == 0:
       if _MODE.value != "train":
         print(json.dumps(_short(result)))
-      if _MODE.value != "probe":
+      if _MODE.value == "train":
         _draw_confusion(workdir)
+      elif _MODE.value == "eval":
+        _draw_confusion(folder.evaluation(workdir, config))
   except (errors.UserError, OSError) as e:
     _fail(str(e), code=1)
   except jax.errors.JaxRuntimeError as e:
@@ -131,10 +133,10 @@ def _short(result):
   return result
 
 
-def _draw_confusion(workdir):
+def _draw_confusion(where):
   from rescalevit_jax.analysis import confusion_plot  # Imports matplotlib.
 
-  confusion_plot.draw_run(pathlib.Path(workdir))
+  confusion_plot.draw_run(pathlib.Path(where))
 
 
 def parse(argv: list[str]) -> ml_collections.ConfigDict:

@@ -160,11 +160,19 @@ def _run(args):
     raise errors.UserError("no images to classify; give image files")
   if args.npz:
     model = subjects.load((), (args.npz,))[0].model
+    head = model.variables["params"]["head"]
+    if not model.class_names or not head["kernel"].any():
+      raise errors.UserError(
+        f"{args.npz}: has no head, or one of zeros as Google's ImageNet-21k"
+        " files; fine-tune it to classify images"
+      )
   else:
     model = load(args.workdir, args.checkpoint)
   progress.warn_of_idle_gpu()
-  names = [str(file)[:_WIDEST_NAME] for file in files]
-  widths = max(map(len, names)), max(map(len, model.class_names))
+  widths = [
+    min(_WIDEST_NAME, max(map(len, names)))
+    for names in (map(str, files), model.class_names)
+  ]
   rows, skipped = [], 0
   for file, result in _with_progress(model, files, args.batch):
     if isinstance(result, errors.UserError):

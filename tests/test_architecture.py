@@ -11,6 +11,7 @@ PACKAGE = paths.ROOT / "rescalevit_jax"
 ORDER = (
   "main",
   "predict",
+  "export",
   "report",
   "benchmark",
   "sweep",

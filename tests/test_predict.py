@@ -1,6 +1,7 @@
 """Predictions on the command line and from Python."""
 
 import csv
+import importlib.util
 import json
 import os
 import pathlib
@@ -14,10 +15,12 @@ import numpy as np
 import paths
 from PIL import Image
 import pytest
+import trees
 
 from rescalevit_jax import errors
+from rescalevit_jax import export
 from rescalevit_jax import predict
-from rescalevit_jax.analysis import export_npz
+from rescalevit_jax.analysis import imagenet_names
 from rescalevit_jax.analysis import trained_model
 from rescalevit_jax.data import image_files
 
@@ -438,11 +441,41 @@ def test_a_terminal_without_the_letters(tiny_run, tmp_path):
   assert child.returncode == 0 and rb"\xfcn\xef.png" in child.stdout
 
 
+def test_weights_with_a_head_of_zeros(tmp_path, capsys):
+  """As in Google's ImageNet-21k files."""
+  arrays = trees.arrays()
+  arrays["head/kernel"] *= 0
+  path = trees.write(tmp_path, arrays)
+  Image.new("RGB", (8, 8)).save(tmp_path / "x.png")
+  assert predict.main([f"--npz={path}", str(tmp_path / "x.png")]) == 1
+  captured = capsys.readouterr()
+  assert not captured.out and "zeros" in captured.err.splitlines()[-1]
+
+
+@pytest.mark.skipif(
+  importlib.util.find_spec("timm") is None, reason="needs the extra timm"
+)
+def test_names_of_imagenet(tmp_path):
+  """The first and last class of each version, by WordNet."""
+  for classes, first, last in (
+    (1000, "tench, Tinca tinca", "toilet tissue"),
+    (11821, "benthos", "knothole"),
+    (21841, "organism, being", "knothole"),
+    (21843, "organism, being", "knothole"),
+  ):
+    names = imagenet_names.find(classes)
+    assert len(names) == classes
+    assert names[0].startswith(first) and names[-1].startswith(last)
+  assert imagenet_names.find(10) is None and imagenet_names.find(1234) is None
+  path = trees.write(tmp_path, trees.arrays(num_classes=1000))
+  assert trained_model.load_npz(path).class_names[999].startswith("toilet")
+
+
 def test_weights_without_a_run(tiny_run, tmp_path, capsys):
   """An exported file gives the probabilities of its run."""
   weights = tmp_path / "a.npz"
   flags = [f"--workdir={tiny_run}", f"--output={weights}"]
-  assert export_npz.main(flags) == 0
+  assert export.main(flags) == 0
   Image.new("RGB", (8, 8), (90, 90, 90)).save(tmp_path / "x.png")
   outputs = []
   for name, source in (

@@ -14,9 +14,9 @@ from rescalevit_jax.runs import folder
 _MOST_WITH_NUMBERS = 20  # Classes.
 
 
-def draw_run(workdir: pathlib.Path) -> None:
-  """Draw confusion.png from a run's confusion.csv, if it has one."""
-  path = workdir / folder.CONFUSION
+def draw_run(where: pathlib.Path) -> None:
+  """Draw confusion.png from the confusion.csv in a folder, if it has one."""
+  path = where / folder.CONFUSION
   if path.exists():
     with open(path, encoding="utf-8", newline="") as f:
       _, *rows = csv.reader(f)

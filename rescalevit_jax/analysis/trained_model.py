@@ -6,6 +6,8 @@ names = model.top(probabilities[0])
 """
 
 from collections.abc import Iterable, Mapping, Sequence
+import copy
+import dataclasses
 import functools
 import json
 import math
@@ -22,9 +24,11 @@ from PIL import Image
 
 from rescalevit_jax import errors
 from rescalevit_jax import models
+from rescalevit_jax.analysis import imagenet_names
 from rescalevit_jax.data import image_files
 from rescalevit_jax.models import vit_config
 from rescalevit_jax.pretrained import detect
+from rescalevit_jax.pretrained import fold as fold_lib
 from rescalevit_jax.pretrained import load as load_lib
 from rescalevit_jax.pretrained import npz
 from rescalevit_jax.runs import checkpoint
@@ -42,6 +46,7 @@ class TrainedModel:
     image_size: height and width of the model's input, in pixels.
     class_names: names in the order of the probabilities; empty without a head.
     resize: the first resizing of images, as in the run's dataset.
+    step: training step of a run's checkpoint; None for a file.
   """
 
   def __init__(
@@ -52,6 +57,7 @@ class TrainedModel:
     image_size: int,
     class_names: Sequence[str],
     resize: image_files.Resize = image_files.Resize(),  # noqa: B008 - frozen.
+    step: int | None = None,
   ):
     self.name = name
     self.model = model
@@ -59,6 +65,7 @@ class TrainedModel:
     self.image_size = image_size
     self.class_names = tuple(class_names)
     self.resize = resize
+    self.step = step
 
   def __call__(
     self, images: Iterable[image_files.Source], batch: int = 64
@@ -132,6 +139,26 @@ class TrainedModel:
     order = np.argsort(-probabilities, kind="stable")[:count]
     return [(self.class_names[i], float(probabilities[i])) for i in order]
 
+  def fold(self) -> "TrainedModel":
+    """Return the equivalent model without norms; see `pretrained.fold`.
+
+    Raises:
+      UserError: the norm does not fold.
+    """
+    config = self.model.config
+    params, batch_stats = fold_lib.fold(
+      config.norm,
+      self.variables["params"],
+      self.variables.get("batch_stats", {}),
+    )
+    config = dataclasses.replace(
+      config, norm="Identity", norm_schedule=None, sigma_reparam=False
+    )
+    folded = copy.copy(self)
+    folded.model = self.model.clone(config=config)
+    folded.variables = {"params": params, "batch_stats": batch_stats}
+    return folded
+
   @functools.cached_property
   def _softmax(self):
     return jax.jit(
@@ -155,7 +182,7 @@ def load(workdir: str | os.PathLike[str], which: str = "best") -> TrainedModel:
   workdir = pathlib.Path(workdir)
   config = folder.require_config(workdir)
   config.model.attention = "auto"  # This device may differ from the run's.
-  params, batch_stats, _ = checkpoint.load_variables(workdir, which)
+  params, batch_stats, step = checkpoint.load_variables(workdir, which)
   num_classes = np.size(params.get("head", {}).get("bias", ()))
   model = experiment.create_model(config, num_classes)
   variables = {"params": params, "batch_stats": batch_stats}
@@ -172,6 +199,7 @@ def load(workdir: str | os.PathLike[str], which: str = "best") -> TrainedModel:
     image_files.Resize(
       config.data.image_size, config.data.resize, config.data.crop_ratio
     ),
+    step,
   )
 
 
@@ -184,8 +212,8 @@ def load_npz(
 ) -> TrainedModel:
   """Load a checkpoint file; the shapes of its arrays determine the model.
 
-  Classes are named by their indices. Some options cannot be inferred from the
-  arrays.
+  Classes have ImageNet's names if there are as many, otherwise their indices.
+  Some options cannot be inferred from the arrays.
 
   Args:
     path: an `.npz` in Google's format.
@@ -250,7 +278,7 @@ def load_npz(
     model,
     jax.device_put({"params": params, "batch_stats": batch_stats}),
     image_size,
-    [str(i) for i in range(num_classes)],
+    imagenet_names.find(num_classes) or [str(i) for i in range(num_classes)],
   )
 
 

@@ -247,9 +247,16 @@ KEYS = {
   ),
   "eval_dataset": key_lib.Key(
     None,
-    "dataset that `--mode=eval` evaluates on, with the run's classes, such as"
-    " `cifar10_1`; `cifar10_corrupted/*` stands for all its configs; None:"
-    " `dataset`",
+    "dataset that `--mode=eval` and `--mode=probe` evaluate on, with the run's"
+    " classes, such as `cifar10_1`; for `--mode=eval`, `cifar10_corrupted/*`"
+    " stands for all its configs; None: `dataset`",
+    optional=str,
+    resumable=True,
+  ),
+  "eval_split": key_lib.Key(
+    None,
+    "split that `--mode=eval` and `--mode=probe` evaluate on, in tfds'"
+    " notation, such as `validation`; None: as in training",
     optional=str,
     resumable=True,
   ),

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import logging
 import math
 from typing import Any
@@ -94,26 +95,15 @@ def load(
     train_split, stored.sizes, "data.train_split", name
   )
   tests = {} if num_val else _candidates(stored, test_split, name)
-  if source == "auto":
-    images = sum(
-      stored.sizes[split]
-      for split in {x.split for x in sum(tests.values(), train_parts)}
-    )
-    fits = images * math.prod(stored.shape) <= max_gb * 1e9
-    source = "resident" if fits else "streaming"
-  if source == "streaming" and skip_damaged:
-    raise errors.UserError(
-      "config: data.skip_damaged needs all images in memory; set"
-      " data.source=resident, or remove damaged images"
-    )
-  read = _streamed if source == "streaming" else resident.read_split
-  train, num_skipped = read(stored, train_parts, first_resize, skip_damaged)
+  parts = sum(tests.values(), train_parts)
+  read = _reader(stored, parts, source, max_gb, skip_damaged)
+  train, num_skipped = read(train_parts, first_resize, skip_damaged)
   if num_val:
     train, test = _split_validation(train, num_val, name)
     chosen = f"{train_split} ({num_val} held out)"
   else:
     test, chosen, skipped = _first_labelled(
-      tests, functools.partial(read, stored), first_resize, skip_damaged, name
+      tests, read, first_resize, skip_damaged, name
     )
     num_skipped += skipped
   if num_skipped:
@@ -134,22 +124,28 @@ def load_test(
   data_dir: str | None,
   *,
   test_split: str | None = None,
+  source: str = "auto",
+  max_gb: float = 4.0,
   image_size: int | None = None,
   resize: str = "squash",
   crop_ratio: float = 0.875,
   skip_damaged: bool = False,
+  split_key: str = "data.test_split",
   **others: Any,
-) -> tuple[resident.Split, str, tuple[str, ...]]:
-  """Load only the test split of a dataset, into memory.
+) -> tuple[resident.Split | streamed.StreamedSplit, str, tuple[str, ...]]:
+  """Load only the test split of a dataset.
 
   Args:
     name: see `load`.
     data_dir: see `load`.
     test_split: see `load`.
+    source: see `load`.
+    max_gb: see `load`.
     image_size: see `load`.
     resize: see `load`.
     crop_ratio: see `load`.
     skip_damaged: see `load`.
+    split_key: config key of `test_split`, for errors.
     **others: the other arguments of `load`, which have no effect.
 
   Returns:
@@ -161,13 +157,11 @@ def load_test(
   del others
   first_resize = image_files.Resize(image_size, resize, crop_ratio)
   stored = stored_lib.open_dataset(name, data_dir, first_resize)
-  tests = _candidates(stored, test_split, name)
+  tests = _candidates(stored, test_split, name, split_key)
+  parts = list(itertools.chain(*tests.values()))
+  read = _reader(stored, parts, source, max_gb, skip_damaged)
   test, chosen, _ = _first_labelled(
-    tests,
-    functools.partial(resident.read_split, stored),
-    first_resize,
-    skip_damaged,
-    name,
+    tests, read, first_resize, skip_damaged, name
   )
   return test, chosen, stored.class_names
 
@@ -187,6 +181,21 @@ def expand(name: str, data_dir: str | None) -> list[str]:
       f"config: eval_dataset ({name}): {base} has no configs; leave out /*"
     )
   return [f"{base}/{config}" for config in configs]
+
+
+def _reader(stored, parts, source, max_gb, skip_damaged):
+  """Return a function that reads parts of splits, resident or streamed."""
+  if source == "auto":
+    images = sum(stored.sizes[split] for split in {x.split for x in parts})
+    fits = images * math.prod(stored.shape) <= max_gb * 1e9
+    source = "resident" if fits else "streaming"
+  if source == "streaming" and skip_damaged:
+    raise errors.UserError(
+      "config: data.skip_damaged needs all images in memory; set"
+      " data.source=resident, or remove damaged images"
+    )
+  read = _streamed if source == "streaming" else resident.read_split
+  return functools.partial(read, stored)
 
 
 def _first_labelled(tests, read, first_resize, skip_damaged, name):
@@ -247,7 +256,7 @@ def _split_validation(train, count, name):
   )
 
 
-def _candidates(stored, test_split, name):
+def _candidates(stored, test_split, name, key="data.test_split"):
   """Return the parts of the possible test splits, by name, the best first."""
   usual = ["test", "validation"] if test_split is None else [test_split]
   found = [x for x in usual if test_split or x in stored.sizes]
@@ -257,9 +266,7 @@ def _candidates(stored, test_split, name):
       f" {', '.join(stored.sizes) or '(none)'}; choose one by data.test_split,"
       " or hold out training images by data.num_val"
     )
-  return {
-    x: splits.resolve(x, stored.sizes, "data.test_split", name) for x in found
-  }
+  return {x: splits.resolve(x, stored.sizes, key, name) for x in found}
 
 
 def _streamed(stored, parts, resize, skip_damaged):

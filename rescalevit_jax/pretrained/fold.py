@@ -1,4 +1,4 @@
-"""Fold norms that are linear in evaluation into the following linear layers."""
+"""Fold norms that are linear in evaluation into the linear layers beside."""
 
 from typing import Any
 
@@ -18,6 +18,7 @@ def fold(name: str, params: Any, batch_stats: Any) -> tuple[Any, Any]:
   If a site computes y = factor * x + shift, the next layer's y W + b equals
   x (factor * W) + (shift W + b). If the norm subtracts the mean of x over the
   channels, the columns of factor * W are centered instead, with equal results.
+  A norm after a layer, inside the MLP, scales the layer's columns and bias.
   Kernels with sigma_reparam become plain ones.
 
   Args:
@@ -46,13 +47,16 @@ def fold(name: str, params: Any, batch_stats: Any) -> tuple[Any, Any]:
   arrays = sigma_kernels.to_plain(
     {key: _astype(x, np.float64) for key, x in arrays.items()}
   )
-  for site, layers in _layers_after_sites(Norm, params).items():
-    params = _pop(arrays, site)
-    batch_stats = _pop(arrays, f"{param_keys.STATS}{site}")
+
+  def pop_linear(site):
+    own = _pop(arrays, site), _pop(arrays, f"{param_keys.STATS}{site}")
     try:
-      factor, shift = Norm.as_linear(params, batch_stats)
+      return Norm.as_linear(*own)
     except ValueError as e:
       raise errors.UserError(f"{site}: {e}") from e
+
+  for site, layers in _layers_after_sites(Norm, params).items():
+    factor, shift = pop_linear(site)
     for layer in layers:
       kernel = arrays[f"{layer}/kernel"]
       arrays[f"{layer}/bias"] += np.tensordot(shift, kernel, 1)
@@ -61,6 +65,11 @@ def fold(name: str, params: Any, batch_stats: Any) -> tuple[Any, Any]:
       if Norm.CENTERED:
         kernel = kernel - kernel.mean(axis=0)
       arrays[f"{layer}/kernel"] = kernel
+  for block in _blocks(params) if Norm.IN_MLP else ():
+    factor, shift = pop_linear(f"{block}/MlpBlock_3/{Norm.IN_MLP}")
+    layer = f"{block}/MlpBlock_3/Dense_0"
+    arrays[f"{layer}/kernel"] *= factor
+    arrays[f"{layer}/bias"] = factor * arrays[f"{layer}/bias"] + shift
   return param_keys.unflatten(
     {key: _astype(x, np.float32) for key, x in arrays.items()}
   )
@@ -72,17 +81,24 @@ def _astype(x, dtype):
   return x if np.issubdtype(x.dtype, np.integer) else x.astype(dtype)
 
 
+def _blocks(params):
+  """Return the paths of the encoder blocks."""
+  return [
+    f"Transformer/{name}"
+    for name in params["Transformer"]
+    if name.startswith("encoderblock_")
+  ]
+
+
 def _layers_after_sites(Norm, params):
   """Return the paths of the linear layers that follow each norm, by site."""
   layers = {}
-  for name in params["Transformer"]:
-    if name.startswith("encoderblock_"):
-      block = f"Transformer/{name}"
-      attention = f"{block}/MultiHeadDotProductAttention_1"
-      layers[f"{block}/{Norm.SLOT}_0"] = [
-        f"{attention}/{layer}" for layer in ("query", "key", "value")
-      ]
-      layers[f"{block}/{Norm.SLOT}_2"] = [f"{block}/MlpBlock_3/Dense_0"]
+  for block in _blocks(params):
+    attention = f"{block}/MultiHeadDotProductAttention_1"
+    layers[f"{block}/{Norm.SLOT}_0"] = [
+      f"{attention}/{layer}" for layer in ("query", "key", "value")
+    ]
+    layers[f"{block}/{Norm.SLOT}_2"] = [f"{block}/MlpBlock_3/Dense_0"]
   if Norm.FINAL:
     last = "pre_logits" if "pre_logits" in params else "head"
     layers["Transformer/encoder_norm"] = [last]
@@ -94,6 +110,6 @@ def _pop(arrays, site):
   keys = [
     key
     for key in arrays
-    if key.startswith(f"{site}/") and detect.option(key) is None
+    if key.startswith(f"{site}/") and detect.option(key) != "residual"
   ]
   return {key.rpartition("/")[2]: arrays.pop(key) for key in keys}

@@ -14,6 +14,7 @@ from rescalevit_jax.config import keys
 from rescalevit_jax.report import run_groups
 from rescalevit_jax.runs import run_reader
 from rescalevit_jax.runtime.markdown import NOTHING
+from rescalevit_jax.training import scores
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,6 +70,10 @@ def columns(study: run_groups.Study) -> list[Column]:
       lambda row: _mean_and_sd(row[f"{key}_mean"], row[f"{key}_sd"]),
     )
 
+  def interval(row):
+    low, high = row["last_accuracy_low"], row["last_accuracy_high"]
+    return NOTHING if low is None else f"{percent(low)} to {percent(high)}"
+
   def percent(fraction):
     return f"{100 * fraction:.1f}"
 
@@ -92,6 +97,7 @@ def columns(study: run_groups.Study) -> list[Column]:
     number("runs (n)", "runs", str),
     accuracy("best accuracy, %", "best_accuracy"),
     accuracy("last accuracy, %", "last_accuracy"),
+    Column("95 % interval", "last_accuracy_low", interval),
     number("last test loss", "last_loss_mean", "{:.3f}".format),
     number("minutes", "minutes_mean", _short),
     number("images/s", "images_per_second_mean", _short),
@@ -198,8 +204,18 @@ def _row(group, varied):
     row[f"{key}_difference"] = (
       None if theirs is None else row[f"{key}_mean"] - theirs
     )
+    row |= _interval(key, row[f"{key}_mean"], group[0].result)
   row["published_minutes"] = getattr(figures, "minutes", None)
   return row
+
+
+def _interval(key, accuracy, result):
+  """Return the ends of an accuracy's 95 % interval; None if unknown."""
+  examples = result.get("examples_evaluated")
+  low = high = None
+  if examples and accuracy is not None:
+    low, high = scores.wilson_interval(accuracy * examples, examples)
+  return {f"{key}_low": low, f"{key}_high": high}
 
 
 def _run_row(name, run, varied):
@@ -216,6 +232,8 @@ def _run_row(name, run, varied):
       key: result.get(key)
       for key in ("best_accuracy", "best_step", "last_accuracy", "last_loss")
     },
+    **_interval("best_accuracy", result.get("best_accuracy"), result),
+    **_interval("last_accuracy", result.get("last_accuracy"), result),
     "minutes": result["seconds"] / 60 if finished else None,
     "images_per_second": result.get("images_per_second") or None,
     "parameters": result.get("parameters"),

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 import json
 import pathlib
+import re
 
 import ml_collections
 
@@ -14,6 +15,7 @@ CLASS_NAMES = "class_names.json"
 METRICS = "metrics.jsonl"
 RESULT = "result.json"
 EVALUATION = "eval.json"
+EVALUATIONS = "evaluations"  # Of other images than the run's own.
 CONFUSION = "confusion.csv"
 PROBE = "probe.json"  # Of --mode=probe.
 PREDICTIONS = "predictions.npz"
@@ -37,6 +39,23 @@ def default_workdir(config: ml_collections.ConfigDict) -> pathlib.Path:
       f"seed{config.seed}",
     ]
   )
+
+
+def evaluation(
+  workdir: str | pathlib.Path, config: ml_collections.ConfigDict
+) -> pathlib.Path:
+  """Return the folder for the results of an evaluation.
+
+  It is the run's folder, or a folder in evaluations/ if `eval_dataset` or
+  `eval_split` selects other images than the run's own.
+  """
+  workdir = pathlib.Path(workdir)
+  if config.eval_dataset is None and config.eval_split is None:
+    return workdir
+  name = (config.eval_dataset or config.dataset).removesuffix("/*")
+  if config.eval_split is not None:
+    name += f"-{config.eval_split}"
+  return workdir / EVALUATIONS / re.sub(r"[^\w.+=-]+", "_", name)
 
 
 def checkpoints(workdir: str | pathlib.Path, kind: str) -> pathlib.Path:

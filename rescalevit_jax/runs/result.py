@@ -160,14 +160,17 @@ def read_same_run(
     raise errors.UserError(
       f"{workdir}: finished after {old.total_steps} steps, and its"
       " learning-rate schedule has ended; start a new run from its weights:"
-      f" python -m rescalevit_jax.analysis.export_npz --workdir={workdir}"
+      f" python -m rescalevit_jax.export --workdir={workdir}"
       " --output=weights.npz, then --config.pretrained_path=weights.npz in"
       " another --workdir"
     )
   if differing:
+    advice = "choose another --workdir or the old values"
+    if any(x.startswith("data.test_split ") for x in differing):
+      advice += "; --config.eval_split evaluates on another split"
     raise errors.UserError(
       f"{workdir}: holds a run of another config: {', '.join(differing)};"
-      " choose another --workdir or the old values"
+      f" {advice}"
     )
   return result
 

@@ -5,6 +5,7 @@ import logging
 import pathlib
 from typing import Any
 
+from flax import linen as nn
 import jax
 import ml_collections
 
@@ -29,8 +30,8 @@ def evaluate_run(
   """Evaluate a run's checkpoint, or an .npz file.
 
   Args:
-    config: of the run; `eval_weights` selects the weights, `eval_dataset` the
-      images.
+    config: of the run; `eval_weights` selects the weights, `eval_dataset` and
+      `eval_split` the images.
     workdir: the run's folder.
 
   Returns:
@@ -42,20 +43,24 @@ def evaluate_run(
   """
   workdir = pathlib.Path(workdir)
   experiment, model, variables, info = _load(config, workdir)
-  if config.eval_dataset is None:
-    evaluator = evaluate.create_evaluator(experiment, model)
-    found = scores.evaluation(
-      *evaluator.logits(*variables),
+  results = {}
+  names = _datasets(config)
+  for i, name in enumerate(names, start=1):
+    if len(names) > 1:
+      _log.info("dataset %d/%d: %s", i, len(names), name)
+    evaluator, split = _evaluator(experiment, model, name)
+    logits, labels = evaluator.logits(*variables)
+    results[name] = scores.evaluation(
+      logits,
+      labels,
       experiment.dataset.class_names,
       **info,
-      dataset=config.dataset,
-      split=experiment.dataset.test_split,
+      dataset=name,
+      split=split,
     )
-  else:
-    found = _evaluate_others(experiment, model, variables, info)
+  found = scores.Suite(results) if len(results) > 1 else results[name]
   if jax.process_index() == 0:
-    workdir.mkdir(parents=True, exist_ok=True)
-    found.write(workdir, config.save_predictions)
+    found.write(_output(config, workdir), config.save_predictions)
   return found.summary
 
 
@@ -65,7 +70,8 @@ def probe_run(
   """Judge a run's representation by classifiers on its frozen features.
 
   Args:
-    config: of the run; `eval_weights` selects the weights.
+    config: of the run; `eval_weights` selects the weights, `eval_dataset` and
+      `eval_split` the images to classify.
     workdir: the run's folder.
 
   Returns:
@@ -79,7 +85,13 @@ def probe_run(
 
   workdir = pathlib.Path(workdir)
   experiment, model, variables, info = _load(config, workdir)
-  evaluator = evaluate.create_evaluator(experiment, model)
+  name, *others = _datasets(config)
+  if others:
+    raise errors.UserError(
+      f"config: eval_dataset ({config.eval_dataset}) is {len(others) + 1}"
+      " datasets; choose one of them to probe"
+    )
+  evaluator, split = _evaluator(experiment, model, name)
   _log.info("computing the features of the training images")
   train = evaluator.on(experiment.train_loader).features(*variables)
   test, labels = evaluator.features(*variables)
@@ -87,8 +99,8 @@ def probe_run(
   linear, penalty = frozen_features.linear_probe_logits(*train, test, classes)
   found = {
     **info,
-    "dataset": config.dataset,
-    "split": experiment.dataset.test_split,
+    "dataset": name,
+    "split": split,
     "examples": len(labels),
     "knn": scores.accuracy(
       frozen_features.knn_logits(*train, test, classes), labels
@@ -96,8 +108,7 @@ def probe_run(
     "linear": scores.accuracy(linear, labels) | {"penalty": penalty},
   }
   if jax.process_index() == 0:
-    workdir.mkdir(parents=True, exist_ok=True)
-    scores.write_json(workdir / folder.PROBE, found)
+    scores.write_json(_output(config, workdir) / folder.PROBE, found)
   return found
 
 
@@ -122,36 +133,41 @@ def _load(config, workdir):
   return experiment, model, variables, info
 
 
-def _evaluate_others(experiment, model, variables, info):
-  """Evaluate on `eval_dataset`: one dataset, or all configs of NAME/*."""
+def _datasets(config):
+  """Return the names of the datasets to evaluate on: one, or all of NAME/*."""
+  name = config.eval_dataset or config.dataset
+  return dataset_lib.expand(name, config.tfds_data_dir)
+
+
+def _evaluator(
+  experiment: experiment_lib.Experiment, model: nn.Module, name: str
+) -> tuple[evaluate.Evaluator, str]:
+  """Return the evaluator of a dataset's images, and the name of their split."""
   config, own = experiment.config, experiment.dataset
-  names = dataset_lib.expand(config.eval_dataset, config.tfds_data_dir)
-  results = {}
-  for i, name in enumerate(names, start=1):
-    if len(names) > 1:
-      _log.info("dataset %d/%d: %s", i, len(names), name)
-    split, split_name, class_names = dataset_lib.load_test(
-      name, config.tfds_data_dir, **config.data
+  evaluator = evaluate.create_evaluator(experiment, model)
+  if config.eval_dataset is None and config.eval_split is None:
+    return evaluator, own.test_split
+  keys = dict(config.data)
+  if config.eval_split is not None:
+    keys |= {"test_split": config.eval_split, "split_key": "eval_split"}
+  images, split, class_names = dataset_lib.load_test(
+    name, config.tfds_data_dir, **keys
+  )
+  if class_names != own.class_names:
+    raise errors.UserError(
+      f"config: eval_dataset ({name}) has the classes"
+      f" {', '.join(class_names[:3])}, ..., and the run"
+      f" {', '.join(own.class_names[:3])}, ...; choose a dataset with the"
+      " run's classes"
     )
-    if class_names != own.class_names:
-      raise errors.UserError(
-        f"config: eval_dataset ({name}) has the classes"
-        f" {', '.join(class_names[:3])}, ..., and the run"
-        f" {', '.join(own.class_names[:3])}, ...; choose a dataset with the"
-        " run's classes"
-      )
-    evaluator = evaluate.create_evaluator(experiment, model)
-    images = loader.Loader(split, experiment.mesh)
-    results[name] = scores.evaluation(
-      *evaluator.on(images).logits(*variables),
-      class_names,
-      **info,
-      dataset=name,
-      split=split_name,
-    )
-  if len(results) == 1:
-    return next(iter(results.values()))
-  return scores.Suite(results)
+  return evaluator.on(loader.Loader(images, experiment.mesh)), split
+
+
+def _output(config, workdir):
+  """Return the folder for the results, which is created."""
+  output = folder.evaluation(workdir, config)
+  output.mkdir(parents=True, exist_ok=True)
+  return output
 
 
 def _load_pretrained(experiment):

@@ -216,8 +216,14 @@ def confusion_matrix(
   return counts.reshape(classes, classes)
 
 
-def wilson_interval(successes: int, trials: int) -> list[float]:
-  """Compute the 95 % score interval of a proportion (Wilson 1927)."""
+def wilson_interval(successes: float, trials: int) -> list[float]:
+  """Compute the 95 % score interval of a proportion (Wilson 1927).
+
+  Args:
+    successes: number of successes; of several runs on the same trials, their
+      mean.
+    trials: number of trials.
+  """
   if not trials:
     return [0.0, 1.0]
   p, z2 = successes / trials, _Z**2

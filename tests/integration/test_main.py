@@ -241,7 +241,7 @@ def test_eval_mode_of_an_npz_with_another_head(tiny, finished, tmp_path):
   export = [
     sys.executable,
     "-m",
-    "rescalevit_jax.analysis.export_npz",
+    "rescalevit_jax.export",
     f"--workdir={finished}",
   ]
   subprocess.run([*export, f"--output={npz}"], cwd=paths.ROOT, check=True)

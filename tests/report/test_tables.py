@@ -5,6 +5,7 @@ import io
 
 import fake_runs
 import pytest
+from scipy import stats
 
 from rescalevit_jax.report import run_groups
 from rescalevit_jax.report import tables
@@ -56,6 +57,19 @@ def test_means_and_deviations(three):
   assert row["parameters"] == 85_800_000
 
 
+def test_intervals_of_the_test_images(three, tmp_path):
+  expected = stats.binomtest(5200, 10_000).proportion_ci(method="wilson")
+  (row,) = tables.rows(three)
+  ends = row["last_accuracy_low"], row["last_accuracy_high"]
+  assert ends == pytest.approx((expected.low, expected.high))
+  best, *_, unfinished = tables.run_rows(three)
+  assert best["best_accuracy_low"] < 0.6 < best["best_accuracy_high"]
+  assert unfinished["last_accuracy_low"] is None
+  del three.groups[0][0].result["examples_evaluated"]
+  (row,) = tables.rows(three)
+  assert row["last_accuracy_low"] is None
+
+
 def test_difference_from_the_published_run(three):
   (row,) = tables.rows(three)
   assert row["published_best_accuracy"] == 0.6756
@@ -84,6 +98,7 @@ def test_displayed_text(three):
       "runs (n)": "3",
       "best accuracy, %": "63.0 ± 2.6",
       "last accuracy, %": "52.0 ± 3.5",
+      "95 % interval": "51.0 to 53.0",
       "last test loss": "1.300",
       "minutes": "11.0",
       "images/s": "250.0",

@@ -18,6 +18,7 @@ from rescalevit_jax.data import dataset
 from rescalevit_jax.data import loader
 from rescalevit_jax.data import resident
 from rescalevit_jax.distributed import sharding
+from rescalevit_jax.runs import folder
 from rescalevit_jax.training import evaluate
 from rescalevit_jax.training import evaluate_run
 from rescalevit_jax.training import scores
@@ -140,6 +141,31 @@ def test_other_images_with_the_runs_classes(finished, tmp_path):
     evaluate_run.evaluate_run(config, workdir)
 
 
+def test_another_split_of_the_runs_dataset(finished):
+  config, workdir, _ = finished
+  config = config.copy_and_resolve_references()
+  own = (workdir / "eval.json").read_bytes()
+  config.eval_split = "train[:50%]+test"
+  found = evaluate_run.evaluate_run(config, workdir)
+  assert found["examples"] == 9 + 12 and found["split"] == config.eval_split
+  assert found["dataset"] == config.dataset
+  (output,) = (workdir / "evaluations").glob("*train_50_+test")
+  assert output == folder.evaluation(workdir, config)
+  assert json.loads((output / "eval.json").read_text()) == found
+  with np.load(output / "predictions.npz") as saved:
+    assert len(saved["labels"]) == 21
+  assert (workdir / "eval.json").read_bytes() == own
+  probe = evaluate_run.probe_run(config, workdir)
+  assert probe["examples"] == 21 and probe["split"] == config.eval_split
+  assert (output / "probe.json").exists()
+  config.eval_split = "none"
+  with pytest.raises(errors.UserError, match=r"eval_split \(none\) is not"):
+    evaluate_run.evaluate_run(config, workdir)
+  config.eval_split, config.data.test_split = None, "train"
+  with pytest.raises(errors.UserError, match="config.eval_split"):
+    evaluate_run.evaluate_run(config, workdir)
+
+
 def test_all_corruptions_of_a_data_set(finished, monkeypatch):
   """By the form of their names: three severities of one, one of another."""
   config, workdir, _ = finished
@@ -166,6 +192,8 @@ def test_all_corruptions_of_a_data_set(finished, monkeypatch):
   fog = 1 - accuracy["corrupted/fog_1"]
   assert found["mean_corruption_error"] == pytest.approx((blur + fog) / 2)
   assert found["mean_accuracy"] == pytest.approx(np.mean([*accuracy.values()]))
+  with pytest.raises(errors.UserError, match="is 4 datasets"):
+    evaluate_run.probe_run(config, workdir)
 
 
 def test_weights_that_are_not_finite_are_an_error(setting):

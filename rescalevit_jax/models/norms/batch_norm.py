@@ -4,13 +4,14 @@ from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from rescalevit_jax.models.norms import layer_norm
 from rescalevit_jax.models.norms import traits
 from rescalevit_jax.models.ops import normalization
 
 
-class BatchNorm(layer_norm.Affine, traits.RunningStatistics):
+class BatchNorm(layer_norm.Affine, traits.RunningStatistics, traits.Foldable):
   """Normalize each channel over batch and tokens.
 
   Ioffe & Szegedy 2015 (arXiv:1502.03167). Training normalizes with the
@@ -42,6 +43,12 @@ class BatchNorm(layer_norm.Affine, traits.RunningStatistics):
 
   def is_per_token(self, train):
     return not train
+
+  @staticmethod
+  def as_linear(params, batch_stats):
+    std = np.sqrt(batch_stats["var"] + normalization.EPSILON)
+    factor = params["scale"] / std
+    return factor, params["bias"] - factor * batch_stats["mean"]
 
 
 class BatchNorm2(BatchNorm):

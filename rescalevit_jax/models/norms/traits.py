@@ -69,7 +69,10 @@ class Saturating(base.Norm):
 
 
 class Foldable(base.Norm):
-  """A norm that is linear in evaluation and folds into the next layer."""
+  """A norm that is linear in evaluation and folds into the next layer.
+
+  One inside the MLP (`IN_MLP`) folds into the layer before it.
+  """
 
   # Whether `as_linear` applies to x minus each token's mean.
   CENTERED: ClassVar[bool] = False

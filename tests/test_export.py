@@ -1,0 +1,285 @@
+"""Exported models, loaded again in the programs that they are for."""
+
+import importlib.util
+import pathlib
+import subprocess
+import sys
+
+import fake_runs
+import jax
+import numpy as np
+import pytest
+import trees
+
+from rescalevit_jax import errors
+from rescalevit_jax import export
+from rescalevit_jax import models
+from rescalevit_jax.analysis import trained_model
+from rescalevit_jax.pretrained import convert
+from rescalevit_jax.pretrained import load
+from rescalevit_jax.pretrained import npz
+from rescalevit_jax.pretrained import param_keys
+from rescalevit_jax.runs import checkpoint
+
+IMAGES = np.random.default_rng(0).uniform(-1, 1, (3, 8, 8, 3))
+IMAGES = IMAGES.astype(np.float32)
+
+
+@pytest.fixture
+def write_run(tmp_path, monkeypatch):
+  """Return a function that writes a run with two different checkpoints."""
+
+  def load_variables(workdir, which):
+    if pathlib.Path(workdir) != tmp_path / "run":
+      raise errors.UserError(f"{workdir}: no checkpoint")
+    options = {k: v for k, v in written.items() if k != "norm"}
+    seed = ["best", "latest"].index(which)
+    return (*trees.fresh(written["norm"], seed=seed, **options), 7)
+
+  monkeypatch.setattr(checkpoint, "load_variables", load_variables)
+  written = {}
+
+  def write_run(**keys):
+    written.update({"norm": "BN"} | keys)
+    keys = {f"model.{k}": v for k, v in (trees.TINY | written).items()}
+    return fake_runs.write(tmp_path / "run", {"image_size": 8, **keys})
+
+  return write_run
+
+
+@pytest.fixture
+def call(tmp_path):
+  """Return a function that exports the run to a.npz."""
+
+  def call(*flags, workdir="run"):
+    flags = [f"--output={tmp_path / 'a.npz'}", *flags]
+    return export.main([f"--workdir={tmp_path / workdir}", *flags])
+
+  return call
+
+
+@pytest.mark.parametrize("which", ["best", "latest"])
+def test_npz(which, write_run, call, tmp_path, capsys):
+  write_run()
+  flags = () if which == "best" else ("--checkpoint=latest",)
+  assert call(*flags) == 0
+  params, stats, _ = load.load(tmp_path / "a.npz", *trees.fresh("BN", seed=5))
+  trees.same(
+    trees.flat(params, stats), trees.arrays("BN", seed=which == "latest")
+  )
+  out = capsys.readouterr().out
+  assert which in out and "7" in out and "a.npz" in out
+
+
+def test_a_norm_that_does_not_fold_is_an_error(
+  write_run, call, tmp_path, capsys
+):
+  write_run(norm="LN")
+  assert call("--fold") == 1
+  error = capsys.readouterr().err
+  assert error.count("\n") == 1 and "LN does not fold" in error
+  assert not (tmp_path / "a.npz").exists()
+
+
+def test_fold(default_run, test_digits, tmp_path, capsys):
+  path = tmp_path / "a.npz"
+  flags = [f"--workdir={default_run}", f"--output={path}", "--fold"]
+  assert export.main(flags) == 0
+  assert "norm folded" in capsys.readouterr().out
+  folded, run = trained_model.load_npz(path), trained_model.load(default_run)
+  norms = [model.model.config.norm for model in (run, folded)]
+  assert norms == ["Rescale", "Identity"]
+  images = list(test_digits.images[:20])
+  np.testing.assert_allclose(folded(images), run(images), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+  "keys, words",
+  [
+    ({"norm": "LN"}, None),
+    ({"norm": "GN", "hidden_size": 64, "gelu": "tanh"}, "GN,tanh"),
+    ({"residual": "rescalenet", "residual_c": 3.0, "pool": "gap"}, "gap,c=3.0"),
+    ({"norm": "LN", "residual_c": 3.0}, None),
+  ],
+)
+def test_options_missing_in_the_arrays_are_printed(
+  keys, words, write_run, call, tmp_path, capsys
+):
+  write_run(**keys)
+  assert call() == 0
+  *_, last = capsys.readouterr().out.splitlines()
+  if words:
+    assert last.endswith(f"{tmp_path / 'a.npz'}:{words}")
+  else:
+    assert "the best weights" in last
+
+
+def test_export_keeps_an_existing_file(write_run, call, tmp_path, capsys):
+  write_run()
+  path = tmp_path / "a.npz"
+  path.write_bytes(b"precious")
+  assert call() == 1
+  assert path.read_bytes() == b"precious"
+  error = capsys.readouterr().err
+  assert error.count("\n") == 1
+  assert "--overwrite" in error and str(path) in error
+  assert call("--overwrite") == 0
+  assert path.read_bytes() != b"precious"
+
+
+@pytest.mark.parametrize(
+  "flags, word",
+  [
+    (["--workdir=none"], "no run there"),
+    (["--workdir=none", "--output=a.bin"], "--format"),
+    (["--npz=none.npz"], "add --output"),
+  ],
+)
+def test_mistakes(flags, word, tmp_path, monkeypatch, capsys):
+  monkeypatch.chdir(tmp_path)
+  assert export.main(flags) == 1
+  captured = capsys.readouterr()
+  assert captured.err.count("\n") == 1 and word in captured.err
+  assert not captured.out and not [*tmp_path.iterdir()]
+
+
+@pytest.fixture
+def bn_file(tmp_path):
+  """Write an .npz of a model with BN; return its path and logits."""
+  params, stats = trees.fresh("BN", seed=1)
+  npz.save(tmp_path / "bn.npz", params, jax.tree.map(np.abs, stats))
+  model = trained_model.load_npz(tmp_path / "bn.npz")
+  return tmp_path / "bn.npz", model.model.apply(model.variables, IMAGES)
+
+
+def run_program(folder, program):
+  """Run a program in a process of its own; return the words it prints."""
+  done = subprocess.run(
+    [sys.executable, "-c", program],
+    cwd=folder,
+    check=True,
+    capture_output=True,
+    text=True,
+  )
+  return done.stdout.split()
+
+
+@pytest.mark.parametrize("flags", [(), ("--fold",)])
+def test_stablehlo_in_a_process_without_this_package(bn_file, tmp_path, flags):
+  path, expected = bn_file
+  output = tmp_path / "a.stablehlo"
+  assert export.main([f"--npz={path}", f"--output={output}", *flags]) == 0
+  np.save(tmp_path / "images.npy", IMAGES)
+  program = """
+import pathlib, sys
+from jax import export
+import numpy as np
+exported = export.deserialize(pathlib.Path("a.stablehlo").read_bytes())
+images = np.load("images.npy")
+np.save("all.npy", exported.call(images))
+np.save("one.npy", exported.call(images[:1]))
+assert not {"rescalevit_jax", "flax"} & sys.modules.keys()
+print(*exported.platforms)
+"""
+  assert run_program(tmp_path, program) == ["cpu", "cuda"]
+  for name, count in (("all", 3), ("one", 1)):
+    found = np.load(tmp_path / f"{name}.npy")
+    np.testing.assert_allclose(found, expected[:count], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.slow  # Importing jax2onnx takes ten seconds.
+@pytest.mark.parametrize("flags", [(), ("--fold",)])
+def test_onnx_in_its_runtime(bn_file, tmp_path, flags):
+  pytest.importorskip("jax2onnx", reason="needs the extra onnx-export")
+  runtime = pytest.importorskip("onnxruntime")
+  path, expected = bn_file
+  output = tmp_path / "a.onnx"
+  assert export.main([f"--npz={path}", f"--output={output}", *flags]) == 0
+  session = runtime.InferenceSession(output, providers=["CPUExecutionProvider"])
+  for count in (1, 3):
+    (found,) = session.run(["logits"], {"images": IMAGES[:count]})
+    np.testing.assert_allclose(found, expected[:count], rtol=1e-4, atol=1e-4)
+
+
+def test_a_model_without_a_head(tmp_path, capsys):
+  arrays = trees.arrays()
+  path = trees.write(
+    tmp_path, {k: x for k, x in arrays.items() if not k.startswith("head/")}
+  )
+  output = tmp_path / "a.stablehlo"
+  assert export.main([f"--npz={path}", f"--output={output}"]) == 1
+  assert "has no head" in capsys.readouterr().err
+  assert export.main([f"--npz={path}", f"--output={tmp_path / 'a.npz'}"]) == 0
+  with np.load(path) as old, np.load(tmp_path / "a.npz") as new:
+    trees.same(dict(new), dict(old))
+
+
+SIZES = dict(patch_size=4, hidden_size=48, mlp_dim=96, num_heads=3)
+
+
+@pytest.fixture
+def ln_run(tmp_path, monkeypatch):
+  """The folder of a run with LN whose weights are random; its parameters."""
+  sizes = SIZES | {"num_layers": 2}
+  params, _ = trees.fresh(num_classes=5, image_size=16, **sizes)
+  monkeypatch.setattr(
+    checkpoint, "load_variables", lambda workdir, which: (params, {}, 7)
+  )
+  keys = {f"model.{key}": value for key, value in sizes.items()}
+  keys |= {"model.norm": "LN", "image_size": 16}
+  return fake_runs.write(tmp_path / "ln", keys), params
+
+
+@pytest.mark.skipif(
+  importlib.util.find_spec("timm") is None, reason="needs the extra timm"
+)
+def test_timm_loads_the_weights_and_gives_the_same_logits(ln_run):
+  """In a process of its own: torch crashes beside TensorFlow."""
+  workdir, params = ln_run
+  assert export.main([f"--workdir={workdir}", "--format=timm"]) == 0
+  x = np.random.default_rng(0).uniform(-1, 1, (3, 16, 16, 3))
+  np.save(workdir / "images.npy", x.astype(np.float32))
+  program = """
+import numpy as np
+import safetensors.torch
+from timm.models import vision_transformer
+import torch
+module = vision_transformer.VisionTransformer(
+  img_size=16, patch_size=4, embed_dim=48, depth=2, num_heads=3, mlp_ratio=2,
+  num_classes=5,
+).eval()
+weights = safetensors.torch.load_file("weights.safetensors")
+module.load_state_dict(weights, strict=True)
+images = np.load("images.npy").transpose(0, 3, 1, 2)
+with torch.no_grad():
+  np.save("logits.npy", module(torch.from_numpy(images)).numpy())
+"""
+  run_program(workdir, program)
+  model = models.create(
+    "ViT-B_16", num_classes=5, image_size=16, num_layers=2, **SIZES
+  )
+  expected = model.apply({"params": params}, x.astype(np.float32))
+  found = np.load(workdir / "logits.npy")
+  np.testing.assert_allclose(found, expected, atol=1e-4)
+
+
+def test_the_files_of_families_convert_back(ln_run, tmp_path):
+  workdir, params = ln_run
+  pytest.importorskip("safetensors")
+  for family in ("timm", "huggingface"):
+    output = tmp_path / f"{family}.safetensors"
+    flags = [f"--workdir={workdir}", f"--format={family}"]
+    assert export.main([*flags, f"--output={output}"]) == 0
+    half = ((0.5,) * 3, (0.5,) * 3)
+    found = convert.convert(output, heads=3, normalization=half)
+    for key, x in param_keys.flatten(params, {}).items():
+      np.testing.assert_allclose(found[key], x, rtol=1e-6, err_msg=key)
+
+
+def test_families_have_no_other_norms(write_run, call, tmp_path, capsys):
+  pytest.importorskip("safetensors")
+  write_run()
+  assert call("--format=timm") == 1
+  (line,) = capsys.readouterr().err.splitlines()
+  assert line.startswith("error: ")
+  assert not (tmp_path / "a.npz").exists()
