@@ -152,7 +152,11 @@ class TrainedModel:
       self.variables.get("batch_stats", {}),
     )
     config = dataclasses.replace(
-      config, norm="Identity", norm_schedule=None, sigma_reparam=False
+      config,
+      norm="Identity",
+      norm_schedule=None,
+      alpha_init=None,
+      sigma_reparam=False,
     )
     folded = copy.copy(self)
     folded.model = self.model.clone(config=config)

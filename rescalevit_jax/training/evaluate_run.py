@@ -135,8 +135,9 @@ def _load(config, workdir):
 
 def _datasets(config):
   """Return the names of the datasets to evaluate on: one, or all of NAME/*."""
-  name = config.eval_dataset or config.dataset
-  return dataset_lib.expand(name, config.tfds_data_dir)
+  if config.eval_dataset is None:
+    return [config.dataset]
+  return dataset_lib.expand(config.eval_dataset, config.tfds_data_dir)
 
 
 def _evaluator(
