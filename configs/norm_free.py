@@ -13,7 +13,7 @@ _BOTH = {"model.residual": "rescalenet", "model.init": "unit"}
 _CALIBRATED = {"calibration": "all"}
 # Multiplier for alphas and branch scales: near 1 / width of the small model,
 # and equal for others.
-_SLOW = {"scalar_lr_mult": 0.02}
+_SLOW = {"lr_mult": "scalars:0.02"}
 _POINTWISE = (
   *("DyT", "Derf", "ISRU", "DyISRU", "HardTanh", "Arctan", "Softsign"),
   "Linear",

@@ -12,9 +12,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32, Key, Num, UInt8
 
+from rescalevit_jax.augment import rand_augment
 from rescalevit_jax.augment import trivial_augment
 
-AUTO = ("none", "trivial")
+AUTO = ("none", "trivial", "rand")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,8 +31,12 @@ class Augment:
     flip: whether to flip horizontally with probability 0.5.
     pad_crop: maximum random shift in pixels in each direction, with black
       padding, in place of `crop`; 0: none.
-    auto: "trivial": one random operation before the crop, see
-      `trivial_augment`; or "none".
+    auto: random operations before the crop: "trivial", see `trivial_augment`;
+      "rand", see `rand_augment`; or "none".
+    rand_ops: number of operations of "rand".
+    rand_magnitude: mean magnitude of the operations of "rand", in [0, 10].
+    color_jitter: strength in [0, 1] of the color jitter that follows; see
+      `rand_augment.jitter`.
     random_erasing: probability of random erasing.
   """
 
@@ -41,6 +46,9 @@ class Augment:
   flip: bool = False
   pad_crop: int = 0
   auto: str = "none"
+  rand_ops: int = 2
+  rand_magnitude: float = 9.0
+  color_jitter: float = 0.0
   random_erasing: float = 0.0
 
 
@@ -78,11 +86,19 @@ def prepare_random(
   _, height, width, _ = images.shape
   crop_keys, flip_keys = jax.vmap(jax.random.split, out_axes=1)(keys)
   # Splitting folds in 0 and 1; other numbers give independent keys.
-  auto_keys, erase_keys = (
-    jax.vmap(jax.random.fold_in, (0, None))(keys, n) for n in (2, 3)
+  auto_keys, erase_keys, jitter_keys = (
+    jax.vmap(jax.random.fold_in, (0, None))(keys, n) for n in (2, 3, 4)
   )
   if augment.auto == "trivial":
     images = jax.vmap(trivial_augment.apply)(auto_keys, images)
+  elif augment.auto == "rand":
+    images = jax.vmap(rand_augment.apply, (0, 0, None, None))(
+      auto_keys, images, augment.rand_ops, augment.rand_magnitude
+    )
+  if augment.color_jitter:
+    images = jax.vmap(rand_augment.jitter, (0, 0, None))(
+      jitter_keys, images, augment.color_jitter
+    )
   draw = functools.partial(
     random_box,
     height=height,

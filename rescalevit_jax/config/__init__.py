@@ -86,6 +86,17 @@ def _conflicts(config):
       f"warmup_steps ({config.warmup_steps}) exceeds total_steps"
       f" ({config.total_steps}); lower warmup_steps"
     )
+  elif config.warmup_steps + (config.decay_steps or 0) > config.total_steps:
+    yield (
+      f"warmup_steps and decay_steps ({config.warmup_steps} and"
+      f" {config.decay_steps}) exceed total_steps ({config.total_steps}); lower"
+      " decay_steps"
+    )
+  if config.min_lr > config.base_lr:
+    yield (
+      f"min_lr ({config.min_lr}) exceeds base_lr ({config.base_lr}); lower"
+      " min_lr"
+    )
   if config.fade.begin > config.fade.end:
     yield (
       f"fade.begin ({config.fade.begin}) exceeds fade.end"

@@ -3,15 +3,14 @@
 from collections.abc import Iterable
 
 from rescalevit_jax import errors
-from rescalevit_jax.augment import preprocess
 from rescalevit_jax.config import key as key_lib
+from rescalevit_jax.config import recipe_keys
 from rescalevit_jax.config import renamed
 from rescalevit_jax.data import image_files
 from rescalevit_jax.models import initializers
 from rescalevit_jax.models import norms
 from rescalevit_jax.models import vit_config
 from rescalevit_jax.models.ops import attention
-from rescalevit_jax.optim import optimizers
 
 KEYS = {
   "dataset": key_lib.Key(
@@ -162,49 +161,7 @@ KEYS = {
     "images per evaluation step; results differ by rounding only",
     resumable=True,
   ),
-  "base_lr": key_lib.positive(0.05, "learning rate at the end of the warm-up"),
-  "warmup_steps": key_lib.at_least(0, 500, "steps of linear warm-up"),
-  "decay_type": key_lib.Key(
-    "cosine", "decay of the learning rate to 0", ("cosine", "linear")
-  ),
-  "total_steps": key_lib.positive(20_000, "number of updates"),
-  "optimizer": key_lib.Key(
-    "sgd",
-    "optimizer; `muon`: Muon for the kernels of the blocks, AdamW for all"
-    " other parameters",
-    optimizers.OPTIMIZERS,
-  ),
-  "momentum": key_lib.below_one(
-    0.9, "momentum of SGD and Muon, beta_1 of AdamW"
-  ),
-  "adam_b2": key_lib.below_one(0.999, "beta_2 of AdamW"),
-  "weight_decay": key_lib.at_least(
-    0,
-    0.0,
-    "weight decay: coupled, of all parameters (SGD); decoupled, of kernels"
-    " (AdamW, Muon)",
-  ),
-  "grad_norm_clip": key_lib.at_least(
-    0, 1.0, "maximum global norm of the gradient; 0: no clipping"
-  ),
-  "agc": key_lib.at_least(
-    0,
-    0.0,
-    "adaptive gradient clipping: maximum ratio of gradient norm to weight"
-    " norm per unit; 0: no clipping",
-  ),
-  "scalar_lr_mult": key_lib.at_least(
-    0,
-    1.0,
-    "learning-rate multiplier for one-element parameters, such as alphas"
-    " and shifts of norms, multipliers of residuals and gammas of"
-    " sigma_reparam",
-  ),
-  "ema_decay": key_lib.below_one(
-    0.0,
-    "decay per step of the moving average of weights and statistics, which"
-    " is evaluated and saved as the best checkpoint; 0: no average",
-  ),
+  **recipe_keys.KEYS,
   "accum_steps": key_lib.positive(
     1, "micro-batches per update, of `batch / accum_steps` images each"
   ),
@@ -335,62 +292,13 @@ KEYS = {
     "save memory on several devices: shard parameters and optimizer state",
     resumable=True,
   ),
-  "label_smoothing": key_lib.below_one(
-    0.0,
-    "label smoothing: fraction of the target spread evenly over all classes",
-  ),
-  "mixup": key_lib.at_least(0, 0.0, "alpha of mixup; 0: no mixup"),
-  "cutmix": key_lib.at_least(
-    0,
-    0.0,
-    "alpha of CutMix; with mixup, each image draws one of the two; 0: no"
-    " CutMix",
-  ),
-  "augment.crop": key_lib.Key(
-    True, "random crop in training (RandomResizedCrop)"
-  ),
-  "augment.min_area": key_lib.Key(
-    0.05,
-    "minimum area of a crop as a fraction of the image",
-    "in (0, 1]",
-    lambda x: 0 < x <= 1,
-  ),
-  "augment.min_aspect": key_lib.Key(
-    0.75,
-    "minimum aspect ratio width / height of a crop; the maximum is its inverse",
-    "in [0.01, 1]",
-    lambda x: 0.01 <= x <= 1,
-  ),
-  "augment.flip": key_lib.Key(
-    False, "flip training images horizontally with probability 0.5"
-  ),
-  "augment.pad_crop": key_lib.at_least(
-    0,
-    0,
-    "maximum random shift in pixels, with black padding, in place of"
-    " `augment.crop`; 0: none",
-  ),
-  "augment.auto": key_lib.Key(
-    "none",
-    "automatic augmentation; `trivial`: TrivialAugment, one random"
-    " operation before the crop",
-    preprocess.AUTO,
-  ),
-  "augment.random_erasing": key_lib.Key(
-    0.0,
-    "probability of random erasing, which replaces a box by noise",
-    "in [0, 1]",
-    lambda x: 0 <= x <= 1,
-  ),
 }
 
 
 def check_key(name: str) -> None:
   """Raises UserError if there is no such key."""
   if name in renamed.KEYS:
-    raise errors.UserError(
-      f"config: {name} is now named {renamed.KEYS[name]}; use the new name"
-    )
+    raise errors.UserError(f"config: {name} {renamed.hint(name)}")
   if name not in KEYS:
     raise errors.UserError(
       f"config: unknown key {name!r}; {errors.nearest(name, KEYS)}"

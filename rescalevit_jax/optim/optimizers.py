@@ -4,12 +4,12 @@ The defaults, SGD with clipping by global norm, are RescaleViT's.
 """
 
 import math
-from typing import Any
 
 import jax
 import optax
 
 from rescalevit_jax.optim import clipping
+from rescalevit_jax.optim import groups
 from rescalevit_jax.optim import kernels
 
 OPTIMIZERS = ("sgd", "adamw", "muon")
@@ -24,7 +24,9 @@ def create(
   weight_decay: float,
   grad_norm_clip: float,
   agc: float,
-  scalar_lr_mult: float,
+  lr_mult: str | None = None,
+  wd_mult: str | None = None,
+  layer_decay: float = 1.0,
 ) -> optax.GradientTransformation:
   """Return an optimizer by its name.
 
@@ -37,28 +39,39 @@ def create(
       kernels only with AdamW and Muon.
     grad_norm_clip: maximum global norm of the gradient; 0: no clipping.
     agc: threshold of adaptive gradient clipping, which comes first; 0: none.
-    scalar_lr_mult: learning-rate multiplier for parameters of one element.
+    lr_mult: table of learning-rate multipliers; see `groups`.
+    wd_mult: table of weight-decay multipliers. They take precedence over the
+      optimizer's choice of parameters.
+    layer_decay: see `scale_groups`.
   """
+  lr_table, wd_table = groups.parse(lr_mult), groups.parse(wd_mult)
   if name == "sgd":
     optimizer = sgd(
       lr_schedule,
       momentum=momentum,
       weight_decay=weight_decay,
       grad_norm_clip=grad_norm_clip,
+      wd_table=wd_table,
     )
   else:
     direction = adam if name == "adamw" else muon
     optimizer = optax.chain(
       clipping.clip_by_global_norm(grad_norm_clip),
       direction(momentum, adam_b2),
-      optax.add_decayed_weights(weight_decay, _kernel_mask),
+      decay_kernels(weight_decay, wd_table),
       optax.scale_by_learning_rate(lr_schedule),
     )
-  if scalar_lr_mult != 1:
-    optimizer = optax.chain(optimizer, scale_scalars(scalar_lr_mult))
+  if lr_table or layer_decay != 1:
+    optimizer = optax.chain(optimizer, scale_groups(lr_table, layer_decay))
   if agc:
     optimizer = optax.chain(clipping.adaptive_clip(agc), optimizer)
-  return optimizer
+
+  def init(params):
+    groups.check("lr_mult", lr_table, params)
+    groups.check("wd_mult", wd_table, params)
+    return optimizer.init(params)
+
+  return optax.GradientTransformation(init, optimizer.update)
 
 
 def sgd(
@@ -67,16 +80,18 @@ def sgd(
   momentum: float,
   weight_decay: float,
   grad_norm_clip: float,
+  wd_table: groups.Table = (),
 ) -> optax.GradientTransformation:
   """Return SGD with momentum: clip, decay, momentum, then learning rate.
 
-  Weight decay is coupled (g + weight_decay * p) and applies to all parameters.
+  Weight decay is coupled (g + weight_decay * p) and applies to all parameters,
+  with the multipliers of `wd_table`.
   It is added after clipping, so it is not clipped. 0 disables
   `grad_norm_clip`.
   """
   return optax.chain(
     clipping.clip_by_global_norm(grad_norm_clip),
-    optax.add_decayed_weights(weight_decay),
+    _add_decayed_weights(weight_decay, wd_table, 1.0),
     optax.trace(momentum),
     optax.scale_by_learning_rate(lr_schedule),
   )
@@ -145,21 +160,55 @@ def muon(momentum: float, b2: float) -> optax.GradientTransformation:
   )
 
 
-def scale_scalars(factor: float) -> optax.GradientTransformation:
-  """Return a transformation that scales updates of one-element parameters.
+def decay_kernels(
+  weight_decay: float, table: groups.Table
+) -> optax.GradientTransformation:
+  """Return a transformation that adds weight_decay * p to kernels' updates.
 
-  The gradient of a scalar that multiplies D channels is a sum over D terms. If
-  the channels also have separate scales, the scalar changes their common size D
-  times as fast.
+  A factor of the table replaces the choice of the kernels.
   """
-  return optax.stateless(
-    lambda updates, _: jax.tree.map(
-      lambda x: factor * x if x.size == 1 else x, updates
+
+  def decays(params):
+    return jax.tree.map(bool, groups.factors(full, params, 0.0))
+
+  full = (*table, ("kernels", 1.0))
+  return optax.masked(_add_decayed_weights(weight_decay, full, 0.0), decays)
+
+
+def _add_decayed_weights(weight_decay, table, default):
+  def add_one(g, p, factor):
+    rate = weight_decay * factor
+    return g + rate * p if rate else g
+
+  def add(updates, params):
+    factors = groups.factors(table, params, default)
+    return jax.tree.map(add_one, updates, params, factors)
+
+  return optax.stateless(add)
+
+
+def scale_groups(
+  table: groups.Table, layer_decay: float
+) -> optax.GradientTransformation:
+  """Return a transformation that scales the updates of groups of parameters.
+
+  The factor of a parameter is that of the table times
+  layer_decay^(L + 1 - layer), with the layers of `groups.layer` (Bao et al.
+  2022, BEiT, arXiv:2106.08254; Clark et al. 2020, arXiv:2003.10555). Both
+  multiply the decoupled weight decay, too, as in PyTorch.
+  """
+
+  def scale(updates, _):
+    num_layers = groups.num_layers(updates) if layer_decay != 1 else 0
+
+    def scale_one(path, x, factor):
+      if layer_decay != 1:
+        depth = groups.layer(path, num_layers)
+        factor *= layer_decay ** (num_layers + 1 - depth)
+      return x if factor == 1 else factor * x
+
+    return jax.tree_util.tree_map_with_path(
+      scale_one, updates, groups.factors(table, updates)
     )
-  )
 
-
-def _kernel_mask(params: Any) -> Any:
-  return jax.tree_util.tree_map_with_path(
-    lambda path, _: kernels.is_kernel(path), params
-  )
+  return optax.stateless(scale)

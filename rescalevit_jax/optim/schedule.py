@@ -1,33 +1,63 @@
-"""The learning-rate schedule: linear warm-up, then cosine or linear decay."""
+"""The learning-rate schedule: linear warm-up, a constant rate, then decay."""
 
+import jax.numpy as jnp
 import optax
+
+DECAYS = ("cosine", "linear", "sqrt")
 
 
 def create(
-  base_lr: float, warmup_steps: int, total_steps: int, decay_type: str
+  base_lr: float,
+  warmup_steps: int,
+  total_steps: int,
+  decay_type: str,
+  decay_steps: int | None = None,
+  min_lr: float = 0.0,
 ) -> optax.Schedule:
-  """Return the learning-rate schedule: linear warm-up, then decay to 0.
+  """Return the learning-rate schedule: linear warm-up, then decay to `min_lr`.
 
-  Step n (from 1) uses base_lr * f(n), with p = (n - warmup) / (total - warmup):
+  Step n (from 1) uses base_lr * n / warmup until the end of the warm-up, and
+  min_lr + (base_lr - min_lr) * f(p) in the last `decay_steps` steps, with
+  p = (n - total) / decay + 1:
 
-    f(n) = n / warmup, n < warmup;  (1 + cos(pi p)) / 2 or 1 - p after it
+    cosine: f(p) = (1 + cos(pi p)) / 2;  linear: 1 - p;  sqrt: 1 - sqrt(p)
 
-  The first step has a positive learning rate, the last one has 0.
+  The rate is constant in between. With a short decay this is WSD (warm-up,
+  stable, decay; Hu et al. 2024, arXiv:2404.06395). Hägele et al. 2024
+  (arXiv:2405.18392) find `sqrt` best for it.
+
+  The first step has a positive learning rate, the last one has `min_lr`.
 
   Args:
     base_lr: learning rate at the end of the warm-up.
     warmup_steps: length of the warm-up, at most `total_steps`.
     total_steps: length of the run.
-    decay_type: "cosine" or "linear".
+    decay_type: one of `DECAYS`.
+    decay_steps: length of the decay; None: all steps after the warm-up.
+    min_lr: learning rate of the last step.
 
   Returns:
     A function of the number of completed steps, n - 1, as optax counts.
   """
-  decay_steps = max(1, total_steps - warmup_steps)
+  steps = total_steps - warmup_steps if decay_steps is None else decay_steps
+  begin = total_steps - steps
+  steps = max(1, steps)
   if decay_type == "cosine":
-    decay = optax.cosine_decay_schedule(base_lr, decay_steps)
+    decay = optax.cosine_decay_schedule(base_lr, steps, min_lr / base_lr)
+  elif decay_type == "linear":
+    decay = optax.linear_schedule(base_lr, min_lr, steps)
   else:
-    decay = optax.linear_schedule(base_lr, 0.0, decay_steps)
-  warmup = optax.linear_schedule(0.0, base_lr, warmup_steps)
-  lr_schedule = optax.join_schedules([warmup, decay], [warmup_steps])
+
+    def decay(count):
+      share = jnp.clip(count / steps, 0.0, 1.0)
+      return base_lr - (base_lr - min_lr) * jnp.sqrt(share)
+
+  lr_schedule = optax.join_schedules(
+    [
+      optax.linear_schedule(0.0, base_lr, warmup_steps),
+      optax.constant_schedule(base_lr),
+      decay,
+    ],
+    [warmup_steps, begin],
+  )
   return lambda count: lr_schedule(count + 1)

@@ -146,7 +146,7 @@ class Experiment:
   def gradient_options(self) -> dict[str, Any]:
     """Return the arguments of `train_step.gradient` given by the config."""
     replicated, shardings = sharding.replicated(self.mesh), self.shardings()
-    options = self._inputs()
+    options = {**self._inputs(), "sam_rho": self.config.sam_rho}
     if self.config.sharding.fsdp:
       constrain = jax.lax.with_sharding_constraint
       options["gather"] = lambda params: constrain(params, replicated)
@@ -255,6 +255,8 @@ def build(
     config.warmup_steps,
     config.total_steps,
     config.decay_type,
+    config.decay_steps,
+    config.min_lr,
   )
   optimizer = optimizers.create(
     config.optimizer,
@@ -264,7 +266,9 @@ def build(
     weight_decay=config.weight_decay,
     grad_norm_clip=config.grad_norm_clip,
     agc=config.agc,
-    scalar_lr_mult=config.scalar_lr_mult,
+    lr_mult=config.lr_mult,
+    wd_mult=config.wd_mult,
+    layer_decay=config.layer_decay,
   )
   return Experiment(
     config,

@@ -19,6 +19,7 @@ from rescalevit_jax.augment import preprocess
 from rescalevit_jax.models import norms
 from rescalevit_jax.models import vit
 from rescalevit_jax.models.norms import traits
+from rescalevit_jax.optim import groups
 from rescalevit_jax.training import train_state
 from rescalevit_jax.training import train_step
 
@@ -148,21 +149,13 @@ def sums_of_squares(
     tree: of parameters, gradients or updates.
     wanted: selects leaves by their path.
   """
-  blocks = [name for name in tree["Transformer"] if name.startswith("enc")]
-  num_layers = sum(name != "encoder_norm" for name in blocks)
-  sums = {part: jnp.zeros(()) for part in parts(num_layers)}
-  for keys, x in jax.tree_util.tree_leaves_with_path(tree):
-    path = [key.key for key in keys]
-    if wanted(path):
-      sums[_part(path)] += jnp.square(x.astype(jnp.float32)).sum()
-  return jnp.stack(list(sums.values()))
-
-
-def _part(path):
-  name = path[1] if path[0] == "Transformer" else path[0]
-  if name.startswith("encoderblock_"):
-    return block_name(int(name.removeprefix("encoderblock_")))
-  return HEAD if name in ("encoder_norm", "pre_logits", "head") else EMBEDDING
+  num_layers = groups.num_layers(tree)
+  sums = [jnp.zeros(())] * (num_layers + 2)
+  for path, x in jax.tree_util.tree_leaves_with_path(tree):
+    if wanted([key.key for key in path]):
+      part = groups.layer(path, num_layers)
+      sums[part] += jnp.square(x.astype(jnp.float32)).sum()
+  return jnp.stack(sums)
 
 
 def forward(

@@ -16,6 +16,7 @@ from rescalevit_jax.models.norms import traits
 from rescalevit_jax.optim import clipping
 from rescalevit_jax.optim import ema as ema_lib
 from rescalevit_jax.optim import loss_scale as loss_scale_lib
+from rescalevit_jax.optim import sam
 from rescalevit_jax.training import train_state
 
 
@@ -32,6 +33,7 @@ def train_step(
   mixing: mixing_lib.Mixing = mixing_lib.NOTHING,
   ema_decay: float = 0.0,
   settled: bool = False,
+  sam_rho: float = 0.0,
   gather: Callable[[Any], Any] = lambda params: params,
   scatter: Callable[[Any], Any] = lambda grads: grads,
 ) -> tuple[train_state.TrainState, dict[str, jax.Array]]:
@@ -54,6 +56,7 @@ def train_step(
     ema_decay: decay of the EMA, if the state has one.
     settled: whether the first `Settling.SETTLES_AFTER` forward passes are over.
       If so, the program omits calibration.
+    sam_rho: distance of SAM; 0: the usual gradient.
     gather: replicates sharded parameters.
     scatter: shards a gradient.
 
@@ -73,6 +76,7 @@ def train_step(
     image_size=image_size,
     mixing=mixing,
     settled=settled,
+    sam_rho=sam_rho,
     gather=gather,
     scatter=scatter,
   )
@@ -98,19 +102,21 @@ def gradient(
   image_size: int,
   mixing: mixing_lib.Mixing = mixing_lib.NOTHING,
   settled: bool = False,
+  sam_rho: float = 0.0,
   gather: Callable[[Any], Any] = lambda params: params,
   scatter: Callable[[Any], Any] = lambda grads: grads,
 ) -> tuple[jax.Array, Any, Any, loss_scale_lib.LossScale | None]:
   """Compute loss, gradient, running statistics and loss scale of a batch.
 
-  See `train_step` for the arguments.
+  With SAM, loss and statistics are those of the first of its two gradients,
+  which share the batch, its augmentation and dropout. See `train_step` for the
+  arguments.
   """
   crop_keys, dropout_keys, mixing_keys = random_keys(
     seed, state.step + 1, labels.shape
   )
-  params = gather(state.params)
 
-  def micro_step(carry, micro_batch):
+  def micro_step(params, carry, micro_batch):
     batch_stats, loss_scale, sums = carry
     images, labels, crop_keys, mixing_keys, dropout_key = micro_batch
     x = preprocess.prepare_random(crop_keys, images, image_size, augment)
@@ -129,19 +135,30 @@ def gradient(
     sums = jax.tree.map(jnp.add, sums, (loss, grads))
     return (batch_stats, loss_scale, sums), None
 
-  carry = (
-    state.batch_stats,
-    state.loss_scale,
-    (jnp.zeros(()), jax.tree.map(jnp.zeros_like, params)),
+  def of_batch(params, loss_scale):
+    params = gather(params)
+    carry = (
+      state.batch_stats,
+      loss_scale,
+      (jnp.zeros(()), jax.tree.map(jnp.zeros_like, params)),
+    )
+    step = functools.partial(micro_step, params)
+    micro_batches = (images, labels, crop_keys, mixing_keys, dropout_keys)
+    if len(labels) == 1:  # Without a loop, XLA optimizes better.
+      carry, _ = step(carry, jax.tree.map(lambda x: x[0], micro_batches))
+    else:
+      carry, _ = jax.lax.scan(step, carry, micro_batches)
+    batch_stats, loss_scale, sums = carry
+    loss, grads = jax.tree.map(lambda x: x / len(labels), sums)
+    return loss, scatter(grads), batch_stats, loss_scale
+
+  loss, grads, batch_stats, loss_scale = of_batch(
+    state.params, state.loss_scale
   )
-  micro_batches = (images, labels, crop_keys, mixing_keys, dropout_keys)
-  if len(labels) == 1:  # Without a loop, XLA optimizes better.
-    carry, _ = micro_step(carry, jax.tree.map(lambda x: x[0], micro_batches))
-  else:
-    carry, _ = jax.lax.scan(micro_step, carry, micro_batches)
-  batch_stats, loss_scale, sums = carry
-  loss, grads = jax.tree.map(lambda x: x / len(labels), sums)
-  return loss, scatter(grads), batch_stats, loss_scale
+  if sam_rho:
+    ascended = sam.ascend(state.params, grads, sam_rho)
+    _, grads, _, loss_scale = of_batch(ascended, loss_scale)
+  return loss, grads, batch_stats, loss_scale
 
 
 def random_keys(

@@ -11,6 +11,7 @@ import pytest
 from scipy import stats
 
 from rescalevit_jax.augment import preprocess
+from rescalevit_jax.augment import rand_augment
 from rescalevit_jax.augment import trivial_augment
 
 BILINEAR = Image.Resampling.BILINEAR
@@ -314,6 +315,7 @@ EVERYTHING = {"flip": True, "auto": "trivial", "random_erasing": 0.5}
     preprocess.Augment(crop=False, flip=True),
     preprocess.Augment(**EVERYTHING),
     preprocess.Augment(crop=False, pad_crop=3, **EVERYTHING),
+    preprocess.Augment(auto="rand", color_jitter=0.5),
   ],
 )
 def test_augmentation_depends_on_the_images_key_only(settings):
@@ -402,6 +404,22 @@ def test_trivial_augment_comes_before_the_crop():
   assert np.abs(
     got - prepare_random(keys, images, 16, preprocess.Augment())
   ).max()
+
+
+def test_rand_augment_and_jitter_come_before_the_crop():
+  images, keys = noise(8, 12, 12), keys_of(8)
+
+  def change(key, image):
+    x = rand_augment.apply(jax.random.fold_in(key, 2), image, 3, 5.0)
+    return rand_augment.jitter(jax.random.fold_in(key, 4), x, 0.5)
+
+  changed = jax.vmap(change)(keys, images)
+  settings = preprocess.Augment(
+    auto="rand", rand_ops=3, rand_magnitude=5.0, color_jitter=0.5
+  )
+  got = prepare_random(keys, images, 16, settings)
+  want = prepare_random(keys, changed, 16, preprocess.Augment())
+  np.testing.assert_allclose(got, want, atol=0.01)
 
 
 def test_erased_boxes_have_the_papers_sizes():

@@ -6,6 +6,7 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+import photos
 from PIL import Image
 from PIL import ImageEnhance
 from PIL import ImageOps
@@ -20,14 +21,6 @@ ENHANCERS = {
   "contrast": ImageEnhance.Contrast,
   "sharpness": ImageEnhance.Sharpness,
 }
-
-
-def photo(height, width):
-  """Return smooth images with noise and a limited range."""
-  rng = np.random.default_rng(0)
-  small = Image.fromarray(rng.integers(30, 200, (5, 5, 3), np.uint8))
-  smooth = np.array(small.resize((width, height)))
-  return smooth + rng.integers(-9, 10, smooth.shape).astype(np.uint8)
 
 
 @jax.jit
@@ -70,7 +63,7 @@ def pillow(name, image, strength, sign):
 @pytest.mark.parametrize("strength", [0.0, 7 / 30, 0.8, 1.0])
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_operation_is_pillows(name, strength, sign):
-  image = photo(32, 40)
+  image = photos.photo(32, 40)
   want = pillow(name, image, strength, sign)
   got = operate(image, OPERATIONS.index(name), strength, sign)
   assert (got.shape, got.dtype) == ((32, 40, 3), jnp.float32)
@@ -96,7 +89,7 @@ def test_enhanced_and_stretched_channels_match_the_image():
 def many():
   """Augment one image, whose first row shows the shift."""
   keys = jax.random.split(jax.random.key(0), 3000)
-  image = photo(16, 16)
+  image = photos.photo(16, 16)
   apply = jax.jit(jax.vmap(trivial_augment.apply, (0, None)))
   return image, np.asarray(apply(keys, image))
 

@@ -18,6 +18,9 @@ def other_value(key):
   return not default if isinstance(default, bool) else default + 0.5
 
 
+SAME_FORM = {k: x for k, x in renamed.KEYS.items() if k not in renamed.CONVERT}
+
+
 def one_line(error, *words):
   message = str(error.value)
   assert "\n" not in message
@@ -35,9 +38,9 @@ def test_new_names_are_valid():
 
 def test_config_json_with_old_names_loads():
   values = config_lib.flatten(config_lib.default())
-  changed = {new: other_value(new) for new in renamed.KEYS.values()}
+  changed = {new: other_value(new) for new in SAME_FORM.values()}
   changed["data.num_val"] = 7
-  for old, new in renamed.KEYS.items():
+  for old, new in SAME_FORM.items():
     del values[new]
     values[old] = changed[new]
   text = json.dumps(traverse_util.unflatten_dict(values, sep="."))
@@ -68,3 +71,13 @@ def test_an_old_key_on_a_command_line_is_an_error_with_the_new_name(old):
   with pytest.raises(errors.UserError) as error:
     overrides.parse_setting(f"{old}=1", "--set")
   one_line(error, old, renamed.KEYS[old])
+
+
+@pytest.mark.parametrize("old", ["scalar_lr", "scalar_lr_mult"])
+@pytest.mark.parametrize("factor, new", [(1.0, None), (0.02, "scalars:0.02")])
+def test_a_multiplier_of_scalars_becomes_a_table(old, factor, new):
+  values = config_lib.default().to_dict()
+  del values["lr_mult"]
+  loaded = config_lib.from_json(json.dumps({**values, old: factor}))
+  assert loaded.lr_mult == new
+  config_lib.validate(loaded)

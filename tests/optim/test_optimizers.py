@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from rescalevit_jax import errors
 from rescalevit_jax.optim import optimizers
 from rescalevit_jax.training import experiment
 
@@ -127,7 +128,6 @@ def last_params(params, gradients, name, **kwargs):
       weight_decay=0.0,
       grad_norm_clip=0,
       agc=0.0,
-      scalar_lr_mult=1.0,
     )
     | kwargs
   )
@@ -250,21 +250,21 @@ def test_scalars_have_their_own_learning_rate(name):
   for g in grads:
     g |= {alpha: np.full(1, 0.5), pair: np.full(2, 0.5)}
   usual = last_params(params, grads, name)
-  slow = last_params(params, grads, name, scalar_lr_mult=0.25)
+  slow = last_params(params, grads, name, lr_mult="scalars:0.25")
   for k in params:
     factor = 0.25 if k == alpha else 1.0
     np.testing.assert_allclose(
       slow[k] - params[k], factor * (usual[k] - params[k]), rtol=1e-5, atol=1e-7
     )
     assert np.abs(usual[k] - params[k]).max() > 1e-3, k
-  still = last_params(params, grads, name, scalar_lr_mult=0.0)
+  still = last_params(params, grads, name, lr_mult="scalars:0")
   assert still[alpha] == 1.0
 
 
-def test_scalar_lr_mult_of_zero_freezes_scalars(tiny_config):
+def test_lr_mult_of_zero_freezes_scalars(tiny_config):
   """Only alphas and multipliers do not change."""
   tiny_config.model.update({"norm": "DyT", "residual": "rescalenet"})
-  tiny_config.scalar_lr_mult = 0.0
+  tiny_config.lr_mult = "scalars:0"
   made = experiment.create(tiny_config)
   params = made.init_state().params
   updates, _ = made.optimizer.update(
@@ -293,10 +293,62 @@ def test_without_adaptive_clipping_sgd_is_rescalevits():
     weight_decay=0.1,
     grad_norm_clip=1.0,
     agc=0.0,
-    scalar_lr_mult=1.0,
   )
   sgd = optimizers.sgd(
     lambda count: 0.1, momentum=0.9, weight_decay=0.1, grad_norm_clip=1.0
   )
   states = [jax.tree.structure(x.init(PARAMS)) for x in (made, sgd)]
   assert states[0] == states[1]  # Or old checkpoints would not load.
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw", "muon"])
+def test_the_first_matching_pattern_scales_a_learning_rate(name):
+  params, grads = random_tree(0), [random_tree(1), random_tree(2)]
+  table = "head/bias:3 head/*:0 */query/*:0.5 */encoderblock_0/*:0.25"
+  usual = last_params(params, grads, name)
+  scaled = last_params(params, grads, name, lr_mult=table)
+  factors = dict.fromkeys(params, 1.0) | {"head/bias": 3.0, "head/kernel": 0.0}
+  factors |= {k: 0.5 if "query" in k else 0.25 for k in params if BLOCK in k}
+  for k, p in params.items():
+    np.testing.assert_allclose(
+      scaled[k] - p, factors[k] * (usual[k] - p), rtol=1e-5, atol=1e-6
+    )
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+def test_wd_mult_takes_precedence_over_the_optimizers_choice(name):
+  params, zeros = random_tree(0), {k: np.zeros(v) for k, v in SHAPES.items()}
+  table = "cls:0.5 head/*:0 kernels:2"
+  got = last_params(params, [zeros], name, weight_decay=0.3, wd_mult=table)
+  default = {k: 1.0 if name == "sgd" or k in KERNELS else 0.0 for k in params}
+  want = default | dict.fromkeys(KERNELS, 2.0)
+  want |= {"cls": 0.5, "head/kernel": 0.0, "head/bias": 0.0}
+  check_all(got, {k: p * (1 - 0.1 * 0.3 * want[k]) for k, p in params.items()})
+
+
+def test_layer_decay_by_hand():
+  params, grads = random_tree(0), random_tree(1)
+  for k in list(params):  # A second block.
+    if BLOCK in k:
+      name = k.replace("encoderblock_0", "encoderblock_1")
+      params[name], grads[name] = params[k], grads[k]
+  final = "Transformer/encoder_norm/scale"
+  params[final], grads[final] = np.ones(4), np.full(4, 0.5)
+  got = last_params(
+    params, [grads], "sgd", layer_decay=0.5, lr_mult="head/bias:3 kernels:1"
+  )
+
+  def factor(k):
+    if "encoderblock" in k:
+      return 0.5 if "encoderblock_1" in k else 0.25
+    after = {"head/kernel": 1.0, "head/bias": 3.0, final: 1.0}
+    return after.get(k, 0.125)
+
+  check_all(got, {k: p - 0.1 * factor(k) * grads[k] for k, p in params.items()})
+
+
+@pytest.mark.parametrize("key", ["lr_mult", "wd_mult"])
+def test_a_pattern_without_parameters_is_an_error(key):
+  message = f"^config: {key}: no parameter 'heads/bias'; did you mean head/bias"
+  with pytest.raises(errors.UserError, match=message):
+    last_params(random_tree(0), [], "adamw", **{key: "scalars:2 heads/bias:1"})

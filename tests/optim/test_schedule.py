@@ -7,9 +7,11 @@ import pytest
 from rescalevit_jax.optim import schedule
 
 
-def rates(base_lr, warmup_steps, total_steps, decay_type, steps=None):
+def rates(base_lr, warmup_steps, total_steps, decay_type, steps=None, **kwargs):
   """Return the learning rates of steps 1, 2, ... as optax counts them."""
-  lr_schedule = schedule.create(base_lr, warmup_steps, total_steps, decay_type)
+  lr_schedule = schedule.create(
+    base_lr, warmup_steps, total_steps, decay_type, **kwargs
+  )
   return np.array(
     [lr_schedule(jnp.int32(n)) for n in range(steps or total_steps)]
   )
@@ -51,3 +53,23 @@ def test_first_step_moves_and_last_does_not(warmup_steps, decay_type):
   assert got[18] > 0
   np.testing.assert_allclose(got[19:], 0, atol=1e-9)
   assert got.max() <= np.float32(0.05)
+
+
+@pytest.mark.parametrize(
+  "decay_type, decay",
+  [
+    ("linear", [1.7, 1.4, 1.1, 0.8]),
+    ("cosine", [1.4 + 0.6 * 0.5**0.5, 1.4, 1.4 - 0.6 * 0.5**0.5, 0.8]),
+    ("sqrt", [1.4, 2 - 1.2 * 0.5**0.5, 2 - 1.2 * 0.75**0.5, 0.8]),
+  ],
+)
+def test_constant_rate_then_decay_to_the_minimum_by_hand(decay_type, decay):
+  got = rates(2.0, 2, 9, decay_type, steps=12, decay_steps=4, min_lr=0.8)
+  want = [1, 2, 2, 2, 2, *decay, 0.8, 0.8, 0.8]
+  np.testing.assert_allclose(got, want, atol=1e-6)
+
+
+def test_sqrt_decays_right_after_the_warmup_by_default():
+  got = rates(1.0, 1, 5, "sqrt")
+  want = [1, 0.5, 1 - 0.5**0.5, 1 - 0.75**0.5, 0]
+  np.testing.assert_allclose(got, want, atol=1e-6)

@@ -22,7 +22,9 @@ OPTIMIZER = {
   "weight_decay": 0.3,
   "grad_norm_clip": 0.5,
   "agc": 0.02,
-  "scalar_lr_mult": 0.25,
+  "lr_mult": "scalars:0.25",
+  "wd_mult": "head/*:2",
+  "layer_decay": 0.9,
 }
 OTHERS = {
   "momentum": 0.5,
@@ -30,7 +32,9 @@ OTHERS = {
   "weight_decay": 0.0,
   "grad_norm_clip": 0.1,
   "agc": 0.0,
-  "scalar_lr_mult": 1.0,
+  "lr_mult": None,
+  "wd_mult": None,
+  "layer_decay": 1.0,
 }
 
 
@@ -50,10 +54,11 @@ def two_updates(made, params):
 def test_the_optimizer_is_the_configs(name, tiny_config):
   tiny_config.update({"optimizer": name, "decay_type": "linear"})
   tiny_config.update({"base_lr": 0.3, **OPTIMIZER})
+  tiny_config.update({"decay_steps": 4, "min_lr": 0.01})
   tiny_config.model.norm = "DyT"
   found = experiment.create(tiny_config)
   params = found.init_state().params
-  rate = schedule.create(0.3, 3, 12, "linear")
+  rate = schedule.create(0.3, 3, 12, "linear", 4, 0.01)
   assert [found.lr_schedule(n) for n in range(12)] == [
     rate(n) for n in range(12)
   ]
@@ -75,10 +80,19 @@ def test_images_and_labels_are_changed_as_the_config_says(tiny_config):
   tiny_config.update(keys)
   tiny_config.augment.update({"crop": False, "pad_crop": 2, "auto": "trivial"})
   tiny_config.augment.update({"random_erasing": 0.3, "flip": True})
+  tiny_config.augment.update({"rand_ops": 3, "rand_magnitude": 5.0})
+  tiny_config.augment.color_jitter = 0.4
   found = experiment.create(tiny_config).gradient_options()
   assert found["mixing"] == mixing.Mixing(0.1, 0.8, 0.7)
   assert found["augment"] == preprocess.Augment(
-    crop=False, pad_crop=2, auto="trivial", random_erasing=0.3, flip=True
+    crop=False,
+    pad_crop=2,
+    auto="trivial",
+    rand_ops=3,
+    rand_magnitude=5.0,
+    color_jitter=0.4,
+    random_erasing=0.3,
+    flip=True,
   )
 
 

@@ -77,6 +77,7 @@ def train_step_of(
   settings=WHOLE,
   sgd=DESCENT,
   mixing=mixing.NOTHING,
+  sam_rho=0.0,
 ):
   train_step = functools.partial(
     train_step_lib.train_step,
@@ -85,6 +86,7 @@ def train_step_of(
     augment=settings,
     image_size=SIZE,
     mixing=mixing,
+    sam_rho=sam_rho,
   )
   return jax.jit(train_step)
 
@@ -258,6 +260,28 @@ def test_micro_batches_have_dropout_of_their_own():
   check_close(gradient(other), gradient(train_once()[0]))
   difference = jax.tree.map(jnp.subtract, gradient(both), gradient(once))
   assert optax.global_norm(difference) > 1e-2
+
+
+def test_sam_takes_the_gradient_at_the_ascended_weights():
+  """Loss and statistics are those of the first gradient, counted once."""
+  rho, start = 0.5, start_of("Rescale")
+  settings = {"dropout_rate": 0.3, "settings": CROPS}
+  batch = {"indices": BATCH.reshape(3, 4), "norm": "Rescale", **settings}
+  usual, of_usual = train_once(**batch)
+  grads = jax.tree.map(jnp.subtract, start.params, usual.params)
+  factor = rho / of_usual["grad_norm"]
+  ascended = jax.tree.map(lambda w, g: w + factor * g, start.params, grads)
+  at_ascended, of_ascended = train_once(
+    state=start.replace(params=ascended), **batch
+  )
+  want = jax.tree.map(jnp.subtract, ascended, at_ascended.params)
+  got, of_sam = train_once(sam_rho=rho, **batch)
+  check_close(jax.tree.map(jnp.subtract, start.params, got.params), want)
+  check_close(got.batch_stats, usual.batch_stats, atol=1e-6)
+  np.testing.assert_allclose(of_sam["loss"], of_usual["loss"], rtol=1e-6)
+  norms = of_sam["grad_norm"], of_ascended["grad_norm"]
+  np.testing.assert_allclose(*norms, rtol=1e-4)
+  assert norms[0] > 1.05 * of_usual["grad_norm"]
 
 
 def test_loss_that_is_not_finite_shows_in_the_metrics():

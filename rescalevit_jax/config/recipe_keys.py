@@ -1,0 +1,150 @@
+"""Config keys of the optimizer and the augmentation."""
+
+from rescalevit_jax.augment import preprocess
+from rescalevit_jax.augment import rand_augment
+from rescalevit_jax.config import key as key_lib
+from rescalevit_jax.optim import groups
+from rescalevit_jax.optim import optimizers
+from rescalevit_jax.optim import schedule
+
+_TABLE = "`PATTERN:FACTOR ...`, such as `scalars:0.02 head/*:10`"
+
+KEYS = {
+  "base_lr": key_lib.positive(0.05, "learning rate at the end of the warm-up"),
+  "warmup_steps": key_lib.at_least(0, 500, "steps of linear warm-up"),
+  "decay_type": key_lib.Key(
+    "cosine",
+    "decay of the learning rate to `min_lr`; with p from 0 to 1, `sqrt` is"
+    " 1 - sqrt(p)",
+    schedule.DECAYS,
+  ),
+  "decay_steps": key_lib.positive(
+    None,
+    "steps of decay at the end of the run, after a constant learning rate"
+    " (WSD); None: all steps after the warm-up",
+    optional=int,
+  ),
+  "min_lr": key_lib.at_least(0, 0.0, "learning rate of the last step"),
+  "total_steps": key_lib.positive(20_000, "number of updates"),
+  "optimizer": key_lib.Key(
+    "sgd",
+    "optimizer; `muon`: Muon for the kernels of the blocks, AdamW for all"
+    " other parameters",
+    optimizers.OPTIMIZERS,
+  ),
+  "momentum": key_lib.below_one(
+    0.9, "momentum of SGD and Muon, beta_1 of AdamW"
+  ),
+  "adam_b2": key_lib.below_one(0.999, "beta_2 of AdamW"),
+  "weight_decay": key_lib.at_least(
+    0,
+    0.0,
+    "weight decay: coupled, of all parameters (SGD); decoupled, of kernels"
+    " (AdamW, Muon)",
+  ),
+  "grad_norm_clip": key_lib.at_least(
+    0, 1.0, "maximum global norm of the gradient; 0: no clipping"
+  ),
+  "agc": key_lib.at_least(
+    0,
+    0.0,
+    "adaptive gradient clipping: maximum ratio of gradient norm to weight"
+    " norm per unit; 0: no clipping",
+  ),
+  "lr_mult": key_lib.Key(
+    None,
+    "learning-rate multipliers of groups of parameters; the first pattern that"
+    " matches a parameter's name counts; None: no multipliers",
+    _TABLE,
+    groups.is_table,
+    optional=str,
+  ),
+  "wd_mult": key_lib.Key(
+    None,
+    "weight-decay multipliers of groups of parameters; they take precedence"
+    " over the optimizer's choice of the parameters that decay",
+    _TABLE,
+    groups.is_table,
+    optional=str,
+  ),
+  "layer_decay": key_lib.Key(
+    1.0,
+    "learning-rate multiplier for each block between a parameter and the head",
+    "in (0, 1]",
+    lambda x: 0 < x <= 1,
+  ),
+  "sam_rho": key_lib.at_least(
+    0,
+    0.0,
+    "rho of SAM, which takes two gradients per step: distance of the second one"
+    " from the weights, such as 0.05; 0: no SAM",
+  ),
+  "ema_decay": key_lib.below_one(
+    0.0,
+    "decay per step of the moving average of weights and statistics, which"
+    " is evaluated and saved as the best checkpoint; 0: no average",
+  ),
+  "label_smoothing": key_lib.below_one(
+    0.0,
+    "label smoothing: fraction of the target spread evenly over all classes",
+  ),
+  "mixup": key_lib.at_least(0, 0.0, "alpha of mixup; 0: no mixup"),
+  "cutmix": key_lib.at_least(
+    0,
+    0.0,
+    "alpha of CutMix; with mixup, each image draws one of the two; 0: no"
+    " CutMix",
+  ),
+  "augment.crop": key_lib.Key(
+    True, "random crop in training (RandomResizedCrop)"
+  ),
+  "augment.min_area": key_lib.Key(
+    0.05,
+    "minimum area of a crop as a fraction of the image",
+    "in (0, 1]",
+    lambda x: 0 < x <= 1,
+  ),
+  "augment.min_aspect": key_lib.Key(
+    0.75,
+    "minimum aspect ratio width / height of a crop; the maximum is its inverse",
+    "in [0.01, 1]",
+    lambda x: 0.01 <= x <= 1,
+  ),
+  "augment.flip": key_lib.Key(
+    False, "flip training images horizontally with probability 0.5"
+  ),
+  "augment.pad_crop": key_lib.at_least(
+    0,
+    0,
+    "maximum random shift in pixels, with black padding, in place of"
+    " `augment.crop`; 0: none",
+  ),
+  "augment.auto": key_lib.Key(
+    "none",
+    "automatic augmentation before the crop; `trivial`: TrivialAugment, one"
+    " random operation; `rand`: RandAugment",
+    preprocess.AUTO,
+  ),
+  "augment.rand_ops": key_lib.positive(
+    2, "number of operations of RandAugment"
+  ),
+  "augment.rand_magnitude": key_lib.Key(
+    9.0,
+    "mean magnitude of the operations of RandAugment",
+    "in [0, 10]",
+    lambda x: 0 <= x <= rand_augment.MAX_MAGNITUDE,
+  ),
+  "augment.color_jitter": key_lib.Key(
+    0.0,
+    "maximum relative change of brightness, contrast and saturation, such as"
+    " 0.3; 0: none",
+    "in [0, 1]",
+    lambda x: 0 <= x <= 1,
+  ),
+  "augment.random_erasing": key_lib.Key(
+    0.0,
+    "probability of random erasing, which replaces a box by noise",
+    "in [0, 1]",
+    lambda x: 0 <= x <= 1,
+  ),
+}
