@@ -5,7 +5,7 @@ window.
 """
 
 import collections
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 import io
 import os
 import pathlib
@@ -149,6 +149,59 @@ def curves(runs: Sequence[run_reader.Run]) -> figure_lib.Figure:
     ncols=4,
     frameon=False,
   )
+  return figure
+
+
+def loss_and_accuracy(
+  panels: Mapping[str, Sequence[run_reader.Run]],
+) -> figure_lib.Figure:
+  """Draw test loss and accuracy over steps, a panel for each recipe.
+
+  All panels have the same axes. Published curves are dotted.
+
+  Args:
+    panels: runs of a recipe, by title.
+  """
+  columns, count = min(3, len(panels)), len(panels)
+  rows = -(-count // columns)
+  figure = figure_lib.Figure(
+    figsize=(1.2 + 3.4 * columns, 0.9 + 2.6 * rows), layout="constrained"
+  )
+  grid = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
+  axes, spare = list(grid.flat[:count]), grid.flat[count:]
+  for ax in spare:
+    ax.remove()
+  twins = [ax.twinx() for ax in axes]
+  dotted = ""
+  for i, (title, runs) in enumerate(panels.items()):
+    config = runs[0].config
+    axes[i].set_title(plain(title), color=norm_color(config.model.norm))
+    at_right = i == count - 1 or i % columns == columns - 1
+    twins[i].sharey(twins[0])
+    twins[i].tick_params(labelright=at_right)
+    if i + columns >= count:
+      axes[i].set_xlabel("step")
+      axes[i].tick_params(labelbottom=True)
+    key = reference_results.match(config)
+    published = reference_results.curves().get(key) if key else None
+    for ax, name, color, unit, at_edge in (
+      (axes[i], "loss", "tab:green", 1, i % columns == 0),
+      (twins[i], "accuracy", "tab:blue", 100, at_right),
+    ):
+      for run in runs:
+        steps, values = run.curve(f"test/{name}")
+        ax.plot(steps, [unit * x for x in values], color=color)
+      if published:
+        values = [unit * x for x in getattr(published, name)]
+        ax.plot(published.steps, values, color=color, linestyle=":", alpha=0.6)
+      if at_edge:
+        text = f"test {name}" + ", %" * (unit == 100)
+        ax.set_ylabel(text, color=color)
+      ax.spines["top"].set_visible(False)
+    if published:
+      dotted = "; dotted: published"
+  runs = [run for runs in panels.values() for run in runs]
+  figure.suptitle(plain(_title(runs) + dotted), fontsize="medium")
   return figure
 
 

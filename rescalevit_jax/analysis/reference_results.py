@@ -1,9 +1,12 @@
-"""Published results of RescaleViT, for comparison.
+"""Published results of RescaleViT and of Google, for comparison.
 
 From github.com/ChaofanTao/RescaleViT: the tables of its README (published/
 table.csv: 40 best accuracies and durations) and its logs (folder output;
 runs.csv and curves.csv). One run each, fp16, one RTX 3090. Last accuracies and
 curves exist for the 27 runs whose log is complete.
+
+From github.com/google-research/vision_transformer at c6de1e5: the tables of
+fine-tuning on CIFAR of its README (published/google.csv).
 """
 
 from collections.abc import Mapping
@@ -29,15 +32,18 @@ class Figures:
   """The results of a published run.
 
   Attributes:
-    best_accuracy: highest test accuracy of 200 evaluations, as a fraction.
+    best_accuracy: highest test accuracy of 200 evaluations, as a fraction; None
+      for Google's.
     last_accuracy: test accuracy after the last step, as a fraction; None if the
       log is incomplete.
-    minutes: duration on one RTX 3090.
+    minutes: duration, RescaleViT's on one RTX 3090.
+    publisher: 'RescaleViT' or 'Google'.
   """
 
-  best_accuracy: float
+  best_accuracy: float | None
   last_accuracy: float | None
   minutes: float
+  publisher: str = "RescaleViT"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +61,20 @@ class Curve:
   accuracy: tuple[float, ...]
 
 
+# Google's recipe: what differs from RescaleViT's.
+_GOOGLE = {
+  "data.train_split": "train[:98%]",
+  "model.gelu": "tanh",
+  "image_size": 384,
+  "batch": 512,
+  "augment.flip": True,
+}
+_FREE_OF_GOOGLE = (
+  "accum_steps",
+  "model.dropout_rate",
+  "total_steps",
+  "warmup_steps",
+)
 _BATCH = {"ViT-B_16": 128, "ViT-B_32": 128, "ViT-L_16": 64, "ViT-L_32": 128}
 _DATASETS = ("cifar10", "cifar100")
 
@@ -64,7 +84,6 @@ _FREE = (
   "dataset",
   "model_name",
   "model.norm",
-  "batch",
   "pretrained_path",
   "reinit_head",
   "seed",
@@ -110,6 +129,26 @@ FIGURES: Mapping[Key, Figures] = _figures()
 
 
 @functools.cache
+def google() -> Mapping[tuple[str, str, int, int], Mapping[str, Figures]]:
+  """Return Google's results by dataset, model, steps and warm-up steps.
+
+  The inner key is the dropout rate, '' if it is not published.
+  """
+  found: dict[tuple[str, str, int, int], dict[str, Figures]] = {}
+  for row in _rows("google.csv"):
+    steps = int(row["total_steps"]), int(row["warmup_steps"])
+    found.setdefault((row["dataset"], row["model"], *steps), {})[
+      row["dropout_rate"]
+    ] = Figures(
+      None,
+      float(f"{row['accuracy_percent']}e-2"),
+      float(row["minutes"]),
+      "Google",
+    )
+  return found
+
+
+@functools.cache
 def curves() -> Mapping[Key, Curve]:
   """Return the curves of all runs with a complete log."""
   complete = _complete_runs()
@@ -126,27 +165,58 @@ def curves() -> Mapping[Key, Curve]:
   return {key: Curve(*zip(*sorted(x), strict=True)) for key, x in rows.items()}
 
 
-def match(config: ml_collections.ConfigDict) -> Key | None:
-  """Return the key of the published recipe that a config repeats, or None.
+def find(config: ml_collections.ConfigDict) -> Figures | None:
+  """Return the published results of the recipe that a config repeats, or None.
 
-  Seed, dtype, determinism and keys that may change on resume are ignored. A key
-  may be missing in `FIGURES`, since some published runs are incomplete. A file
-  named MODEL.npz is assumed to hold the published weights.
+  Seed, dtype, determinism and keys that may change on resume are ignored, also
+  accum_steps in Google's recipe. A file named MODEL.npz is assumed to hold the
+  published weights.
   """
-  values, recipe = map(config_lib.flatten, (config, config_lib.default()))
-  if any(
-    values[name] != recipe[name]
-    for name, key in keys.KEYS.items()
-    if not key.resumable and name not in _FREE
-  ):
+  if (key := match(config)) is not None:
+    return FIGURES.get(key)
+  if config.model.norm != "LN" or config.pretrained_path is None:
     return None
-  if config.dataset not in _DATASETS:
+  first = (config.dataset, config.model_name) == ("cifar10", "ViT-B_16")
+  recipe = _GOOGLE | {"base_lr": 0.01 if first else 0.03}
+  if not _repeats(config, recipe, _FREE_OF_GOOGLE):
     return None
-  if config.batch != _BATCH.get(config.model_name):
-    return None
+  steps = config.total_steps, config.warmup_steps
+  known = google().get((config.dataset, config.model_name, *steps), {})
+  return known.get(str(config.model.dropout_rate)) or known.get("")
+
+
+def _repeats(config, recipe, free):
+  """Return whether a config equals RescaleViT's with some keys changed.
+
+  Args:
+    config: the config.
+    recipe: the changed keys.
+    free: keys that may have any value, besides `_FREE`.
+  """
   path = config.pretrained_path
   names = (config.model_name, f"{config.model_name}.npz")
   if path is not None and pathlib.Path(path).name not in names:
+    return False
+  values = config_lib.flatten(config)
+  expected = config_lib.flatten(config_lib.default()) | recipe
+  return all(
+    values[name] == expected[name]
+    for name, key in keys.KEYS.items()
+    if not key.resumable and name not in (*_FREE, *free)
+  )
+
+
+def match(config: ml_collections.ConfigDict) -> Key | None:
+  """Return the key of RescaleViT's recipe that a config repeats, or None.
+
+  See `find` for the keys that are ignored. A key may be missing in `FIGURES`,
+  since some published runs are incomplete.
+  """
+  if (
+    config.dataset not in _DATASETS
+    or config.batch != _BATCH.get(config.model_name)
+    or not _repeats(config, {}, ("batch",))
+  ):
     return None
   return (
     config.dataset,

@@ -6,12 +6,10 @@ import pathlib
 import ml_collections
 
 from rescalevit_jax import config as config_lib
-from rescalevit_jax import errors
 from rescalevit_jax.config import overrides
 from rescalevit_jax.models import norms
 from rescalevit_jax.sweep import grid
 
-_CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
 _REFERENCE = pathlib.Path(__file__).parent / "reference.json"
 
 
@@ -109,13 +107,8 @@ def rehearsal(
 
 
 def _plan_run(reference, settings, runs_dir):
-  if not _CONFIGS.is_dir():
-    raise errors.UserError(
-      f"{_CONFIGS}: no such folder; run measure_gpu from a checkout of the"
-      " repository, which has the configs"
-    )
   (run,) = grid.plan(
-    [f"{_CONFIGS}/{reference}"],
+    [grid.repository_config(reference)],
     [],
     [overrides.parse_setting(text, "measure_gpu") for text in settings],
     runs_dir,

@@ -224,14 +224,15 @@ def _training(runs, results):
     if not found or not found.get("step"):
       continue
     accuracy = found["evaluations"]["accuracy"]
-    figures = reference_results.FIGURES.get(reference_results.match(run.config))
+    published = reference_results.find(run.config)
+    last = published and published.last_accuracy
     rows.append(
       [
         name,
         f"{found['step']} of {run.config.total_steps}",
         f"{100 * accuracy[-1]:.2f}" if accuracy else "",
         f"{100 * max(accuracy):.2f}" if accuracy else "",
-        "" if figures is None else f"{100 * figures.last_accuracy:.2f}",
+        "" if last is None else f"{100 * last:.2f}",
         f"{found['images_per_second']:.0f}" if found["finished"] else "",
         f"{found['seconds'] / 60:.1f}" if found["finished"] else "",
       ]

@@ -21,6 +21,7 @@ from rescalevit_jax.benchmark import run_worker
 from rescalevit_jax.runtime import terminal
 from rescalevit_jax.sweep import schedule
 from rescalevit_jax.sweep import subprocess_run
+from rescalevit_jax.sweep import time_limit
 from rescalevit_jax.training import experiment
 
 _log = logging.getLogger(__name__)
@@ -30,8 +31,6 @@ _log = logging.getLogger(__name__)
 _SHARES = {"norms": 0.35, "speed": 0.5}
 _TEST_IMAGES = 10_000  # CIFAR's test split; used until the dataset is read.
 _OVERTIME = 30.0  # Seconds that the last measurement of a stage may overrun.
-_SECONDS_TO_SAVE = 20.0  # Time that a stopped run needs.
-_SECONDS_TO_START = 40.0  # Upper bound for a run's start, without compilation.
 
 
 class Session:
@@ -137,13 +136,11 @@ class Session:
       self._record("speed", name, found, stop)
 
   def _train(self, names, stop):
-    stop -= _SECONDS_TO_SAVE
-    names = list(names)
-    while names and time.monotonic() + _SECONDS_TO_START < stop:
+    limit, names = time_limit.TimeLimit(stop), list(names)
+    while names:
       seconds = {name: self._run_seconds(name) for name in names}
-      left = stop - time.monotonic()
-      in_time = [name for name in names if seconds[name] < left]
-      name = (in_time or names)[0]
+      if (name := limit.choose(names, seconds.__getitem__)) is None:
+        return
       names.remove(name)
       run = self._plan.training[name]
       if problem := self._data_problem(run):
@@ -155,9 +152,7 @@ class Session:
       before = self._results["training"].get(name, {})
       store = functools.partial(self._store_run, name, before)
       with _repeating(store):
-        outcome = schedule.Schedule(
-          [run], [], [{}], (stop, stop + 0.7 * _SECONDS_TO_SAVE)
-        ).run()
+        outcome = schedule.Schedule([run], [], [{}], limit.stop_times).run()
       found = store()
       if outcome.failed:
         found["error"] = outcome.failed[0][1]
@@ -194,7 +189,7 @@ class Session:
     images = self._test_images.get(run.config.dataset, _TEST_IMAGES)
     evaluation = images / found["eval_images_per_second"]
     return (
-      _SECONDS_TO_START
+      time_limit.SECONDS_TO_START
       + 2 * found["compile_seconds"]
       + steps * found["step_seconds"]
       + -(-steps // run.config.eval_every) * evaluation

@@ -12,6 +12,7 @@ from jaxtyping import UInt8
 import jinja2
 import markupsafe
 from matplotlib import figure as figure_lib
+import ml_collections
 import numpy as np
 
 from rescalevit_jax import errors
@@ -139,7 +140,7 @@ def _attention(study, index):
     for i, first in enumerate(firsts, start=1):
       _log.info("attention on %s: model %d of %d", title, i, len(firsts))
       group = groups[first.workdir]
-      model, reason = _load_any(study, group)
+      model, reason = load_any(study, group)
       if model is None:
         reasons.setdefault(reason, []).extend(map(study.name, group))
       else:
@@ -152,7 +153,7 @@ def _attention(study, index):
       continue
     names = ", ".join(model.name for model in models)
     try:
-      image = _test_image(firsts[0].config, index)
+      image = test_image(firsts[0].config, index)
       for kind, meaning in _MAPS.items():
         _log.info("attention on %s: drawing %s", title, kind)
         section.pictures.append(
@@ -166,7 +167,9 @@ def _attention(study, index):
   return sections
 
 
-def _load_any(study, group):
+def load_any(
+  study: run_groups.Study, group: Sequence[run_reader.Run]
+) -> tuple[trained_model.TrainedModel | None, str]:
   """Return the model of the first run that loads, or None and the reason."""
   reason = ""
   for run in group:
@@ -179,7 +182,14 @@ def _load_any(study, group):
   return None, reason
 
 
-def _test_image(config, index) -> UInt8[np.ndarray, "H W 3"]:
+def test_image(
+  config: ml_collections.ConfigDict, index: int
+) -> UInt8[np.ndarray, "H W 3"]:
+  """Return a test image of a config's dataset, which must be prepared.
+
+  Raises:
+    UserError: the dataset is not prepared, or has no such image.
+  """
   if not stored.is_prepared(config.dataset, config.tfds_data_dir):
     # A report must not start a download.
     raise errors.UserError(

@@ -5,6 +5,7 @@ import dataclasses
 import math
 import os
 import pathlib
+from typing import Any
 
 import ml_collections
 
@@ -83,7 +84,7 @@ def collect(folder: str | os.PathLike[str]) -> Study:
 
   finished = [run for run in whole if run.is_finished]
   groups = sorted(
-    run_reader.group(finished), key=lambda group: _order(group[0].config)
+    run_reader.group(finished), key=lambda group: order(group[0].config)
   )
   return Study(
     folder,
@@ -147,7 +148,8 @@ def _is_number(value):
   )
 
 
-def _order(config):
+def order(config: ml_collections.ConfigDict) -> tuple[Any, ...]:
+  """Return a key that sorts configs by dataset, model, norm and weights."""
   return (
     config.dataset,
     list(vit_config.VARIANTS).index(config.model_name),

@@ -103,10 +103,7 @@ def columns(study: run_groups.Study) -> list[Column]:
     number("images/s", "images_per_second_mean", _short),
     number("parameters, M", "parameters", lambda x: _short(x / 1e6)),
   ]
-  if any(
-    reference_results.match(g[0].config) in reference_results.FIGURES
-    for g in study.groups
-  ):
+  if any(reference_results.find(group[0].config) for group in study.groups):
     result += [
       number("published best, %", "published_best_accuracy", percent),
       number("published last, %", "published_last_accuracy", percent),
@@ -197,7 +194,7 @@ def _row(group, varied):
   speeds = [run.result["images_per_second"] for run in group]
   add("images_per_second", [speed for speed in speeds if speed > 0])
   row["parameters"] = group[0].result["parameters"]
-  figures = reference_results.FIGURES.get(reference_results.match(config))
+  figures = reference_results.find(config)
   for key in ("best_accuracy", "last_accuracy"):
     theirs = getattr(figures, key, None)
     row[f"published_{key}"] = theirs

@@ -136,13 +136,17 @@ def group(runs: Iterable[Run]) -> list[tuple[Run, ...]]:
   """Group runs that differ only in the seed and in resumable keys."""
   groups: dict[tuple[Any, ...], list[Run]] = {}
   for run in runs:
-    values = config_lib.flatten(run.config)
-    key = tuple(values[k] for k in _identifying_keys())
-    groups.setdefault(key, []).append(run)
+    groups.setdefault(recipe(run.config), []).append(run)
   return [
     tuple(sorted(group, key=lambda run: (run.config.seed, run.workdir)))
     for group in groups.values()
   ]
+
+
+def recipe(config: ml_collections.ConfigDict) -> tuple[Any, ...]:
+  """Return what runs share that differ only in the seed and resumable keys."""
+  values = config_lib.flatten(config)
+  return tuple(values[key] for key in _identifying_keys())
 
 
 def varied_keys(configs: Sequence[ml_collections.ConfigDict]) -> list[str]:

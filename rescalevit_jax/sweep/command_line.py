@@ -15,6 +15,9 @@ the others. More examples:
       print the command of each run; start and write nothing
   ... --jobs=4
       four runs at a time, which share the GPUs
+  ... --minutes=60
+      stop after an hour, with checkpoints; the runs that teach most per minute
+      are first, by their measured rates
   ... --cluster=slurm --slurm_args timeout_min=600 \
       --slurm_args slurm_partition=gpu --slurm_args gpus_per_node=1
       submit the runs as one Slurm array, through submitit
@@ -27,6 +30,7 @@ python -m rescalevit_jax.main --help
 import argparse
 from collections.abc import Sequence
 import logging
+import math
 import pathlib
 import shlex
 import sys
@@ -65,6 +69,12 @@ _FLAGS: dict[str, dict[str, Any]] = {
     "type": int,
     "metavar": "N",
     "help": "runs at a time (default: one per GPU, or one)",
+  },
+  "--minutes": {
+    "type": float,
+    "default": math.inf,
+    "metavar": "N",
+    "help": "time limit; the same command resumes (default: none)",
   },
   "--dry_run": {
     "action": "store_true",
@@ -107,6 +117,14 @@ def parse(
     )
   if options.jobs is not None and options.jobs < 1:
     raise errors.UserError(f"--jobs: {options.jobs} is less than 1; raise it")
+  if not options.minutes > 0:
+    raise errors.UserError(
+      f"--minutes: {options.minutes:g} is not positive; raise it"
+    )
+  if options.cluster and options.minutes < math.inf:
+    raise errors.UserError(
+      "--minutes: has no effect with --cluster; use --slurm_args timeout_min=N"
+    )
   if options.slurm_args and not options.cluster:
     raise errors.UserError("--slurm_args: has no effect; add --cluster=slurm")
   options.slurm_args = slurm.parse_parameters(options.slurm_args)
@@ -147,17 +165,35 @@ def _sweep(argv):
     options, runs = parse(argv)
   except errors.UserError as e:
     return cli.fail(str(e), 2)
+  outcome = execute(options, runs)
+  return outcome.exit_code if outcome else 0
+
+
+def execute(
+  options: argparse.Namespace, runs: Sequence[grid.PlannedRun]
+) -> schedule.Outcome | None:
+  """Execute, print or submit the runs; return the outcome if executed here.
+
+  Args:
+    options: first result of `parse`.
+    runs: second result of `parse`.
+
+  Raises:
+    UserError: see `execution.execute` and `execution.submit`.
+  """
   if options.dry_run:
     _print_commands(runs)
-    return 0
+    return None
   runs_dir = pathlib.Path(options.runs_dir)
   if options.cluster:
     for job_id, run in execution.submit(
       runs, runs_dir, jobs=options.jobs, parameters=options.slurm_args
     ):
       print(f"{job_id}  {run.workdir}")
-    return 0
-  return execution.execute(runs, runs_dir, jobs=options.jobs).exit_code
+    return None
+  return execution.execute(
+    runs, runs_dir, jobs=options.jobs, minutes=options.minutes
+  )
 
 
 def _print_commands(runs):

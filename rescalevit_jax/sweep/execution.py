@@ -2,7 +2,9 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 import logging
+import math
 import pathlib
+import time
 from typing import Any
 
 from rescalevit_jax import errors
@@ -14,6 +16,7 @@ from rescalevit_jax.sweep import grid
 from rescalevit_jax.sweep import schedule
 from rescalevit_jax.sweep import slurm
 from rescalevit_jax.sweep import subprocess_run
+from rescalevit_jax.sweep import time_limit
 from rescalevit_jax.training import experiment
 
 _log = logging.getLogger(__name__)
@@ -63,6 +66,7 @@ def execute(
   runs_dir: pathlib.Path,
   *,
   jobs: int | None = None,
+  minutes: float = math.inf,
 ) -> schedule.Outcome:
   """Execute the unfinished runs on this machine, logging the progress.
 
@@ -70,16 +74,25 @@ def execute(
     runs: the planned runs.
     runs_dir: parent of their folders.
     jobs: runs at a time; None for one per GPU, or one.
+    minutes: time limit; inf for none. With a limit, `time_limit.Chooser` orders
+      the runs.
 
   Raises:
     UserError: a run's folder holds a run of another config, or files are
       missing.
   """
+  limit = time_limit.TimeLimit(time.monotonic() + 60 * minutes)
   outcome, left = _unfinished(runs, runs_dir)
   if left:
     _prepare_data(left)
     slots, diverged = device_slots.find(jobs), outcome.failed
-    outcome = schedule.Schedule(left, outcome.done, slots).run()
+    outcome = schedule.Schedule(
+      left,
+      outcome.done,
+      slots,
+      limit.stop_times[:1],  # Large checkpoints may take longer to save.
+      time_limit.Chooser(runs, limit) if math.isfinite(minutes) else None,
+    ).run()
     outcome.failed = diverged + outcome.failed
   if left or outcome.failed:
     outcome.log()

@@ -47,6 +47,21 @@ class PlannedRun:
     ]
 
 
+def repository_config(reference: str) -> str:
+  """Return a config of this repository, FILE or FILE:ARGS, with its folder.
+
+  Raises:
+    UserError: the package is not used from a checkout of the repository.
+  """
+  configs = pathlib.Path(__file__).parents[2] / "configs"
+  if not configs.is_dir():
+    raise errors.UserError(
+      f"{configs}: no such folder; use a checkout of the repository, which has"
+      " the configs"
+    )
+  return f"{configs}/{reference}"
+
+
 def plan(
   references: Sequence[str],
   axes: Sequence[Sequence[overrides.Setting]],

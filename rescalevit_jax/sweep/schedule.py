@@ -1,9 +1,10 @@
 """Schedule the runs of a sweep on this machine and log their progress."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 import dataclasses
 import logging
 import math
+import operator
 import re
 import signal
 import subprocess
@@ -29,8 +30,9 @@ class Outcome:
   Attributes:
     done: finished runs, including those of earlier sweeps.
     failed: failed runs, each with the reason as one line.
-    left: runs that a signal stopped or kept from starting.
-    stopped: True after a signal, even if all runs are done.
+    left: runs that a signal or the time limit stopped or kept from starting.
+    stopped: True after a signal or the time limit, even if all runs are done.
+    out_of_time: True if the time limit was the first to stop the sweep.
     killed: True if a second signal killed the runs.
   """
 
@@ -40,6 +42,7 @@ class Outcome:
   )
   left: list[grid.PlannedRun] = dataclasses.field(default_factory=list)
   stopped: bool = False
+  out_of_time: bool = False
   killed: bool = False
 
   @property
@@ -110,6 +113,8 @@ class Schedule:
     slots: environment variables for each concurrent run; see `device_slots`.
     stop_times: times of `time.monotonic`; each acts like a signal. After the
       first the runs save and stop, after the second they are killed.
+    choose: function from the waiting runs to the next one, or to None if none
+      should start any more; None for the first run.
   """
 
   def __init__(
@@ -118,8 +123,11 @@ class Schedule:
     done: Iterable[grid.PlannedRun],
     slots: Sequence[Mapping[str, str]],
     stop_times: Sequence[float] = (),
+    choose: Callable[[Sequence[grid.PlannedRun]], grid.PlannedRun | None]
+    | None = None,
   ):
     self._stop_times = list(stop_times)
+    self._choose = choose or operator.itemgetter(0)
     self._waiting = list(runs)
     self._free = list(slots)
     self._running: list[_Running] = []
@@ -159,7 +167,7 @@ class Schedule:
       if self._signals:
         self._stop()
       while self._waiting and self._free and not self._stopping:
-        self._launch(self._waiting.pop(0))
+        self._launch_next()
         changed = True
       if changed or time.monotonic() - last_line > _STATUS_SECONDS:
         self._log_status()
@@ -174,9 +182,12 @@ class Schedule:
   def _stop(self):
     if not self._stopping:
       self._stopping = self._outcome.stopped = True
+      self._outcome.out_of_time = self._signals[0] == signal.SIGALRM
       _log.info(
         "%s: the runs save and stop; a second signal kills them",
-        signal.Signals(self._signals[0]).name,
+        "time limit"
+        if self._outcome.out_of_time
+        else signal.Signals(self._signals[0]).name,
       )
       for running in self._running:
         running.process.terminate()
@@ -184,6 +195,16 @@ class Schedule:
       self._outcome.killed = True
       for running in self._running:
         subprocess_run.kill(running.process)
+
+  def _launch_next(self):
+    if (run := self._choose(self._waiting)) is None:
+      _log.info("too little time is left to start a run")
+      self._outcome.stopped = self._outcome.out_of_time = True
+      self._outcome.left += self._waiting
+      self._waiting.clear()
+    else:
+      self._waiting.remove(run)
+      self._launch(run)
 
   def _launch(self, run):
     slot = self._free.pop(0)

@@ -1,5 +1,7 @@
 """Published figures, their configs and their curves."""
 
+import runpy
+
 import paths
 import pytest
 
@@ -117,3 +119,56 @@ def test_pretrained_and_scratch_are_distinguished():
 )
 def test_other_recipes_do_not_match(changes):
   assert reference_results.match(config(**changes)) is None
+
+
+def google_config(*args):
+  path = paths.ROOT / "configs" / "vit_b16_finetune_google.py"
+  return runpy.run_path(str(path))["get_config"](*args)
+
+
+@pytest.mark.parametrize(
+  "args, accuracy, minutes",
+  [
+    ((), 0.9859, 17),
+    (("cifar100,1000",), 0.9115, 39),
+    (("cifar100,10000",), 0.9206, 132),
+  ],
+)
+def test_googles_recipe_has_googles_accuracy(args, accuracy, minutes):
+  found = reference_results.find(google_config(*args))
+  expected = reference_results.Figures(None, accuracy, minutes, "Google")
+  assert found == expected
+
+
+@pytest.mark.parametrize(
+  "key, value, accuracy",
+  [
+    ("accum_steps", 2, 0.9902),
+    ("seed", 3, 0.9902),
+    ("model.dropout_rate", 0.1, 0.9876),
+    ("model.dropout_rate", 0.2, None),
+    ("total_steps", 9_000, None),
+    ("base_lr", 0.03, None),
+    ("model.norm", "BN", None),
+    ("pretrained_path", None, None),
+    ("pretrained_path", "mine.npz", None),
+    ("data.train_split", "train", None),
+    ("dataset", "digits", None),
+  ],
+)
+def test_other_fine_tuning_has_no_published_accuracy(key, value, accuracy):
+  changed = google_config("cifar10,10000")
+  changed.update_from_flattened_dict({key: value})
+  found = reference_results.find(changed)
+  assert (found and found.last_accuracy) == accuracy
+
+
+def test_all_rows_of_google_are_read():
+  results = reference_results.google()
+  assert sum(map(len, results.values())) == 20
+  assert results["cifar10", "ViT-L_16", 10_000, 500]["0.1"].minutes == 1482
+
+
+def test_rescalevits_recipe_has_its_figures():
+  key = "cifar10", "ViT-B_16", "LN", False
+  assert reference_results.find(config()) == reference_results.FIGURES[key]

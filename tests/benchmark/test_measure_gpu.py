@@ -364,6 +364,15 @@ def test_losses_are_compared_with_the_reference():
     assert result["within"] is within, (key, factor)
 
 
+def test_a_run_without_a_published_last_accuracy_has_a_row(tmp_path):
+  plan = measure_plan.real(tmp_path, tmp_path, None)
+  (name,) = [x for x in plan.training if x.startswith("cifar10-ViT-B_16-LN")]
+  found = {"step": 100, "finished": False}
+  found["evaluations"] = {"accuracy": [0.25], "step": [100], "loss": [1.0]}
+  text = measure_report._training(plan.training, {name: found})
+  assert f"| {name} | 100 of 20000 | 25.00 | 25.00 |  |" in text
+
+
 def test_the_reference_is_of_the_model_that_is_measured(tmp_path):
   plan = measure_plan.real(tmp_path, tmp_path, None)
   reference = json.loads(plan.reference.read_text())

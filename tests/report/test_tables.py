@@ -2,11 +2,16 @@
 
 import csv
 import io
+import runpy
 
 import fake_runs
+import paths
 import pytest
 from scipy import stats
 
+from rescalevit_jax import config as config_lib
+from rescalevit_jax.analysis import reference_results
+from rescalevit_jax.report import notes
 from rescalevit_jax.report import run_groups
 from rescalevit_jax.report import tables
 from rescalevit_jax.runs import result as result_lib
@@ -77,6 +82,42 @@ def test_difference_from_the_published_run(three):
   assert row["published_minutes"] == 68.5
   assert row["best_accuracy_difference"] == pytest.approx(0.63 - 0.6756)
   assert row["last_accuracy_difference"] == pytest.approx(0.52 - 0.6747)
+
+
+def test_all_published_runs_of_rescalevit_are_beside_ours(tmp_path):
+  figures = reference_results.FIGURES
+  for i, (dataset, model, norm, pretrained) in enumerate(figures):
+    config = {"dataset": dataset, "model_name": model, "model.norm": norm}
+    config["pretrained_path"] = f"{model}.npz" if pretrained else None
+    config["batch"] = 64 if model == "ViT-L_16" else 128
+    fake_runs.write(tmp_path / f"{i}", config, {}, steps=0)
+  rows = shown(run_groups.collect(tmp_path))
+  assert len(rows) == 40
+  found = {
+    (*(row[key] for key in ("dataset", "model", "norm", "pretrained")),): (
+      row["published best, %"],
+      row["published last, %"],
+    )
+    for row in rows
+  }
+  for (dataset, model, norm, pretrained), x in figures.items():
+    assert found[dataset, model, norm, "yes" if pretrained else "no"] == tuple(
+      tables.NOTHING if y is None else f"{100 * y:.1f}"
+      for y in (x.best_accuracy, x.last_accuracy)
+    )
+
+
+def test_googles_recipe_has_no_published_best(tmp_path):
+  path = paths.ROOT / "configs" / "vit_b16_finetune_google.py"
+  config = runpy.run_path(str(path))["get_config"]()
+  fake_runs.write(tmp_path / "a", config_lib.flatten(config), {})
+  study = run_groups.collect(tmp_path)
+  (row,) = shown(study)
+  assert row["published best, %"] == row["difference, best"] == tables.NOTHING
+  assert row["published last, %"] == "98.6"
+  assert row["difference, last"] == "−58.6"
+  text = " ".join(notes.describe(study))
+  assert "Google's README" in text and "RescaleViT" not in text
 
 
 def test_a_held_out_split_has_a_column(tmp_path):

@@ -240,6 +240,9 @@ def test_dry_run_prints_commands_and_writes_nothing(finished, tiny, tmp_path):
     (["--gird=seed=1"], 2, ["--gird", "--grid"]),
     (["--jobs=0"], 2, ["--jobs: 0"]),
     (["--jobs=two"], 2, ["--jobs", "two"]),
+    (["--minutes=0"], 2, ["--minutes: 0"]),
+    (["--minutes=nan"], 2, ["--minutes: nan"]),
+    (["--minutes=9", "--cluster=slurm"], 2, ["--minutes", "timeout_min"]),
     (["--slurm_args=a=1"], 2, ["--cluster"]),
     (["--cluster=pbs"], 2, ["pbs", "slurm"]),
     (["stray"], 2, ["stray"]),
@@ -465,6 +468,7 @@ def test_the_study_scripts_plan_the_original_runs(dataset, tmp_path):
     assert f"--config.dataset={dataset}" in command
     _, (run,) = command_line.parse(
       [x for x in command[3:] if not x.startswith("--workdir")]
+      + [f"--runs_dir=runs/{dataset}"]
     )
     config = run.config
     assert f"--workdir={run.workdir}" in command
@@ -480,6 +484,9 @@ def test_the_study_scripts_plan_the_original_runs(dataset, tmp_path):
     expected += [(model, norm, None) for norm in ("LN", "BN", "GN", "Rescale")]
   assert found == expected
   assert done.stderr.count("missing: weights/") == 4
+
+  done = study("--dry_run", "--models=ViT-B_32", WEIGHTS="")
+  assert done.stdout.count("\n") == 4 and "pretrained" not in done.stdout
 
   # Relative to the current directory.
   done = study("--grid=seed=0,1", WEIGHTS="my weights")

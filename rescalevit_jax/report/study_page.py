@@ -1,0 +1,175 @@
+"""Write a study in the form of RescaleViT's page: tables and figures."""
+
+from collections.abc import Mapping, Sequence
+import dataclasses
+import pathlib
+from typing import Any
+
+import jax
+import ml_collections
+
+from rescalevit_jax import config as config_lib
+from rescalevit_jax import errors
+from rescalevit_jax.analysis import attention_plots
+from rescalevit_jax.analysis import plots
+from rescalevit_jax.analysis import reference_results
+from rescalevit_jax.report import page
+from rescalevit_jax.report import run_groups
+from rescalevit_jax.report import tables
+from rescalevit_jax.runs import result as result_lib
+from rescalevit_jax.runs import run_reader
+from rescalevit_jax.runtime import atomic_file
+from rescalevit_jax.runtime import markdown
+
+_INTRO = """\
+Test accuracy in %: best of all evaluations, which selects on the test images,
+and after the last step; ± is the standard deviation over seeds. Published:
+RescaleViT's README and logs, one run each on an RTX 3090.
+"""
+_HEADINGS = (
+  "norm",
+  "best",
+  "last",
+  "published best",
+  "published last",
+  "minutes",
+  "published minutes",
+  "state",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Entry:
+  """A planned recipe with its runs, finished ones first."""
+
+  label: str
+  config: ml_collections.ConfigDict
+  runs: Sequence[run_reader.Run]
+  row: Mapping[str, Any] | None  # Of `tables.rows`, if a run has finished.
+
+  @property
+  def state(self):
+    """What has been run, as text."""
+    if not self.runs:
+      return "not run"
+    finished = sum(run.is_finished for run in self.runs)
+    parts = [f"{finished} finished"] if finished else []
+    for run in self.runs[finished:]:
+      diverged = ", diverged" * result_lib.has_diverged(run.result)
+      parts.append(f"step {run.step} of {run.config.total_steps}{diverged}")
+    return "; ".join(parts)
+
+
+def write(
+  configs: Sequence[ml_collections.ConfigDict],
+  folder: pathlib.Path,
+  index: int,
+) -> list[pathlib.Path]:
+  """Write study.md, and the figures of each model; return their paths.
+
+  Args:
+    configs: configs of the planned runs, of one dataset.
+    folder: folder of the runs, and of the files.
+    index: index of the test image for the attention maps.
+  """
+  study = run_groups.collect(folder)
+  columns = tables.columns(study)
+  text = [f"# RescaleViT's study on {configs[0].dataset}", "", _INTRO]
+  paths = [folder / "study.md"]
+  for model, entries in _entries(configs, study).items():
+    cells = [_cells(entry, columns) for entry in entries]
+    text += [f"## {model}", "", markdown.table("lrrrrrrl", _HEADINGS, cells)]
+    missing = [f"{x.label}: {x.state}" for x in entries if not x.runs]
+    attention, problems = _attention(entries, study, index)
+    for name, title, figure in (
+      ("curves", "Test loss and accuracy", _curves(entries)),
+      ("attention", "Attention of head 0", attention),
+    ):
+      if figure is not None:
+        paths.append(folder / f"{name}-{model}.png")
+        plots.save(figure, paths[-1])
+        text += [f"![{title}]({paths[-1].name})", ""]
+    text += [*(f"- {markdown.escape(x)}" for x in missing + problems), ""]
+  atomic_file.write(paths[0], "\n".join(text).rstrip() + "\n")
+  return paths
+
+
+def _entries(configs, study):
+  """Return the recipes of each model in the order of RescaleViT's page."""
+  by_recipe = {}
+  for run in (*study.finished, *study.unfinished):
+    by_recipe.setdefault(run_reader.recipe(run.config), []).append(run)
+  rows = {
+    run_reader.recipe(group[0].config): row
+    for group, row in zip(study.groups, tables.rows(study), strict=True)
+  }
+  varied = run_groups.varied_keys(configs)
+  entries = {}
+  planned = {run_reader.recipe(config): config for config in configs}
+  for recipe, config in sorted(
+    planned.items(), key=lambda item: run_groups.order(item[1])
+  ):
+    values = config_lib.flatten(config)
+    parts = [config.model.norm]
+    parts += ["pretrained"] if config.pretrained_path else []
+    parts += [f"{k}={values[k]}" for k in varied if k != "batch"]
+    entries.setdefault(config.model_name, []).append(
+      _Entry(
+        ", ".join(parts), config, by_recipe.get(recipe, []), rows.get(recipe)
+      )
+    )
+  return entries
+
+
+def _cells(entry, columns):
+  shown = {column.key: column.text for column in columns}
+  published = reference_results.find(entry.config)
+
+  def ours(key):
+    return shown[key](entry.row) if entry.row else markdown.NOTHING
+
+  def theirs(name, factor):
+    value = getattr(published, name, None)
+    return markdown.NOTHING if value is None else f"{factor * value:.1f}"
+
+  return [
+    entry.label,
+    ours("best_accuracy_mean"),
+    ours("last_accuracy_mean"),
+    theirs("best_accuracy", 100),
+    theirs("last_accuracy", 100),
+    ours("minutes_mean"),
+    theirs("minutes", 1),
+    entry.state,
+  ]
+
+
+def _curves(entries):
+  panels = {
+    entry.label: entry.runs
+    for entry in entries
+    if any(run.metrics for run in entry.runs)
+  }
+  return plots.loss_and_accuracy(panels) if panels else None
+
+
+def _attention(entries, study, index):
+  """Return the figure, or None, and a line for each model that it lacks."""
+  models, problems = [], []
+  for entry in entries:
+    if not entry.runs:
+      continue
+    model, reason = page.load_any(study, entry.runs)
+    if model is None:
+      problems.append(f"No attention of {entry.label}: {reason}")
+    else:
+      start = "pretrained" if entry.config.pretrained_path else "from scratch"
+      model.name = start if entry.row else f"{start}, {entry.state}"
+      models.append(model)
+  if not models:
+    return None, problems
+  try:
+    image = page.test_image(entries[0].config, index)
+    return attention_plots.draw("tokens", models, image), problems
+  except (errors.UserError, jax.errors.JaxRuntimeError) as e:
+    return None, [*problems, f"No attention: {e}"]
