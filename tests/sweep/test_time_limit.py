@@ -8,6 +8,7 @@ import fake_runs
 import paths
 import pytest
 
+from rescalevit_jax import config as config_lib
 from rescalevit_jax.sweep import command_line
 from rescalevit_jax.sweep import execution
 from rescalevit_jax.sweep import time_limit
@@ -16,20 +17,21 @@ MODELS = ("ViT-L_16", "ViT-B_16", "ViT-B_32")
 NORMS = ("LN", "BN", "GN", "Rescale")
 
 
-def plan(folder, *flags):
+def plan(folder, *flags, norms=NORMS):
   """Plan RescaleViT's runs from scratch, the largest model first."""
   configs = [
     f"--config={paths.ROOT}/configs/original.py:{model},{norm}"
     for model in MODELS
-    for norm in NORMS
+    for norm in norms
   ]
   return command_line.parse([*configs, f"--runs_dir={folder}", *flags])[1]
 
 
 def order(runs, minutes=1e9):
-  """Return the names of runs in the order in which they are chosen."""
+  """Return the names of unfinished runs in the order in which they start."""
   limit = time_limit.TimeLimit(time.monotonic() + 60 * minutes)
-  choose, waiting, names = time_limit.Chooser(runs, limit), list(runs), []
+  choose, names = time_limit.Chooser(runs, limit), []
+  _, waiting = execution.split_by_result(runs)
   while waiting and (run := choose(waiting)):
     waiting.remove(run)
     config = run.config
@@ -37,8 +39,17 @@ def order(runs, minutes=1e9):
   return names
 
 
+def finish(run, seconds):
+  """Write the result of a finished run."""
+  fake_runs.write(
+    run.workdir, config_lib.flatten(run.config), {"seconds": seconds}
+  )
+
+
 def save(run, step, seconds):
-  """Write the progress of a run's checkpoint."""
+  """Write the progress of a run's checkpoint, and its config."""
+  if not run.workdir.exists():
+    fake_runs.write(run.workdir, config_lib.flatten(run.config))
   path = run.workdir / "checkpoints" / "last" / str(step) / "progress"
   path.mkdir(parents=True)
   progress = {"step": step, "seconds": seconds}
@@ -73,37 +84,41 @@ def test_a_second_seed_counts_half(tmp_path):
 
 def test_measured_rates_replace_flops(tmp_path):
   runs = plan(tmp_path)
-  # B_16 takes a third of B_32's time per step.
-  fake_runs.write(
-    find(runs, "ViT-B_16", "GN").workdir,
-    result={"seconds": 200.0, "last_step": 20_000},
-  )
-  save(find(runs, "ViT-B_32", "LN"), 100, 3.0)
-  started = find(runs, "ViT-L_16", "Rescale")
-  save(started, 19_990, 20_000.0)
-  waiting = [run for run in runs if run != find(runs, "ViT-B_16", "GN")]
-  names = order(waiting)
-  # The run of L_16 ends after ten steps.
-  assert names[0] == ("ViT-L_16", "Rescale", 0)
-  # B_16 takes 2.4 times as long as B_32 now, in proportion to its own run.
-  assert [name[0] for name in names[1:]] == (
-    ["ViT-B_32"] * 4 + ["ViT-B_16"] * 3 + ["ViT-L_16"] * 3
-  )
+  finish(find(runs, "ViT-B_16", "GN"), 200.0)
+  finish(find(runs, "ViT-B_32", "BN"), 600.0)
+  names = order(runs)
+  # A step of L_16 has 1.8 times the FLOPs of B_16's: it takes 350 s.
+  expected = [("ViT-B_16", norm, 0) for norm in ("LN", "BN", "Rescale")]
+  expected += [("ViT-L_16", norm, 0) for norm in NORMS]
+  expected += [("ViT-B_32", norm, 0) for norm in ("LN", "GN", "Rescale")]
+  assert names == expected
 
 
-def test_runs_that_end_in_time_are_first(tmp_path):
+def test_a_started_run_has_its_own_rate_and_fewer_steps_left(tmp_path):
   runs = plan(tmp_path)
-  save(find(runs, "ViT-B_32", "LN"), 100, 60.0)  # 20,000 steps take 200 min.
-  started = find(runs, "ViT-L_16", "BN")
-  save(started, 19_000, 19_000 * 60.0)  # 1,000 steps take 1,000 min.
-  assert order(runs, minutes=100)[0] == ("ViT-B_32", "LN", 0)  # None ends.
-  almost = find(runs, "ViT-B_16", "GN")
-  save(almost, 19_900, 19_900 * 12.0)  # 100 steps take 20 min.
-  assert order(runs, minutes=100)[0] == ("ViT-B_16", "GN", 0)
-  assert order(runs, minutes=10)[0] == ("ViT-B_16", "GN", 0)
-  assert order([r for r in runs if r != almost], minutes=300)[:4] == [
-    ("ViT-B_32", norm, 0) for norm in NORMS
+  finish(find(runs, "ViT-B_32", "LN"), 600.0)
+  save(find(runs, "ViT-B_32", "Rescale"), 100, 2.0)  # 398 s are left.
+  save(find(runs, "ViT-B_32", "BN"), 100, 4.0)  # 796 s are left.
+  save(find(runs, "ViT-L_16", "Rescale"), 19_990, 20_000.0)  # 10 s are left.
+  assert order(runs)[:4] == [
+    ("ViT-L_16", "Rescale", 0),
+    ("ViT-B_32", "Rescale", 0),
+    ("ViT-B_32", "GN", 0),
+    ("ViT-B_32", "BN", 0),
   ]
+
+
+@pytest.mark.parametrize(
+  "minutes, first", [(200, "ViT-B_16"), (80, "ViT-B_32"), (30, "ViT-B_16")]
+)
+def test_runs_that_end_in_time_are_first(minutes, first, tmp_path):
+  runs = plan(tmp_path, "--grid=seed=0,1", norms=["LN"])
+  finished = {("ViT-B_32", 0): 60, ("ViT-B_16", 1): 100}
+  for run in runs:
+    if took := finished.get((run.config.model_name, run.config.seed)):
+      finish(run, 60.0 * took)
+  # The second seed of B_32 counts as if it took 120 minutes.
+  assert order(runs, minutes)[0][0] == first
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"step": 0, "seconds": 1}'])
