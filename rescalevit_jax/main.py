@@ -111,6 +111,11 @@ def main(config: ml_collections.ConfigDict) -> None:
     advice = ""
     if compat.is_out_of_memory(e):
       advice = "; use a smaller batch, or accum_steps and a smaller batch_eval"
+    elif jax.process_count() > 1:
+      advice = (
+        "; if another process has died, see its log, then start all processes"
+        " again to resume"
+      )
     _fail(f"{' '.join(str(e).split())[:300]}{advice}", code=1)
   except (AssertionError, RuntimeError) as e:
     if problem := accelerator.start_problem():

@@ -60,6 +60,7 @@ def join(
       coordinator,
       num_processes,
       process_id,
+      local_device_ids=local_devices(),
       heartbeat_timeout_seconds=_JAX_SILENCE,
     )
   except (RuntimeError, TypeError, ValueError) as e:
@@ -87,6 +88,33 @@ def join(
   def end_watch():
     ended.set()
     watch.join(_SECONDS_TO_END)
+
+
+def local_devices() -> list[int] | None:
+  """Return the indices of this process's GPUs among the visible ones.
+
+  JAX's default under `srun` and `mpirun` is one GPU, chosen by the process's
+  index on its machine. That leaves GPUs idle if a process has several, and
+  fails if Slurm shows each process only its own.
+
+  Returns:
+    An empty list for all visible GPUs, None for JAX's default.
+  """
+  env = os.environ
+  if "OMPI_COMM_WORLD_LOCAL_SIZE" in env:
+    count = int(env["OMPI_COMM_WORLD_LOCAL_SIZE"])
+    index = int(env["OMPI_COMM_WORLD_LOCAL_RANK"])
+  else:
+    count = len(env.get("SLURM_GTIDS", "0").split(","))
+    index = int(env.get("SLURM_LOCALID", "0"))
+  if count == 1:
+    return []
+  if not (visible := env.get("CUDA_VISIBLE_DEVICES")):
+    return None
+  gpus = len(visible.split(","))
+  if gpus < count or gpus < int(env.get("SLURM_GPUS_ON_NODE", "0")):
+    return []  # Those that Slurm gave to this process.
+  return list(range(index * gpus // count, (index + 1) * gpus // count))
 
 
 def _check_address(coordinator, process_id):

@@ -265,11 +265,16 @@ def test_a_port_that_is_taken_is_one_line():
 def test_a_watch_that_never_rests_does_not_abort_the_end():
   program = """
 import sys
+import jax
 from rescalevit_jax.distributed import processes
 processes._SECONDS_BETWEEN_BEATS = 0.0
 processes.join(sys.argv[1], 2, int(sys.argv[2]))
 processes.wait_for_all("both are there")
+assert jax.config.values["jax_cuda_visible_devices"] == "all"
 """
+  # In a batch job of Slurm, where JAX's default is one GPU.
+  names = ("JOB_ID", "STEP_NODELIST", "NTASKS", "PROCID", "LOCALID")
+  slurm = {f"SLURM_{name}": "0" for name in names}
   with socket.socket() as s:
     s.bind(("", 0))
     address = f"127.0.0.1:{s.getsockname()[1]}"
@@ -277,7 +282,7 @@ processes.wait_for_all("both are there")
     subprocess.Popen(
       [sys.executable, "-c", program, address, str(i)],
       cwd=paths.ROOT,
-      env={**os.environ, "JAX_PLATFORMS": "cpu"},
+      env={**os.environ, **slurm, "JAX_PLATFORMS": "cpu"},
       stderr=subprocess.PIPE,
       text=True,
     )
