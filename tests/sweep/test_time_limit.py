@@ -39,11 +39,12 @@ def order(runs, minutes=1e9):
   return names
 
 
-def finish(run, seconds):
-  """Write the result of a finished run."""
-  fake_runs.write(
-    run.workdir, config_lib.flatten(run.config), {"seconds": seconds}
-  )
+def finish(run, seconds, examples_evaluated=0):
+  """Write the result of a finished run, which took some time to train."""
+  speed = run.config.total_steps * run.config.batch / seconds
+  result = {"images_per_second": speed}
+  result |= {"examples_evaluated": examples_evaluated}
+  fake_runs.write(run.workdir, config_lib.flatten(run.config), result)
 
 
 def save(run, step, seconds):
@@ -52,7 +53,8 @@ def save(run, step, seconds):
     fake_runs.write(run.workdir, config_lib.flatten(run.config))
   path = run.workdir / "checkpoints" / "last" / str(step) / "progress"
   path.mkdir(parents=True)
-  progress = {"step": step, "seconds": seconds}
+  progress = {"timed_steps": step, "timed_seconds": seconds}
+  progress["examples_evaluated"] = 0
   (path / "metadata").write_text(json.dumps(progress))
 
 
@@ -109,7 +111,7 @@ def test_a_started_run_has_its_own_rate_and_fewer_steps_left(tmp_path):
 
 
 @pytest.mark.parametrize(
-  "minutes, first", [(200, "ViT-B_16"), (80, "ViT-B_32"), (30, "ViT-B_16")]
+  "minutes, first", [(200, "ViT-B_16"), (80, "ViT-B_32"), (61, "ViT-B_16")]
 )
 def test_runs_that_end_in_time_are_first(minutes, first, tmp_path):
   runs = plan(tmp_path, "--grid=seed=0,1", norms=["LN"])
@@ -121,7 +123,16 @@ def test_runs_that_end_in_time_are_first(minutes, first, tmp_path):
   assert order(runs, minutes)[0][0] == first
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"step": 0, "seconds": 1}'])
+def test_evaluations_count_by_their_flops(tmp_path):
+  run = find(plan(tmp_path), "ViT-B_32", "LN")
+  # 100 images a step, a third of the FLOPs of 128.
+  finish(run, 600.0, examples_evaluated=10_000)
+  assert time_limit.pace(run) == pytest.approx(0.03 * (1 + 100 / (3 * 128)))
+
+
+@pytest.mark.parametrize(
+  "text", ["", "{", "[]", '{"timed_steps": 0, "timed_seconds": 0.0}']
+)
 def test_a_damaged_checkpoint_counts_as_unmeasured(text, tmp_path):
   (run,) = command_line.parse(
     [f"--config={paths.ROOT}/configs/quickstart.py", f"--runs_dir={tmp_path}"]
