@@ -18,6 +18,7 @@ from rescalevit_jax.sweep import subprocess_run
 
 SECONDS_TO_START = 40.0  # Upper bound for a run's start, without compilation.
 _SECONDS_TO_SAVE = 20.0  # Time that a stopped run needs.
+_MIN_TIMED_STEPS = 50  # Calibration makes the first steps slow.
 
 _T = TypeVar("_T")
 
@@ -115,7 +116,7 @@ def pace(run: grid.PlannedRun) -> float | None:
   third of the time of a training image, as its FLOPs do.
 
   Returns:
-    The seconds; None without a result or a readable checkpoint.
+    The seconds; None without a result or a checkpoint of enough steps.
   """
   config = run.config
   try:
@@ -126,6 +127,8 @@ def pace(run: grid.PlannedRun) -> float | None:
       step = max(folder.saved_steps(run.workdir, "last"))
       path = folder.checkpoints(run.workdir, "last") / str(step)
       found = json.loads((path / "progress" / "metadata").read_text("utf-8"))
+      if found["timed_steps"] < _MIN_TIMED_STEPS:
+        return None
       seconds = found["timed_seconds"] / found["timed_steps"]
     evaluated = found["examples_evaluated"] / config.eval_every
     return seconds * (1 + evaluated / (3 * config.batch))

@@ -131,9 +131,13 @@ def test_evaluations_count_by_their_flops(tmp_path):
 
 
 @pytest.mark.parametrize(
-  "text", ["", "{", "[]", '{"timed_steps": 0, "timed_seconds": 0.0}']
+  "text",
+  [
+    *("", "{", "[]", '{"timed_steps": 100}'),
+    '{"timed_steps": 49, "timed_seconds": 1.0, "examples_evaluated": 0}',
+  ],
 )
-def test_a_damaged_checkpoint_counts_as_unmeasured(text, tmp_path):
+def test_a_damaged_or_early_checkpoint_counts_as_unmeasured(text, tmp_path):
   (run,) = command_line.parse(
     [f"--config={paths.ROOT}/configs/quickstart.py", f"--runs_dir={tmp_path}"]
   )[1]
