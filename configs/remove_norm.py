@@ -19,6 +19,12 @@ METHODS = {
   # Ablations.
   "Fade-together": {"model.norm": "Fade", "fade.site_fraction": 1.0},
   "Fade-abrupt": {"model.norm": "Fade", "fade.end": 0.1},
+  # Others' methods, and no transition at all.
+  "TaperLN": {"model.norm": "TaperLN"},
+  "TaperLN-internal": {"model.norm": "TaperLN", "taper.final": False},
+  "PRepBN": {"model.norm": "PRepBN"},
+  "Cal": {"model.norm": "Cal"},
+  "DyT": {"model.norm": "DyT", "model.alpha_init": "calibrated"},
 }
 
 

@@ -35,6 +35,7 @@ from rescalevit_jax import errors
 from rescalevit_jax.analysis import subjects
 from rescalevit_jax.analysis import trained_model
 from rescalevit_jax.models import vit_config
+from rescalevit_jax.models.norms import base
 from rescalevit_jax.pretrained import detect
 from rescalevit_jax.pretrained import families
 from rescalevit_jax.pretrained import npz
@@ -239,6 +240,12 @@ def _not_in_arrays(config: vit_config.ViTConfig) -> list[str]:
   options += [config.pool] if config.pool != "cls" else []
   if config.residual == "rescalenet" and config.residual_c is not None:
     options.append(f"c={config.residual_c!r}")
+  if config.norm_depth_scaling:
+    options.append("depth_scaling")
+  if config.norm_epsilon != base.Options.epsilon:
+    options.append(f"eps={config.norm_epsilon!r}")
+  if config.norm == "GN" and config.gn_groups != base.Options.groups:
+    options.append(f"groups={config.gn_groups}")
   return options
 
 

@@ -212,7 +212,8 @@ def measure(
   Norm = norms.NORMS[config.model.norm]
   pretrained = config.pretrained_path is not None
   if issubclass(Norm, traits.RunningStatistics) and not pretrained:
-    state = experiment.calibrate(state, Norm.NUM_STATS_BATCHES)
+    options = experiment.model.config.norm_options("final")
+    state = experiment.calibrate(state, Norm.num_stats_batches(options))
     seen, _ = programs.before_step(state, *batch)
     found |= {k: x for k, x in seen.items() if not k.startswith("grad_norm")}
   if sharpness:

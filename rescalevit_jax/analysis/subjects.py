@@ -112,22 +112,35 @@ def _parse_reference(reference: str) -> tuple[str, dict[str, Any]]:
   }
   options: dict[str, Any] = {}
   for word in filter(None, words.split(",")):
-    key, value = known.get(word), word
-    if word.startswith("c="):
-      key, value = "residual_c", _positive(word.removeprefix("c="))
+    value: Any = word
+    key = known.get(word)
+    if word == "depth_scaling":
+      key, value = "norm_depth_scaling", True
+    name, equals, text = word.partition("=")
+    if equals and name in _NUMBERS:
+      key, parse = _NUMBERS[name]
+      value = _positive(text, parse)
     if key is None or value is None or key in options:
       raise errors.UserError(
         f"--npz: unknown or too many: {word!r} in {reference}; at most one"
-        " norm, one GELU, one pool and one c=NUMBER above 0;"
+        " norm, one GELU, one pool, depth_scaling, and numbers above 0 as in"
+        " c=NUMBER, eps=NUMBER, groups=NUMBER;"
         f" {errors.nearest(word, known)}"
       )
     options[key] = value
   return path, options
 
 
-def _positive(text):
+_NUMBERS: dict[str, tuple[str, type]] = {
+  "c": ("residual_c", float),
+  "eps": ("norm_epsilon", float),
+  "groups": ("gn_groups", int),
+}
+
+
+def _positive(text, parse):
   """Return a finite number above 0, or None if the text is not one."""
   try:
-    return number if 0 < (number := float(text)) < math.inf else None
+    return number if 0 < (number := parse(text)) < math.inf else None
   except ValueError:
     return None

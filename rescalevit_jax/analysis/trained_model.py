@@ -150,11 +150,14 @@ class TrainedModel:
       config.norm,
       self.variables["params"],
       self.variables.get("batch_stats", {}),
+      depth_scaling=config.norm_depth_scaling,
+      epsilon=config.norm_epsilon,
     )
     config = dataclasses.replace(
       config,
       norm="Identity",
       norm_schedule=None,
+      norm_depth_scaling=False,
       alpha_init=None,
       sigma_reparam=False,
     )
@@ -213,6 +216,7 @@ def load_npz(
   gelu: str = "erf",
   pool: str = "cls",
   residual_c: float | None = None,
+  **constants: Any,
 ) -> TrainedModel:
   """Load a checkpoint file; the shapes of its arrays determine the model.
 
@@ -226,6 +230,8 @@ def load_npz(
     gelu: 'erf' as in RescaleViT, or 'tanh' as in Google's code.
     pool: `model.pool` of the model.
     residual_c: `model.residual_c` of the model.
+    **constants: other fields of `ViTConfig` that the arrays do not show:
+      `norm_epsilon`, `gn_groups`, `norm_depth_scaling`.
 
   Raises:
     UserError: the file cannot be read, holds no complete ViT, or holds a ViT
@@ -260,6 +266,7 @@ def load_npz(
       representation_size=None if pre_logits is None else pre_logits.size,
       residual_c=residual_c,
       dtype="auto",
+      **constants,
       **found | {"norm": norm},
       **sizes,
     )

@@ -10,6 +10,7 @@ from rescalevit_jax.data import image_files
 from rescalevit_jax.models import initializers
 from rescalevit_jax.models import norms
 from rescalevit_jax.models import vit_config
+from rescalevit_jax.models.norms import base
 from rescalevit_jax.models.ops import attention
 
 KEYS = {
@@ -86,16 +87,44 @@ KEYS = {
     " norm's own",
     optional=str,
   ),
+  "model.norm_position": key_lib.Key(
+    "pre",
+    "norms before each branch (`pre`), after each addition (`post`), or before"
+    " and after each branch (`peri`)",
+    vit_config.NORM_POSITIONS,
+  ),
+  "model.norm_depth_scaling": key_lib.Key(
+    False, "multiply the norms before the branches of block l by l^(-1/2)"
+  ),
+  "model.embedding_norm": key_lib.Key(
+    False, "another norm after the position embedding"
+  ),
+  "model.norm_epsilon": key_lib.positive(
+    base.Options.epsilon, "constant added to variances and mean squares"
+  ),
+  "model.bn_momentum": key_lib.below_one(
+    base.Options.momentum,
+    "momentum of the running statistics of BN, BN2 and PRepBN",
+  ),
+  "model.gn_groups": key_lib.positive(
+    base.Options.groups, "number of groups of GN"
+  ),
   "model.residual": key_lib.Key(
     "auto",
-    "residual connection; `auto`: `rescalevit` with Rescale, `plain` with"
-    " all other norms",
+    "residual connection; `auto`: `rescalevit` with Rescale, `weighted` with"
+    " Center, `plain` with all other norms",
     vit_config.RESIDUALS,
   ),
   "model.residual_c": key_lib.positive(
     None,
     "constant c of `residual=rescalenet`; None: twice the number of encoder"
     " blocks",
+    optional=float,
+  ),
+  "model.layerscale_init": key_lib.positive(
+    None,
+    "initial scale of `residual=layerscale`; None: 0.1 with up to 18 blocks,"
+    " 1e-5 with up to 24, else 1e-6",
     optional=float,
   ),
   "model.qk_norm": key_lib.Key(
@@ -240,8 +269,8 @@ KEYS = {
   ),
   "fade.begin": key_lib.Key(
     0.1,
-    "fraction of the run at which the first site of the norm Fade begins to"
-    " fade",
+    "fraction of the run at which the first site of the norms Fade, TaperLN,"
+    " TaperRMS and PRepBN begins to fade",
     "in [0, 1]",
     lambda x: 0 <= x <= 1,
   ),
@@ -253,8 +282,8 @@ KEYS = {
   ),
   "fade.site_fraction": key_lib.Key(
     0.5,
-    "duration of one site's fade as a fraction of the time from begin to"
-    " end; 1: all sites fade together",
+    "duration of the fade of one site of Fade as a fraction of the time from"
+    " begin to end; 1: all sites fade together, as with the other norms",
     "in (0, 1]",
     lambda x: 0 < x <= 1,
   ),
@@ -268,6 +297,16 @@ KEYS = {
     0.0,
     "alpha of the tanh that a faded site applies after division by its"
     " scale, such as 0.5 for DyT's initial value; 0: a linear map, as Cal",
+  ),
+  "taper.final": key_lib.Key(
+    True, "whether the final norm of TaperLN and TaperRMS fades, too"
+  ),
+  "taper.anchor": key_lib.at_least(
+    0,
+    0.01,
+    "weight of the anchor loss of TaperLN and TaperRMS with `taper.final`: the"
+    " mean square difference of the size of the final norm's tokens from its"
+    " mean before the fade",
   ),
   "reinit_head": key_lib.Key(
     False, "initialize the head with zeros even if the `.npz` has one that fits"

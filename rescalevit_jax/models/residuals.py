@@ -19,6 +19,7 @@ class Residual(nn.Module):
     branch: number k of the branch, from 1; even branches are MLPs.
     num_blocks: number of encoder blocks L.
     c: of `RescaleNet`; None: 2L.
+    layerscale_init: initial scale of `LayerScale`; None: by depth.
     dtype: of the output.
   """
 
@@ -26,6 +27,7 @@ class Residual(nn.Module):
   branch: int
   num_blocks: int
   c: float | None = None
+  layerscale_init: float | None = None
   dtype: Any = jnp.float32
 
   # The parameter is named SLOT_0/scale after attention and SLOT_2/scale after
@@ -104,18 +106,36 @@ class LayerScale(Residual):
   """x + scale * branch(x), with one small learned scale per channel.
 
   Touvron et al. 2021 (CaiT, arXiv:2103.17239), section 2: it starts at 0.1 for
-  up to 18 blocks, 1e-5 for up to 24, and 1e-6 for more.
+  up to 18 blocks, 1e-5 for up to 24, and 1e-6 for more, unless
+  `layerscale_init` is set.
   """
 
   SLOT: ClassVar[str] = "LayerScale"
 
   @nn.compact
   def __call__(self, x, y):
-    start = 0.1 if self.num_blocks <= 18 else 1e-5
-    start = start if self.num_blocks <= 24 else 1e-6
-    init = nn.initializers.constant(start)
+    init = nn.initializers.constant(self.start())
     scale = self.param("scale", init, (self.features,))
     return _join(1.0, x, scale, y, self.dtype)
+
+  def start(self):
+    """Return the initial scale."""
+    if self.layerscale_init is not None:
+      return self.layerscale_init
+    start = 0.1 if self.num_blocks <= 18 else 1e-5
+    return start if self.num_blocks <= 24 else 1e-6
+
+
+class Weighted(LayerScale):
+  """LayerScale that starts at 1 / L, LipsFormer's weighted residual.
+
+  Qi et al. 2023 (ICLR, arXiv:2304.09856), section 4.1.4, and code.
+  """
+
+  SLOT: ClassVar[str] = "Weighted"
+
+  def start(self):
+    return 1 / self.num_blocks
 
 
 def _join(skip, x, branch, y, dtype):
@@ -129,4 +149,5 @@ RESIDUALS: dict[str, type[Residual]] = {
   "rescalenet": RescaleNet,
   "skipinit": SkipInit,
   "layerscale": LayerScale,
+  "weighted": Weighted,
 }

@@ -105,9 +105,11 @@ class MultiHeadAttention(nn.Module):
     query = project("query", queries)
     key, value = project("key", x), project("value", values)
     if c.qk_norm:
-      RMSNorm = rms_norm.RMSNorm
-      query = RMSNorm(c.head_dim, c.dtype, name="query_norm")(query, train)
-      key = RMSNorm(c.head_dim, c.dtype, name="key_norm")(key, train)
+      RMSNorm = functools.partial(
+        rms_norm.RMSNorm, c.head_dim, c.dtype, c.norm_options("attention")
+      )
+      query = RMSNorm(name="query_norm")(query, train)
+      key = RMSNorm(name="key_norm")(key, train)
     if self.is_mutable_collection("intermediates"):
       maps = attention.probabilities(query, key)
       self.sow("intermediates", "attention", maps)
@@ -138,7 +140,8 @@ class Mlp(nn.Module):
     x = Linear(c.mlp_dim, name="Dense_0")(x, train)
     Norm = norms.NORMS[c.norm]
     if Norm.IN_MLP:
-      x = Norm(c.mlp_dim, c.dtype, name=Norm.IN_MLP)(x, train)
+      options = c.norm_options("mlp")
+      x = Norm(c.mlp_dim, c.dtype, options, name=Norm.IN_MLP)(x, train)
     x = gelu(x, c.gelu)
     x = dropout.drop(x, key, self.dropout_index, c.dropout_rate)
     x = Linear(c.hidden_size, name="Dense_1")(x, train)
@@ -161,7 +164,17 @@ def gelu(x: Float[Array, "..."], kind: str) -> Float[Array, "..."]:
 
 
 class EncoderBlock(nn.Module):
-  """Pre-norm attention, then pre-norm MLP, each added to the residual stream.
+  """Attention, then MLP, each added to the residual stream.
+
+  With a branch f and a norm N, `norm_position` selects
+
+    pre:  x + f(N(x))
+    post: N(x + f(x)), the original Transformer (arXiv:1706.03762); then there
+      is no final norm
+    peri: x + N'(f(N(x))), Peri-LN (Kim et al. 2025, arXiv:2502.02732)
+
+  With `norm_depth_scaling` N(x) of block l is multiplied by l^(-1/2) (LayerNorm
+  Scaling; Sun et al. 2025, arXiv:2502.05795).
 
   In training an image skips a branch of block l of L with the probability
   l/L * stochastic_depth (Huang et al. 2016, arXiv:1603.09382, equation 4).
@@ -182,28 +195,43 @@ class EncoderBlock(nn.Module):
   def __call__(self, x: Tokens, train: bool, key: DropoutKey) -> Tokens:
     c = self.config
     attend = MultiHeadAttention(c, name="MultiHeadDotProductAttention_1")
-    norm, add = self._norm_and_residual(branch=2 * self.block - 1)
-    y = norm(x, train)
+    norm, residual = self._norm_and_residual(branch=2 * self.block - 1)
+    y = self._before(norm, x, train)
     queries = y
     is_last = c.pool == "cls" and self.block == c.num_layers
     observed = self.is_mutable_collection("intermediates")
     if is_last and norm.is_per_token(train) and not observed:
       x, queries = x[:, :1], y[:, :1]
-    x = add(x, self._skip(attend(queries, y, train), key, 4 * self.block))
+    x = self._add(norm, residual, x, attend(queries, y, train), train, key)
 
     mlp = Mlp(c, dropout_index=4 * self.block + 2, name="MlpBlock_3")
-    norm, add = self._norm_and_residual(branch=2 * self.block)
-    y = mlp(norm(x, train), train, key)
-    return add(x, self._skip(y, key, 4 * self.block + 1))
+    norm, residual = self._norm_and_residual(branch=2 * self.block)
+    y = mlp(self._before(norm, x, train), train, key)
+    return self._add(norm, residual, x, y, train, key)
 
-  def _skip(self, y, key, index):
-    rate = self.config.stochastic_depth * self.block / self.config.num_layers
-    return dropout.drop(y, key, index, rate, whole=True)
+  def _before(self, norm, x, train):
+    """Return the input of a branch."""
+    if self.config.norm_position == "post":
+      return x
+    y = norm(x, train)
+    if self.config.norm_depth_scaling:
+      y = (self.block**-0.5 * y.astype(jnp.float32)).astype(y.dtype)
+    return y
+
+  def _add(self, norm, residual, x, y, train, key):
+    """Return the residual stream x after a branch whose output is y."""
+    c, index = self.config, residual.branch - 1
+    if c.norm_position == "peri":
+      y = _norm(c, index, f"Peri{norm.name}")(y, train)
+    rate = c.stochastic_depth * self.block / c.num_layers
+    y = dropout.drop(y, key, 4 * self.block + index % 2, rate, whole=True)
+    x = residual(x, y)
+    return norm(x, train) if c.norm_position == "post" else x
 
   def _norm_and_residual(self, branch):
     c, number = self.config, 0 if branch % 2 else 2
     Norm, Residual = norms.NORMS[c.norm], residuals.RESIDUALS[c.residual]
-    norm = _norm(c, branch - 1, f"{Norm.SLOT}_{number}")
+    norm = _norm(c, branch - 1, c.norm_slot(number))
     shared = Residual.SLOT == Norm.SLOT  # One module, as in RescaleViT.
     unnamed = shared or Residual.SLOT is None
     residual = Residual(
@@ -211,6 +239,7 @@ class EncoderBlock(nn.Module):
       branch=branch,
       num_blocks=c.num_layers,
       c=c.residual_c,
+      layerscale_init=c.layerscale_init,
       dtype=c.dtype,
       name=None if unnamed else f"{Residual.SLOT}_{number}",
     )
@@ -231,7 +260,10 @@ def _norm(config, site, name):
 
 
 class Encoder(nn.Module):
-  """Class token and positions, the blocks, the final norm."""
+  """Class token and positions, the blocks, the final norm.
+
+  The norm after the embedding is optional, as in Peri-LN (arXiv:2502.02732).
+  """
 
   config: ViTConfig
 
@@ -241,13 +273,15 @@ class Encoder(nn.Module):
   ) -> Tokens:
     c = self.config
     x = PositionEmbedding(c, name="posembed_input")(patches, cls)
+    if c.embedding_norm:
+      x = _norm(c, 0, "embedding_norm")(x, train)
     x = dropout.drop(x, key, 0, c.dropout_rate)
     Block = EncoderBlock
     if c.remat:
       Block = nn.remat(EncoderBlock, static_argnums=2)  # `train`.
     for i in range(c.num_layers):
       x = Block(c, block=i + 1, name=f"encoderblock_{i}")(x, train, key)
-    if norms.NORMS[c.norm].FINAL:
+    if norms.NORMS[c.norm].FINAL and c.norm_position != "post":
       x = _norm(c, 2 * c.num_layers, "encoder_norm")(x, train)
     return x
 

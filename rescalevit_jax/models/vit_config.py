@@ -17,6 +17,7 @@ from rescalevit_jax.runtime import accelerator
 GELUS = ("erf", "tanh")
 POOLS = ("cls", "gap")
 RESIDUALS = ("auto", *residuals.RESIDUALS)
+NORM_POSITIONS = ("pre", "post", "peri")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 SIZES = ("patch_size", "hidden_size", "mlp_dim", "num_heads", "num_layers")
@@ -52,9 +53,17 @@ class ViTConfig:
     image_size: edge of the square images, in pixels.
     norm: a key of `norms.NORMS`.
     alpha_init: initial alpha of a pointwise norm; see `pointwise.parse_alphas`.
+    norm_position: 'pre', 'post' or 'peri'; see `vit.EncoderBlock`.
+    norm_depth_scaling: whether the norms before the branches of block l are
+      multiplied by l^(-1/2); see `vit.EncoderBlock`.
+    embedding_norm: whether a norm follows the position embedding.
+    norm_epsilon: added to variances and mean squares.
+    bn_momentum: of the running statistics of BN, BN2 and PRepBN.
+    gn_groups: number of groups of GN.
     norm_schedule: of a norm that changes during training; see `norms.traits`.
     residual: a key of `residuals.RESIDUALS`, or 'auto' for the norm's default.
     residual_c: c of the residual `rescalenet`; None: twice `num_layers`.
+    layerscale_init: initial scale of the residual `layerscale`; None: by depth.
     qk_norm: whether queries and keys are normalized; see `vit`.
     sigma_reparam: whether the linear layers of the blocks learn their largest
       singular value; see `sigma`.
@@ -86,9 +95,16 @@ class ViTConfig:
   image_size: int = 224
   norm: str = "LN"
   alpha_init: str | None = None
+  norm_position: str = "pre"
+  norm_depth_scaling: bool = False
+  embedding_norm: bool = False
+  norm_epsilon: float = base.Options.epsilon
+  bn_momentum: float = base.Options.momentum
+  gn_groups: int = base.Options.groups
   norm_schedule: Any = None
   residual: str = "auto"
   residual_c: float | None = None
+  layerscale_init: float | None = None
   qk_norm: bool = False
   sigma_reparam: bool = False
   dropout_rate: float = 0.1
@@ -104,6 +120,7 @@ class ViTConfig:
   def __post_init__(self):
     for value, valid, key in (
       (self.norm, norms.NORMS, "model.norm"),
+      (self.norm_position, NORM_POSITIONS, "model.norm_position"),
       (self.residual, RESIDUALS, "model.residual"),
       (self.pool, POOLS, "model.pool"),
       (self.gelu, GELUS, "model.gelu"),
@@ -115,7 +132,7 @@ class ViTConfig:
         raise errors.UserError(
           f"{key}: unknown {value!r}; {errors.nearest(str(value), valid)}"
         )
-    for key in (*SIZES, "residual_c"):
+    for key in (*SIZES, "residual_c", "layerscale_init", "gn_groups"):
       value = getattr(self, key)
       if value is not None and value <= 0:
         raise errors.UserError(
@@ -131,6 +148,7 @@ class ViTConfig:
         f"model.hidden_size: {self.hidden_size} is not divisible by the"
         f" {self.num_heads} heads; choose a multiple"
       )
+    self._check_placement()
     for site in base.SITES:
       norms.NORMS[self.norm].check(self.hidden_size, self.norm_options(site))
 
@@ -144,10 +162,39 @@ class ViTConfig:
     """The number of channels of an attention head."""
     return self.hidden_size // self.num_heads
 
+  def _check_placement(self):
+    """Raise a UserError if the norm has no such place."""
+    for key, default in (
+      ("norm_position", "pre"),
+      ("norm_depth_scaling", False),
+      ("embedding_norm", False),
+    ):
+      value = getattr(self, key)
+      if value != default and not norms.NORMS[self.norm].FINAL:
+        raise errors.UserError(
+          f"model.{key}: {value} needs a norm of the residual stream, which"
+          f" {self.norm} is not; choose {default}"
+        )
+    if self.norm_position == "post" and self.norm_depth_scaling:
+      raise errors.UserError(
+        "model.norm_depth_scaling: scales the norms before branches, which"
+        " norm_position=post does not have; choose pre or peri"
+      )
+
+  def norm_slot(self, number: int) -> str:
+    """Return the name of a block's norm: number 0 (attention) or 2 (MLP)."""
+    prefix = "Post" if self.norm_position == "post" else ""
+    return f"{prefix}{norms.NORMS[self.norm].SLOT}_{number}"
+
   def norm_options(self, site: str) -> base.Options:
     """Return the options of the norms at a kind of site, one of `SITES`."""
     alphas = pointwise.parse_alphas(self.alpha_init)
-    return base.Options(alpha=alphas[base.SITES.index(site)])
+    return base.Options(
+      alpha=alphas[base.SITES.index(site)],
+      epsilon=self.norm_epsilon,
+      momentum=self.bn_momentum,
+      groups=self.gn_groups,
+    )
 
   def resolve(self) -> "ViTConfig":
     """Return the config with each 'auto' replaced by its choice here.

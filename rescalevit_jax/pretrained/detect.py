@@ -19,10 +19,15 @@ _RESIDUALS = {R.SLOT: name for name, R in residuals.RESIDUALS.items() if R.SLOT}
 _IN_MLP = {N.IN_MLP for N in norms.NORMS.values() if N.IN_MLP}
 OPTIONS = {
   "residual": re.compile(rf".*/({'|'.join(_RESIDUALS)})_\d/scale"),
+  "norm_position": re.compile(r".*/Peri\w+_\d/.*"),
+  "embedding_norm": re.compile(r".*Transformer/embedding_norm/.*"),
   "in_mlp": re.compile(rf".*/MlpBlock_3/({'|'.join(_IN_MLP)})/.*"),
   "qk_norm": re.compile(r".*/(query|key)_norm/.*"),
   "sigma_reparam": re.compile(r".*/(gamma|singular_vector)"),
 }
+
+
+_POST = "Post"  # The prefix of norms after the addition.
 
 
 def option(key: str) -> str | None:
@@ -49,9 +54,18 @@ def settings(arrays: Mapping[str, Any]) -> dict[str, Any]:
   return {
     "norm": norm(arrays),
     "residual": residual,
+    "norm_position": _position(arrays),
+    "embedding_norm": "embedding_norm" in options,
     "qk_norm": "qk_norm" in options,
     "sigma_reparam": "sigma_reparam" in options,
   }
+
+
+def _position(arrays):
+  if any(OPTIONS["norm_position"].fullmatch(key) for key in arrays):
+    return "peri"
+  matches = filter(None, map(param_keys.BLOCK.fullmatch, arrays))
+  return "post" if any(m[3].startswith(_POST) for m in matches) else "pre"
 
 
 def norm(arrays: Mapping[str, Any]) -> str:
@@ -64,7 +78,7 @@ def norm(arrays: Mapping[str, Any]) -> str:
   """
   plain = [key for key in arrays if option(key) is None]
   blocks = filter(None, map(param_keys.BLOCK.fullmatch, plain))
-  slots = {match[3] for match in blocks}
+  slots = {match[3].removeprefix(_POST) for match in blocks}
   stats = {
     key.rpartition("/")[2] for key in plain if key.startswith(param_keys.STATS)
   }

@@ -1,5 +1,6 @@
 """Fold norms that are linear in evaluation into the linear layers beside."""
 
+import re
 from typing import Any
 
 import numpy as np
@@ -7,12 +8,20 @@ import numpy as np
 from rescalevit_jax import errors
 from rescalevit_jax.models import norms
 from rescalevit_jax.models.norms import traits
+from rescalevit_jax.models.ops import normalization
 from rescalevit_jax.pretrained import detect
 from rescalevit_jax.pretrained import param_keys
 from rescalevit_jax.pretrained import sigma_kernels
 
 
-def fold(name: str, params: Any, batch_stats: Any) -> tuple[Any, Any]:
+def fold(
+  name: str,
+  params: Any,
+  batch_stats: Any,
+  *,
+  depth_scaling: bool = False,
+  epsilon: float = normalization.EPSILON,
+) -> tuple[Any, Any]:
   """Return the weights of an equivalent model without norms, in float32.
 
   If a site computes y = factor * x + shift, the next layer's y W + b equals
@@ -25,6 +34,8 @@ def fold(name: str, params: Any, batch_stats: Any) -> tuple[Any, Any]:
     name: a norm that is `traits.Foldable`.
     params: parameters of the model; not changed.
     batch_stats: statistics of the model; not changed.
+    depth_scaling: `norm_depth_scaling` of the model.
+    epsilon: `norm_epsilon` of the model.
 
   Returns:
     Trees of a model with the norm Identity and the same residual.
@@ -44,6 +55,12 @@ def fold(name: str, params: Any, batch_stats: Any) -> tuple[Any, Any]:
       f" {', '.join(foldable)}"
     )
   arrays = param_keys.flatten(params, batch_stats)
+  found = detect.settings(arrays)
+  if found["norm_position"] != "pre" or found["embedding_norm"]:
+    raise errors.UserError(
+      "--fold: only norms before linear layers fold; export without --fold a"
+      " model with norm_position=post or peri, or embedding_norm"
+    )
   arrays = sigma_kernels.to_plain(
     {key: _astype(x, np.float64) for key, x in arrays.items()}
   )
@@ -51,12 +68,16 @@ def fold(name: str, params: Any, batch_stats: Any) -> tuple[Any, Any]:
   def pop_linear(site):
     own = _pop(arrays, site), _pop(arrays, f"{param_keys.STATS}{site}")
     try:
-      return Norm.as_linear(*own)
+      return Norm.as_linear(*own, epsilon)
     except ValueError as e:
       raise errors.UserError(f"{site}: {e}") from e
 
   for site, layers in _layers_after_sites(Norm, params).items():
     factor, shift = pop_linear(site)
+    block = re.search(r"encoderblock_(\d+)", site)
+    if depth_scaling and block:
+      scale = (int(block[1]) + 1) ** -0.5
+      factor, shift = scale * factor, scale * shift
     for layer in layers:
       kernel = arrays[f"{layer}/kernel"]
       arrays[f"{layer}/bias"] += np.tensordot(shift, kernel, 1)

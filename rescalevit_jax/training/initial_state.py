@@ -38,9 +38,9 @@ def create(
   else:
     _log.info("starting from %s", config.pretrained_path)
     state, report = load_pretrained(experiment, state)
-    if calibrated:
+    if issubclass(Norm, traits.Calibrated):
       suffix = f"/{Norm.PARAMETER}"
-      calibrated = any(key.endswith(suffix) for key in report.initial)
+      calibrated &= any(key.endswith(suffix) for key in report.initial)
   if not calibrated:
     return state
   _log.info(

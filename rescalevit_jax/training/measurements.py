@@ -194,7 +194,8 @@ def forward(
   )
   found = found["intermediates"]["Transformer"]
   blocks = [found[f"encoderblock_{i}"] for i in range(model.config.num_layers)]
-  streams = [found["posembed_input"]["__call__"][-1]]
+  embedding = found.get("embedding_norm", found["posembed_input"])
+  streams = [embedding["__call__"][-1]]
   streams += [block["__call__"][-1] for block in blocks]
   entropies = [
     jax.scipy.special.entr(block[_ATTENTION]["attention"][-1]).sum(-1).mean()
@@ -213,16 +214,18 @@ def forward(
   if not issubclass(Norm, traits.Saturating):
     return measured
   # A linear site does not call its function.
-  if "function" not in found.get("encoder_norm", {}):
+  slot = model.config.norm_slot
+  if "function" not in blocks[-1].get(slot(2), {}):
     return measured
 
   def saturation(site):
     return (jnp.abs(site["function"][-1]) > Norm.FUNCTION.saturated).mean()
 
   for number, branch in ((0, "attention"), (2, "mlp")):
-    shares = [saturation(block[f"{Norm.SLOT}_{number}"]) for block in blocks]
+    shares = [saturation(block[slot(number)]) for block in blocks]
     measured[f"saturation_{branch}"] = jnp.stack(shares)
-  measured["head/saturation"] = saturation(found["encoder_norm"])
+  if "encoder_norm" in found:
+    measured["head/saturation"] = saturation(found["encoder_norm"])
   return measured
 
 
@@ -234,4 +237,5 @@ def _is_measured(module, method):
   if method == "function":
     return isinstance(module, traits.Saturating)
   stream = (vit.EncoderBlock, vit.PositionEmbedding)
-  return method == "__call__" and isinstance(module, stream)
+  is_stream = isinstance(module, stream) or module.name == "embedding_norm"
+  return method == "__call__" and is_stream

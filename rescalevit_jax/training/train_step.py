@@ -192,7 +192,7 @@ def loss_fn(
   model: nn.Module,
   settled: bool = False,
 ) -> tuple[Float32[Array, ""], Any]:
-  """Compute the mean cross-entropy in training mode.
+  """Compute the mean cross-entropy in training mode, with terms of norms.
 
   Args:
     params: the parameters.
@@ -210,14 +210,20 @@ def loss_fn(
     {"params": params, "batch_stats": batch_stats},
     images,
     train=True,
-    mutable=["batch_stats", traits.SETTLED] if settled else ["batch_stats"],
+    mutable=[
+      *("batch_stats", traits.LOSSES),
+      *([traits.SETTLED] if settled else []),
+    ],
     rngs={"dropout": dropout_key},
   )
   if jnp.issubdtype(labels.dtype, jnp.integer):
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
   else:
     losses = optax.softmax_cross_entropy(logits, labels)
-  return losses.mean(), new.get("batch_stats", {})
+  loss = losses.mean()
+  for term in jax.tree.leaves(new.get(traits.LOSSES, {})):
+    loss += term
+  return loss, new.get("batch_stats", {})
 
 
 def update(

@@ -175,6 +175,8 @@ def expected_names(norm):
       slots.append(f"{block}/MlpBlock_3/BatchNorm_1")
     if norm == "Rescale":
       params |= {f"{block}/Rescale_2/scale"}
+    if norm == "Center":
+      params |= {f"{block}/Weighted_{n}/scale" for n in (0, 2)}
     slots += [f"{block}/{SLOTS.get(norm, 'LayerNorm')}_{n}" for n in (0, 2)]
   if norm == "Identity":
     return params, statistics
@@ -193,6 +195,8 @@ SLOTS = {
   "Derf": "Derf",
   "Cal": "Cal",
   **{name: name for name in norm_sets.LIKE_DYT},
+  **{name: name for name in ("TaperLN", "TaperRMS", "PRepBN", "BHyT")},
+  "Center": "CenterNorm",
 }
 PARAMS = {
   "Rescale": ("bias",),
@@ -202,14 +206,22 @@ PARAMS = {
   "Cal": ("alpha", "scale", "bias"),
   **dict.fromkeys(norm_sets.LIKE_DYT, ("alpha", "shift", "scale", "bias")),
   "DyISRU": ("beta", "scale", "bias"),
+  "TaperLN": ("scale", "change", "bias"),
+  "TaperRMS": ("scale", "change"),
+  "PRepBN": ("scale", "bias", "bn_scale", "bn_bias", "eta"),
+  "BHyT": ("lam", "scale"),
   "Linear": ("alpha", "scale", "bias"),
 }
+TAPER = ("gain", "dividend", "divisor", "target", "count", "faded")
 STATISTICS = {
   "BN": ("mean", "var"),
   "BN2": ("mean", "var"),
   "Rescale": ("init_mean", "count"),
   "Cal": ("init_mean",),
   "Fade": ("log_sigma", "alpha", "count", "faded"),
+  "TaperLN": TAPER,
+  "TaperRMS": TAPER,
+  "PRepBN": ("mean", "var", "count", "faded"),
 }
 
 

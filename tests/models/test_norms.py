@@ -39,7 +39,17 @@ VALUES = {
   "log_sigma": [-0.5, 1.0],
   "count": 9,
   "faded": 20_000,
+  "change": BIAS,
+  "gain": MEAN,
+  "dividend": 3.0,
+  "divisor": 4.0,
+  "target": 2.0,
+  "bn_scale": MEAN,
+  "bn_bias": SCALE,
+  "eta": 0.6,
+  "lam": 3.0,
 }
+SHARE = 20_000 / 2**16
 
 
 @functools.cache
@@ -60,9 +70,26 @@ def u(x):
   return 0.7 * x + 0.2
 
 
+def rms(x):
+  return np.sqrt((x**2).mean(-1, keepdims=True) + 1e-6)
+
+
+def taper(z):
+  gate = np.cos(SHARE * np.pi / 2) ** 2
+  return gate * SCALE * z / rms(z) + (1 - gate) * 3 / 4 * (MEAN + BIAS) * z
+
+
+def centered(x):
+  return x - x.mean(-1, keepdims=True)
+
+
 # In float64, from the papers' formulas.
 BY_HAND = {
-  "RMS": lambda x: SCALE * x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-6),
+  "RMS": lambda x: SCALE * x / rms(x),
+  "TaperLN": lambda x: taper(centered(x)) + BIAS,
+  "TaperRMS": taper,
+  "BHyT": lambda x: SCALE * np.tanh(3 * x / (10 * rms(x))),
+  "Center": lambda x: SCALE * D / (D - 1) * centered(x) + BIAS,
   "DyT": lambda x: SCALE * np.tanh(0.7 * x) + BIAS,
   "Derf": lambda x: SCALE * ERF(u(x)) + BIAS,
   "ISRU": lambda x: SCALE * u(x) / np.sqrt(1 + u(x) ** 2) + BIAS,
@@ -78,7 +105,8 @@ BY_HAND = {
 @pytest.mark.parametrize("norm", BY_HAND)
 @pytest.mark.parametrize("train", [False, True])
 def test_formula(norm, train):
-  y = norms.NORMS[norm](D).apply(variables(norm), X, train)
+  module = norms.NORMS[norm](D)
+  y, _ = module.apply(variables(norm), X, train, mutable=["batch_stats"])
   want = BY_HAND[norm](X.astype(np.float64))
   np.testing.assert_allclose(y, want, rtol=1e-5, atol=1e-5)
 
@@ -285,17 +313,26 @@ def test_each_site_is_calibrated_after_the_previous_ones():
   "norm, numbers",
   [
     ("Cal", {}),
+    ("BN", {}),
     ("Linear", {}),
     ("Rescale", {"count": 3}),
     ("Rescale", {"count": 8}),
+    ("Center", {}),
+    ("TaperLN", {"faded": 2**16}),
+    ("TaperRMS", {"faded": 2**16}),
+    ("PRepBN", {"faded": 2**16}),
   ],
 )
 def test_as_linear_equals_the_norm_in_evaluation(norm, numbers):
   Norm, found = norms.NORMS[norm], variables(norm)
   stats = found.get("batch_stats", {})
   stats = stats | {k: np.int32(n) for k, n in numbers.items()}
-  factor, shift = Norm.as_linear(found["params"], stats)
-  y = Norm(D).apply({**found, "batch_stats": stats}, X, False)
+  if "faded" in numbers:
+    with pytest.raises(ValueError, match="folds only"):
+      Norm.as_linear(found["params"], stats | {"faded": np.int32(2**16 - 1)})
+  factor, shift = Norm.as_linear(found["params"], stats, 0.5)
+  options = base.Options(epsilon=0.5)
+  y = Norm(D, options=options).apply({**found, "batch_stats": stats}, X, False)
   x = X - X.mean(-1, keepdims=True) if Norm.CENTERED else X
   np.testing.assert_allclose(factor * x + shift, y, rtol=1e-5, atol=1e-5)
 
@@ -306,4 +343,8 @@ def test_only_norms_that_are_linear_in_evaluation_fold():
     for name, Norm in norms.NORMS.items()
     if issubclass(Norm, traits.Foldable)
   }
-  assert foldable == {"Rescale", "Cal", "Linear", "Fade"}
+  gradual = {"Fade", "TaperLN", "TaperRMS", "PRepBN"}
+  assert foldable == {
+    *("Rescale", "Cal", "Linear", "Center", "BN", "BN2"),
+    *gradual,
+  }

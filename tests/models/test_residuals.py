@@ -57,7 +57,7 @@ def test_rescalenet_follows_the_paper_on_every_branch(branch, c, skip, weight):
 
 
 @pytest.mark.parametrize(
-  "kind", ["rescalevit", "rescalenet", "skipinit", "layerscale"]
+  "kind", ["rescalevit", "rescalenet", "skipinit", "layerscale", "weighted"]
 )
 def test_gradients(kind):
   module = residuals.RESIDUALS[kind](4, branch=2, num_blocks=9)
@@ -87,6 +87,10 @@ def test_layerscale_starts_by_depth(blocks, start):
   scale = [0.1, 0.2, 0.3, 0.4]
   found = joined("layerscale", scale, branch=1, num_blocks=blocks)
   close(found, X + np.array(scale) * Y)
+
+
+def test_weighted_starts_at_one_over_the_number_of_blocks():
+  close(joined("weighted", branch=3, num_blocks=8), X + Y / 8)
 
 
 @pytest.mark.parametrize("kind", residuals.RESIDUALS)
@@ -133,8 +137,10 @@ def test_every_norm_works_with_every_residual(norm, kind):
     "rescalenet": {"RescaleNet_0/scale": (1,), "RescaleNet_2/scale": (1,)},
     "skipinit": {"SkipInit_0/scale": (1,), "SkipInit_2/scale": (1,)},
     "layerscale": {"LayerScale_0/scale": (64,), "LayerScale_2/scale": (64,)},
+    "weighted": {"Weighted_0/scale": (64,), "Weighted_2/scale": (64,)},
   }
-  want["auto"] = want["rescalevit" if norm == "Rescale" else "plain"]
+  own = {"Rescale": "rescalevit", "Center": "weighted"}
+  want["auto"] = want[own.get(norm, "plain")]
   added = {k: x.shape for k, x in found.items() if k not in without}
   assert added == want[kind]
   assert without.keys() <= found.keys()

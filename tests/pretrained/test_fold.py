@@ -31,6 +31,7 @@ def small(path, x):
     ("BN", "rescalevit", {"sigma_reparam": True}),
     ("BN", "plain", {"qk_norm": True, "pool": "gap"}),
     ("BN2", "skipinit", {}),
+    ("Center", "weighted", {}),
   ],
 )
 def test_the_folded_model_computes_the_same(norm, residual, options, tmp_path):

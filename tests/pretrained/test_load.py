@@ -12,6 +12,11 @@ from rescalevit_jax.pretrained import load
 from rescalevit_jax.pretrained import npz
 from rescalevit_jax.pretrained import positions
 
+WITH_STATISTICS = {
+  *("BN", "Rescale", "Cal", "BN2", "Fade"),
+  *("TaperLN", "TaperRMS", "PRepBN"),
+}
+
 
 def norm_keys(arrays):
   names = r"(Norm|Rescale|Cal|DyT|Derf)_\d|encoder_norm"
@@ -27,7 +32,7 @@ def test_round_trip_is_exact(norm, tmp_path):
   trees.same(trees.flat(params, stats), trees.flat(*saved))
   assert set(report.loaded) == trees.flat(*saved).keys()
   assert report == load.Report(loaded=report.loaded)
-  assert bool(stats) == (norm in ("BN", "Rescale", "Cal", "BN2", "Fade"))
+  assert bool(stats) == (norm in WITH_STATISTICS)
 
 
 def test_the_given_trees_are_not_changed(tmp_path):

@@ -162,7 +162,7 @@ def test_every_model_is_measured(norm, remat):
     for kind in ("rms", "mean")
     for tokens in ("cls", "patches")
   }
-  if norm in ("DyT", "Derf", "Fade"):
+  if norm in ("DyT", "Derf", "Fade", "BHyT"):
     want |= {"saturation_attention": (1,), "saturation_mlp": (1,)}
     want |= {"head/saturation": ()}
   assert shapes == want

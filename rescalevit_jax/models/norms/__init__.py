@@ -7,13 +7,17 @@ add a branch's output to the residual stream.
 
 from rescalevit_jax.models.norms import base
 from rescalevit_jax.models.norms import batch_norm
+from rescalevit_jax.models.norms import bhyt
+from rescalevit_jax.models.norms import center_norm
 from rescalevit_jax.models.norms import fade
 from rescalevit_jax.models.norms import group_norm
 from rescalevit_jax.models.norms import identity
 from rescalevit_jax.models.norms import layer_norm
 from rescalevit_jax.models.norms import pointwise
+from rescalevit_jax.models.norms import prepbn
 from rescalevit_jax.models.norms import rescale
 from rescalevit_jax.models.norms import rms_norm
+from rescalevit_jax.models.norms import taper
 
 NORMS: dict[str, type[base.Norm]] = {
   "LN": layer_norm.LayerNorm,
@@ -32,5 +36,10 @@ NORMS: dict[str, type[base.Norm]] = {
   "Arctan": pointwise.Arctan,
   "Softsign": pointwise.Softsign,
   "Linear": pointwise.Linear,
+  "TaperLN": taper.TaperLN,
+  "TaperRMS": taper.TaperRMS,
+  "PRepBN": prepbn.PRepBN,
+  "BHyT": bhyt.BHyT,
+  "Center": center_norm.CenterNorm,
   "Identity": identity.Identity,
 }

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from rescalevit_jax import errors
+from rescalevit_jax.models.ops import normalization
 
 SITES = ("attention", "mlp", "final")
 CALIBRATED = "calibrated"
@@ -20,9 +21,15 @@ class Options:
   Attributes:
     alpha: initial alpha of a pointwise function; `CALIBRATED`: from a
       calibration; None: the norm's own.
+    epsilon: added to variances and mean squares.
+    momentum: of running means and variances.
+    groups: of GroupNorm.
   """
 
   alpha: float | str | None = None
+  epsilon: float = normalization.EPSILON
+  momentum: float = 0.9
+  groups: int = 4
 
 
 class Norm(nn.Module):

@@ -8,9 +8,9 @@ gradual, and may end as a tanh, as in DyT (arXiv:2503.10622).
 """
 
 import dataclasses
-from typing import Any, ClassVar
+import functools
+from typing import ClassVar
 
-from flax import traverse_util
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -18,68 +18,45 @@ import numpy as np
 
 from rescalevit_jax.models.norms import functions
 from rescalevit_jax.models.norms import layer_norm
+from rescalevit_jax.models.norms import schedule as schedule_lib
 from rescalevit_jax.models.norms import traits
 from rescalevit_jax.models.ops import normalization
 from rescalevit_jax.runtime import accelerator
 
-# `faded` counts from 0 to FULL. An average of the weights leaves integers
-# unchanged, so it ends at exactly FULL.
-FULL = 2**16
-_MEMORY = 100  # Length of the running mean, in passes.
+FULL = schedule_lib.FULL
 
 
 @dataclasses.dataclass(frozen=True)
-class SiteSchedule:
-  """The schedule of one site, in training passes (micro-batches).
+class SiteSchedule(schedule_lib.SiteSchedule):
+  """The schedule of one site.
 
   Attributes:
-    begin: number of passes before it starts to fade.
-    end: number of passes before it has faded.
     separate_cls: whether class token and patches have separate scales.
     alpha: of the final tanh; 0: a linear map.
   """
 
-  begin: float
-  end: float
   separate_cls: bool
   alpha: float = 0.0
 
-  def faded(self, passes: Int[Array, ""]) -> Int[Array, ""]:
-    """Return the progress after this many passes, from 0 to FULL."""
-    share = (passes - self.begin) / max(self.end - self.begin, 1.0)
-    share = jnp.where(passes >= self.end, 1.0, jnp.clip(share, 0.0, 1.0))
-    return jnp.round(FULL * share).astype(jnp.int32)
-
 
 @dataclasses.dataclass(frozen=True)
-class Schedule:
-  """The schedule of all sites, from the first one to the final norm.
+class Schedule(schedule_lib.Schedule):
+  """The schedule of all sites; see `SiteSchedule`."""
 
-  Attributes:
-    begin: number of passes before the first site starts to fade.
-    end: number of passes before the last site has faded.
-    site_fraction: fraction of the time from begin to end that each site takes,
-      in (0, 1]; 1: all sites fade together.
-    separate_cls: see `SiteSchedule`.
-    alpha: see `SiteSchedule`.
-  """
-
-  begin: float
-  end: float
-  site_fraction: float
   separate_cls: bool
   alpha: float = 0.0
 
   def at_site(self, site: int, num_sites: int) -> SiteSchedule:
     """Return the schedule of a site, numbered from 0."""
-    length = self.site_fraction * (self.end - self.begin)
-    delay = (self.end - self.begin - length) * site / max(1, num_sites - 1)
-    begin = self.begin + delay
-    return SiteSchedule(begin, begin + length, self.separate_cls, self.alpha)
+    span = self.span(site, num_sites)
+    return SiteSchedule(*span, self.separate_cls, self.alpha)
 
 
 class Fade(
-  layer_norm.Affine, traits.Scheduled, traits.Foldable, traits.Saturating
+  schedule_lib.Gradual,
+  layer_norm.Affine,
+  traits.Foldable,
+  traits.Saturating,
 ):
   """LayerNorm whose sigma fades to a constant during fine-tuning. Ours.
 
@@ -105,33 +82,26 @@ class Fade(
     alpha = 0.0 if self.schedule is None else self.schedule.alpha
     self.log_sigma = self.variable("batch_stats", "log_sigma", jnp.zeros, 2)
     self.alpha = self.variable("batch_stats", "alpha", jnp.float32, alpha)
-    self.count, self.faded = (
-      self.variable("batch_stats", name, jnp.zeros, (), jnp.int32)
-      for name in ("count", "faded")
-    )
 
   def normalize(self, x, train):
     log_sigma, faded = self.log_sigma.value, self.faded.value
     share = faded / FULL
-    y, log_own = normalize(x, by_token(log_sigma, x.shape[1]), share)
+    frozen = by_token(log_sigma, x.shape[1])
+    y, log_own = normalize(x, frozen, share, self.options.epsilon)
     if train and not self.is_initializing():
       count = self.count.value + 1
       separate_cls = self.schedule is None or self.schedule.separate_cls
       updated = update_running_mean(log_sigma, log_own, count, separate_cls)
       self.log_sigma.value = jnp.where(faded < FULL, updated, log_sigma)
-      self.count.value = count
+      self.count_pass()
       if self.schedule is not None:
         # This replaces the alpha of a loaded file.
         self.alpha.value = jnp.float32(self.schedule.alpha)
-        self.faded.value = jnp.maximum(faded, self.schedule.faded(count))
     if self.schedule is None:
       return self.scaled_tanh(y, share * self.alpha.value)
     if self.schedule.alpha > 0:
       y = self.scaled_tanh(y, share * self.schedule.alpha)
     return y
-
-  def is_per_token(self, train):
-    return not train
 
   def scaled_tanh(self, y, alpha):
     """Return tanh(alpha * y) / alpha, or y where alpha is 0."""
@@ -143,7 +113,7 @@ class Fade(
     return self.FUNCTION.apply(x)
 
   @staticmethod
-  def as_linear(params, batch_stats):
+  def as_linear(params, batch_stats, epsilon=normalization.EPSILON):
     of_cls, of_patches = batch_stats["log_sigma"]
     linear = batch_stats["faded"] == FULL and batch_stats["alpha"] == 0
     if not linear or of_cls != of_patches:
@@ -165,24 +135,13 @@ class Fade(
       keys.alpha,
     )
 
-  @staticmethod
-  def reset_counters(batch_stats: Any) -> Any:
-    """Return a model's statistics with the counters of passes set to 0.
 
-    This restarts the running mean of sigma, except at sites that have faded.
-    """
-    flat = traverse_util.flatten_dict(batch_stats)
-    for *site, name in list(flat):
-      if name == "faded":
-        flat[*site, "count"] = 0 * flat[*site, "count"]
-    return traverse_util.unflatten_dict(flat)
-
-
-@jax.custom_vjp
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def normalize(
   x: Float[Array, "B N D"],
   log_frozen: Float[Array, "N 1"],
   share: Float[Array, ""],
+  epsilon: float = normalization.EPSILON,
 ) -> tuple[Float[Array, "B N D"], Float[Array, "B N 1"]]:
   """Return (x - mean) / (sigma^(1 - share) * frozen^share) and log sigma.
 
@@ -194,13 +153,14 @@ def normalize(
     x: tokens.
     log_frozen: logarithm of the frozen sigma.
     share: in [0, 1].
+    epsilon: added to the variance.
   """
-  return _forward(x, log_frozen, share)[0]
+  return _forward(x, log_frozen, share, epsilon)[0]
 
 
-def _forward(x, log_frozen, share):
+def _forward(x, log_frozen, share, epsilon):
   mean = x.mean(-1, keepdims=True)
-  var = jnp.square(x - mean).mean(-1, keepdims=True) + normalization.EPSILON
+  var = jnp.square(x - mean).mean(-1, keepdims=True) + epsilon
   own, log_own = jax.lax.rsqrt(var), 0.5 * jnp.log(var)
   # Exactly LayerNorm's at 0 and exactly the frozen one at 1.
   between = own * jnp.exp(share * (log_own - log_frozen))
@@ -212,7 +172,8 @@ def _forward(x, log_frozen, share):
   return ((x - mean) * scale, log_own), (x, *kept, share)
 
 
-def _backward(residuals, gradients):
+def _backward(epsilon, residuals, gradients):
+  del epsilon
   # As in `ops.normalization`, with a scale that depends on sigma^(share - 1).
   # With y the normalized x,
   #   dx = scale * (dy - mean(dy) - (1 - share) * y * mean(dy * y)).
@@ -254,5 +215,4 @@ def update_running_mean(
     mean = jnp.stack([log_own[:, 0].mean(), log_own[:, 1:].mean()])
   else:
     mean = jnp.broadcast_to(log_own.mean(), 2)
-  momentum = jnp.maximum(1 / passes, 1 / _MEMORY)
-  return log_frozen + momentum * (mean - log_frozen)
+  return schedule_lib.update_mean(log_frozen, mean, passes)

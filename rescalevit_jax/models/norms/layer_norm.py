@@ -27,6 +27,10 @@ class Affine(base.Norm):
     """Return float32 x with mean 0 and variance 1 over the norm's axes."""
     raise NotImplementedError
 
+  def standardize(self, x, axes):
+    """Return `normalization.normalize` with the norm's epsilon."""
+    return normalization.normalize(x, axes, True, self.options.epsilon)
+
 
 class LayerNorm(Affine):
   """Normalize the channels of each token (Ba et al. 2016, arXiv:1607.06450)."""
@@ -34,7 +38,7 @@ class LayerNorm(Affine):
   COLOR: ClassVar[str] = "#0072B2"
 
   def normalize(self, x, train):
-    return normalization.normalize(x, (2,))[0]
+    return self.standardize(x, (2,))[0]
 
   def is_per_token(self, train):
     return True

@@ -31,7 +31,7 @@ def parse_alphas(text: str | None) -> tuple[float | str | None, ...]:
     alphas = [x if x == base.CALIBRATED else float(x) for x in words]
   except ValueError:
     alphas = []
-  numbers = [x for x in alphas if x != base.CALIBRATED]
+  numbers = [x for x in alphas if isinstance(x, float)]
   valid = all(0 < x < math.inf for x in numbers)
   if len(alphas) not in (1, len(base.SITES)) or not valid:
     raise errors.UserError(
@@ -207,7 +207,7 @@ class Linear(Pointwise, traits.Foldable):
     return alpha * scale * x + bias
 
   @staticmethod
-  def as_linear(params, batch_stats):
+  def as_linear(params, batch_stats, epsilon=normalization.EPSILON):
     return params["alpha"] * params["scale"], params["bias"]
 
 
@@ -242,6 +242,6 @@ class Cal(Pointwise, traits.Foldable):
     return factor * x + shift
 
   @staticmethod
-  def as_linear(params, batch_stats):
+  def as_linear(params, batch_stats, epsilon=normalization.EPSILON):
     factor = params["alpha"] * params["scale"]
     return factor, params["bias"] - factor * batch_stats["init_mean"]

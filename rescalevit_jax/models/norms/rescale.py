@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rescalevit_jax.models.norms import traits
+from rescalevit_jax.models.ops import normalization
 
 
 class Rescale(traits.RunningStatistics, traits.Settling, traits.Foldable):
@@ -27,7 +28,6 @@ class Rescale(traits.RunningStatistics, traits.Settling, traits.Foldable):
   RESIDUAL: ClassVar[str] = "rescalevit"
   COLOR: ClassVar[str] = "#D55E00"
   CALIBRATION_BATCHES: ClassVar[int] = 8
-  NUM_STATS_BATCHES: ClassVar[int] = CALIBRATION_BATCHES
   SETTLES_AFTER: ClassVar[int] = CALIBRATION_BATCHES
 
   def setup(self):
@@ -52,11 +52,15 @@ class Rescale(traits.RunningStatistics, traits.Settling, traits.Foldable):
       bias = jnp.where(calibrating, 0.01, 1.0) * bias
     return (x + (bias - init_mean)).astype(self.dtype)
 
+  @staticmethod
+  def num_stats_batches(options):
+    return Rescale.CALIBRATION_BATCHES
+
   def is_per_token(self, train):
     return not train or self.is_settled(train)
 
   @staticmethod
-  def as_linear(params, batch_stats):
+  def as_linear(params, batch_stats, epsilon=normalization.EPSILON):
     calibrating = batch_stats["count"] < Rescale.CALIBRATION_BATCHES
     bias = np.where(calibrating, 0.01, 1.0) * params["bias"]
     return np.ones_like(bias), bias - batch_stats["init_mean"]

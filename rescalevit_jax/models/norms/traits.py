@@ -12,9 +12,12 @@ import numpy as np
 
 from rescalevit_jax.models.norms import base
 from rescalevit_jax.models.norms import functions
+from rescalevit_jax.models.ops import normalization
 
 # The collection of the averages of a calibration; see `Calibrated`.
 CALIBRATION = "calibration"
+# The collection of terms that norms add to the training loss.
+LOSSES = "losses"
 # A collection without variables; see `Settling`.
 SETTLED = "settled"
 
@@ -42,8 +45,10 @@ class Calibrated(base.Norm):
 class RunningStatistics(base.Norm):
   """A norm that evaluates with statistics of training batches."""
 
-  # The number of training batches that determine the statistics.
-  NUM_STATS_BATCHES: ClassVar[int]
+  @staticmethod
+  def num_stats_batches(options: base.Options) -> int:
+    """Return the number of training batches that determine the statistics."""
+    raise NotImplementedError
 
 
 class Settling(base.Norm):
@@ -79,13 +84,16 @@ class Foldable(base.Norm):
 
   @staticmethod
   def as_linear(
-    params: dict[str, np.ndarray], batch_stats: dict[str, np.ndarray]
+    params: dict[str, np.ndarray],
+    batch_stats: dict[str, np.ndarray],
+    epsilon: float = normalization.EPSILON,
   ) -> tuple[np.ndarray, np.ndarray]:
     """Return the factor and the shift of each channel.
 
     Args:
       params: parameters of one site, by name.
       batch_stats: statistics of the same site.
+      epsilon: of the norm.
 
     Raises:
       ValueError: the norm at this site is not linear.

@@ -50,6 +50,11 @@ KINDS = [
   ("Arctan", 1),
   ("Softsign", 3),
   ("Linear", 1),
+  ("TaperLN", 3),
+  ("TaperRMS", 1),
+  ("PRepBN", 3),
+  ("BHyT", 1),
+  ("Center", 3),
 ]
 # What else a norm is run with: all that keeps something of its own from step to
 # step.
@@ -66,6 +71,7 @@ _MORE_KEYS = {
   "DyT": ("calibration=all", "ema_decay=0.5"),
   "Derf": ("calibration=all", "agc=0.05"),
   "RMS": ("dtype=float16", "ema_decay=0.9"),
+  "TaperLN": ("optimizer=adamw", "base_lr=0.001", "ema_decay=0.9"),
   "DyISRU": ("model.alpha_init=calibrated,0.5,calibrated",),
 }
 _CALIBRATED = ("Cal", "DyT", "Derf", "DyISRU")

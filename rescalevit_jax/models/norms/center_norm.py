@@ -1,0 +1,34 @@
+"""CenterNorm of LipsFormer."""
+
+from typing import ClassVar
+
+from rescalevit_jax.models.norms import layer_norm
+from rescalevit_jax.models.norms import traits
+from rescalevit_jax.models.ops import normalization
+
+
+class CenterNorm(layer_norm.Affine, traits.Foldable):
+  """Subtract the token's mean: scale * D / (D - 1) * (x - mean) + bias.
+
+  Qi et al. 2023 (LipsFormer, ICLR, arXiv:2304.09856), section 4.1.1, and code:
+  LayerNorm without the division, so it is linear and Lipschitz continuous. Its
+  residual is `residuals.Weighted`. LipsFormer's cosine attention and spectral
+  initialization are not part of it.
+  """
+
+  SLOT: ClassVar[str] = "CenterNorm"
+  COLOR: ClassVar[str] = "#EE99AA"
+  RESIDUAL: ClassVar[str] = "weighted"
+  CENTERED: ClassVar[bool] = True
+
+  def normalize(self, x, train):
+    factor = self.features / (self.features - 1)
+    return factor * (x - x.mean(-1, keepdims=True))
+
+  def is_per_token(self, train):
+    return True
+
+  @staticmethod
+  def as_linear(params, batch_stats, epsilon=normalization.EPSILON):
+    scale = params["scale"]
+    return scale.size / (scale.size - 1) * scale, params["bias"]
