@@ -76,7 +76,11 @@ def write(
   columns = tables.columns(study)
   text = [f"# RescaleViT's study on {configs[0].dataset}", "", _INTRO]
   paths = [folder / "study.md"]
-  for model, entries in _entries(configs, study).items():
+  by_model: dict[str, list[ml_collections.ConfigDict]] = {}
+  for config in sorted(configs, key=run_groups.order):
+    by_model.setdefault(config.model_name, []).append(config)
+  for model, model_configs in by_model.items():
+    entries = _entries(model_configs, study)
     cells = [_cells(entry, columns) for entry in entries]
     text += [f"## {model}", "", markdown.table("lrrrrrrl", _HEADINGS, cells)]
     missing = [f"{x.label}: {x.state}" for x in entries if not x.runs]
@@ -95,29 +99,23 @@ def write(
 
 
 def _entries(configs, study):
-  """Return the recipes of each model in the order of RescaleViT's page."""
-  by_recipe = {}
+  """Return an entry for each recipe, in the order of the configs."""
+  runs_by_recipe = {}
   for run in (*study.finished, *study.unfinished):
-    by_recipe.setdefault(run_reader.recipe(run.config), []).append(run)
+    runs_by_recipe.setdefault(run_reader.recipe(run.config), []).append(run)
   rows = {
     run_reader.recipe(group[0].config): row
     for group, row in zip(study.groups, tables.rows(study), strict=True)
   }
   varied = run_groups.varied_keys(configs)
-  entries = {}
-  planned = {run_reader.recipe(config): config for config in configs}
-  for recipe, config in sorted(
-    planned.items(), key=lambda item: run_groups.order(item[1])
-  ):
+  entries = []
+  for recipe, config in {run_reader.recipe(x): x for x in configs}.items():
     values = config_lib.flatten(config)
     parts = [config.model.norm]
     parts += ["pretrained"] if config.pretrained_path else []
-    parts += [f"{k}={values[k]}" for k in varied if k != "batch"]
-    entries.setdefault(config.model_name, []).append(
-      _Entry(
-        ", ".join(parts), config, by_recipe.get(recipe, []), rows.get(recipe)
-      )
-    )
+    parts += [f"{key}={values[key]}" for key in varied]
+    runs = runs_by_recipe.get(recipe, [])
+    entries.append(_Entry(", ".join(parts), config, runs, rows.get(recipe)))
   return entries
 
 

@@ -26,7 +26,6 @@ def test_a_study_of_two_norms_on_digits(
     execution.device_slots, "find", lambda jobs: [{} for _ in range(jobs)]
   )
   keys = [*tiny_sweep.KEYS, f"tfds_data_dir={digits_dir}", "image_size=8"]
-  keys = [key for key in keys if not key.startswith("model.num_layers")]
   command = [
     *("--dataset=digits", "--models=ViT-XS_2", "--norms=LN,Rescale"),
     *(f"--runs_dir={tmp_path}", "--jobs=2"),
