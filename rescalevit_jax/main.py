@@ -160,8 +160,8 @@ def parse(argv: list[str]) -> ml_collections.ConfigDict:
     if _CONFIG.value:
       return overrides.load_config(_CONFIG.value, settings)
     return overrides.update_config(_saved_config(), settings)
-  except SystemExit:  # absl exits with code 1 after --help.
-    sys.exit(0)
+  except SystemExit as e:  # absl exits with code 1 after --help.
+    sys.exit(0 if e.code == 1 else e.code)
   except (errors.UserError, flags.Error, OSError) as e:
     _fail(str(e), code=2)
 

@@ -13,13 +13,21 @@ from rescalevit_jax.runtime import compat
 from rescalevit_jax.runtime import cuda_plugin
 
 # Flags of local folders and files.
-_PATH_FLAGS = ("--workdir", "--runs_dir", "--output", "--tfds_data_dir")
+_PATH_FLAGS = (
+  "--workdir",
+  "--runs_dir",
+  "--output",
+  "--tfds_data_dir",
+  "--npz",
+  "--image",
+  "--config.pretrained_path",
+)
 
 
 def arguments(argv: Sequence[str] | None = None) -> list[str]:
   """Return command-line arguments with `~` expanded to the home folder.
 
-  Ends the process with code 2 if a folder is a URL, such as gs://.
+  Ends the process with code 2 if a path is a URL, such as gs://.
 
   Args:
     argv: arguments; None: those of this process.
@@ -32,8 +40,8 @@ def arguments(argv: Sequence[str] | None = None) -> list[str]:
     if "://" in value and flag in ("", *_PATH_FLAGS):
       sys.exit(
         fail(
-          f"{flag or 'arguments'}: {value} is a URL; give a folder of this"
-          " machine, such as a mounted bucket",
+          f"{flag or 'arguments'}: {value} is a URL; give a path on this"
+          " machine, such as in a mounted bucket",
           code=2,
         )
       )

@@ -8,6 +8,7 @@ import paths
 from PIL import Image
 import pytest
 
+from rescalevit_jax import main
 from rescalevit_jax.runtime import cli
 
 
@@ -27,11 +28,17 @@ def test_the_home_folder_is_expanded(monkeypatch):
 
 
 @pytest.mark.parametrize(
-  "argv", [["--workdir=gs://bucket/a"], ["--runs_dir", "s3://bucket"]]
+  "argv",
+  [
+    ["--workdir=gs://bucket/a"],
+    ["--runs_dir", "s3://bucket"],
+    ["--config.pretrained_path=https://host/a.npz"],
+  ],
 )
-def test_a_url_is_refused_at_once(argv, capsys):
+@pytest.mark.parametrize("parse", [cli.arguments, main.parse])
+def test_a_url_is_refused_at_once(argv, parse, capsys):
   with pytest.raises(SystemExit) as caught:
-    cli.arguments(argv)
+    parse(["main", *argv])
   assert caught.value.code == 2
   (line,) = capsys.readouterr().err.splitlines()
   assert argv[-1].split("=")[-1] in line and "URL" in line
