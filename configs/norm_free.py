@@ -39,6 +39,14 @@ METHODS = {
     **_BOTH,
     **_SLOW,
   },
+  # arXiv:2507.13338, whose optimizer is Muon.
+  "Capped": {
+    "model.norm": "Identity",
+    "model.residual": "convex",
+    "optimizer": "muon",
+    "spectral_cap": 1.0,
+    **_UNIT,
+  },
   "Cal": {"model.norm": "Cal"},
   "Cal-unit": {"model.norm": "Cal", **_UNIT},
   "Cal-rescalenet": {"model.norm": "Cal", "model.residual": "rescalenet"},

@@ -240,6 +240,8 @@ def _not_in_arrays(config: vit_config.ViTConfig) -> list[str]:
   options += [config.pool] if config.pool != "cls" else []
   if config.residual == "rescalenet" and config.residual_c is not None:
     options.append(f"c={config.residual_c!r}")
+  if config.residual == "convex":
+    options.append("convex")
   if config.norm_depth_scaling:
     options.append("depth_scaling")
   if config.norm_epsilon != base.Options.epsilon:

@@ -109,6 +109,7 @@ def _parse_reference(reference: str) -> tuple[str, dict[str, Any]]:
     **dict.fromkeys(norms.NORMS, "norm"),
     **dict.fromkeys(vit_config.GELUS, "gelu"),
     **dict.fromkeys(vit_config.POOLS, "pool"),
+    "convex": "residual",
   }
   options: dict[str, Any] = {}
   for word in filter(None, words.split(",")):
@@ -123,8 +124,8 @@ def _parse_reference(reference: str) -> tuple[str, dict[str, Any]]:
     if key is None or value is None or key in options:
       raise errors.UserError(
         f"--npz: unknown or too many: {word!r} in {reference}; at most one"
-        " norm, one GELU, one pool, depth_scaling, and numbers above 0 as in"
-        " c=NUMBER, eps=NUMBER, groups=NUMBER;"
+        " norm, one GELU, one pool, convex, depth_scaling, and numbers above 0"
+        " as in c=NUMBER, eps=NUMBER, groups=NUMBER;"
         f" {errors.nearest(word, known)}"
       )
     options[key] = value

@@ -231,7 +231,7 @@ def load_npz(
     pool: `model.pool` of the model.
     residual_c: `model.residual_c` of the model.
     **constants: other fields of `ViTConfig` that the arrays do not show:
-      `norm_epsilon`, `gn_groups`, `norm_depth_scaling`.
+      `norm_epsilon`, `gn_groups`, `norm_depth_scaling`, `residual` (convex).
 
   Raises:
     UserError: the file cannot be read, holds no complete ViT, or holds a ViT
@@ -266,8 +266,7 @@ def load_npz(
       representation_size=None if pre_logits is None else pre_logits.size,
       residual_c=residual_c,
       dtype="auto",
-      **constants,
-      **found | {"norm": norm},
+      **found | {"norm": norm} | constants,
       **sizes,
     )
   except errors.UserError as e:

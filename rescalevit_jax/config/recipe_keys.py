@@ -45,6 +45,12 @@ KEYS = {
   "grad_norm_clip": key_lib.at_least(
     0, 1.0, "maximum global norm of the gradient; 0: no clipping"
   ),
+  "spectral_cap": key_lib.at_least(
+    0,
+    0.0,
+    "maximum singular value of the blocks' kernels after each step, times"
+    " sqrt(outputs / inputs); 0: no cap",
+  ),
   "agc": key_lib.at_least(
     0,
     0.0,

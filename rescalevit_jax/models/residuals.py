@@ -138,6 +138,19 @@ class Weighted(LayerScale):
     return 1 / self.num_blocks
 
 
+class Convex(Residual):
+  """(1 - 1 / 2L) * x + 1 / 2L * branch(x), without parameters.
+
+  Newhouse et al. 2025 (arXiv:2507.13338), and code: if every branch is
+  1-Lipschitz, so is the encoder. `optimizers.cap_singular_values` bounds the
+  branches.
+  """
+
+  def __call__(self, x, y):
+    weight = 1 / (2 * self.num_blocks)
+    return _join(1 - weight, x, jnp.float32(weight), y, self.dtype)
+
+
 def _join(skip, x, branch, y, dtype):
   x = x.astype(jnp.float32)  # Otherwise bfloat16 rounds `skip`.
   return (skip * x + branch * y).astype(dtype)
@@ -150,4 +163,5 @@ RESIDUALS: dict[str, type[Residual]] = {
   "skipinit": SkipInit,
   "layerscale": LayerScale,
   "weighted": Weighted,
+  "convex": Convex,
 }

@@ -9,6 +9,11 @@ def is_kernel(path: KeyPath) -> bool:
   return path[-1].key == "kernel"
 
 
+def is_block_kernel(path: KeyPath) -> bool:
+  """Return whether a parameter is the kernel of a linear layer of a block."""
+  return path[0].key == "Transformer" and is_kernel(path)
+
+
 def num_input_axes(path: KeyPath, kernel: jax.Array) -> int:
   """Return the number of leading axes of a kernel that are inputs.
 

@@ -6,6 +6,7 @@ The defaults, SGD with clipping by global norm, are RescaleViT's.
 import math
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from rescalevit_jax.optim import clipping
@@ -27,6 +28,7 @@ def create(
   lr_mult: str | None = None,
   wd_mult: str | None = None,
   layer_decay: float = 1.0,
+  spectral_cap: float = 0.0,
 ) -> optax.GradientTransformation:
   """Return an optimizer by its name.
 
@@ -43,6 +45,7 @@ def create(
     wd_mult: table of weight-decay multipliers. They take precedence over the
       optimizer's choice of parameters.
     layer_decay: see `scale_groups`.
+    spectral_cap: see `cap_singular_values`; 0: no cap.
   """
   lr_table, wd_table = groups.parse(lr_mult), groups.parse(wd_mult)
   if name == "sgd":
@@ -63,6 +66,8 @@ def create(
     )
   if lr_table or layer_decay != 1:
     optimizer = optax.chain(optimizer, scale_groups(lr_table, layer_decay))
+  if spectral_cap:
+    optimizer = optax.chain(optimizer, cap_singular_values(spectral_cap))
   if agc:
     optimizer = optax.chain(clipping.adaptive_clip(agc), optimizer)
 
@@ -97,6 +102,34 @@ def sgd(
   )
 
 
+def cap_singular_values(limit: float) -> optax.GradientTransformation:
+  """Return a transformation that caps the blocks' kernels after the step.
+
+  Newhouse et al. 2025 (arXiv:2507.13338): each singular value s of a kernel,
+  as a matrix from all its inputs to all its outputs, becomes
+
+    min(s, limit * sqrt(outputs / inputs)),
+
+  which bounds the layer's Lipschitz constant with respect to root mean squares
+  by `limit`. This uses an exact SVD; their fast form is a polynomial.
+  """
+
+  def update(updates, params):
+    def cap(path, update, kernel):
+      if not kernels.is_block_kernel(path):
+        return update
+      inputs = math.prod(kernel.shape[: kernels.num_input_axes(path, kernel)])
+      matrix = (kernel + update).reshape(inputs, -1)
+      left, values, right = jnp.linalg.svd(matrix, full_matrices=False)
+      most = limit * (matrix.shape[1] / inputs) ** 0.5
+      capped = (left * jnp.minimum(values, most)) @ right
+      return capped.reshape(kernel.shape) - kernel
+
+    return jax.tree_util.tree_map_with_path(cap, updates, params)
+
+  return optax.stateless(update)
+
+
 def adam(b1: float, b2: float) -> optax.GradientTransformation:
   """Return AdamW's direction (Kingma & Ba 2015; Loshchilov & Hutter 2019).
 
@@ -127,8 +160,7 @@ def muon(momentum: float, b2: float) -> optax.GradientTransformation:
 
   def labels(params):
     def label(path, _):
-      in_block = path[0].key == "Transformer" and kernels.is_kernel(path)
-      return "muon" if in_block else "adam"
+      return "muon" if kernels.is_block_kernel(path) else "adam"
 
     return jax.tree_util.tree_map_with_path(label, params)
 

@@ -266,6 +266,7 @@ def build(
     weight_decay=config.weight_decay,
     grad_norm_clip=config.grad_norm_clip,
     agc=config.agc,
+    spectral_cap=config.spectral_cap,
     lr_mult=config.lr_mult,
     wd_mult=config.wd_mult,
     layer_decay=config.layer_decay,

@@ -86,6 +86,7 @@ def test_tapers_statistics_by_hand(Norm):
   moved = {**found, "params": found["params"] | {"scale": 3 * SCALE}}
   half = passes(module, {**moved, "batch_stats": stats}, X)
   assert half["faded"] == schedule.FULL / 2
+  moved["params"] = found["params"] | {"scale": 5 * SCALE}
   later = passes(module, {**moved, "batch_stats": half}, 5 * X, X)
   assert later["faded"] == schedule.FULL
   for name in ("gain", "dividend", "divisor", "target"):

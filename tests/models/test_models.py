@@ -20,6 +20,7 @@ from rescalevit_jax.models import norms
 from rescalevit_jax.models import vit
 from rescalevit_jax.models import vit_config
 from rescalevit_jax.models.norms import base
+from rescalevit_jax.models.norms import fade
 from rescalevit_jax.models.norms import group_norm
 from rescalevit_jax.models.norms import layer_norm
 from rescalevit_jax.models.norms import rescale
@@ -61,7 +62,8 @@ def random_variables(model):
   def fill(path, x):
     name = jax.tree_util.keystr(path, simple=True, separator="/")
     if name.startswith("batch_stats") and not name.endswith("vector"):
-      return jnp.full(x.shape, name.endswith("var"), x.dtype)
+      one = name.endswith(("var", "gain", "dividend", "divisor"))
+      return jnp.full(x.shape, one, x.dtype)
     mean = name.endswith("scale")
     return jnp.asarray(mean + 0.2 * rng.standard_normal(x.shape), x.dtype)
 
@@ -574,7 +576,11 @@ OPTIONS = {
 def test_remat_changes_nothing_and_every_parameter_has_a_gradient(norm):
   kwargs = {"norm": norm, "num_layers": 1, **OPTIONS.get(norm, {})}
   model, again = (tiny(remat=remat, **kwargs) for remat in (False, True))
-  variables = random_variables(model)
+  # Halfway, all parameters of norms that change during training matter.
+  variables = jax.tree_util.tree_map_with_path(
+    lambda path, x: x + fade.FULL // 2 * (path[-1].key == "faded"),
+    random_variables(model),
+  )
 
   def loss(model, params):
     collections = {**variables, "params": params}

@@ -181,11 +181,11 @@ def test_a_pre_norm_file_does_not_fit_a_post_norm_model(tmp_path):
 def test_constants_are_words_after_a_file(tmp_path):
   variables = random_variables(tiny(norm="GN", gn_groups=2))
   npz.save(tmp_path / "a.npz", variables["params"], {})
-  words = "GN,groups=2,eps=1e-05,depth_scaling"
+  words = "GN,groups=2,eps=1e-05,depth_scaling,convex"
   (subject,) = subjects.load([], [f"{tmp_path}/a.npz:{words}"])
   found = subject.model.model.config
   assert (found.gn_groups, found.norm_epsilon) == (2, 1e-5)
-  assert found.norm_depth_scaling
+  assert found.norm_depth_scaling and found.residual == "convex"
   with pytest.raises(errors.UserError, match="unknown or too many: 'groups=x'"):
     subjects.load([], [f"{tmp_path}/a.npz:groups=x"])
 

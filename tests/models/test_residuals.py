@@ -89,6 +89,10 @@ def test_layerscale_starts_by_depth(blocks, start):
   close(found, X + np.array(scale) * Y)
 
 
+def test_convex_weights_sum_to_one():
+  close(joined("convex", branch=3, num_blocks=8), 15 / 16 * X + Y / 16)
+
+
 def test_weighted_starts_at_one_over_the_number_of_blocks():
   close(joined("weighted", branch=3, num_blocks=8), X + Y / 8)
 
@@ -137,6 +141,7 @@ def test_every_norm_works_with_every_residual(norm, kind):
     "rescalenet": {"RescaleNet_0/scale": (1,), "RescaleNet_2/scale": (1,)},
     "skipinit": {"SkipInit_0/scale": (1,), "SkipInit_2/scale": (1,)},
     "layerscale": {"LayerScale_0/scale": (64,), "LayerScale_2/scale": (64,)},
+    "convex": {},
     "weighted": {"Weighted_0/scale": (64,), "Weighted_2/scale": (64,)},
   }
   own = {"Rescale": "rescalevit", "Center": "weighted"}

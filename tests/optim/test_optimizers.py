@@ -1,5 +1,7 @@
 """The optimizers and gradient clipping against arithmetic by hand."""
 
+import math
+
 import flax
 import jax
 import jax.numpy as jnp
@@ -282,6 +284,24 @@ def test_lr_mult_of_zero_freezes_scalars(tiny_config):
     "RescaleNet_2",
     "encoder_norm",
   }
+
+
+@pytest.mark.parametrize("name", ["sgd", "muon"])
+def test_singular_values_are_capped_after_the_step(name):
+  params, grads = random_tree(0), [random_tree(1)]
+  usual = last_params(params, grads, name)
+  capped = last_params(params, grads, name, spectral_cap=0.5)
+  changed = set()
+  for key, want in usual.items():
+    if BLOCK in key and key.endswith("kernel"):
+      inputs = 1 if key.split("/")[-2] in ("query", "key", "value") else -1
+      matrix = want.reshape(math.prod(want.shape[:inputs]), -1)
+      left, values, right = np.linalg.svd(np.float64(matrix), False)
+      most = 0.5 * (matrix.shape[1] / matrix.shape[0]) ** 0.5
+      want = ((left * np.minimum(values, most)) @ right).reshape(want.shape)
+      changed.add(values[0] > most)
+    np.testing.assert_allclose(capped[key], want, rtol=1e-4, atol=1e-5)
+  assert True in changed
 
 
 def test_without_adaptive_clipping_sgd_is_rescalevits():
