@@ -12,16 +12,30 @@ training loop, or a second one. Config keys, set by --config.KEY=VALUE:
 
 """
 
+import os
+import signal
+
+
+def _interrupt(number, frame):
+  """Handle Ctrl-C outside the training loop, or a second one within it.
+
+  No KeyboardInterrupt: Python prints and drops those that arise in callbacks.
+  """
+  del number, frame
+  os.write(2, b"error: interrupted; run the same command to resume\n")
+  os._exit(130)
+
+
 if __name__ == "__main__":
   from rescalevit_jax.runtime import huge_pages
 
   # Before the imports below, which take a second.
+  if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:  # As under nohup.
+    signal.signal(signal.SIGINT, _interrupt)
   huge_pages.restart_with("rescalevit_jax.main")
 
 import json
-import os
 import pathlib
-import signal
 import sys
 from typing import NoReturn
 
@@ -188,17 +202,5 @@ def _fail(message: str, code: int) -> NoReturn:
   os._exit(code)
 
 
-def _interrupt(number, frame):
-  """Handle Ctrl-C outside the training loop, or a second one within it.
-
-  No KeyboardInterrupt: Python prints and drops those that arise in callbacks.
-  """
-  del number, frame
-  os.write(2, b"error: interrupted; run the same command to resume\n")
-  os._exit(130)
-
-
 if __name__ == "__main__":
-  if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:  # As under nohup.
-    signal.signal(signal.SIGINT, _interrupt)
   app.run(main, flags_parser=parse)

@@ -226,6 +226,23 @@ def test_none_is_a_value(finished, digits_dir):
   assert done.returncode == 0 and "already finished" in done.stderr
 
 
+def test_ctrl_c_at_the_start_is_one_line(tmp_path):
+  """In a callback, where Python prints and drops a KeyboardInterrupt."""
+  (tmp_path / "ml_collections.py").write_text(
+    "import os, signal, weakref\n"
+    "class Watched: pass\n"
+    "watched = Watched()\n"
+    "def interrupt(_): os.kill(os.getpid(), signal.SIGINT)\n"
+    "reference = weakref.ref(watched, interrupt)\n"
+    "del watched\n"
+  )
+  path = os.pathsep.join([str(tmp_path), os.environ["PYTHONPATH"]])
+  done = run(f"--workdir={tmp_path / 'run'}", env={"PYTHONPATH": path})
+  assert done.returncode == 130
+  assert_one_line_error(done, "interrupted")
+  assert not (tmp_path / "run").exists()
+
+
 def test_too_little_memory(tiny, tmp_path):
   done = run(f"--workdir={tmp_path}", keys=[*tiny, "model.hidden_size=4000000"])
   assert_one_line_error(done, "emory", "smaller batch")
