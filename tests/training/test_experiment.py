@@ -57,7 +57,16 @@ def test_the_optimizer_is_the_configs(name, tiny_config):
   tiny_config.update({"decay_steps": 4, "min_lr": 0.01})
   tiny_config.model.norm = "DyT"
   found = experiment.create(tiny_config)
-  params = found.init_state().params
+  shapes = found.abstract_state().params
+  block = shapes["Transformer"]["encoderblock_0"]
+  # One parameter of each kind: matrix, vector and scalar.
+  block = {name: block[name] for name in ("DyT_0", "MlpBlock_3")}
+  block["MlpBlock_3"] = {"Dense_0": block["MlpBlock_3"]["Dense_0"]}
+  rng = np.random.default_rng(1)
+  params = jax.tree.map(
+    lambda x: jnp.asarray(rng.normal(size=x.shape), x.dtype),
+    {"Transformer": {"encoderblock_0": block}, "head": shapes["head"]},
+  )
   rate = schedule.create(0.3, 3, 12, "linear", 4, 0.01)
   assert [found.lr_schedule(n) for n in range(12)] == [
     rate(n) for n in range(12)
