@@ -98,7 +98,7 @@ def draw() -> figure_lib.Figure:
     axes.add_patch(
       patches.Rectangle((-0.8, y - 0.13), 0.3, 0.3, fc=color, ec="0.3")
     )
-    text = textwrap.shorten(f"{key}: {', '.join(names)}", 120)
+    text = textwrap.fill(f"{key}: {', '.join(names)}", 110)
     axes.text(-0.3, y, text, va="center", fontsize=9)
   return figure
 

@@ -8,7 +8,8 @@ from rescalevit_jax.models import vit_config
 def test_names_every_norm_and_residual(tmp_path):
   assert plot_block.main([f"--output={tmp_path / 'block.svg'}"]) == 0
   assert (tmp_path / "block.svg").stat().st_size > 5000
-  texts = [x.get_text() for x in plot_block.draw().axes[0].texts]
+  texts = plot_block.draw().axes[0].texts
+  texts = [x.get_text().replace("\n", " ") for x in texts]
   assert "model.norm: " + ", ".join(norms.NORMS) in texts
   assert "model.residual: " + ", ".join(vit_config.RESIDUALS) in texts
 
