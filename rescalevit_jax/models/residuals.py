@@ -129,7 +129,7 @@ class LayerScale(Residual):
 class Weighted(LayerScale):
   """LayerScale that starts at 1 / L, LipsFormer's weighted residual.
 
-  Qi et al. 2023 (ICLR, arXiv:2304.09856), section 4.1.4, and code.
+  Qi et al. 2023 (ICLR, arXiv:2304.09856), as in their code.
   """
 
   SLOT: ClassVar[str] = "Weighted"

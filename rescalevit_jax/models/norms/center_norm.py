@@ -10,10 +10,10 @@ from rescalevit_jax.models.ops import normalization
 class CenterNorm(layer_norm.Affine, traits.Foldable):
   """Subtract the token's mean: scale * D / (D - 1) * (x - mean) + bias.
 
-  Qi et al. 2023 (LipsFormer, ICLR, arXiv:2304.09856), section 4.1.1, and code:
+  Qi et al. 2023 (LipsFormer, ICLR, arXiv:2304.09856), as in their code:
   LayerNorm without the division, so it is linear and Lipschitz continuous. Its
-  residual is `residuals.Weighted`. LipsFormer's cosine attention and spectral
-  initialization are not part of it.
+  residual is `residuals.Weighted`. LipsFormer's cosine attention, spectral
+  initialization and placement (one norm, after attention) are not part of it.
   """
 
   SLOT: ClassVar[str] = "CenterNorm"
