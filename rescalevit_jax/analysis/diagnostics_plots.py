@@ -74,6 +74,16 @@ _BY_TIME = (
   ENTROPY,
   *SATURATION,
 )
+# Kinds and places of learned scalars; see `measurements.scalars`.
+_SCALARS = {
+  "alpha": "Alpha",
+  "beta": "Beta",
+  "shift": "Shift",
+  "branch": "Multiplier of the branch",
+  "scale": "Scale of the norm",
+  "gamma": "Gamma",
+}
+_LAYERS = {"mlp": "MLP", "Dense_0": "MLP's first", "Dense_1": "MLP's second"}
 
 
 def is_diagnosed(run: run_reader.Run) -> bool:
@@ -110,9 +120,15 @@ def draw(run: run_reader.Run, name: str) -> figure_lib.Figure:
     if there.any():
       labels = [_label(p) for p, t in zip(names, there, strict=True) if t]
       rows[quantity] = labels, found[there]
-  figure, axes = grid(len(rows) + 3)
+  scalars = _scalars(lines)
+  figure, axes = grid(len(rows) + len(scalars) + 3)
   for quantity, (labels, values) in rows.items():
     _draw_map(figure, next(axes), quantity, steps, labels, values)
+  for quantity in scalars:
+    values = [
+      [_of_part(line, part, quantity) for part in names[1:-1]] for line in lines
+    ]
+    _draw_scalar(figure, next(axes), quantity, steps, np.array(values))
   _draw_over_time(axes, run)
   config = run.config
   title = (
@@ -121,6 +137,24 @@ def draw(run: run_reader.Run, name: str) -> figure_lib.Figure:
   )
   figure.suptitle(plots.plain(title), fontsize="medium")
   return figure
+
+
+def _scalars(lines):
+  """Return the learned scalars of the blocks, attention's first."""
+  known = {quantity.name for quantity in _BY_TIME}
+  names = {
+    x.rpartition("/")[2] for line in lines for x in line if "block_" in x
+  }
+  split = [name.split("_", 1) for name in sorted(names - known)]
+  return [
+    Quantity(
+      f"{kind}_{site}",
+      f"{_SCALARS.get(kind, kind)}, {_LAYERS.get(site, site)}",
+      "RMS over channels" if kind == "scale" else "value",
+      "linear",
+    )
+    for kind, site in sorted(split, key=lambda x: [*_SCALARS, x[0]].index(x[0]))
+  ]
 
 
 def parts(names: Iterable[str]) -> list[str]:
@@ -182,6 +216,21 @@ def _draw_map(figure, ax, quantity, steps, labels, values):
   bar = figure.colorbar(mesh, ax=ax, extend=extend)
   bar.set_label(quantity.unit, fontsize="small")
   bar.ax.tick_params(labelsize="x-small", which="both")
+
+
+def _draw_scalar(figure, ax, quantity, steps, values):
+  """Draw a line for each block, to show which scalars become 0."""
+  colormap = matplotlib.colormaps[_COLORMAP]
+  depth = colors.Normalize(0, max(1, values.shape[1] - 1))
+  for block, column in enumerate(values.T):
+    ax.plot(steps, column, color=colormap(depth(block)), lw=1.2)
+  ax.axhline(0, color="#555555", lw=0.8)
+  _label_axes(ax, quantity.title, quantity.unit)
+  ax.xaxis.set_major_locator(ticker.MaxNLocator(4, integer=True))
+  bar = figure.colorbar(matplotlib.cm.ScalarMappable(depth, colormap), ax=ax)
+  bar.set_label("block", fontsize="small")
+  bar.locator = ticker.MaxNLocator(4, integer=True)
+  bar.ax.tick_params(labelsize="x-small")
 
 
 def _norm(scale, values):

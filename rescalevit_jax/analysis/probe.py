@@ -12,7 +12,8 @@ a calibration are calibrated.
 
 The measurements equal those at step 1 of a run with --config.diagnostics_every:
 the gradient is of the first training batch, the other measurements are of the
-first images of the evaluation split. One difference: a norm with running
+first images of the evaluation split. The Jacobian is measured here only. One
+difference: a norm with running
 statistics, which acts as the identity without them, first gathers statistics
 from training batches, unless a file provides them.
 
@@ -48,6 +49,7 @@ from rescalevit_jax.training import diagnostics
 from rescalevit_jax.training import experiment as experiment_lib
 from rescalevit_jax.training import initial_state
 from rescalevit_jax.training import measurements
+from rescalevit_jax.training import train_state
 
 _log = logging.getLogger("rescalevit_jax.analysis.probe")
 
@@ -209,15 +211,13 @@ def measure(
   ) as batches:
     batch = next(batches)
   found, _ = programs.before_step(state, *batch)
-  Norm = norms.NORMS[config.model.norm]
-  pretrained = config.pretrained_path is not None
-  if issubclass(Norm, traits.RunningStatistics) and not pretrained:
-    options = experiment.model.config.norm_options("final")
-    state = experiment.calibrate(state, Norm.num_stats_batches(options))
+  without, state = state, with_statistics(experiment, state)
+  if state is not without:
     seen, _ = programs.before_step(state, *batch)
     found |= {k: x for k, x in seen.items() if not k.startswith("grad_norm")}
   if sharpness:
     found |= programs.sharpness(state)
+  found |= programs.jacobian(state)
   found = jax.device_get(found)
   norm = float(np.linalg.norm(found["grad_norm"]))
   qk = float(np.square(found["grad_norm_qk"]).sum())
@@ -227,6 +227,22 @@ def measure(
     "grad_share_qk": qk / norm**2 if norm else math.nan,
     **measurements.by_name(found, experiment.model.config.num_layers),
   }
+
+
+def with_statistics(
+  experiment: experiment_lib.Experiment, state: train_state.TrainState
+) -> train_state.TrainState:
+  """Return an initial state with running statistics of training batches.
+
+  The same state if the norm has none, or a file provides them.
+  """
+  config = experiment.config
+  Norm = norms.NORMS[config.model.norm]
+  pretrained = config.pretrained_path is not None
+  if pretrained or not issubclass(Norm, traits.RunningStatistics):
+    return state
+  options = experiment.model.config.norm_options("final")
+  return experiment.calibrate(state, Norm.num_stats_batches(options))
 
 
 def _summary(model):
@@ -258,6 +274,7 @@ def _summary(model):
     "gradient norm, first / last block": _number(
       gradients[0] / gradients[-1] if gradients and gradients[-1] else None
     ),
+    "Jacobian norm, first block": _number(numbers.get("embedding/jacobian")),
     "gradient share of queries and keys": _number(numbers["grad_share_qk"]),
     "attention entropy, nats": _number(
       np.mean(entropies) if entropies else None

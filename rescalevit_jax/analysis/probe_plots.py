@@ -14,6 +14,9 @@ _BY_DEPTH = (
   diagnostics_plots.STREAM_CLS,
   diagnostics_plots.STREAM,
   diagnostics_plots.GRADIENT,
+  diagnostics_plots.Quantity(
+    "jacobian", "Jacobian, this block to the last", "|J|² / size", "log"
+  ),
   diagnostics_plots.GRADIENT_QK,
   diagnostics_plots.ENTROPY,
   *diagnostics_plots.SATURATION,

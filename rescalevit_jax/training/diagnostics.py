@@ -30,6 +30,7 @@ from rescalevit_jax.augment import preprocess
 from rescalevit_jax.distributed import sharding
 from rescalevit_jax.runs import checkpoint
 from rescalevit_jax.training import experiment as experiment_lib
+from rescalevit_jax.training import jacobian as jacobian_lib
 from rescalevit_jax.training import measurements
 from rescalevit_jax.training import sharpness as sharpness_lib
 from rescalevit_jax.training import train_state
@@ -69,6 +70,16 @@ class CompiledDiagnostics:
         model=model,
       )
 
+    def jacobian(state, seed, probe):
+      return jacobian_lib.norms(
+        options.get("gather", lambda params: params)(state.params),
+        state.batch_stats,
+        preprocess.prepare(probe, config.image_size),
+        seed,
+        model=model,
+      )
+
+    self._jacobian = jax.jit(jacobian, out_shardings=replicated)
     self._jitted = (
       jax.jit(before_step, out_shardings=(replicated, shardings.params)),
       jax.jit(measurements.after_step, out_shardings=replicated),
@@ -107,6 +118,10 @@ class CompiledDiagnostics:
   def after_step(self, before: Any, after: Any) -> dict[str, jax.Array]:
     """Return `measurements.after_step`."""
     return self._after_step(before, after)
+
+  def jacobian(self, state: train_state.TrainState) -> dict[str, jax.Array]:
+    """Return `jacobian.norms` on the probe images."""
+    return self._jacobian(state, self._seed, self._probe)
 
   def sharpness(self, state: train_state.TrainState) -> dict[str, jax.Array]:
     """Return `sharpness.sharpness` on the probe images."""

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from flax import linen as nn
+from flax import traverse_util
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float32, Int32, UInt8
@@ -17,6 +18,7 @@ import numpy as np
 
 from rescalevit_jax.augment import preprocess
 from rescalevit_jax.models import norms
+from rescalevit_jax.models import residuals
 from rescalevit_jax.models import vit
 from rescalevit_jax.models.norms import traits
 from rescalevit_jax.optim import groups
@@ -25,6 +27,8 @@ from rescalevit_jax.training import train_step
 
 EMBEDDING, HEAD = "embedding", "head"
 
+_SITES = {"0": "attention", "2": "mlp"}  # By the numbers of modules.
+_RESIDUAL_SLOTS = {R.SLOT for R in residuals.RESIDUALS.values() if R.SLOT}
 _ATTENTION = "MultiHeadDotProductAttention_1"
 
 
@@ -87,17 +91,21 @@ def before_step(
     gradient_options: see `Experiment.gradient_options`.
 
   Returns:
-    The results of `gradient_norms` and `forward`. The step's gradient is
-    computed a second time.
+    The results of `gradient_norms`, `scalars` and `forward`. The step's
+    gradient is computed a second time.
   """
   _, grads, _, _ = train_step.gradient(
     state, images, labels, seed, **gradient_options
   )
   gather = gradient_options.get("gather", lambda params: params)
-  return gradient_norms(grads) | forward(
-    gradient_options["model"],
-    {"params": gather(state.params), "batch_stats": state.batch_stats},
-    preprocess.prepare(probe, gradient_options["image_size"]),
+  return (
+    gradient_norms(grads)
+    | scalars(state.params)
+    | forward(
+      gradient_options["model"],
+      {"params": gather(state.params), "batch_stats": state.batch_stats},
+      preprocess.prepare(probe, gradient_options["image_size"]),
+    )
   )
 
 
@@ -156,6 +164,55 @@ def sums_of_squares(
       part = groups.layer(path, num_layers)
       sums[part] += jnp.square(x.astype(jnp.float32)).sum()
   return jnp.stack(sums)
+
+
+def scalars(params: Any) -> dict[str, jax.Array]:
+  """Return the learned scalars of norms, residuals and sigmaReparam.
+
+  Args:
+    params: the parameters.
+
+  Returns:
+    The value of each one-element parameter, and the root mean square of each
+    `scale`, by block [L], such as `alpha_mlp`, `shift_attention` or
+    `gamma_query`. `branch_attention` and `branch_mlp` are the residual's,
+    `alpha_peri_mlp` is of a norm after a branch. Those of the final norm are
+    scalars, such as `head/alpha`.
+  """
+  transformer = params["Transformer"]
+  blocks = [
+    traverse_util.flatten_dict(transformer[f"encoderblock_{i}"])
+    for i in range(groups.num_layers(params))
+  ]
+  final = transformer.get("encoder_norm", {})
+  return {
+    _scalar_name(path): jnp.stack([_magnitude(block[path]) for block in blocks])
+    for path, x in blocks[0].items()
+    if _is_scalar(path[-1], x)
+  } | {
+    f"{HEAD}/{name}": _magnitude(x)
+    for name, x in final.items()
+    if _is_scalar(name, x)
+  }
+
+
+def _is_scalar(name, x):
+  return x.size == 1 or name == "scale"
+
+
+def _magnitude(x):
+  return x.reshape(()) if x.size == 1 else jnp.sqrt(jnp.square(x).mean())
+
+
+def _scalar_name(path):
+  """Return a name such as 'alpha_mlp' for a path in a block."""
+  *layer, module, name = path
+  slot, _, number = module.rpartition("_")
+  if name == "scale" and slot in _RESIDUAL_SLOTS:
+    name = "branch"
+  site = module if layer else _SITES.get(number, module)
+  peri = "peri_" if slot.startswith("Peri") else ""
+  return f"{name}_{peri}{site}"
 
 
 def forward(

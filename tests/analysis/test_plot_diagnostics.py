@@ -25,6 +25,9 @@ def line(step):
     if part != "head":
       values[f"{part}/stream_rms_cls"] = depth + 1.0
       values[f"{part}/stream_mean_cls"] = depth - 1.0
+    if "block" in part:
+      values[f"{part}/scale_attention"] = depth + 0.5
+      values[f"{part}/alpha_mlp"] = depth - step / 300
   if step == 300:
     values["block_00/grad_norm"] = "damaged"
   if step in (1, 300):
@@ -52,6 +55,8 @@ def test_maps_have_depth_upwards_and_time_to_the_right(workdir):
   assert list(found) == [
     "Residual stream, class token",
     "Gradient, before clipping",
+    "Alpha, MLP",
+    "Scale of the norm, attention",
     "Clipped steps since the last point",
     "Learning rate",
     "Sharpness",
@@ -67,6 +72,13 @@ def test_maps_have_depth_upwards_and_time_to_the_right(workdir):
   assert ticks == ["embedding", "0", "1", "head"]
   edges = mesh.get_coordinates()[0, :, 0]
   np.testing.assert_allclose(edges, [0, 50.5, 150, 250, 350])
+  *blocks, zero = found["Alpha, MLP"].lines
+  for depth, block in enumerate(blocks, start=1):
+    np.testing.assert_array_equal(block.get_xdata(), STEPS)
+    want = depth - np.array(STEPS) / 300
+    np.testing.assert_allclose(block.get_ydata(), want)
+  assert len({block.get_color() for block in blocks}) == 2
+  assert list(zero.get_ydata()) == [0, 0]
   shares = found["Clipped steps since the last point"].lines[0]
   np.testing.assert_allclose(shares.get_ydata(), 25)
   above, below = found["Sharpness"].lines

@@ -30,6 +30,7 @@ def measured(monkeypatch):
   def measure(config, sharpness):
     configs.append(config)
     numbers = {"grad_norm": 4.0, "clip_factor": 0.25, "grad_share_qk": 0.125}
+    numbers["embedding/jacobian"] = 12.0
     for depth, part in enumerate(("embedding", "block_00", "block_01")):
       numbers[f"{part}/stream_rms_cls"] = depth + 0.5
       numbers[f"{part}/stream_rms_patches"] = depth + 1.5
@@ -63,7 +64,8 @@ def test_table_csv_and_picture(write_config, measured, tmp_path, capsys):
   assert [(c.model.norm, c.seed) for c in measured] == [("LN", 3), ("DyT", 3)]
   table = capsys.readouterr().out.splitlines()
   assert table[2] == (
-    "| LN | LN | 0.5 → 2.5 | 1.5 → 3.5 | 4 | 0.25 | 2 | 0.125 | 1.5 | – | -7 |"
+    "| LN | LN | 0.5 → 2.5 | 1.5 → 3.5 | 4 | 0.25 | 2 | 12 | 0.125 | 1.5 | –"
+    " | -7 |"
   )
   assert table[3].startswith("| DyT | DyT |") and "| 0.45 | -7 |" in table[3]
   assert table[4:] == [str(out / f"probe.{x}") for x in ("csv", "png", "svg")]

@@ -93,9 +93,11 @@ def test_lines_and_names(runs):
   of_all = {"grad_norm", "update_ratio"}
   of_block = {"grad_norm_qk", "attention_entropy"}
   of_block |= {"saturation_attention", "saturation_mlp"}
+  scalars = {"alpha", "shift", "scale"}
+  of_block |= {f"{x}_{site}" for x in scalars for site in ("attention", "mlp")}
   want = {"clipped_share", "effective_lr"}
   want |= {f"embedding/{name}" for name in stream | of_all}
-  want |= {f"head/{name}" for name in of_all | {"saturation"}}
+  want |= {f"head/{name}" for name in of_all | scalars | {"saturation"}}
   want |= {f"block_00/{name}" for name in stream | of_all | of_block}
   want = {"step"} | {f"diagnostics/{name}" for name in want}
   sharpness = {"diagnostics/sharpness", "diagnostics/sharpness_residual"}
@@ -159,6 +161,8 @@ def test_the_probe_measures_what_a_run_does_at_step_1(runs):
     if "update_ratio" not in name
   }
   del want["step"], want["clipped_share"], want["effective_lr"]
+  jacobian = [found.pop(f"{x}/jacobian") for x in ("embedding", "block_00")]
+  assert jacobian[0] > 0 and jacobian[1] == 1
   assert found == pytest.approx(want, rel=1e-5, abs=1e-7)
   share = want["block_00/grad_norm_qk"] ** 2 / of_all[0] ** 2
   assert of_all[1] == pytest.approx(share)

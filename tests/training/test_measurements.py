@@ -129,6 +129,57 @@ def test_update_ratio_of_the_parts(tiny):
   np.testing.assert_allclose(found["update_ratio"], want, rtol=1e-5)
 
 
+def test_learned_scalars_by_hand():
+  model = models.create(
+    "ViT-XS_2",
+    num_classes=5,
+    image_size=8,
+    norm="Derf",
+    residual="layerscale",
+    qk_norm=True,
+    sigma_reparam=True,
+    **{"patch_size": 4, "hidden_size": 8, "num_layers": 2, "mlp_dim": 8},
+  )
+  shapes = jax.eval_shape(model.init, jax.random.key(0), IMAGES)["params"]
+  flat = {
+    key: np.full(x.shape, 7, np.float32)
+    for key, x in traverse_util.flatten_dict(shapes, sep="/").items()
+  }
+  for i in range(2):
+    block = f"Transformer/encoderblock_{i}"
+    flat[f"{block}/Derf_0/alpha"] *= i
+    flat[f"{block}/Derf_2/shift"] *= -1
+    flat[f"{block}/Derf_2/scale"][:4] = 1  # RMS 5.
+    flat[f"{block}/LayerScale_2/scale"] *= i
+    flat[f"{block}/MlpBlock_3/Dense_1/gamma"] *= 3
+  params = traverse_util.unflatten_dict(flat, sep="/")
+  found = measurements.scalars(params)
+  layers = ("query", "key", "value", "out", "Dense_0")
+  usual = {f"gamma_{x}" for x in layers} | {
+    f"scale_{x}_norm" for x in layers[:2]
+  }
+  usual |= {"shift_attention", "scale_attention", "branch_attention"}
+  want = dict.fromkeys(usual | {"alpha_mlp"}, [7, 7])
+  want |= {"alpha_attention": [0, 7], "shift_mlp": [-7, -7]}
+  want |= {"scale_mlp": [5, 5], "branch_mlp": [0, 7], "gamma_Dense_1": [21, 21]}
+  want |= dict.fromkeys(("head/alpha", "head/shift", "head/scale"), 7)
+  assert found.keys() == want.keys()
+  for name, values in want.items():
+    np.testing.assert_allclose(found[name], values, err_msg=name)
+
+
+def test_norms_before_and_after_a_branch_are_distinguished():
+  path = ("PeriDyT_2", "alpha"), ("DyT_2", "alpha"), ("PostDyT_2", "alpha")
+  names = [measurements._scalar_name(x) for x in path]
+  assert names == ["alpha_peri_mlp", "alpha_mlp", "alpha_mlp"]
+
+
+def test_rescalevits_scale_is_the_multiplier_of_the_mlps_branch():
+  tiny = tiny_model.create("Rescale", num_layers=1)  # Its parameters doubled.
+  found = measurements.scalars(tiny.variables["params"])
+  assert found.keys() == {"branch_mlp"} and found["branch_mlp"] == 2
+
+
 @pytest.mark.parametrize(
   "norm, remat",
   [("DyT", True), *((norm, False) for norm in norm_sets.DIFFERENT)],

@@ -1,0 +1,79 @@
+"""The command that draws a norm's output over its input."""
+
+import csv
+
+import jax
+import numpy as np
+import pytest
+import tiny_model
+
+from rescalevit_jax.analysis import norm_curves
+from rescalevit_jax.runtime import terminal
+
+IMAGES = np.random.default_rng(0).integers(0, 256, (3, 8, 8, 3), np.uint8)
+SITES = [
+  *("block 0, attention", "block 0, MLP"),
+  *("block 1, attention", "block 1, MLP"),
+  "final norm",
+]
+
+
+def test_a_pointwise_function_is_seen_without_scale_and_bias():
+  tiny = tiny_model.create("DyT", num_layers=2)
+  rng = np.random.default_rng(0)
+  params = jax.tree.map(
+    lambda x: x + rng.uniform(0.5, 1, x.shape).astype(np.float32),
+    tiny.variables["params"],
+  )
+  found = norm_curves.measure(tiny.model, {"params": params}, IMAGES, 8)
+  assert list(found) == SITES
+  transformer = params["Transformer"]
+  for site, block, name in (
+    (SITES[0], "encoderblock_0", "DyT_0"),
+    (SITES[3], "encoderblock_1", "DyT_2"),
+  ):
+    alpha = transformer[block][name]["alpha"]
+    for x, y in found[site].values():
+      np.testing.assert_allclose(y, np.tanh(alpha * x), atol=1e-4)
+  # All channels of the images' class tokens, and of their 4 patches.
+  sizes = {token: x.size for token, (x, _) in found[SITES[1]].items()}
+  assert sizes == {"class token": 3 * 16, "patches": 3 * 4 * 16}
+
+
+def test_layer_norms_outputs_are_normalized():
+  tiny = tiny_model.create("LN", num_layers=2)  # Scales are 2.
+  found = norm_curves.measure(tiny.model, tiny.variables, IMAGES, 8)
+  _, y = found["final norm"]["patches"]
+  assert np.square(y).mean() == pytest.approx(1, rel=0.01)
+
+
+def test_the_picture_and_the_table_of_a_run(
+  tiny_run, tmp_path, monkeypatch, capsys
+):
+  monkeypatch.setattr(terminal, "log_to_stderr", lambda: None)
+  drawn = []
+  draw = norm_curves.draw
+  monkeypatch.setattr(norm_curves, "draw", lambda x: drawn.append(x) or draw(x))
+  flags = [f"--workdir={tiny_run}", f"--output={tmp_path}"]
+  assert norm_curves.main(flags) == 0
+  (models,) = drawn
+  (sites,) = models.values()
+  paths = [tmp_path / f"norm_curves.{kind}" for kind in ("csv", "png", "svg")]
+  assert capsys.readouterr().out == "".join(f"{path}\n" for path in paths)
+  assert (tmp_path / "norm_curves.png").stat().st_size > 5000
+  with open(paths[0], encoding="utf-8", newline="") as f:
+    rows = list(csv.DictReader(f))
+  assert {row["model"] for row in rows} == {tiny_run.name}
+  x, y = sites[SITES[3]]["class token"]
+  of_site = [
+    (float(row["input"]), float(row["output"]))
+    for row in rows
+    if (row["site"], row["token"]) == (SITES[3], "class token")
+  ]
+  np.testing.assert_allclose(of_site, np.stack([x, y], 1), rtol=1e-4)
+
+
+def test_without_models_it_is_an_error(capsys):
+  with pytest.raises(SystemExit):
+    norm_curves.main([])
+  assert "--workdir or --config" in capsys.readouterr().err
