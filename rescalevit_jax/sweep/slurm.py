@@ -2,7 +2,8 @@
 
 Slurm warns a job before it preempts or times it out. submitit then calls
 `Task.checkpoint`, which stops the run after a checkpoint, and requeues the job,
-which resumes the run.
+which resumes the run. A preemption may come with SIGTERM to all processes of
+the job instead, as `scancel` does; see `Task.__call__`.
 """
 
 import ast
@@ -10,6 +11,7 @@ from collections.abc import Mapping, Sequence
 import contextlib
 import os
 import pathlib
+import signal
 import subprocess
 from typing import Any
 
@@ -20,6 +22,14 @@ from rescalevit_jax.sweep import subprocess_run
 # Each time-out is progress, so their number is not limited; submitit's default
 # is 3.
 _MAX_TIMEOUTS = 1000
+# Those of Slurm's variables that a user or a site sets, not a job.
+_USER_VARIABLES = (
+  "SLURM_CONF",
+  "SBATCH_ACCOUNT",
+  "SBATCH_PARTITION",
+  "SBATCH_QOS",
+  "SBATCH_RESERVATION",
+)
 
 
 class Task:
@@ -38,12 +48,19 @@ class Task:
     self._process: subprocess.Popen | None = None
 
   def __call__(self) -> None:
-    """Run until the end; raise RuntimeError if the run does not finish."""
+    """Run until the end; requeue the job if Slurm preempts it with SIGTERM.
+
+    Raises:
+      RuntimeError: the run failed or the job is being cancelled.
+    """
     os.chdir(self._cwd)
     self._process = subprocess_run.start(self._command, self._workdir, {})
     self._wait(self._process)
     code = self._process.wait()
-    if reason := subprocess_run.why_not_finished(self._workdir, code):
+    reason = subprocess_run.why_not_finished(self._workdir, code)
+    if reason and code in (0, -signal.SIGTERM):
+      _requeue_if_running()
+    if reason:
       raise RuntimeError(reason)
 
   def checkpoint(self):
@@ -63,6 +80,19 @@ class Task:
     # process to be reaped by the other call.
     with contextlib.suppress(ChildProcessError):
       os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+
+
+def _requeue_if_running() -> None:
+  """Requeue this job and exit, unless Slurm is ending or requeueing it."""
+  import submitit
+
+  job = submitit.JobEnvironment()
+  # SLURM_JOB_ID may name a whole array.
+  command = ["squeue", "--noheader", "--format=%T", f"--jobs={job.job_id}"]
+  done = subprocess.run(command, capture_output=True, text=True, check=False)
+  if done.stdout.strip() == "RUNNING":
+    # submitit's handler calls `checkpoint`.
+    signal.raise_signal(signal.Signals[f"SIG{job.USR_SIG}"])
 
 
 def parse_parameters(texts: Sequence[str]) -> dict[str, Any]:
@@ -102,7 +132,18 @@ def create_executor(
     raise errors.UserError(
       f"--cluster=slurm: needs submitit ({e}); pip install -e '.[slurm]'"
     ) from e
-  parameters = {"name": "sweep", **parameters}
+  # By default, some sites requeue no job.
+  additional = parameters.get("slurm_additional_parameters", {})
+  if not isinstance(additional, dict):
+    raise errors.UserError(
+      f"--slurm_args: slurm_additional_parameters is {additional!r}, not a"
+      " dictionary; give one such as {'nice': 10}"
+    )
+  parameters = {
+    "name": "sweep",
+    **parameters,
+    "slurm_additional_parameters": {"requeue": True, **additional},
+  }
   for key in ("nodes", "tasks_per_node", "slurm_ntasks_per_node"):
     if parameters.get(key, 1) != 1:
       raise errors.UserError(
@@ -142,9 +183,11 @@ def submit(runs: Sequence[grid.PlannedRun], executor) -> list[str]:
   """
   import submitit
 
+  kept = {x: os.environ[x] for x in _USER_VARIABLES if x in os.environ}
   try:
     # The sweep may itself run in a job, whose variables must not be inherited.
     with submitit.helpers.clean_env(), executor.batch():
+      os.environ.update(kept)
       jobs = [
         executor.submit(Task(run.command, run.workdir, os.getcwd()))
         for run in runs
