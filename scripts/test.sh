@@ -15,6 +15,8 @@ cd "$root"
 .venv/bin/python -m ruff check .
 .venv/bin/python -m ruff format --check .
 .venv/bin/python -m mypy
-# Each process loads JAX, so more than four are slower.
+# One more than processors: some tests wait. Each process loads JAX, so more than
+# four are slower.
+workers="$(.venv/bin/python -c 'import os; print(min(4, os.cpu_count() + 1))')"
 JAX_PLATFORMS="${JAX_PLATFORMS-cpu}" exec .venv/bin/python -m pytest \
-  --numprocesses=logical --maxprocesses=4 --dist=worksteal --durations=10 "$@"
+  --numprocesses="$workers" --dist=worksteal --durations=10 "$@"

@@ -8,6 +8,7 @@ import signal
 
 import fast_xla
 import jax
+import program_cache
 import pytest
 import small_run
 
@@ -114,6 +115,13 @@ def default_run(digits_dir, shared_dir) -> pathlib.Path:
 def test_digits(digits_dir) -> resident.Split:
   """The test split of the digits."""
   return dataset.load("digits", str(digits_dir)).test
+
+
+@pytest.fixture
+def shared_programs():
+  """Makes the runs of a test share their compiled programs."""
+  with program_cache.shared():
+    yield
 
 
 @pytest.fixture

@@ -1,9 +1,9 @@
 """Training as a process of its own, and what must hold of its folder."""
 
 from collections.abc import Callable, Mapping
+import contextlib
 import dataclasses
 import json
-import os
 import pathlib
 import signal
 import subprocess
@@ -11,6 +11,7 @@ import sys
 import time
 from typing import Any
 
+import forked
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
@@ -52,31 +53,37 @@ class Trial:
   env: Mapping[str, str]
 
   def start(self, **env: str) -> subprocess.Popen:
+    """Starts it as a user does."""
     with open(self.log, "wb") as log:
       return subprocess.Popen(
-        [
-          sys.executable,
-          "-m",
-          "rescalevit_jax.main",
-          "--config=configs/quickstart.py",
-          f"--workdir={self.workdir}",
-          *(f"--config.{key}" for key in self.keys),
-        ],
+        [sys.executable, "-m", *self._command()],
         cwd=paths.ROOT,
         env={**self.env, **env},
         stderr=log,
       )
 
+  def fork(self) -> forked.Popen:
+    """Starts it in less time."""
+    return forked.Popen(self._command(), self.env, self.log)
+
+  def _command(self):
+    return [
+      "rescalevit_jax.main",
+      "--config=configs/quickstart.py",
+      f"--workdir={self.workdir}",
+      *(f"--config.{key}" for key in self.keys),
+    ]
+
   def finish(self) -> None:
     """Starts it and lets it come to its end."""
-    code = self.start().wait(timeout=300)
+    code = self.fork().wait(timeout=300)
     assert code == 0, (code, self.said())
 
   def fail(self) -> str:
     """Starts it, and returns the one line by which it says what is wrong."""
-    return self.error(self.start())
+    return self.error(self.fork())
 
-  def error(self, process: subprocess.Popen) -> str:
+  def error(self, process: subprocess.Popen | forked.Popen) -> str:
     """Returns the line in which a process says why it ends."""
     code, log = process.wait(timeout=300), self.said()
     errors = [x for x in log.splitlines() if x.startswith("error: ")]
@@ -96,12 +103,16 @@ class Trial:
     except FileNotFoundError:
       return b""
 
-  def wait_for_lines(self, number: int, process: subprocess.Popen) -> None:
+  def wait_for_lines(
+    self, number: int, process: subprocess.Popen | forked.Popen
+  ) -> None:
     """Waits until a process has written so many lines of metrics."""
     wait_for(lambda: self.metrics().count(b"\n") >= number, process)
 
 
-def wait_for(condition: Callable[[], bool], process: subprocess.Popen) -> bool:
+def wait_for(
+  condition: Callable[[], bool], process: subprocess.Popen | forked.Popen
+) -> bool:
   """Waits until a condition holds; False if the process ended before that."""
   deadline = time.monotonic() + 120
   while not condition():
@@ -112,13 +123,16 @@ def wait_for(condition: Callable[[], bool], process: subprocess.Popen) -> bool:
   return True
 
 
-def freeze(process: subprocess.Popen) -> bool:
+def freeze(process: subprocess.Popen | forked.Popen) -> bool:
   """Stops a process; False if it has ended."""
   process.send_signal(signal.SIGSTOP)
-  if process.returncode is not None:
-    return False
-  how = os.WSTOPPED | os.WEXITED | os.WNOWAIT
-  return os.waitid(os.P_PID, process.pid, how).si_code == os.CLD_STOPPED
+  stat = pathlib.Path(f"/proc/{process.pid}/stat")
+
+  def stopped():
+    with contextlib.suppress(OSError):  # Ended just now.
+      return stat.read_text().rpartition(")")[2].split()[0] == "T"
+
+  return wait_for(stopped, process)
 
 
 def check_sane(trial: Trial, whole: Trial) -> None:

@@ -358,7 +358,7 @@ def test_first_blocks_fade_first_and_the_final_norm_last():
   "alpha", [pytest.param(0.0, marks=pytest.mark.slow), 0.5]
 )
 def test_resumes_in_the_middle_of_a_fade(
-  alpha, tiny_config, tmp_path, monkeypatch
+  alpha, tiny_config, tmp_path, monkeypatch, shared_programs
 ):
   """Test bitwise equality; the final evaluation has no norm."""
   config = tiny_config

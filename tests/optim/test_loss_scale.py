@@ -281,7 +281,7 @@ def test_each_loss_of_200_steps_is_within_a_percent_of_float32s(
 
 
 def test_a_run_reports_skipped_steps_and_resumes_bit_for_bit(
-  tiny_config, tmp_path, start_at, stop_at, caplog
+  tiny_config, tmp_path, start_at, stop_at, caplog, shared_programs
 ):
   start_at(2.0**26)
   tiny_config.dtype = "float16"

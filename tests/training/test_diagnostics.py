@@ -5,6 +5,7 @@ import math
 
 import jax
 import numpy as np
+import program_cache
 import pytest
 
 from rescalevit_jax import errors
@@ -42,7 +43,7 @@ def runs(tmp_path_factory, module_config):
   def missing():
     raise errors.UserError("TensorFlow would only take time")
 
-  with pytest.MonkeyPatch.context() as patch:
+  with program_cache.shared(), pytest.MonkeyPatch.context() as patch:
     patch.setattr(metric_writers.tensorflow_cpu, "load", missing)
     train.train_and_evaluate(config, folder / "without")
     config.diagnostics_every = 3

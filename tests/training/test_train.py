@@ -7,6 +7,7 @@ import shutil
 
 import jax
 import numpy as np
+import program_cache
 import pytest
 import recipes
 from tensorboard.backend.event_processing import event_accumulator
@@ -45,6 +46,12 @@ def assert_same_run(a, b):
   for which in ("latest", "best"):
     for x, y in zip(weights(a, which), weights(b, which), strict=True):
       np.testing.assert_array_equal(x, y)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def programs():
+  with program_cache.shared():
+    yield
 
 
 @pytest.fixture
@@ -122,6 +129,7 @@ def test_what_the_timing_leaves_out_is_no_time_of_a_step(
   note(progress.Timer, "restart")
   note(metric_writers.MetricWriter, "open")
   tiny_config.diagnostics_every = 3
+  tiny_config.model.num_layers = 1
   train.train_and_evaluate(tiny_config, tmp_path)
   of_steps = [call for call in calls if call[0] == "_step"]
   assert of_steps == [
@@ -143,10 +151,10 @@ def test_what_the_timing_leaves_out_is_no_time_of_a_step(
   [
     ("LN", {}, (7,)),
     ("BN", {}, (3, 7)),
-    ("GN", {}, (11,)),
+    pytest.param("GN", {}, (11,), marks=pytest.mark.slow),
     ("Rescale", {}, (3, 7, 11)),
     ("Cal", {"residual": "rescalenet", "sigma_reparam": True}, (3, 7)),
-    ("Derf", {"residual": "skipinit", "qk_norm": True}, (7,)),
+    ("Derf", {"residual": "skipinit", "qk_norm": True}, (11,)),
     ("BN2", {"residual": "layerscale", "init": "unit"}, (11,)),
   ],
 )

@@ -115,7 +115,7 @@ def sitecustomize(folder, code, env):
   ["metrics.jsonl", pytest.param("result.json", marks=pytest.mark.slow)],
 )
 def test_a_kill_while_a_file_is_written(trial, whole, tmp_path, name):
-  process = trial.start()
+  process = trial.fork()
   with frozen(trial, process, 10):
     kill(process)
   code = KILLED_WRITING.format(name)
@@ -145,7 +145,7 @@ def test_a_disk_that_is_full_at_the_start(trial, whole, mount, room):
 def test_a_disk_that_fills_up(trial, whole, mount, lines):
   """With 32 lines all is done but the last checkpoint and result.json."""
   mount("-t", "tmpfs", "-o", "size=4m", "tmpfs")
-  process = trial.start()
+  process = trial.fork()
   with frozen(trial, process, lines):
     filler = fill(trial.workdir.parent)
   assert "No space left" in trial.error(process)
@@ -161,7 +161,7 @@ def test_a_disk_that_is_read_only_at_the_start(trial, whole, mount):
   mount("-t", "tmpfs", "-o", "ro", "tmpfs")
   assert "Read-only file system" in trial.fail()
   mount("-o", "remount,rw")
-  process = trial.start()
+  process = trial.fork()
   trial.wait_for_lines(10, process)
   kill(process)
   mount("-o", "remount,ro")
@@ -182,7 +182,7 @@ def test_a_disk_that_becomes_read_only(trial, whole, mount, tmp_path):
   except (OSError, subprocess.CalledProcessError) as e:
     pytest.skip(f"no ext4 here: {e}")
   mount("-o", "loop", image)
-  process = trial.start()
+  process = trial.fork()
   with frozen(trial, process, 10):
     mount("-o", "remount,abort")
   message = trial.error(process)
@@ -236,7 +236,7 @@ def test_a_clock_that_is_set_back(trial, whole, tmp_path):
 
 
 def test_two_processes_on_one_run(trial, whole, tmp_path):
-  first = trial.start()
+  first = trial.fork()
   second = dataclasses.replace(trial, log=tmp_path / "second")
   with frozen(trial, first, 5):
     message = second.fail()

@@ -276,46 +276,19 @@ def test_bfloat16_model_trains_on_this_machine(norm):
   assert np.linalg.norm(rough - exact) < 0.05 * np.linalg.norm(exact)
 
 
-@pytest.mark.parametrize("norm", ["LN", "Rescale"])
-def test_remat_changes_only_memory(norm):
+def test_remat_recomputes_activations():
   images = draw((2, 8, 8, 3), 0)
 
-  def gradient(remat):
+  def exponentials(remat):
     model = models.create(
-      "ViT-XS_4",
-      num_classes=3,
-      norm=norm,
-      image_size=8,
-      num_layers=1,
-      remat=remat,
+      "ViT-XS_4", num_classes=3, image_size=8, num_layers=1, remat=remat
     )
-    variables = model.init(jax.random.key(0), images)
+    variables = jax.eval_shape(model.init, jax.random.key(0), images)
+    gradient = jax.grad(lambda x: model.apply(x, images).sum())
+    text = jax.jit(gradient).lower(variables).as_text()
+    return text.count("stablehlo.exponential")
 
-    def loss(params):
-      logits, new = model.apply(
-        {**variables, "params": params},
-        images,
-        train=True,
-        mutable=["batch_stats"],
-        rngs={"dropout": jax.random.key(1)},
-      )
-      return jnp.square(logits).sum(), new
-
-    step = jax.jit(jax.grad(loss, has_aux=True))
-    lowered = step.lower(variables["params"])
-    return step(variables["params"]), lowered.as_text()
-
-  (plain, text), (again, saved) = gradient(False), gradient(True)
-
-  # jax 0.12 rounds recomputed values differently.
-  def assert_close(x, y):
-    scale = max(1, np.abs(x).max())
-    np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6 * scale)
-
-  jax.tree.map(assert_close, plain, again)
-  assert saved.count("stablehlo.exponential") > text.count(
-    "stablehlo.exponential"
-  )
+  assert exponentials(True) > exponentials(False)
 
 
 # Dropout.
@@ -336,7 +309,7 @@ def mask_of(seed, shape, kept, index=0):
 
 @pytest.mark.parametrize("features", [1, 3, 64, 258])
 def test_masks_have_the_requested_rate_and_are_independent(features):
-  rows = 2**12
+  rows = 2**15 // max(8, features)
   kept = 6 * 2**13  # Of 2^16: 3/4.
   mask = mask_of(7, (32, rows, features), kept)
   assert mask.shape == (32, rows, features) and mask.dtype == bool
