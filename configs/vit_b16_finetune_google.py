@@ -1,9 +1,9 @@
 """Google's fine-tuning of ViT-B_16 on CIFAR from ImageNet-21k weights.
 
 `vit_b16_finetune_google.py:DATASET,STEPS`, default `cifar10,500`. The settings
-are those of github.com/google-research/vision_transformer at c6de1e5:
-vit_jax/configs/{common,models,vit}.py and input_pipeline.py, in the table of
-short runs of its README (500 steps with 50 of warm-up, 1,000 with 100).
+are from github.com/google-research/vision_transformer at c6de1e5:
+vit_jax/configs/{common,models,vit}.py and input_pipeline.py. Its README has
+short runs: 500 steps with 50 of warm-up, and 1,000 with 100.
 `configs/vit_b16_finetune.py` has RescaleViT's recipe.
 """
 

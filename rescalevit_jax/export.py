@@ -9,8 +9,8 @@ Formats, by --format or by the suffix of --output:
 
   npz                 weights with the names of Google's ViT
   timm, huggingface, huggingface-dinov2
-                      weights with the names of that library (.safetensors),
-                      for models with LN
+                      weights with the names of that library, for models with
+                      LN (.safetensors means timm)
   stablehlo           the whole model for JAX on CPUs and NVIDIA GPUs
   onnx                the whole model for ONNX runtimes
 
@@ -55,13 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     description=__doc__,
     formatter_class=argparse.RawDescriptionHelpFormatter,
   )
-  source = parser.add_mutually_exclusive_group(required=True)
-  source.add_argument("--workdir", help="folder of the run")
-  source.add_argument(
-    "--npz",
-    metavar="FILE[:ARGS]",
-    help="a checkpoint file; ARGS as in rescalevit_jax.analysis.plot_attention",
-  )
+  subjects.add_flags(parser)
   parser.add_argument(
     "--output", help="the file to write (default: WORKDIR/weights.SUFFIX)"
   )
@@ -71,18 +65,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     help="format of the file (default: by the suffix of --output, else npz)",
   )
   parser.add_argument(
-    "--checkpoint",
-    choices=("best", "latest"),
-    default="best",
-    help="checkpoint of the run to export (default: best)",
-  )
-  parser.add_argument(
     "--overwrite", action="store_true", help="replace an existing output"
   )
   parser.add_argument(
     "--fold",
     action="store_true",
-    help="fold the norm, if it folds, into the linear layers beside it",
+    help="fold the norm into the adjacent linear layers",
   )
   args = parser.parse_args(cli.arguments(argv))
   terminal.log_to_stderr()
@@ -91,16 +79,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(args):
   output, file_format = _target(args)
+  if args.output is not None:
+    cli.check_output(output)
   if os.path.exists(output) and not args.overwrite:
     raise errors.UserError(
       f"{output}: exists already; choose another --output or add --overwrite"
     )
+  model = subjects.load_one(args)
+  source = f"the {args.checkpoint or 'best'} weights, of step {model.step}"
   if args.npz:
-    model = subjects.load((), (args.npz,))[0].model
     source = f"the weights of {args.npz}"
-  else:
-    model = trained_model.load(args.workdir, args.checkpoint)
-    source = f"the {args.checkpoint} weights, of step {model.step}"
   if args.fold:
     model = model.fold()
     source += ", norm folded"
@@ -151,7 +139,7 @@ def _family_writer(family):
     config = model.model.config
     if options := _not_in_arrays(config):
       raise errors.UserError(
-        f"--format={family}: has no model with {', '.join(options)}; choose npz"
+        f"--format={family}: cannot store {', '.join(options)}; choose npz"
       )
     try:
       from safetensors import numpy as safetensors
@@ -233,7 +221,7 @@ def _program(
 
 
 def _not_in_arrays(config: vit_config.ViTConfig) -> list[str]:
-  """Return the options that the arrays do not show, as `--npz` takes them."""
+  """Return the options that the arrays do not show, in `--npz`'s syntax."""
   inferred = detect.same_arrays(config.norm)[0]
   options = [config.norm] if config.norm != inferred else []
   options += [config.gelu] if config.gelu != "erf" else []

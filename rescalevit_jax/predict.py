@@ -108,16 +108,7 @@ def _parse(argv):
     description=__doc__,
     formatter_class=argparse.RawDescriptionHelpFormatter,
   )
-  source = parser.add_mutually_exclusive_group(required=True)
-  source.add_argument("--workdir", help="the run's folder")
-  source.add_argument(
-    "--npz",
-    metavar="FILE[:ARGS]",
-    help="a checkpoint file; ARGS as in rescalevit_jax.analysis.plot_attention",
-  )
-  parser.add_argument(
-    "--checkpoint", choices=("best", "latest"), default="best"
-  )
+  subjects.add_flags(parser)
   parser.add_argument(
     "--top",
     type=_positive,
@@ -158,16 +149,14 @@ def _run(args):
     _skip(f"{name}: no images in this folder")
   if not files:
     raise errors.UserError("no images to classify; give image files")
+  model = subjects.load_one(args)
   if args.npz:
-    model = subjects.load((), (args.npz,))[0].model
     head = model.variables["params"]["head"]
     if not model.class_names or not head["kernel"].any():
       raise errors.UserError(
         f"{args.npz}: has no head, or one of zeros as Google's ImageNet-21k"
         " files; fine-tune it to classify images"
       )
-  else:
-    model = load(args.workdir, args.checkpoint)
   progress.warn_of_idle_gpu()
   widths = [
     min(_WIDEST_NAME, max(map(len, names)))
@@ -201,11 +190,7 @@ def _check_output(path):
     raise errors.UserError(
       f"--output: {path} ends neither in .csv nor in .json; choose one of them"
     )
-  if path.is_dir() or not os.access(path.parent, os.W_OK):
-    raise errors.UserError(
-      f"--output: {path} cannot be written; choose a file in a folder that"
-      " exists"
-    )
+  cli.check_output(path)
 
 
 def _suffix(path):

@@ -45,7 +45,7 @@ def colors(monkeypatch):
     model.checkpoint = which
     return model
 
-  monkeypatch.setattr(predict, "load", load)
+  monkeypatch.setattr(trained_model, "load", load)
   return model
 
 
@@ -227,7 +227,7 @@ def test_mistakes_are_found_before_the_work(
 ):
   picture("in/a.png", "red")
   pathlib.Path("folder.csv").mkdir()
-  monkeypatch.setattr(predict, "load", None)
+  monkeypatch.setattr(trained_model, "load", None)
   before = set(pathlib.Path().rglob("*"))
   code, out, err = call(*args)
   assert code == 1 and out == [] and len(err) == 1

@@ -1,5 +1,6 @@
 """Load the models of an analysis, from runs and files, with their datasets."""
 
+import argparse
 from collections.abc import Sequence
 import dataclasses
 import functools
@@ -97,6 +98,37 @@ def load(
     if names.count(subject.model.name) > 1:
       subject.model.name = reference
   return subjects
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+  """Add the flags of one model: --workdir or --npz, and --checkpoint."""
+  source = parser.add_mutually_exclusive_group(required=True)
+  source.add_argument("--workdir", help="folder of the run")
+  source.add_argument(
+    "--npz",
+    metavar="FILE[:ARGS]",
+    help="a checkpoint file; ARGS as in rescalevit_jax.analysis.plot_attention",
+  )
+  parser.add_argument(
+    "--checkpoint",
+    choices=("best", "latest"),
+    help="checkpoint of the run (default: best)",
+  )
+
+
+def load_one(args: argparse.Namespace) -> trained_model.TrainedModel:
+  """Load the model that the flags of `add_flags` select.
+
+  Raises:
+    UserError: the model cannot be loaded, or a flag has no effect.
+  """
+  if not args.npz:
+    return trained_model.load(args.workdir, args.checkpoint or "best")
+  if args.checkpoint:
+    raise errors.UserError(
+      "--checkpoint: has no effect with --npz; leave it out"
+    )
+  return load((), (args.npz,))[0].model
 
 
 def _parse_reference(reference: str) -> tuple[str, dict[str, Any]]:

@@ -26,6 +26,7 @@ from rescalevit_jax import errors
 from rescalevit_jax import models
 from rescalevit_jax.analysis import imagenet_names
 from rescalevit_jax.data import image_files
+from rescalevit_jax.models import norms
 from rescalevit_jax.models import vit_config
 from rescalevit_jax.pretrained import detect
 from rescalevit_jax.pretrained import fold as fold_lib
@@ -146,6 +147,11 @@ class TrainedModel:
       UserError: the norm does not fold.
     """
     config = self.model.config
+    if norms.NORMS[config.norm].FINAL and not self.class_names:
+      raise errors.UserError(
+        f"{self.name}: has no head to fold the final norm into; export without"
+        " --fold"
+      )
     params, batch_stats = fold_lib.fold(
       config.norm,
       self.variables["params"],

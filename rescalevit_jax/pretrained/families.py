@@ -301,8 +301,7 @@ def write(arrays: Mapping[str, np.ndarray], table: Table, heads: int) -> Arrays:
     template = key.replace(f"_{index}/", "_{i}/", 1) if match else key
     if template not in ours_to_theirs:
       raise errors.UserError(
-        f"{key}: a plain ViT of that library has no such parameter; export"
-        " .npz, or fold the norm first"
+        f"{key}: a plain ViT of that library has no such parameter; export .npz"
       )
     name, layout = ours_to_theirs[template]
     converted[name.format(i=index)] = np.ascontiguousarray(

@@ -1,4 +1,4 @@
-"""Fold norms that are linear in evaluation into the linear layers beside."""
+"""Fold norms that are linear in evaluation into adjacent linear layers."""
 
 import re
 from typing import Any

@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   )
   parser.add_argument(
     "--index",
-    type=_index,
+    type=cli.index,
     default=0,
     metavar="N",
     help="index of the test image for the attention maps (default: 0)",
@@ -52,9 +52,3 @@ def _run(args):
   print(table)
   for path in paths:
     print(path)
-
-
-def _index(text):
-  if not text.isdecimal():
-    raise argparse.ArgumentTypeError(f"{text!r} is not an integer >= 0")
-  return int(text)

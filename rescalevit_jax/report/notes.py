@@ -29,9 +29,8 @@ def describe(study: run_groups.Study) -> list[str]:
     " that differ only in the seed. A single run has no deviation.",
     "Best is the highest accuracy of all evaluations of a run, so it is"
     " selected on the test set. Last is the accuracy after the last step.",
-    "The 95 % interval (Wilson) is that of the mean last accuracy for the"
-    " sampling of the test images; it does not include the variation between"
-    " seeds.",
+    "The 95 % interval (Wilson) of the mean last accuracy covers the sampling"
+    " of test images, not the variation between seeds.",
     "Minutes cover the whole run, including compilation and evaluation;"
     " images/s cover training only.",
   ]

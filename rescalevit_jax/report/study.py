@@ -4,17 +4,16 @@ r"""Run RescaleViT's study on a dataset; write its tables and figures.
 
 trains ViT-B_16, B_32, L_32 and L_16 in RUNS_DIR, each with LN from pretrained
 weights (DIR/MODEL.npz), then with LN, BN, GN and Rescale from scratch. The same
-command again resumes. At the end, or when --minutes are over, it writes to
-RUNS_DIR the files of rescalevit_jax.report, and in the form of RescaleViT's
-page:
+command again resumes. At the end, or at the time limit, it writes the files of
+rescalevit_jax.report to RUNS_DIR, and in the form of RescaleViT's page:
 
 study.md             accuracies and minutes beside the published ones
 curves-MODEL.png     test loss and accuracy of each norm
 attention-MODEL.png  attention of head 0 in blocks 0, 3, 6 and 9 for each norm
 
 Flags of rescalevit_jax.sweep are passed on, such as --minutes=60, --jobs=4,
---dry_run, --grid seed=0,1,2 or --config.dtype=bfloat16. Exit code: as of a
-sweep.
+--dry_run, --grid seed=0,1,2 or --config.dtype=bfloat16. Exit code: that
+of the sweep.
 """
 
 import argparse
@@ -25,6 +24,7 @@ import sys
 from rescalevit_jax import errors
 from rescalevit_jax.report import output
 from rescalevit_jax.report import study_page
+from rescalevit_jax.runs import folder
 from rescalevit_jax.runtime import cli
 from rescalevit_jax.runtime import terminal
 from rescalevit_jax.sweep import command_line
@@ -66,7 +66,7 @@ def _parser():
   )
   parser.add_argument(
     "--index",
-    type=int,
+    type=cli.index,
     default=0,
     metavar="N",
     help="index of the test image for the attention maps (default: 0)",
@@ -88,7 +88,8 @@ def _run(args, rest):
   outcome = command_line.execute(options, runs)
   if outcome is None:
     return 0
-  if not outcome.stopped or outcome.out_of_time:
+  begun = any((run.workdir / folder.CONFIG).exists() for run in runs)
+  if begun and (not outcome.stopped or outcome.out_of_time):
     _, paths = output.write(runs_dir, runs_dir, args.index)
     paths += study_page.write(
       [run.config for run in runs], pathlib.Path(runs_dir), args.index

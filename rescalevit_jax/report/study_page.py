@@ -1,5 +1,6 @@
 """Write a study in the form of RescaleViT's page: tables and figures."""
 
+import collections
 from collections.abc import Mapping, Sequence
 import dataclasses
 import pathlib
@@ -22,9 +23,9 @@ from rescalevit_jax.runtime import atomic_file
 from rescalevit_jax.runtime import markdown
 
 _INTRO = """\
-Test accuracy in %: best of all evaluations, which selects on the test images,
-and after the last step; ± is the standard deviation over seeds. Published:
-RescaleViT's README and logs, one run each on an RTX 3090.
+Test accuracy in %. Best: the highest of all evaluations, so it is selected on
+the test images. Last: after the last step. ± is the standard deviation over
+seeds. Published: RescaleViT's README and logs, one run each on an RTX 3090.
 """
 _HEADINGS = (
   "norm",
@@ -40,20 +41,43 @@ _HEADINGS = (
 
 @dataclasses.dataclass(frozen=True)
 class _Entry:
-  """A planned recipe with its runs, finished ones first."""
+  """A planned recipe with its runs, finished ones first.
 
-  label: str
+  Attributes:
+    config: of a planned run.
+    planned: number of planned runs.
+    settings: the keys that differ between recipes, as KEY=VALUE.
+    runs: the runs so far.
+    row: of `tables.rows`; None if no run has finished.
+  """
+
   config: ml_collections.ConfigDict
+  planned: int
+  settings: Sequence[str]
   runs: Sequence[run_reader.Run]
-  row: Mapping[str, Any] | None  # Of `tables.rows`, if a run has finished.
+  row: Mapping[str, Any] | None
+
+  @property
+  def label(self):
+    """The norm and the settings."""
+    start = ["pretrained"] if self.config.pretrained_path else []
+    return ", ".join([self.config.model.norm, *start, *self.settings])
+
+  @property
+  def weights(self):
+    """The origin of the weights, as text."""
+    start = "pretrained" if self.config.pretrained_path else "from scratch"
+    unfinished = [] if self.row else [self.state]
+    return ", ".join([start, *self.settings, *unfinished])
 
   @property
   def state(self):
-    """What has been run, as text."""
+    """The progress of the runs, as text."""
     if not self.runs:
       return "not run"
     finished = sum(run.is_finished for run in self.runs)
-    parts = [f"{finished} finished"] if finished else []
+    missing = f" of {self.planned}" * (finished < self.planned)
+    parts = [f"{finished}{missing} finished"] if finished else []
     for run in self.runs[finished:]:
       diverged = ", diverged" * result_lib.has_diverged(run.result)
       parts.append(f"step {run.step} of {run.config.total_steps}{diverged}")
@@ -108,14 +132,15 @@ def _entries(configs, study):
     for group, row in zip(study.groups, tables.rows(study), strict=True)
   }
   varied = run_groups.varied_keys(configs)
+  planned = collections.Counter(map(run_reader.recipe, configs))
   entries = []
   for recipe, config in {run_reader.recipe(x): x for x in configs}.items():
     values = config_lib.flatten(config)
-    parts = [config.model.norm]
-    parts += ["pretrained"] if config.pretrained_path else []
-    parts += [f"{key}={values[key]}" for key in varied]
+    settings = [f"{key}={values[key]}" for key in varied]
     runs = runs_by_recipe.get(recipe, [])
-    entries.append(_Entry(", ".join(parts), config, runs, rows.get(recipe)))
+    entries.append(
+      _Entry(config, planned[recipe], settings, runs, rows.get(recipe))
+    )
   return entries
 
 
@@ -161,8 +186,7 @@ def _attention(entries, study, index):
     if model is None:
       problems.append(f"No attention of {entry.label}: {reason}")
     else:
-      start = "pretrained" if entry.config.pretrained_path else "from scratch"
-      model.name = start if entry.row else f"{start}, {entry.state}"
+      model.name = entry.weights
       models.append(model)
   if not models:
     return None, problems

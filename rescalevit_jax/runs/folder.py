@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 import json
 import pathlib
-import re
 
 import ml_collections
 
@@ -52,10 +51,10 @@ def evaluation(
   workdir = pathlib.Path(workdir)
   if config.eval_dataset is None and config.eval_split is None:
     return workdir
-  name = (config.eval_dataset or config.dataset).removesuffix("/*")
+  name = config.eval_dataset or config.dataset
   if config.eval_split is not None:
     name += f"-{config.eval_split}"
-  return workdir / EVALUATIONS / re.sub(r"[^\w.+=-]+", "_", name)
+  return workdir / EVALUATIONS / name.replace("/*", "_all").replace("/", "_")
 
 
 def checkpoints(workdir: str | pathlib.Path, kind: str) -> pathlib.Path:

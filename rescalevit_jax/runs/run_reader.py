@@ -144,7 +144,7 @@ def group(runs: Iterable[Run]) -> list[tuple[Run, ...]]:
 
 
 def recipe(config: ml_collections.ConfigDict) -> tuple[Any, ...]:
-  """Return what runs share that differ only in the seed and resumable keys."""
+  """Return the values of all keys except the seed and resumable ones."""
   values = config_lib.flatten(config)
   return tuple(values[key] for key in _identifying_keys())
 

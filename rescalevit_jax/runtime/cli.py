@@ -1,7 +1,9 @@
 """Run a command: a user's mistake becomes one line and an exit code."""
 
+import argparse
 from collections.abc import Callable, Sequence
 import os
+import pathlib
 import sys
 
 import jax
@@ -47,6 +49,23 @@ def arguments(argv: Sequence[str] | None = None) -> list[str]:
       )
     expanded.append(flag + equals + os.path.expanduser(value))
   return expanded
+
+
+def index(text: str) -> int:
+  """Parse the value of a flag that is an index, for argparse."""
+  if not text.isdecimal():
+    raise argparse.ArgumentTypeError(f"{text!r} is not an integer >= 0")
+  return int(text)
+
+
+def check_output(path: str | os.PathLike[str]) -> None:
+  """Raise UserError unless the file of --output can be written."""
+  path = pathlib.Path(path)
+  if path.is_dir() or not os.access(path.parent, os.W_OK):
+    raise errors.UserError(
+      f"--output: {path} cannot be written; choose a file in a folder that"
+      " exists"
+    )
 
 
 def run(body: Callable[[], int | None]) -> int:

@@ -16,8 +16,7 @@ the others. More examples:
   ... --jobs=4
       four runs at a time, which share the GPUs
   ... --minutes=60
-      stop after an hour, with checkpoints; the runs that teach most per minute
-      are first, by their measured rates
+      stop after an hour, with checkpoints; first seeds and fast runs are first
   ... --cluster=slurm --slurm_args timeout_min=600 \
       --slurm_args slurm_partition=gpu --slurm_args gpus_per_node=1
       submit the runs as one Slurm array, through submitit

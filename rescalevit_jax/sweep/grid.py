@@ -48,7 +48,7 @@ class PlannedRun:
 
 
 def repository_config(reference: str) -> str:
-  """Return a config of this repository, FILE or FILE:ARGS, with its folder.
+  """Return the path of a config of this repository, FILE or FILE:ARGS.
 
   Raises:
     UserError: the package is not used from a checkout of the repository.

@@ -42,7 +42,7 @@ class TimeLimit:
   def choose(
     self, items: Sequence[_T], seconds: Callable[[_T], float]
   ) -> _T | None:
-    """Return the first item that ends in time, the first one if none does.
+    """Return the first item that ends in time, or the first if none does.
 
     Args:
       items: at least one item, the most valuable first.
@@ -58,12 +58,12 @@ class TimeLimit:
 
 
 class Chooser:
-  """Chooses the run that teaches most per minute and ends in time.
+  """Chooses the run with the most value per minute that ends in time.
 
-  The n-th seed of a recipe counts 1/n of a first one. Rates are measured: by
-  the run itself, else by the run with the nearest FLOPs per step, in
-  proportion. Before anything is measured, FLOPs stand for minutes and no run is
-  known to end in time.
+  The n-th seed of a recipe has the value 1/n. Durations follow from the
+  measured seconds per step: of the run itself, else in proportion of the run
+  with the nearest FLOPs per step. Before any measurement, FLOPs replace
+  durations and no run is known to end in time.
 
   Args:
     runs: all runs of the sweep, in order.

@@ -5,7 +5,6 @@ import logging
 import pathlib
 from typing import Any
 
-from flax import linen as nn
 import jax
 import ml_collections
 
@@ -43,13 +42,14 @@ def evaluate_run(
   """
   workdir = pathlib.Path(workdir)
   experiment, model, variables, info = _load(config, workdir)
+  evaluator = evaluate.create_evaluator(experiment, model)
   results = {}
   names = _datasets(config)
   for i, name in enumerate(names, start=1):
     if len(names) > 1:
       _log.info("dataset %d/%d: %s", i, len(names), name)
-    evaluator, split = _evaluator(experiment, model, name)
-    logits, labels = evaluator.logits(*variables)
+    images, split = _images(experiment, name)
+    logits, labels = evaluator.on(images).logits(*variables)
     results[name] = scores.evaluation(
       logits,
       labels,
@@ -91,10 +91,11 @@ def probe_run(
       f"config: eval_dataset ({config.eval_dataset}) is {len(others) + 1}"
       " datasets; choose one of them to probe"
     )
-  evaluator, split = _evaluator(experiment, model, name)
+  images, split = _images(experiment, name)
+  evaluator = evaluate.create_evaluator(experiment, model)
   _log.info("computing the features of the training images")
   train = evaluator.on(experiment.train_loader).features(*variables)
-  test, labels = evaluator.features(*variables)
+  test, labels = evaluator.on(images).features(*variables)
   classes = experiment.dataset.num_classes
   linear, penalty = frozen_features.linear_probe_logits(*train, test, classes)
   found = {
@@ -113,7 +114,7 @@ def probe_run(
 
 
 def _load(config, workdir):
-  """Load the weights of `eval_weights`; return also what results say of them.
+  """Load the weights of `eval_weights`.
 
   Returns:
     Experiment, model, its variables and {"weights": ..., "step": ...}.
@@ -140,14 +141,11 @@ def _datasets(config):
   return dataset_lib.expand(config.eval_dataset, config.tfds_data_dir)
 
 
-def _evaluator(
-  experiment: experiment_lib.Experiment, model: nn.Module, name: str
-) -> tuple[evaluate.Evaluator, str]:
-  """Return the evaluator of a dataset's images, and the name of their split."""
+def _images(experiment, name):
+  """Return the images of a dataset to evaluate on, and their split's name."""
   config, own = experiment.config, experiment.dataset
-  evaluator = evaluate.create_evaluator(experiment, model)
   if config.eval_dataset is None and config.eval_split is None:
-    return evaluator, own.test_split
+    return experiment.test_loader, own.test_split
   keys = dict(config.data)
   if config.eval_split is not None:
     keys |= {"test_split": config.eval_split, "split_key": "eval_split"}
@@ -161,7 +159,7 @@ def _evaluator(
       f" {', '.join(own.class_names[:3])}, ...; choose a dataset with the"
       " run's classes"
     )
-  return evaluator.on(loader.Loader(images, experiment.mesh)), split
+  return loader.Loader(images, experiment.mesh), split
 
 
 def _output(config, workdir):

@@ -26,7 +26,7 @@ def scores(
   labels: Int[np.ndarray, " N"],
   class_names: Sequence[str],
 ) -> dict[str, Any]:
-  """Compute everything that result files say of an evaluation.
+  """Compute the scores of an evaluation.
 
   Returns:
     `examples`, `accuracy` with `accuracy_interval`, `top5` (with more than five

@@ -130,21 +130,43 @@ def test_attention_is_of_each_norm_that_has_weights(
   assert "- No attention: digits has no test image 1000000" in text
 
 
+def test_runs_of_a_grid_are_told_apart(tiny_config, tmp_path, monkeypatch):
+  """By their settings; a missing seed shows in the state."""
+  names, configs = [], []
+  monkeypatch.setattr(
+    attention_plots,
+    "draw",
+    lambda kind, models, image: names.extend(m.name for m in models),
+  )
+  for base_lr in (0.1, 0.2):
+    for seed in (0, 1):
+      config = tiny_config.copy_and_resolve_references()
+      config.base_lr, config.seed = base_lr, seed
+      configs.append(config)
+    fake_runs.write_with_checkpoint(tmp_path / f"{base_lr}", config)
+  study_page.write(configs, tmp_path, 0)
+  assert names == ["from scratch, base_lr=0.1", "from scratch, base_lr=0.2"]
+  assert (tmp_path / "study.md").read_text().count("| 1 of 2 finished |") == 2
+
+
 @pytest.mark.parametrize(
-  "outcome, written",
+  "outcome, begun, written",
   [
-    (schedule.Outcome(stopped=True), False),
-    (schedule.Outcome(stopped=True, out_of_time=True), True),
-    (schedule.Outcome(failed=[(None, "error: broke")]), True),
+    (schedule.Outcome(stopped=True), True, False),
+    (schedule.Outcome(stopped=True, out_of_time=True), True, True),
+    (schedule.Outcome(stopped=True, out_of_time=True), False, False),
+    (schedule.Outcome(failed=[(None, "error: broke")]), True, True),
   ],
 )
 def test_files_are_written_unless_a_signal_stops(
-  outcome, written, tmp_path, monkeypatch
+  outcome, begun, written, tmp_path, monkeypatch
 ):
   calls = []
 
   def execute(runs, runs_dir, *, jobs, minutes):
     calls.append((len(runs), os.fspath(runs_dir), jobs, minutes))
+    if begun:
+      fake_runs.write(runs[0].workdir)
     return outcome
 
   monkeypatch.setattr(execution, "execute", execute)
@@ -163,3 +185,6 @@ def test_files_are_written_unless_a_signal_stops(
 def test_an_invalid_flag_is_one_line(capsys):
   assert study.main(["--minuts=5"]) == 2
   assert "--minutes" in capsys.readouterr().err.splitlines()[-1]
+  with pytest.raises(SystemExit):
+    study.main(["--index=-1", "--dry_run"])
+  assert "integer >= 0" in capsys.readouterr().err.splitlines()[-1]

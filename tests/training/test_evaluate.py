@@ -116,7 +116,7 @@ def test_a_finished_run_has_all_scores(finished):
   assert written["accuracy"] == result["last_accuracy"]
   np.testing.assert_allclose(written["loss"], result["last_loss"], rtol=1e-5)
   low, high = result["accuracy_interval"]
-  assert low < result["last_accuracy"] < high or low < high
+  assert low <= result["last_accuracy"] <= high and low < high
   assert 0 <= result["train_accuracy"] <= 1
   assert result["examples_evaluated"] == written["examples"] == 12
   with open(workdir / "confusion.csv", newline="") as f:
@@ -149,8 +149,8 @@ def test_another_split_of_the_runs_dataset(finished):
   found = evaluate_run.evaluate_run(config, workdir)
   assert found["examples"] == 9 + 12 and found["split"] == config.eval_split
   assert found["dataset"] == config.dataset
-  (output,) = (workdir / "evaluations").glob("*train_50_+test")
-  assert output == folder.evaluation(workdir, config)
+  output = folder.evaluation(workdir, config)
+  assert output.parent == workdir / "evaluations"
   assert json.loads((output / "eval.json").read_text()) == found
   with np.load(output / "predictions.npz") as saved:
     assert len(saved["labels"]) == 21
@@ -164,6 +164,15 @@ def test_another_split_of_the_runs_dataset(finished):
   config.eval_split, config.data.test_split = None, "train"
   with pytest.raises(errors.UserError, match="config.eval_split"):
     evaluate_run.evaluate_run(config, workdir)
+
+
+def test_results_of_different_images_are_in_different_folders(tmp_path):
+  config, found = config_lib.default(), set()
+  for config.eval_dataset in (None, "other", "other/a", "other/*"):
+    for config.eval_split in (None, "test[:50%]", "test[50%:]", "test[50:]"):
+      found.add(folder.evaluation(tmp_path, config))
+  assert len(found) == 16 and tmp_path in found
+  assert {x.parent for x in found - {tmp_path}} == {tmp_path / "evaluations"}
 
 
 def test_all_corruptions_of_a_data_set(finished, monkeypatch):
@@ -185,7 +194,12 @@ def test_all_corruptions_of_a_data_set(finished, monkeypatch):
     return part, "test", own.class_names
 
   monkeypatch.setattr(evaluate_run.dataset_lib, "load_test", load_test)
+  compiled, step = [], evaluate.compiled_step
+  monkeypatch.setattr(
+    evaluate, "compiled_step", lambda *x: compiled.append(x) or step(*x)
+  )
   found = evaluate_run.evaluate_run(config, workdir)
+  assert len(compiled) == 1
   assert list(found["datasets"]) == [f"corrupted/{x}" for x in names]
   accuracy = {k: x["accuracy"] for k, x in found["datasets"].items()}
   blur = 1 - accuracy["corrupted/blur_1"]
