@@ -134,6 +134,19 @@ def size_mismatch(
   )
 
 
+def position_mismatch(
+  path: str, file: Mapping[str, Any], model: Mapping[str, Any]
+) -> str | None:
+  """Return an error message if only one side has norm_position=post."""
+  theirs, ours = _position(file), _position(model)
+  if "post" not in (theirs, ours) or theirs == ours:
+    return None
+  return (
+    f"{path}: holds a model with norm_position={theirs}, the model has {ours};"
+    f" set --config.model.norm_position={theirs}"
+  )
+
+
 def sizes(arrays: Mapping[str, Any]) -> dict[str, int | None]:
   """Infer the sizes of a `ViTConfig`.
 

@@ -137,6 +137,7 @@ def _carry_out(path, plan, checkpoint, model, allow_nonfinite):
       details += f"; and {len(problems) - 3} more"
     raise errors.UserError(
       detect.size_mismatch(path, arrays, model, details)
+      or detect.position_mismatch(path, arrays, model)
       or f"{path}: does not fit the model: {details}"
     )
   if plan.derive:

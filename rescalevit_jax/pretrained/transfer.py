@@ -13,7 +13,8 @@ import numpy as np
 from rescalevit_jax.pretrained import detect
 from rescalevit_jax.pretrained import param_keys
 
-_FINAL_NORM = "encoder_norm"
+# Norms outside the blocks, whose names do not show the kind of norm.
+_OUTSIDE = ("embedding_norm", "encoder_norm")
 _AFFINE = {"scale", "bias"}
 
 
@@ -48,13 +49,15 @@ def renamed_affine(
 
   Returns:
     The model's keys by the file's. Empty if the norms have the same name, if
-    one of them lacks scale or bias, or if the file has two norms at a site.
+    only one of them has a scale or a bias, or if the file has two norms at a
+    site.
   """
   ours, theirs = _in_blocks(model), _in_blocks(file)
   both = (ours, theirs)
   if {slot for slot, _ in ours} & {slot for slot, _ in theirs}:
     return {}
-  if not all({leaf for _, leaf in keys} >= _AFFINE for keys in both):
+  affine, others = ({leaf for _, leaf in keys} & _AFFINE for keys in both)
+  if affine != others:
     return {}
   our_slots = {_site(slot): slot for slot, _ in ours}
   names = {
@@ -119,16 +122,15 @@ def _compare_norms(file, model, difference):
   """Compare parameters and statistics of the norms.
 
   Parameters are not copied if the norms have different names. Statistics are
-  not copied if they have no key in common, as when only one side has any. If
+  not copied if no block has one in common, as when only one side has any. If
   the file has only a part of the model's, that is an error of the file.
   """
   ours, theirs = (
     {key: slot for key in keys if (slot := _norm_slot(key))}
     for keys in (model, file)
   )
-  # All final norms have one name, so only the blocks' norms are compared.
   our_slots, their_slots = (
-    {*slots.values()} - {_FINAL_NORM} for slots in (ours, theirs)
+    {*slots.values()}.difference(_OUTSIDE) for slots in (ours, theirs)
   )
   if their_slots and not their_slots & our_slots:
     difference.add(
@@ -140,16 +142,16 @@ def _compare_norms(file, model, difference):
   ours, theirs = (
     {key for key in keys if _is_statistic(key)} for keys in (model, file)
   )
-  if not ours & theirs:
+  if all(_is_outside(key) for key in ours & theirs):
     difference.add(ours, theirs)
 
 
 def _compare_options(file, model, difference):
   """Compare the arrays of each option; skip options of one side only."""
-  for name in detect.OPTIONS:
+  groups = ({*map(_option, keys)} - {None} for keys in (model, file))
+  for group in set().union(*groups):
     ours, theirs = (
-      {key for key in keys if detect.option(key) == name}
-      for keys in (model, file)
+      {key for key in keys if _option(key) == group} for keys in (model, file)
     )
     if not ours & theirs:
       difference.add(ours, theirs)
@@ -165,7 +167,7 @@ def _in_blocks(keys: Iterable[str]) -> dict[tuple[str, str], list[str]]:
   found: dict[tuple[str, str], list[str]] = {}
   for key in keys:
     slot = _norm_slot(key)
-    if slot not in (None, _FINAL_NORM):
+    if slot not in (None, *_OUTSIDE):
       found.setdefault((slot, _leaf(key)), []).append(key)
   return found
 
@@ -180,15 +182,28 @@ def _leaf(key):
 
 def _norm_slot(key: str) -> str | None:
   """Return 'LayerNorm_0', 'encoder_norm', ...; None if key is no norm's."""
+  for name in _OUTSIDE:
+    if key.startswith(f"Transformer/{name}/"):
+      return name
   if detect.option(key) is not None:
     return None
-  if key.startswith(f"Transformer/{_FINAL_NORM}/"):
-    return _FINAL_NORM
   block = param_keys.BLOCK.fullmatch(key)
   if not block or re.match("MultiHeadDotProductAttention|MlpBlock", block[3]):
     return None
   return block[3]
 
 
+def _option(key: str) -> str | None:
+  """Return `detect.option`, with statistics apart for norms after a branch."""
+  name = detect.option(key)
+  apart = name == "norm_position" and key.startswith(param_keys.STATS)
+  return f"{name} statistics" if apart else name
+
+
+def _is_outside(key: str) -> bool:
+  return f"/{key}".split("/")[-2] in _OUTSIDE
+
+
 def _is_statistic(key: str) -> bool:
-  return key.startswith(param_keys.STATS) and detect.option(key) is None
+  option = None if _is_outside(key) else detect.option(key)
+  return key.startswith(param_keys.STATS) and option is None

@@ -315,6 +315,47 @@ def test_scale_and_bias_are_copied_to_another_norm(source, norm, tmp_path):
   assert any("only scale and bias" in note for note in report.notes)
 
 
+@pytest.mark.parametrize(
+  "source, norm, options",
+  [
+    ("BN", "PRepBN", {}),
+    ("PRepBN", "BN", {}),
+    ("Fade", "TaperLN", {}),
+    ("RMS", "TaperRMS", {}),
+    ("TaperRMS", "BHyT", {}),
+    ("LN", "DyT", {"embedding_norm": True}),
+    ("PRepBN", "BN", {"embedding_norm": True}),
+    ("BN", "LN", {"norm_position": "peri"}),
+    ("BN", "Fade", {"norm_position": "peri"}),
+    ("TaperLN", "PRepBN", {"norm_position": "peri"}),
+  ],
+)
+def test_only_scale_and_bias_of_another_norm_load(
+  source, norm, options, tmp_path
+):
+  """Also where both have equal names of other arrays, as final norms do."""
+  path = trees.write(tmp_path, trees.arrays(source, **options))
+  target = trees.arrays(norm, seed=1, **options)
+  params, stats, _ = load.load(path, *trees.fresh(norm, seed=1, **options))
+  found = trees.flat(params, stats)
+  for key, x in target.items():
+    is_affine = key.endswith(("/scale", "/bias"))
+    is_peri = "/Peri" in key and "LayerNorm" not in key
+    is_norm = re.search(r"_norm/|encoderblock_\d/[^/]+/\w+$", key)
+    stays = is_norm and (is_peri or not is_affine)
+    assert np.array_equal(found[key], x) == bool(stays), key
+
+
+@pytest.mark.parametrize("source, model", [("pre", "post"), ("post", "peri")])
+def test_post_norms_load_into_post_norms_only(source, model, tmp_path):
+  path = trees.write(tmp_path, trees.arrays(norm_position=source))
+  trees.refuses(
+    path,
+    f"norm_position={source}, the model has {model}; set --config",
+    target=trees.fresh("LN", seed=1, norm_position=model),
+  )
+
+
 def test_two_norms_at_one_site_are_dropped(tmp_path):
   saved = trees.arrays("LN")
   stray = "Transformer/encoderblock_0/Foo_0/scale"
