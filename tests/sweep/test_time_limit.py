@@ -1,6 +1,7 @@
 """The order of runs under a time limit."""
 
 import json
+import shutil
 import sys
 import time
 
@@ -9,8 +10,10 @@ import paths
 import pytest
 
 from rescalevit_jax import config as config_lib
+from rescalevit_jax.runs import folder
 from rescalevit_jax.sweep import command_line
 from rescalevit_jax.sweep import execution
+from rescalevit_jax.sweep import grid
 from rescalevit_jax.sweep import time_limit
 
 MODELS = ("ViT-L_16", "ViT-B_16", "ViT-B_32")
@@ -146,6 +149,15 @@ def test_a_damaged_or_early_checkpoint_counts_as_unmeasured(text, tmp_path):
   path = run.workdir / "checkpoints" / "last" / "100" / "progress" / "metadata"
   path.write_text(text)
   assert time_limit.pace(run) is None
+
+
+def test_the_rate_of_a_saved_checkpoint(default_run, tmp_path, monkeypatch):
+  """Orbax may change its files."""
+  monkeypatch.setattr(time_limit, "_MIN_TIMED_STEPS", 1)
+  shutil.copytree(default_run / "checkpoints", tmp_path / "checkpoints")
+  config = folder.require_config(default_run)
+  run = grid.PlannedRun(tmp_path, "", (), config)
+  assert time_limit.pace(run) > 0
 
 
 def test_the_limit_stops_the_runs_and_leaves_the_rest(
