@@ -58,8 +58,9 @@ def _parser():
     metavar="FILE[:ARGS]",
     help="a checkpoint file; repeatable. Some options cannot be inferred from"
     " the file; append them, separated by commas: the norm GN, which has the"
-    " arrays of LN; tanh for Google's files, whose GELU is not erf; gap and"
-    " c=NUMBER for model.pool and model.residual_c. Example: a.npz:GN,tanh",
+    " arrays of LN; tanh for Google's files, whose GELU is not erf; gap,"
+    " convex, depth_scaling, c=NUMBER, eps=NUMBER and groups=NUMBER for other"
+    " model keys. Example: a.npz:GN,tanh",
   )
   add(
     "--checkpoint",

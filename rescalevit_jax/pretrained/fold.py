@@ -58,8 +58,8 @@ def fold(
   found = detect.settings(arrays)
   if found["norm_position"] != "pre" or found["embedding_norm"]:
     raise errors.UserError(
-      "--fold: only norms before linear layers fold; export without --fold a"
-      " model with norm_position=post or peri, or embedding_norm"
+      "--fold: only norms before linear layers fold, so norm_position=post or"
+      " peri and embedding_norm do not; export without --fold"
     )
   arrays = sigma_kernels.to_plain(
     {key: _astype(x, np.float64) for key, x in arrays.items()}
