@@ -115,6 +115,12 @@ def _conflicts(config):
       f"model.alpha_init ({config.model.alpha_init}) needs a calibration; set"
       " calibration=auto"
     )
+  if config.spectral_cap and config.model.sigma_reparam:
+    yield (
+      f"spectral_cap ({config.spectral_cap}) has no effect with"
+      " model.sigma_reparam, which learns the singular values; choose one of"
+      " them"
+    )
   if config.augment.pad_crop and config.augment.crop:
     yield (
       f"augment.pad_crop ({config.augment.pad_crop}) and augment.crop are both"

@@ -21,6 +21,7 @@ NORM_POSITIONS = ("pre", "post", "peri")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 SIZES = ("patch_size", "hidden_size", "mlp_dim", "num_heads", "num_layers")
+_CONSTANTS = ("residual_c", "layerscale_init", "gn_groups", "norm_epsilon")
 # Ti to H: Dosovitskiy et al. 2021 (arXiv:2010.11929), Table 1, and Steiner et
 # al. 2022 (arXiv:2106.10270), Table 2. XS is ours, for small images on a CPU.
 VARIANTS = {
@@ -132,7 +133,7 @@ class ViTConfig:
         raise errors.UserError(
           f"{key}: unknown {value!r}; {errors.nearest(str(value), valid)}"
         )
-    for key in (*SIZES, "residual_c", "layerscale_init", "gn_groups"):
+    for key in (*SIZES, *_CONSTANTS):
       value = getattr(self, key)
       if value is not None and value <= 0:
         raise errors.UserError(

@@ -3,6 +3,7 @@
 import logging
 import os
 import time
+from typing import Any
 
 from flax import linen as nn
 import jax
@@ -83,6 +84,22 @@ def warn_of_idle_gpu() -> None:
     _log.warning(
       "JAX does not see the NVIDIA GPU of this machine; install"
       " `pip install -e '.[cuda13]'` (or cuda12)"
+    )
+
+
+def warn_of_unfinished_norms(schedule: Any, passes: int, skipped: int) -> None:
+  """Warn if norms have not faded by the end because of skipped steps.
+
+  Args:
+    schedule: of the model's norms, or None.
+    passes: training passes that were not skipped.
+    skipped: number of steps skipped in float16.
+  """
+  if schedule is not None and skipped and schedule.end > passes:
+    _log.warning(
+      "fade.end: norms have not faded, as float16 skipped %d steps; lower"
+      " fade.end or set dtype=float32 in a new --workdir",
+      skipped,
     )
 
 

@@ -123,8 +123,18 @@ class Trainer:
       if stop.requested or at_end:
         self._profile.end(self._state)
         self._checkpoints.wait()
+        if at_end:
+          self._warn_of_unfinished_norms()
         return progress.last_step == config.total_steps
       self._step(*next(batches))
+
+  def _warn_of_unfinished_norms(self):
+    skipped, config = self._progress.skipped_steps, self._config
+    progress_lib.warn_of_unfinished_norms(
+      self._experiment.model.config.norm_schedule,
+      (config.total_steps - skipped) * config.accum_steps,
+      skipped,
+    )
 
   def _step(self, images, labels):
     """Dispatch a step, then log the metrics of the previous one."""

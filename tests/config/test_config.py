@@ -106,6 +106,13 @@ def test_bad_values_name_the_key_and_what_is_valid(key, value, words):
   assert "\n" not in str(e.value)
 
 
+def test_sigma_reparam_would_undo_a_spectral_cap():
+  config = config_lib.default()
+  config.spectral_cap, config.model.sigma_reparam = 1.0, True
+  with pytest.raises(errors.UserError, match="spectral_cap .1.0. has no eff"):
+    config_lib.validate(config)
+
+
 @pytest.mark.parametrize("key", ["mixup", "cutmix"])
 def test_one_image_cannot_be_mixed(key):
   config = config_lib.default()

@@ -97,11 +97,13 @@ def test_tapers_statistics_by_hand(Norm):
   np.testing.assert_allclose(y[1] - y[2], 3 * (y[0] - y[2]), rtol=1e-4)
 
 
-def test_anchor_loss_by_hand():
-  schedules = taper.Schedule(0, 4, 1.0, True, 0.25)
+@pytest.mark.parametrize("tokens", [1, None])
+def test_anchor_loss_by_hand(tokens):
+  """With the class token as the head's input, only its size counts."""
+  schedules = taper.Schedule(0, 4, 1.0, True, 0.25, tokens)
   assert schedules.at_site(1, 3) == taper.SiteSchedule(0, 4, 0.0)
   final = schedules.at_site(2, 3)
-  assert final == taper.SiteSchedule(0, 4, 0.25)
+  assert final == taper.SiteSchedule(0, 4, 0.25, tokens)
   kept = dataclasses.replace(schedules, final=False).at_site(2, 3)
   assert kept.anchor == 0 and kept.faded(jnp.int32(10**9)) == 0
   module = taper.TaperLN(D, schedule=final)
@@ -115,7 +117,10 @@ def test_anchor_loss_by_hand():
       mutable=["batch_stats", "losses"],
     )
     (loss,) = jax.tree.leaves(new[traits.LOSSES])
-    sigma = np.sqrt(X.var(-1) + 1e-6)
+    sigma = np.sqrt(X[:, :tokens].var(-1) + 1e-6)
+    if not active:
+      target = new["batch_stats"]["target"]
+      np.testing.assert_allclose(target, sigma.mean(), rtol=1e-5)
     want = active * 0.25 * ((sigma - 1.5) ** 2).mean()
     np.testing.assert_allclose(loss, want, rtol=1e-5)
 

@@ -145,6 +145,7 @@ def test_saturation_is_measured_at_every_position(position):
     ({"norm_position": "post", "norm_depth_scaling": True}, "choose pre or"),
     ({"norm": "GN", "gn_groups": 3}, "8 is not divisible by the 3 groups"),
     ({"layerscale_init": 0.0}, "layerscale_init: 0.0 is not > 0"),
+    ({"norm_epsilon": 0.0}, "norm_epsilon: 0.0 is not > 0"),
   ],
 )
 def test_refused_combinations(options, message):
@@ -170,12 +171,6 @@ def test_placement_is_inferred_from_a_file(options, tmp_path):
   if options["norm_position"] == "peri":
     with pytest.raises(errors.UserError, match="--fold: only norms before"):
       fold.fold("Cal", params, stats)
-
-
-def test_a_pre_norm_file_does_not_fit_a_post_norm_model(tmp_path):
-  path = trees.write(tmp_path, trees.arrays())
-  target = trees.fresh(norm_position="post", seed=1)
-  trees.refuses(path, "encoder_norm", target=target)
 
 
 def test_constants_are_words_after_a_file(tmp_path):

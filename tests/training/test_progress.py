@@ -7,6 +7,7 @@ import pytest
 
 from rescalevit_jax import models
 from rescalevit_jax.models import flops
+from rescalevit_jax.models.norms import taper
 from rescalevit_jax.runtime import terminal
 from rescalevit_jax.training import progress
 
@@ -63,6 +64,17 @@ def test_an_idle_gpu_is_one_warning(monkeypatch, caplog):
   monkeypatch.setattr(progress.os.path, "exists", lambda path: False)
   progress.warn_of_idle_gpu()
   assert not caplog.records
+
+
+def test_unfinished_norms_are_one_warning(caplog):
+  warn, end = progress.warn_of_unfinished_norms, taper.Schedule(0, 90.0, 1.0)
+  warn(None, 50, 2)
+  warn(end, 90, 2)
+  warn(end, 50, 0)
+  assert not caplog.records
+  warn(end, 88, 2)
+  (record,) = caplog.records
+  assert "fade.end: " in record.message and "skipped 2" in record.message
 
 
 def test_a_long_run_is_estimated(monkeypatch, caplog):

@@ -15,9 +15,16 @@ from rescalevit_jax.models.ops import normalization
 
 @dataclasses.dataclass(frozen=True)
 class SiteSchedule(schedule_lib.SiteSchedule):
-  """The schedule of one site, with the weight of its anchor loss."""
+  """The schedule of one site.
+
+  Attributes:
+    anchor: weight of its anchor loss.
+    tokens: number of leading tokens that statistics and anchor loss use; None:
+      all.
+  """
 
   anchor: float = 0.0
+  tokens: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,17 +34,20 @@ class Schedule(schedule_lib.Schedule):
   Attributes:
     final: whether the final norm tapers, too.
     anchor: weight of the anchor loss at the final norm.
+    head_tokens: number of leading tokens that the head sees; None: all.
   """
 
   final: bool = True
   anchor: float = 0.0
+  head_tokens: int | None = None
 
   def at_site(self, site, num_sites):
     if site < num_sites - 1:
       return SiteSchedule(*self.span(site, num_sites))
-    never = 2.0**31, 2.0**31
-    span = self.span(site, num_sites) if self.final else never
-    return SiteSchedule(*span, self.anchor if self.final else 0.0)
+    if not self.final:
+      return SiteSchedule(2.0**31, 2.0**31)  # Never.
+    span = self.span(site, num_sites)
+    return SiteSchedule(*span, self.anchor, self.head_tokens)
 
 
 class TaperLN(schedule_lib.Gradual, traits.Foldable):
@@ -56,7 +66,8 @@ class TaperLN(schedule_lib.Gradual, traits.Foldable):
   are constant. `change` is learned and starts at 0, so gain + change is the
   paper's second gain. If the final norm tapers, it adds the anchor loss
   weight * E[(sigma - target)^2] to the training loss, where `target` is the
-  mean of sigma before g falls.
+  mean of sigma before g falls. At the final norm, E is over the tokens that the
+  head sees.
   """
 
   SLOT: ClassVar[str] = "TaperLN"
@@ -88,8 +99,10 @@ class TaperLN(schedule_lib.Gradual, traits.Foldable):
     if self.CENTERED:
       y += self.bias
     if train and not self.is_initializing():
-      self._add_anchor_loss(jnp.sqrt(var))
-      self._update(*jax.lax.stop_gradient((z, own, self.scale)))
+      of = slice(self.schedule and self.schedule.tokens)
+      self._add_anchor_loss(jnp.sqrt(var[:, of]))
+      seen = z[:, of], own[:, of], self.scale
+      self._update(*jax.lax.stop_gradient(seen))
     return y.astype(self.dtype)
 
   def _add_anchor_loss(self, sigma):
@@ -132,6 +145,7 @@ class TaperLN(schedule_lib.Gradual, traits.Foldable):
       1.0,
       config.taper.final,
       config.taper.anchor,
+      1 if config.model.pool == "cls" else None,
     )
 
 

@@ -1,0 +1,119 @@
+"""Config keys of the model."""
+
+from rescalevit_jax.config import key as key_lib
+from rescalevit_jax.models import initializers
+from rescalevit_jax.models import norms
+from rescalevit_jax.models import vit_config
+from rescalevit_jax.models.norms import base
+from rescalevit_jax.models.ops import attention
+
+KEYS = {
+  "model_name": key_lib.Key(
+    "ViT-B_16", "size of the model", vit_config.VARIANTS
+  ),
+  "model.norm": key_lib.Key("LN", "normalization layer", norms.NORMS),
+  "model.alpha_init": key_lib.Key(
+    None,
+    "initial alpha of a pointwise norm (DyT, Derf, ISRU, ...): a number, or"
+    " `calibrated` for 1 / RMS of the site's input in 8 training batches; or"
+    " three of them with commas, for attention, MLP and final norm; None: the"
+    " norm's own",
+    optional=str,
+  ),
+  "model.norm_position": key_lib.Key(
+    "pre",
+    "norms before each branch (`pre`), after each addition (`post`), or before"
+    " and after each branch (`peri`)",
+    vit_config.NORM_POSITIONS,
+  ),
+  "model.norm_depth_scaling": key_lib.Key(
+    False, "multiply the norms before the branches of block l by l^(-1/2)"
+  ),
+  "model.embedding_norm": key_lib.Key(
+    False, "another norm after the position embedding"
+  ),
+  "model.norm_epsilon": key_lib.positive(
+    base.Options.epsilon, "constant added to variances and mean squares"
+  ),
+  "model.bn_momentum": key_lib.below_one(
+    base.Options.momentum,
+    "momentum of the running statistics of BN, BN2 and PRepBN",
+  ),
+  "model.gn_groups": key_lib.positive(
+    base.Options.groups, "number of groups of GN"
+  ),
+  "model.residual": key_lib.Key(
+    "auto",
+    "residual connection; `auto`: `rescalevit` with Rescale, `weighted` with"
+    " Center, `plain` with all other norms",
+    vit_config.RESIDUALS,
+  ),
+  "model.residual_c": key_lib.positive(
+    None,
+    "constant c of `residual=rescalenet`; None: twice the number of encoder"
+    " blocks",
+    optional=float,
+  ),
+  "model.layerscale_init": key_lib.positive(
+    None,
+    "initial scale of `residual=layerscale`; None: 0.1 with up to 18 blocks,"
+    " 1e-5 with up to 24, else 1e-6",
+    optional=float,
+  ),
+  "model.qk_norm": key_lib.Key(
+    False, "RMSNorm of queries and keys in each head"
+  ),
+  "model.sigma_reparam": key_lib.Key(
+    False,
+    "sigmaReparam: linear layers in the blocks learn their largest singular"
+    " value",
+  ),
+  "model.dropout_rate": key_lib.below_one(
+    0.1, "dropout rate after the embedding and in the MLP"
+  ),
+  "model.stochastic_depth": key_lib.below_one(
+    0.0,
+    "drop probability of the branches of the last block; increases linearly"
+    " from 0 with depth",
+  ),
+  "model.pool": key_lib.Key(
+    "cls",
+    "input of the head: class token (`cls`) or mean of the patch tokens"
+    " (`gap`)",
+    vit_config.POOLS,
+  ),
+  "model.gelu": key_lib.Key(
+    "erf",
+    "GELU: exact (`erf`, as RescaleViT) or approximate (`tanh`, as Google's"
+    " code)",
+    vit_config.GELUS,
+  ),
+  "model.init": key_lib.Key(
+    "torch",
+    "initialization: as RescaleViT (`torch`), as Google's code (`google`),"
+    " or unit variance of tokens and layer outputs (`unit`)",
+    initializers.SCHEMES,
+  ),
+  "model.attention": key_lib.Key(
+    "auto",
+    "implementation of attention, XLA or cuDNN; results differ by rounding"
+    " only",
+    attention.IMPLEMENTATIONS,
+    resumable=True,
+  ),
+  "model.remat": key_lib.Key(
+    False,
+    "save memory: recompute the activations of each block in the backward pass",
+    resumable=True,
+  ),
+  "model.representation_size": key_lib.positive(
+    None,
+    "width of Google's `pre_logits` layer; None: no such layer",
+    optional=int,
+  ),
+  "model.patch_size": key_lib.size("edge of a patch in pixels"),
+  "model.hidden_size": key_lib.size("width of a token"),
+  "model.mlp_dim": key_lib.size("width of the MLP"),
+  "model.num_heads": key_lib.size("number of attention heads"),
+  "model.num_layers": key_lib.size("number of encoder blocks"),
+}
