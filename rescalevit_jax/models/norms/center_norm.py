@@ -12,8 +12,9 @@ class CenterNorm(layer_norm.Affine, traits.Foldable):
 
   Qi et al. 2023 (LipsFormer, ICLR, arXiv:2304.09856), as in their code:
   LayerNorm without the division, so it is linear and Lipschitz continuous. Its
-  residual is `residuals.Weighted`. LipsFormer's cosine attention, spectral
-  initialization and placement (one norm, after attention) are not part of it.
+  residual is `residuals.Weighted`. LipsFormer also places it after each
+  addition (`norm_position=post`), and has cosine attention and a spectral
+  initialization, which are not implemented.
   """
 
   SLOT: ClassVar[str] = "CenterNorm"

@@ -135,44 +135,29 @@ class DyT(Bounded):
   SHIFTED: ClassVar[bool] = False
 
 
-class Derf(Bounded):
-  """Dynamic erf, the best function of Chen et al.: erf(alpha * x + shift)."""
-
-  SLOT: ClassVar[str] = "Derf"
-  COLOR: ClassVar[str] = "#000000"
-  FUNCTION: ClassVar[functions.Function] = functions.FUNCTIONS["erf"]
-
-
-class ISRU(Bounded):
-  """Inverse square root unit: u / sqrt(1 + u^2), u = alpha * x + shift."""
-
-  SLOT: ClassVar[str] = "ISRU"
-  COLOR: ClassVar[str] = "#EE3377"
-  FUNCTION: ClassVar[functions.Function] = functions.FUNCTIONS["isru"]
+def _shifted(name: str, function: str, color: str) -> type[Bounded]:
+  """Return the class of a function of u = alpha * x + shift."""
+  fields = {
+    "__doc__": f"scale * f(alpha * x + shift) + bias; f is {function}.",
+    "__module__": __name__,
+    "SLOT": name,
+    "COLOR": color,
+    "FUNCTION": functions.FUNCTIONS[function],
+  }
+  return type(name, (Bounded,), fields)
 
 
-class HardTanh(Bounded):
-  """Hard tanh: clip(alpha * x + shift, -1, 1)."""
-
-  SLOT: ClassVar[str] = "HardTanh"
-  COLOR: ClassVar[str] = "#117733"
-  FUNCTION: ClassVar[functions.Function] = functions.FUNCTIONS["clip"]
-
-
-class Arctan(Bounded):
-  """Arctangent: 2 / pi * arctan(alpha * x + shift)."""
-
-  SLOT: ClassVar[str] = "Arctan"
-  COLOR: ClassVar[str] = "#44AA99"
-  FUNCTION: ClassVar[functions.Function] = functions.FUNCTIONS["arctan"]
-
-
-class Softsign(Bounded):
-  """Softsign: u / (1 + |u|), u = alpha * x + shift."""
-
-  SLOT: ClassVar[str] = "Softsign"
-  COLOR: ClassVar[str] = "#DDAA33"
-  FUNCTION: ClassVar[functions.Function] = functions.FUNCTIONS["softsign"]
+# Derf (dynamic erf) is the best function of Chen et al.
+SHIFTED = {
+  name: _shifted(name, *row)
+  for name, row in {
+    "Derf": ("erf", "#000000"),
+    "ISRU": ("isru", "#EE3377"),
+    "HardTanh": ("clip", "#117733"),
+    "Arctan": ("arctan", "#44AA99"),
+    "Softsign": ("softsign", "#DDAA33"),
+  }.items()
+}
 
 
 class DyISRU(Bounded):

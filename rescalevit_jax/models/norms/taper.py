@@ -57,17 +57,19 @@ class TaperLN(schedule_lib.Gradual, traits.Foldable):
     y = g * scale * z / sigma + (1 - g) * c * (gain + change) * z + bias
 
   The gate g = (1 + cos(pi t)) / 2 falls from 1 to 0 while t rises from 0 to 1,
-  at all sites together. Until it falls, c is the least-squares fit of the
-  second term to the first,
+  at all sites together. While g is 1, `gain` is a copy of `scale`, and c is the
+  least-squares fit of the second term to the first,
 
     c = E[|scale * z|^2 / sigma] / E[|scale * z|^2],
 
-  with running means E over tokens, and `gain` is a copy of `scale`. Then both
-  are constant. `change` is learned and starts at 0, so gain + change is the
-  paper's second gain. If the final norm tapers, it adds the anchor loss
-  weight * E[(sigma - target)^2] to the training loss, where `target` is the
-  mean of sigma before g falls. At the final norm, E is over the tokens that the
-  head sees.
+  with running means E over tokens. Afterwards both are constant. `change` is
+  learned and starts at 0, so gain + change is the paper's second gain.
+
+  If the final norm tapers, the training loss contains the anchor loss
+  weight * E[(sigma - target)^2], where `target` is the mean of sigma while g is
+  1. At the final norm, E is over the tokens that the head sees.
+
+  The formula follows the paper's abstract and summaries by others.
   """
 
   SLOT: ClassVar[str] = "TaperLN"
