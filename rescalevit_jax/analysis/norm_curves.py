@@ -98,7 +98,7 @@ def _run(argv):
   found = {}
   for subject in subjects.load(args.workdir, [], args.checkpoint):
     model = subject.model
-    images = subject.test_split.read(range(_IMAGES))[0]
+    images = _first(subject.test_split)
     found[model.name] = measure(
       model.model, model.variables, images, model.image_size
     )
@@ -109,7 +109,7 @@ def _run(argv):
     state = initial_state.create(experiment)
     state = probe.with_statistics(experiment, state)
     variables = {"params": state.params, "batch_stats": state.batch_stats}
-    images = experiment.dataset.test.read(range(_IMAGES))[0]
+    images = _first(experiment.dataset.test)
     found[label] = measure(
       experiment.model, variables, images, config.image_size
     )
@@ -120,6 +120,10 @@ def _run(argv):
     plots.save(figure, args.output / f"norm_curves.{kind}")
   for kind in ("csv", "png", "svg"):
     print(args.output / f"norm_curves.{kind}")
+
+
+def _first(split):
+  return split.read(range(min(_IMAGES, len(split))))[0]
 
 
 def measure(

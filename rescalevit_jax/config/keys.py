@@ -159,8 +159,8 @@ KEYS = {
   ),
   "fade.begin": key_lib.Key(
     0.1,
-    "fraction of the run at which the first site of the norms Fade, TaperLN,"
-    " TaperRMS and PRepBN begins to fade",
+    "fraction of the run at which the first site begins to fade (norms Fade,"
+    " TaperLN, TaperRMS and PRepBN)",
     "in [0, 1]",
     lambda x: 0 <= x <= 1,
   ),
@@ -194,9 +194,9 @@ KEYS = {
   "taper.anchor": key_lib.at_least(
     0,
     0.01,
-    "weight of the anchor loss of TaperLN and TaperRMS with `taper.final`: the"
-    " mean square difference of the size of the final norm's tokens from its"
-    " mean before the fade",
+    "weight of the anchor loss of TaperLN and TaperRMS with `taper.final`,"
+    " which keeps the size of the final norm's input near its mean before the"
+    " fade",
   ),
   "reinit_head": key_lib.Key(
     False, "initialize the head with zeros even if the `.npz` has one that fits"

@@ -48,8 +48,8 @@ KEYS = {
   "spectral_cap": key_lib.at_least(
     0,
     0.0,
-    "maximum singular value of the blocks' kernels after each step, times"
-    " sqrt(outputs / inputs); 0: no cap",
+    "maximum singular value of the blocks' kernels after each step, as a"
+    " multiple of sqrt(outputs / inputs); 0: no cap",
   ),
   "agc": key_lib.at_least(
     0,
@@ -67,8 +67,8 @@ KEYS = {
   ),
   "wd_mult": key_lib.Key(
     None,
-    "weight-decay multipliers of groups of parameters; they take precedence"
-    " over the optimizer's choice of the parameters that decay",
+    "weight-decay multipliers of groups of parameters, which replace the"
+    " optimizer's choice of parameters; None: that choice",
     _TABLE,
     groups.is_table,
     optional=str,
@@ -82,8 +82,8 @@ KEYS = {
   "sam_rho": key_lib.at_least(
     0,
     0.0,
-    "rho of SAM, which takes two gradients per step: distance of the second one"
-    " from the weights, such as 0.05; 0: no SAM",
+    "rho of SAM: distance from the weights to the point of the second gradient,"
+    " such as 0.05; 0: no SAM",
   ),
   "ema_decay": key_lib.below_one(
     0.0,

@@ -51,6 +51,7 @@ def test_the_picture_and_the_table_of_a_run(
   tiny_run, tmp_path, monkeypatch, capsys
 ):
   monkeypatch.setattr(terminal, "log_to_stderr", lambda: None)
+  monkeypatch.setattr(norm_curves, "_IMAGES", 10**6)  # More than there are.
   drawn = []
   draw = norm_curves.draw
   monkeypatch.setattr(norm_curves, "draw", lambda x: drawn.append(x) or draw(x))
