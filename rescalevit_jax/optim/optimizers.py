@@ -209,8 +209,7 @@ def decay_kernels(
 
 def _add_decayed_weights(weight_decay, table, default):
   def add_one(g, p, factor):
-    rate = weight_decay * factor
-    return g + rate * p if rate else g
+    return g + weight_decay * factor * p if factor else g
 
   def add(updates, params):
     factors = groups.factors(table, params, default)

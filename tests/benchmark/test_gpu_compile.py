@@ -19,8 +19,12 @@ ATTEND_BACK = "__cudnn$fmhaSoftmaxBackward"
 # The resize of the images, and the head.
 FLOAT32_PRODUCTS = re.compile(r"bsh,bhwc->bswc|btw,bswc->bstc|/head/")
 
-# Norms that differ little from others, where a compilation takes long.
-RARE = ("RMS", "Derf", "BN2", "Identity")
+# Others differ little from these, and a compilation takes long.
+FREQUENT = ("LN", "BN", "GN", "Rescale", "Cal", "Fade", "PRepBN")
+EVERY_NORM = [
+  pytest.param(x, marks=[] if x in FREQUENT else [pytest.mark.slow])
+  for x in norm_sets.DIFFERENT
+]
 HALF_DTYPES = [x for x in ("bfloat16", "float16") if x in vit_config.DTYPES]
 
 
@@ -33,13 +37,7 @@ def assert_lean(program):
   assert {k.dtype for k in program.kernels if k.flops} > {"f32"}
 
 
-@pytest.mark.parametrize(
-  "norm",
-  [
-    pytest.param(x, marks=[pytest.mark.slow] if x in RARE else [])
-    for x in norm_sets.DIFFERENT
-  ],
-)
+@pytest.mark.parametrize("norm", EVERY_NORM)
 def test_every_norm_trains(compile_tiny, norm):
   program = compile_tiny("train", **{"model.norm": norm})
   assert_lean(program)
@@ -56,7 +54,7 @@ def test_the_batch_is_not_the_minor_axis_of_activations(compile_tiny, norm):
   assert "65,128,64]" not in compile_tiny("train", **keys).text
 
 
-@pytest.mark.parametrize("norm", norm_sets.DIFFERENT)
+@pytest.mark.parametrize("norm", EVERY_NORM)
 def test_every_norm_evaluates(compile_tiny, norm):
   program = compile_tiny("eval", **{"model.norm": norm})
   assert_lean(program)

@@ -219,6 +219,6 @@ def test_a_process_reads_the_examples_of_its_devices():
 def test_all_readers_of_a_runs_images_use_its_data_keys(tiny_config):
   tiny_config.data.image_size = 6
   assert experiment.load_dataset(tiny_config).test.images[3].shape == (6, 6, 3)
-  assert page._test_image(tiny_config, 3).shape == (6, 6, 3)
+  assert page.test_image(tiny_config, 3).shape == (6, 6, 3)
   source = ("digits", tiny_config.tfds_data_dir, (("image_size", 6),))
   assert subjects._test_split(*source).images[3].shape == (6, 6, 3)

@@ -118,6 +118,7 @@ def check_starts(workdir, starts):
   assert text.count("resuming from step") == starts - 1, text
 
 
+@pytest.mark.slow
 def test_tasks_of_a_sweep_survive_signals(sweep, slurm, tmp_path):
   """Two runs each have the same seed, and so the same numbers."""
   args = ("--grid=seed=0,1", "--grid=checkpoint_every=3000,4000")
@@ -164,12 +165,10 @@ def test_a_task_that_times_out_resumes(sweep, slurm, tmp_path):
   assert metrics(workdir) == metrics(other)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   "launcher, second",
-  [
-    (SRUN, "SLURM_PROCID"),
-    pytest.param(MPIRUN, "OMPI_COMM_WORLD_RANK", marks=pytest.mark.slow),
-  ],
+  [(SRUN, "SLURM_PROCID"), (MPIRUN, "OMPI_COMM_WORLD_RANK")],
   ids=["srun", "mpirun"],
 )
 def test_two_processes_resume_after_one_is_killed(
