@@ -152,6 +152,7 @@ def test_two_processes_evaluate_together(setting, alone, tmp_path):
   assert found["accuracy"] == pytest.approx(result["best_accuracy"], abs=0.01)
 
 
+@pytest.mark.slow
 def test_processes_on_hosts_of_their_own(setting, alone, tmp_path):
   """Each reads its images from disk."""
   try:

@@ -21,7 +21,7 @@ from rescalevit_jax.distributed import sharding
   "norm, recipe",
   [
     pytest.param("GN", "", marks=pytest.mark.slow),
-    ("Rescale", ""),
+    pytest.param("Rescale", "", marks=pytest.mark.slow),
     pytest.param("Cal", "", marks=pytest.mark.slow),
     ("BN", "sgd"),
     pytest.param("LN", "muon", marks=pytest.mark.slow),

@@ -201,6 +201,7 @@ def test_a_file_system_without_locks(trial, whole, tmp_path):
   trials.check_same(trial, whole)
 
 
+@pytest.mark.slow
 def test_event_files_that_cannot_be_written(trial, whole):
   env = {"PYTHONPATH": str(paths.ROOT)}  # With TensorFlow.
   process = trial.start(**env)
@@ -220,6 +221,7 @@ def test_event_files_that_cannot_be_written(trial, whole):
     subprocess.run(["chattr", "-i", path], check=False, capture_output=True)
 
 
+@pytest.mark.slow
 def test_a_clock_that_is_set_back(trial, whole, tmp_path):
   days = tmp_path / "days"
   days.write_text("")
