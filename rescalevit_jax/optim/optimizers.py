@@ -209,7 +209,9 @@ def decay_kernels(
 
 def _add_decayed_weights(weight_decay, table, default):
   def add_one(g, p, factor):
-    return g + weight_decay * factor * p if factor else g
+    rate = weight_decay * factor
+    # XLA would not drop `0 * p`, and would round other operations differently.
+    return g if isinstance(rate, float) and rate == 0 else g + rate * p
 
   def add(updates, params):
     factors = groups.factors(table, params, default)

@@ -372,3 +372,20 @@ def test_a_pattern_without_parameters_is_an_error(key):
   message = f"^config: {key}: no parameter 'heads/bias'; did you mean head/bias"
   with pytest.raises(errors.UserError, match=message):
     last_params(random_tree(0), [], "adamw", **{key: "scalars:2 heads/bias:1"})
+
+
+@pytest.mark.parametrize("name", optimizers.OPTIMIZERS[:2])
+def test_without_weight_decay_updates_do_not_depend_on_the_parameters(name):
+  params = {"kernel": jnp.full((2, 2), jnp.inf)}  # 0 * inf is not a number.
+  optimizer = optimizers.create(
+    name,
+    0.1,
+    momentum=0.9,
+    adam_b2=0.999,
+    weight_decay=0.0,
+    grad_norm_clip=1.0,
+    agc=0.0,
+  )
+  grads = {"kernel": jnp.ones((2, 2))}
+  updates, _ = optimizer.update(grads, optimizer.init(params), params)
+  assert np.isfinite(updates["kernel"]).all()
