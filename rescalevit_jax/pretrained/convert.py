@@ -27,6 +27,7 @@ import numpy as np
 from rescalevit_jax import errors
 from rescalevit_jax.pretrained import detect
 from rescalevit_jax.pretrained import families
+from rescalevit_jax.pretrained import fold
 from rescalevit_jax.pretrained import npz
 from rescalevit_jax.pretrained import onnx_weights
 from rescalevit_jax.pretrained import param_keys
@@ -146,14 +147,14 @@ def convert(
     positions = np.delete(positions, 1, axis=1)
   arrays[_POSITIONS] = _positions(positions, no_class_position, path)
   if fold_layer_scale:
-    arrays = families.fold_layer_scale(arrays)
+    arrays = fold.layer_scale(arrays)
   if arrays["embedding/kernel"].shape[2] != 3:
     raise errors.UserError(
       f"{path}: takes {arrays['embedding/kernel'].shape[2]} channels; choose a"
       " model of RGB images"
     )
   mean, std = normalization or _normalization_beside(path, config)
-  return families.fold_input_normalization(
+  return fold.input_normalization(
     arrays, np.asarray(mean, np.float64), np.asarray(std, np.float64)
   )
 

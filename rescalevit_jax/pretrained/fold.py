@@ -1,5 +1,6 @@
-"""Fold norms that are linear in evaluation into adjacent linear layers."""
+"""Fold linear operations of a model into adjacent linear layers."""
 
+from collections.abc import Mapping
 import re
 from typing import Any
 
@@ -134,3 +135,47 @@ def _pop(arrays, site):
     if key.startswith(f"{site}/") and detect.option(key) != "residual"
   ]
   return {key.rpartition("/")[2]: arrays.pop(key) for key in keys}
+
+
+def layer_scale(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+  """Multiply the output layers of the branches by their LayerScale."""
+  folded = dict(arrays)
+  for key in arrays:
+    if not (match := re.fullmatch(r"(.*/)LayerScale_([02])/scale", key)):
+      continue
+    block, slot = match.groups()
+    gamma = folded.pop(key)
+    layer = (
+      "MultiHeadDotProductAttention_1/out"
+      if slot == "0"
+      else "MlpBlock_3/Dense_1"
+    )
+    for leaf in ("kernel", "bias"):
+      folded[f"{block}{layer}/{leaf}"] = (
+        arrays[f"{block}{layer}/{leaf}"] * gamma
+      )
+  return folded
+
+
+def input_normalization(
+  arrays: Mapping[str, np.ndarray], mean: np.ndarray, std: np.ndarray
+) -> dict[str, np.ndarray]:
+  """Make a model of inputs (x - mean) / std, x in [0, 1], take [-1, 1].
+
+  With y in [-1, 1], x = (y + 1) / 2, so its input is y / (2 std) + (1/2 - mean)
+  / std, channel by channel; the patch embedding is linear in it.
+
+  Args:
+    arrays: with Google's names.
+    mean: of each channel, [3].
+    std: of each channel, [3].
+  """
+  kernel = arrays["embedding/kernel"].astype(np.float64)
+  shift = ((0.5 - mean) / std) @ kernel.sum((0, 1))
+  scaled = kernel * (0.5 / std)[:, None]
+  bias = arrays["embedding/bias"].astype(np.float64) + shift
+  return {
+    **arrays,
+    "embedding/kernel": scaled.astype(np.float32),
+    "embedding/bias": bias.astype(np.float32),
+  }
