@@ -15,7 +15,6 @@ exported.
 
 import argparse
 from collections.abc import Mapping, Sequence
-import json
 import math
 import pathlib
 import re
@@ -28,12 +27,12 @@ from rescalevit_jax import errors
 from rescalevit_jax.pretrained import detect
 from rescalevit_jax.pretrained import families
 from rescalevit_jax.pretrained import fold
+from rescalevit_jax.pretrained import input_stats
 from rescalevit_jax.pretrained import npz
 from rescalevit_jax.pretrained import onnx_weights
 from rescalevit_jax.pretrained import param_keys
 from rescalevit_jax.runtime import cli
 
-_IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 _POSITIONS = "Transformer/posembed_input/pos_embedding"
 # Parts of a training checkpoint that hold the weights, the better ones first.
 _WEIGHTS = ("model_ema", "teacher", "state_dict", "model")
@@ -78,7 +77,7 @@ def _run(args):
   arrays = convert(
     args.file,
     heads=args.heads,
-    normalization=_normalization(args.mean, args.std),
+    normalization=input_stats.parse(args.mean, args.std),
     fold_layer_scale=args.fold_layer_scale,
     no_class_position=args.no_class_position,
     drop_distillation=args.drop_distillation,
@@ -88,7 +87,10 @@ def _run(args):
   print(f"{output}: {sum(x.size for x in arrays.values()):,} weights")
   settings = {f"model.{k}": v for k, v in sizes.items()}
   settings |= {f"model.{k}": v for k, v in detect.settings(arrays).items()}
-  if _json_beside(args.file, "config.json").get("global_pool") == "avg":
+  if (
+    input_stats.json_beside(args.file, "config.json").get("global_pool")
+    == "avg"
+  ):
     settings["model.pool"] = "gap"  # timm; the arrays are the same.
   print("start a run from it with")
   for key, value in {"pretrained_path": output, **settings}.items():
@@ -127,7 +129,7 @@ def convert(
   tensors = _drop(tensors | prefixed, str(path), drop_distillation)
   if name == "timm":
     tensors = families.split_qkv(tensors)
-  config = _json_beside(path, "config.json")
+  config = input_stats.json_beside(path, "config.json")
   norm = tensors.get(_norm_name(name))
   if norm is None or norm.ndim != 1:
     raise errors.UserError(
@@ -153,7 +155,7 @@ def convert(
       f"{path}: takes {arrays['embedding/kernel'].shape[2]} channels; choose a"
       " model of RGB images"
     )
-  mean, std = normalization or _normalization_beside(path, config)
+  mean, std = normalization or input_stats.find(path, config)
   return fold.input_normalization(
     arrays, np.asarray(mean, np.float64), np.asarray(std, np.float64)
   )
@@ -267,59 +269,6 @@ def _positions(positions, no_class_position, path):
       f" square grid and a class token; {advice}"
     )
   return positions
-
-
-def _json_beside(path, name):
-  """Return the content of a JSON file; empty if there is none."""
-  file = path.with_name(name)
-  if not file.exists():
-    return {}
-  try:
-    return dict(json.loads(file.read_text(encoding="utf-8")))
-  except (RecursionError, TypeError, ValueError) as e:
-    raise errors.UserError(f"{file}: not valid JSON ({e}); remove it") from e
-
-
-def _normalization(mean, std):
-  if mean is None and std is None:
-    return None
-  if mean == "imagenet":
-    return _IMAGENET
-  if mean is None or std is None:
-    raise errors.UserError("--mean and --std: give both, or --mean=imagenet")
-  values = []
-  for flag, text in (("--mean", mean), ("--std", std)):
-    try:
-      numbers = [float(x) for x in text.split(",")]
-    except ValueError:
-      numbers = []
-    if len(numbers) not in (1, 3) or not all(map(math.isfinite, numbers)):
-      raise errors.UserError(f"{flag} ({text}): not a number or three")
-    values.append(numbers * (3 // len(numbers)))
-  if min(values[1]) <= 0:
-    raise errors.UserError(f"--std ({std}): not positive")
-  return values[0], values[1]
-
-
-def _normalization_beside(path, config):
-  timm = config.get("pretrained_cfg")
-  timm = timm if isinstance(timm, dict) else {}
-  hugging_face = _json_beside(path, "preprocessor_config.json")
-  if hugging_face.get("do_normalize") is False:
-    hugging_face |= {"image_mean": [0] * 3, "image_std": [1] * 3}
-  for found, prefix in ((timm, ""), (hugging_face, "image_")):
-    values = [found.get(f"{prefix}{name}") for name in ("mean", "std")]
-    try:
-      mean, std = (np.broadcast_to(np.asarray(x, float), 3) for x in values)
-    except (TypeError, ValueError):
-      continue
-    if np.isfinite([mean, std]).all() and (std > 0).all():
-      return mean, std
-  raise errors.UserError(
-    f"{path}: does not tell how its inputs are normalized; give --mean and"
-    " --std, such as --mean=0.5 --std=0.5 (ViT, AugReg) or --mean=imagenet"
-    " (DeiT, DINO, DINOv2)"
-  )
 
 
 def _from_big_vision(path):

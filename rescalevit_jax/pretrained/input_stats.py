@@ -1,0 +1,84 @@
+"""Mean and standard deviation with which a model normalizes its inputs."""
+
+from collections.abc import Mapping
+import json
+import math
+import pathlib
+from typing import Any
+
+from jaxtyping import Float
+import numpy as np
+
+from rescalevit_jax import errors
+
+# Of the three channels, with inputs in [0, 1].
+Stats = tuple[Float[np.ndarray, " 3"], Float[np.ndarray, " 3"]]
+
+_IMAGENET = np.array([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])
+
+
+def json_beside(path: pathlib.Path, name: str) -> dict[str, Any]:
+  """Return the content of a JSON file; empty if there is none."""
+  file = path.with_name(name)
+  if not file.exists():
+    return {}
+  try:
+    return dict(json.loads(file.read_text(encoding="utf-8")))
+  except (RecursionError, TypeError, ValueError) as e:
+    raise errors.UserError(f"{file}: not valid JSON ({e}); remove it") from e
+
+
+def parse(mean: str | None, std: str | None) -> Stats | None:
+  """Return the values of --mean and --std; None if neither is given.
+
+  Raises:
+    UserError: only one is given, or a value is invalid.
+  """
+  if mean is None and std is None:
+    return None
+  if mean == "imagenet":
+    return _IMAGENET[0], _IMAGENET[1]
+  if mean is None or std is None:
+    raise errors.UserError("--mean and --std: give both, or --mean=imagenet")
+  values = []
+  for flag, text in (("--mean", mean), ("--std", std)):
+    try:
+      numbers = [float(x) for x in text.split(",")]
+    except ValueError:
+      numbers = []
+    if len(numbers) not in (1, 3) or not all(map(math.isfinite, numbers)):
+      raise errors.UserError(f"{flag} ({text}): not a number or three")
+    values.append(numbers * (3 // len(numbers)))
+  if min(values[1]) <= 0:
+    raise errors.UserError(f"--std ({std}): not positive")
+  return np.array(values[0]), np.array(values[1])
+
+
+def find(path: pathlib.Path, config: Mapping[str, Any]) -> Stats:
+  """Return mean and deviation from the JSON files beside the weights.
+
+  Args:
+    path: the file of weights.
+    config: content of config.json beside it.
+
+  Raises:
+    UserError: the files do not state them.
+  """
+  timm = config.get("pretrained_cfg")
+  timm = timm if isinstance(timm, dict) else {}
+  hugging_face = json_beside(path, "preprocessor_config.json")
+  if hugging_face.get("do_normalize") is False:
+    hugging_face |= {"image_mean": [0] * 3, "image_std": [1] * 3}
+  for found, prefix in ((timm, ""), (hugging_face, "image_")):
+    values = [found.get(f"{prefix}{name}") for name in ("mean", "std")]
+    try:
+      mean, std = (np.broadcast_to(np.asarray(x, float), 3) for x in values)
+    except (TypeError, ValueError):
+      continue
+    if np.isfinite([mean, std]).all() and (std > 0).all():
+      return mean, std
+  raise errors.UserError(
+    f"{path}: does not tell how its inputs are normalized; give --mean and"
+    " --std, such as --mean=0.5 --std=0.5 (ViT, AugReg) or --mean=imagenet"
+    " (DeiT, DINO, DINOv2)"
+  )
