@@ -21,6 +21,8 @@ _POINTWISE = (
 
 METHODS = {
   "LN": {},
+  "BN": {"model.norm": "BN"},
+  "GN": {"model.norm": "GN"},
   "LN-google": {"model.init": "google"},
   "LN-unit": _UNIT,
   "LN-rescalenet-unit": _BOTH,

@@ -80,12 +80,7 @@ def _run(argv):
     metavar="FILE[:ARGS]",
     help="a config; repeatable. --config.KEY=VALUE sets a key for all configs",
   )
-  parser.add_argument(
-    "--checkpoint",
-    choices=("best", "latest"),
-    default="best",
-    help="checkpoint of the runs (default: best)",
-  )
+  subjects.add_checkpoint_flag(parser)
   parser.add_argument(
     "--output",
     type=pathlib.Path,

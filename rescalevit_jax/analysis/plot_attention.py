@@ -62,12 +62,7 @@ def _parser():
     " convex, depth_scaling, c=NUMBER, eps=NUMBER and groups=NUMBER for other"
     " model keys. Example: a.npz:GN,tanh",
   )
-  add(
-    "--checkpoint",
-    choices=("best", "latest"),
-    default="best",
-    help="checkpoint of the runs (default: best)",
-  )
+  subjects_lib.add_checkpoint_flag(parser)
   picture = parser.add_mutually_exclusive_group()
   picture.add_argument("--image", help="an image file")
   picture.add_argument(

@@ -49,7 +49,7 @@ def _test_split(dataset, folder, keys):
 def load(
   workdirs: Sequence[str],
   npz: Sequence[str],
-  checkpoint: str = "best",
+  checkpoint: str | None = None,
   dataset: str | None = None,
   tfds_data_dir: str | None = None,
 ) -> list[Subject]:
@@ -58,13 +58,18 @@ def load(
   Args:
     workdirs: folders of runs.
     npz: checkpoint files, FILE or FILE:ARGS.
-    checkpoint: 'best' or 'latest' checkpoint of the runs.
+    checkpoint: 'best' or 'latest' checkpoint of the runs; None for 'best'.
     dataset: dataset of the test split; None for each run's own.
     tfds_data_dir: folder of datasets; None for the runs' own.
 
   Raises:
-    UserError: a model cannot be loaded.
+    UserError: a model cannot be loaded, or `checkpoint` has no effect.
   """
+  if checkpoint and not workdirs:
+    raise errors.UserError(
+      "--checkpoint: there is no run to take it from; add --workdir, or leave"
+      " --checkpoint out"
+    )
   sources = []
   for workdir in workdirs:
     config = folder_lib.require_config(workdir)
@@ -78,7 +83,7 @@ def load(
   first = (dataset, tfds_data_dir, ()) if dataset else None
   first = sources[0] if sources else first
   subjects = [
-    Subject(trained_model.load(workdir, checkpoint), workdir, source)
+    Subject(trained_model.load(workdir, checkpoint or "best"), workdir, source)
     for workdir, source in zip(workdirs, sources, strict=True)
   ]
   for reference in npz:
@@ -109,10 +114,15 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     metavar="FILE[:ARGS]",
     help="a checkpoint file; ARGS as in rescalevit_jax.analysis.plot_attention",
   )
+  add_checkpoint_flag(parser)
+
+
+def add_checkpoint_flag(parser: argparse.ArgumentParser) -> None:
+  """Add the flag --checkpoint, which is None if it is not given."""
   parser.add_argument(
     "--checkpoint",
     choices=("best", "latest"),
-    help="checkpoint of the run (default: best)",
+    help="checkpoint of the runs (default: best)",
   )
 
 
@@ -122,13 +132,9 @@ def load_one(args: argparse.Namespace) -> trained_model.TrainedModel:
   Raises:
     UserError: the model cannot be loaded, or a flag has no effect.
   """
-  if not args.npz:
-    return trained_model.load(args.workdir, args.checkpoint or "best")
-  if args.checkpoint:
-    raise errors.UserError(
-      "--checkpoint: has no effect with --npz; leave it out"
-    )
-  return load((), (args.npz,))[0].model
+  workdirs = [args.workdir] if args.workdir else []
+  npz = [args.npz] if args.npz else []
+  return load(workdirs, npz, args.checkpoint)[0].model
 
 
 def _parse_reference(reference: str) -> tuple[str, dict[str, Any]]:

@@ -189,7 +189,9 @@ KEYS = {
     " scale, such as 0.5 for DyT's initial value; 0: a linear map, as Cal",
   ),
   "taper.final": key_lib.Key(
-    True, "whether the final norm of TaperLN and TaperRMS fades, too"
+    True,
+    "whether the final norm of TaperLN and TaperRMS fades, too; without effect"
+    " for `norm_position=post`, which has no final norm",
   ),
   "taper.anchor": key_lib.at_least(
     0,

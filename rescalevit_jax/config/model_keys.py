@@ -14,7 +14,7 @@ KEYS = {
   "model.norm": key_lib.Key("LN", "normalization layer", norms.NORMS),
   "model.alpha_init": key_lib.Key(
     None,
-    "initial alpha of a pointwise norm (DyT, Derf, ISRU, ...): a number, or"
+    "initial alpha of a pointwise norm (DyT, Derf, ISRU, ...): text, a number or"
     " `calibrated` for 1 / RMS of the site's input in 8 training batches; or"
     " three of them with commas, for attention, MLP and final norm; None: the"
     " norm's own",

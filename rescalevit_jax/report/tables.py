@@ -201,18 +201,21 @@ def _row(group, varied):
     row[f"{key}_difference"] = (
       None if theirs is None else row[f"{key}_mean"] - theirs
     )
-    row |= _interval(key, row[f"{key}_mean"], group[0].result)
+  row |= _interval(row["last_accuracy_mean"], group[0].result)
   row["published_minutes"] = getattr(figures, "minutes", None)
   return row
 
 
-def _interval(key, accuracy, result):
-  """Return the ends of an accuracy's 95 % interval; None if unknown."""
+def _interval(accuracy, result):
+  """Return the 95 % interval of a last accuracy; None if unknown.
+
+  A best accuracy has none: it is selected on the same test images.
+  """
   examples = result.get("examples_evaluated")
   low = high = None
   if examples and accuracy is not None:
     low, high = scores.wilson_interval(accuracy * examples, examples)
-  return {f"{key}_low": low, f"{key}_high": high}
+  return {"last_accuracy_low": low, "last_accuracy_high": high}
 
 
 def _run_row(name, run, varied):
@@ -229,8 +232,7 @@ def _run_row(name, run, varied):
       key: result.get(key)
       for key in ("best_accuracy", "best_step", "last_accuracy", "last_loss")
     },
-    **_interval("best_accuracy", result.get("best_accuracy"), result),
-    **_interval("last_accuracy", result.get("last_accuracy"), result),
+    **_interval(result.get("last_accuracy"), result),
     "minutes": result["seconds"] / 60 if finished else None,
     "images_per_second": result.get("images_per_second") or None,
     "parameters": result.get("parameters"),

@@ -174,8 +174,8 @@ def scalars(params: Any) -> dict[str, jax.Array]:
 
   Returns:
     The value of each one-element parameter, and the root mean square of each
-    `scale`, by block [L], such as `alpha_mlp`, `shift_attention` or
-    `gamma_query`. `branch_attention` and `branch_mlp` are the residual's,
+    vector other than a bias, by block [L], such as `alpha_mlp`,
+    `scale_attention` or `gamma_query`. `branch_attention` and `branch_mlp` are the residual's,
     `alpha_peri_mlp` is of a norm after a branch. Those of the final norm are
     scalars, such as `head/alpha`.
   """
@@ -197,7 +197,7 @@ def scalars(params: Any) -> dict[str, jax.Array]:
 
 
 def _is_scalar(name, x):
-  return x.size == 1 or name == "scale"
+  return x.size == 1 or (x.ndim == 1 and "bias" not in name)
 
 
 def _magnitude(x):

@@ -78,3 +78,9 @@ def test_without_models_it_is_an_error(capsys):
   with pytest.raises(SystemExit):
     norm_curves.main([])
   assert "--workdir or --config" in capsys.readouterr().err
+
+
+def test_without_runs_there_is_no_checkpoint(capsys):
+  args = ["--config=configs/quickstart.py", "--checkpoint=best"]
+  assert norm_curves.main(args) == 1
+  assert "add --workdir" in capsys.readouterr().err

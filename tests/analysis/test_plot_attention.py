@@ -161,6 +161,7 @@ def test_runs_with_equal_names_are_distinguished(tiny_run, tmp_path):
     (["--workdir={run}", "--image=nothing.png"], "nothing.png"),
     (["--workdir=nowhere"], "no run there"),
     (["--npz=nowhere.npz"], "nowhere.npz"),
+    (["--npz=a.npz", "--checkpoint=latest"], "add --workdir"),
     (["--npz=no:where.npz"], "no:where.npz: no such file"),
     (["--npz=nowhere.npz:InstanceNorm"], "'InstanceNorm' in"),
     (["--npz=nowhere.npz:LN,GN"], "'GN' in nowhere.npz:LN,GN"),

@@ -174,6 +174,18 @@ def test_norms_before_and_after_a_branch_are_distinguished():
   assert names == ["alpha_peri_mlp", "alpha_mlp", "alpha_mlp"]
 
 
+@pytest.mark.parametrize(
+  ("norm", "names"),
+  [("TaperLN", {"scale", "change"}), ("PRepBN", {"scale", "bn_scale", "eta"})],
+)
+def test_multipliers_with_names_of_their_own(norm, names):
+  tiny = tiny_model.create(norm, num_layers=1)  # Its parameters doubled.
+  found = measurements.scalars(tiny.variables["params"])
+  sites = ("attention", "mlp")
+  want = {f"{name}_{site}" for name in names for site in sites}
+  assert found.keys() == want | {f"head/{name}" for name in names}
+
+
 def test_rescalevits_scale_is_the_multiplier_of_the_mlps_branch():
   tiny = tiny_model.create("Rescale", num_layers=1)  # Its parameters doubled.
   found = measurements.scalars(tiny.variables["params"])
