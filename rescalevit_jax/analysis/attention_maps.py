@@ -33,6 +33,8 @@ def collect_probabilities(
 ) -> Float32[Array, "L B h N N"]:
   """Return the attention probabilities of all blocks.
 
+  `vit.MultiHeadAttention` computes and sows them.
+
   Args:
     model: a `VisionTransformer`.
     variables: its collections `params` and `batch_stats`.

@@ -3,9 +3,10 @@
 from collections.abc import Iterable
 
 from rescalevit_jax import errors
+from rescalevit_jax.config import augment_keys
 from rescalevit_jax.config import key as key_lib
 from rescalevit_jax.config import model_keys
-from rescalevit_jax.config import recipe_keys
+from rescalevit_jax.config import optim_keys
 from rescalevit_jax.config import renamed
 from rescalevit_jax.data import image_files
 from rescalevit_jax.models import vit_config
@@ -80,7 +81,8 @@ KEYS = {
     "images per evaluation step; results differ by rounding only",
     resumable=True,
   ),
-  **recipe_keys.KEYS,
+  **optim_keys.KEYS,
+  **augment_keys.KEYS,
   "accum_steps": key_lib.positive(
     1, "micro-batches per update, of `batch / accum_steps` images each"
   ),
@@ -150,55 +152,6 @@ KEYS = {
   ),
   "pretrained_allow_nonfinite": key_lib.Key(
     False, "accept NaN and infinite weights in the `.npz`"
-  ),
-  "calibration": key_lib.Key(
-    "auto",
-    "norms to initialize from statistics of 8 training batches: Cal"
-    " (`auto`), all pointwise norms (`all`), or none",
-    ("auto", "all", "none"),
-  ),
-  "fade.begin": key_lib.Key(
-    0.1,
-    "fraction of the run at which the first site begins to fade (norms Fade,"
-    " TaperLN, TaperRMS and PRepBN)",
-    "in [0, 1]",
-    lambda x: 0 <= x <= 1,
-  ),
-  "fade.end": key_lib.Key(
-    0.7,
-    "fraction of the run at which the last site, the final norm, has faded",
-    "in [0, 1]",
-    lambda x: 0 <= x <= 1,
-  ),
-  "fade.site_fraction": key_lib.Key(
-    0.5,
-    "duration of the fade of one site of Fade as a fraction of the time from"
-    " begin to end; 1: all sites fade together, as with the other norms",
-    "in (0, 1]",
-    lambda x: 0 < x <= 1,
-  ),
-  "fade.separate_cls": key_lib.Key(
-    True,
-    "separate scales for class token and patches; if False, the faded norm"
-    " folds into the next linear layers",
-  ),
-  "fade.alpha": key_lib.at_least(
-    0,
-    0.0,
-    "alpha of the tanh that a faded site applies after division by its"
-    " scale, such as 0.5 for DyT's initial value; 0: a linear map, as Cal",
-  ),
-  "taper.final": key_lib.Key(
-    True,
-    "whether the final norm of TaperLN and TaperRMS fades, too; without effect"
-    " for `norm_position=post`, which has no final norm",
-  ),
-  "taper.anchor": key_lib.at_least(
-    0,
-    0.01,
-    "weight of the anchor loss of TaperLN and TaperRMS with `taper.final`,"
-    " which keeps the size of the final norm's input near its mean before the"
-    " fade",
   ),
   "reinit_head": key_lib.Key(
     False, "initialize the head with zeros even if the `.npz` has one that fits"

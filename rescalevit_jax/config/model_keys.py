@@ -1,4 +1,4 @@
-"""Config keys of the model."""
+"""Config keys of the model, and of the calibration and schedules of norms."""
 
 from rescalevit_jax.config import key as key_lib
 from rescalevit_jax.models import initializers
@@ -14,8 +14,8 @@ KEYS = {
   "model.norm": key_lib.Key("LN", "normalization layer", norms.NORMS),
   "model.alpha_init": key_lib.Key(
     None,
-    "initial alpha of a pointwise norm (DyT, Derf, ISRU, ...): text, a number or"
-    " `calibrated` for 1 / RMS of the site's input in 8 training batches; or"
+    "text; initial alpha of a pointwise norm (DyT, Derf, ISRU, ...): a number,"
+    " or `calibrated` for 1 / RMS of the site's input in 8 training batches; or"
     " three of them with commas, for attention, MLP and final norm; None: the"
     " norm's own",
     optional=str,
@@ -44,8 +44,13 @@ KEYS = {
   ),
   "model.residual": key_lib.Key(
     "auto",
-    "residual connection; `auto`: `rescalevit` with Rescale, `weighted` with"
-    " Center, `plain` with all other norms",
+    "residual connection; `auto`: "
+    + "".join(
+      f"`{Norm.RESIDUAL}` with {name}, "
+      for name, Norm in norms.NORMS.items()
+      if Norm.RESIDUAL != base.Norm.RESIDUAL
+    )
+    + f"`{base.Norm.RESIDUAL}` with all other norms",
     vit_config.RESIDUALS,
   ),
   "model.residual_c": key_lib.positive(
@@ -116,4 +121,53 @@ KEYS = {
   "model.mlp_dim": key_lib.size("width of the MLP"),
   "model.num_heads": key_lib.size("number of attention heads"),
   "model.num_layers": key_lib.size("number of encoder blocks"),
+  "calibration": key_lib.Key(
+    "auto",
+    "norms to initialize from statistics of 8 training batches: Cal"
+    " (`auto`), all pointwise norms (`all`), or none",
+    ("auto", "all", "none"),
+  ),
+  "fade.begin": key_lib.Key(
+    0.1,
+    "fraction of the run at which the first site begins to fade (norms Fade,"
+    " TaperLN, TaperRMS and PRepBN)",
+    "in [0, 1]",
+    lambda x: 0 <= x <= 1,
+  ),
+  "fade.end": key_lib.Key(
+    0.7,
+    "fraction of the run at which the last site, the final norm, has faded",
+    "in [0, 1]",
+    lambda x: 0 <= x <= 1,
+  ),
+  "fade.site_fraction": key_lib.Key(
+    0.5,
+    "duration of the fade of one site of Fade as a fraction of the time from"
+    " begin to end; 1: all sites fade together, as with the other norms",
+    "in (0, 1]",
+    lambda x: 0 < x <= 1,
+  ),
+  "fade.separate_cls": key_lib.Key(
+    True,
+    "separate scales for class token and patches; if False, the faded norm"
+    " folds into the next linear layers",
+  ),
+  "fade.alpha": key_lib.at_least(
+    0,
+    0.0,
+    "alpha of the tanh that a faded site applies after division by its"
+    " scale, such as 0.5 for DyT's initial value; 0: a linear map, as Cal",
+  ),
+  "taper.final": key_lib.Key(
+    True,
+    "whether the final norm of TaperLN and TaperRMS fades, too; without effect"
+    " for `norm_position=post`, which has no final norm",
+  ),
+  "taper.anchor": key_lib.at_least(
+    0,
+    0.01,
+    "weight of the anchor loss of TaperLN and TaperRMS with `taper.final`,"
+    " which keeps the size of the final norm's input near its mean before the"
+    " fade",
+  ),
 }

@@ -36,7 +36,7 @@ from rescalevit_jax.runtime import terminal
 from rescalevit_jax.sweep import command_line
 from rescalevit_jax.sweep import execution
 from rescalevit_jax.sweep import grid
-from rescalevit_jax.sweep import subprocess_run
+from rescalevit_jax.sweep import outcome as outcome_lib
 
 _log = logging.getLogger("rescalevit_jax.norm_free")
 # Keys that the study sets, besides the keys of the methods.
@@ -205,9 +205,7 @@ def accuracies(
   for run in [run for runs in plans.values() for run in runs]:
     result = result_lib.read_same_run(run.config, run.workdir)
     if result is None:
-      reason = (
-        subprocess_run.why_not_finished(run.workdir, None) or "ended early"
-      )
+      reason = outcome_lib.why_not_finished(run.workdir, None) or "ended early"
       raise errors.UserError(f"{run.workdir}: {reason.removeprefix('error: ')}")
     found[run.workdir] = result.get("last_accuracy")
   return found

@@ -29,8 +29,11 @@ def write(folder: pathlib.Path) -> None:
 def verify(folder: pathlib.Path) -> None:
   """Check all files against their checksums.
 
+  Files without a checksum are not checked.
+
   Raises:
-    UserError: a file is missing or differs, or there are no checksums.
+    UserError: a file is missing, differs or lies outside the folder, or there
+      are no checksums.
   """
   try:
     lines = (folder / NAME).read_text(encoding="utf-8").splitlines()

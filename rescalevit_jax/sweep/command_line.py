@@ -41,6 +41,7 @@ from rescalevit_jax.runtime import cli
 from rescalevit_jax.runtime import terminal
 from rescalevit_jax.sweep import execution
 from rescalevit_jax.sweep import grid
+from rescalevit_jax.sweep import outcome as outcome_lib
 from rescalevit_jax.sweep import schedule
 from rescalevit_jax.sweep import slurm
 
@@ -170,7 +171,7 @@ def _sweep(argv):
 
 def execute(
   options: argparse.Namespace, runs: Sequence[grid.PlannedRun]
-) -> schedule.Outcome | None:
+) -> outcome_lib.Outcome | None:
   """Execute, print or submit the runs; return the outcome if executed here.
 
   Args:
@@ -196,7 +197,7 @@ def execute(
 
 
 def _print_commands(runs):
-  outcome, left = execution.split_by_result(runs)
+  outcome, left = outcome_lib.split_by_result(runs)
   for run in runs:
     print(shlex.join(run.command))
   sys.stdout.flush()

@@ -10,9 +10,9 @@ from typing import Any
 from rescalevit_jax import errors
 from rescalevit_jax.pretrained import published
 from rescalevit_jax.runs import folder
-from rescalevit_jax.runs import result as result_lib
 from rescalevit_jax.sweep import device_slots
 from rescalevit_jax.sweep import grid
+from rescalevit_jax.sweep import outcome as outcome_lib
 from rescalevit_jax.sweep import schedule
 from rescalevit_jax.sweep import slurm
 from rescalevit_jax.sweep import subprocess_run
@@ -20,31 +20,6 @@ from rescalevit_jax.sweep import time_limit
 from rescalevit_jax.training import experiment
 
 _log = logging.getLogger(__name__)
-
-
-def split_by_result(
-  runs: Iterable[grid.PlannedRun],
-) -> tuple[schedule.Outcome, list[grid.PlannedRun]]:
-  """Return the finished and diverged runs as an outcome, and the other runs.
-
-  Raises:
-    UserError: a run's folder holds a run of another config.
-  """
-  outcome, left = schedule.Outcome(), []
-  for run in runs:
-    try:
-      result = result_lib.read_same_run(run.config, run.workdir)
-    except errors.UserError as e:
-      # A sweep chooses its folders with another flag than a single run.
-      message = str(e).replace("--workdir", "--runs_dir")
-      raise errors.UserError(message) from e
-    if result is None:
-      left.append(run)
-    elif result_lib.has_diverged(result):
-      outcome.failed.append((run, f"error: {result['error']}"))
-    else:
-      outcome.done.append(run)
-  return outcome, left
 
 
 def missing_weights(runs: Iterable[grid.PlannedRun]) -> list[str]:
@@ -67,7 +42,7 @@ def execute(
   *,
   jobs: int | None = None,
   minutes: float = math.inf,
-) -> schedule.Outcome:
+) -> outcome_lib.Outcome:
   """Execute the unfinished runs on this machine, logging the progress.
 
   Args:
@@ -139,7 +114,7 @@ def submit(
 
 
 def _unfinished(runs, runs_dir):
-  outcome, left = split_by_result(runs)
+  outcome, left = outcome_lib.split_by_result(runs)
   _log.info(
     "%d runs in %s, %d finished", len(runs), runs_dir, len(outcome.done)
   )

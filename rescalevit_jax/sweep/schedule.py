@@ -14,6 +14,7 @@ from rescalevit_jax.models import flops
 from rescalevit_jax.runs import run_reader
 from rescalevit_jax.runtime import terminal
 from rescalevit_jax.sweep import grid
+from rescalevit_jax.sweep import outcome as outcome_lib
 from rescalevit_jax.sweep import subprocess_run
 from rescalevit_jax.training import experiment
 
@@ -21,49 +22,6 @@ _log = logging.getLogger(__name__)
 
 _STATUS_SECONDS = 10.0
 _POLL_SECONDS = 0.2
-
-
-@dataclasses.dataclass
-class Outcome:
-  """The outcome of a sweep.
-
-  Attributes:
-    done: finished runs, including those of earlier sweeps.
-    failed: failed runs, each with the reason as one line.
-    left: runs that a signal or the time limit stopped or kept from starting.
-    stopped: True after a signal or the time limit, even if all runs are done.
-    out_of_time: True if the time limit was the first to stop the sweep.
-    killed: True if a second signal killed the runs.
-  """
-
-  done: list[grid.PlannedRun] = dataclasses.field(default_factory=list)
-  failed: list[tuple[grid.PlannedRun, str]] = dataclasses.field(
-    default_factory=list
-  )
-  left: list[grid.PlannedRun] = dataclasses.field(default_factory=list)
-  stopped: bool = False
-  out_of_time: bool = False
-  killed: bool = False
-
-  @property
-  def exit_code(self) -> int:
-    """Exit code: 130 after a second signal, 1 if a run failed, else 0."""
-    if self.killed:
-      return 130
-    return 1 if self.failed else 0
-
-  def log(self) -> None:
-    """Log the counts, and one line for each failed run."""
-    _log.info(
-      "%d done, %d failed%s",
-      len(self.done),
-      len(self.failed),
-      f", {len(self.left)} left" if self.left else "",
-    )
-    for run, why in self.failed:
-      _log.info("failed: %s: %s", run.workdir, why)
-    if self.left or self.failed:
-      _log.info("the same command resumes unfinished runs")
 
 
 def stop_signals() -> tuple[signal.Signals, ...]:
@@ -131,7 +89,7 @@ class Schedule:
     self._waiting = list(runs)
     self._free = list(slots)
     self._running: list[_Running] = []
-    self._outcome = Outcome(done=list(done))
+    self._outcome = outcome_lib.Outcome(done=list(done))
     self._total = len(self._waiting) + len(self._outcome.done)
     self._step_flops = {run.workdir: step_flops(run) for run in runs}
     self._flops_done = 0.0  # By processes of this sweep that have ended.
@@ -139,7 +97,7 @@ class Schedule:
     self._stopping = False
     self._start = time.monotonic()
 
-  def run(self) -> Outcome:
+  def run(self) -> outcome_lib.Outcome:
     """Run until all runs have ended, or until a signal.
 
     After SIGTERM, SIGINT or SIGHUP the runs save a checkpoint and stop. A
@@ -227,7 +185,7 @@ class Schedule:
       self._running.remove(running)
       self._free.append(running.slot)
       self._flops_done += running.steps() * self._step_flops[run.workdir]
-      reason = subprocess_run.why_not_finished(run.workdir, code)
+      reason = outcome_lib.why_not_finished(run.workdir, code)
       if reason is None:
         self._outcome.done.append(run)
         _log.info("done: %s", run.workdir)

@@ -17,6 +17,7 @@ from typing import Any
 
 from rescalevit_jax import errors
 from rescalevit_jax.sweep import grid
+from rescalevit_jax.sweep import outcome as outcome_lib
 from rescalevit_jax.sweep import subprocess_run
 
 # Each time-out is progress, so their number is not limited; submitit's default
@@ -57,7 +58,7 @@ class Task:
     self._process = subprocess_run.start(self._command, self._workdir, {})
     self._wait(self._process)
     code = self._process.wait()
-    reason = subprocess_run.why_not_finished(self._workdir, code)
+    reason = outcome_lib.why_not_finished(self._workdir, code)
     if reason and code in (0, -signal.SIGTERM):
       _requeue_if_running()
     if reason:

@@ -10,9 +10,7 @@ import shlex
 import signal
 import subprocess
 
-from rescalevit_jax import errors
 from rescalevit_jax.runs import folder as folder_lib
-from rescalevit_jax.runs import result as result_lib
 from rescalevit_jax.runs import run_reader
 from rescalevit_jax.sweep import die_with_parent
 
@@ -53,44 +51,6 @@ def kill(process: subprocess.Popen) -> None:
   """Kill a run and all its child processes."""
   with contextlib.suppress(ProcessLookupError):
     os.killpg(process.pid, signal.SIGKILL)
-
-
-def why_not_finished(
-  workdir: pathlib.Path, returncode: int | None
-) -> str | None:
-  """Return why a run's process ended without a result, None if it has one.
-
-  Args:
-    workdir: the run's folder.
-    returncode: return code of its process; None if unknown.
-  """
-  try:
-    result = result_lib.read(workdir)
-  except errors.UserError as e:
-    return f"error: {e}"
-  if result_lib.is_finished(result):
-    return None
-  line = run_reader.last_log_line(workdir)
-  if line.startswith("error: "):
-    return line
-  if result_lib.has_diverged(result):
-    return f"error: {result['error']}"
-  if returncode == 0:
-    return "error: stopped by a signal; the same command resumes it"
-  if returncode is None:
-    ended = "ended early"
-  elif returncode < 0:
-    ended = f"killed by {_signal_name(-returncode)}"
-  else:
-    ended = f"ended with exit code {returncode}"
-  return f"error: {ended}; last line of its log: {line}"
-
-
-def _signal_name(number):
-  try:
-    return signal.Signals(number).name
-  except ValueError:  # A real-time signal.
-    return f"signal {number}"
 
 
 def saved_step(workdir: pathlib.Path) -> int:

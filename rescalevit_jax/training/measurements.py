@@ -175,9 +175,9 @@ def scalars(params: Any) -> dict[str, jax.Array]:
   Returns:
     The value of each one-element parameter, and the root mean square of each
     vector other than a bias, by block [L], such as `alpha_mlp`,
-    `scale_attention` or `gamma_query`. `branch_attention` and `branch_mlp` are the residual's,
-    `alpha_peri_mlp` is of a norm after a branch. Those of the final norm are
-    scalars, such as `head/alpha`.
+    `scale_attention` or `gamma_query`. `branch_attention` and `branch_mlp` are
+    the residual's, `alpha_peri_mlp` is of a norm after a branch. Those of the
+    final norm are scalars, such as `head/alpha`.
   """
   transformer = params["Transformer"]
   blocks = [

@@ -236,7 +236,10 @@ def update(
   optimizer: optax.GradientTransformation,
   ema_decay: float = 0.0,
 ) -> tuple[train_state.TrainState, dict[str, jax.Array]]:
-  """Apply a gradient; return the results of `train_step`."""
+  """Apply a gradient; return the results of `train_step`.
+
+  The trainer writes each scalar of the returned metrics to `metrics.jsonl`.
+  """
   updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
   new = train_state.TrainState(
     step=state.step + 1,

@@ -164,25 +164,21 @@ class Trainer:
     """Wait for the metrics of the dispatched step and log them."""
     if self._metrics is None:
       return
-    step, metrics = self._progress.step, jax.device_get(self._metrics)
+    step, found = self._progress.step, jax.device_get(self._metrics)
     self._metrics = None
-    loss, grad_norm = float(metrics["loss"]), float(metrics["grad_norm"])
-    scaling = {}  # Of float16.
-    if "loss_scale" in metrics:
-      self._progress.skipped_steps = int(metrics["skipped_steps"])
-      scaling = {
-        "train/loss_scale": float(metrics["loss_scale"]),
-        "train/skipped_steps": self._progress.skipped_steps,
-      }
-    if not math.isfinite(loss + grad_norm):
-      self._skip_or_fail(loss, grad_norm, scaling.get("train/loss_scale"))
-    self._report(step, loss, grad_norm, scaling)
-    if line := self._diagnostics.finish_step(step, metrics):
+    metrics = {k: v.item() for k, v in found.items() if k != "diagnostics"}
+    if "skipped_steps" in metrics:  # With float16.
+      self._progress.skipped_steps = metrics["skipped_steps"]
+    if not math.isfinite(metrics["loss"] + metrics["grad_norm"]):
+      self._skip_or_fail(metrics)
+    self._report(step, metrics)
+    if line := self._diagnostics.finish_step(step, found):
       self._writer.write(step, line)
 
-  def _skip_or_fail(self, loss, grad_norm, loss_scale):
+  def _skip_or_fail(self, metrics):
     """Log a skipped step; raise DivergedError if training cannot continue."""
-    values = f"loss {loss}, gradient norm {grad_norm}"
+    loss, loss_scale = metrics["loss"], metrics.get("loss_scale")
+    values = f"loss {loss}, gradient norm {metrics['grad_norm']}"
     if loss_scale is None:
       self._fail(values)
     if not math.isfinite(loss) or loss_scale < 1:
@@ -193,7 +189,8 @@ class Trainer:
       loss_scale,
     )
 
-  def _report(self, step, loss, grad_norm, scaling):
+  def _report(self, step, metrics):
+    """Log a step, and write its metrics every `progress_every` steps."""
     due = step % self._config.progress_every == 0
     quiet = time.monotonic() - self._timer.last_line
     if not due and quiet < _SECONDS_BETWEEN_LINES:
@@ -202,16 +199,13 @@ class Trainer:
     count = max(0, step - 1 - self._progress.skipped_steps)
     lr = float(self._lr_schedule(count))
     steps, seconds = self._lap(step)
-    self._timer.log(loss, lr, steps, seconds)
+    self._timer.log(metrics["loss"], lr, steps, seconds)
     if due:
       line = {
-        "train/loss": loss,
-        "train/grad_norm": grad_norm,
-        "train/lr": lr,
-        **scaling,
+        f"train/{name}": value
+        for name, value in {**metrics, "lr": lr}.items()
+        if math.isfinite(value)  # JSON cannot represent others.
       }
-      if not math.isfinite(grad_norm):  # JSON cannot represent it.
-        del line["train/grad_norm"]
       self._writer.write(
         step,
         line,

@@ -21,6 +21,7 @@ from rescalevit_jax.benchmark import measure_report
 from rescalevit_jax.benchmark import measure_results
 from rescalevit_jax.benchmark import measure_session
 from rescalevit_jax.benchmark import norm_steps
+from rescalevit_jax.sweep import outcome as outcome_lib
 from rescalevit_jax.sweep import schedule
 
 SCRIPT = paths.ROOT / "scripts" / "measure_gpu.sh"
@@ -256,7 +257,7 @@ def start_runs(session, seconds, monkeypatch):
 
     def run(self):
       started.append(self.run_.workdir.name)
-      return schedule.Outcome(done=[self.run_])
+      return outcome_lib.Outcome(done=[self.run_])
 
   monkeypatch.setattr(schedule, "Schedule", Schedule)
   monkeypatch.setattr(measure_session.Session, "_data_problem", lambda *_: None)

@@ -337,7 +337,7 @@ def test_as_linear_equals_the_norm_in_evaluation(norm, numbers):
   np.testing.assert_allclose(factor * x + shift, y, rtol=1e-5, atol=1e-5)
 
 
-def test_only_norms_that_are_linear_in_evaluation_fold():
+def test_norms_that_fold():
   foldable = {
     name
     for name, Norm in norms.NORMS.items()

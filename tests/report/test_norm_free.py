@@ -11,7 +11,7 @@ from rescalevit_jax import config as config_lib
 from rescalevit_jax.report import lr_table
 from rescalevit_jax.report import norm_free
 from rescalevit_jax.runs import result as result_lib
-from rescalevit_jax.sweep import execution
+from rescalevit_jax.sweep import outcome as outcome_lib
 
 FINAL = "final-1500"
 # Accuracies of the runs: held-out by method and learning rate, test by seed.
@@ -35,7 +35,7 @@ def study(monkeypatch):
   module, planned = norm_free, []
 
   def execute(runs, runs_dir, *, jobs):
-    outcome, left = execution.split_by_result(runs)
+    outcome, left = outcome_lib.split_by_result(runs)
     diverged = [run for run, _ in outcome.failed]
     planned.extend(run for run in runs if run not in diverged)
     for run in left:

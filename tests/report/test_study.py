@@ -14,7 +14,7 @@ from rescalevit_jax.analysis import attention_plots
 from rescalevit_jax.report import study
 from rescalevit_jax.report import study_page
 from rescalevit_jax.sweep import execution
-from rescalevit_jax.sweep import schedule
+from rescalevit_jax.sweep import outcome as outcome_lib
 
 
 def test_a_study_of_two_norms_on_digits(
@@ -152,10 +152,10 @@ def test_runs_of_a_grid_are_told_apart(tiny_config, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
   "outcome, begun, written",
   [
-    (schedule.Outcome(stopped=True), True, False),
-    (schedule.Outcome(stopped=True, out_of_time=True), True, True),
-    (schedule.Outcome(stopped=True, out_of_time=True), False, False),
-    (schedule.Outcome(failed=[(None, "error: broke")]), True, True),
+    (outcome_lib.Outcome(stopped=True), True, False),
+    (outcome_lib.Outcome(stopped=True, out_of_time=True), True, True),
+    (outcome_lib.Outcome(stopped=True, out_of_time=True), False, False),
+    (outcome_lib.Outcome(failed=[(None, "error: broke")]), True, True),
   ],
 )
 def test_files_are_written_unless_a_signal_stops(

@@ -306,9 +306,9 @@ def test_a_folder_with_another_run_is_an_error(finished, tiny, capsys):
 def test_planning_does_not_initialize_devices(tmp_path, tiny):
   """A sweep that initializes a GPU takes the memory that its runs need."""
   code = (
-    "import sys; from rescalevit_jax.sweep import command_line, execution;"
+    "import sys; from rescalevit_jax.sweep import command_line, outcome;"
     "_, runs = command_line.parse(sys.argv[1:]);"
-    "execution.split_by_result(runs);"
+    "outcome.split_by_result(runs);"
     "from jax._src import xla_bridge;"
     "print(len(runs), xla_bridge.backends_are_initialized())"
   )

@@ -14,6 +14,7 @@ from rescalevit_jax.runs import folder
 from rescalevit_jax.sweep import command_line
 from rescalevit_jax.sweep import execution
 from rescalevit_jax.sweep import grid
+from rescalevit_jax.sweep import outcome as outcome_lib
 from rescalevit_jax.sweep import time_limit
 
 MODELS = ("ViT-L_16", "ViT-B_16", "ViT-B_32")
@@ -34,7 +35,7 @@ def order(runs, minutes=1e9):
   """Return the names of unfinished runs in the order in which they start."""
   limit = time_limit.TimeLimit(time.monotonic() + 60 * minutes)
   choose, names = time_limit.Chooser(runs, limit), []
-  _, waiting = execution.split_by_result(runs)
+  _, waiting = outcome_lib.split_by_result(runs)
   while waiting and (run := choose(waiting)):
     waiting.remove(run)
     config = run.config

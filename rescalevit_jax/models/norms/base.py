@@ -65,7 +65,10 @@ class Norm(nn.Module):
     raise NotImplementedError
 
   def is_per_token(self, train: bool) -> bool:
-    """Return whether this pass maps each token independently of the others."""
+    """Return whether this pass maps each token independently of the others.
+
+    If so, the last block computes only the tokens that the head uses.
+    """
     del train
     return False
 

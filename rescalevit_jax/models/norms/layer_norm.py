@@ -24,7 +24,7 @@ class Affine(base.Norm):
   def normalize(
     self, x: Float[Array, "B N D"], train: bool
   ) -> Float[Array, "B N D"]:
-    """Return float32 x with mean 0 and variance 1 over the norm's axes."""
+    """Return the float32 input of the scale and bias."""
     raise NotImplementedError
 
   def standardize(self, x, axes):
