@@ -47,6 +47,7 @@ class Task:
     self._workdir = workdir
     self._cwd = cwd
     self._process: subprocess.Popen | None = None
+    self._stopping = False
 
   def __call__(self) -> None:
     """Run until the end; requeue the job if Slurm preempts it with SIGTERM.
@@ -69,7 +70,11 @@ class Task:
     from submitit import helpers
 
     if self._process is not None:
-      self._process.terminate()
+      # Slurm may warn again meanwhile. A second SIGTERM would end the run
+      # before it has saved.
+      if not self._stopping:
+        self._stopping = True
+        self._process.terminate()
       self._wait(self._process)
     return helpers.DelayedSubmission(
       Task(self._command, self._workdir, self._cwd)

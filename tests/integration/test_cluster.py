@@ -130,14 +130,15 @@ def test_tasks_of_a_sweep_survive_signals(sweep, slurm, tmp_path):
   freeze(folders[0])
   slurm_cluster.call(["scancel", "--signal=USR2", tasks[0]], slurm)
   go_on_after_warning(folders[0], tasks[0])
-  # An urgent job preempts a task. Slurm sends SIGCONT before SIGTERM.
+  # Both, before one can end.
   freeze(folders[2])
+  freeze(folders[3])
+  # An urgent job preempts a task. Slurm sends SIGCONT before SIGTERM.
   node = ["squeue", "--noheader", f"--jobs={tasks[2]}", "--format=%N"]
   node = slurm_cluster.call(node, slurm).strip()
   urgent = ["sbatch", "--partition=urgent", f"--nodelist={node}"]
   urgent += ["--cpus-per-task=2", "--output=/dev/null", "--wrap=true"]
   slurm_cluster.call(urgent, slurm)
-  freeze(folders[3])
   slurm_cluster.call(["scancel", tasks[3]], slurm)
   wait_for_the_end(slurm)
 

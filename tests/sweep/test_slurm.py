@@ -5,7 +5,9 @@ tests/integration/test_cluster.py has a real Slurm.
 
 import json
 import os
+import signal
 import sys
+import threading
 
 import paths
 import pytest
@@ -15,6 +17,7 @@ from rescalevit_jax import config as config_lib
 from rescalevit_jax import errors
 from rescalevit_jax.sweep import command_line
 from rescalevit_jax.sweep import slurm
+from rescalevit_jax.sweep import subprocess_run
 
 pytest.importorskip("submitit")
 
@@ -95,6 +98,31 @@ def test_a_failed_run_fails_its_job(tmp_path):
       task()
   finally:
     os.chdir(cwd)
+
+
+def test_a_second_warning_lets_the_run_save(tmp_path):
+  pytest.importorskip("submitit")
+  code = (
+    "import signal, time\n"
+    "signal.signal(signal.SIGTERM, lambda *_: print('saving', flush=True))\n"
+    "print('ready', flush=True)\n"
+    "signal.pause()\n"
+    "time.sleep(1)\n"
+  )
+  command = [sys.executable, "-c", code]
+  task = slurm.Task(command, tmp_path, "/")
+  task._process = subprocess_run.start(command, tmp_path, {})
+  log = tmp_path / "log.txt"
+  tiny_sweep.wait_for(lambda: "\nready\n" in log.read_text())
+  previous = signal.signal(signal.SIGUSR2, lambda *_: task.checkpoint())
+  warn_again = threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGUSR2))
+  warn_again.start()
+  try:
+    task.checkpoint()
+    warn_again.join()
+  finally:
+    signal.signal(signal.SIGUSR2, previous)
+  assert log.read_text().count("\nsaving") == 1
 
 
 @pytest.mark.parametrize(
