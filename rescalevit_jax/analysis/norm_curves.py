@@ -31,6 +31,7 @@ from jaxtyping import Float32, UInt8
 from matplotlib import figure as figure_lib
 import numpy as np
 
+from rescalevit_jax import errors
 from rescalevit_jax.analysis import diagnostics_plots
 from rescalevit_jax.analysis import plots
 from rescalevit_jax.analysis import probe
@@ -90,6 +91,11 @@ def _run(argv):
   args = parser.parse_args(rest)
   if not args.workdir and not args.config:
     parser.error("name models with --workdir or --config")
+  if settings and not args.config:
+    raise errors.UserError(
+      f"--config.{settings[0]}: has no effect on runs; add --config, or leave"
+      " it out"
+    )
   found = {}
   for subject in subjects.load(args.workdir, [], args.checkpoint):
     model = subject.model
@@ -105,7 +111,7 @@ def _run(argv):
     state = probe.with_statistics(experiment, state)
     variables = {"params": state.params, "batch_stats": state.batch_stats}
     images = _first(experiment.dataset.test)
-    found[label] = measure(
+    found[f"{label} (fresh)" if label in found else label] = measure(
       experiment.model, variables, images, config.image_size
     )
   args.output.mkdir(parents=True, exist_ok=True)

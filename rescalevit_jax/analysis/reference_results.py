@@ -22,6 +22,8 @@ from rescalevit_jax.config import keys
 
 _FOLDER = pathlib.Path(__file__).parent / "published"
 _EVALUATIONS = "200"  # Of a complete log.
+# Rates that Google's code uses; some rows do not state theirs.
+_GOOGLES_DROPOUT = ("0.0", "0.1")
 
 # Dataset, model_name, norm, True for pretrained weights.
 Key = tuple[str, str, str, bool]
@@ -182,7 +184,9 @@ def find(config: ml_collections.ConfigDict) -> Figures | None:
     return None
   steps = config.total_steps, config.warmup_steps
   known = google().get((config.dataset, config.model_name, *steps), {})
-  return known.get(str(config.model.dropout_rate)) or known.get("")
+  rate = str(config.model.dropout_rate)
+  unstated = known.get("") if rate in _GOOGLES_DROPOUT else None
+  return known.get(rate) or unstated
 
 
 def _repeats(config, recipe, free):

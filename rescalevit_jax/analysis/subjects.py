@@ -77,7 +77,7 @@ def load(
       (
         dataset or config.dataset,
         tfds_data_dir or config.tfds_data_dir,
-        tuple(config.data.items()),
+        tuple(_data_keys(config, dataset).items()),
       )
     )
   first = (dataset, tfds_data_dir, ()) if dataset else None
@@ -103,6 +103,15 @@ def load(
     if names.count(subject.model.name) > 1:
       subject.model.name = reference
   return subjects
+
+
+def _data_keys(config, dataset):
+  """Return the run's `data` keys, without its own splits for other data."""
+  keys = dict(config.data)
+  if dataset not in (None, config.dataset):
+    for name in ("num_val", "train_split", "test_split"):
+      del keys[name]
+  return keys
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:

@@ -259,6 +259,14 @@ def load_npz(
     )
   found = detect.settings(arrays)
   norm = norm or found["norm"]
+  if residual_c is not None and found["residual"] != "rescalenet":
+    raise errors.UserError(
+      f"{path}: has no residual with a constant c; leave c out"
+    )
+  if "gn_groups" in constants and norm != "GN":
+    raise errors.UserError(
+      f"{path}: groups are of GN; add GN, or leave them out"
+    )
   image_size = math.isqrt(positions.shape[1]) * patch_size
   num_classes = np.size(arrays.get("head/bias", ()))
   pre_logits = arrays.get("pre_logits/bias")

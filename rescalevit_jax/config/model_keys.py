@@ -160,8 +160,7 @@ KEYS = {
   ),
   "taper.final": key_lib.Key(
     True,
-    "whether the final norm of TaperLN and TaperRMS fades, too; without effect"
-    " for `norm_position=post`, which has no final norm",
+    "whether the final norm of TaperLN and TaperRMS fades, too",
   ),
   "taper.anchor": key_lib.at_least(
     0,

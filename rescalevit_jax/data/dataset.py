@@ -132,7 +132,7 @@ def load_test(
   skip_damaged: bool = False,
   split_key: str = "data.test_split",
   **others: Any,
-) -> tuple[resident.Split | streamed.StreamedSplit, str, tuple[str, ...]]:
+) -> tuple[resident.Split | streamed.StreamedSplit, str, tuple[str, ...], int]:
   """Load only the test split of a dataset.
 
   Args:
@@ -149,7 +149,8 @@ def load_test(
     **others: the other arguments of `load`, which have no effect.
 
   Returns:
-    The split, its name and the class names.
+    The split, its name, the class names, and the number of damaged images that
+    were left out.
 
   Raises:
     UserError: see `load`.
@@ -160,10 +161,12 @@ def load_test(
   tests = _candidates(stored, test_split, name, split_key)
   parts = list(itertools.chain(*tests.values()))
   read = _reader(stored, parts, source, max_gb, skip_damaged)
-  test, chosen, _ = _first_labelled(
+  test, chosen, num_skipped = _first_labelled(
     tests, read, first_resize, skip_damaged, name
   )
-  return test, chosen, stored.class_names
+  if num_skipped:
+    _log.warning("left out %d damaged images", num_skipped)
+  return test, chosen, stored.class_names, num_skipped
 
 
 def expand(name: str, data_dir: str | None) -> list[str]:

@@ -78,7 +78,7 @@ def open_folder(
           f"{path}: has two folders for the split {split}; keep one"
         )
       roots[split] = root
-  elif any(split == "train" and _subfolders(x) for split, x in named):
+  elif any(_subfolders(x) for _, x in named):
     raise errors.UserError(
       f"{path}: has {others[0]} beside the folders of splits; move it to"
       " another folder"

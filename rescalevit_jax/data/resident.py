@@ -149,10 +149,14 @@ def _decode_all(examples, resize, stored, split, skip_damaged):
         if chunk[-1][0] >= count:
           raise ValueError(f"more than {count} examples")
       except Exception as e:  # Damaged files raise many types.
+        advice = (
+          "remove this folder to prepare the dataset again"
+          if stored.files is None
+          else "repair the file or remove it"
+        )
         raise errors.UserError(
           f"{stored.source}: damaged, cannot read {split}"
-          f" ({errors.brief(e)}); remove this folder to prepare the dataset"
-          " again"
+          f" ({errors.brief(e)}); {advice}"
         ) from e
       for index, error in filter(None, pool.map(decode, chunk)):
         where = examples.where(index)

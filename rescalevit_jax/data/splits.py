@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 import dataclasses
+import re
 
 import tensorflow_datasets as tfds
 
@@ -40,6 +41,11 @@ def resolve(
   Raises:
     UserError: the notation is invalid, or it selects no example.
   """
+  if re.search(r"\dshard", notation):  # Shards do not matter here.
+    raise errors.UserError(
+      f"config: {key} ({notation}): parts are in percent or examples, not in"
+      " shards; use a part such as train[:10%]"
+    )
   try:
     instruction = tfds.core.ReadInstruction.from_spec(notation)
     absolute = instruction.to_absolute(

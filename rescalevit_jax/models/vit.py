@@ -249,12 +249,16 @@ class EncoderBlock(nn.Module):
 
 
 def _norm(config, site, name):
-  """Return the norm at a site: two in each block, then the final norm."""
+  """Return the norm at a site: two in each block, then the final norm.
+
+  With `norm_position=post` the last block's second norm is the final one.
+  """
   Norm, fields = norms.NORMS[config.norm], {}
-  last = 2 * config.num_layers
-  kind = "final" if site == last else ("attention", "mlp")[site % 2]
+  final = 2 * config.num_layers
+  kind = "final" if site == final else ("attention", "mlp")[site % 2]
   if config.norm_schedule is not None:
-    fields["schedule"] = config.norm_schedule.at_site(site, last + 1)
+    num_sites = final + (config.norm_position != "post")
+    fields["schedule"] = config.norm_schedule.at_site(site, num_sites)
   options = config.norm_options(kind)
   return Norm(config.hidden_size, config.dtype, options, name=name, **fields)
 

@@ -34,6 +34,11 @@ from rescalevit_jax.pretrained import param_keys
 from rescalevit_jax.runtime import cli
 
 _POSITIONS = "Transformer/posembed_input/pos_embedding"
+# By the name in Hugging Face's config.json.
+_GELUS = {
+  "gelu": "erf",
+  **dict.fromkeys(("gelu_new", "gelu_fast", "gelu_pytorch_tanh"), "tanh"),
+}
 # Parts of a training checkpoint that hold the weights, the better ones first.
 _WEIGHTS = ("model_ema", "teacher", "state_dict", "model")
 
@@ -92,6 +97,8 @@ def _run(args):
     == "avg"
   ):
     settings["model.pool"] = "gap"  # timm; the arrays are the same.
+  if _gelu(args.file) == "tanh":
+    settings["model.gelu"] = "tanh"
   print("start a run from it with")
   for key, value in {"pretrained_path": output, **settings}.items():
     print(f"  --config.{key}={value}")
@@ -110,7 +117,8 @@ def convert(
 
   Args:
     path: a .safetensors, .pth, .onnx or .npz file.
-    heads: attention heads; None: from config.json, else one for 64 channels.
+    heads: attention heads; None: from config.json, else one for 64 channels
+      up to a width of 1024.
     normalization: mean and standard deviation of the inputs' channels, for
       pixels in [0, 1]; None: from the files beside it.
     fold_layer_scale: multiply LayerScale into the layers before it.
@@ -121,6 +129,11 @@ def convert(
     UserError: the file cannot be read or is not of a plain ViT.
   """
   if path.suffix == ".npz":
+    flags = heads, normalization, fold_layer_scale, no_class_position
+    if any((*flags, drop_distillation)):
+      raise errors.UserError(
+        f"{path}: options have no effect on .npz files; leave them out"
+      )
     return _from_big_vision(path)
   tensors = _read_tensors(path)
   name, prefix = families.detect(tensors, str(path))
@@ -130,6 +143,7 @@ def convert(
   if name == "timm":
     tensors = families.split_qkv(tensors)
   config = input_stats.json_beside(path, "config.json")
+  _gelu(path)
   norm = tensors.get(_norm_name(name))
   if norm is None or norm.ndim != 1:
     raise errors.UserError(
@@ -234,12 +248,25 @@ def _norm_name(family):
   return "norm.weight" if family == "timm" else "layernorm.weight"
 
 
+def _gelu(path):
+  """Return the kind of GELU: big_vision's, or Hugging Face's `hidden_act`."""
+  if path.suffix == ".npz":
+    return "tanh"
+  config = input_stats.json_beside(path, "config.json")
+  name = config.get("hidden_act", "gelu")
+  if name not in _GELUS:
+    raise errors.UserError(
+      f"{path}: has the activation {name}; choose a model with GELU"
+    )
+  return _GELUS[name]
+
+
 def _number(value):
   return value if isinstance(value, int) and value > 0 else None
 
 
 def _default_heads(hidden, path):
-  if hidden % 64:
+  if hidden % 64 or hidden > 1024:  # Wider models have other heads.
     raise errors.UserError(
       f"{path}: does not tell its attention heads; give --heads"
     )

@@ -36,7 +36,11 @@ def parse(mean: str | None, std: str | None) -> Stats | None:
   """
   if mean is None and std is None:
     return None
-  if mean == "imagenet":
+  if "imagenet" in (mean, std):
+    if mean != "imagenet" or std not in (None, "imagenet"):
+      raise errors.UserError(
+        "--mean=imagenet gives the deviation, too; leave --std out"
+      )
     return _IMAGENET[0], _IMAGENET[1]
   if mean is None or std is None:
     raise errors.UserError("--mean and --std: give both, or --mean=imagenet")

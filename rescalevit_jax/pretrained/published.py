@@ -85,6 +85,8 @@ def _download(url, file):
     r.raise_for_status()
     if done and r.status_code != requests.codes.partial_content:
       done = 0  # The server sends the whole file.
+    if "Content-Length" not in r.headers:
+      raise requests.RequestException("the server does not state its size")
     size = done + int(r.headers["Content-Length"])
     _log.info("downloading %s (%.0f MB) to %s", url, size / 1e6, file)
     with open(part, "ab" if done else "wb") as f:

@@ -155,6 +155,10 @@ def _compare_options(file, model, difference):
     )
     if not ours & theirs:
       difference.add(ours, theirs)
+      if theirs and group != "sigma_reparam":  # Loading removes it exactly.
+        difference.notes.append(
+          f"the model lacks the file's {group}, so its outputs differ"
+        )
 
 
 def _besides_affine(keys: Iterable[str]) -> set[str]:

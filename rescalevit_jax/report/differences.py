@@ -44,7 +44,7 @@ class Difference:
     points: difference of the means in percentage points.
     interval: its 95 % interval.
     test: name of the test and number of runs.
-    p: two-sided p-value, nan if neither group varies.
+    p: two-sided p-value, nan if nothing varies between seeds.
     adjusted_p: the same after Holm's correction.
   """
 
@@ -62,7 +62,7 @@ def compare(study: run_groups.Study) -> list[Difference]:
   by_setting: dict[str, dict[str, tuple[run_reader.Run, ...]]] = {}
   for row, group in zip(tables.rows(study), study.groups, strict=True):
     names = [name for name in study.varied if name != "model.norm"]
-    parts = [row["dataset"], row["model"]]
+    parts = [row["dataset"], row["model"], f"{row['resolution']} pixels"]
     if row["pretrained"] != "no":
       parts.append(f"pretrained: {row['pretrained']}")
     parts += [f"{name}={row[name]}" for name in names]
@@ -85,18 +85,25 @@ def _difference(setting, norm, group, reference):
   ours, theirs = map(_by_seed, (group, reference))
   shared = sorted(ours.keys() & theirs.keys())
   unique = len(ours) == len(group) and len(theirs) == len(reference)
-  if unique and len(shared) >= 2:
+  paired = unique and len(shared) >= 2
+  if paired:
     a, b = ([x[seed] for seed in shared] for x in (ours, theirs))
-    result = stats.ttest_rel(a, b)
+    samples = [[x - y for x, y in zip(a, b, strict=True)]]
     test = f"paired, {len(shared)} seeds"
   else:
-    a, b = map(_accuracies, (group, reference))
-    result = stats.ttest_ind(a, b, equal_var=False)
+    samples = a, b = [_accuracies(x) for x in (group, reference)]
     test = f"Welch, {len(a)} and {len(b)} runs"
-  low, high = result.confidence_interval()
   points = sum(a) / len(a) - sum(b) / len(b)
+  # Rounding errors would pass for a tiny variation.
+  if all(math.isclose(min(x), max(x), abs_tol=1e-9) for x in samples):
+    return Difference(setting, norm, points, (math.nan,) * 2, test, math.nan)
+  if paired:
+    result = stats.ttest_rel(a, b)
+  else:
+    result = stats.ttest_ind(a, b, equal_var=False)
+  low, high = map(float, result.confidence_interval())
   return Difference(
-    setting, norm, points, (float(low), float(high)), test, float(result.pvalue)
+    setting, norm, points, (low, high), test, float(result.pvalue)
   )
 
 

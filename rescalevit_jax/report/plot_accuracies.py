@@ -84,6 +84,8 @@ def read(path: pathlib.Path) -> list[lr_table.Outcome]:
   try:
     with open(path, encoding="utf-8", newline="") as f:
       for row in csv.DictReader(f):
+        if None in row.values():
+          raise ValueError(f"line {','.join(filter(None, row.values()))!r}")
         key, lr = (row["dataset"], row["method"]), float(row["base_lr"])
         accuracy = float(row["accuracy"]) if row["accuracy"] else None
         accuracies = tried.setdefault(key, {})
@@ -152,7 +154,7 @@ def bars(
         color=plots.norm_color(x.norm),
       )
       text = f"{mean:.1f}" + (
-        f" ± {deviation:.1f}" if deviation else " (1 seed)"
+        " (1 seed)" if deviation is None else f" ± {deviation:.1f}"
       )
       axes.text(
         mean + (deviation or 0),

@@ -86,8 +86,6 @@ def _run(args, rest):
   except errors.UserError as e:
     return cli.fail(str(e), 2)
   outcome = command_line.execute(options, runs)
-  if outcome is None:
-    return 0
   begun = any((run.workdir / folder.CONFIG).exists() for run in runs)
   if begun and (not outcome.stopped or outcome.out_of_time):
     _, paths = output.write(runs_dir, runs_dir, args.index)

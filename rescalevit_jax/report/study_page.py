@@ -132,6 +132,8 @@ def _entries(configs, study):
     for group, row in zip(study.groups, tables.rows(study), strict=True)
   }
   varied = run_groups.varied_keys(configs)
+  if len({config.image_size for config in configs}) > 1:
+    varied = ("image_size", *varied)
   planned = collections.Counter(map(run_reader.recipe, configs))
   entries = []
   for recipe, config in {run_reader.recipe(x): x for x in configs}.items():

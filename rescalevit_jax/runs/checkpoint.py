@@ -38,6 +38,7 @@ class Progress:
     last_loss: test loss of the last evaluation.
     last_step: step of the last evaluation; 0 before the first.
     examples_evaluated: test images counted by the last evaluation.
+    train_images: number of training images; 0 in old checkpoints.
     seconds: wall time of the run, restarts included.
     timed_steps: training steps in `timed_seconds`.
     timed_seconds: training time without compilation and evaluation.
@@ -54,6 +55,7 @@ class Progress:
   last_loss: float = -1.0
   last_step: int = 0
   examples_evaluated: int = 0
+  train_images: int = 0
   seconds: float = 0.0
   timed_steps: int = 0
   timed_seconds: float = 0.0

@@ -165,14 +165,13 @@ def _sweep(argv):
     options, runs = parse(argv)
   except errors.UserError as e:
     return cli.fail(str(e), 2)
-  outcome = execute(options, runs)
-  return outcome.exit_code if outcome else 0
+  return execute(options, runs).exit_code
 
 
 def execute(
   options: argparse.Namespace, runs: Sequence[grid.PlannedRun]
-) -> outcome_lib.Outcome | None:
-  """Execute, print or submit the runs; return the outcome if executed here.
+) -> outcome_lib.Outcome:
+  """Execute, print or submit the runs.
 
   Args:
     options: first result of `parse`.
@@ -183,14 +182,15 @@ def execute(
   """
   if options.dry_run:
     _print_commands(runs)
-    return None
+    return outcome_lib.Outcome(stopped=True)
   runs_dir = pathlib.Path(options.runs_dir)
   if options.cluster:
-    for job_id, run in execution.submit(
+    submitted, outcome = execution.submit(
       runs, runs_dir, jobs=options.jobs, parameters=options.slurm_args
-    ):
+    )
+    for job_id, run in submitted:
       print(f"{job_id}  {run.workdir}")
-    return None
+    return outcome
   return execution.execute(
     runs, runs_dir, jobs=options.jobs, minutes=options.minutes
   )

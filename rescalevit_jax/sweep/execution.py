@@ -80,7 +80,7 @@ def submit(
   *,
   jobs: int | None = None,
   parameters: Mapping[str, Any],
-) -> list[tuple[str, grid.PlannedRun]]:
+) -> tuple[list[tuple[str, grid.PlannedRun]], outcome_lib.Outcome]:
   """Submit the unfinished runs as one Slurm array, without waiting for them.
 
   Args:
@@ -90,15 +90,18 @@ def submit(
     parameters: parameters of submitit's AutoExecutor.
 
   Returns:
-    Each submitted run with the ID of its job.
+    Each submitted run with the ID of its job, and the other runs.
 
   Raises:
     UserError: a run's folder holds a run of another config, files are missing,
       or Slurm rejects the array.
   """
-  _, left = _unfinished(runs, runs_dir)
+  outcome, left = _unfinished(runs, runs_dir)
+  outcome.stopped = True
+  if outcome.failed:
+    outcome.log()
   if not left:
-    return []
+    return [], outcome
   executor = slurm.create_executor(runs_dir / ".submitit", parameters, jobs)
   _prepare_data(left)
   ids = slurm.submit(left, executor)
@@ -110,7 +113,7 @@ def submit(
     left[0].workdir.parent / "*" / folder.LOG,
     array,
   )
-  return list(zip(ids, left, strict=True))
+  return list(zip(ids, left, strict=True)), outcome
 
 
 def _unfinished(runs, runs_dir):

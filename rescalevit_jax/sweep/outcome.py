@@ -22,7 +22,8 @@ class Outcome:
     done: finished runs, including those of earlier sweeps.
     failed: failed runs, each with the reason as one line.
     left: runs that a signal or the time limit stopped or kept from starting.
-    stopped: True after a signal or the time limit, even if all runs are done.
+    stopped: True after a signal or the time limit, even if all runs are done,
+      and if runs were only listed or submitted.
     out_of_time: True if the time limit was the first to stop the sweep.
     killed: True if a second signal killed the runs.
   """

@@ -48,7 +48,7 @@ def evaluate_run(
   for i, name in enumerate(names, start=1):
     if len(names) > 1:
       _log.info("dataset %d/%d: %s", i, len(names), name)
-    images, split = _images(experiment, name)
+    images, split, skipped = _images(experiment, name)
     logits, labels = evaluator.on(images).logits(*variables)
     results[name] = scores.evaluation(
       logits,
@@ -57,6 +57,7 @@ def evaluate_run(
       **info,
       dataset=name,
       split=split,
+      skipped_images=skipped,
     )
   found = scores.Suite(results) if len(results) > 1 else results[name]
   if jax.process_index() == 0:
@@ -91,7 +92,7 @@ def probe_run(
       f"config: eval_dataset ({config.eval_dataset}) is {len(others) + 1}"
       " datasets; choose one of them to probe"
     )
-  images, split = _images(experiment, name)
+  images, split, _ = _images(experiment, name)
   evaluator = evaluate.create_evaluator(experiment, model)
   _log.info("computing the features of the training images")
   train = evaluator.on(experiment.train_loader).features(*variables)
@@ -142,24 +143,29 @@ def _datasets(config):
 
 
 def _images(experiment, name):
-  """Return the images of a dataset to evaluate on, and their split's name."""
+  """Return the images to evaluate on, their split, and how many it lacks."""
   config, own = experiment.config, experiment.dataset
   if config.eval_dataset is None and config.eval_split is None:
-    return experiment.test_loader, own.test_split
+    return experiment.test_loader, own.test_split, own.num_skipped
   keys = dict(config.data)
   if config.eval_split is not None:
     keys |= {"test_split": config.eval_split, "split_key": "eval_split"}
-  images, split, class_names = dataset_lib.load_test(
+  images, split, class_names, skipped = dataset_lib.load_test(
     name, config.tfds_data_dir, **keys
   )
-  if class_names != own.class_names:
+  if class_names == tuple(map(str, range(own.num_classes))):
+    if class_names != own.class_names:
+      _log.warning(
+        "%s does not name its classes; assuming the order of the run's", name
+      )
+  elif class_names != own.class_names:
     raise errors.UserError(
       f"config: eval_dataset ({name}) has the classes"
       f" {', '.join(class_names[:3])}, ..., and the run"
       f" {', '.join(own.class_names[:3])}, ...; choose a dataset with the"
       " run's classes"
     )
-  return loader.Loader(images, experiment.mesh), split
+  return loader.Loader(images, experiment.mesh), split, skipped
 
 
 def _output(config, workdir):

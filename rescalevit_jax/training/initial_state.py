@@ -40,7 +40,7 @@ def create(
     state, report = load_pretrained(experiment, state)
     if issubclass(Norm, traits.Calibrated):
       suffix = f"/{Norm.PARAMETER}"
-      calibrated &= any(key.endswith(suffix) for key in report.initial)
+      calibrated &= not any(key.endswith(suffix) for key in report.loaded)
   if not calibrated:
     return state
   _log.info(

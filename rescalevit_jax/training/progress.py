@@ -108,17 +108,19 @@ def warn_of_long_run(
   *,
   batch: int,
   steps: int,
+  gradients: int,
   eval_images: int,
   evaluations: int,
 ) -> None:
   """Estimate the run time from the speed of a matrix product; warn if long."""
   forward = flops.forward_flops(model.config)
-  total = forward * (3 * batch * steps + eval_images * evaluations)
+  images = 3 * gradients * batch  # A backward pass costs two forward ones.
+  total = forward * (images * steps + eval_images * evaluations)
   share = _EFFICIENCY * jax.device_count()
   if total / (share * _SLOW_DEVICE) < _LONG_RUN_SECONDS:
     return  # Measuring takes 0.1 s, before the first step.
   rate = share * _matmul_flops_per_second(model.config.dtype)
-  step_seconds = 3 * forward * batch / rate
+  step_seconds = forward * images / rate
   eval_seconds = forward * eval_images / rate
   seconds = total / rate
   if seconds > _LONG_RUN_SECONDS:

@@ -7,6 +7,7 @@ import io
 import json
 import math
 import pathlib
+import re
 from typing import Any
 
 from jaxtyping import Float, Int
@@ -75,7 +76,8 @@ class Evaluation:
   def write(self, workdir: pathlib.Path, save_predictions: bool) -> None:
     """Write eval.json, confusion.csv and, if asked for, predictions.npz.
 
-    Above 2000 classes there is no confusion.csv.
+    Above 2000 classes there is no confusion.csv. A predictions.npz of another
+    evaluation is deleted.
     """
     write_json(workdir / folder.EVALUATION, self.summary)
     if len(self.class_names) <= _MOST_CONFUSED:
@@ -83,6 +85,8 @@ class Evaluation:
     if save_predictions:
       with atomic_file.replacing(workdir / folder.PREDICTIONS) as f:
         np.savez(f, logits=self.logits, labels=self.labels)
+    else:
+      (workdir / folder.PREDICTIONS).unlink(missing_ok=True)
 
   def _write_confusion(self, path):
     table = io.StringIO()
@@ -114,7 +118,7 @@ class Suite:
     found = {name: x.summary for name, x in self.evaluations.items()}
     by_corruption: dict[str, list[float]] = {}
     for name, one in found.items():
-      corruption = name.rpartition("_")[0] or name
+      corruption = re.sub(r"_\d+$", "", name)
       by_corruption.setdefault(corruption, []).append(1 - one["accuracy"])
     means = [sum(x) / len(x) for x in by_corruption.values()]
     return {

@@ -94,9 +94,11 @@ def _train_and_evaluate(config, workdir, folder, draw_attention):
       abstract = experiment.abstract_state()
       items, progress = checkpoints.restore(abstract.to_checkpoint())
       state = abstract.from_checkpoint(items, progress.skipped_steps)
+      _check_train_images(workdir, progress, experiment)
       _log.info("resuming from step %d", progress.step)
     else:
       checkpoints.delete_best(after=0)
+    progress.train_images = len(experiment.dataset.train)
     parameters = sum(x.size for x in jax.tree.leaves(state.params))
     atomic_file.remove_temporary(folder)
     # Of a diverged run with another config.
@@ -147,6 +149,17 @@ def _train_and_evaluate(config, workdir, folder, draw_attention):
   result_lib.write(folder, result)
   _log.info("finished: %s; see %s", result_lib.accuracies(result), workdir)
   return result
+
+
+def _check_train_images(workdir, progress, experiment):
+  """Raise UserError if batches would not go on with the same images."""
+  images = len(experiment.dataset.train)
+  if progress.train_images not in (0, images):
+    raise errors.UserError(
+      f"{workdir}: the run began with {progress.train_images} training images,"
+      f" its dataset has {images} now; restore the dataset, or start a run in"
+      " another --workdir"
+    )
 
 
 def _is_of_the_past(progress, line):

@@ -157,7 +157,12 @@ def gradient(
   )
   if sam_rho:
     ascended = sam.ascend(state.params, grads, sam_rho)
-    _, grads, _, loss_scale = of_batch(ascended, loss_scale)
+    finite = jnp.isfinite(clipping.global_norm(grads))
+    _, grads, _, second_scale = of_batch(ascended, loss_scale)
+    # From weights that are not finite, each micro-batch would lower the scale.
+    loss_scale = jax.tree.map(
+      functools.partial(jnp.where, finite), second_scale, loss_scale
+    )
   return loss, grads, batch_stats, loss_scale
 
 

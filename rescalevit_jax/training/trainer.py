@@ -82,6 +82,7 @@ class Trainer:
       experiment.model,
       batch=config.batch,
       steps=config.total_steps - progress.step,
+      gradients=2 if config.sam_rho else 1,
       eval_images=len(dataset.test),
       evaluations=-(-(config.total_steps - progress.step) // config.eval_every),
     )

@@ -1,6 +1,7 @@
 """The command that draws a norm's output over its input."""
 
 import csv
+import types
 
 import jax
 import numpy as np
@@ -84,3 +85,22 @@ def test_without_runs_there_is_no_checkpoint(capsys):
   args = ["--config=configs/quickstart.py", "--checkpoint=best"]
   assert norm_curves.main(args) == 1
   assert "add --workdir" in capsys.readouterr().err
+
+
+def test_a_run_and_a_config_of_one_name_are_both_drawn(tmp_path, monkeypatch):
+  model = types.SimpleNamespace(
+    name="LN", model=None, variables=None, image_size=8
+  )
+  subject = types.SimpleNamespace(model=model, test_split=None)
+  drawn = []
+  monkeypatch.setattr(norm_curves.subjects, "load", lambda *args: [subject])
+  monkeypatch.setattr(norm_curves, "_first", lambda split: None)
+  monkeypatch.setattr(norm_curves, "measure", lambda *args: {})
+  monkeypatch.setattr(norm_curves, "draw", lambda found: drawn.extend(found))
+  monkeypatch.setattr(norm_curves.plots, "save", lambda *args: None)
+  flags = ["--workdir=LN", f"--output={tmp_path}"]
+  config = "--config=configs/norm_free.py:LN"
+  keys = ["--config.dataset=digits", "--config.model.num_layers=1"]
+  assert norm_curves.main([*flags, config, *keys]) == 0
+  assert len(drawn) == 2
+  assert norm_curves.main([*flags, *keys]) == 1

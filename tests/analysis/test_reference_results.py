@@ -163,6 +163,12 @@ def test_other_fine_tuning_has_no_published_accuracy(key, value, accuracy):
   assert (found and found.last_accuracy) == accuracy
 
 
+def test_dropout_that_google_does_not_use_does_not_match():
+  changed = google_config()
+  changed.model.dropout_rate = 0.5
+  assert reference_results.find(changed) is None
+
+
 def test_all_rows_of_google_are_read():
   results = reference_results.google()
   assert sum(map(len, results.values())) == 20

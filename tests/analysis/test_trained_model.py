@@ -285,6 +285,8 @@ def without(arrays, word):
     (trees.arrays("BN"), "BN, not LN", {"norm": "LN"}),
     (trees.arrays("LN"), "unknown 'gn'; did you mean GN", {"norm": "gn"}),
     (trees.arrays("LN"), "model.gelu: unknown", {"gelu": "relu"}),
+    (trees.arrays("LN"), "leave c out", {"residual_c": 3.0}),
+    (trees.arrays("LN"), "groups are of GN", {"gn_groups": 2}),
     (
       trees.arrays("LN", hidden_size=6, num_heads=2),
       "6 is not divisible by the 4 groups",

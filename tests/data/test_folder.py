@@ -1,5 +1,7 @@
 """Folders of image files as datasets, and splits in tfds' notation."""
 
+import pathlib
+
 import numpy as np
 from PIL import Image
 import pytest
@@ -80,6 +82,7 @@ def test_any_part_of_a_split(tmp_path):
     "train[:200%",
     "train[5:5]",
     "train[5:3]",
+    "train[:1shard]",
   ],
 )
 def test_invalid_splits_are_one_line(notation):
@@ -114,6 +117,33 @@ def test_a_damaged_file_is_named_and_can_be_skipped(tmp_path):
     load(tmp_path / "d", num_val=1, skip_damaged=True, source="streaming")
 
 
+def test_damaged_test_images_of_another_dataset_are_counted(tmp_path):
+  write(tmp_path / "d", {"test/cat": 3, "test/dog": 3})
+  (tmp_path / "d" / "test" / "cat" / "001.png").write_bytes(b"not an image")
+  for _ in range(2):  # The second time from the cache.
+    test, *_, skipped = dataset_lib.load_test(
+      f"folder:{tmp_path / 'd'}", None, skip_damaged=True
+    )
+    assert (len(test), skipped) == (5, 1)
+
+
+def test_a_file_that_cannot_be_read_is_not_to_be_prepared(
+  tmp_path, monkeypatch
+):
+  write(tmp_path / "d", {"cat": 3, "dog": 3})
+
+  read = pathlib.Path.read_bytes
+
+  def read_bytes(path):
+    if path.name == "002.png":
+      raise PermissionError(13, "Permission denied", str(path))
+    return read(path)
+
+  monkeypatch.setattr(pathlib.Path, "read_bytes", read_bytes)
+  with pytest.raises(errors.UserError, match=r"002\.png.*repair the file"):
+    load(tmp_path / "d", num_val=1)
+
+
 def test_a_changed_file_is_read_again(tmp_path):
   write(tmp_path / "d", {"cat": 3, "dog": 3})
   load(tmp_path / "d", num_val=1)
@@ -130,6 +160,7 @@ def test_a_changed_file_is_read_again(tmp_path):
     ({"train/cat": 2, "train/dog": 2, "test/cow": 1}, "lacks the class cow"),
     ({"train/cat": 1, "train/dog": 1, "val/cat": 1, "valid/cat": 1}, "two"),
     ({"train/cat": 1, "train/dog": 1, "test/cat": 0}, "no image files"),
+    ({"images/cat": 1, "test/cat": 1, "val/cat": 1}, "has images beside"),
   ],
 )
 def test_other_folders_are_refused(tmp_path, layout, words):

@@ -97,9 +97,9 @@ def test_tapers_statistics_by_hand(Norm):
   np.testing.assert_allclose(y[1] - y[2], 3 * (y[0] - y[2]), rtol=1e-4)
 
 
-@pytest.mark.parametrize("tokens", [1, None])
+@pytest.mark.parametrize("tokens", [(0, 1), (1, None), (0, None)])
 def test_anchor_loss_by_hand(tokens):
-  """With the class token as the head's input, only its size counts."""
+  """Only the tokens that the head sees count."""
   schedules = taper.Schedule(0, 4, 1.0, True, 0.25, tokens)
   assert schedules.at_site(1, 3) == taper.SiteSchedule(0, 4, 0.0)
   final = schedules.at_site(2, 3)
@@ -117,7 +117,7 @@ def test_anchor_loss_by_hand(tokens):
       mutable=["batch_stats", "losses"],
     )
     (loss,) = jax.tree.leaves(new[traits.LOSSES])
-    sigma = np.sqrt(X[:, :tokens].var(-1) + 1e-6)
+    sigma = np.sqrt(X[:, slice(*tokens)].var(-1) + 1e-6)
     if not active:
       target = new["batch_stats"]["target"]
       np.testing.assert_allclose(target, sigma.mean(), rtol=1e-5)

@@ -2,6 +2,7 @@
 
 import functools
 
+from flax import linen as nn
 from flax import traverse_util
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,7 @@ from rescalevit_jax.models import residuals
 from rescalevit_jax.models import vit
 from rescalevit_jax.models.norms import base
 from rescalevit_jax.models.norms import batch_norm
+from rescalevit_jax.models.norms import taper
 from rescalevit_jax.pretrained import fold
 from rescalevit_jax.pretrained import npz
 from rescalevit_jax.training import measurements
@@ -183,6 +185,25 @@ def test_constants_are_words_after_a_file(tmp_path):
   assert found.norm_depth_scaling and found.residual == "convex"
   with pytest.raises(errors.UserError, match="unknown or too many: 'groups=x'"):
     subjects.load([], [f"{tmp_path}/a.npz:groups=x"])
+
+
+def test_a_schedule_counts_the_sites_that_there_are():
+  """With post, the last block's second norm is the last site."""
+  ends = {}
+  for position in ("pre", "post"):
+    plan = taper.Schedule(0.0, 8.0, 0.5, anchor=1.0)
+    model = tiny(norm="TaperLN", norm_position=position, norm_schedule=plan)
+    found = []
+
+    def note(next_method, args, kwargs, context, found=found):
+      if isinstance(context.module, taper.TaperLN):
+        found.append(context.module.schedule)
+      return next_method(*args, **kwargs)
+
+    with nn.intercept_methods(note):
+      jax.eval_shape(model.init, jax.random.key(0), IMAGES)
+    ends[position] = found[-1].anchor
+  assert ends == {"pre": 1.0, "post": 1.0}
 
 
 def test_folding_includes_the_scaling_by_depth_and_epsilon():

@@ -144,6 +144,26 @@ def test_an_overflow_changes_only_the_scale(accum_steps):
   assert metrics["loss"] == pytest.approx(float(usual["loss"]), rel=1e-6)
 
 
+@pytest.mark.parametrize("accum_steps", [1, 2])
+def test_an_overflow_of_sams_first_gradient_counts_once(accum_steps):
+  """Its second gradient is at weights that are not finite."""
+  step = functools.partial(
+    train_step_lib.gradient,
+    model=model_of("float16"),
+    augment=preprocess.Augment(crop=False),
+    image_size=SIZE,
+    sam_rho=0.05,
+  )
+  images = IMAGES.reshape(accum_steps, -1, *IMAGES.shape[1:])
+  labels = LABELS.reshape(accum_steps, -1)
+  *_, scaling = jax.jit(step)(start_with(ABSURD), images, labels, 0)
+  assert scaling.scale == ABSURD / 2**accum_steps
+  *_, scaling = jax.jit(step)(start_with(2.0**10), images, labels, 0)
+  assert scaling.fin_steps == started("float16").loss_scale.fin_steps + (
+    2 * accum_steps
+  )
+
+
 def test_the_loss_is_finite_if_the_scaled_loss_overflows():
   _, metrics = train_once(start_with(3e38))
   assert np.isfinite(metrics["loss"])

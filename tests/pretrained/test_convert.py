@@ -12,6 +12,7 @@ from rescalevit_jax import errors
 from rescalevit_jax import models
 from rescalevit_jax.pretrained import convert
 from rescalevit_jax.pretrained import families
+from rescalevit_jax.pretrained import input_stats
 from rescalevit_jax.pretrained import load
 from rescalevit_jax.pretrained import param_keys
 
@@ -293,6 +294,8 @@ def test_big_vision(tmp_path):
     arrays[f"params/{name}"] = np.stack(blocks)
   np.savez(tmp_path / "a.npz", **arrays)
   found = convert.convert(tmp_path / "a.npz")
+  with pytest.raises(errors.UserError, match="no effect on .npz"):
+    convert.convert(tmp_path / "a.npz", heads=HEADS)
   assert found.keys() == expected.keys()
   for key, x in expected.items():
     np.testing.assert_array_equal(found[key], x, err_msg=key)
@@ -343,6 +346,36 @@ def test_mean_pooling_is_told(tmp_path, capsys):
   (tmp_path / "config.json").write_text(json.dumps(config))
   assert convert.main([str(path), f"--heads={HEADS}"]) == 0
   assert "--config.model.pool=gap" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+  "name, expected", [("gelu", ""), ("gelu_new", "--config.model.gelu=tanh")]
+)
+def test_the_kind_of_gelu_is_told(name, expected, tmp_path, capsys):
+  path = save(timm_model(), tmp_path / "a.safetensors")
+  (tmp_path / "config.json").write_text(json.dumps({"hidden_act": name}))
+  flags = [str(path), f"--heads={HEADS}", "--mean=0.5", "--std=0.5"]
+  assert convert.main(flags) == 0
+  out = capsys.readouterr().out
+  assert expected in out and ("model.gelu" in out) == bool(expected)
+  (tmp_path / "config.json").write_text(json.dumps({"hidden_act": "relu"}))
+  assert convert.main([*flags, f"--output={tmp_path}/b.npz"]) == 1
+  assert "activation relu" in capsys.readouterr().err
+
+
+def test_wide_models_have_no_default_heads():
+  """ViT-H has 16 heads of 80 channels."""
+  assert convert._default_heads(1024, "a") == 16
+  with pytest.raises(errors.UserError, match="give --heads"):
+    convert._default_heads(1280, "a")
+
+
+@pytest.mark.parametrize(
+  "mean, std", [("imagenet", "0.5"), ("0.5", "imagenet"), (None, "imagenet")]
+)
+def test_half_of_imagenets_normalization_is_refused(mean, std):
+  with pytest.raises(errors.UserError, match="leave --std out"):
+    input_stats.parse(mean, std)
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ class Server(http.server.BaseHTTPRequestHandler):
 
   cut_after = None  # Bytes, once.
   checksum = base64.b64encode(hashlib.md5(CONTENT).digest()).decode()
-  ranges = True
+  ranges = states_size = True
   requests: list = []
 
   def do_GET(self):
@@ -35,7 +35,8 @@ class Server(http.server.BaseHTTPRequestHandler):
         return
     body = CONTENT[first:]
     self.send_response(206 if first else 200)
-    self.send_header("Content-Length", str(len(body)))
+    if kind.states_size:
+      self.send_header("Content-Length", str(len(body)))
     self.send_header("x-goog-hash", f"crc32c=AAAAAA==, md5={kind.checksum}")
     self.end_headers()
     if kind.cut_after is not None:
@@ -108,6 +109,12 @@ def test_a_wrong_checksum_is_an_error(server, tmp_path):
   with pytest.raises(errors.UserError, match="checksum"):
     published.find("ViT-B_16")
   assert not list(tmp_path.rglob("*.npz")) + list(tmp_path.rglob("*.part"))
+
+
+def test_a_server_that_does_not_state_the_size_is_an_error(server):
+  server.states_size = False
+  with pytest.raises(errors.UserError, match="does not state its size"):
+    published.find("ViT-B_16")
 
 
 def test_errors_name_the_address_and_the_place(server, monkeypatch, tmp_path):

@@ -16,11 +16,12 @@ LN = [0.50, 0.52, 0.51]
 BN = [0.45, 0.48, 0.46]
 
 
-def write(root, norm, accuracies, seeds):
+def write(root, norm, accuracies, seeds, image_size=32):
   for seed, accuracy in zip(seeds, accuracies, strict=True):
     changes = {"model.norm": norm, "seed": seed, "dataset": "digits"}
+    changes["image_size"] = image_size
     result = fake_runs.RESULT | {"last_accuracy": accuracy}
-    fake_runs.write(root / f"{norm}-{seed}", changes, result)
+    fake_runs.write(root / f"{norm}-{seed}-{image_size}", changes, result)
 
 
 def compare(root):
@@ -60,6 +61,27 @@ def test_other_settings_are_not_mixed(tmp_path):
     changes = {"model.norm": "BN", "seed": seed, "dataset": "cifar10"}
     fake_runs.write(tmp_path / f"x{seed}", changes, fake_runs.RESULT)
   assert compare(tmp_path) == []
+
+
+def test_resolutions_are_not_mixed(tmp_path):
+  for size, theirs, ours in ((32, LN, BN), (64, BN, LN)):
+    write(tmp_path, "LN", theirs, range(3), size)
+    write(tmp_path, "BN", ours, range(3), size)
+  small, large = compare(tmp_path)
+  assert small.points == pytest.approx(-large.points) != 0
+  assert "32 pixels" in small.setting and "64 pixels" in large.setting
+
+
+@pytest.mark.parametrize("seeds", [(0, 1), (7, 8)])
+def test_nothing_that_varies_has_no_p(seeds, tmp_path):
+  """Differences of 1/360 differ by rounding."""
+  write(tmp_path, "LN", [300 / 360] * 2, (0, 1))
+  write(tmp_path, "BN", [299 / 360] * 2, seeds)
+  write(tmp_path, "GN", [299 / 360, 290 / 360], (0, 1))
+  constant, other = compare(tmp_path)
+  assert constant.norm == "BN" and constant.points < 0
+  assert math.isnan(constant.p) and math.isnan(constant.interval[0])
+  assert other.adjusted_p == other.p > 0.01
 
 
 def test_holm_by_hand():

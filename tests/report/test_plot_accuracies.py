@@ -48,6 +48,12 @@ def test_bars_show_means_and_missing_methods():
   assert "not run" in [x.get_text().strip() for x in right.texts]
 
 
+def test_equal_seeds_are_not_one_seed():
+  same = lr_table.Outcome("a", "LN", "LN", {}, 0.1, {1: 0.8, 2: 0.8})
+  (axes,) = plot_accuracies.bars([same], {}).axes
+  assert axes.texts[0].get_text().strip() == "80.0 ± 0.0"
+
+
 @pytest.mark.parametrize("flags", [[], ["--rates"], ["--label=LN=LayerNorm"]])
 def test_command_writes_a_picture(table, tmp_path, flags):
   output = tmp_path / "a.svg"
@@ -62,7 +68,15 @@ def test_wrong_labels_are_named(table, tmp_path, label, capsys):
   assert "--label" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("text", ["a,b\n1,2\n", "dataset,method,phase\n"])
+@pytest.mark.parametrize(
+  "text",
+  [
+    "a,b\n1,2\n",
+    "dataset,method,phase\n",
+    "dataset,method,phase,base_lr,seed,accuracy\nd,LN,final,0.1,3\n",
+    "dataset,method,phase,base_lr,seed,accuracy\nd,LN,final\n",
+  ],
+)
 def test_other_files_are_refused(tmp_path, text, capsys):
   path = tmp_path / "other.csv"
   path.write_text(text)

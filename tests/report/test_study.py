@@ -130,7 +130,12 @@ def test_attention_is_of_each_norm_that_has_weights(
   assert "- No attention: digits has no test image 1000000" in text
 
 
-def test_runs_of_a_grid_are_told_apart(tiny_config, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+  "key, values", [("base_lr", (0.1, 0.2)), ("image_size", (8, 16))]
+)
+def test_runs_of_a_grid_are_told_apart(
+  key, values, tiny_config, tmp_path, monkeypatch
+):
   """By their settings; a missing seed shows in the state."""
   names, configs = [], []
   monkeypatch.setattr(
@@ -138,14 +143,14 @@ def test_runs_of_a_grid_are_told_apart(tiny_config, tmp_path, monkeypatch):
     "draw",
     lambda kind, models, image: names.extend(m.name for m in models),
   )
-  for base_lr in (0.1, 0.2):
+  for value in values:
     for seed in (0, 1):
       config = tiny_config.copy_and_resolve_references()
-      config.base_lr, config.seed = base_lr, seed
+      config[key], config.seed = value, seed
       configs.append(config)
-    fake_runs.write_with_checkpoint(tmp_path / f"{base_lr}", config)
+    fake_runs.write_with_checkpoint(tmp_path / f"{value}", config)
   study_page.write(configs, tmp_path, 0)
-  assert names == ["from scratch, base_lr=0.1", "from scratch, base_lr=0.2"]
+  assert names == [f"from scratch, {key}={value}" for value in values]
   assert (tmp_path / "study.md").read_text().count("| 1 of 2 finished |") == 2
 
 

@@ -89,6 +89,18 @@ def test_unfinished_runs_are_submitted_as_one_array(
   assert "squeue --jobs=4242" in err and "scancel 4242" in err
 
 
+def test_diverged_runs_are_named_and_not_submitted(cluster, digits_dir, capsys):
+  args = flags(cluster, digits_dir)
+  _, (run,) = command_line.parse(args)
+  run.workdir.mkdir(parents=True)
+  (run.workdir / "config.json").write_text(config_lib.to_json(run.config))
+  result = {"status": "diverged", "step": 3, "error": "step 3: loss nan"}
+  (run.workdir / "result.json").write_text(json.dumps(result))
+  assert command_line.main([*args, *SLURM]) == 1
+  assert "step 3: loss nan" in capsys.readouterr().err
+  assert not (cluster / "calls").exists()
+
+
 def test_a_failed_run_fails_its_job(tmp_path):
   code = "print('error: step 3: loss nan'); raise SystemExit(1)"
   task = slurm.Task([sys.executable, "-c", code], tmp_path, str(paths.ROOT))

@@ -171,6 +171,18 @@ def test_a_file_is_calibrated_but_for_what_it_brought(tiny_config, tmp_path):
   )
 
 
+def test_a_new_site_leaves_the_files_sites_alone(tiny_config, tmp_path):
+  tiny_config.model.norm = "Cal"
+  brought = calibrated_state(tiny_config)
+  npz.save(tmp_path / "a.npz", brought.params, brought.batch_stats)
+  tiny_config.model.embedding_norm = True
+  tiny_config.pretrained_path = str(tmp_path / "a.npz")
+  state = calibrated_state(tiny_config)
+  np.testing.assert_array_equal(
+    at(state.params, *PLACE, "alpha"), at(brought.params, *PLACE, "alpha")
+  )
+
+
 def test_recomputing_changes_nothing(tiny_config):
   tiny_config.model.norm = "Cal"
   tiny_config.model.sigma_reparam = True

@@ -191,7 +191,7 @@ def test_all_corruptions_of_a_data_set(finished, monkeypatch):
   def load_test(name, data_dir, **kwargs):
     count = 12 if name.endswith("fog_1") else 6
     part = own.test.subset(np.arange(count))
-    return part, "test", own.class_names
+    return part, "test", own.class_names, 0
 
   monkeypatch.setattr(evaluate_run.dataset_lib, "load_test", load_test)
   compiled, step = [], evaluate.compiled_step
@@ -208,6 +208,26 @@ def test_all_corruptions_of_a_data_set(finished, monkeypatch):
   assert found["mean_accuracy"] == pytest.approx(np.mean([*accuracy.values()]))
   with pytest.raises(errors.UserError, match="is 4 datasets"):
     evaluate_run.probe_run(config, workdir)
+
+
+def test_a_dataset_may_not_name_its_classes(finished, monkeypatch, caplog):
+  """As cifar10_1 and cifar10_corrupted of tfds."""
+  config, workdir, _ = finished
+  config = config.copy_and_resolve_references()
+  config.eval_dataset = "unnamed"
+  own = dataset.load(config.dataset, None)
+  names = ("0", "1", "2")
+  monkeypatch.setattr(
+    evaluate_run.dataset_lib,
+    "load_test",
+    lambda *args, **kwargs: (own.test, "test", names, 3),
+  )
+  found = evaluate_run.evaluate_run(config, workdir)
+  assert found["skipped_images"] == 3 and set(found["per_class"]) == {*"abc"}
+  assert "unnamed does not name its classes" in caplog.text
+  names = ("0", "1")
+  with pytest.raises(errors.UserError, match="has the classes 0, 1"):
+    evaluate_run.evaluate_run(config, workdir)
 
 
 def test_weights_that_are_not_finite_are_an_error(setting):
@@ -269,6 +289,18 @@ def test_the_training_accuracy_is_of_all_classes(
   train.train_and_evaluate(config, tmp_path / "run")
   assert len(splits[-1]) == 12
   assert set(splits[-1].labels.tolist()) == {0, 1, 2}
+
+
+def test_a_run_does_not_resume_with_other_images(finished, tmp_path):
+  config, workdir, _ = finished
+  config = config.copy_and_resolve_references()
+  config.dataset = write_set(tmp_path / "set", ("a", "b", "c"), (7, 4))
+  shutil.copytree(workdir, tmp_path / "run")
+  (tmp_path / "run" / "result.json").unlink()
+  text = config_lib.to_json(config)
+  (tmp_path / "run" / "config.json").write_text(text)
+  with pytest.raises(errors.UserError, match="18 training images.* 21 now"):
+    train.train_and_evaluate(config, tmp_path / "run")
 
 
 def test_other_classes_than_the_runs_are_an_error(finished, tmp_path):

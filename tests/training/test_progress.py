@@ -83,7 +83,7 @@ def test_a_long_run_is_estimated(monkeypatch, caplog):
   model = models.create("ViT-B_16", num_classes=10)
   # 35.1 GFLOP an image, published as 17.6 G multiply-adds.
   assert flops.forward_flops(model.config) == pytest.approx(35.1e9, rel=0.01)
-  run = dict(batch=128, eval_images=10_000)
+  run = dict(batch=128, gradients=1, eval_images=10_000)
   progress.warn_of_long_run(model, steps=3, evaluations=0, **run)
   assert "estimated run time" not in caplog.text
   progress.warn_of_long_run(model, steps=20_000, evaluations=200, **run)
@@ -95,5 +95,5 @@ def test_a_long_run_is_estimated(monkeypatch, caplog):
 def test_a_run_that_is_short_on_any_device_is_not_estimated(monkeypatch):
   monkeypatch.setattr(progress, "_matmul_flops_per_second", None)
   model = models.create("ViT-B_16", num_classes=10)
-  run = dict(batch=8, eval_images=100, evaluations=1)
+  run = dict(batch=8, gradients=1, eval_images=100, evaluations=1)
   progress.warn_of_long_run(model, steps=1, **run)

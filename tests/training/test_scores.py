@@ -68,6 +68,27 @@ def test_equal_logits_count_as_argmax_does():
   assert scores.top_accuracy(logits, np.array([0, 5]), 5) == 0.5
 
 
+def test_predictions_are_of_the_evaluation_beside_them(tmp_path):
+  found = scores.evaluation(np.eye(3, dtype=np.float32), np.arange(3), "abc")
+  found.write(tmp_path, save_predictions=True)
+  assert (tmp_path / "predictions.npz").exists()
+  found.write(tmp_path, save_predictions=False)
+  assert not (tmp_path / "predictions.npz").exists()
+
+
+def test_severities_of_a_corruption_are_averaged_first():
+  """Names that end in a number are severities, others corruptions."""
+  logits = np.eye(2, dtype=np.float32)
+  right, wrong = (
+    scores.evaluation(logits, np.array(labels), "ab")
+    for labels in ([0, 1], [1, 0])
+  )
+  suite = {"fog_1": wrong, "fog_2": wrong, "gaussian_blur": right}
+  suite |= {"gaussian_noise": right}
+  found = scores.Suite(suite).summary["mean_corruption_error"]
+  assert found == pytest.approx(1 / 3)
+
+
 def test_a_confusion_matrix_has_a_limit(monkeypatch, tmp_path):
   """Of 21841 classes it would take 3.8 GB."""
   labels = np.array([0, 1, 1, 2])

@@ -19,12 +19,11 @@ class SiteSchedule(schedule_lib.SiteSchedule):
 
   Attributes:
     anchor: weight of its anchor loss.
-    tokens: number of leading tokens that statistics and anchor loss use; None:
-      all.
+    tokens: start and stop of the tokens that statistics and anchor loss use.
   """
 
   anchor: float = 0.0
-  tokens: int | None = None
+  tokens: tuple[int, int | None] = (0, None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,12 +33,12 @@ class Schedule(schedule_lib.Schedule):
   Attributes:
     final: whether the final norm tapers, too.
     anchor: weight of the anchor loss at the final norm.
-    head_tokens: number of leading tokens that the head sees; None: all.
+    head_tokens: start and stop of the tokens that the head sees.
   """
 
   final: bool = True
   anchor: float = 0.0
-  head_tokens: int | None = None
+  head_tokens: tuple[int, int | None] = (0, None)
 
   def at_site(self, site, num_sites):
     if site < num_sites - 1:
@@ -101,7 +100,7 @@ class TaperLN(schedule_lib.Gradual, traits.Foldable):
     if self.CENTERED:
       y += self.bias
     if train and not self.is_initializing():
-      of = slice(self.schedule and self.schedule.tokens)
+      of = slice(*(self.schedule.tokens if self.schedule else (0, None)))
       self._add_anchor_loss(jnp.sqrt(var[:, of]))
       seen = z[:, of], own[:, of], self.scale
       self._update(*jax.lax.stop_gradient(seen))
@@ -147,7 +146,7 @@ class TaperLN(schedule_lib.Gradual, traits.Foldable):
       1.0,
       config.taper.final,
       config.taper.anchor,
-      1 if config.model.pool == "cls" else None,
+      (0, 1) if config.model.pool == "cls" else (1, None),
     )
 
 

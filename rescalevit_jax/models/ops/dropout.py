@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Key, UInt32
 import numpy as np
 
+from rescalevit_jax import errors
 from rescalevit_jax.runtime import accelerator
 
 _ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
@@ -71,7 +72,11 @@ def random_mask(
   """
   *rows, features = shape
   words = -(-features // (4 * _BLOCKS))
-  assert math.prod(rows[1:]) <= _MAX_TOKENS
+  if math.prod(rows[1:]) > _MAX_TOKENS:
+    raise errors.UserError(
+      f"model.dropout_rate: {math.prod(rows[1:])} tokens are more than dropout"
+      f" supports ({_MAX_TOKENS}); set it to 0, or choose larger patches"
+    )
   assert words * _BLOCKS <= _MAX_COLUMNS
   if accelerator.platform() == "cpu":
     # Here it is faster to compute the mask where it is used than to unpack it.

@@ -397,3 +397,9 @@ def test_gelu_is_accurate():
     rtol=2**-8,
     atol=2e-6,
   )
+
+
+def test_too_many_tokens_for_dropout_are_one_line():
+  key = jnp.zeros(2, jnp.uint32)
+  with pytest.raises(errors.UserError, match="16385 tokens are more"):
+    dropout.random_mask(key, 0, (1, 2**14 + 1, 8), 2**15)
