@@ -53,12 +53,12 @@ ENTROPY = Quantity("attention_entropy", "Attention entropy", "nats", "linear")
 SATURATION = (
   Quantity(
     "saturation_attention",
-    "Saturated outputs before attention",
+    "Saturated outputs, attention's norm",
     "share",
     "share",
   ),
   Quantity(
-    "saturation_mlp", "Saturated outputs before the MLP", "share", "share"
+    "saturation_mlp", "Saturated outputs, the MLP's norm", "share", "share"
   ),
 )
 _BY_TIME = (

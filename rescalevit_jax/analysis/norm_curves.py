@@ -197,7 +197,7 @@ def _site_name(path):
     return "final norm" if path[1] == "encoder_norm" else "embedding norm"
   block = path[1].removeprefix("encoderblock_")
   branch = {"0": "attention", "2": "MLP"}[path[2][-1]]
-  after = "after " if path[2].startswith("Peri") else ""
+  after = "after " if path[2].startswith(("Peri", "Post")) else ""
   return f"block {block}, {after}{branch}"
 
 

@@ -24,6 +24,7 @@ and probe.svg.
 import argparse
 from collections.abc import Mapping, Sequence
 import csv
+import dataclasses
 import io
 import itertools
 import logging
@@ -31,6 +32,7 @@ import math
 import pathlib
 import sys
 
+from flax import traverse_util
 import jax
 import ml_collections
 import numpy as np
@@ -52,6 +54,8 @@ from rescalevit_jax.training import measurements
 from rescalevit_jax.training import train_state
 
 _log = logging.getLogger("rescalevit_jax.analysis.probe")
+# Running statistics that are zero before the first batch.
+_MEANS = ("mean", "init_mean")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -234,15 +238,20 @@ def with_statistics(
 ) -> train_state.TrainState:
   """Return an initial state with running statistics of training batches.
 
-  The same state if the norm has none, or a file provides them.
+  The same state if the norm has none, or a file provides them all. Schedules of
+  norms do not begin.
   """
-  config = experiment.config
-  Norm = norms.NORMS[config.model.norm]
-  pretrained = config.pretrained_path is not None
-  if pretrained or not issubclass(Norm, traits.RunningStatistics):
+  config = experiment.model.config
+  Norm = norms.NORMS[config.norm]
+  stats = traverse_util.flatten_dict(state.batch_stats)
+  means = [x for (*_, name), x in stats.items() if name in _MEANS]
+  if not issubclass(Norm, traits.RunningStatistics) or all(map(np.any, means)):
     return state
-  options = experiment.model.config.norm_options("final")
-  return experiment.calibrate(state, Norm.num_stats_batches(options))
+  fixed = dataclasses.replace(config, norm_schedule=None)
+  model = experiment.model.clone(config=fixed)
+  experiment = dataclasses.replace(experiment, model=model)
+  batches = Norm.num_stats_batches(config.norm_options("final"))
+  return experiment.calibrate(state, batches)
 
 
 def _summary(model):
@@ -274,7 +283,7 @@ def _summary(model):
     "gradient norm, first / last block": _number(
       gradients[0] / gradients[-1] if gradients and gradients[-1] else None
     ),
-    "Jacobian norm, first block": _number(numbers.get("embedding/jacobian")),
+    "Jacobian norm, all blocks": _number(numbers.get("embedding/jacobian")),
     "gradient share of queries and keys": _number(numbers["grad_share_qk"]),
     "attention entropy, nats": _number(
       np.mean(entropies) if entropies else None

@@ -297,6 +297,11 @@ def load_npz(
     raise errors.UserError(
       f"{path}: lacks {report.initial[0]}; use a complete checkpoint"
     )
+  if report.unsupported:
+    raise errors.UserError(
+      f"{path}: the model has no place for {report.unsupported[0]}; leave out"
+      f" residual={model.config.residual}"
+    )
   return TrainedModel(
     path.stem,
     model,

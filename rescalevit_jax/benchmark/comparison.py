@@ -53,7 +53,8 @@ def describe(
     image_size=config.image_size,
     **{**config.model, "attention": "xla"},
   )
-  training = 3 * flops.forward_flops(model.config)
+  gradients = 2 if config.sam_rho else 1
+  training = 3 * gradients * flops.forward_flops(model.config)
   found["training_flops_per_image"] = training
   found["peak_share"] = statistics.median(
     training * r["images_per_second"] / r["peak_flops_per_second"]

@@ -18,9 +18,10 @@ _COUNT_DEVICES = (
 
 
 def environment() -> dict[str, str]:
-  """Return the environment of measured processes: one GPU, no cache."""
+  """Return the environment of measured processes: one GPU, no caches."""
   variables = dict(os.environ)
   variables.pop("JAX_COMPILATION_CACHE_DIR", None)
+  variables["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1"
   gpus = variables.get("CUDA_VISIBLE_DEVICES") or "0"
   variables["CUDA_VISIBLE_DEVICES"] = gpus.partition(",")[0]
   return variables

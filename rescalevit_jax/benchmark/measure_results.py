@@ -153,8 +153,13 @@ def of_training(run: grid.PlannedRun) -> dict[str, Any]:
 
 def _read_bounds(path):
   try:
-    return _read_json(path)["rows"]
-  except (KeyError, TypeError) as e:
+    found = _read_json(path)
+    if (devices := found.get("devices", 1)) != 1:
+      raise errors.UserError(
+        f"--bounds: {path} is of {devices} GPUs; compile with --devices=1"
+      )
+    return found["rows"]
+  except (AttributeError, KeyError, TypeError) as e:
     raise errors.UserError(
       f"--bounds: {path} has no rows; give compiled.json of --compile_for"
     ) from e

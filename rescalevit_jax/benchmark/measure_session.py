@@ -33,6 +33,10 @@ _TEST_IMAGES = 10_000  # CIFAR's test split; used until the dataset is read.
 _OVERTIME = 30.0  # Seconds that the last measurement of a stage may overrun.
 
 
+def _device_and_jax(machine):
+  return f"{machine['devices']} with jax {machine['versions'].get('jax')}"
+
+
 class Session:
   """One call of `measure_gpu`.
 
@@ -60,13 +64,19 @@ class Session:
   def run(self, stages: Sequence[str], needs_gpu: bool) -> int:
     """Measure the unfinished items of some stages; return the exit code."""
     results = self._results
+    machine = machine_lib.describe()
+    if needs_gpu and machine["devices"].endswith(" cpu"):
+      raise errors.UserError(
+        "JAX sees no GPU; pip install 'jax[cuda13]', or try --rehearse"
+      )
     if results.machine is None:
-      machine = machine_lib.describe()
-      if needs_gpu and machine["devices"].endswith(" cpu"):
-        raise errors.UserError(
-          "JAX sees no GPU; pip install 'jax[cuda13]', or try --rehearse"
-        )
       results.set_machine(machine)
+    before, now = map(_device_and_jax, (results.machine, machine))
+    if before != now:
+      raise errors.UserError(
+        f"--output: {self._output} has measurements of {before}, this is {now};"
+        " choose another folder"
+      )
     measure: dict[str, Callable[[list[str], float], None]] = {
       "norms": self._measure_norms,
       "speed": self._measure_speed,

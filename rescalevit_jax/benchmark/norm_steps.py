@@ -40,18 +40,18 @@ OUT_OF_TIME = "out of time"
 _CLASSES = 10
 _SEED = np.uint32(0)
 _TIMED_SECONDS = 1.0
-_MAX_THREADS = 8  # Concurrent compilations, each with XLA's own threads.
+# Concurrent compilations, each with XLA's own threads.
+_THREADS = min(8, max(1, (os.cpu_count() or 1) // 2))
 
 
-def main(config: str, items: str, seconds: str) -> None:
-  """Run the items and print their results."""
+def main(config: str, items: str, seconds: str, threads: str) -> None:
+  """Run the items, compiling `threads` at a time, and print their results."""
   config = config_lib.from_json(config)
   items, end = json.loads(items), time.monotonic() + float(seconds)
-  threads = min(_MAX_THREADS, max(1, (os.cpu_count() or 1) // 2))
-  longest = 0.0
-  with concurrent.futures.ThreadPoolExecutor(threads) as pool:
-    for first in range(0, len(items), threads):
-      group = items[first : first + threads]
+  count, longest = int(threads), 0.0
+  with concurrent.futures.ThreadPoolExecutor(count) as pool:
+    for first in range(0, len(items), count):
+      group = items[first : first + count]
       start = time.monotonic()
       if start + longest > end:
         break
@@ -97,7 +97,7 @@ def run(
     record: called with name and result of each item.
   """
   start = time.monotonic()
-  left = dict(items)
+  left, threads = dict(items), _THREADS
   while left:
     passed = time.monotonic() - start
     command = [
@@ -107,6 +107,7 @@ def run(
       config_lib.to_json(config),
       json.dumps(list(left.values())),
       str(seconds - passed),
+      str(threads),
     ]
     names = iter(list(left))
     with (
@@ -132,8 +133,12 @@ def run(
     if time.monotonic() - start > most_seconds:
       record(name, {"error": OUT_OF_TIME})
       return
+    if threads > 1:  # Items compile at the same time: find the one to blame.
+      threads = 1
+      continue
     del left[name]
     record(name, {"error": f"its process ended: {lines[-1]}"})
+    threads = _THREADS
 
 
 class _killing:

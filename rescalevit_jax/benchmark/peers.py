@@ -14,10 +14,21 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from rescalevit_jax import config as config_lib
+from rescalevit_jax import errors
 from rescalevit_jax import models
 from rescalevit_jax.benchmark import memory
+from rescalevit_jax.config import keys
 
 _CLASSES = 10
+# Keys of work that the peers leave out.
+_NOT_IN_PEERS = (
+  *("optimizer", "agc", "ema_decay", "sam_rho", "spectral_cap", "accum_steps"),
+  *("mixup", "cutmix", "model.pool", "model.stochastic_depth", "model.remat"),
+  *("model.residual", "model.qk_norm", "model.sigma_reparam"),
+  *("model.norm_position", "model.norm_depth_scaling", "model.embedding_norm"),
+  "model.representation_size",
+)
 
 
 class FlaxViT(nn.Module):
@@ -176,8 +187,9 @@ class TimmPeer:
     self._parameters = list(model.parameters())
     self._clip = config.grad_norm_clip or float("inf")
     self._autocast: Callable[[], Any] = contextlib.nullcontext
-    if ours.dtype == jnp.bfloat16:
-      self._autocast = lambda: torch.autocast(self._device, torch.bfloat16)
+    if ours.dtype != "float32":
+      dtype = getattr(torch, str(ours.dtype))
+      self._autocast = lambda: torch.autocast(self._device, dtype)
 
   def train(self, steps: int) -> None:
     """Run a number of training steps and wait for their end."""
@@ -228,6 +240,17 @@ def _batch(config):
   size = config.image_size
   images = rng.standard_normal((config.batch, size, size, 3), np.float32)
   return images, rng.integers(0, _CLASSES, config.batch, np.int32)
+
+
+def check_recipe(config: Any) -> None:
+  """Raise UserError if a config asks for work that peers do not do."""
+  values = config_lib.flatten(config)
+  for key in _NOT_IN_PEERS:
+    if values[key] != (default := keys.KEYS[key].default):
+      raise errors.UserError(
+        f"--peer: peers train without {key}={values[key]}; set it to {default},"
+        " or leave out --peer"
+      )
 
 
 PEERS = {"flax": FlaxPeer, "timm": TimmPeer}

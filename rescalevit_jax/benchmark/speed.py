@@ -36,6 +36,7 @@ from rescalevit_jax.benchmark import comparison
 from rescalevit_jax.benchmark import forecast
 from rescalevit_jax.benchmark import gpus
 from rescalevit_jax.benchmark import machine
+from rescalevit_jax.benchmark import peers
 from rescalevit_jax.benchmark import report as report_lib
 from rescalevit_jax.benchmark import run_worker
 from rescalevit_jax.config import overrides
@@ -121,6 +122,9 @@ def _run(args):
     [overrides.parse_setting(text, "--set") for text in args.set],
     pathlib.Path("runs"),
   )
+  for run in runs:
+    if args.peer:
+      peers.check_recipe(run.config)
   if args.compile_for:
     forecast.forecast(
       runs,

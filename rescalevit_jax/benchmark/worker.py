@@ -177,7 +177,12 @@ def _resident(experiment, by_device):
     def micro_step(carry, micro_batch):
       batch_stats, sums = carry
       (loss, batch_stats), grads = gradient(
-        state.params, batch_stats, *micro_batch, key, model=model
+        state.params,
+        batch_stats,
+        *micro_batch,
+        key,
+        model=model,
+        settled=experiment.settled_from is not None,
       )
       return (batch_stats, jax.tree.map(jnp.add, sums, (loss, grads))), None
 

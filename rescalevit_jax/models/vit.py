@@ -254,11 +254,10 @@ def _norm(config, site, name):
   With `norm_position=post` the last block's second norm is the final one.
   """
   Norm, fields = norms.NORMS[config.norm], {}
-  final = 2 * config.num_layers
+  final = 2 * config.num_layers - (config.norm_position == "post")
   kind = "final" if site == final else ("attention", "mlp")[site % 2]
   if config.norm_schedule is not None:
-    num_sites = final + (config.norm_position != "post")
-    fields["schedule"] = config.norm_schedule.at_site(site, num_sites)
+    fields["schedule"] = config.norm_schedule.at_site(site, final + 1)
   options = config.norm_options(kind)
   return Norm(config.hidden_size, config.dtype, options, name=name, **fields)
 

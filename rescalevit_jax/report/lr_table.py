@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 import csv
 import dataclasses
+import io
 import pathlib
 import statistics
 
@@ -10,6 +11,7 @@ from matplotlib import figure as figure_lib
 from scipy import stats
 
 from rescalevit_jax.analysis import plots
+from rescalevit_jax.runtime import atomic_file
 from rescalevit_jax.runtime import markdown
 
 # The method that all others are compared with.
@@ -113,16 +115,15 @@ def write_csv(outcomes: Iterable[Outcome], path: pathlib.Path) -> None:
 
   The accuracy of a diverged run is empty.
   """
-  with open(path, "w", encoding="utf-8", newline="") as f:
-    writer = csv.writer(f, lineterminator="\n")
-    writer.writerow(
-      ["dataset", "method", "phase", "base_lr", "seed", "accuracy"]
-    )
-    for x in outcomes:
-      for lr, accuracy in sorted(x.val_accuracy.items()):
-        writer.writerow([x.dataset, x.method, "select", lr, 0, accuracy])
-      for seed, accuracy in sorted(x.test_accuracy.items()):
-        writer.writerow([x.dataset, x.method, "final", x.lr, seed, accuracy])
+  text = io.StringIO()
+  writer = csv.writer(text, lineterminator="\n")
+  writer.writerow(["dataset", "method", "phase", "base_lr", "seed", "accuracy"])
+  for x in outcomes:
+    for lr, accuracy in sorted(x.val_accuracy.items()):
+      writer.writerow([x.dataset, x.method, "select", lr, 0, accuracy])
+    for seed, accuracy in sorted(x.test_accuracy.items()):
+      writer.writerow([x.dataset, x.method, "final", x.lr, seed, accuracy])
+  atomic_file.write(path, text.getvalue())
 
 
 def draw(outcomes: Sequence[Outcome]) -> figure_lib.Figure:

@@ -31,6 +31,7 @@ from rescalevit_jax.analysis import plots
 from rescalevit_jax.config import overrides
 from rescalevit_jax.report import lr_table
 from rescalevit_jax.runs import result as result_lib
+from rescalevit_jax.runtime import atomic_file
 from rescalevit_jax.runtime import cli
 from rescalevit_jax.runtime import terminal
 from rescalevit_jax.sweep import command_line
@@ -229,7 +230,7 @@ def _select_lr(key, runs, found):
 def _write(outcomes, folder):
   folder.mkdir(parents=True, exist_ok=True)
   text = lr_table.table(outcomes)
-  (folder / "table.md").write_text(text, encoding="utf-8")
+  atomic_file.write(folder / "table.md", text)
   lr_table.write_csv(outcomes, folder / "accuracies.csv")
   plots.save(lr_table.draw(outcomes), folder / "accuracies.png")
   print(text)

@@ -58,6 +58,13 @@ def describe(study: run_groups.Study) -> list[str]:
     if len(set(seeds)) < len(seeds):
       names = ", ".join(study.name(run) for run in group)
       notes.append(f"Runs that share a seed, each counted: {names}.")
+    results = [run.result or {} for run in group]
+    dtypes = {x["dtype"] for x in results if "dtype" in x}
+    if len(dtypes) > 1:
+      notes.append(
+        f"{study.name(group[0])} and its other seeds ran in different dtypes:"
+        f" {', '.join(sorted(dtypes))}."
+      )
   notes.append(f"Hardware: {_tally(map(tables.devices, finished))}.")
   notes.append(f"Software: {_tally(map(tables.versions, finished))}.")
   return notes

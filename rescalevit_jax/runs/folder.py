@@ -132,4 +132,10 @@ def require_config(workdir: str | pathlib.Path) -> ml_collections.ConfigDict:
     raise errors.UserError(
       f"{workdir}: no run there (no {CONFIG}); give the folder of a run"
     )
+  try:
+    config_lib.validate(config)
+  except errors.UserError as e:
+    raise errors.UserError(
+      f"{pathlib.Path(workdir) / CONFIG}: damaged, or of another version ({e})"
+    ) from e
   return config

@@ -42,6 +42,7 @@ def create(
   *,
   images_per_second: float,
   parameters: int,
+  dtype: str,
 ) -> dict[str, Any]:
   """Return the result of a finished run.
 
@@ -50,6 +51,7 @@ def create(
     evaluation: the content of eval.json, of the last weights.
     images_per_second: training throughput.
     parameters: number of parameters of the model.
+    dtype: of the computation.
   """
   return {
     "status": FINISHED,
@@ -64,6 +66,7 @@ def create(
     "seconds": progress.seconds,
     "skipped_steps": progress.skipped_steps,
     "parameters": parameters,
+    "dtype": dtype,
     "versions": {
       "python": platform.python_version(),
       **{
@@ -145,7 +148,7 @@ def read_same_run(
   """
   result = read(workdir)
   saved = folder_lib.saved_steps(workdir, "last")
-  if result is None and not saved:
+  if not (result or saved or folder_lib.saved_steps(workdir, "best")):
     return None
   old = folder_lib.read_config(workdir)
   if old is None:

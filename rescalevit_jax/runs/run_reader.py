@@ -76,12 +76,6 @@ def read(workdir: str | pathlib.Path) -> Run:
   """
   workdir = pathlib.Path(workdir)
   config = folder_lib.require_config(workdir)
-  try:
-    config_lib.validate(config)
-  except errors.UserError as e:
-    raise errors.UserError(
-      f"{workdir / folder_lib.CONFIG}: damaged, or of another version ({e})"
-    ) from e
   return Run(workdir, config, result_lib.read(workdir), _metrics(workdir))
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import ml_collections
+import numpy as np
 
 from rescalevit_jax import errors
 from rescalevit_jax.data import dataset as dataset_lib
@@ -41,10 +42,15 @@ def evaluate_run(
       dataset has other classes, or a logit is not finite.
   """
   workdir = pathlib.Path(workdir)
+  names = _datasets(config)
+  if len(names) > 1 and config.save_predictions:
+    raise errors.UserError(
+      f"config: save_predictions needs one dataset, not {config.eval_dataset};"
+      " set it to False"
+    )
   experiment, model, variables, info = _load(config, workdir)
   evaluator = evaluate.create_evaluator(experiment, model)
   results = {}
-  names = _datasets(config)
   for i, name in enumerate(names, start=1):
     if len(names) > 1:
       _log.info("dataset %d/%d: %s", i, len(names), name)
@@ -97,6 +103,11 @@ def probe_run(
   _log.info("computing the features of the training images")
   train = evaluator.on(experiment.train_loader).features(*variables)
   test, labels = evaluator.on(images).features(*variables)
+  if not (np.isfinite(train[0]).all() and np.isfinite(test).all()):
+    raise errors.UserError(
+      f"{info['weights']}: the features are not finite; choose other weights,"
+      " or dtype=float32"
+    )
   classes = experiment.dataset.num_classes
   linear, penalty = frozen_features.linear_probe_logits(*train, test, classes)
   found = {

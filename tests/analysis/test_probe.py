@@ -2,6 +2,7 @@
 
 import csv
 
+from flax import traverse_util
 import numpy as np
 import paths
 import pytest
@@ -9,7 +10,9 @@ import pytest
 from rescalevit_jax.analysis import probe
 from rescalevit_jax.augment import preprocess
 from rescalevit_jax.models import vit
+from rescalevit_jax.pretrained import npz
 from rescalevit_jax.training import experiment
+from rescalevit_jax.training import initial_state
 
 CONFIG = """
 from rescalevit_jax import config as config_lib
@@ -141,6 +144,21 @@ def test_norms_with_running_statistics_gather_them(norm, tiny_config):
   fresh = none["block_01/stream_rms_patches"]
   assert abs(found["block_01/stream_rms_patches"] / fresh - 1) > 0.05
   assert found["grad_norm"] != none["grad_norm"]
+
+
+def test_statistics_that_a_file_lacks_are_gathered(tiny_config, tmp_path):
+  """And the schedule of PRepBN does not begin."""
+  tiny_config.total_steps = 20
+  start = initial_state.create(experiment.create(tiny_config))
+  npz.save(tmp_path / "a.npz", start.params, start.batch_stats)
+  tiny_config.pretrained_path = str(tmp_path / "a.npz")
+  tiny_config.model.norm = "PRepBN"
+  fresh = experiment.create(tiny_config)
+  state = probe.with_statistics(fresh, initial_state.create(fresh))
+  stats = traverse_util.flatten_dict(state.batch_stats, sep="/")
+  assert all(np.any(x) for k, x in stats.items() if k.endswith("/mean"))
+  assert not any(np.any(x) for k, x in stats.items() if k.endswith("/faded"))
+  assert probe.with_statistics(fresh, state) is state
 
 
 @pytest.mark.parametrize(

@@ -148,6 +148,13 @@ def test_a_config_of_another_model_is_an_error(old, new, words, copied):
   assert words in str(caught.value) and "\n" not in str(caught.value)
 
 
+def test_a_config_of_another_version_is_one_line(copied):
+  text = (copied / "config.json").read_text()
+  (copied / "config.json").write_text(text.replace('"Rescale"', '"NewNorm"'))
+  with pytest.raises(errors.UserError, match="of another version.*NewNorm"):
+    trained_model.load(copied)
+
+
 def test_a_run_of_another_device_loads(copied):
   path = copied / "config.json"
   text = path.read_text()
@@ -287,6 +294,11 @@ def without(arrays, word):
     (trees.arrays("LN"), "model.gelu: unknown", {"gelu": "relu"}),
     (trees.arrays("LN"), "leave c out", {"residual_c": 3.0}),
     (trees.arrays("LN"), "groups are of GN", {"gn_groups": 2}),
+    (
+      trees.arrays(residual="skipinit"),
+      "no place for",
+      {"residual": "convex"},
+    ),
     (
       trees.arrays("LN", hidden_size=6, num_heads=2),
       "6 is not divisible by the 4 groups",

@@ -15,6 +15,7 @@ import pytest
 import tiny_sweep
 
 from rescalevit_jax import config as config_lib
+from rescalevit_jax import errors
 from rescalevit_jax.benchmark import measure_gpu
 from rescalevit_jax.benchmark import measure_plan
 from rescalevit_jax.benchmark import measure_report
@@ -223,13 +224,14 @@ def test_a_wrong_loss_is_reported(rehearsal, tmp_path):
 
 
 @pytest.fixture
-def session(tmp_path):
+def session(tmp_path, monkeypatch):
   plan = measure_plan.rehearsal(tmp_path, tmp_path / "runs", None)
   reference = {"model_name": "ViT-XS_4", "image_size": 32, "norms": {}}
   reference["images"] = norm_steps.IMAGES
   machine = {"devices": "1 x cpu", "cores": 1, "processor": "", "versions": {}}
   (tmp_path / "reference.json").write_text(json.dumps(reference))
   (tmp_path / "machine.json").write_text(json.dumps(machine))
+  monkeypatch.setattr(measure_session.machine_lib, "describe", lambda: machine)
   # A step takes a second, a run 40 s plus its start.
   speed = {
     "step_seconds": 1.0,
@@ -312,6 +314,44 @@ def test_failed_items_come_last(session, tmp_path, monkeypatch):
   assert session(1000).run(["norms"], needs_gpu=False) == 1
   assert asked == [*list(plan.norms[1])[2:], first]
   assert f"- {first}: it broke" in (tmp_path / "summary.md").read_text()
+
+
+def test_another_machine_does_not_continue(session, tmp_path):
+  machine = json.loads((tmp_path / "machine.json").read_text())
+  machine["devices"] = "1 x NVIDIA H100"
+  (tmp_path / "machine.json").write_text(json.dumps(machine))
+  with pytest.raises(errors.UserError, match="of 1 x NVIDIA H100 with"):
+    session(1000).run([], needs_gpu=False)
+
+
+def test_the_item_that_ends_the_process_is_found(monkeypatch, tmp_path):
+  """Though others compile at the same time."""
+  (tmp_path / "child.py").write_text(
+    "import json, os, sys\n"
+    "items, threads = json.loads(sys.argv[2]), int(sys.argv[4])\n"
+    "for first in range(0, len(items), threads):\n"
+    "  group = items[first : first + threads]\n"
+    "  if 'BAD' in group:\n"
+    "    os._exit(1)\n"
+    "  for item in group:\n"
+    "    print(json.dumps({'loss': 1.0}), flush=True)\n"
+  )
+  monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+  monkeypatch.setattr(norm_steps, "__name__", "child")
+  monkeypatch.setattr(norm_steps, "_THREADS", 4)
+  items = {name: name for name in ("LN", "BN", "BAD", "GN")}
+  found = {}
+  config = config_lib.default()
+  norm_steps.run(config, items, 60.0, 60.0, found.__setitem__)
+  assert [x for x in found if "error" in found[x]] == ["BAD"]
+  assert found.keys() == items.keys()
+
+
+def test_bounds_are_of_one_gpu(tmp_path):
+  path = tmp_path / "compiled.json"
+  path.write_text(json.dumps({"devices": 8, "rows": []}))
+  with pytest.raises(errors.UserError, match="is of 8 GPUs"):
+    measure_results._read_bounds(path)
 
 
 def test_an_item_that_fails_does_not_stop_the_next(monkeypatch):

@@ -11,7 +11,13 @@ import pytest
 import tiny_sweep
 
 from rescalevit_jax import config as config_lib
+from rescalevit_jax import errors
+from rescalevit_jax.benchmark import peers
 from rescalevit_jax.benchmark import report
+from rescalevit_jax.benchmark import worker
+from rescalevit_jax.distributed import sharding
+from rescalevit_jax.training import experiment
+from rescalevit_jax.training import train_step
 
 KEYS = tiny_sweep.KEYS
 
@@ -81,6 +87,44 @@ def test_all_programs_are_measured(digits_dir, shared_dir, tmp_path):
   assert text in done.stdout
   assert f"| {measurement:.2f} | {sharpness:.2f} | 5 |" in text
   assert "| ours, Rescale |" in text and "ETA" in done.stderr
+
+
+@pytest.mark.parametrize(
+  "key, value", [("optimizer", "muon"), ("accum_steps", 2), ("sam_rho", 0.1)]
+)
+def test_peers_of_another_recipe_are_refused(key, value):
+  config = config_lib.default()
+  peers.check_recipe(config)
+  config[key] = value
+  with pytest.raises(errors.UserError, match=f"peers train without {key}="):
+    peers.check_recipe(config)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_timm_computes_in_our_dtype(dtype, tiny_config):
+  torch = pytest.importorskip("torch")
+  pytest.importorskip("timm")
+  tiny_config.dtype = dtype
+  peer = peers.TimmPeer(tiny_config)
+  with peer._autocast():
+    product = torch.ones(2, 2) @ torch.ones(2, 2)
+  assert product.dtype == getattr(torch, dtype)
+
+
+def test_the_resident_step_is_the_steady_one(tiny_config, monkeypatch):
+  """Without Rescale's first batches, as with real data."""
+  settled = []
+  loss_fn = train_step.loss_fn
+
+  def record(*args, **kwargs):
+    settled.append(kwargs["settled"])
+    return loss_fn(*args, **kwargs)
+
+  monkeypatch.setattr(train_step, "loss_fn", record)
+  tiny_config.model.norm = "Rescale"
+  found = experiment.create(tiny_config)
+  worker._resident(found, sharding.split(found.mesh, axis=1))(1)
+  assert settled == [True]
 
 
 def test_distinctive_settings_are_listed():

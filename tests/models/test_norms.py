@@ -1,5 +1,6 @@
 """Norms: formulas, gradients and calibration."""
 
+import dataclasses
 import functools
 import math
 
@@ -250,6 +251,19 @@ def test_alphas_of_attention_mlp_and_final_norm():
   )
   found = [float(site["alpha"][0]) for site in sites]
   np.testing.assert_allclose(found, [0.8, 0.2, 0.1], rtol=1e-6)
+  config = dataclasses.replace(model.config, norm_position="post")
+  model = model.clone(config=config)
+  params = model.init(jax.random.key(0), np.zeros((1, 8, 8, 3)))["params"]
+  block = params["Transformer"]["encoderblock_0"]
+  found = [float(block[f"PostSoftsign_{i}"]["alpha"][0]) for i in (0, 2)]
+  np.testing.assert_allclose(found, [0.8, 0.1], rtol=1e-6)
+
+
+def test_center_needs_two_channels():
+  with pytest.raises(errors.UserError, match="two channels"):
+    models.create(
+      "ViT-XS_4", num_classes=3, norm="Center", hidden_size=1, num_heads=1
+    )
 
 
 def test_calibrated_cal_has_mean_0_and_variance_1():

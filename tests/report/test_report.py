@@ -86,6 +86,15 @@ def test_notes_are_in_both_files(runs, capsys):
   assert "share a seed" not in text
 
 
+def test_dtypes_of_one_recipe_are_noted(tmp_path, capsys):
+  for seed, dtype in enumerate(("float32", "bfloat16")):
+    result = fake_runs.RESULT | {"dtype": dtype}
+    fake_runs.write(tmp_path / f"run{seed}", {"seed": seed}, result)
+  command_line.main([str(tmp_path), "--no_attention"])
+  text = (tmp_path / "report.md").read_text()
+  assert "run0 and its other seeds ran in different dtypes: bfloat16" in text
+
+
 def test_repeated_seeds_are_noted(runs, capsys):
   fake_runs.write(runs / "again", {"seed": 1}, {})
   command_line.main([str(runs), "--no_attention"])

@@ -198,6 +198,9 @@ def test_all_corruptions_of_a_data_set(finished, monkeypatch):
   monkeypatch.setattr(
     evaluate, "compiled_step", lambda *x: compiled.append(x) or step(*x)
   )
+  with pytest.raises(errors.UserError, match="save_predictions needs one"):
+    evaluate_run.evaluate_run(config, workdir)
+  config.save_predictions = False
   found = evaluate_run.evaluate_run(config, workdir)
   assert len(compiled) == 1
   assert list(found["datasets"]) == [f"corrupted/{x}" for x in names]
@@ -236,6 +239,19 @@ def test_weights_that_are_not_finite_are_an_error(setting):
   broken[3, 1] = np.nan
   with pytest.raises(errors.UserError, match="best checkpoint.*1 images"):
     scores.evaluation(broken, labels, "abcd", weights="best checkpoint")
+
+
+def test_features_that_are_not_finite_are_an_error(finished, monkeypatch):
+  config, workdir, _ = finished
+  features = evaluate.Evaluator.features
+
+  def broken(*args):
+    found, labels = features(*args)
+    return np.where(found == found.max(), np.inf, found), labels
+
+  monkeypatch.setattr(evaluate.Evaluator, "features", broken)
+  with pytest.raises(errors.UserError, match="features are not finite"):
+    evaluate_run.probe_run(config, workdir)
 
 
 def test_the_training_batch_does_not_matter(finished, monkeypatch):

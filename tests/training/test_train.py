@@ -433,6 +433,19 @@ def test_a_run_that_saved_nothing_may_change_its_config(
   assert [x["step"] for x in lines(tmp_path)][:2] == [2, 4]
 
 
+def test_a_best_checkpoint_alone_keeps_its_config(
+  tiny_config, default_run, tmp_path
+):
+  """As after SIGKILL between the first evaluation and the first checkpoint."""
+  shutil.copytree(default_run, tmp_path, dirs_exist_ok=True)
+  (tmp_path / "result.json").unlink()
+  shutil.rmtree(tmp_path / "checkpoints" / "last")
+  tiny_config.model.gelu = "tanh"
+  for start in (train.train_and_evaluate, evaluate_run.evaluate_run):
+    with pytest.raises(errors.UserError, match="another config: model.gelu"):
+      start(tiny_config, tmp_path)
+
+
 @pytest.mark.parametrize("which, at", [("best", "best"), ("latest", "last")])
 def test_eval_mode_repeats_what_training_measured(
   tiny_config, default_run, tmp_path, which, at

@@ -2,6 +2,7 @@
 
 from typing import ClassVar
 
+from rescalevit_jax import errors
 from rescalevit_jax.models.norms import layer_norm
 from rescalevit_jax.models.norms import traits
 from rescalevit_jax.models.ops import normalization
@@ -21,6 +22,14 @@ class CenterNorm(layer_norm.Affine, traits.Foldable):
   COLOR: ClassVar[str] = "#EE99AA"
   RESIDUAL: ClassVar[str] = "weighted"
   CENTERED: ClassVar[bool] = True
+
+  @classmethod
+  def check(cls, features, options):
+    super().check(features, options)
+    if features < 2:
+      raise errors.UserError(
+        "model.hidden_size: Center needs two channels or more; raise it"
+      )
 
   def normalize(self, x, train):
     factor = self.features / (self.features - 1)
