@@ -1,4 +1,4 @@
-"""LN and norm-free methods with RescaleViT's recipe: `norm_free.py:METHOD`.
+"""Norms and norm-free methods, RescaleViT's recipe: `norm_free.py:METHOD`.
 
 The model is small enough for a CPU: 12 blocks of width 64 at 32x32 pixels.
 `norm_free.py:METHOD,MODEL` selects another, such as

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Iterator
 import dataclasses
 import math
+import re
 
 import matplotlib
 from matplotlib import axes as axes_lib
@@ -81,8 +82,13 @@ _SCALARS = {
   "shift": "Shift",
   "branch": "Multiplier of the branch",
   "scale": "Scale of the norm",
+  "bn_scale": "Scale of its BatchNorm",
+  "change": "Change of the scale",
+  "eta": "Eta",
+  "lam": "Lambda",
   "gamma": "Gamma",
 }
+_RMS = {"scale", "bn_scale", "change"}
 _LAYERS = {"mlp": "MLP", "Dense_0": "MLP's first", "Dense_1": "MLP's second"}
 
 
@@ -145,12 +151,15 @@ def _scalars(lines):
   names = {
     x.rpartition("/")[2] for line in lines for x in line if "block_" in x
   }
-  split = [name.split("_", 1) for name in sorted(names - known)]
+  split = [
+    re.fullmatch("(bn_scale|[^_]+)_(.*)", name).groups()
+    for name in sorted(names - known)
+  ]
   return [
     Quantity(
       f"{kind}_{site}",
       f"{_SCALARS.get(kind, kind)}, {_LAYERS.get(site, site)}",
-      "RMS over channels" if kind == "scale" else "value",
+      "RMS over channels" if kind in _RMS else "value",
       "linear",
     )
     for kind, site in sorted(split, key=lambda x: [*_SCALARS, x[0]].index(x[0]))

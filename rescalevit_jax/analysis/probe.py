@@ -238,8 +238,8 @@ def with_statistics(
 ) -> train_state.TrainState:
   """Return an initial state with running statistics of training batches.
 
-  The same state if the norm has none, or a file provides them all. Schedules of
-  norms do not begin.
+  It is unchanged if the norm has no running statistics or a file provides all
+  of them. Schedules do not start.
   """
   config = experiment.model.config
   Norm = norms.NORMS[config.norm]

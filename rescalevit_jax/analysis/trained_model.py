@@ -300,7 +300,7 @@ def load_npz(
   if report.unsupported:
     raise errors.UserError(
       f"{path}: the model has no place for {report.unsupported[0]}; leave out"
-      f" residual={model.config.residual}"
+      f" {model.config.residual}"
     )
   return TrainedModel(
     path.stem,

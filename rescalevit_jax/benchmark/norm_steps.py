@@ -133,7 +133,7 @@ def run(
     if time.monotonic() - start > most_seconds:
       record(name, {"error": OUT_OF_TIME})
       return
-    if threads > 1:  # Items compile at the same time: find the one to blame.
+    if threads > 1:  # One at a time, to find the item that ends the process.
       threads = 1
       continue
     del left[name]

@@ -243,10 +243,11 @@ def _batch(config):
 
 
 def check_recipe(config: Any) -> None:
-  """Raise UserError if a config asks for work that peers do not do."""
+  """Raise UserError if a config has options that the peers lack."""
   values = config_lib.flatten(config)
   for key in _NOT_IN_PEERS:
-    if values[key] != (default := keys.KEYS[key].default):
+    default = keys.KEYS[key].default
+    if values[key] not in (default, "plain"):  # LN's residual is plain.
       raise errors.UserError(
         f"--peer: peers train without {key}={values[key]}; set it to {default},"
         " or leave out --peer"

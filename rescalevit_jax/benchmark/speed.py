@@ -122,8 +122,8 @@ def _run(args):
     [overrides.parse_setting(text, "--set") for text in args.set],
     pathlib.Path("runs"),
   )
-  for run in runs:
-    if args.peer:
+  if args.peer:
+    for run in runs:
       peers.check_recipe(run.config)
   if args.compile_for:
     forecast.forecast(

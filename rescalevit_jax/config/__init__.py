@@ -121,11 +121,6 @@ def _conflicts(config):
       " model.sigma_reparam, which learns the singular values; choose one of"
       " them"
     )
-  if config.wd_mult is not None and not config.weight_decay:
-    yield (
-      f"wd_mult ({config.wd_mult}) multiplies weight_decay, which is 0; set"
-      " weight_decay"
-    )
   if config.augment.pad_crop and config.augment.crop:
     yield (
       f"augment.pad_crop ({config.augment.pad_crop}) and augment.crop are both"

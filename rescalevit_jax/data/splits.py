@@ -41,7 +41,7 @@ def resolve(
   Raises:
     UserError: the notation is invalid, or it selects no example.
   """
-  if re.search(r"\dshard", notation):  # Shards do not matter here.
+  if re.search(r"\dshard", notation):  # Each split would count as one shard.
     raise errors.UserError(
       f"config: {key} ({notation}): parts are in percent or examples, not in"
       " shards; use a part such as train[:10%]"

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from rescalevit_jax import errors
 from rescalevit_jax.optim import clipping
 from rescalevit_jax.optim import groups
 from rescalevit_jax.optim import kernels
@@ -48,6 +49,11 @@ def create(
     spectral_cap: see `cap_singular_values`; 0: no cap.
   """
   lr_table, wd_table = groups.parse(lr_mult), groups.parse(wd_mult)
+  if wd_table and not weight_decay:
+    raise errors.UserError(
+      f"config: wd_mult ({wd_mult}) multiplies weight_decay, which is 0; set"
+      " weight_decay"
+    )
   if name == "sgd":
     optimizer = sgd(
       lr_schedule,

@@ -34,10 +34,13 @@ from rescalevit_jax.pretrained import param_keys
 from rescalevit_jax.runtime import cli
 
 _POSITIONS = "Transformer/posembed_input/pos_embedding"
-# By the name in Hugging Face's config.json.
+# By the names in config.json of Hugging Face and timm.
 _GELUS = {
-  "gelu": "erf",
-  **dict.fromkeys(("gelu_new", "gelu_fast", "gelu_pytorch_tanh"), "tanh"),
+  **dict.fromkeys(("gelu", "gelu_python"), "erf"),
+  **dict.fromkeys(("gelu_new", "gelu_fast", "gelu_accurate"), "tanh"),
+  **dict.fromkeys(
+    ("gelu_tanh", "gelu_pytorch_tanh", "gelu_python_tanh"), "tanh"
+  ),
 }
 # Parts of a training checkpoint that hold the weights, the better ones first.
 _WEIGHTS = ("model_ema", "teacher", "state_dict", "model")
@@ -132,7 +135,8 @@ def convert(
     flags = heads, normalization, fold_layer_scale, no_class_position
     if any((*flags, drop_distillation)):
       raise errors.UserError(
-        f"{path}: options have no effect on .npz files; leave them out"
+        f"{path}: an .npz of big_vision takes no options but --output; leave"
+        " the others out"
       )
     return _from_big_vision(path)
   tensors = _read_tensors(path)
@@ -249,11 +253,13 @@ def _norm_name(family):
 
 
 def _gelu(path):
-  """Return the kind of GELU: big_vision's, or Hugging Face's `hidden_act`."""
+  """Return the kind of GELU: big_vision's, or the one in config.json."""
   if path.suffix == ".npz":
     return "tanh"
   config = input_stats.json_beside(path, "config.json")
-  name = config.get("hidden_act", "gelu")
+  timm = config.get("model_args")
+  timm = timm if isinstance(timm, dict) else {}
+  name = config.get("hidden_act") or timm.get("act_layer") or "gelu"
   if name not in _GELUS:
     raise errors.UserError(
       f"{path}: has the activation {name}; choose a model with GELU"

@@ -38,9 +38,7 @@ def parse(mean: str | None, std: str | None) -> Stats | None:
     return None
   if "imagenet" in (mean, std):
     if mean != "imagenet" or std not in (None, "imagenet"):
-      raise errors.UserError(
-        "--mean=imagenet gives the deviation, too; leave --std out"
-      )
+      raise errors.UserError("--mean=imagenet sets both; give it without --std")
     return _IMAGENET[0], _IMAGENET[1]
   if mean is None or std is None:
     raise errors.UserError("--mean and --std: give both, or --mean=imagenet")

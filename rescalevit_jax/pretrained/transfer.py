@@ -157,7 +157,7 @@ def _compare_options(file, model, difference):
       difference.add(ours, theirs)
       if theirs and group != "sigma_reparam":  # Loading removes it exactly.
         difference.notes.append(
-          f"the model lacks the file's {group}, so its outputs differ"
+          f"the file's arrays of {group} are dropped, so the outputs differ"
         )
 
 

@@ -94,7 +94,7 @@ def _difference(setting, norm, group, reference):
     samples = a, b = [_accuracies(x) for x in (group, reference)]
     test = f"Welch, {len(a)} and {len(b)} runs"
   points = sum(a) / len(a) - sum(b) / len(b)
-  # Rounding errors would pass for a tiny variation.
+  # Rounding errors do not count as variation.
   if all(math.isclose(min(x), max(x), abs_tol=1e-9) for x in samples):
     return Difference(setting, norm, points, (math.nan,) * 2, test, math.nan)
   if paired:

@@ -87,7 +87,8 @@ def _run(args, rest):
     return cli.fail(str(e), 2)
   outcome = command_line.execute(options, runs)
   begun = any((run.workdir / folder.CONFIG).exists() for run in runs)
-  if begun and (not outcome.stopped or outcome.out_of_time):
+  at_rest = not outcome.stopped or outcome.out_of_time
+  if outcome.executed and begun and at_rest:
     _, paths = output.write(runs_dir, runs_dir, args.index)
     paths += study_page.write(
       [run.config for run in runs], pathlib.Path(runs_dir), args.index

@@ -147,8 +147,8 @@ def read_same_run(
     UserError: the folder holds a run of another config, or is damaged.
   """
   result = read(workdir)
-  saved = folder_lib.saved_steps(workdir, "last")
-  if not (result or saved or folder_lib.saved_steps(workdir, "best")):
+  saved = any(folder_lib.saved_steps(workdir, x) for x in ("last", "best"))
+  if result is None and not saved:
     return None
   old = folder_lib.read_config(workdir)
   if old is None:

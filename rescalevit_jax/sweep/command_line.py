@@ -182,7 +182,7 @@ def execute(
   """
   if options.dry_run:
     _print_commands(runs)
-    return outcome_lib.Outcome(stopped=True)
+    return outcome_lib.Outcome(executed=False)
   runs_dir = pathlib.Path(options.runs_dir)
   if options.cluster:
     submitted, outcome = execution.submit(

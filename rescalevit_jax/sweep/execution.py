@@ -97,9 +97,8 @@ def submit(
       or Slurm rejects the array.
   """
   outcome, left = _unfinished(runs, runs_dir)
-  outcome.stopped = True
-  if outcome.failed:
-    outcome.log()
+  outcome.executed = False
+  outcome.log_failed()
   if not left:
     return [], outcome
   executor = slurm.create_executor(runs_dir / ".submitit", parameters, jobs)

@@ -1,4 +1,4 @@
-"""Which runs of a sweep are finished, and why the others are not."""
+"""The outcome of a sweep: finished runs, and why others are not finished."""
 
 from collections.abc import Iterable
 import dataclasses
@@ -22,10 +22,10 @@ class Outcome:
     done: finished runs, including those of earlier sweeps.
     failed: failed runs, each with the reason as one line.
     left: runs that a signal or the time limit stopped or kept from starting.
-    stopped: True after a signal or the time limit, even if all runs are done,
-      and if runs were only listed or submitted.
+    stopped: True after a signal or the time limit, even if all runs are done.
     out_of_time: True if the time limit was the first to stop the sweep.
     killed: True if a second signal killed the runs.
+    executed: False if runs were only listed or submitted.
   """
 
   done: list[grid.PlannedRun] = dataclasses.field(default_factory=list)
@@ -36,6 +36,7 @@ class Outcome:
   stopped: bool = False
   out_of_time: bool = False
   killed: bool = False
+  executed: bool = True
 
   @property
   def exit_code(self) -> int:
@@ -52,10 +53,14 @@ class Outcome:
       len(self.failed),
       f", {len(self.left)} left" if self.left else "",
     )
-    for run, why in self.failed:
-      _log.info("failed: %s: %s", run.workdir, why)
+    self.log_failed()
     if self.left or self.failed:
       _log.info("the same command resumes unfinished runs")
+
+  def log_failed(self) -> None:
+    """Log one line for each failed run."""
+    for run, why in self.failed:
+      _log.info("failed: %s: %s", run.workdir, why)
 
 
 def split_by_result(

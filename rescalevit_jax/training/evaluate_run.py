@@ -154,21 +154,24 @@ def _datasets(config):
 
 
 def _images(experiment, name):
-  """Return the images to evaluate on, their split, and how many it lacks."""
+  """Return the images, their split, and the number of images left out."""
   config, own = experiment.config, experiment.dataset
   if config.eval_dataset is None and config.eval_split is None:
     return experiment.test_loader, own.test_split, own.num_skipped
   keys = dict(config.data)
+  if name != config.dataset:
+    del keys["test_split"]  # Of the run's own dataset.
   if config.eval_split is not None:
     keys |= {"test_split": config.eval_split, "split_key": "eval_split"}
   images, split, class_names, skipped = dataset_lib.load_test(
     name, config.tfds_data_dir, **keys
   )
-  if class_names == tuple(map(str, range(own.num_classes))):
-    if class_names != own.class_names:
-      _log.warning(
-        "%s does not name its classes; assuming the order of the run's", name
-      )
+  numbers = tuple(map(str, range(own.num_classes)))
+  if class_names == numbers and name.startswith(f"{config.dataset}_"):
+    # Such as cifar10_1. Others may have numbers for names, such as digits.
+    _log.warning(
+      "%s does not name its classes; assuming the order of the run's", name
+    )
   elif class_names != own.class_names:
     raise errors.UserError(
       f"config: eval_dataset ({name}) has the classes"

@@ -13,10 +13,10 @@ _log = logging.getLogger(__name__)
 class StopSignal:
   """A request to stop, by signal.
 
-  A context manager around the training loop of `training/train.py`, from the
-  restoring of the checkpoint to the last step. The first signal sets
-  `requested`; the second one has its default effect. Several processes of one
-  run stop after the same step: JAX handles SIGTERM and synchronizes them.
+  A context manager; `training/train.py` enters it before it restores the
+  checkpoint. The first signal sets `requested`; the second one has its default
+  effect. Several processes of one run stop after the same step: JAX handles
+  SIGTERM and synchronizes them.
 
   Attributes:
     requested: whether a signal has arrived.

@@ -153,7 +153,7 @@ def _train_and_evaluate(config, workdir, folder, draw_attention):
 
 
 def _check_train_images(workdir, progress, experiment):
-  """Raise UserError if batches would not go on with the same images."""
+  """Raise UserError if the number of training images has changed."""
   images = len(experiment.dataset.train)
   if progress.train_images not in (0, images):
     raise errors.UserError(

@@ -28,6 +28,7 @@ def line(step):
     if "block" in part:
       values[f"{part}/scale_attention"] = depth + 0.5
       values[f"{part}/alpha_mlp"] = depth - step / 300
+      values[f"{part}/bn_scale_mlp"] = 1.0
   if step == 300:
     values["block_00/grad_norm"] = "damaged"
   if step in (1, 300):
@@ -57,6 +58,7 @@ def test_maps_have_depth_upwards_and_time_to_the_right(workdir):
     "Gradient, before clipping",
     "Alpha, MLP",
     "Scale of the norm, attention",
+    "Scale of its BatchNorm, MLP",
     "Clipped steps since the last point",
     "Learning rate",
     "Sharpness",

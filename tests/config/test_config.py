@@ -86,7 +86,6 @@ def test_default_is_valid_and_rescalevits_recipe():
     ("lr_mult", "scalars", "PATTERN:FACTOR"),
     ("lr_mult", "scalars:-1", "PATTERN:FACTOR"),
     ("wd_mult", "scalars:", "PATTERN:FACTOR"),
-    ("wd_mult", "head/*:2", "set weight_decay"),
     ("layer_decay", 0.0, "(0, 1]"),
     ("min_lr", 0.06, "exceeds base_lr"),
     ("decay_steps", 19_501, "exceed total_steps"),

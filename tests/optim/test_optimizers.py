@@ -367,11 +367,17 @@ def test_layer_decay_by_hand():
   check_all(got, {k: p - 0.1 * factor(k) * grads[k] for k, p in params.items()})
 
 
+def test_wd_mult_needs_a_weight_decay():
+  with pytest.raises(errors.UserError, match="set weight_decay"):
+    last_params(random_tree(0), [], "adamw", wd_mult="head/*:2")
+
+
 @pytest.mark.parametrize("key", ["lr_mult", "wd_mult"])
 def test_a_pattern_without_parameters_is_an_error(key):
   message = f"^config: {key}: no parameter 'heads/bias'; did you mean head/bias"
   with pytest.raises(errors.UserError, match=message):
-    last_params(random_tree(0), [], "adamw", **{key: "scalars:2 heads/bias:1"})
+    table = {key: "scalars:2 heads/bias:1"}
+    last_params(random_tree(0), [], "adamw", weight_decay=0.1, **table)
 
 
 @pytest.mark.parametrize("name", optimizers.OPTIMIZERS[:2])

@@ -506,7 +506,7 @@ def test_another_residual_stays_initial(tmp_path):
   assert all("RescaleNet" in key for key in report.initial)
   assert all("LayerScale" in key for key in report.dropped)
   *_, report = load.load(path, *trees.fresh("Cal"))
-  assert "the model lacks the file's residual" in " ".join(report.notes)
+  assert "the file's arrays of residual are dropped" in " ".join(report.notes)
 
 
 def test_a_part_of_a_residual_is_an_error(tmp_path):

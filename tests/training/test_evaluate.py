@@ -217,18 +217,19 @@ def test_a_dataset_may_not_name_its_classes(finished, monkeypatch, caplog):
   """As cifar10_1 and cifar10_corrupted of tfds."""
   config, workdir, _ = finished
   config = config.copy_and_resolve_references()
-  config.eval_dataset = "unnamed"
+  config.eval_dataset = f"{config.dataset}_1"
   own = dataset.load(config.dataset, None)
-  names = ("0", "1", "2")
+  names, keys = ("0", "1", "2"), {}
   monkeypatch.setattr(
     evaluate_run.dataset_lib,
     "load_test",
-    lambda *args, **kwargs: (own.test, "test", names, 3),
+    lambda *args, **kwargs: keys.update(kwargs) or (own.test, "a", names, 3),
   )
   found = evaluate_run.evaluate_run(config, workdir)
   assert found["skipped_images"] == 3 and set(found["per_class"]) == {*"abc"}
-  assert "unnamed does not name its classes" in caplog.text
-  names = ("0", "1")
+  assert "_1 does not name its classes" in caplog.text
+  assert "image_size" in keys and "test_split" not in keys
+  config.eval_dataset = "digits"
   with pytest.raises(errors.UserError, match="has the classes 0, 1"):
     evaluate_run.evaluate_run(config, workdir)
 

@@ -441,9 +441,13 @@ def test_a_best_checkpoint_alone_keeps_its_config(
   (tmp_path / "result.json").unlink()
   shutil.rmtree(tmp_path / "checkpoints" / "last")
   tiny_config.model.gelu = "tanh"
-  for start in (train.train_and_evaluate, evaluate_run.evaluate_run):
-    with pytest.raises(errors.UserError, match="another config: model.gelu"):
-      start(tiny_config, tmp_path)
+  diverged = json.dumps(result_lib.diverged(5, "loss nan"))
+  for text in (None, diverged):
+    if text:
+      (tmp_path / "result.json").write_text(text)
+    for start in (train.train_and_evaluate, evaluate_run.evaluate_run):
+      with pytest.raises(errors.UserError, match="another config: model.gelu"):
+        start(tiny_config, tmp_path)
 
 
 @pytest.mark.parametrize("which, at", [("best", "best"), ("latest", "last")])

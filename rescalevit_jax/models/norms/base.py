@@ -67,7 +67,7 @@ class Norm(nn.Module):
   def is_per_token(self, train: bool) -> bool:
     """Return whether this pass maps each token independently of the others.
 
-    If so, the last block computes only the tokens that the head uses.
+    If so and with pool=cls, the last block computes only the class token.
     """
     del train
     return False
