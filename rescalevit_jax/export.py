@@ -101,6 +101,12 @@ def _run(args):
       " model.* keys, or for predict, export and plot_attention with"
       f" --npz={output}:{','.join(options)}"
     )
+  if (size := model.resize.image_size) is not None:
+    print(
+      f"the run first resizes images to {size} pixels (data.resize="
+      f"{model.resize.method}), which the file does not contain; do the same"
+      " before you use it"
+    )
 
 
 def _target(args):

@@ -1,6 +1,7 @@
 """Exported models, loaded again in the programs that they are for."""
 
 import importlib.util
+import json
 import pathlib
 import subprocess
 import sys
@@ -112,6 +113,15 @@ def test_options_missing_in_the_arrays_are_printed(
     assert last.endswith(f"{tmp_path / 'a.npz'}:{words}")
   else:
     assert "the best weights" in last
+
+
+def test_a_first_resizing_is_told(write_run, call, capsys):
+  workdir = write_run()
+  config = json.loads((workdir / "config.json").read_text())
+  config["data"] |= {"image_size": 9, "resize": "crop"}
+  (workdir / "config.json").write_text(json.dumps(config))
+  assert call() == 0
+  assert "to 9 pixels (data.resize=crop)" in capsys.readouterr().out
 
 
 def test_export_keeps_an_existing_file(write_run, call, tmp_path, capsys):
