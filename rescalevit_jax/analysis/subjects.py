@@ -141,9 +141,9 @@ def load_one(args: argparse.Namespace) -> trained_model.TrainedModel:
   Raises:
     UserError: the model cannot be loaded, or a flag has no effect.
   """
-  workdirs = [args.workdir] if args.workdir else []
-  npz = [args.npz] if args.npz else []
-  return load(workdirs, npz, args.checkpoint)[0].model
+  if args.npz:
+    return load((), (args.npz,), args.checkpoint)[0].model
+  return trained_model.load(args.workdir, args.checkpoint or "best")
 
 
 def _parse_reference(reference: str) -> tuple[str, dict[str, Any]]:
