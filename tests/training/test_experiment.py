@@ -29,7 +29,7 @@ OPTIMIZER = {
 OTHERS = {
   "momentum": 0.5,
   "adam_b2": 0.99,
-  "weight_decay": 0.0,
+  "weight_decay": 0.1,
   "grad_norm_clip": 0.1,
   "agc": 0.0,
   "lr_mult": None,
