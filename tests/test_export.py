@@ -144,7 +144,7 @@ def test_export_keeps_an_existing_file(write_run, call, tmp_path, capsys):
     (["--workdir=none", "--output=a.bin"], "--format"),
     (["--workdir=none", "--output=none/a.npz"], "folder that exists"),
     (["--npz=none.npz"], "add --output"),
-    (["--npz=none.npz", "--output=a.npz", "--checkpoint=best"], "add --workdir"),
+    (["--npz=none.npz", "--output=a.npz", "--checkpoint=best"], "--workdir"),
   ],
 )
 def test_mistakes(flags, word, tmp_path, monkeypatch, capsys):
