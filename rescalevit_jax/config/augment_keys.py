@@ -51,17 +51,13 @@ KEYS = {
     "in [0, 10]",
     lambda x: 0 <= x <= rand_augment.MAX_MAGNITUDE,
   ),
-  "augment.color_jitter": key_lib.Key(
+  "augment.color_jitter": key_lib.up_to_one(
     0.0,
     "maximum relative change of brightness, contrast and saturation, such as"
     " 0.3; 0: none",
-    "in [0, 1]",
-    lambda x: 0 <= x <= 1,
   ),
-  "augment.random_erasing": key_lib.Key(
+  "augment.random_erasing": key_lib.up_to_one(
     0.0,
     "probability of random erasing, which replaces a box by noise",
-    "in [0, 1]",
-    lambda x: 0 <= x <= 1,
   ),
 }

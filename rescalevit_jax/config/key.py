@@ -54,6 +54,11 @@ def below_one(default: float, meaning: str, **kwargs) -> Key:
   return Key(default, meaning, "in [0, 1)", lambda x: 0 <= x < 1, **kwargs)
 
 
+def up_to_one(default: float, meaning: str, **kwargs) -> Key:
+  """Return the key of a fraction in [0, 1]; see `Key`."""
+  return Key(default, meaning, "in [0, 1]", lambda x: 0 <= x <= 1, **kwargs)
+
+
 def size(meaning: str) -> Key:
   """Return the key of a model size."""
   meaning = f"{meaning}; None: as `model_name`"

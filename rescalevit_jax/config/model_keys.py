@@ -127,18 +127,14 @@ KEYS = {
     " (`auto`), all pointwise norms (`all`), or none",
     ("auto", "all", "none"),
   ),
-  "fade.begin": key_lib.Key(
+  "fade.begin": key_lib.up_to_one(
     0.1,
     "fraction of the run at which the first site begins to fade (norms Fade,"
     " TaperLN, TaperRMS and PRepBN)",
-    "in [0, 1]",
-    lambda x: 0 <= x <= 1,
   ),
-  "fade.end": key_lib.Key(
+  "fade.end": key_lib.up_to_one(
     0.7,
     "fraction of the run at which the last site, the final norm, has faded",
-    "in [0, 1]",
-    lambda x: 0 <= x <= 1,
   ),
   "fade.site_fraction": key_lib.Key(
     0.5,
