@@ -393,7 +393,9 @@ def test_predictions_are_as_accurate_as_the_evaluation(
   assert np.mean(right) == pytest.approx(best, abs=1e-9)
 
 
-@pytest.mark.parametrize("output", [False, True])
+@pytest.mark.parametrize(
+  "output", [False, pytest.param(True, marks=pytest.mark.slow)]
+)
 def test_nobody_reads_on(output, tiny_run, digits, tmp_path):
   read, write = os.pipe()
   os.close(read)

@@ -2,10 +2,8 @@
 
 import json
 import os
-import subprocess
-import sys
 
-import paths
+import forked
 import pytest
 import tiny_gpu
 
@@ -14,14 +12,7 @@ from rescalevit_jax.benchmark import gpus
 
 
 def run(*args, **env):
-  return subprocess.run(
-    [sys.executable, "-m", "rescalevit_jax.benchmark", *args],
-    env={**os.environ, **env},
-    cwd=paths.ROOT,
-    capture_output=True,
-    text=True,
-    check=False,
-  )
+  return forked.run(["rescalevit_jax.benchmark", *args], {**os.environ, **env})
 
 
 def compile_for_h100(folder, *args, **env):

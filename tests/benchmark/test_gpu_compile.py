@@ -20,11 +20,7 @@ ATTEND_BACK = "__cudnn$fmhaSoftmaxBackward"
 FLOAT32_PRODUCTS = re.compile(r"bsh,bhwc->bswc|btw,bswc->bstc|/head/")
 
 # Others differ little from these, and a compilation takes long.
-FREQUENT = ("LN", "BN", "GN", "Rescale", "Cal", "Fade", "PRepBN")
-EVERY_NORM = [
-  pytest.param(x, marks=[] if x in FREQUENT else [pytest.mark.slow])
-  for x in norm_sets.DIFFERENT
-]
+EVERY_NORM = norm_sets.most_slow("LN", "BN", "GN", "Rescale", "Cal")
 HALF_DTYPES = [x for x in ("bfloat16", "float16") if x in vit_config.DTYPES]
 
 
@@ -47,7 +43,9 @@ def test_every_norm_trains(compile_tiny, norm):
   assert not program.collectives
 
 
-@pytest.mark.parametrize("norm", ["LN", "BN"])
+@pytest.mark.parametrize(
+  "norm", [pytest.param("LN", marks=pytest.mark.slow), "BN"]
+)
 def test_the_batch_is_not_the_minor_axis_of_activations(compile_tiny, norm):
   # [tokens, channels, images]: XLA would transpose them around each product.
   keys = {"batch": 64, "model.hidden_size": 128, "model.norm": norm}
@@ -82,7 +80,7 @@ def test_attention_is_the_requested_one(compile_tiny, dtype, attention):
 
 
 @pytest.mark.parametrize(
-  "dtype", [x for x in (*HALF_DTYPES, "float32") if x != "bfloat16"]
+  "dtype", ["float16", pytest.param("float32", marks=pytest.mark.slow)]
 )
 def test_other_types_train(compile_tiny, dtype):
   program = compile_tiny("train", dtype=dtype)
@@ -146,6 +144,7 @@ def test_eight_gpus_evaluate(compile_tiny):
   assert [shape.size for shape in shapes] == [1, 1]
 
 
+@pytest.mark.slow
 def test_accumulation_repeats_the_forward_pass(compile_tiny):
   single = compile_tiny("train", dtype="float32")
   double = compile_tiny("train", dtype="float32", accum_steps=2, batch=32)

@@ -106,7 +106,12 @@ def test_a_streamed_split_looks_like_an_array_of_images(resident, streamed):
 
 
 @pytest.mark.parametrize(
-  ("norm", "num_val"), [("LN", 0), ("Rescale", 100), ("Cal", 0)]
+  ("norm", "num_val"),
+  [
+    pytest.param("LN", 0, marks=pytest.mark.slow),
+    ("Rescale", 100),
+    pytest.param("Cal", 0, marks=pytest.mark.slow),
+  ],
 )
 def test_a_data_set_too_large_for_memory_trains_the_same(
   tiny_config, tmp_path, norm, num_val

@@ -176,7 +176,7 @@ def test_processes_on_hosts_of_their_own(setting, alone, tmp_path):
   "count, victim",
   [
     (2, 0),
-    (2, 1),
+    pytest.param(2, 1, marks=pytest.mark.slow),
     pytest.param(4, 0, marks=pytest.mark.slow),
     pytest.param(4, 2, marks=pytest.mark.slow),
   ],

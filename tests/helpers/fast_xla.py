@@ -14,6 +14,9 @@ import jaxlib
 _FLAGS = (
   ("xla_backend_optimization_level", "0"),
   ("xla_cpu_use_fusion_emitters", "false"),
+  ("xla_cpu_opt_preset", "FAST_COMPILE"),
+  # By default XLA splits a program into 32 parts, which compile in parallel.
+  ("xla_cpu_parallel_codegen_split_count", "1"),
 )
 
 

@@ -346,6 +346,7 @@ def test_a_seed_gives_the_same_bits_in_new_processes(tiny, tmp_path, norm):
   assert found[0] == found[1]
 
 
+@pytest.mark.slow
 def test_a_full_disk(finished, tiny, tmp_path):
   """A limit on the size of files stands for the disk: the same errors."""
   workdir = tmp_path / "run"

@@ -354,9 +354,8 @@ def test_first_blocks_fade_first_and_the_final_norm_last():
   assert {int(n) for n in stats(moving, "count")} == {10}
 
 
-@pytest.mark.parametrize(
-  "alpha", [pytest.param(0.0, marks=pytest.mark.slow), 0.5]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("alpha", [0.0, 0.5])
 def test_resumes_in_the_middle_of_a_fade(
   alpha, tiny_config, tmp_path, monkeypatch, shared_programs
 ):

@@ -216,6 +216,7 @@ def test_unfinished_runs_write_no_table(
     assert f"{phase}-1500" in error and error.endswith(": out of memory")
 
 
+@pytest.mark.slow
 def test_a_study_with_real_runs(tmp_path):
   """Run real runs on the digits; a huge learning rate diverges."""
   flags = ["--datasets=digits", "--methods=Cal", "--rates=0.1,1e38"]

@@ -122,9 +122,9 @@ def test_every_file_is_missed(killed, caplog, tmp_path):
   [
     ("SHA256SUMS", _halve),
     ("_CHECKPOINT_METADATA", _flip),
-    ("_CHECKPOINT_METADATA", os.unlink),
-    ("commit_success.txt", os.unlink),
-    ("progress/metadata", _truncate),
+    pytest.param("_CHECKPOINT_METADATA", os.unlink, marks=pytest.mark.slow),
+    pytest.param("commit_success.txt", os.unlink, marks=pytest.mark.slow),
+    pytest.param("progress/metadata", _truncate, marks=pytest.mark.slow),
   ],
 )
 def test_the_run_is_the_same_in_the_end(

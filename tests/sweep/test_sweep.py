@@ -163,6 +163,7 @@ def test_a_signal_saves_and_stops(finished, tiny, tmp_path):
   assert "resuming from step" in log or "already finished" in log
 
 
+@pytest.mark.slow
 def test_a_second_signal_kills_and_nohup_is_respected(tiny, tmp_path):
   runs_dir = tmp_path / "runs"
   keys = (*tiny["keys"], "total_steps=100000", "checkpoint_every=100000")
@@ -422,7 +423,9 @@ def test_eta_is_remaining_flops_over_speed(tmp_path, monkeypatch):
   assert plan._eta() is None
 
 
-@pytest.mark.parametrize("dataset", ["cifar10", "cifar100"])
+@pytest.mark.parametrize(
+  "dataset", ["cifar10", pytest.param("cifar100", marks=pytest.mark.slow)]
+)
 def test_the_study_scripts_plan_the_original_runs(dataset, tmp_path):
   """Run the real scripts in a root with a ready environment."""
   for name in ("configs", "rescalevit_jax"):

@@ -154,8 +154,18 @@ def test_what_the_timing_leaves_out_is_no_time_of_a_step(
     pytest.param("GN", {}, (11,), marks=pytest.mark.slow),
     ("Rescale", {}, (3, 7, 11)),
     ("Cal", {"residual": "rescalenet", "sigma_reparam": True}, (3, 7)),
-    ("Derf", {"residual": "skipinit", "qk_norm": True}, (11,)),
-    ("BN2", {"residual": "layerscale", "init": "unit"}, (11,)),
+    pytest.param(
+      "Derf",
+      {"residual": "skipinit", "qk_norm": True},
+      (11,),
+      marks=pytest.mark.slow,
+    ),
+    pytest.param(
+      "BN2",
+      {"residual": "layerscale", "init": "unit"},
+      (11,),
+      marks=pytest.mark.slow,
+    ),
   ],
 )
 def test_a_resumed_run_is_the_same_run(
@@ -175,7 +185,14 @@ def test_a_resumed_run_is_the_same_run(
   assert_same_run(tmp_path / "a", tmp_path / "b")
 
 
-@pytest.mark.parametrize("recipe", recipes.RECIPES)
+@pytest.mark.parametrize(
+  "recipe",
+  [
+    *("adamw", "float16"),
+    pytest.param("sgd", marks=pytest.mark.slow),
+    pytest.param("muon", marks=pytest.mark.slow),
+  ],
+)
 def test_a_resumed_run_of_any_recipe_is_the_same_run(
   tiny_config, tmp_path, stop_at, recipe
 ):
@@ -343,7 +360,7 @@ def test_a_pretrained_file_is_where_a_run_starts(
   "source, norm, words",
   [
     ("DyT", "LN", "LayerNorm_0"),
-    ("LN", "Cal", "alpha"),
+    pytest.param("LN", "Cal", "alpha", marks=pytest.mark.slow),
     ("BN", "LN", "no place for its batch_stats"),
     ("LN", "Identity", "no place for its .*encoder_norm/bias"),
   ],

@@ -126,9 +126,8 @@ def test_a_kill_while_a_file_is_written(trial, whole, tmp_path, name):
   trials.check_same(trial, whole)
 
 
-@pytest.mark.parametrize(
-  "room", [pytest.param(0, marks=pytest.mark.slow), 65536]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("room", [0, 65536])
 def test_a_disk_that_is_full_at_the_start(trial, whole, mount, room):
   mount("-t", "tmpfs", "-o", "size=4m", "tmpfs")
   filler = fill(trial.workdir.parent, room)
@@ -157,6 +156,7 @@ def test_a_disk_that_fills_up(trial, whole, mount, lines):
   trials.check_same(trial, whole)
 
 
+@pytest.mark.slow
 def test_a_disk_that_is_read_only_at_the_start(trial, whole, mount):
   mount("-t", "tmpfs", "-o", "ro", "tmpfs")
   assert "Read-only file system" in trial.fail()
@@ -194,6 +194,7 @@ def test_a_disk_that_becomes_read_only(trial, whole, mount, tmp_path):
   trials.check_same(trial, whole)
 
 
+@pytest.mark.slow
 def test_a_file_system_without_locks(trial, whole, tmp_path):
   code = NO_LOCKS.format(errno.ENOLCK)
   process = trial.start(**sitecustomize(tmp_path / "site", code, trial.env))
@@ -248,6 +249,7 @@ def test_two_processes_on_one_run(trial, whole, tmp_path):
   trials.check_same(trial, whole)
 
 
+@pytest.mark.slow
 def test_a_compiled_program_that_is_torn(trial, whole, tmp_path):
   compiled = tmp_path / "compiled"
   shutil.copytree(trial.env["JAX_COMPILATION_CACHE_DIR"], compiled)
