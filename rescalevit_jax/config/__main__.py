@@ -34,13 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _update(page):
-  try:
-    text = page.read_text(encoding="utf-8")
-  except OSError as e:
-    raise errors.UserError(
-      f"{page}: cannot be read ({e.strerror}); name a Markdown page"
-    ) from e
-  atomic_file.write(page, fill(text).encode())
+  atomic_file.write(page, fill(page.read_text(encoding="utf-8")))
 
 
 def fill(text: str) -> str:

@@ -1,11 +1,10 @@
 """Config files and KEY=VALUE overrides on the command lines of all programs."""
 
 from collections.abc import Sequence
-import dataclasses
 import functools
 import re
 import runpy
-from typing import Any
+from typing import Any, NamedTuple
 
 from absl import flags
 import ml_collections
@@ -18,14 +17,8 @@ from rescalevit_jax.config import keys as keys_lib
 _PREFIX = re.compile(r"--?config\.")
 
 
-@dataclasses.dataclass(frozen=True)
-class Setting:
-  """A config key with its value, as in `--config.KEY=VALUE`.
-
-  Attributes:
-    key: a key of `keys.KEYS`.
-    text: the value as written.
-  """
+class Setting(NamedTuple):
+  """A config key with its value as written, as in `--config.KEY=VALUE`."""
 
   key: str
   text: str
@@ -35,11 +28,7 @@ class Setting:
 
 
 def parse_setting(text: str, flag: str) -> Setting:
-  """Parse KEY=VALUE.
-
-  Args:
-    text: the argument.
-    flag: the flag of this argument, for messages.
+  """Parse KEY=VALUE, the argument of a flag.
 
   Raises:
     UserError: the text is not KEY=VALUE, or the key is unknown.
