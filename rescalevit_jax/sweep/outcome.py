@@ -93,9 +93,7 @@ def why_not_finished(
 ) -> str | None:
   """Return why a run is not finished, as one line; None if it is finished.
 
-  Args:
-    workdir: the run's folder.
-    returncode: return code of its process; None if unknown.
+  The return code of its process may be unknown.
   """
   try:
     result = result_lib.read(workdir)

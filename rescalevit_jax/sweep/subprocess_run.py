@@ -20,15 +20,10 @@ def start(
   workdir: pathlib.Path,
   environment: Mapping[str, str],
 ) -> subprocess.Popen:
-  """Start a run; append its output to WORKDIR/log.txt.
+  """Start a run with more environment variables; append its output to log.txt.
 
   The process has its own session, since Ctrl-C must reach it only through its
   parent. It dies with the parent; see `die_with_parent`.
-
-  Args:
-    command: the program with its arguments.
-    workdir: the run's folder; created if missing.
-    environment: variables to add to this process's environment.
   """
   workdir.mkdir(parents=True, exist_ok=True)
   now = datetime.datetime.now().isoformat(" ", "seconds")
@@ -59,17 +54,12 @@ def saved_step(workdir: pathlib.Path) -> int:
 
 
 def step_since(workdir: pathlib.Path, time: float) -> int:
-  """Return the last step in a run's metrics since a time, or 0.
+  """Return the last step in a run's metrics, or 0.
 
-  Args:
-    workdir: the run's folder.
-    time: start of the process, in seconds since 1970; older files are ignored.
+  A file that was last written before `time`, in seconds since 1970, is ignored.
   """
   path = workdir / folder_lib.METRICS
-  try:
-    if path.stat().st_mtime < time:
-      return 0
-  except FileNotFoundError:
+  if not path.exists() or path.stat().st_mtime < time:
     return 0
   for line in reversed(run_reader.tail(path)):
     with contextlib.suppress(KeyError, RecursionError, TypeError, ValueError):
