@@ -35,9 +35,6 @@ def delete_best(workdir: pathlib.Path, after: int) -> None:
 def move_damaged(workdir: pathlib.Path) -> None:
   """Move checkpoints away that are damaged and newer than the last intact one.
 
-  Args:
-    workdir: the run's folder.
-
   Raises:
     UserError: there are checkpoints to resume from, but all are damaged.
   """

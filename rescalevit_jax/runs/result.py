@@ -24,7 +24,11 @@ from rescalevit_jax.runtime import atomic_file
 
 FINISHED, DIVERGED = "finished", "diverged"
 
-
+# The numbers that other programs read, by status.
+_NUMBERS = {
+  FINISHED: ("last_accuracy", "best_accuracy", "best_step"),
+  DIVERGED: ("step",),
+}
 # Scores of the last weights, from eval.json.
 _SCORES = (
   "split",
@@ -50,7 +54,7 @@ def create(
     progress: of the run.
     evaluation: the content of eval.json, of the last weights.
     images_per_second: training throughput.
-    parameters: number of parameters of the model.
+    parameters: number of parameters.
     dtype: of the computation.
   """
   return {
@@ -90,26 +94,19 @@ def write(workdir: pathlib.Path, result: dict[str, Any]) -> None:
 
 
 def read(workdir: str | pathlib.Path) -> dict[str, Any] | None:
-  """Return result.json, None if the run has not ended.
-
-  Raises:
-    UserError: it is damaged.
-  """
+  """Return result.json, None if the run has not ended."""
   path = pathlib.Path(workdir) / folder_lib.RESULT
   try:
     result = {
       "status": FINISHED,  # Earlier versions wrote none.
       **json.loads(path.read_text(encoding="utf-8")),
     }
-    if result["status"] == DIVERGED:
-      _check(result, step=int, error=str)
-    elif result["status"] == FINISHED:
-      number = int | float
-      _check(
-        result, last_accuracy=number, best_accuracy=number, best_step=number
-      )
-    else:
-      raise ValueError(f"status is {result['status']!r}")
+    for name in _NUMBERS[result["status"]]:
+      value = result[name]
+      if not isinstance(value, int | float) or not math.isfinite(value):
+        raise ValueError(f"{name} is {value!r}")
+    if has_diverged(result) and not isinstance(result["error"], str):
+      raise ValueError(f"error is {result['error']!r}")
     return result
   except FileNotFoundError:
     return None
@@ -184,12 +181,3 @@ def accuracies(result: dict[str, Any]) -> str:
     f"test accuracy {result['last_accuracy']:.4f}, best"
     f" {result['best_accuracy']:.4f} at step {result['best_step']}"
   )
-
-
-def _check(result, **types):
-  for name, kind in types.items():
-    value = result[name]
-    if not isinstance(value, kind):
-      raise TypeError(f"{name} is {value!r}")
-    if not isinstance(value, str) and not math.isfinite(value):
-      raise ValueError(f"{name} is {value!r}")

@@ -165,11 +165,7 @@ def _sweep(argv):
 def execute(
   options: argparse.Namespace, runs: Sequence[grid.PlannedRun]
 ) -> outcome_lib.Outcome:
-  """Execute, print or submit the runs; the arguments are the result of `parse`.
-
-  Raises:
-    UserError: see `execution.execute` and `execution.submit`.
-  """
+  """Execute, print or submit the runs; takes the result of `parse`."""
   if options.dry_run:
     _print_commands(runs)
     return outcome_lib.Outcome(executed=False)

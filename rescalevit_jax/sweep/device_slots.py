@@ -17,9 +17,6 @@ def find(jobs: int | None) -> list[dict[str, str]]:
   """Return the environment variables for each of `jobs` concurrent runs.
 
   None stands for one run per GPU, or one without GPUs.
-
-  Raises:
-    UserError: there are too few devices, or JAX finds none.
   """
   # A subprocess, since JAX would allocate memory on every GPU in this one.
   done = subprocess.run(

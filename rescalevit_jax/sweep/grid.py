@@ -22,19 +22,12 @@ _NAMED = ("dataset", "model_name", "model.norm", "seed")
 
 @dataclasses.dataclass(frozen=True)
 class PlannedRun:
-  """A run to start or resume.
-
-  Attributes:
-    workdir: the run's folder.
-    reference: its config file, FILE or FILE:ARGS.
-    settings: overrides of the config file.
-    config: the resulting valid config.
-  """
+  """A run to start or resume."""
 
   workdir: pathlib.Path
-  reference: str
-  settings: tuple[overrides.Setting, ...]
-  config: ml_collections.ConfigDict
+  reference: str  # Its config file, FILE or FILE:ARGS.
+  settings: tuple[overrides.Setting, ...]  # Overrides of the file.
+  config: ml_collections.ConfigDict  # The resulting valid config.
 
   @property
   def command(self) -> list[str]:
@@ -50,11 +43,7 @@ class PlannedRun:
 
   @functools.cached_property
   def step_flops(self) -> float:
-    """FLOPs of one step's forward passes, to compare runs.
-
-    Raises:
-      UserError: the sizes of the model are inconsistent.
-    """
+    """FLOPs of one step's forward passes, to compare runs."""
     config = self.config.copy_and_resolve_references()
     config.dtype = "float32"  # "auto" would initialize the devices.
     try:
@@ -65,11 +54,7 @@ class PlannedRun:
 
 
 def repository_config(reference: str) -> str:
-  """Return the path of a config of this repository, FILE or FILE:ARGS.
-
-  Raises:
-    UserError: the package is not used from a checkout of the repository.
-  """
+  """Return the path of a config of this repository, FILE or FILE:ARGS."""
   configs = pathlib.Path(__file__).parents[2] / "configs"
   if not configs.is_dir():
     raise errors.UserError(

@@ -66,11 +66,7 @@ class Outcome:
 def split_by_result(
   runs: Iterable[grid.PlannedRun],
 ) -> tuple[Outcome, list[grid.PlannedRun]]:
-  """Return the finished and diverged runs as an outcome, and the other runs.
-
-  Raises:
-    UserError: a run's folder holds a run of another config.
-  """
+  """Return the finished and diverged runs as an outcome, and the other runs."""
   outcome, left = Outcome(), []
   for run in runs:
     try:

@@ -1,10 +1,12 @@
 """Schedule the runs of a sweep on this machine and log their progress."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+import contextlib
 import dataclasses
 import logging
 import math
 import operator
+import os
 import re
 import signal
 import subprocess
@@ -127,8 +129,10 @@ class Schedule:
       self._kill()
 
   def _kill(self):
+    """Kill the runs and all their child processes."""
     for running in self._running:
-      subprocess_run.kill(running.process)
+      with contextlib.suppress(ProcessLookupError):
+        os.killpg(running.process.pid, signal.SIGKILL)
 
   def _launch_next(self):
     if (run := self._choose(self._waiting)) is None:

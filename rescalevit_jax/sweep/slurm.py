@@ -116,11 +116,7 @@ def parse_parameters(texts: Sequence[str]) -> dict[str, Any]:
 def create_executor(
   folder: pathlib.Path, parameters: Mapping[str, Any], jobs: int | None
 ):
-  """Return submitit's executor for Slurm, which writes its files to a folder.
-
-  Raises:
-    UserError: submitit or Slurm is not installed, or a parameter is invalid.
-  """
+  """Return submitit's executor for Slurm, with its files in a folder."""
   try:
     import submitit
   except ImportError as e:
@@ -164,11 +160,7 @@ def create_executor(
 
 
 def submit(runs: Sequence[grid.PlannedRun], executor) -> list[str]:
-  """Submit at least one run as an array; return the IDs of the jobs.
-
-  Raises:
-    UserError: Slurm rejects the array.
-  """
+  """Submit at least one run as an array; return the IDs of the jobs."""
   import submitit
 
   kept = {x: os.environ[x] for x in _USER_VARIABLES if x in os.environ}

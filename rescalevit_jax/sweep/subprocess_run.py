@@ -1,13 +1,10 @@
 """Start a run as a subprocess and read its progress from its folder."""
 
 from collections.abc import Mapping, Sequence
-import contextlib
 import datetime
-import json
 import os
 import pathlib
 import shlex
-import signal
 import subprocess
 
 from rescalevit_jax.runs import folder as folder_lib
@@ -42,12 +39,6 @@ def start(
     )
 
 
-def kill(process: subprocess.Popen) -> None:
-  """Kill a run and all its child processes."""
-  with contextlib.suppress(ProcessLookupError):
-    os.killpg(process.pid, signal.SIGKILL)
-
-
 def saved_step(workdir: pathlib.Path) -> int:
   """Return the step that a run would resume from, 0 without a checkpoint."""
   return max(folder_lib.saved_steps(workdir, "last"), default=0)
@@ -61,7 +52,5 @@ def step_since(workdir: pathlib.Path, time: float) -> int:
   path = workdir / folder_lib.METRICS
   if not path.exists() or path.stat().st_mtime < time:
     return 0
-  for line in reversed(run_reader.tail(path)):
-    with contextlib.suppress(KeyError, RecursionError, TypeError, ValueError):
-      return json.loads(line)["step"]  # The last line may be incomplete.
-  return 0
+  metrics = run_reader.parse_metrics(run_reader.tail(path))
+  return metrics[-1]["step"] if metrics else 0

@@ -40,12 +40,8 @@ class TimeLimit:
   ) -> _T | None:
     """Return the first item that ends in time, or the first if none does.
 
-    Args:
-      items: at least one item, the most valuable first.
-      seconds: function from an item to its estimated duration.
-
-    Returns:
-      The item; None if it is too late to start any.
+    `seconds` estimates the duration of an item. None if it is too late to start
+    any.
     """
     left = self.stop_times[0] - time.monotonic()
     if left < SECONDS_TO_START:
