@@ -112,13 +112,14 @@ def main(config: ml_collections.ConfigDict) -> None:
       result = evaluate_run.evaluate_run(config, workdir)
     else:
       result = evaluate_run.probe_run(config, workdir)
-    if result is not None and jax.process_index() == 0:
-      if _MODE.value != "train":
-        print(json.dumps(_short(result)))
-      if _MODE.value == "train":
-        _draw_confusion(workdir)
-      elif _MODE.value == "eval":
-        _draw_confusion(folder.evaluation(workdir, config))
+    if result is None or jax.process_index() > 0:
+      return
+    if _MODE.value == "train":
+      _draw_confusion(workdir)
+    else:
+      print(json.dumps(_short(result)))
+    if _MODE.value == "eval":
+      _draw_confusion(folder.evaluation(workdir, config))
   except (errors.UserError, OSError) as e:
     _fail(str(e), code=1)
   except jax.errors.JaxRuntimeError as e:
@@ -196,7 +197,7 @@ def _saved_config():
 
 
 def _fail(message: str, code: int) -> NoReturn:
-  print("error: " + " ".join(message.split()), file=sys.stderr, flush=True)
+  cli.fail(message)
   sys.stdout.flush()
   # At a normal exit, threads of libraries would print the same error again.
   os._exit(code)

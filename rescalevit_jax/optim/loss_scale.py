@@ -25,23 +25,13 @@ _INITIAL_SCALE = 2.0**10
 
 
 class LossScale(dynamic_scale.DynamicScale):
-  """Flax's dynamic loss scale with a count of skipped steps.
-
-  Attributes:
-    fin_steps: finite gradients since the scale last changed.
-    scale: factor of the loss.
-    skipped_steps: steps that left the weights unchanged.
-  """
+  """Flax's dynamic loss scale with a count of skipped steps."""
 
   skipped_steps: Int[Array, ""] | int = 0
 
 
 def create(skipped_steps: int = 0) -> LossScale:
-  """Return the initial loss scale.
-
-  Args:
-    skipped_steps: steps that the run has skipped before.
-  """
+  """Return the initial loss scale of a run that has skipped some steps."""
   return LossScale(
     fin_steps=jnp.int32(0),
     scale=jnp.float32(_INITIAL_SCALE),

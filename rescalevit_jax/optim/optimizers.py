@@ -1,9 +1,10 @@
 """The optimizers: SGD, AdamW and Muon, with clipping and weight decay.
 
-The defaults, SGD with clipping by global norm, are RescaleViT's.
+The defaults, SGD with clipping by global norm, are RescaleViT's. AdamW is
+PyTorch's: weight decay is decoupled and multiplied by the learning rate
+(Loshchilov & Hutter 2019). With AdamW and Muon only kernels decay; biases,
+parameters of norms, class token and position embeddings do not.
 """
-
-import math
 
 import jax
 import jax.numpy as jnp
@@ -33,20 +34,22 @@ def create(
 ) -> optax.GradientTransformation:
   """Return an optimizer by its name.
 
+  The arguments are config keys; 0 disables `grad_norm_clip`, `agc` and
+  `spectral_cap`.
+
   Args:
-    name: one of `OPTIMIZERS`; see the functions of this module.
+    name: one of `OPTIMIZERS`.
     lr_schedule: learning rate by the number of completed steps.
     momentum: momentum of SGD and Muon, beta_1 of AdamW.
     adam_b2: beta_2 of AdamW.
-    weight_decay: coupled and for all parameters with SGD; decoupled and for
-      kernels only with AdamW and Muon.
-    grad_norm_clip: maximum global norm of the gradient; 0: no clipping.
-    agc: threshold of adaptive gradient clipping, which comes first; 0: none.
+    weight_decay: see the module.
+    grad_norm_clip: maximum global norm of the gradient.
+    agc: see `clipping.adaptive_clip`, which comes first.
     lr_mult: table of learning-rate multipliers; see `groups`.
-    wd_mult: table of weight-decay multipliers. They take precedence over the
-      optimizer's choice of parameters.
+    wd_mult: table of weight-decay multipliers, which replace the optimizer's
+      choice of parameters.
     layer_decay: see `scale_groups`.
-    spectral_cap: see `cap_singular_values`; 0: no cap.
+    spectral_cap: see `cap_singular_values`.
   """
   lr_table, wd_table = groups.parse(lr_mult), groups.parse(wd_mult)
   if wd_table and not weight_decay:
@@ -63,7 +66,7 @@ def create(
       wd_table=wd_table,
     )
   else:
-    direction = adam if name == "adamw" else muon
+    direction = optax.scale_by_adam if name == "adamw" else muon
     optimizer = optax.chain(
       clipping.clip_by_global_norm(grad_norm_clip),
       direction(momentum, adam_b2),
@@ -95,9 +98,8 @@ def sgd(
 ) -> optax.GradientTransformation:
   """Return SGD with momentum: clip, decay, momentum, then learning rate.
 
-  Weight decay is coupled (g + weight_decay * p) and applies to all parameters,
-  with the multipliers of `wd_table`.
-  It is added after clipping, so it is not clipped. 0 disables
+  Weight decay is coupled (g + weight_decay * p). It applies to all parameters,
+  with the multipliers of `wd_table`, and is not clipped. 0 disables
   `grad_norm_clip`.
   """
   return optax.chain(
@@ -124,31 +126,16 @@ def cap_singular_values(limit: float) -> optax.GradientTransformation:
     def cap(path, update, kernel):
       if not kernels.is_block_kernel(path):
         return update
-      inputs = math.prod(kernel.shape[: kernels.num_input_axes(path, kernel)])
-      matrix = (kernel + update).reshape(inputs, -1)
+      inputs, outputs = kernels.matrix_shape(path, kernel)
+      matrix = (kernel + update).reshape(inputs, outputs)
       left, values, right = jnp.linalg.svd(matrix, full_matrices=False)
-      most = limit * (matrix.shape[1] / inputs) ** 0.5
+      most = limit * (outputs / inputs) ** 0.5
       capped = (left * jnp.minimum(values, most)) @ right
       return capped.reshape(kernel.shape) - kernel
 
     return jax.tree_util.tree_map_with_path(cap, updates, params)
 
   return optax.stateless(update)
-
-
-def adam(b1: float, b2: float) -> optax.GradientTransformation:
-  """Return AdamW's direction (Kingma & Ba 2015; Loshchilov & Hutter 2019).
-
-  At step t, with running means m of the gradient g and v of its square:
-
-    m = b1 m + (1 - b1) g;  v = b2 v + (1 - b2) g^2
-    direction = m / (1 - b1^t) / (sqrt(v / (1 - b2^t)) + 1e-8)
-
-  `create` adds weight_decay * p and multiplies the sum by the learning rate, as
-  PyTorch does. Only kernels decay. Biases, parameters of norms, class token and
-  position embeddings do not.
-  """
-  return optax.scale_by_adam(b1, b2)
 
 
 def muon(momentum: float, b2: float) -> optax.GradientTransformation:
@@ -181,8 +168,7 @@ def muon(momentum: float, b2: float) -> optax.GradientTransformation:
 
   def scale(updates, _):
     def scale_one(path, x):
-      inputs = math.prod(x.shape[: kernels.num_input_axes(path, x)])
-      return 0.2 * max(inputs, x.size // inputs) ** 0.5 * x
+      return 0.2 * max(kernels.matrix_shape(path, x)) ** 0.5 * x
 
     return jax.tree_util.tree_map_with_path(scale_one, updates)
 
@@ -192,7 +178,7 @@ def muon(momentum: float, b2: float) -> optax.GradientTransformation:
   return optax.partition(
     {
       "muon": optax.chain(orthogonalize, optax.stateless(scale)),
-      "adam": adam(momentum, b2),
+      "adam": optax.scale_by_adam(momentum, b2),
     },
     labels,
   )
