@@ -31,11 +31,7 @@ def flatten(config: ml_collections.ConfigDict) -> dict[str, Any]:
 
 
 def validate(config: ml_collections.ConfigDict) -> None:
-  """Check names, types and ranges of all keys.
-
-  Raises:
-    UserError: a key or value is invalid.
-  """
+  """Raise UserError if a key, its type, its range or a combination is wrong."""
   values = flatten(config)
   for name in values:
     keys.check_key(name)

@@ -38,11 +38,7 @@ def _update(page):
 
 
 def fill(text: str) -> str:
-  """Return a page's text with up-to-date tables.
-
-  Raises:
-    UserError: a key is in no table or in two.
-  """
+  """Return a page's text with up-to-date tables."""
   shown: list[str] = []
 
   def table(match):

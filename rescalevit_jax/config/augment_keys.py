@@ -5,16 +5,13 @@ from rescalevit_jax.augment import rand_augment
 from rescalevit_jax.config import key
 
 KEYS = {
-  "mixup": key.at_least(0, 0.0, "alpha of mixup; 0: no mixup"),
-  "cutmix": key.at_least(
-    0,
-    0.0,
-    "alpha of CutMix; with mixup, each image draws one of the two; 0: none",
+  "mixup": key.nonnegative(0.0, "alpha of mixup; 0: no mixup"),
+  "cutmix": key.nonnegative(
+    0.0, "alpha of CutMix; with mixup, each image draws one of the two; 0: none"
   ),
   "augment.crop": key.Key(True, "random crop in training (RandomResizedCrop)"),
   "augment.min_area": key.share(
-    0.05,
-    "minimum area of a crop as a fraction of the image",
+    0.05, "minimum area of a crop as a fraction of the image"
   ),
   "augment.min_aspect": key.Key(
     0.75,
@@ -23,10 +20,9 @@ KEYS = {
     lambda x: 0.01 <= x <= 1,
   ),
   "augment.flip": key.Key(
-    False, "flip training images horizontally with probability 0.5"
+    False, "flip images horizontally with probability 0.5"
   ),
-  "augment.pad_crop": key.at_least(
-    0,
+  "augment.pad_crop": key.nonnegative(
     0,
     "maximum random shift in pixels, with black padding, in place of"
     " `augment.crop`; 0: none",

@@ -50,11 +50,9 @@ def positive(default: Any, meaning: str, **kwargs) -> Key:
   return Key(default, meaning, "> 0", lambda x: 0 < x < math.inf, **kwargs)
 
 
-def at_least(low: int, default: Any, meaning: str, **kwargs) -> Key:
-  """Return the key of a number of at least `low`; see `Key`."""
-  return Key(
-    default, meaning, f">= {low}", lambda x: low <= x < math.inf, **kwargs
-  )
+def nonnegative(default: Any, meaning: str, **kwargs) -> Key:
+  """Return the key of a number of at least 0; see `Key`."""
+  return Key(default, meaning, ">= 0", lambda x: 0 <= x < math.inf, **kwargs)
 
 
 def below_one(default: float, meaning: str) -> Key:

@@ -48,8 +48,7 @@ KEYS = {
   ),
   "data.crop_ratio": key.share(
     0.875,
-    "with `data.resize=crop`: `data.image_size` over the short side before the"
-    " crop",
+    "with `data.resize=crop`: `data.image_size` / short side before the crop",
   ),
   "data.train_split": key.Key(
     "train", "split to train on, in the notation of tfds, such as `train[:10%]`"
@@ -63,8 +62,7 @@ KEYS = {
   "data.skip_damaged": key.Key(
     False, "leave out images that cannot be read; the result counts them"
   ),
-  "data.num_val": key.at_least(
-    0,
+  "data.num_val": key.nonnegative(
     0,
     "size of a validation split, which is taken from the training images and"
     " replaces the test images; for tuning; 0: none",
@@ -98,24 +96,22 @@ KEYS = {
   ),
   "log_attention": key.Key(
     False,
-    "write attention maps of the first test image to TensorBoard at each"
-    " evaluation",
+    "write attention maps of a test image to TensorBoard at each evaluation",
     resumable=True,
   ),
-  "diagnostics_every": key.at_least(
-    0,
+  "diagnostics_every": key.nonnegative(
     0,
     "steps between diagnostics: residual stream, gradients, updates, attention,"
     " sharpness; 0: none",
     resumable=True,
   ),
-  "profile_steps": key.at_least(
-    0, 0, "number of steps to profile into `profile/`; 0: none", resumable=True
+  "profile_steps": key.nonnegative(
+    0, "number of steps to profile into `profile/`; 0: none", resumable=True
   ),
   "eval_weights": key.Key(
     "best",
-    "weights for `--mode eval`: the `best` or `latest` checkpoint, or the"
-    " `pretrained` file",
+    "weights for `--mode=eval`: `best` or `latest` checkpoint, `pretrained`"
+    " file",
     ("best", "latest", "pretrained"),
     resumable=True,
   ),
@@ -186,12 +182,7 @@ def check_key(name: str) -> None:
 
 
 def describe(row: str, names: Iterable[str] = KEYS) -> str:
-  """Return one line per key, for --help and docs/configuration.md.
-
-  Args:
-    row: format of a line, with {name}, {default}, {meaning}.
-    names: the keys to describe.
-  """
+  """Return a line per key, in a format with {name}, {default}, {meaning}."""
   return "\n".join(
     row.format(
       name=name, default=KEYS[name].default, meaning=KEYS[name].description

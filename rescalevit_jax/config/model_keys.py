@@ -27,9 +27,7 @@ KEYS = {
   "model.norm_depth_scaling": key.Key(
     False, "multiply the norms before the branches of block l by l^(-1/2)"
   ),
-  "model.embedding_norm": key.Key(
-    False, "another norm after the position embedding"
-  ),
+  "model.embedding_norm": key.Key(False, "norm after the position embedding"),
   "model.norm_epsilon": key.positive(
     base.Options.epsilon, "constant added to variances and mean squares"
   ),
@@ -53,8 +51,7 @@ KEYS = {
   ),
   "model.residual_c": key.positive(
     None,
-    "constant c of `residual=rescalenet`; None: twice the number of encoder"
-    " blocks",
+    "constant c of `residual=rescalenet`; None: twice the number of blocks",
     optional=float,
   ),
   "model.layerscale_init": key.positive(
@@ -66,8 +63,7 @@ KEYS = {
   "model.qk_norm": key.Key(False, "RMSNorm of queries and keys in each head"),
   "model.sigma_reparam": key.Key(
     False,
-    "sigmaReparam: linear layers in the blocks learn their largest singular"
-    " value",
+    "sigmaReparam: linear layers of blocks learn their largest singular value",
   ),
   "model.dropout_rate": key.below_one(
     0.1, "dropout rate after the embedding and in the MLP"
@@ -84,8 +80,7 @@ KEYS = {
   ),
   "model.gelu": key.Key(
     "erf",
-    "GELU: exact (`erf`, as RescaleViT) or approximate (`tanh`, as Google's"
-    " code)",
+    "GELU: exact (`erf`, as RescaleViT) or approximate (`tanh`, as Google)",
     vit_config.GELUS,
   ),
   "model.init": key.Key(
@@ -139,8 +134,7 @@ KEYS = {
     "separate scales for class token and patches; if False, the faded norm"
     " folds into the next linear layers",
   ),
-  "fade.alpha": key.at_least(
-    0,
+  "fade.alpha": key.nonnegative(
     0.0,
     "alpha of the tanh that a faded site applies after division by its scale,"
     " such as 0.5 for DyT's initial value; 0: a linear map, as Cal",
@@ -148,8 +142,7 @@ KEYS = {
   "taper.final": key.Key(
     True, "whether the final norm of TaperLN and TaperRMS fades, too"
   ),
-  "taper.anchor": key.at_least(
-    0,
+  "taper.anchor": key.nonnegative(
     0.01,
     "weight of the anchor loss of TaperLN and TaperRMS with `taper.final`,"
     " which keeps the size of the final norm's input near its mean before the"

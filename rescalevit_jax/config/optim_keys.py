@@ -9,11 +9,10 @@ _TABLE = "`PATTERN:FACTOR ...`, such as `scalars:0.02 head/*:10`"
 
 KEYS = {
   "base_lr": key.positive(0.05, "learning rate at the end of the warm-up"),
-  "warmup_steps": key.at_least(0, 500, "steps of linear warm-up"),
+  "warmup_steps": key.nonnegative(500, "steps of linear warm-up"),
   "decay_type": key.Key(
     "cosine",
-    "decay of the learning rate to `min_lr`; with p from 0 to 1, `sqrt` is 1 -"
-    " sqrt(p)",
+    "decay of the learning rate to `min_lr`; `sqrt`: 1 - sqrt(p), p in [0, 1]",
     schedule.DECAYS,
   ),
   "decay_steps": key.positive(
@@ -22,33 +21,29 @@ KEYS = {
     " (WSD); None: all steps after the warm-up",
     optional=int,
   ),
-  "min_lr": key.at_least(0, 0.0, "learning rate of the last step"),
+  "min_lr": key.nonnegative(0.0, "learning rate of the last step"),
   "total_steps": key.positive(20_000, "number of updates"),
   "optimizer": key.Key(
     "sgd",
-    "optimizer; `muon`: Muon for the kernels of the blocks, AdamW for all other"
-    " parameters",
+    "optimizer; `muon`: Muon for the kernels of the blocks, AdamW for the rest",
     optimizers.OPTIMIZERS,
   ),
   "momentum": key.below_one(0.9, "momentum of SGD and Muon, beta_1 of AdamW"),
   "adam_b2": key.below_one(0.999, "beta_2 of AdamW"),
-  "weight_decay": key.at_least(
-    0,
+  "weight_decay": key.nonnegative(
     0.0,
     "weight decay: coupled, of all parameters (SGD); decoupled, of kernels"
     " (AdamW, Muon)",
   ),
-  "grad_norm_clip": key.at_least(
-    0, 1.0, "maximum global norm of the gradient; 0: no clipping"
+  "grad_norm_clip": key.nonnegative(
+    1.0, "maximum norm of the gradient; 0: none"
   ),
-  "spectral_cap": key.at_least(
-    0,
+  "spectral_cap": key.nonnegative(
     0.0,
     "maximum singular value of the blocks' kernels after each step, as a"
     " multiple of sqrt(outputs / inputs); 0: no cap",
   ),
-  "agc": key.at_least(
-    0,
+  "agc": key.nonnegative(
     0.0,
     "adaptive gradient clipping: maximum ratio of gradient norm to weight norm"
     " per unit; 0: no clipping",
@@ -73,8 +68,7 @@ KEYS = {
     1.0,
     "learning-rate multiplier for each block between a parameter and the head",
   ),
-  "sam_rho": key.at_least(
-    0,
+  "sam_rho": key.nonnegative(
     0.0,
     "rho of SAM: distance from the weights to the point of the second gradient,"
     " such as 0.05; 0: no SAM",
