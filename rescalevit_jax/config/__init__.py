@@ -82,23 +82,14 @@ def _conflicts(config):
       " decay_steps"
     )
   if config.model.alpha_init is not None and config.calibration == "all":
-    yield (
-      "calibration (all) replaces model.alpha_init"
-      f" ({config.model.alpha_init}); set calibration=auto"
-    )
-  if (
-    base.CALIBRATED in (config.model.alpha_init or "")
-    and config.calibration == "none"
-  ):
-    yield (
-      f"model.alpha_init ({config.model.alpha_init}) needs a calibration; set"
-      " calibration=auto"
-    )
+    yield "calibration (all) replaces model.alpha_init; set calibration=auto"
+  calibrated = base.CALIBRATED in (config.model.alpha_init or "")
+  if calibrated and config.calibration == "none":
+    yield "model.alpha_init needs a calibration; set calibration=auto"
   if config.spectral_cap and config.model.sigma_reparam:
     yield (
       f"spectral_cap ({config.spectral_cap}) has no effect with"
-      " model.sigma_reparam, which learns the singular values; choose one of"
-      " them"
+      " model.sigma_reparam; choose one of them"
     )
   if config.augment.pad_crop and config.augment.crop:
     yield (

@@ -36,7 +36,7 @@ KEYS = {
     " (AdamW, Muon)",
   ),
   "grad_norm_clip": key.nonnegative(
-    1.0, "maximum norm of the gradient; 0: none"
+    1.0, "maximum global gradient norm; 0: none"
   ),
   "spectral_cap": key.nonnegative(
     0.0,

@@ -84,11 +84,9 @@ def split_argv(argv: Sequence[str]) -> tuple[list[str], list[Setting]]:
 def load_config(
   reference: str, settings: Sequence[Setting]
 ) -> ml_collections.ConfigDict:
-  """Load a config file and apply overrides; the last one of a key counts.
+  """Load a config with overrides; the last override of a key counts.
 
-  Args:
-    reference: FILE, or FILE:ARGS for get_config(ARGS).
-    settings: the overrides.
+  The reference is FILE, or FILE:ARGS for get_config(ARGS).
   """
   argument = f"--config={reference}"
   try:

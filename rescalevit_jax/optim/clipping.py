@@ -43,7 +43,7 @@ def adaptive_clip(clipping: float) -> optax.GradientTransformation:
       is_kernel = kernels.is_kernel(path)
       return x.reshape(kernels.matrix_shape(path, x) if is_kernel else (-1, 1))
 
-    return jax.tree_util.tree_map_with_path(as_matrix, tree)
+    return jax.tree.map_with_path(as_matrix, tree)
 
   def update(grads, state, params):
     clipped, state = clip.update(as_matrices(grads), state, as_matrices(params))

@@ -44,16 +44,11 @@ def value_and_grad(
   loss_scale: LossScale | None,
   *args: Any,
 ) -> tuple[tuple[jax.Array, Any], Any, LossScale | None]:
-  """Compute a loss and its gradient with respect to the first argument.
-
-  Args:
-    loss_fn: returns a loss and auxiliary data.
-    loss_scale: scale of this gradient; None: the loss is not scaled.
-    *args: arguments of `loss_fn`.
+  """Compute a loss and its gradient with respect to the first of `args`.
 
   Returns:
-    The loss and the auxiliary data; the gradient, which is not finite after an
-    overflow; the scale of the next gradient.
+    The results of `loss_fn`, loss and auxiliary data; the gradient, not finite
+    after an overflow; the scale of the next gradient.
   """
   if loss_scale is None:
     return *jax.value_and_grad(loss_fn, has_aux=True)(*args), None

@@ -34,22 +34,7 @@ def create(
 ) -> optax.GradientTransformation:
   """Return an optimizer by its name.
 
-  The arguments are config keys; 0 disables `grad_norm_clip`, `agc` and
-  `spectral_cap`.
-
-  Args:
-    name: one of `OPTIMIZERS`.
-    lr_schedule: learning rate by the number of completed steps.
-    momentum: momentum of SGD and Muon, beta_1 of AdamW.
-    adam_b2: beta_2 of AdamW.
-    weight_decay: see the module.
-    grad_norm_clip: maximum global norm of the gradient.
-    agc: see `clipping.adaptive_clip`, which comes first.
-    lr_mult: table of learning-rate multipliers; see `groups`.
-    wd_mult: table of weight-decay multipliers, which replace the optimizer's
-      choice of parameters.
-    layer_decay: see `scale_groups`.
-    spectral_cap: see `cap_singular_values`.
+  The keyword arguments are config keys; `config/optim_keys.py` describes them.
   """
   lr_table, wd_table = groups.parse(lr_mult), groups.parse(wd_mult)
   if wd_table and not weight_decay:
@@ -133,7 +118,7 @@ def cap_singular_values(limit: float) -> optax.GradientTransformation:
       capped = (left * jnp.minimum(values, most)) @ right
       return capped.reshape(kernel.shape) - kernel
 
-    return jax.tree_util.tree_map_with_path(cap, updates, params)
+    return jax.tree.map_with_path(cap, updates, params)
 
   return optax.stateless(update)
 
@@ -155,7 +140,7 @@ def muon(momentum: float, b2: float) -> optax.GradientTransformation:
     def label(path, _):
       return "muon" if kernels.is_block_kernel(path) else "adam"
 
-    return jax.tree_util.tree_map_with_path(label, params)
+    return jax.tree.map_with_path(label, params)
 
   def dimension_numbers(params):
     def numbers(path, x):
@@ -164,13 +149,13 @@ def muon(momentum: float, b2: float) -> optax.GradientTransformation:
         tuple(range(inputs)), tuple(range(inputs, x.ndim))
       )
 
-    return jax.tree_util.tree_map_with_path(numbers, params)
+    return jax.tree.map_with_path(numbers, params)
 
   def scale(updates, _):
     def scale_one(path, x):
       return 0.2 * max(kernels.matrix_shape(path, x)) ** 0.5 * x
 
-    return jax.tree_util.tree_map_with_path(scale_one, updates)
+    return jax.tree.map_with_path(scale_one, updates)
 
   orthogonalize = optax.contrib.scale_by_muon(
     beta=momentum, weight_dimension_numbers=dimension_numbers
@@ -224,16 +209,14 @@ def scale_groups(
   """
 
   def scale(updates, _):
-    num_layers = groups.num_layers(updates) if layer_decay != 1 else 0
+    num_layers = groups.num_layers(updates)
 
     def scale_one(path, x, factor):
-      if layer_decay != 1:
-        depth = groups.layer(path, num_layers)
-        factor *= layer_decay ** (num_layers + 1 - depth)
+      depth = groups.layer(path, num_layers)
+      factor *= layer_decay ** (num_layers + 1 - depth)
       return x if factor == 1 else factor * x
 
-    return jax.tree_util.tree_map_with_path(
-      scale_one, updates, groups.factors(table, updates)
-    )
+    factors = groups.factors(table, updates)
+    return jax.tree.map_with_path(scale_one, updates, factors)
 
   return optax.stateless(scale)

@@ -22,11 +22,9 @@ def hold(workdir: str | pathlib.Path) -> Iterator[None]:
   process ends, even if it is killed. Child processes do not inherit it. On exit
   the file is deleted, and so is a folder that was created here if it is empty.
 
-  If the file system has no locks or is not writable, there is no lock. The run
-  reports failed writes itself.
-
-  Raises:
-    UserError: another process holds the lock.
+  If another process holds the lock, raise UserError. If the file system has no
+  locks or is not writable, there is no lock; the run reports failed writes
+  itself.
   """
   workdir = pathlib.Path(workdir)
   created = not workdir.exists()

@@ -32,13 +32,9 @@ class MetricWriter:
   TensorBoard's files cannot be written, one warning is logged and training
   continues.
 
-  Args:
-    workdir: the run's folder.
-    config: of the run, for TensorBoard.
-    keep: returns whether a line of an earlier process stays. A resumed run
-      writes the lines after its checkpoint again.
-    first_step: the first step that is written; TensorBoard drops what an
-      earlier process wrote from there on.
+  A resumed run writes the lines after its checkpoint again. Of the lines of an
+  earlier process, those for which `keep` is true stay; TensorBoard drops them
+  from `first_step` on.
   """
 
   def __init__(
@@ -84,12 +80,9 @@ class MetricWriter:
   def write_images(
     self, step: int, draw: Callable[[], Mapping[str, np.ndarray]]
   ) -> None:
-    """Write images to TensorBoard.
+    """Write drawn images to TensorBoard: uint8 [H, W, 3], by name.
 
-    Args:
-      step: of the run.
-      draw: returns images by name, uint8 [H, W, 3]. An exception ends the
-        TensorBoard file, not the run.
+    An exception in `draw` ends the TensorBoard file, not the run.
     """
 
     def write(board):

@@ -48,15 +48,7 @@ def create(
   parameters: int,
   dtype: str,
 ) -> dict[str, Any]:
-  """Return the result of a finished run.
-
-  Args:
-    progress: of the run.
-    evaluation: the content of eval.json, of the last weights.
-    images_per_second: training throughput.
-    parameters: number of parameters.
-    dtype: of the computation.
-  """
+  """Return the result of a finished run; `evaluation` is that of eval.json."""
   return {
     "status": FINISHED,
     "best_accuracy": progress.best_accuracy,
@@ -137,11 +129,9 @@ def read_same_run(
 ) -> dict[str, Any] | None:
   """Return the result of this config's run, None if it must be trained.
 
-  A run without result and checkpoints may change its config. So may a diverged
-  run without checkpoints; its result then does not count.
-
-  Raises:
-    UserError: the folder holds a run of another config, or is damaged.
+  Raise UserError if the folder holds a run of another config. A run without
+  result and checkpoints may change its config. So may a diverged run without
+  checkpoints; its result then does not count.
   """
   result = read(workdir)
   saved = any(folder_lib.saved_steps(workdir, x) for x in ("last", "best"))

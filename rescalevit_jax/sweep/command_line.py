@@ -100,11 +100,7 @@ def main(argv: Sequence[str]) -> int:
 def parse(
   argv: Sequence[str],
 ) -> tuple[argparse.Namespace, list[grid.PlannedRun]]:
-  """Parse the command line and plan the runs.
-
-  Raises:
-    UserError: a flag, a config or a value is invalid.
-  """
+  """Parse the command line and plan the runs."""
   rest, settings = overrides.split_argv(cli.arguments(argv))
   options, unknown = _parser().parse_known_args(rest)
   if unknown:

@@ -49,10 +49,6 @@ def execute(
     runs_dir: parent of their folders.
     jobs: runs at a time; None for one per GPU, or one.
     minutes: time limit, with which `time_limit.Chooser` orders the runs.
-
-  Raises:
-    UserError: a run's folder holds a run of another config, or files are
-      missing.
   """
   limit = time_limit.TimeLimit(time.monotonic() + 60 * minutes)
   outcome, left = _unfinished(runs, runs_dir)
@@ -79,19 +75,10 @@ def submit(
   jobs: int | None = None,
   parameters: Mapping[str, Any],
 ) -> outcome_lib.Outcome:
-  """Submit the unfinished runs as one Slurm array, without waiting for them.
+  """Submit the unfinished runs as one Slurm array; print the IDs of their jobs.
 
-  Prints each with the ID of its job.
-
-  Args:
-    runs: the planned runs.
-    runs_dir: parent of their folders.
-    jobs: runs at a time; None for no limit.
-    parameters: parameters of submitit's AutoExecutor.
-
-  Raises:
-    UserError: a run's folder holds a run of another config, files are missing,
-      or Slurm rejects the array.
+  At most `jobs` run at a time; `parameters` are those of submitit's
+  AutoExecutor.
   """
   outcome, left = _unfinished(runs, runs_dir)
   outcome.executed = False

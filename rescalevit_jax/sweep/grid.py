@@ -78,10 +78,6 @@ def plan(
     settings: overrides for all runs.
     runs_dir: parent of the runs' folders. A folder is named by
       `folder.default_workdir`, followed by the other keys of the grid.
-
-  Raises:
-    UserError: a config file, a key or a value is invalid, or two runs would
-      share a folder.
   """
   given = [axis[0].key for axis in axes] + [s.key for s in settings]
   for key in given:

@@ -81,7 +81,12 @@ class Schedule:
     numbers = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP]
     if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:  # As under nohup.
       numbers.remove(signal.SIGHUP)
-    previous = {x: signal.signal(x, self._handle) for x in numbers}
+
+    def handle(number, frame):
+      del frame
+      self._signals.append(number)
+
+    previous = {number: signal.signal(number, handle) for number in numbers}
     try:
       self._loop()
     finally:
@@ -107,10 +112,6 @@ class Schedule:
         last_line = time.monotonic()
       time.sleep(_POLL_SECONDS)
     self._outcome.left += self._waiting
-
-  def _handle(self, number, frame):
-    del frame
-    self._signals.append(number)
 
   def _stop(self):
     if not self._stopping:
