@@ -90,10 +90,10 @@ class Chooser:
     def seconds(run):
       return cost(run) + SECONDS_TO_START if measured else math.inf
 
-    def minutes_per_value(run):
+    def cost_per_value(run):
       return cost(run) * self._rank[run.workdir]
 
-    return self._limit.choose(sorted(waiting, key=minutes_per_value), seconds)
+    return self._limit.choose(sorted(waiting, key=cost_per_value), seconds)
 
 
 def pace(run: grid.PlannedRun) -> float | None:
