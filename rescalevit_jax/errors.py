@@ -8,6 +8,16 @@ _TENSORSTORES_NOTES = re.compile(
   r"\s*\[(tensorstore_spec|source locations)='.*?'\]"
 )
 
+# What reading a damaged JSON file raises, and using its values.
+DAMAGED_JSON = (
+  ArithmeticError,
+  AttributeError,
+  LookupError,
+  RecursionError,  # Thousands of nested brackets.
+  TypeError,
+  ValueError,
+)
+
 
 class UserError(Exception):
   """An error in a flag, a file or the state of the machine.

@@ -72,14 +72,7 @@ def read_config(
     return config_lib.from_json(path.read_text(encoding="utf-8"))
   except FileNotFoundError:
     return None
-  # RecursionError: thousands of nested brackets.
-  except (
-    AttributeError,
-    KeyError,
-    RecursionError,
-    TypeError,
-    ValueError,
-  ) as e:
+  except errors.DAMAGED_JSON as e:
     raise errors.UserError(
       f"{path}: damaged or from another program ({e}); use another folder"
     ) from e
@@ -95,7 +88,7 @@ def check_class_names(
   path = pathlib.Path(workdir) / CLASS_NAMES
   try:
     saved = json.loads(path.read_text(encoding="utf-8"))
-  except (FileNotFoundError, RecursionError, ValueError):
+  except (FileNotFoundError, *errors.DAMAGED_JSON):
     return
   if saved != list(class_names):
     differing = sorted({*map(str, saved)} ^ {*class_names}) or ["their order"]

@@ -102,13 +102,7 @@ def read(workdir: str | pathlib.Path) -> dict[str, Any] | None:
     return result
   except FileNotFoundError:
     return None
-  except (
-    KeyError,
-    OverflowError,
-    RecursionError,
-    TypeError,
-    ValueError,
-  ) as e:
+  except errors.DAMAGED_JSON as e:
     raise errors.UserError(
       f"{path}: damaged ({e}); delete it, the run writes it again"
     ) from e

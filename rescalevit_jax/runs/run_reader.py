@@ -81,7 +81,7 @@ def parse_metrics(lines: Iterable[str]) -> list[dict[str, Any]]:
   """Parse lines of metrics.jsonl; omit those that a killed process cut off."""
   parsed = []
   for line in lines:
-    with contextlib.suppress(KeyError, RecursionError, TypeError, ValueError):
+    with contextlib.suppress(*errors.DAMAGED_JSON):
       value = json.loads(line)
       value["step"]
       parsed.append(value)

@@ -117,12 +117,5 @@ def pace(run: grid.PlannedRun) -> float | None:
       seconds = found["timed_seconds"] / found["timed_steps"]
     evaluated = found["examples_evaluated"] / config.eval_every
     return seconds * (1 + evaluated / (3 * config.batch))
-  except (
-    ArithmeticError,
-    LookupError,
-    OSError,
-    TypeError,
-    ValueError,
-    errors.UserError,
-  ):
+  except (*errors.DAMAGED_JSON, OSError, errors.UserError):
     return None
