@@ -3,10 +3,19 @@
 from collections.abc import Iterable
 import difflib
 import re
-import traceback
 
 _TENSORSTORES_NOTES = re.compile(
   r"\s*\[(tensorstore_spec|source locations)='.*?'\]"
+)
+
+# What reading a damaged JSON file raises, and using its values.
+DAMAGED_JSON = (
+  ArithmeticError,
+  AttributeError,
+  LookupError,
+  RecursionError,  # Thousands of nested brackets.
+  TypeError,
+  ValueError,
 )
 
 
@@ -14,7 +23,8 @@ class UserError(Exception):
   """An error in a flag, a file or the state of the machine.
 
   The message is one line, `<file or key>: <problem>; <fix>`. Commands print it
-  without a traceback and exit with a non-zero code.
+  without a traceback and exit with a non-zero code. Any function that reads a
+  file, a flag or a config may raise it.
   """
 
 
@@ -43,20 +53,3 @@ def brief(error: Exception) -> str:
   text = " ".join(str(error).split()) or type(error).__name__
   text = _TENSORSTORES_NOTES.sub("", text)
   return text if len(text) <= 300 else f"{text[:100]} ... {text[-200:]}"
-
-
-def explain(error: Exception, expected: tuple[type[Exception], ...]) -> str:
-  """Return the message of an exception raised by a config file.
-
-  Args:
-    error: the exception.
-    expected: types whose message is clear; for others, type and line are added.
-  """
-  message = str(error)
-  if "Traceback" in message:  # ml_collections quotes a whole one.
-    message = message.splitlines()[-1]
-  if isinstance(error, expected):
-    return message
-  frame = traceback.extract_tb(error.__traceback__)[-1]
-  kind = type(error).__name__
-  return f"{message} ({kind}, {frame.filename}:{frame.lineno})"

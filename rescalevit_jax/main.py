@@ -37,7 +37,6 @@ if __name__ == "__main__":
 import json
 import pathlib
 import sys
-from typing import NoReturn
 
 from absl import app
 from absl import flags
@@ -49,7 +48,6 @@ from rescalevit_jax.config import keys
 from rescalevit_jax.config import overrides
 from rescalevit_jax.distributed import processes
 from rescalevit_jax.runs import folder
-from rescalevit_jax.runtime import accelerator
 from rescalevit_jax.runtime import cli
 from rescalevit_jax.runtime import compat
 from rescalevit_jax.runtime import terminal
@@ -99,11 +97,17 @@ _PROCESS_ID = flags.DEFINE_integer(
 def main(config: ml_collections.ConfigDict) -> None:
   """Train or evaluate."""
   terminal.log_to_stderr()
+  if code := cli.run(lambda: _run(config)):
+    sys.stdout.flush()
+    # At a normal exit, threads of libraries would print the same error again.
+    os._exit(code)
+
+
+def _run(config):
   workdir = _WORKDIR.value or folder.default_workdir(config)
   if config.deterministic:  # JAX reads it when it starts the devices, below.
     flag = "--xla_gpu_deterministic_ops=true"
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}"
-  cli.prepare()
   try:
     processes.join(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
     if _MODE.value == "train":
@@ -112,15 +116,6 @@ def main(config: ml_collections.ConfigDict) -> None:
       result = evaluate_run.evaluate_run(config, workdir)
     else:
       result = evaluate_run.probe_run(config, workdir)
-    if result is not None and jax.process_index() == 0:
-      if _MODE.value != "train":
-        print(json.dumps(_short(result)))
-      if _MODE.value == "train":
-        _draw_confusion(workdir)
-      elif _MODE.value == "eval":
-        _draw_confusion(folder.evaluation(workdir, config))
-  except (errors.UserError, OSError) as e:
-    _fail(str(e), code=1)
   except jax.errors.JaxRuntimeError as e:
     advice = ""
     if compat.is_out_of_memory(e):
@@ -130,11 +125,16 @@ def main(config: ml_collections.ConfigDict) -> None:
         "; if another process has died, see its log, then start all processes"
         " again to resume"
       )
-    _fail(f"{' '.join(str(e).split())[:300]}{advice}", code=1)
-  except (AssertionError, RuntimeError) as e:
-    if problem := accelerator.start_problem():
-      _fail(problem, code=1)
-    raise e
+    message = " ".join(str(e).split())[:300]
+    raise errors.UserError(f"{message}{advice}") from e
+  if result is None or jax.process_index() > 0:
+    return
+  if _MODE.value == "train":
+    _draw_confusion(workdir)
+  else:
+    print(json.dumps(_short(result)))
+  if _MODE.value == "eval":
+    _draw_confusion(folder.evaluation(workdir, config))
 
 
 def _draw_attention(step, experiment, variables):
@@ -177,7 +177,7 @@ def parse(argv: list[str]) -> ml_collections.ConfigDict:
   except SystemExit as e:  # absl exits with code 1 after --help.
     sys.exit(0 if e.code == 1 else e.code)
   except (errors.UserError, flags.Error, OSError) as e:
-    _fail(str(e), code=2)
+    sys.exit(cli.fail(str(e), 2))
 
 
 def _saved_config():
@@ -193,13 +193,6 @@ def _saved_config():
       f"{_WORKDIR.value}: no run to resume; add --config to start one"
     )
   return config
-
-
-def _fail(message: str, code: int) -> NoReturn:
-  print("error: " + " ".join(message.split()), file=sys.stderr, flush=True)
-  sys.stdout.flush()
-  # At a normal exit, threads of libraries would print the same error again.
-  os._exit(code)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 """The config of a run: defaults, validation, comparison and JSON."""
 
-from collections.abc import Iterator
 import json
 from typing import Any
 
+from flax import traverse_util
 import ml_collections
 from ml_collections import config_dict
 
@@ -15,39 +15,23 @@ from rescalevit_jax.models.norms import base
 
 def default() -> ml_collections.ConfigDict:
   """Return the default config: RescaleViT's recipe, ViT-B_16 with LN."""
-  config = ml_collections.ConfigDict()
-  for name, key in keys.KEYS.items():
-    *path, leaf = name.split(".")
-    node = config
-    for part in path:
-      if part not in node:
-        node[part] = ml_collections.ConfigDict()
-      node = node[part]
-    node[leaf] = key.default
-    if key.default is None:
-      node[leaf] = config_dict.placeholder(key.optional)
-  return config
+  values = {
+    name: config_dict.placeholder(key.optional)
+    if key.default is None
+    else key.default
+    for name, key in keys.KEYS.items()
+  }
+  nested = traverse_util.unflatten_dict(values, sep=".")
+  return ml_collections.ConfigDict(nested)
 
 
 def flatten(config: ml_collections.ConfigDict) -> dict[str, Any]:
   """Return all values by dotted key, such as {"model.norm": "LN", ...}."""
-
-  def items(node: Any, prefix: str) -> Iterator[tuple[str, Any]]:
-    for name, value in node.items():
-      if isinstance(value, ml_collections.ConfigDict):
-        yield from items(value, f"{prefix}{name}.")
-      else:
-        yield prefix + name, value
-
-  return dict(items(config, ""))
+  return traverse_util.flatten_dict(config.to_dict(), sep=".")
 
 
 def validate(config: ml_collections.ConfigDict) -> None:
-  """Check names, types and ranges of all keys.
-
-  Raises:
-    UserError: a key or value is invalid.
-  """
+  """Raise UserError if a key, its type, its range or a combination is wrong."""
   values = flatten(config)
   for name in values:
     keys.check_key(name)
@@ -81,45 +65,31 @@ def _problem(name, key, value):
 
 def _conflicts(config):
   """Yield the conflicts between keys, each with its fix."""
-  if config.warmup_steps > config.total_steps:
-    yield (
-      f"warmup_steps ({config.warmup_steps}) exceeds total_steps"
-      f" ({config.total_steps}); lower warmup_steps"
-    )
-  elif config.warmup_steps + (config.decay_steps or 0) > config.total_steps:
+  values = flatten(config)
+  for low, high in (
+    ("warmup_steps", "total_steps"),
+    ("min_lr", "base_lr"),
+    ("fade.begin", "fade.end"),
+  ):
+    if values[low] > values[high]:
+      yield (
+        f"{low} ({values[low]}) exceeds {high} ({values[high]}); lower {low}"
+      )
+  if config.warmup_steps + (config.decay_steps or 0) > config.total_steps:
     yield (
       f"warmup_steps and decay_steps ({config.warmup_steps} and"
       f" {config.decay_steps}) exceed total_steps ({config.total_steps}); lower"
       " decay_steps"
     )
-  if config.min_lr > config.base_lr:
-    yield (
-      f"min_lr ({config.min_lr}) exceeds base_lr ({config.base_lr}); lower"
-      " min_lr"
-    )
-  if config.fade.begin > config.fade.end:
-    yield (
-      f"fade.begin ({config.fade.begin}) exceeds fade.end"
-      f" ({config.fade.end}); lower fade.begin"
-    )
   if config.model.alpha_init is not None and config.calibration == "all":
-    yield (
-      "calibration (all) replaces model.alpha_init"
-      f" ({config.model.alpha_init}); set calibration=auto"
-    )
-  if (
-    base.CALIBRATED in (config.model.alpha_init or "")
-    and config.calibration == "none"
-  ):
-    yield (
-      f"model.alpha_init ({config.model.alpha_init}) needs a calibration; set"
-      " calibration=auto"
-    )
+    yield "calibration (all) replaces model.alpha_init; set calibration=auto"
+  calibrated = base.CALIBRATED in (config.model.alpha_init or "")
+  if calibrated and config.calibration == "none":
+    yield "model.alpha_init needs a calibration; set calibration=auto"
   if config.spectral_cap and config.model.sigma_reparam:
     yield (
       f"spectral_cap ({config.spectral_cap}) has no effect with"
-      " model.sigma_reparam, which learns the singular values; choose one of"
-      " them"
+      " model.sigma_reparam; choose one of them"
     )
   if config.augment.pad_crop and config.augment.crop:
     yield (

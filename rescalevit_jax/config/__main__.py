@@ -34,21 +34,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _update(page):
-  try:
-    text = page.read_text(encoding="utf-8")
-  except OSError as e:
-    raise errors.UserError(
-      f"{page}: cannot be read ({e.strerror}); name a Markdown page"
-    ) from e
-  atomic_file.write(page, fill(text).encode())
+  atomic_file.write(page, fill(page.read_text(encoding="utf-8")))
 
 
 def fill(text: str) -> str:
-  """Return a page's text with up-to-date tables.
-
-  Raises:
-    UserError: a key is in no table or in two.
-  """
+  """Return a page's text with up-to-date tables."""
   shown: list[str] = []
 
   def table(match):

@@ -17,8 +17,8 @@ class Key:
     check: predicate of the valid values; None if `valid` lists them or if all
       values are valid.
     optional: type of the values other than None; None if None is not valid.
-    resumable: whether a run may resume with another value. Such a key changes
-      the run's numbers by rounding at most.
+    resumable: whether a run may resume with another value, because the key
+      changes its numbers by rounding at most.
   """
 
   default: Any
@@ -27,6 +27,14 @@ class Key:
   check: Callable[[Any], bool] | None = None
   optional: type | None = None
   resumable: bool = False
+
+  @property
+  def description(self) -> str:
+    """The meaning, with the valid values."""
+    valid = self.valid
+    if not isinstance(valid, str):
+      valid = ", ".join(valid)
+    return f"{self.meaning} ({valid})" if valid else self.meaning
 
   def accepts(self, value: Any) -> bool:
     """Return whether a value of the correct type is valid."""
@@ -42,21 +50,24 @@ def positive(default: Any, meaning: str, **kwargs) -> Key:
   return Key(default, meaning, "> 0", lambda x: 0 < x < math.inf, **kwargs)
 
 
-def at_least(low: int, default: Any, meaning: str, **kwargs) -> Key:
-  """Return the key of a number of at least `low`; see `Key`."""
-  return Key(
-    default, meaning, f">= {low}", lambda x: low <= x < math.inf, **kwargs
-  )
+def nonnegative(default: Any, meaning: str, **kwargs) -> Key:
+  """Return the key of a number of at least 0; see `Key`."""
+  return Key(default, meaning, ">= 0", lambda x: 0 <= x < math.inf, **kwargs)
 
 
-def below_one(default: float, meaning: str, **kwargs) -> Key:
+def below_one(default: float, meaning: str) -> Key:
   """Return the key of a fraction in [0, 1); see `Key`."""
-  return Key(default, meaning, "in [0, 1)", lambda x: 0 <= x < 1, **kwargs)
+  return Key(default, meaning, "in [0, 1)", lambda x: 0 <= x < 1)
 
 
-def up_to_one(default: float, meaning: str, **kwargs) -> Key:
+def up_to_one(default: float, meaning: str) -> Key:
   """Return the key of a fraction in [0, 1]; see `Key`."""
-  return Key(default, meaning, "in [0, 1]", lambda x: 0 <= x <= 1, **kwargs)
+  return Key(default, meaning, "in [0, 1]", lambda x: 0 <= x <= 1)
+
+
+def share(default: float, meaning: str) -> Key:
+  """Return the key of a fraction in (0, 1]; see `Key`."""
+  return Key(default, meaning, "in (0, 1]", lambda x: 0 < x <= 1)
 
 
 def size(meaning: str) -> Key:

@@ -1,6 +1,6 @@
 """Config keys of the optimizer."""
 
-from rescalevit_jax.config import key as key_lib
+from rescalevit_jax.config import key
 from rescalevit_jax.optim import groups
 from rescalevit_jax.optim import optimizers
 from rescalevit_jax.optim import schedule
@@ -8,54 +8,47 @@ from rescalevit_jax.optim import schedule
 _TABLE = "`PATTERN:FACTOR ...`, such as `scalars:0.02 head/*:10`"
 
 KEYS = {
-  "base_lr": key_lib.positive(0.05, "learning rate at the end of the warm-up"),
-  "warmup_steps": key_lib.at_least(0, 500, "steps of linear warm-up"),
-  "decay_type": key_lib.Key(
+  "base_lr": key.positive(0.05, "learning rate at the end of the warm-up"),
+  "warmup_steps": key.nonnegative(500, "steps of linear warm-up"),
+  "decay_type": key.Key(
     "cosine",
-    "decay of the learning rate to `min_lr`; with p from 0 to 1, `sqrt` is"
-    " 1 - sqrt(p)",
+    "decay of the learning rate to `min_lr`; `sqrt`: 1 - sqrt(p), p in [0, 1]",
     schedule.DECAYS,
   ),
-  "decay_steps": key_lib.positive(
+  "decay_steps": key.positive(
     None,
     "steps of decay at the end of the run, after a constant learning rate"
     " (WSD); None: all steps after the warm-up",
     optional=int,
   ),
-  "min_lr": key_lib.at_least(0, 0.0, "learning rate of the last step"),
-  "total_steps": key_lib.positive(20_000, "number of updates"),
-  "optimizer": key_lib.Key(
+  "min_lr": key.nonnegative(0.0, "learning rate of the last step"),
+  "total_steps": key.positive(20_000, "number of updates"),
+  "optimizer": key.Key(
     "sgd",
-    "optimizer; `muon`: Muon for the kernels of the blocks, AdamW for all"
-    " other parameters",
+    "optimizer; `muon`: Muon for the kernels of the blocks, AdamW for the rest",
     optimizers.OPTIMIZERS,
   ),
-  "momentum": key_lib.below_one(
-    0.9, "momentum of SGD and Muon, beta_1 of AdamW"
-  ),
-  "adam_b2": key_lib.below_one(0.999, "beta_2 of AdamW"),
-  "weight_decay": key_lib.at_least(
-    0,
+  "momentum": key.below_one(0.9, "momentum of SGD and Muon, beta_1 of AdamW"),
+  "adam_b2": key.below_one(0.999, "beta_2 of AdamW"),
+  "weight_decay": key.nonnegative(
     0.0,
     "weight decay: coupled, of all parameters (SGD); decoupled, of kernels"
     " (AdamW, Muon)",
   ),
-  "grad_norm_clip": key_lib.at_least(
-    0, 1.0, "maximum global norm of the gradient; 0: no clipping"
+  "grad_norm_clip": key.nonnegative(
+    1.0, "maximum global gradient norm; 0: none"
   ),
-  "spectral_cap": key_lib.at_least(
-    0,
+  "spectral_cap": key.nonnegative(
     0.0,
     "maximum singular value of the blocks' kernels after each step, as a"
     " multiple of sqrt(outputs / inputs); 0: no cap",
   ),
-  "agc": key_lib.at_least(
-    0,
+  "agc": key.nonnegative(
     0.0,
-    "adaptive gradient clipping: maximum ratio of gradient norm to weight"
-    " norm per unit; 0: no clipping",
+    "adaptive gradient clipping: maximum ratio of gradient norm to weight norm"
+    " per unit; 0: no clipping",
   ),
-  "lr_mult": key_lib.Key(
+  "lr_mult": key.Key(
     None,
     "learning-rate multipliers of groups of parameters; the first pattern that"
     " matches a parameter's name counts; None: no multipliers",
@@ -63,7 +56,7 @@ KEYS = {
     groups.is_table,
     optional=str,
   ),
-  "wd_mult": key_lib.Key(
+  "wd_mult": key.Key(
     None,
     "weight-decay multipliers of groups of parameters, which replace the"
     " optimizer's choice of parameters; None: that choice",
@@ -71,24 +64,21 @@ KEYS = {
     groups.is_table,
     optional=str,
   ),
-  "layer_decay": key_lib.Key(
+  "layer_decay": key.share(
     1.0,
     "learning-rate multiplier for each block between a parameter and the head",
-    "in (0, 1]",
-    lambda x: 0 < x <= 1,
   ),
-  "sam_rho": key_lib.at_least(
-    0,
+  "sam_rho": key.nonnegative(
     0.0,
     "rho of SAM: distance from the weights to the point of the second gradient,"
     " such as 0.05; 0: no SAM",
   ),
-  "ema_decay": key_lib.below_one(
+  "ema_decay": key.below_one(
     0.0,
-    "decay per step of the moving average of weights and statistics, which"
-    " is evaluated and saved as the best checkpoint; 0: no average",
+    "decay per step of the moving average of weights and statistics, which is"
+    " evaluated and saved as the best checkpoint; 0: no average",
   ),
-  "label_smoothing": key_lib.below_one(
+  "label_smoothing": key.below_one(
     0.0,
     "label smoothing: fraction of the target spread evenly over all classes",
   ),

@@ -1,11 +1,11 @@
 """Config files and KEY=VALUE overrides on the command lines of all programs."""
 
 from collections.abc import Sequence
-import dataclasses
 import functools
 import re
 import runpy
-from typing import Any
+import traceback
+from typing import Any, NamedTuple
 
 from absl import flags
 import ml_collections
@@ -18,14 +18,8 @@ from rescalevit_jax.config import keys as keys_lib
 _PREFIX = re.compile(r"--?config\.")
 
 
-@dataclasses.dataclass(frozen=True)
-class Setting:
-  """A config key with its value, as in `--config.KEY=VALUE`.
-
-  Attributes:
-    key: a key of `keys.KEYS`.
-    text: the value as written.
-  """
+class Setting(NamedTuple):
+  """A config key with its value as written, as in `--config.KEY=VALUE`."""
 
   key: str
   text: str
@@ -35,15 +29,7 @@ class Setting:
 
 
 def parse_setting(text: str, flag: str) -> Setting:
-  """Parse KEY=VALUE.
-
-  Args:
-    text: the argument.
-    flag: the flag of this argument, for messages.
-
-  Raises:
-    UserError: the text is not KEY=VALUE, or the key is unknown.
-  """
+  """Parse KEY=VALUE, the argument of a flag."""
   key, equals, value = text.partition("=")
   keys_lib.check_key(key)
   if not equals:
@@ -52,11 +38,7 @@ def parse_setting(text: str, flag: str) -> Setting:
 
 
 def parse_axis(text: str) -> list[Setting]:
-  """Parse KEY=VALUE,VALUE,... of --grid.
-
-  Raises:
-    UserError: the text does not have this form, or the key is unknown.
-  """
+  """Parse KEY=VALUE,VALUE,... of --grid."""
   whole = parse_setting(text, "--grid")
   values = whole.text.split(",")
   for i, value in enumerate(values):
@@ -76,9 +58,6 @@ def split_argv(argv: Sequence[str]) -> tuple[list[str], list[Setting]]:
 
   An override is `--config.KEY=VALUE`, `--config.KEY VALUE`, or `--config.KEY`
   for True.
-
-  Raises:
-    UserError: an override has no value, or its key is unknown.
   """
   rest: list[str] = []
   settings: list[Setting] = []
@@ -105,31 +84,33 @@ def split_argv(argv: Sequence[str]) -> tuple[list[str], list[Setting]]:
 def load_config(
   reference: str, settings: Sequence[Setting]
 ) -> ml_collections.ConfigDict:
-  """Load a config file and apply overrides.
+  """Load a config with overrides; the last override of a key counts.
 
-  Args:
-    reference: FILE, or FILE:ARGS for get_config(ARGS).
-    settings: overrides; of several for one key, the last counts.
-
-  Raises:
-    UserError: the file or a value is invalid.
+  The reference is FILE, or FILE:ARGS for get_config(ARGS).
   """
   argument = f"--config={reference}"
   try:
     return _parse(config_flags.DEFINE_config_file, [argument], settings)
   except Exception as e:  # get_config() may raise any type.
-    why = errors.explain(e, (errors.UserError, flags.Error))
-    raise errors.UserError(f"{argument}: {why}") from e
+    raise errors.UserError(f"{argument}: {_explain(e)}") from e
+
+
+def _explain(error):
+  """Return an exception's message; if it may be unclear, with type and line."""
+  message = str(error)
+  if "Traceback" in message:  # ml_collections quotes a whole one.
+    message = message.splitlines()[-1]
+  if isinstance(error, errors.UserError | flags.Error):
+    return message
+  frame = traceback.extract_tb(error.__traceback__)[-1]
+  kind = type(error).__name__
+  return f"{message} ({kind}, {frame.filename}:{frame.lineno})"
 
 
 def update_config(
   config: ml_collections.ConfigDict, settings: Sequence[Setting]
 ) -> ml_collections.ConfigDict:
-  """Return a config with overrides.
-
-  Raises:
-    UserError: a value is invalid.
-  """
+  """Return a config with overrides."""
   define = functools.partial(config_flags.DEFINE_config_dict, config=config)
   try:
     return _parse(define, [], settings)
@@ -154,11 +135,7 @@ def _parse(define, argv, settings):
 
 
 def methods(path: str) -> dict[str, dict[str, Any]]:
-  """Return the `METHODS` of a config file, overrides by name, or {}.
-
-  Raises:
-    UserError: the file cannot be run.
-  """
+  """Return the `METHODS` of a config file, overrides by name, or {}."""
   try:
     return runpy.run_path(path).get("METHODS", {})
   except Exception as e:  # The file may raise any type.

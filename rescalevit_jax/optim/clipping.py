@@ -1,7 +1,5 @@
 """Gradient clipping: by global norm, and adaptively for each unit."""
 
-import math
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
@@ -42,12 +40,10 @@ def adaptive_clip(clipping: float) -> optax.GradientTransformation:
 
   def as_matrices(tree):
     def as_matrix(path, x):
-      inputs = x.ndim
-      if kernels.is_kernel(path):
-        inputs = kernels.num_input_axes(path, x)
-      return x.reshape(math.prod(x.shape[:inputs]), -1)
+      is_kernel = kernels.is_kernel(path)
+      return x.reshape(kernels.matrix_shape(path, x) if is_kernel else (-1, 1))
 
-    return jax.tree_util.tree_map_with_path(as_matrix, tree)
+    return jax.tree.map_with_path(as_matrix, tree)
 
   def update(grads, state, params):
     clipped, state = clip.update(as_matrices(grads), state, as_matrices(params))

@@ -20,13 +20,8 @@ def update(
 
     average += (1 - decay) / (1 - decay^t) * (latest - average)
 
-  The first step returns the latest values, whatever the initial average.
-
-  Args:
-    average: averages after the previous step.
-    latest: current values. Integers are counters and are copied.
-    step: t, from 1.
-    decay: in (0, 1).
+  The first step, t = 1, returns the latest values. Integers are counters and
+  are copied.
   """
   # Not 1 - decay^t, which loses most digits in float32.
   weight = (1 - decay) / -jnp.expm1(step * math.log(decay))

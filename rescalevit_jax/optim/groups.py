@@ -58,12 +58,12 @@ def factors(
     found = (number for pattern, number in table if _matches(pattern, path, x))
     return next(found, default)
 
-  return jax.tree_util.tree_map_with_path(factor, params)
+  return jax.tree.map_with_path(factor, params)
 
 
 def check(key: str, table: Table, params: PyTree[jax.Array]) -> None:
   """Raise UserError if a pattern matches no parameter; a group may be empty."""
-  leaves = jax.tree_util.tree_leaves_with_path(params)
+  leaves = jax.tree.leaves_with_path(params)
   for pattern, _ in table:
     if pattern in GROUPS:
       continue

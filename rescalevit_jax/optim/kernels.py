@@ -1,4 +1,6 @@
-"""Kernels in a parameter tree: recognize them and count their input axes."""
+"""Kernels in a parameter tree, and their shapes as matrices."""
+
+import math
 
 import jax
 from jax.tree_util import KeyPath
@@ -21,3 +23,9 @@ def num_input_axes(path: KeyPath, kernel: jax.Array) -> int:
   """
   to_heads = path[-2].key in ("query", "key", "value")
   return 1 if to_heads else kernel.ndim - 1
+
+
+def matrix_shape(path: KeyPath, kernel: jax.Array) -> tuple[int, int]:
+  """Return a kernel's numbers of inputs and outputs, over all axes."""
+  inputs = math.prod(kernel.shape[: num_input_axes(path, kernel)])
+  return inputs, kernel.size // inputs

@@ -25,23 +25,13 @@ _INITIAL_SCALE = 2.0**10
 
 
 class LossScale(dynamic_scale.DynamicScale):
-  """Flax's dynamic loss scale with a count of skipped steps.
-
-  Attributes:
-    fin_steps: finite gradients since the scale last changed.
-    scale: factor of the loss.
-    skipped_steps: steps that left the weights unchanged.
-  """
+  """Flax's dynamic loss scale with a count of skipped steps."""
 
   skipped_steps: Int[Array, ""] | int = 0
 
 
 def create(skipped_steps: int = 0) -> LossScale:
-  """Return the initial loss scale.
-
-  Args:
-    skipped_steps: steps that the run has skipped before.
-  """
+  """Return the initial loss scale of a run that has skipped some steps."""
   return LossScale(
     fin_steps=jnp.int32(0),
     scale=jnp.float32(_INITIAL_SCALE),
@@ -54,16 +44,11 @@ def value_and_grad(
   loss_scale: LossScale | None,
   *args: Any,
 ) -> tuple[tuple[jax.Array, Any], Any, LossScale | None]:
-  """Compute a loss and its gradient with respect to the first argument.
-
-  Args:
-    loss_fn: returns a loss and auxiliary data.
-    loss_scale: scale of this gradient; None: the loss is not scaled.
-    *args: arguments of `loss_fn`.
+  """Compute a loss and its gradient with respect to the first of `args`.
 
   Returns:
-    The loss and the auxiliary data; the gradient, which is not finite after an
-    overflow; the scale of the next gradient.
+    The results of `loss_fn`, loss and auxiliary data; the gradient, not finite
+    after an overflow; the scale of the next gradient.
   """
   if loss_scale is None:
     return *jax.value_and_grad(loss_fn, has_aux=True)(*args), None

@@ -1,9 +1,10 @@
 """The optimizers: SGD, AdamW and Muon, with clipping and weight decay.
 
-The defaults, SGD with clipping by global norm, are RescaleViT's.
+The defaults, SGD with clipping by global norm, are RescaleViT's. AdamW is
+PyTorch's: weight decay is decoupled and multiplied by the learning rate
+(Loshchilov & Hutter 2019). With AdamW and Muon only kernels decay; biases,
+parameters of norms, class token and position embeddings do not.
 """
-
-import math
 
 import jax
 import jax.numpy as jnp
@@ -33,20 +34,7 @@ def create(
 ) -> optax.GradientTransformation:
   """Return an optimizer by its name.
 
-  Args:
-    name: one of `OPTIMIZERS`; see the functions of this module.
-    lr_schedule: learning rate by the number of completed steps.
-    momentum: momentum of SGD and Muon, beta_1 of AdamW.
-    adam_b2: beta_2 of AdamW.
-    weight_decay: coupled and for all parameters with SGD; decoupled and for
-      kernels only with AdamW and Muon.
-    grad_norm_clip: maximum global norm of the gradient; 0: no clipping.
-    agc: threshold of adaptive gradient clipping, which comes first; 0: none.
-    lr_mult: table of learning-rate multipliers; see `groups`.
-    wd_mult: table of weight-decay multipliers. They take precedence over the
-      optimizer's choice of parameters.
-    layer_decay: see `scale_groups`.
-    spectral_cap: see `cap_singular_values`; 0: no cap.
+  The keyword arguments are config keys; `config/optim_keys.py` describes them.
   """
   lr_table, wd_table = groups.parse(lr_mult), groups.parse(wd_mult)
   if wd_table and not weight_decay:
@@ -63,7 +51,7 @@ def create(
       wd_table=wd_table,
     )
   else:
-    direction = adam if name == "adamw" else muon
+    direction = optax.scale_by_adam if name == "adamw" else muon
     optimizer = optax.chain(
       clipping.clip_by_global_norm(grad_norm_clip),
       direction(momentum, adam_b2),
@@ -95,9 +83,8 @@ def sgd(
 ) -> optax.GradientTransformation:
   """Return SGD with momentum: clip, decay, momentum, then learning rate.
 
-  Weight decay is coupled (g + weight_decay * p) and applies to all parameters,
-  with the multipliers of `wd_table`.
-  It is added after clipping, so it is not clipped. 0 disables
+  Weight decay is coupled (g + weight_decay * p). It applies to all parameters,
+  with the multipliers of `wd_table`, and is not clipped. 0 disables
   `grad_norm_clip`.
   """
   return optax.chain(
@@ -124,31 +111,16 @@ def cap_singular_values(limit: float) -> optax.GradientTransformation:
     def cap(path, update, kernel):
       if not kernels.is_block_kernel(path):
         return update
-      inputs = math.prod(kernel.shape[: kernels.num_input_axes(path, kernel)])
-      matrix = (kernel + update).reshape(inputs, -1)
+      inputs, outputs = kernels.matrix_shape(path, kernel)
+      matrix = (kernel + update).reshape(inputs, outputs)
       left, values, right = jnp.linalg.svd(matrix, full_matrices=False)
-      most = limit * (matrix.shape[1] / inputs) ** 0.5
+      most = limit * (outputs / inputs) ** 0.5
       capped = (left * jnp.minimum(values, most)) @ right
       return capped.reshape(kernel.shape) - kernel
 
-    return jax.tree_util.tree_map_with_path(cap, updates, params)
+    return jax.tree.map_with_path(cap, updates, params)
 
   return optax.stateless(update)
-
-
-def adam(b1: float, b2: float) -> optax.GradientTransformation:
-  """Return AdamW's direction (Kingma & Ba 2015; Loshchilov & Hutter 2019).
-
-  At step t, with running means m of the gradient g and v of its square:
-
-    m = b1 m + (1 - b1) g;  v = b2 v + (1 - b2) g^2
-    direction = m / (1 - b1^t) / (sqrt(v / (1 - b2^t)) + 1e-8)
-
-  `create` adds weight_decay * p and multiplies the sum by the learning rate, as
-  PyTorch does. Only kernels decay. Biases, parameters of norms, class token and
-  position embeddings do not.
-  """
-  return optax.scale_by_adam(b1, b2)
 
 
 def muon(momentum: float, b2: float) -> optax.GradientTransformation:
@@ -168,7 +140,7 @@ def muon(momentum: float, b2: float) -> optax.GradientTransformation:
     def label(path, _):
       return "muon" if kernels.is_block_kernel(path) else "adam"
 
-    return jax.tree_util.tree_map_with_path(label, params)
+    return jax.tree.map_with_path(label, params)
 
   def dimension_numbers(params):
     def numbers(path, x):
@@ -177,14 +149,13 @@ def muon(momentum: float, b2: float) -> optax.GradientTransformation:
         tuple(range(inputs)), tuple(range(inputs, x.ndim))
       )
 
-    return jax.tree_util.tree_map_with_path(numbers, params)
+    return jax.tree.map_with_path(numbers, params)
 
   def scale(updates, _):
     def scale_one(path, x):
-      inputs = math.prod(x.shape[: kernels.num_input_axes(path, x)])
-      return 0.2 * max(inputs, x.size // inputs) ** 0.5 * x
+      return 0.2 * max(kernels.matrix_shape(path, x)) ** 0.5 * x
 
-    return jax.tree_util.tree_map_with_path(scale_one, updates)
+    return jax.tree.map_with_path(scale_one, updates)
 
   orthogonalize = optax.contrib.scale_by_muon(
     beta=momentum, weight_dimension_numbers=dimension_numbers
@@ -192,7 +163,7 @@ def muon(momentum: float, b2: float) -> optax.GradientTransformation:
   return optax.partition(
     {
       "muon": optax.chain(orthogonalize, optax.stateless(scale)),
-      "adam": adam(momentum, b2),
+      "adam": optax.scale_by_adam(momentum, b2),
     },
     labels,
   )
@@ -238,16 +209,14 @@ def scale_groups(
   """
 
   def scale(updates, _):
-    num_layers = groups.num_layers(updates) if layer_decay != 1 else 0
+    num_layers = groups.num_layers(updates)
 
     def scale_one(path, x, factor):
-      if layer_decay != 1:
-        depth = groups.layer(path, num_layers)
-        factor *= layer_decay ** (num_layers + 1 - depth)
+      depth = groups.layer(path, num_layers)
+      factor *= layer_decay ** (num_layers + 1 - depth)
       return x if factor == 1 else factor * x
 
-    return jax.tree_util.tree_map_with_path(
-      scale_one, updates, groups.factors(table, updates)
-    )
+    factors = groups.factors(table, updates)
+    return jax.tree.map_with_path(scale_one, updates, factors)
 
   return optax.stateless(scale)

@@ -24,17 +24,8 @@ def create(
 
   The rate is constant in between. With a short decay this is WSD (warm-up,
   stable, decay; Hu et al. 2024, arXiv:2404.06395). Hägele et al. 2024
-  (arXiv:2405.18392) find `sqrt` best for it.
-
-  The first step has a positive learning rate, the last one has `min_lr`.
-
-  Args:
-    base_lr: learning rate at the end of the warm-up.
-    warmup_steps: length of the warm-up, at most `total_steps`.
-    total_steps: length of the run.
-    decay_type: one of `DECAYS`.
-    decay_steps: length of the decay; None: all steps after the warm-up.
-    min_lr: learning rate of the last step.
+  (arXiv:2405.18392) find `sqrt` best for it. By default all steps after the
+  warm-up decay.
 
   Returns:
     A function of the number of completed steps, n - 1, as optax counts.

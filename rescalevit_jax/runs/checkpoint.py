@@ -28,50 +28,27 @@ _log = logging.getLogger(__name__)
 
 @dataclasses.dataclass
 class Progress:
-  """Counters and results of a run, saved in each checkpoint.
+  """Counters and results of a run, saved in each checkpoint."""
 
-  Attributes:
-    step: steps done.
-    best_accuracy: highest test accuracy so far, in [0, 1].
-    best_step: the first step that reached it.
-    last_accuracy: test accuracy of the last evaluation.
-    last_loss: test loss of the last evaluation.
-    last_step: step of the last evaluation; 0 before the first.
-    examples_evaluated: test images counted by the last evaluation.
-    train_images: number of training images; 0 in old checkpoints.
-    seconds: wall time of the run, restarts included.
-    timed_steps: training steps in `timed_seconds`.
-    timed_seconds: training time without compilation and evaluation.
-    summed_steps: steps since the last line of diagnostics.
-    clipped_steps: steps among them with a clipped gradient.
-    effective_lr: sum of their learning rates after clipping.
-    skipped_steps: steps of the run whose gradient overflowed float16.
-  """
-
-  step: int = 0
-  best_accuracy: float = -1.0
-  best_step: int = 0
-  last_accuracy: float = -1.0
+  step: int = 0  # Steps done.
+  best_accuracy: float = -1.0  # Highest test accuracy so far, in [0, 1].
+  best_step: int = 0  # The first step that reached it.
+  last_accuracy: float = -1.0  # Of the last evaluation, like the next three.
   last_loss: float = -1.0
-  last_step: int = 0
+  last_step: int = 0  # 0 before the first evaluation.
   examples_evaluated: int = 0
-  train_images: int = 0
-  seconds: float = 0.0
-  timed_steps: int = 0
-  timed_seconds: float = 0.0
-  summed_steps: int = 0
-  clipped_steps: int = 0
-  effective_lr: float = 0.0
-  skipped_steps: int = 0
+  train_images: int = 0  # Number of training images; 0 in old checkpoints.
+  seconds: float = 0.0  # Wall time, restarts included.
+  timed_steps: int = 0  # Training steps in `timed_seconds`.
+  timed_seconds: float = 0.0  # Without compilation and evaluation.
+  summed_steps: int = 0  # Steps since the last line of diagnostics.
+  clipped_steps: int = 0  # Those among them with a clipped gradient.
+  effective_lr: float = 0.0  # Sum of their learning rates after clipping.
+  skipped_steps: int = 0  # Steps whose gradient overflowed float16.
 
 
 class Checkpoints:
-  """The checkpoints of a run, saved asynchronously.
-
-  Args:
-    workdir: the run's folder.
-    keep: number of last checkpoints to keep.
-  """
+  """The checkpoints of a run, saved asynchronously; `keep` last ones stay."""
 
   def __init__(self, workdir: pathlib.Path, keep: int = 1):
     self._workdir = pathlib.Path(workdir)
@@ -91,38 +68,18 @@ class Checkpoints:
     return self._last.latest_step()
 
   def save(self, items: Mapping[str, Any], progress: Progress) -> None:
-    """Save a checkpoint to resume from.
-
-    Args:
-      items: trees by name: `variables`, `optimizer` and perhaps `loss_scale`.
-      progress: of the run.
-
-    Raises:
-      UserError: this checkpoint or the previous one cannot be written.
-    """
-    args = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
-    args["progress"] = ocp.args.JsonSave(dataclasses.asdict(progress))
+    """Save trees to resume from: variables, optimizer, perhaps loss_scale."""
     with _writing(self._last):
       self._best.wait_until_finished()  # `progress` refers to it.
-      self._last.save(progress.step, args=ocp.args.Composite(**args))
+      _save(self._last, items, progress)
 
   def save_best(self, variables: Mapping[str, Any], progress: Progress) -> None:
-    """Save the best variables so far.
-
-    Raises:
-      UserError: this checkpoint or the previous one cannot be written.
-    """
+    """Save the best variables so far."""
     with _writing(self._best):
       if jax.process_count() > 1:
         # Orbax's barriers interfere if two managers save at a time.
         self._last.wait_until_finished()
-      self._best.save(
-        progress.step,
-        args=ocp.args.Composite(
-          variables=ocp.args.StandardSave(variables),
-          progress=ocp.args.JsonSave(dataclasses.asdict(progress)),
-        ),
-      )
+      _save(self._best, {"variables": variables}, progress)
 
   def restore(self, like: Mapping[str, Any]) -> tuple[dict[str, Any], Progress]:
     """Restore the latest checkpoint; delete best ones of later steps.
@@ -131,10 +88,7 @@ class Checkpoints:
       like: the trees of `save`, of `jax.ShapeDtypeStruct`s with shardings.
 
     Returns:
-      The trees and the progress, without `loss_scale` if it was not saved.
-
-    Raises:
-      UserError: the checkpoint cannot be read or has another model.
+      The trees, without `loss_scale` if it was not saved, and the progress.
     """
 
     def read(manager, step):
@@ -165,11 +119,7 @@ class Checkpoints:
     return items, progress
 
   def delete_best(self, after: int) -> None:
-    """Delete best checkpoints of later steps, which the run repeats.
-
-    Raises:
-      UserError: they cannot be moved.
-    """
+    """Delete best checkpoints of later steps, which the run repeats."""
     processes.wait_for_all("best checkpoints listed")
     if jax.process_index() == 0:
       with _writing(self._best):
@@ -178,11 +128,7 @@ class Checkpoints:
     self._best.reload()
 
   def wait(self) -> None:
-    """Wait until all is on disk.
-
-    Raises:
-      UserError: a checkpoint cannot be written.
-    """
+    """Wait until all is on disk."""
     with _writing(self._last):
       self._best.wait_until_finished()
       self._last.wait_until_finished()
@@ -191,17 +137,10 @@ class Checkpoints:
 def load_variables(
   workdir: pathlib.Path, which: str
 ) -> tuple[dict[str, Any], dict[str, Any], int]:
-  """Load a run's weights onto the first local device.
-
-  Args:
-    workdir: the run's folder.
-    which: 'best' or 'latest'.
+  """Load weights of a run, 'best' or 'latest', onto the first local device.
 
   Returns:
     The trees `params` and `batch_stats`, and the step.
-
-  Raises:
-    UserError: there is no checkpoint, or it is damaged.
   """
   kinds = {"best": "best", "latest": "last"}
   if which not in kinds:
@@ -256,6 +195,12 @@ def _manager(workdir, kind, keep, *, readonly=False):
       ),
     ),
   )
+
+
+def _save(manager, items, progress):
+  args = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
+  args["progress"] = ocp.args.JsonSave(dataclasses.asdict(progress))
+  manager.save(progress.step, args=ocp.args.Composite(**args))
 
 
 @contextlib.contextmanager

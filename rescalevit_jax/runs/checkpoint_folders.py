@@ -35,11 +35,7 @@ def delete_best(workdir: pathlib.Path, after: int) -> None:
 def move_damaged(workdir: pathlib.Path) -> None:
   """Move checkpoints away that are damaged and newer than the last intact one.
 
-  Args:
-    workdir: the run's folder.
-
-  Raises:
-    UserError: there are checkpoints to resume from, but all are damaged.
+  Raise UserError if there are checkpoints to resume from, but all are damaged.
   """
   damaged = {kind: _newest_damaged(workdir, kind) for kind in ("last", "best")}
   last = damaged["last"]

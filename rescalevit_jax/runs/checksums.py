@@ -27,14 +27,7 @@ def write(folder: pathlib.Path) -> None:
 
 
 def verify(folder: pathlib.Path) -> None:
-  """Check all files against their checksums.
-
-  Files without a checksum are not checked.
-
-  Raises:
-    UserError: a file is missing, differs or lies outside the folder, or there
-      are no checksums.
-  """
+  """Raise UserError unless there are checksums and all their files match."""
   try:
     lines = (folder / NAME).read_text(encoding="utf-8").splitlines()
     sums = [line.split("  ", 1) for line in lines]

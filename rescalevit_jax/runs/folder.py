@@ -22,22 +22,14 @@ LOG = "log.txt"  # Of runs that a sweep started.
 PROFILE = "profile"
 LOCK = ".lock"
 CHECKPOINTS = "checkpoints"
-# RecursionError: thousands of nested brackets.
-_DAMAGE = (AttributeError, KeyError, RecursionError, TypeError, ValueError)
 
 
 def default_workdir(config: ml_collections.ConfigDict) -> pathlib.Path:
   """Return runs/DATASET-MODEL-NORM-scratch-seed0 or …-pretrained-seed0."""
   start = "scratch" if config.pretrained_path is None else "pretrained"
-  return pathlib.Path("runs") / "-".join(
-    [
-      config.dataset.replace("/", "_"),
-      config.model_name,
-      config.model.norm,
-      start,
-      f"seed{config.seed}",
-    ]
-  )
+  dataset = config.dataset.replace("/", "_")
+  model = f"{config.model_name}-{config.model.norm}"
+  return pathlib.Path("runs", f"{dataset}-{model}-{start}-seed{config.seed}")
 
 
 def evaluation(
@@ -58,22 +50,15 @@ def evaluation(
 
 
 def checkpoints(workdir: str | pathlib.Path, kind: str) -> pathlib.Path:
-  """Return the folder of a run's checkpoints.
+  """Return the folder of a run's 'last', 'best', 'damaged' checkpoints.
 
-  Args:
-    workdir: the run's folder.
-    kind: 'last', 'best' or 'damaged'; 'deleted' for one that is being deleted.
+  'deleted' is the folder of one that is being deleted.
   """
   return pathlib.Path(workdir) / CHECKPOINTS / kind
 
 
 def saved_steps(workdir: str | pathlib.Path, kind: str) -> list[int]:
-  """Return the steps of a run's checkpoints, in order.
-
-  Args:
-    workdir: the run's folder, which need not exist.
-    kind: 'last' or 'best'.
-  """
+  """Return the steps of a run's 'last' or 'best' checkpoints, in order."""
   names = [path.name for path in checkpoints(workdir, kind).glob("*")]
   return sorted(int(name) for name in names if name.isdecimal())
 
@@ -81,17 +66,13 @@ def saved_steps(workdir: str | pathlib.Path, kind: str) -> list[int]:
 def read_config(
   workdir: str | pathlib.Path,
 ) -> ml_collections.ConfigDict | None:
-  """Return the config of the run in a folder, None if there is no run.
-
-  Raises:
-    UserError: config.json is damaged.
-  """
+  """Return the config of the run in a folder, None if there is no run."""
   path = pathlib.Path(workdir) / CONFIG
   try:
     return config_lib.from_json(path.read_text(encoding="utf-8"))
   except FileNotFoundError:
     return None
-  except _DAMAGE as e:
+  except errors.DAMAGED_JSON as e:
     raise errors.UserError(
       f"{path}: damaged or from another program ({e}); use another folder"
     ) from e
@@ -100,17 +81,14 @@ def read_config(
 def check_class_names(
   workdir: str | pathlib.Path, class_names: Sequence[str]
 ) -> None:
-  """Check that the dataset of a run still has the same classes.
+  """Raise UserError if the classes of a run's dataset have changed.
 
   A run without class_names.json, or with a damaged one, passes.
-
-  Raises:
-    UserError: the classes differ.
   """
   path = pathlib.Path(workdir) / CLASS_NAMES
   try:
     saved = json.loads(path.read_text(encoding="utf-8"))
-  except (FileNotFoundError, RecursionError, ValueError):
+  except (FileNotFoundError, *errors.DAMAGED_JSON):
     return
   if saved != list(class_names):
     differing = sorted({*map(str, saved)} ^ {*class_names}) or ["their order"]
@@ -122,11 +100,7 @@ def check_class_names(
 
 
 def require_config(workdir: str | pathlib.Path) -> ml_collections.ConfigDict:
-  """Return the config of the run in a folder.
-
-  Raises:
-    UserError: there is no run, or config.json is damaged.
-  """
+  """Return the valid config of the run in a folder."""
   config = read_config(workdir)
   if config is None:
     raise errors.UserError(

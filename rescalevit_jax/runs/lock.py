@@ -22,14 +22,9 @@ def hold(workdir: str | pathlib.Path) -> Iterator[None]:
   process ends, even if it is killed. Child processes do not inherit it. On exit
   the file is deleted, and so is a folder that was created here if it is empty.
 
-  If the file system has no locks or is not writable, there is no lock. The run
-  reports failed writes itself.
-
-  Args:
-    workdir: the run's folder.
-
-  Raises:
-    UserError: another process holds the lock.
+  If another process holds the lock, raise UserError. If the file system has no
+  locks or is not writable, there is no lock; the run reports failed writes
+  itself.
   """
   workdir = pathlib.Path(workdir)
   created = not workdir.exists()
@@ -56,11 +51,12 @@ def _acquire(path: pathlib.Path) -> filelock.BaseFileLock | None:
     path.parent.mkdir(parents=True, exist_ok=True)
     lock.acquire()
   except filelock.Timeout as e:
-    host, _, pid = _read(path).partition(" ")
+    host, pid = "unknown host", "unknown"
+    with contextlib.suppress(OSError, ValueError):  # Empty on a full disk.
+      host, pid = path.read_text(errors="replace").split(" ")
     raise errors.UserError(
-      f"{path.parent}: another process works on this run"
-      f" ({host or 'unknown host'}, process {pid or 'unknown'}); wait until it"
-      " ends, stop it, or choose another --workdir"
+      f"{path.parent}: another process works on this run ({host}, process"
+      f" {pid}); wait until it ends, stop it, or choose another --workdir"
     ) from e
   except OSError:
     with contextlib.suppress(OSError):  # The library leaves an empty file.
@@ -69,10 +65,3 @@ def _acquire(path: pathlib.Path) -> filelock.BaseFileLock | None:
   with contextlib.suppress(OSError):  # A full disk can be locked too.
     path.write_text(f"{socket.gethostname()} {os.getpid()}")
   return lock
-
-
-def _read(path):
-  try:
-    return path.read_text(errors="replace")
-  except OSError:
-    return ""

@@ -16,6 +16,7 @@ import numpy as np
 from rescalevit_jax import config as config_lib
 from rescalevit_jax import errors
 from rescalevit_jax.runs import folder as folder_lib
+from rescalevit_jax.runs import run_reader
 from rescalevit_jax.runtime import atomic_file
 from rescalevit_jax.runtime import tensorflow_cpu
 
@@ -27,15 +28,13 @@ class MetricWriter:
   """Writes scalars to metrics.jsonl and TensorBoard.
 
   metrics.jsonl has one object per line: step, then scalars. It holds only
-  values that a repeated run reproduces; timings go to TensorBoard alone.
+  values that a repeated run reproduces; timings go to TensorBoard alone. If
+  TensorBoard's files cannot be written, one warning is logged and training
+  continues.
 
-  Args:
-    workdir: the run's folder.
-    config: of the run, for TensorBoard.
-    keep: returns whether a line of an earlier process stays. A resumed run
-      writes the lines after its checkpoint again.
-    first_step: the first step that is written; TensorBoard drops what an
-      earlier process wrote from there on.
+  A resumed run writes the lines after its checkpoint again. Of the lines of an
+  earlier process, those for which `keep` is true stay; TensorBoard drops them
+  from `first_step` on.
   """
 
   def __init__(
@@ -45,27 +44,26 @@ class MetricWriter:
     keep: Callable[[Mapping[str, Any]], bool],
     first_step: int = 1,
   ):
+    self._workdir, self._config = workdir, config
+    self._first_step = first_step
+    kept = filter(keep, run_reader.read_metrics(workdir))
     path = workdir / folder_lib.METRICS
-    if path.exists():
-      text = path.read_text(encoding="utf-8", errors="replace")
-      lines = text.splitlines()
-      kept = [
-        line for line in lines if _is_whole(line) and keep(json.loads(line))
-      ]
-      atomic_file.write(path, "".join(f"{line}\n" for line in kept))
+    atomic_file.write(path, "".join(f"{json.dumps(line)}\n" for line in kept))
     self._file = open(path, "a", encoding="utf-8")
-    self._board = _TensorBoard(workdir, config, first_step)
+    self._board: Any = None  # clu's writer.
+    self._board_works = True
 
   def __enter__(self) -> "MetricWriter":
     return self
 
   def __exit__(self, *exc_info):
     self._file.close()
-    self._board.close()
+    if self._board is not None:
+      self._to_board(lambda board: board.close())
 
   def open(self) -> None:
     """Open the TensorBoard file now: the first write would take seconds."""
-    self._board.open()
+    self._to_board(lambda board: None)
 
   def write(
     self,
@@ -76,68 +74,40 @@ class MetricWriter:
     """Write one line of scalars; `timings` to TensorBoard only."""
     self._file.write(json.dumps({"step": step, **scalars}) + "\n")
     self._file.flush()
-    self._board.write(step, {**scalars, **(timings or {})})
+    values = {**scalars, **(timings or {})}
+    self._to_board(lambda board: board.write_scalars(step, values))
 
   def write_images(
     self, step: int, draw: Callable[[], Mapping[str, np.ndarray]]
   ) -> None:
-    """Write images to TensorBoard.
+    """Write drawn images to TensorBoard: uint8 [H, W, 3], by name.
 
-    Args:
-      step: of the run.
-      draw: returns images by name, uint8 [H, W, 3]. An exception ends the
-        TensorBoard file, not the run.
+    An exception in `draw` ends the TensorBoard file, not the run.
     """
-    self._board.write_images(step, draw)
+
+    def write(board):
+      images = {name: image[None] for name, image in draw().items()}
+      board.write_images(step, images)
+
+    self._to_board(write)
 
   def sync(self) -> None:
     """Flush all lines to disk."""
     self._file.flush()
     os.fsync(self._file.fileno())
 
-
-class _TensorBoard:
-  """clu's writer, created at first use: importing TensorFlow takes seconds.
-
-  If it fails, one warning is logged and training continues.
-  """
-
-  def __init__(self, workdir, config, first_step):
-    self._workdir = workdir
-    self._first_step = first_step
-    self._config = config
-    self._writer = None
-    self._works = True
-
-  def open(self):
-    self._try(lambda writer: None)
-
-  def write(self, step, scalars):
-    self._try(lambda writer: writer.write_scalars(step, scalars))
-
-  def write_images(self, step, draw):
-    def write(writer):
-      images = {name: image[None] for name, image in draw().items()}
-      writer.write_images(step, images)
-
-    self._try(write)
-
-  def close(self):
-    if self._writer is not None:
-      self._try(lambda writer: writer.close())
-
-  def _try(self, action):
-    if not self._works:
+  def _to_board(self, action):
+    if not self._board_works:
       return
     try:
-      if self._writer is None:
-        self._writer = self._create()
-      action(self._writer)
+      if self._board is None:
+        self._board = self._create_board()
+      action(self._board)
     except Exception as e:  # TensorFlow raises any type.
-      self._works = False
+      self._board_works = False
       _log.warning("TensorBoard: no further files (%s)", errors.brief(e))
 
-  def _create(self):
+  def _create_board(self):
     tensorflow_cpu.load()
     try:
       from clu import metric_writers
@@ -179,10 +149,3 @@ def _drop_events(workdir, first_step):
     writer.close()
     (written,) = pathlib.Path(folder).iterdir()
     shutil.copyfile(written, workdir / f"{earlier}.resumed")
-
-
-def _is_whole(line):
-  try:
-    return "step" in json.loads(line)
-  except (RecursionError, TypeError, ValueError):
-    return False  # Cut off when the process was killed.

@@ -24,7 +24,11 @@ from rescalevit_jax.runtime import atomic_file
 
 FINISHED, DIVERGED = "finished", "diverged"
 
-
+# The numbers that other programs read, by status.
+_NUMBERS = {
+  FINISHED: ("last_accuracy", "best_accuracy", "best_step"),
+  DIVERGED: ("step",),
+}
 # Scores of the last weights, from eval.json.
 _SCORES = (
   "split",
@@ -44,15 +48,7 @@ def create(
   parameters: int,
   dtype: str,
 ) -> dict[str, Any]:
-  """Return the result of a finished run.
-
-  Args:
-    progress: of the run.
-    evaluation: the content of eval.json, of the last weights.
-    images_per_second: training throughput.
-    parameters: number of parameters of the model.
-    dtype: of the computation.
-  """
+  """Return the result of a finished run; `evaluation` is that of eval.json."""
   return {
     "status": FINISHED,
     "best_accuracy": progress.best_accuracy,
@@ -90,36 +86,23 @@ def write(workdir: pathlib.Path, result: dict[str, Any]) -> None:
 
 
 def read(workdir: str | pathlib.Path) -> dict[str, Any] | None:
-  """Return result.json, None if the run has not ended.
-
-  Raises:
-    UserError: it is damaged.
-  """
+  """Return result.json, None if the run has not ended."""
   path = pathlib.Path(workdir) / folder_lib.RESULT
   try:
     result = {
       "status": FINISHED,  # Earlier versions wrote none.
       **json.loads(path.read_text(encoding="utf-8")),
     }
-    if result["status"] == DIVERGED:
-      _check(result, step=int, error=str)
-    elif result["status"] == FINISHED:
-      number = int | float
-      _check(
-        result, last_accuracy=number, best_accuracy=number, best_step=number
-      )
-    else:
-      raise ValueError(f"status is {result['status']!r}")
+    for name in _NUMBERS[result["status"]]:
+      value = result[name]
+      if not isinstance(value, int | float) or not math.isfinite(value):
+        raise ValueError(f"{name} is {value!r}")
+    if has_diverged(result) and not isinstance(result["error"], str):
+      raise ValueError(f"error is {result['error']!r}")
     return result
   except FileNotFoundError:
     return None
-  except (
-    KeyError,
-    OverflowError,
-    RecursionError,
-    TypeError,
-    ValueError,
-  ) as e:
+  except errors.DAMAGED_JSON as e:
     raise errors.UserError(
       f"{path}: damaged ({e}); delete it, the run writes it again"
     ) from e
@@ -140,11 +123,9 @@ def read_same_run(
 ) -> dict[str, Any] | None:
   """Return the result of this config's run, None if it must be trained.
 
-  A run without result and checkpoints may change its config. So may a diverged
-  run without checkpoints; its result then does not count.
-
-  Raises:
-    UserError: the folder holds a run of another config, or is damaged.
+  Raise UserError if the folder holds a run of another config. A run without
+  result and checkpoints may change its config. So may a diverged run without
+  checkpoints; its result then does not count.
   """
   result = read(workdir)
   saved = any(folder_lib.saved_steps(workdir, x) for x in ("last", "best"))
@@ -184,12 +165,3 @@ def accuracies(result: dict[str, Any]) -> str:
     f"test accuracy {result['last_accuracy']:.4f}, best"
     f" {result['best_accuracy']:.4f} at step {result['best_step']}"
   )
-
-
-def _check(result, **types):
-  for name, kind in types.items():
-    value = result[name]
-    if not isinstance(value, kind):
-      raise TypeError(f"{name} is {value!r}")
-    if not isinstance(value, str) and not math.isfinite(value):
-      raise ValueError(f"{name} is {value!r}")

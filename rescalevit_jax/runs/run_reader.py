@@ -1,6 +1,7 @@
 """Read the folders of runs: configs, results, metrics."""
 
 from collections.abc import Iterable, Iterator, Sequence
+import contextlib
 import dataclasses
 import json
 import os
@@ -18,23 +19,21 @@ from rescalevit_jax.runs import result as result_lib
 
 LOG_HEADER = "--- "  # First line of each process in log.txt.
 _TAIL_BYTES = 65_536  # More than a line of metrics with diagnostics.
+_IDENTIFYING_KEYS = [
+  name
+  for name, key in keys.KEYS.items()
+  if name != "seed" and not key.resumable
+]
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-  """A run.
-
-  Attributes:
-    workdir: its folder.
-    config: as run.
-    result: result.json, None if the run has neither finished nor diverged.
-    metrics: the lines of metrics.jsonl, in order of steps.
-  """
+  """A run."""
 
   workdir: pathlib.Path
   config: ml_collections.ConfigDict
-  result: dict[str, Any] | None
-  metrics: list[dict[str, Any]]
+  result: dict[str, Any] | None  # None if neither finished nor diverged.
+  metrics: list[dict[str, Any]]  # Lines of metrics.jsonl, in order of steps.
 
   @property
   def is_finished(self) -> bool:
@@ -54,39 +53,43 @@ class Run:
 
 @dataclasses.dataclass(frozen=True)
 class Found:
-  """The runs in a folder.
+  """The runs in a folder, and a line for each that cannot be read."""
 
-  Attributes:
-    runs: sorted by path.
-    damaged: a line for each run or folder that cannot be read.
-    not_begun: a line for each run of a sweep that failed before it wrote its
-      config.
-  """
-
-  runs: list[Run]
-  damaged: list[str]
-  not_begun: list[str]
+  runs: list[Run]  # Sorted by path.
+  damaged: list[str]  # Runs, and folders that cannot be listed.
+  not_begun: list[str]  # Runs of a sweep that failed before writing a config.
 
 
 def read(workdir: str | pathlib.Path) -> Run:
-  """Read a run's folder.
-
-  Raises:
-    UserError: there is no run, or a file of it is damaged.
-  """
+  """Read a run's folder."""
   workdir = pathlib.Path(workdir)
   config = folder_lib.require_config(workdir)
-  return Run(workdir, config, result_lib.read(workdir), _metrics(workdir))
+  return Run(workdir, config, result_lib.read(workdir), read_metrics(workdir))
+
+
+def read_metrics(workdir: pathlib.Path) -> list[dict[str, Any]]:
+  """Return the lines of a run's metrics.jsonl, [] without the file."""
+  try:
+    # An invalid character belongs to a damaged line, which is omitted.
+    text = (workdir / folder_lib.METRICS).read_text("utf-8", errors="replace")
+  except FileNotFoundError:
+    return []
+  return parse_metrics(text.splitlines())
+
+
+def parse_metrics(lines: Iterable[str]) -> list[dict[str, Any]]:
+  """Parse lines of metrics.jsonl; omit those that a killed process cut off."""
+  parsed = []
+  for line in lines:
+    with contextlib.suppress(*errors.DAMAGED_JSON):
+      value = json.loads(line)
+      value["step"]
+      parsed.append(value)
+  return parsed
 
 
 def find(folder: str | pathlib.Path) -> Found:
-  """Read all runs in a folder and its subfolders.
-
-  Links are followed. Each run is read once.
-
-  Raises:
-    UserError: there is no such folder, or no run in it.
-  """
+  """Read each run in a folder and its subfolders once, following links."""
   folder = pathlib.Path(folder)
   if not folder.is_dir():
     raise errors.UserError(f"{folder}: no such folder; give one with runs")
@@ -110,11 +113,7 @@ def find(folder: str | pathlib.Path) -> Found:
 
 
 def find_each(folders: Iterable[str | pathlib.Path]) -> list[Run]:
-  """Read all runs in several folders; report unreadable ones on stderr.
-
-  Raises:
-    UserError: a folder is missing, or there is no run in it.
-  """
+  """Read all runs in several folders; report unreadable ones on stderr."""
   runs: dict[pathlib.Path, Run] = {}
   others: dict[str, None] = {}
   for folder in folders:
@@ -140,7 +139,7 @@ def group(runs: Iterable[Run]) -> list[tuple[Run, ...]]:
 def recipe(config: ml_collections.ConfigDict) -> tuple[Any, ...]:
   """Return the values of all keys except the seed and resumable ones."""
   values = config_lib.flatten(config)
-  return tuple(values[key] for key in _identifying_keys())
+  return tuple(values[key] for key in _IDENTIFYING_KEYS)
 
 
 def varied_keys(configs: Sequence[ml_collections.ConfigDict]) -> list[str]:
@@ -148,7 +147,7 @@ def varied_keys(configs: Sequence[ml_collections.ConfigDict]) -> list[str]:
   flat = [config_lib.flatten(config) for config in configs]
   return [
     key
-    for key in _identifying_keys()
+    for key in _IDENTIFYING_KEYS
     if any(f[key] != flat[0][key] for f in flat)
   ]
 
@@ -169,14 +168,6 @@ def tail(path: pathlib.Path) -> list[str]:
   except OSError:
     return []
   return [line.strip() for line in text.splitlines() if line.strip()]
-
-
-def _identifying_keys():
-  return [
-    name
-    for name, key in keys.KEYS.items()
-    if name != "seed" and not key.resumable
-  ]
 
 
 def _folders(
@@ -212,20 +203,3 @@ def _is_log(path):
       return f.read(len(LOG_HEADER)) == LOG_HEADER.encode()
   except OSError:
     return False
-
-
-def _metrics(workdir):
-  try:
-    # An invalid character belongs to a damaged line, which is omitted below.
-    text = (workdir / folder_lib.METRICS).read_text("utf-8", errors="replace")
-  except FileNotFoundError:
-    return []
-  lines = []
-  for line in text.splitlines():
-    try:
-      value = json.loads(line)
-      value["step"]
-    except (KeyError, RecursionError, TypeError, ValueError):
-      continue  # Incomplete.
-    lines.append(value)
-  return lines

@@ -42,55 +42,52 @@ from rescalevit_jax.runtime import terminal
 from rescalevit_jax.sweep import execution
 from rescalevit_jax.sweep import grid
 from rescalevit_jax.sweep import outcome as outcome_lib
-from rescalevit_jax.sweep import schedule
 from rescalevit_jax.sweep import slurm
 
 _log = logging.getLogger(__name__)
 
 _FLAGS: dict[str, dict[str, Any]] = {
-  "--config": {
-    "action": "append",
-    "required": True,
-    "metavar": "FILE[:ARGS]",
-    "help": "config file, as in rescalevit_jax.main; repeatable",
-  },
-  "--grid": {
-    "action": "append",
-    "default": [],
-    "metavar": "KEY=VALUE,...",
-    "help": "values of a config key; repeatable, for every combination",
-  },
-  "--runs_dir": {
-    "default": "runs",
-    "metavar": "DIR",
-    "help": "parent of the runs' folders (default: runs)",
-  },
-  "--jobs": {
-    "type": int,
-    "metavar": "N",
-    "help": "runs at a time (default: one per GPU, or one)",
-  },
-  "--minutes": {
-    "type": float,
-    "default": math.inf,
-    "metavar": "N",
-    "help": "time limit; the same command resumes (default: none)",
-  },
-  "--dry_run": {
-    "action": "store_true",
-    "help": "print the commands of the runs without starting them",
-  },
-  "--cluster": {
-    "choices": ("slurm",),
-    "help": "submit the runs to Slurm, through submitit",
-  },
-  "--slurm_args": {
-    "action": "append",
-    "default": [],
-    "metavar": "KEY=VALUE",
-    "help": "parameter of submitit's AutoExecutor, such as timeout_min=600,"
+  "--config": dict(
+    action="append",
+    required=True,
+    metavar="FILE[:ARGS]",
+    help="config file, as in rescalevit_jax.main; repeatable",
+  ),
+  "--grid": dict(
+    action="append",
+    default=[],
+    metavar="KEY=VALUE,...",
+    help="values of a config key; repeatable, for every combination",
+  ),
+  "--runs_dir": dict(
+    type=pathlib.Path,
+    default="runs",
+    metavar="DIR",
+    help="parent of the runs' folders (default: runs)",
+  ),
+  "--jobs": dict(
+    type=int, metavar="N", help="runs at a time (default: one per GPU, or one)"
+  ),
+  "--minutes": dict(
+    type=float,
+    default=math.inf,
+    metavar="N",
+    help="time limit; the same command resumes (default: none)",
+  ),
+  "--dry_run": dict(
+    action="store_true",
+    help="print the commands of the runs without starting them",
+  ),
+  "--cluster": dict(
+    choices=("slurm",), help="submit the runs to Slurm, through submitit"
+  ),
+  "--slurm_args": dict(
+    action="append",
+    default=[],
+    metavar="KEY=VALUE",
+    help="parameter of submitit's AutoExecutor, such as timeout_min=600,"
     " slurm_partition=gpu or gpus_per_node=1; repeatable",
-  },
+  ),
 }
 
 
@@ -103,11 +100,7 @@ def main(argv: Sequence[str]) -> int:
 def parse(
   argv: Sequence[str],
 ) -> tuple[argparse.Namespace, list[grid.PlannedRun]]:
-  """Parse the command line and plan the runs.
-
-  Raises:
-    UserError: a flag, a config or a value is invalid.
-  """
+  """Parse the command line and plan the runs."""
   rest, settings = overrides.split_argv(cli.arguments(argv))
   options, unknown = _parser().parse_known_args(rest)
   if unknown:
@@ -132,13 +125,10 @@ def parse(
     options.config,
     [overrides.parse_axis(text) for text in options.grid],
     settings,
-    pathlib.Path(options.runs_dir),
+    options.runs_dir,
   )
   for run in runs:
-    try:
-      schedule.step_flops(run)
-    except errors.UserError as e:
-      raise errors.UserError(f"{run.workdir}: {e}") from e
+    _ = run.step_flops  # An error if the sizes of its model are inconsistent.
   return options, runs
 
 
@@ -171,28 +161,16 @@ def _sweep(argv):
 def execute(
   options: argparse.Namespace, runs: Sequence[grid.PlannedRun]
 ) -> outcome_lib.Outcome:
-  """Execute, print or submit the runs.
-
-  Args:
-    options: first result of `parse`.
-    runs: second result of `parse`.
-
-  Raises:
-    UserError: see `execution.execute` and `execution.submit`.
-  """
+  """Execute, print or submit the runs; takes the result of `parse`."""
   if options.dry_run:
     _print_commands(runs)
     return outcome_lib.Outcome(executed=False)
-  runs_dir = pathlib.Path(options.runs_dir)
   if options.cluster:
-    submitted, outcome = execution.submit(
-      runs, runs_dir, jobs=options.jobs, parameters=options.slurm_args
+    return execution.submit(
+      runs, options.runs_dir, jobs=options.jobs, parameters=options.slurm_args
     )
-    for job_id, run in submitted:
-      print(f"{job_id}  {run.workdir}")
-    return outcome
   return execution.execute(
-    runs, runs_dir, jobs=options.jobs, minutes=options.minutes
+    runs, options.runs_dir, jobs=options.jobs, minutes=options.minutes
   )
 
 

@@ -14,13 +14,9 @@ _CODE = "import jax; print(jax.default_backend(), jax.local_device_count())"
 
 
 def find(jobs: int | None) -> list[dict[str, str]]:
-  """Return the environment variables for each concurrent run.
+  """Return the environment variables for each of `jobs` concurrent runs.
 
-  Args:
-    jobs: number of concurrent runs; None for one per GPU, or one without GPUs.
-
-  Raises:
-    UserError: there are too few devices, or JAX finds none.
+  None stands for one run per GPU, or one without GPUs.
   """
   # A subprocess, since JAX would allocate memory on every GPU in this one.
   done = subprocess.run(
@@ -39,14 +35,7 @@ def find(jobs: int | None) -> list[dict[str, str]]:
 def split(
   backend: str, count: int, jobs: int | None, environment: Mapping[str, str]
 ) -> list[dict[str, str]]:
-  """Return the environment variables for each concurrent run on known devices.
-
-  Args:
-    backend: JAX's name of the backend: 'cpu', 'gpu' or 'tpu'.
-    count: number of devices that JAX finds.
-    jobs: as in `find`.
-    environment: environment variables of this process.
-  """
+  """Return the result of `find` for `count` devices of a backend of JAX."""
   if backend == "cpu":
     return [{} for _ in range(jobs or 1)]
   if backend != "gpu":

@@ -24,16 +24,15 @@ _log = logging.getLogger(__name__)
 
 def missing_weights(runs: Iterable[grid.PlannedRun]) -> list[str]:
   """Return the missing files of initial weights that runs need, each once."""
-  paths = [
-    run.config.pretrained_path
-    for run in runs
-    if run.config.pretrained_path and not subprocess_run.saved_step(run.workdir)
-  ]
-  return [
-    path
-    for path in dict.fromkeys(paths)
-    if not pathlib.Path(path).is_file() and not published.is_name(path)
-  ]
+  missing: list[str] = []
+  for run in runs:
+    path = run.config.pretrained_path
+    if path is None or subprocess_run.saved_step(run.workdir):
+      continue
+    exists = pathlib.Path(path).is_file() or published.is_name(path)
+    if not exists and path not in missing:
+      missing.append(path)
+  return missing
 
 
 def execute(
@@ -49,12 +48,7 @@ def execute(
     runs: the planned runs.
     runs_dir: parent of their folders.
     jobs: runs at a time; None for one per GPU, or one.
-    minutes: time limit; inf for none. With a limit, `time_limit.Chooser` orders
-      the runs.
-
-  Raises:
-    UserError: a run's folder holds a run of another config, or files are
-      missing.
+    minutes: time limit, with which `time_limit.Chooser` orders the runs.
   """
   limit = time_limit.TimeLimit(time.monotonic() + 60 * minutes)
   outcome, left = _unfinished(runs, runs_dir)
@@ -80,27 +74,17 @@ def submit(
   *,
   jobs: int | None = None,
   parameters: Mapping[str, Any],
-) -> tuple[list[tuple[str, grid.PlannedRun]], outcome_lib.Outcome]:
-  """Submit the unfinished runs as one Slurm array, without waiting for them.
+) -> outcome_lib.Outcome:
+  """Submit the unfinished runs as one Slurm array; print the IDs of their jobs.
 
-  Args:
-    runs: the planned runs.
-    runs_dir: parent of their folders.
-    jobs: runs at a time; None for no limit.
-    parameters: parameters of submitit's AutoExecutor.
-
-  Returns:
-    Each submitted run with the ID of its job, and the other runs.
-
-  Raises:
-    UserError: a run's folder holds a run of another config, files are missing,
-      or Slurm rejects the array.
+  At most `jobs` run at a time; `parameters` are those of submitit's
+  AutoExecutor.
   """
   outcome, left = _unfinished(runs, runs_dir)
   outcome.executed = False
   outcome.log_failed()
   if not left:
-    return [], outcome
+    return outcome
   executor = slurm.create_executor(runs_dir / ".submitit", parameters, jobs)
   _prepare_data(left)
   ids = slurm.submit(left, executor)
@@ -112,7 +96,9 @@ def submit(
     left[0].workdir.parent / "*" / folder.LOG,
     array,
   )
-  return list(zip(ids, left, strict=True)), outcome
+  for job_id, run in zip(ids, left, strict=True):
+    print(f"{job_id}  {run.workdir}")
+  return outcome
 
 
 def _unfinished(runs, runs_dir):
@@ -130,13 +116,10 @@ def _unfinished(runs, runs_dir):
 
 def _prepare_data(runs):
   """Prepare the datasets once; concurrent runs would each prepare them."""
-  configs = {
-    (
-      run.config.dataset,
-      run.config.tfds_data_dir,
-      *run.config.data.values(),
-    ): run.config
-    for run in runs
-  }
+  configs = {}
+  for run in runs:
+    config = run.config
+    key = config.dataset, config.tfds_data_dir, *config.data.values()
+    configs[key] = config
   for config in configs.values():
     experiment.load_dataset(config)

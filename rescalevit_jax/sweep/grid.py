@@ -2,17 +2,19 @@
 
 from collections.abc import Sequence
 import dataclasses
+import functools
 import itertools
 import pathlib
 import sys
-from typing import Any
 
 import ml_collections
 
 from rescalevit_jax import config as config_lib
 from rescalevit_jax import errors
 from rescalevit_jax.config import overrides
+from rescalevit_jax.models import flops
 from rescalevit_jax.runs import folder
+from rescalevit_jax.training import experiment
 
 # Keys in the name of every run's folder; see `folder.default_workdir`.
 _NAMED = ("dataset", "model_name", "model.norm", "seed")
@@ -20,19 +22,12 @@ _NAMED = ("dataset", "model_name", "model.norm", "seed")
 
 @dataclasses.dataclass(frozen=True)
 class PlannedRun:
-  """A run to start or resume.
-
-  Attributes:
-    workdir: the run's folder.
-    reference: its config file, FILE or FILE:ARGS.
-    settings: overrides of the config file.
-    config: the resulting valid config.
-  """
+  """A run to start or resume."""
 
   workdir: pathlib.Path
-  reference: str
-  settings: tuple[overrides.Setting, ...]
-  config: ml_collections.ConfigDict
+  reference: str  # Its config file, FILE or FILE:ARGS.
+  settings: tuple[overrides.Setting, ...]  # Overrides of the file.
+  config: ml_collections.ConfigDict  # The resulting valid config.
 
   @property
   def command(self) -> list[str]:
@@ -46,13 +41,20 @@ class PlannedRun:
       *(f"--config.{setting}" for setting in self.settings),
     ]
 
+  @functools.cached_property
+  def step_flops(self) -> float:
+    """FLOPs of one step's forward passes, to compare runs."""
+    config = self.config.copy_and_resolve_references()
+    config.dtype = "float32"  # "auto" would initialize the devices.
+    try:
+      model = experiment.create_model(config, 1)
+    except errors.UserError as e:
+      raise errors.UserError(f"{self.workdir}: {e}") from e
+    return float(flops.forward_flops(model.config) * config.batch)
+
 
 def repository_config(reference: str) -> str:
-  """Return the path of a config of this repository, FILE or FILE:ARGS.
-
-  Raises:
-    UserError: the package is not used from a checkout of the repository.
-  """
+  """Return the path of a config of this repository, FILE or FILE:ARGS."""
   configs = pathlib.Path(__file__).parents[2] / "configs"
   if not configs.is_dir():
     raise errors.UserError(
@@ -72,15 +74,10 @@ def plan(
 
   Args:
     references: config files, FILE or FILE:ARGS.
-    axes: axes of the grid, each the settings of one key; the last varies
-      fastest.
+    axes: the settings of each key of the grid; the last key varies fastest.
     settings: overrides for all runs.
     runs_dir: parent of the runs' folders. A folder is named by
       `folder.default_workdir`, followed by the other keys of the grid.
-
-  Raises:
-    UserError: a config file, a key or a value is invalid, or two runs would
-      share a folder.
   """
   given = [axis[0].key for axis in axes] + [s.key for s in settings]
   for key in given:
@@ -97,32 +94,30 @@ def plan(
   return list(planned.values())
 
 
-def _is_named(axis: Sequence[overrides.Setting]) -> bool:
+def _is_named(axis):
   if axis[0].key == "pretrained_path":
     # The name tells scratch from pretrained, but does not name the file.
     return len([s for s in axis if s.text != "None"]) <= 1
   return axis[0].key in _NAMED
 
 
-def _plan_run(reference, settings, unnamed, runs_dir) -> PlannedRun:
+def _plan_run(reference, settings, unnamed, runs_dir):
   config = overrides.load_config(reference, settings)
   values = config_lib.flatten(config)
-  name = "-".join(
-    [
-      folder.default_workdir(config).name,
-      *(f"{key}={values[key]}".replace("/", "_") for key in unnamed),
-    ]
-  )
+  name = folder.default_workdir(config).name
+  for key in unnamed:
+    name += f"-{key}={values[key]}".replace("/", "_")
   return PlannedRun(runs_dir / name, reference, settings, config)
 
 
-def _conflict(a: PlannedRun, b: PlannedRun) -> str:
+def _conflict(a, b):
+  """Return the error message of two runs in one folder."""
   both = " and ".join(
     " ".join([f"--config={run.reference}", *map(str, run.settings)])
     for run in (a, b)
   )
   old, new = config_lib.flatten(a.config), config_lib.flatten(b.config)
-  keys: list[Any] = [key for key in old if old[key] != new[key]]
+  keys = [key for key in old if old[key] != new[key]]
   if not keys:
     return f"{both} are the same run; leave one out"
   values = ", ".join(f"{k} ({old[k]!r} and {new[k]!r})" for k in keys)

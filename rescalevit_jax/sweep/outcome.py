@@ -66,11 +66,7 @@ class Outcome:
 def split_by_result(
   runs: Iterable[grid.PlannedRun],
 ) -> tuple[Outcome, list[grid.PlannedRun]]:
-  """Return the finished and diverged runs as an outcome, and the other runs.
-
-  Raises:
-    UserError: a run's folder holds a run of another config.
-  """
+  """Return the finished and diverged runs as an outcome, and the other runs."""
   outcome, left = Outcome(), []
   for run in runs:
     try:
@@ -93,9 +89,7 @@ def why_not_finished(
 ) -> str | None:
   """Return why a run is not finished, as one line; None if it is finished.
 
-  Args:
-    workdir: the run's folder.
-    returncode: return code of its process; None if unknown.
+  The return code of its process may be unknown.
   """
   try:
     result = result_lib.read(workdir)

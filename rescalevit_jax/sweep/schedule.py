@@ -1,51 +1,27 @@
 """Schedule the runs of a sweep on this machine and log their progress."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+import contextlib
 import dataclasses
 import logging
 import math
 import operator
+import os
 import re
 import signal
 import subprocess
 import time
 
-from rescalevit_jax.models import flops
 from rescalevit_jax.runs import run_reader
 from rescalevit_jax.runtime import terminal
 from rescalevit_jax.sweep import grid
 from rescalevit_jax.sweep import outcome as outcome_lib
 from rescalevit_jax.sweep import subprocess_run
-from rescalevit_jax.training import experiment
 
 _log = logging.getLogger(__name__)
 
 _STATUS_SECONDS = 10.0
 _POLL_SECONDS = 0.2
-
-
-def stop_signals() -> tuple[signal.Signals, ...]:
-  """Return the signals that stop a sweep: SIGHUP unless nohup ignores it."""
-  if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
-    return signal.SIGTERM, signal.SIGINT
-  return signal.SIGTERM, signal.SIGINT, signal.SIGHUP
-
-
-def step_flops(run: grid.PlannedRun) -> float:
-  """Return the FLOPs of one step's forward passes, to compare runs.
-
-  Raises:
-    UserError: the sizes of the model are inconsistent.
-  """
-  forward = flops.forward_flops(_model(run).config)
-  return float(forward * run.config.batch)
-
-
-def _model(run: grid.PlannedRun):
-  config = run.config.copy_and_resolve_references()
-  # "auto" would initialize the devices.
-  config.dtype = "float32"
-  return experiment.create_model(config, 1)
 
 
 @dataclasses.dataclass
@@ -91,7 +67,6 @@ class Schedule:
     self._running: list[_Running] = []
     self._outcome = outcome_lib.Outcome(done=list(done))
     self._total = len(self._waiting) + len(self._outcome.done)
-    self._step_flops = {run.workdir: step_flops(run) for run in runs}
     self._flops_done = 0.0  # By processes of this sweep that have ended.
     self._signals: list[int] = []
     self._stopping = False
@@ -103,14 +78,19 @@ class Schedule:
     After SIGTERM, SIGINT or SIGHUP the runs save a checkpoint and stop. A
     second signal kills them.
     """
-    previous = {
-      number: signal.signal(number, self._handle) for number in stop_signals()
-    }
+    numbers = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP]
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:  # As under nohup.
+      numbers.remove(signal.SIGHUP)
+
+    def handle(number, frame):
+      del frame
+      self._signals.append(number)
+
+    previous = {number: signal.signal(number, handle) for number in numbers}
     try:
       self._loop()
     finally:
-      for running in self._running:
-        subprocess_run.kill(running.process)
+      self._kill()
       for number, handler in previous.items():
         signal.signal(number, handler)
     return self._outcome
@@ -133,10 +113,6 @@ class Schedule:
       time.sleep(_POLL_SECONDS)
     self._outcome.left += self._waiting
 
-  def _handle(self, number, frame):
-    del frame
-    self._signals.append(number)
-
   def _stop(self):
     if not self._stopping:
       self._stopping = self._outcome.stopped = True
@@ -151,8 +127,13 @@ class Schedule:
         running.process.terminate()
     elif len(self._signals) > 1 and not self._outcome.killed:
       self._outcome.killed = True
-      for running in self._running:
-        subprocess_run.kill(running.process)
+      self._kill()
+
+  def _kill(self):
+    """Kill the runs and all their child processes."""
+    for running in self._running:
+      with contextlib.suppress(ProcessLookupError):
+        os.killpg(running.process.pid, signal.SIGKILL)
 
   def _launch_next(self):
     if (run := self._choose(self._waiting)) is None:
@@ -160,11 +141,8 @@ class Schedule:
       self._outcome.stopped = self._outcome.out_of_time = True
       self._outcome.left += self._waiting
       self._waiting.clear()
-    else:
-      self._waiting.remove(run)
-      self._launch(run)
-
-  def _launch(self, run):
+      return
+    self._waiting.remove(run)
     slot = self._free.pop(0)
     first_step = subprocess_run.saved_step(run.workdir)
     started = time.time()
@@ -184,7 +162,7 @@ class Schedule:
       run, code = running.run, running.process.returncode
       self._running.remove(running)
       self._free.append(running.slot)
-      self._flops_done += running.steps() * self._step_flops[run.workdir]
+      self._flops_done += running.steps() * run.step_flops
       reason = outcome_lib.why_not_finished(run.workdir, code)
       if reason is None:
         self._outcome.done.append(run)
@@ -221,12 +199,12 @@ class Schedule:
     done, left = self._flops_done, 0.0
     for run in self._waiting:
       steps = run.config.total_steps - subprocess_run.saved_step(run.workdir)
-      left += steps * self._step_flops[run.workdir]
+      left += steps * run.step_flops
     for running in self._running:
-      config, steps = running.run.config, running.steps()
-      per_step = self._step_flops[running.run.workdir]
-      done += steps * per_step
-      left += (config.total_steps - running.first_step - steps) * per_step
+      run, steps = running.run, running.steps()
+      done += steps * run.step_flops
+      steps_left = run.config.total_steps - running.first_step - steps
+      left += steps_left * run.step_flops
     if not done:
       return None
     return left / done * (time.monotonic() - self._start)

@@ -34,13 +34,7 @@ _USER_VARIABLES = (
 
 
 class Task:
-  """A run as a submitit job: pickled here, called on a compute node.
-
-  Args:
-    command: the program with its arguments.
-    workdir: the run's folder, absolute or relative to `cwd`.
-    cwd: working directory of the program.
-  """
+  """A run as a submitit job: pickled here, called on a compute node."""
 
   def __init__(self, command: Sequence[str], workdir: pathlib.Path, cwd: str):
     self._command = list(command)
@@ -122,16 +116,7 @@ def parse_parameters(texts: Sequence[str]) -> dict[str, Any]:
 def create_executor(
   folder: pathlib.Path, parameters: Mapping[str, Any], jobs: int | None
 ):
-  """Return submitit's executor for Slurm.
-
-  Args:
-    folder: where submitit writes its files.
-    parameters: parameters of AutoExecutor.update_parameters.
-    jobs: runs at a time; None for no limit.
-
-  Raises:
-    UserError: submitit or Slurm is not installed, or a parameter is invalid.
-  """
+  """Return submitit's executor for Slurm, with its files in a folder."""
   try:
     import submitit
   except ImportError as e:
@@ -175,18 +160,7 @@ def create_executor(
 
 
 def submit(runs: Sequence[grid.PlannedRun], executor) -> list[str]:
-  """Submit the runs as one array.
-
-  Args:
-    runs: at least one run.
-    executor: the result of `create_executor`.
-
-  Returns:
-    The job IDs, in the order of the runs.
-
-  Raises:
-    UserError: Slurm rejects the array.
-  """
+  """Submit at least one run as an array; return the IDs of the jobs."""
   import submitit
 
   kept = {x: os.environ[x] for x in _USER_VARIABLES if x in os.environ}

@@ -1,13 +1,10 @@
 """Start a run as a subprocess and read its progress from its folder."""
 
 from collections.abc import Mapping, Sequence
-import contextlib
 import datetime
-import json
 import os
 import pathlib
 import shlex
-import signal
 import subprocess
 
 from rescalevit_jax.runs import folder as folder_lib
@@ -20,15 +17,10 @@ def start(
   workdir: pathlib.Path,
   environment: Mapping[str, str],
 ) -> subprocess.Popen:
-  """Start a run; append its output to WORKDIR/log.txt.
+  """Start a run with more environment variables; append its output to log.txt.
 
   The process has its own session, since Ctrl-C must reach it only through its
   parent. It dies with the parent; see `die_with_parent`.
-
-  Args:
-    command: the program with its arguments.
-    workdir: the run's folder; created if missing.
-    environment: variables to add to this process's environment.
   """
   workdir.mkdir(parents=True, exist_ok=True)
   now = datetime.datetime.now().isoformat(" ", "seconds")
@@ -47,31 +39,18 @@ def start(
     )
 
 
-def kill(process: subprocess.Popen) -> None:
-  """Kill a run and all its child processes."""
-  with contextlib.suppress(ProcessLookupError):
-    os.killpg(process.pid, signal.SIGKILL)
-
-
 def saved_step(workdir: pathlib.Path) -> int:
   """Return the step that a run would resume from, 0 without a checkpoint."""
   return max(folder_lib.saved_steps(workdir, "last"), default=0)
 
 
 def step_since(workdir: pathlib.Path, time: float) -> int:
-  """Return the last step in a run's metrics since a time, or 0.
+  """Return the last step in a run's metrics, or 0.
 
-  Args:
-    workdir: the run's folder.
-    time: start of the process, in seconds since 1970; older files are ignored.
+  A file that was last written before `time`, in seconds since 1970, is ignored.
   """
   path = workdir / folder_lib.METRICS
-  try:
-    if path.stat().st_mtime < time:
-      return 0
-  except FileNotFoundError:
+  if not path.exists() or path.stat().st_mtime < time:
     return 0
-  for line in reversed(run_reader.tail(path)):
-    with contextlib.suppress(KeyError, RecursionError, TypeError, ValueError):
-      return json.loads(line)["step"]  # The last line may be incomplete.
-  return 0
+  metrics = run_reader.parse_metrics(run_reader.tail(path))
+  return metrics[-1]["step"] if metrics else 0

@@ -1,19 +1,19 @@
 """Choose the runs of a sweep that has a time limit, by their measured rates."""
 
 import collections
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 import dataclasses
 import json
 import math
+import pathlib
 import time
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from rescalevit_jax import errors
 from rescalevit_jax.runs import folder
 from rescalevit_jax.runs import result as result_lib
 from rescalevit_jax.runs import run_reader
 from rescalevit_jax.sweep import grid
-from rescalevit_jax.sweep import schedule
 from rescalevit_jax.sweep import subprocess_run
 
 SECONDS_TO_START = 40.0  # Upper bound for a run's start, without compilation.
@@ -25,11 +25,7 @@ _T = TypeVar("_T")
 
 @dataclasses.dataclass(frozen=True)
 class TimeLimit:
-  """A limit for the time of several runs.
-
-  Attributes:
-    end: the end, as a time of `time.monotonic`.
-  """
+  """A limit for several runs, which end at a time of `time.monotonic`."""
 
   end: float
 
@@ -44,12 +40,8 @@ class TimeLimit:
   ) -> _T | None:
     """Return the first item that ends in time, or the first if none does.
 
-    Args:
-      items: at least one item, the most valuable first.
-      seconds: function from an item to its estimated duration.
-
-    Returns:
-      The item; None if it is too late to start any.
+    `seconds` estimates the duration of an item. None if it is too late to start
+    any.
     """
     left = self.stop_times[0] - time.monotonic()
     if left < SECONDS_TO_START:
@@ -64,59 +56,52 @@ class Chooser:
   measured seconds per step: of the run itself, else in proportion of the run
   with the nearest FLOPs per step. Before any measurement, FLOPs replace
   durations and no run is known to end in time.
-
-  Args:
-    runs: all runs of the sweep, in order.
-    limit: the time limit.
   """
 
   def __init__(self, runs: Sequence[grid.PlannedRun], limit: TimeLimit):
     self._runs, self._limit = runs, limit
-    self._flops = {run.workdir: schedule.step_flops(run) for run in runs}
-    counts: collections.Counter[Hashable] = collections.Counter()
-    self._value = {}
+    self._rank: dict[pathlib.Path, int] = {}  # Of a run among its seeds.
+    seeds: collections.Counter[tuple[Any, ...]] = collections.Counter()
     for run in runs:
       recipe = run_reader.recipe(run.config)
-      counts[recipe] += 1
-      self._value[run.workdir] = 1 / counts[recipe]
+      seeds[recipe] += 1
+      self._rank[run.workdir] = seeds[recipe]
 
   def __call__(
     self, waiting: Sequence[grid.PlannedRun]
   ) -> grid.PlannedRun | None:
     """Return the run to start; None if it is too late to start any."""
     paces = {run.workdir: pace(run) for run in self._runs}
-    measured = {k: x / self._flops[k] for k, x in paces.items() if x}
+    measured = [run for run in self._runs if paces[run.workdir]]
 
-    def seconds_or_flops(run):
-      flops = self._flops[run.workdir]
+    def cost(run):
+      """Return the seconds left, or the FLOPs before any measurement."""
+      steps = run.config.total_steps - subprocess_run.saved_step(run.workdir)
       nearest = min(
         measured,
-        key=lambda k: abs(math.log(self._flops[k] / flops)),
+        key=lambda other: abs(math.log(other.step_flops / run.step_flops)),
         default=None,
       )
-      per_step = paces[run.workdir] or flops * measured.get(nearest, 1.0)
-      done = subprocess_run.saved_step(run.workdir)
-      return per_step * (run.config.total_steps - done)
+      if nearest is None:
+        return steps * run.step_flops
+      speed = paces[nearest.workdir] / nearest.step_flops
+      return steps * (paces[run.workdir] or run.step_flops * speed)
 
-    cost = {run.workdir: seconds_or_flops(run) for run in waiting}
-    return self._limit.choose(
-      sorted(
-        waiting, key=lambda run: cost[run.workdir] / self._value[run.workdir]
-      ),
-      lambda run: (
-        cost[run.workdir] + SECONDS_TO_START if measured else math.inf
-      ),
-    )
+    def seconds(run):
+      return cost(run) + SECONDS_TO_START if measured else math.inf
+
+    def cost_per_value(run):
+      return cost(run) * self._rank[run.workdir]
+
+    return self._limit.choose(sorted(waiting, key=cost_per_value), seconds)
 
 
 def pace(run: grid.PlannedRun) -> float | None:
   """Return the seconds per step of a run so far, with its evaluations.
 
-  The time of a step is measured without compilation. An evaluated image takes a
-  third of the time of a training image, as its FLOPs do.
-
-  Returns:
-    The seconds; None without a result or a checkpoint of enough steps.
+  None without a result or a checkpoint of enough steps. Compilation does not
+  count. An evaluated image takes a third of the time of a training image, as
+  its FLOPs do.
   """
   config = run.config
   try:
@@ -132,12 +117,5 @@ def pace(run: grid.PlannedRun) -> float | None:
       seconds = found["timed_seconds"] / found["timed_steps"]
     evaluated = found["examples_evaluated"] / config.eval_every
     return seconds * (1 + evaluated / (3 * config.batch))
-  except (
-    ArithmeticError,
-    LookupError,
-    OSError,
-    TypeError,
-    ValueError,
-    errors.UserError,
-  ):
+  except (*errors.DAMAGED_JSON, OSError, errors.UserError):
     return None

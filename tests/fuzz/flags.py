@@ -19,6 +19,7 @@ from rescalevit_jax import errors
 from rescalevit_jax import main
 from rescalevit_jax.config import keys
 from rescalevit_jax.runs import folder as folder_lib
+from rescalevit_jax.runtime import cli
 
 _CONFIG = b"--config=" + os.fsencode(paths.ROOT / "configs" / "quickstart.py")
 _RUN = b"--workdir=RUN"
@@ -119,8 +120,8 @@ def run(path: pathlib.Path) -> None:
     for arg in args
     if not arg.lstrip(b"-").startswith(b"flagfile")  # It may never end.
   ]
-  argv, fail = sys.argv, main._fail
-  sys.argv, main._fail = ["main.py", *args], _fail
+  argv, fail = sys.argv, cli.fail
+  sys.argv, cli.fail = ["main.py", *args], _fail
   flags.FLAGS.unparse_flags()
   try:
     with contextlib.redirect_stdout(io.StringIO()):
@@ -129,7 +130,7 @@ def run(path: pathlib.Path) -> None:
     assert e.code == 0
     return
   finally:
-    sys.argv, main._fail = argv, fail
+    sys.argv, cli.fail = argv, fail
   try:
     config_lib.validate(config)
   except errors.UserError as e:

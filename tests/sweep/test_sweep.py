@@ -404,7 +404,7 @@ def test_eta_is_remaining_flops_over_speed(tmp_path, monkeypatch):
     + ["--grid=batch=64,128", "--config.total_steps=100"]
     + ["--config.warmup_steps=0"]
   )
-  assert schedule.step_flops(runs[1]) == 2 * schedule.step_flops(runs[0])
+  assert runs[1].step_flops == 2 * runs[0].step_flops
   now = [0.0]
   monkeypatch.setattr(schedule.time, "monotonic", lambda: now[0])
   plan = schedule.Schedule(runs, [], [{}])
