@@ -180,6 +180,11 @@ def test_groups_differ_in_more_than_the_seed(tmp_path):
   assert keys == ["base_lr", "pretrained_path"]
 
 
+@pytest.mark.parametrize("line", ['"step"', "[1]", "7", '{"step"', "{}"])
+def test_a_line_of_metrics_without_a_step_is_left_out(line):
+  assert run_reader.parse_metrics([line, '{"step": 1}']) == [{"step": 1}]
+
+
 def test_a_line_of_metrics_that_is_no_text_is_left_out(tmp_path):
   write(tmp_path / "a")
   (tmp_path / "a" / "metrics.jsonl").write_bytes(
