@@ -6,8 +6,7 @@ algorithms of cuBLAS and cuDNN and the tiling of Triton's kernels.
 
 from collections.abc import Iterator
 import contextlib
-import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jax.sharding import Mesh
@@ -28,16 +27,10 @@ from rescalevit_jax.training import experiment as experiment_lib
 _OPTIONS = {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False}
 
 
-@dataclasses.dataclass(frozen=True)
-class Inputs:
-  """Properties of a dataset that a program depends on.
+class Inputs(NamedTuple):
+  """Properties of a dataset that a program depends on."""
 
-  Attributes:
-    shape: shape of a stored image, (H, W, 3).
-    num_classes: number of classes.
-  """
-
-  shape: tuple[int, int, int]
+  shape: tuple[int, int, int]  # Of a stored image, (H, W, 3).
   num_classes: int
 
 
@@ -116,22 +109,18 @@ def flax_train_step(
     everywhere, by_device = sharding.replicated(mesh), sharding.split(mesh)
     model, optimizer = peers.flax_recipe(config)
     size = config.image_size
-    images = jax.ShapeDtypeStruct(
-      (config.batch, size, size, 3), np.float32, sharding=by_device
-    )
-    params = jax.eval_shape(
-      lambda x: model.init(jax.random.key(0), x, True), images
-    )
-    replicated = (
-      params,
-      jax.eval_shape(optimizer.init, params),
-      jax.eval_shape(lambda: jax.random.key(1)),
-    )
+    shape = (config.batch, size, size, 3)
+    images = jax.ShapeDtypeStruct(shape, np.float32, sharding=by_device)
+    labels = jax.ShapeDtypeStruct(shape[:1], np.int32, sharding=by_device)
+
+    def init(images):
+      params = model.init(jax.random.key(0), images, True)
+      return params, optimizer.init(params), jax.random.key(1)
+
     params, opt_state, key = jax.tree.map(
       lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere),
-      replicated,
+      jax.eval_shape(init, images),
     )
-    labels = jax.ShapeDtypeStruct((config.batch,), np.int32, sharding=by_device)
     step = peers.flax_train_step(model, optimizer)
     return _compile(step, params, opt_state, images, labels, key)
 

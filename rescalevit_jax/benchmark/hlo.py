@@ -180,34 +180,27 @@ def _visit(computation, computations, times) -> Program:
 
 def _read_kernel(instruction, computation, computations, times) -> Kernel:
   if instruction.opcode == "fusion":
-    inside = computations[instruction.called[0]]
-    read = sum(
-      hlo_cost.bytes_read(i, inside)
-      for i in inside.values()
-      if i.opcode == "parameter"
-    )
-    (root,) = (i for i in inside.values() if i.is_root)
-    written = hlo_cost.bytes_written(root, inside)
-    products = [(i, inside) for i in inside.values()]
+    where = computations[instruction.called[0]]
+    parts = list(where.values())
+    inputs = [i for i in parts if i.opcode == "parameter"]
+    read = sum(hlo_cost.bytes_read(i, where) for i in inputs)
+    (result,) = (i for i in parts if i.is_root)
   else:
+    where, parts, result = computation, [instruction], instruction
     read = sum(
       hlo_cost.bytes_read(computation[name], {instruction.name: instruction})
       for name in dict.fromkeys(instruction.operands)
     )
-    written = hlo_cost.bytes_written(instruction, computation)
-    products = [(instruction, computation)]
-  flops = {i: hlo_cost.flops(i, where) for i, where in products}
-  flops = {i: n for i, n in flops.items() if n}
+  flops = {i: hlo_cost.flops(i, where) for i in parts}
   dtype, exact = "", False
-  for i, where in products:
-    if i in flops:
-      dtype = where[i.operands[0]].shapes[0].dtype
-      exact = "highest" in i.attributes.lower()
+  for product in (i for i in parts if flops[i]):
+    dtype = where[product.operands[0]].shapes[0].dtype
+    exact = "highest" in product.attributes.lower()
   return Kernel(
     instruction.target or instruction.opcode,
     instruction.op_name,
     read,
-    written,
+    hlo_cost.bytes_written(result, where),
     sum(flops.values()),
     dtype,
     exact,

@@ -52,17 +52,11 @@ def measure_ours(
   seed = np.uint32(config.seed)
   state = experiment.init_state()
 
-  def batches(steps):
-    numbers = range(1, steps + 1)
-    return experiment.train_loader.batches(experiment.train_indices, numbers)
-
-  with batches(1) as found:
+  with _batches(experiment, 1) as found:
     images, labels = next(found)
   start = time.perf_counter()
-  step = experiment.train_step(config.total_steps).lower(
-    state, images, labels, seed
-  )
-  compiled = step.compile()
+  step = experiment.train_step(config.total_steps)
+  compiled = step.lower(state, images, labels, seed).compile()
   seconds = time.perf_counter() - start
 
   def run(steps):
@@ -70,7 +64,7 @@ def measure_ours(
     # previous one.
     nonlocal state
     last = None
-    with batches(steps) as found:
+    with _batches(experiment, steps) as found:
       for images, labels in found:
         state, metrics = compiled(state, images, labels, seed)
         if last is not None:
@@ -110,21 +104,18 @@ def measure_ours(
   }
 
 
-def _diagnostics(experiment, step, seconds):
-  """Return the cost of diagnostics in training steps, if they are enabled.
+def _batches(experiment, steps):
+  numbers = range(1, steps + 1)
+  return experiment.train_loader.batches(experiment.train_indices, numbers)
 
-  Args:
-    experiment: the experiment.
-    step: the compiled training step.
-    seconds: duration of the measurement.
-  """
+
+def _diagnostics(experiment, step, seconds):
+  """Return the cost of diagnostics in training steps, if they are enabled."""
   config = experiment.config
   if not config.diagnostics_every:
     return {}
   state = experiment.init_state()
-  with experiment.train_loader.batches(
-    experiment.train_indices, range(1, 2)
-  ) as found:
+  with _batches(experiment, 1) as found:
     images, labels = next(found)
   programs = diagnostics.CompiledDiagnostics(experiment)
   programs.compile(state, images, labels)
