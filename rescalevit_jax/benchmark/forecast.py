@@ -6,7 +6,6 @@ a lower bound of the step time. Nothing is executed.
 
 from collections.abc import Callable, Sequence
 import importlib.metadata
-import json
 import logging
 import os
 import pathlib
@@ -17,6 +16,7 @@ from flax import linen as nn
 import jax
 import ml_collections
 
+from rescalevit_jax.benchmark import comparison
 from rescalevit_jax.benchmark import gpu_compile
 from rescalevit_jax.benchmark import gpus
 from rescalevit_jax.benchmark import hlo
@@ -26,7 +26,6 @@ from rescalevit_jax.benchmark import report as report_lib
 from rescalevit_jax.models import norms
 from rescalevit_jax.models.norms import traits
 from rescalevit_jax.runtime import accelerator
-from rescalevit_jax.runtime import atomic_file
 from rescalevit_jax.runtime import markdown as markdown_lib
 from rescalevit_jax.runtime import terminal
 from rescalevit_jax.sweep import grid
@@ -35,19 +34,6 @@ from rescalevit_jax.training import experiment
 _log = logging.getLogger(__name__)
 
 _PACKAGES = ("jax", "jaxlib", "jax-cuda12-pjrt", "nvidia-cuda-nvcc-cu12")
-_HEADINGS = (
-  "GPU",
-  "model",
-  "batch, dtype, attention",
-  "program",
-  "memory, GB",
-  "fits",
-  "kernels (products)",
-  "traffic, GB",
-  "TFLOP",
-  "lower bound, ms",
-  "images/s, at most",
-)
 _DEFAULT_SHARE = "0.75"  # JAX's default share of GPU memory.
 
 
@@ -75,31 +61,29 @@ def forecast(
   """
   output.mkdir(parents=True, exist_ok=True)  # Report errors early.
   jax.config.update("jax_platforms", "cpu")  # Do not occupy a present GPU.
-  subjects = ("ours", "flax") if with_peer else ("ours",)
   jobs = [
     (gpu, run.config, subject)
     for gpu in targets
     for run in runs
-    for subject in subjects
+    for subject in (("ours", "flax") if with_peer else ("ours",))
     # A peer always has LayerNorm: compile it once per model.
-    if subject == "ours" or report_lib.is_first(run, runs)
+    if subject == "ours" or comparison.is_first(run, runs)
   ]
   configs = [run.config for run in runs]
   rows, start = [], time.monotonic()
-  for i, (gpu, config, subject) in enumerate(jobs):
+  for i, (gpu, config, subject) in enumerate(jobs, 1):
     row = _compile(gpu, config, subject, devices)
-    row["settings"] = report_lib.settings(config, configs)
+    row["settings"] = comparison.settings(config, configs)
     rows.append(row)
-    left = (time.monotonic() - start) / (i + 1) * (len(jobs) - i - 1)
     _log.info(
       "%d/%d  %s  %s: %.1f GB, at least %.1f ms  ETA %s",
-      i + 1,
+      i,
       len(jobs),
       gpu.title,
       report_lib.program(row),
       row["memory_bytes"] / 1e9,
       row["step_seconds"] * 1e3,
-      terminal.duration(left),
+      terminal.duration((time.monotonic() - start) / i * (len(jobs) - i)),
     )
   report = {
     "command": command,
@@ -108,12 +92,7 @@ def forecast(
     "memory_share": _memory_share(),
     "rows": rows,
   }
-  text = markdown(report)
-  atomic_file.write(
-    output / "compiled.json", json.dumps(report, indent=2) + "\n"
-  )
-  atomic_file.write(output / "compiled.md", text)
-  print(text)
+  report_lib.write(output, "compiled", report, markdown(report))
 
 
 def _memory_share() -> float:
@@ -238,13 +217,12 @@ def largest_batch(
 
 def markdown(report: dict[str, Any]) -> str:
   """Return compiled.md from the content of compiled.json."""
-  versions = ", ".join(f"{k} {v}" for k, v in report["versions"].items())
   share, devices = report["memory_share"], report["devices"]
   lines = [
     "# Compiled for GPUs",
     "",
     f"- Command: `{report['command']}`",
-    f"- Versions: {versions}",
+    report_lib.versions(report["versions"]),
     "- Compiled, not executed. Lower bound: each kernel takes the longer of its"
     " bytes at memory bandwidth and its products at peak speed. Launch"
     " overhead, caches and communication are not counted.",
@@ -256,25 +234,9 @@ def markdown(report: dict[str, Any]) -> str:
       * (devices > 1)
     ),
     "",
-    markdown_lib.table("llllrlrrrrr", _HEADINGS, map(_row, report["rows"])),
+    markdown_lib.table_of("llllrlrrrrr", _COLUMNS, report["rows"]),
   ]
   return "\n".join(lines)
-
-
-def _row(row):
-  return [
-    row["gpu_title"],
-    f"{row['model']} at {row['image_size']}",
-    f"{row['batch']}, {row['dtype']}, {row['attention']}",
-    report_lib.program(row),
-    _format(row["memory_bytes"] / 1e9),
-    _fits(row),
-    f"{row['kernels']} ({row['gemms']})",
-    _format(row["traffic_bytes"] / 1e9),
-    _format(row["flops"] / 1e12),
-    _format(1e3 * row["step_seconds"]),
-    _format(row["images_per_second"]),
-  ]
 
 
 def _fits(row):
@@ -294,3 +256,20 @@ def _fits(row):
 def _format(x: float) -> str:
   """Return a number with three significant digits."""
   return f"{x:.3g}" if x < 999.5 else f"{x:.0f}"
+
+
+_COLUMNS = {
+  "GPU": lambda row: row["gpu_title"],
+  "model": lambda row: f"{row['model']} at {row['image_size']}",
+  "batch, dtype, attention": lambda row: (
+    f"{row['batch']}, {row['dtype']}, {row['attention']}"
+  ),
+  "program": report_lib.program,
+  "memory, GB": lambda row: _format(row["memory_bytes"] / 1e9),
+  "fits": _fits,
+  "kernels (products)": lambda row: f"{row['kernels']} ({row['gemms']})",
+  "traffic, GB": lambda row: _format(row["traffic_bytes"] / 1e9),
+  "TFLOP": lambda row: _format(row["flops"] / 1e12),
+  "lower bound, ms": lambda row: _format(1e3 * row["step_seconds"]),
+  "images/s, at most": lambda row: _format(row["images_per_second"]),
+}

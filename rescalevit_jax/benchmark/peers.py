@@ -6,6 +6,7 @@ clipping by global norm, cross-entropy, and dropout at the same sites as ours.
 
 from collections.abc import Callable
 import contextlib
+import importlib.util
 from typing import Any
 
 from flax import linen as nn
@@ -254,4 +255,9 @@ def check_recipe(config: Any) -> None:
       )
 
 
-PEERS = {"flax": FlaxPeer, "timm": TimmPeer}
+PEERS = {"flax": FlaxPeer, "timm": TimmPeer}  # By package.
+
+
+def is_installed(subject: str) -> bool:
+  """Return False for a peer whose package is missing."""
+  return subject == "ours" or importlib.util.find_spec(subject) is not None

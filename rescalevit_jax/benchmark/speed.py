@@ -22,9 +22,6 @@ forecast.py. Writes compiled.md and compiled.json.
 
 import argparse
 from collections.abc import Sequence
-import importlib.metadata
-import importlib.util
-import json
 import logging
 import os
 import pathlib
@@ -40,7 +37,6 @@ from rescalevit_jax.benchmark import peers
 from rescalevit_jax.benchmark import report as report_lib
 from rescalevit_jax.benchmark import run_worker
 from rescalevit_jax.config import overrides
-from rescalevit_jax.runtime import atomic_file
 from rescalevit_jax.runtime import cli
 from rescalevit_jax.runtime import terminal
 from rescalevit_jax.sweep import grid
@@ -77,11 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     default=10_000,
     help="maximum number of test images per evaluation (default: 10000)",
   )
-  add(
-    "--no_start",
-    action="store_true",
-    help="omit the start-up times",
-  )
+  add("--no_start", action="store_true", help="omit the start-up times")
   add(
     "--output",
     type=pathlib.Path,
@@ -135,57 +127,52 @@ def _run(args):
       output=args.output,
     )
     return
+  args.output.mkdir(parents=True, exist_ok=True)  # Report errors early.
+  load_before = os.getloadavg()
+  first_runs = [run for run in runs if comparison.is_first(run, runs)]
+  report = {
+    "command": _command(args),
+    "machine": {**machine.describe(), "load_before": load_before},
+    "entries": _measure(runs, first_runs, args),
+    "starts": [
+      run_worker.measure_starts(run) for run in first_runs if not args.no_start
+    ],
+  }
+  report_lib.write(
+    args.output, "benchmark", report, report_lib.markdown(report)
+  )
+
+
+def _measure(runs, first_runs, args):
+  """Measure all programs in turn, over several rounds."""
   subjects = ["ours"]
   if args.peer:
-    for name, package in run_worker.PEER_PACKAGES.items():
-      if importlib.util.find_spec(package) is None:
-        _log.warning("%s is not installed; skipped", package)
-      else:
+    for name in peers.PEERS:
+      if peers.is_installed(name):
         subjects.append(name)
+      else:
+        _log.warning("%s is not installed; skipped", name)
   entries = [
     {"run": run, "subject": subject, "rounds": []}
     for run in runs
     # A peer always has LayerNorm: measure it once per model.
-    for subject in (subjects if report_lib.is_first(run, runs) else ["ours"])
+    for subject in (subjects if run in first_runs else ["ours"])
   ]
-  args.output.mkdir(parents=True, exist_ok=True)  # Report errors early.
-  load_before = os.getloadavg()
   options = {"seconds": args.seconds, "eval_images": args.eval_images}
   total, start = args.rounds * len(entries), time.monotonic()
-  for i in range(total):
-    entry = entries[i % len(entries)]
-    entry["rounds"].append(
-      run_worker.measure(entry["run"], entry["subject"], options)
-    )
-    left = (time.monotonic() - start) / (i + 1) * (total - i - 1)
+  for i, entry in enumerate(entries * args.rounds, 1):
+    found = run_worker.measure(entry["run"], entry["subject"], options)
+    entry["rounds"].append(found)
     _log.info(
       "%d/%d  %s %s: %.0f images/s  ETA %s",
-      i + 1,
+      i,
       total,
       entry["run"].workdir.name,
       entry["subject"],
-      entry["rounds"][-1]["images_per_second"],
-      terminal.duration(left),
+      found["images_per_second"],
+      terminal.duration((time.monotonic() - start) / i * (total - i)),
     )
-  starts = []
-  if not args.no_start:
-    starts = [
-      run_worker.measure_starts(run)
-      for run in runs
-      if report_lib.is_first(run, runs)
-    ]
-  report = {
-    "command": _command(args),
-    "machine": {**machine.describe(), "load_before": load_before},
-    "entries": [comparison.describe(entry, entries) for entry in entries],
-    "starts": starts,
-  }
-  text = report_lib.markdown(report)
-  atomic_file.write(
-    args.output / "benchmark.json", json.dumps(report, indent=2) + "\n"
-  )
-  atomic_file.write(args.output / "benchmark.md", text)
-  print(text)
+  return [comparison.describe(entry, entries) for entry in entries]
 
 
 def _command(args):

@@ -12,8 +12,8 @@ import tiny_sweep
 
 from rescalevit_jax import config as config_lib
 from rescalevit_jax import errors
+from rescalevit_jax.benchmark import comparison
 from rescalevit_jax.benchmark import peers
-from rescalevit_jax.benchmark import report
 from rescalevit_jax.benchmark import worker
 from rescalevit_jax.distributed import sharding
 from rescalevit_jax.training import experiment
@@ -131,9 +131,9 @@ def test_distinctive_settings_are_listed():
   a, b, c = (config_lib.default() for _ in range(3))
   b.model.norm, b.batch, b.model.residual = "Cal", 7, "rescalenet"
   c.model.norm = "BN"
-  assert report.settings(a, [a, b, c]) == {"model.residual": "auto"}
-  assert report.settings(b, [a, b, c]) == {"model.residual": "rescalenet"}
-  assert report.settings(c, [a, c]) == {}
+  assert comparison.settings(a, [a, b, c]) == {"model.residual": "auto"}
+  assert comparison.settings(b, [a, b, c]) == {"model.residual": "rescalenet"}
+  assert comparison.settings(c, [a, c]) == {}
 
 
 @pytest.mark.parametrize(
