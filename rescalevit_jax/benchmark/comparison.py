@@ -45,14 +45,9 @@ def is_first(run: grid.PlannedRun, runs: Sequence[grid.PlannedRun]) -> bool:
 def describe(
   entry: Mapping[str, Any], entries: Sequence[Mapping[str, Any]]
 ) -> dict[str, Any]:
-  """Return medians over the rounds, and median ratios to other programs.
+  """Return medians over the rounds, and of the ratios to other programs.
 
-  A ratio is the median of the rounds' ratios.
-
-  Args:
-    entry: `run`, `subject` and `rounds`, a list of results of
-      `run_worker.measure`.
-    entries: all entries of the report.
+  An entry has `run`, `subject` and `rounds`: results of `run_worker.measure`.
   """
   rounds = entry["rounds"]
   config = entry["run"].config

@@ -5,6 +5,7 @@ a lower bound of the step time. Nothing is executed.
 """
 
 from collections.abc import Callable, Sequence
+import functools
 import importlib.metadata
 import logging
 import os
@@ -12,7 +13,6 @@ import pathlib
 import time
 from typing import Any
 
-from flax import linen as nn
 import jax
 import ml_collections
 
@@ -49,8 +49,8 @@ def forecast(
   """Compile every run for every GPU; print a table and write it to a folder.
 
   Args:
-    runs: runs to compile.
-    targets: GPUs to compile for.
+    runs: the runs.
+    targets: the GPUs.
     devices: number of GPUs on one host, which share each batch.
     with_peer: True to add a plain flax ViT for each model.
     command: command line, for the report.
@@ -105,22 +105,17 @@ def _compile(
 ) -> dict[str, Any]:
   """Return the row of one program."""
   start = time.monotonic()
+  create_model = peers.model_of
   if subject == "ours":
     inputs = gpu_compile.inputs_of(config)
     needed, program = _train_step(config, gpu, inputs, devices)
+    create_model = functools.partial(experiment.create_model, num_classes=1)
   else:
-    compiled = gpu_compile.flax_train_step(config, gpu, devices)
-    text = compiled.as_text()
-    assert text is not None  # Of the backend cuda.
-    needed, program = memory.needed(compiled), hlo.read(text)
+    needed, program = _read(gpu_compile.flax_train_step(config, gpu, devices))
   seconds = time.monotonic() - start
   limit = _memory_share() * gpu.memory_bytes
-  model: nn.Module
   with accelerator.compiling_for(gpu.accelerator):
-    if subject == "ours":
-      model = experiment.create_model(config, inputs.num_classes)
-    else:
-      model = peers.model_of(config)
+    model = create_model(config)
   row = {
     "gpu": gpu.name,
     "gpu_title": gpu.title,
@@ -151,15 +146,18 @@ def _compile(
   return row
 
 
+def _read(compiled):
+  return memory.needed(compiled), hlo.read(compiled.as_text())
+
+
 def _train_step(config, gpu, inputs, devices):
   """Return the peak memory of a step, and the steady-state program."""
-  settled = gpu_compile.train_step(config, gpu, inputs, devices)
-  needed = memory.needed(settled)
+  needed, program = _read(gpu_compile.train_step(config, gpu, inputs, devices))
   Norm = norms.NORMS[config.model.norm]
   if issubclass(Norm, traits.Settling):  # Step 1 may need more.
     first = gpu_compile.train_step(config, gpu, inputs, devices, step=1)
     needed = max(needed, memory.needed(first))
-  return needed, hlo.read(settled.as_text())
+  return needed, program
 
 
 def _ways_to_fit(gpu, config, inputs, devices, limit):
@@ -194,9 +192,9 @@ def largest_batch(
   and checked. Large results are multiples of 8.
 
   Args:
-    needed: function from a batch size to the memory of a step in bytes.
-    batch: a batch size that does not fit.
-    divisor: divisor of all batch sizes.
+    needed: memory of a step in bytes, by batch size.
+    batch: a size that does not fit.
+    divisor: of all batch sizes.
     limit: available memory in bytes.
   """
   unit = divisor * (8 if batch > 64 * divisor else 1)

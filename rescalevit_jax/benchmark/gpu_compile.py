@@ -58,12 +58,11 @@ def train_step(
   """Compile a run's training step.
 
   Args:
-    config: valid config of a run.
-    gpu: GPU to compile for.
-    inputs: inputs of its dataset.
+    config: a valid config.
+    gpu: the GPU.
+    inputs: of the config's dataset.
     devices: number of GPUs on one host, which share the batch.
-    step: number of the step, since a norm may calibrate in step 1; None for the
-      last step.
+    step: since a norm may calibrate in step 1; None for the last step.
 
   Raises:
     UserError: the compiler's wheels are missing, or the config does not fit the
@@ -107,22 +106,16 @@ def flax_train_step(
   """Compile the step of `peers.FlaxPeer`; see `train_step`."""
   with _compiling_for(gpu, devices) as mesh:
     everywhere, by_device = sharding.replicated(mesh), sharding.split(mesh)
-    model, optimizer = peers.flax_recipe(config)
     size = config.image_size
     shape = (config.batch, size, size, 3)
     images = jax.ShapeDtypeStruct(shape, np.float32, sharding=by_device)
     labels = jax.ShapeDtypeStruct(shape[:1], np.int32, sharding=by_device)
-
-    def init(images):
-      params = model.init(jax.random.key(0), images, True)
-      return params, optimizer.init(params), jax.random.key(1)
-
-    params, opt_state, key = jax.tree.map(
+    recipe = peers.FlaxRecipe(config)
+    state = jax.tree.map(
       lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere),
-      jax.eval_shape(init, images),
+      jax.eval_shape(recipe.init, images),
     )
-    step = peers.flax_train_step(model, optimizer)
-    return _compile(step, params, opt_state, images, labels, key)
+    return _compile(recipe.train_step, state, images, labels)
 
 
 @contextlib.contextmanager

@@ -7,7 +7,6 @@ import re
 from rescalevit_jax import errors
 from rescalevit_jax.runtime import accelerator
 
-# XLA's description of each GPU, as text of its proto GpuTargetConfigProto.
 _DESCRIPTIONS = pathlib.Path(__file__).parent / "gpu_targets"
 
 # Peak speed of dense matrix products in 10^12 FLOP/s: float16 with float32 sums
@@ -32,23 +31,14 @@ NAMES = tuple(_TERAFLOPS)
 
 @dataclasses.dataclass(frozen=True)
 class Gpu:
-  """A GPU, which need not be present.
+  """A GPU, which need not be present."""
 
-  Attributes:
-    name: key, such as 'a100-40'.
-    title: CUDA's name of the GPU.
-    description: XLA's description, as text.
-    capability: CUDA compute capability, (major, minor).
-    memory_bytes: size of the memory.
-    bandwidth: memory bandwidth in bytes/s.
-  """
-
-  name: str
-  title: str
-  description: str
+  name: str  # One of `NAMES`.
+  title: str  # CUDA's name.
+  description: str  # Text of XLA's proto GpuTargetConfigProto.
   capability: tuple[int, int]
   memory_bytes: int
-  bandwidth: float
+  bandwidth: float  # Of the memory, in bytes/s.
 
   @property
   def accelerator(self) -> accelerator.Accelerator:
@@ -56,11 +46,9 @@ class Gpu:
     return accelerator.Accelerator("gpu", self.capability)
 
   def flops_per_second(self, dtype: str, exact: bool = False) -> float:
-    """Return the peak speed of matrix products.
+    """Return the peak speed of products of HLO's 'f32', 'bf16' or 'f16'.
 
-    Args:
-      dtype: type of the factors in HLO: 'f32', 'bf16', 'f16'.
-      exact: True if float32 products keep all bits, False for TF32.
+    `exact` excludes TF32 for float32 products.
     """
     half, tf32, single = _TERAFLOPS[self.name]
     if dtype in ("f16", "bf16"):
@@ -69,7 +57,7 @@ class Gpu:
 
 
 def get(name: str) -> Gpu:
-  """Return a GPU by its name, one of `NAMES`.
+  """Return a GPU by its name.
 
   Raises:
     UserError: the name is unknown.

@@ -32,27 +32,16 @@ _HOST_MEMORY = "S(5)"  # XLA's number of host memory, in a layout.
 
 @dataclasses.dataclass(frozen=True)
 class Kernel:
-  """One launch on the GPU.
+  """One launch on the GPU."""
 
-  Attributes:
-    kind: library function, or opcode.
-    op_name: path of the module in the model.
-    read: bytes read.
-    written: bytes written.
-    flops: FLOPs of its matrix products, attention and convolutions.
-    dtype: type of the factors of its products, such as 'bf16', or ''.
-    exact: True if float32 products keep all bits (no TF32).
-    times: number of launches per step.
-  """
-
-  kind: str
-  op_name: str
-  read: float
-  written: float
-  flops: float = 0.0
-  dtype: str = ""
-  exact: bool = False
-  times: int = 1
+  kind: str  # Library function, or opcode.
+  op_name: str  # Path of the module in the model.
+  read: float  # Bytes.
+  written: float  # Bytes.
+  flops: float = 0.0  # Of matrix products, attention and convolutions.
+  dtype: str = ""  # Of the products' factors, such as 'bf16'.
+  exact: bool = False  # True if float32 products keep all bits (no TF32).
+  times: int = 1  # Launches per step.
 
   @property
   def bytes(self) -> float:
@@ -75,17 +64,11 @@ class Kernel:
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-  """A communication between GPUs; also a `Kernel`.
+  """A communication between GPUs; also a `Kernel`."""
 
-  Attributes:
-    kind: opcode, such as 'all-reduce'.
-    shapes: shapes of one GPU's operands.
-    op_name: path of the module in the model.
-  """
-
-  kind: str
-  shapes: tuple[hlo_parse.Shape, ...]
-  op_name: str
+  kind: str  # Opcode, such as 'all-reduce'.
+  shapes: tuple[hlo_parse.Shape, ...]  # Of one GPU's operands.
+  op_name: str  # Path of the module in the model.
 
 
 @dataclasses.dataclass

@@ -15,22 +15,13 @@ _REFERENCE = pathlib.Path(__file__).parent / "reference.json"
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-  """The planned measurements by name, most valuable first.
+  """The planned measurements by name, most valuable first."""
 
-  Attributes:
-    config: config of the stage `norms`.
-    reference: file of the float32 losses to compare with.
-    norms: items of `norm_steps.run`.
-    speed: run and subject.
-    speed_options: options of `run_worker.measure`.
-    training: runs.
-  """
-
-  config: ml_collections.ConfigDict
-  reference: pathlib.Path
-  norms: dict[str, dict[str, str]]
-  speed: dict[str, tuple[grid.PlannedRun, str]]
-  speed_options: dict[str, float]
+  config: ml_collections.ConfigDict  # Of the stage `norms`.
+  reference: pathlib.Path  # Float32 losses to compare with.
+  norms: dict[str, dict[str, str]]  # Items of `norm_steps.run`.
+  speed: dict[str, tuple[grid.PlannedRun, str]]  # Run and subject.
+  speed_options: dict[str, float]  # Of `run_worker.measure`.
   training: dict[str, grid.PlannedRun]
 
 

@@ -23,16 +23,11 @@ _LOSSES = ("loss", "second_loss", "eval_loss")
 def compare(
   found: Mapping[str, float], reference: Mapping[str, float], dtype: str
 ) -> dict[str, Any]:
-  """Return the largest relative differences from a reference.
-
-  Args:
-    found: result of `norm_steps.prepare_check`.
-    reference: the same on a CPU in float32.
-    dtype: a key of `TOLERANCES`.
+  """Compare a result of `norm_steps.prepare_check` with its reference.
 
   Returns:
-    `loss_difference`, `grad_norm_difference`, and `within`, True if both are
-    within the tolerance.
+    The largest relative differences `loss_difference` and
+    `grad_norm_difference`, and `within`, True if the dtype tolerates both.
   """
 
   def difference(key):
@@ -67,13 +62,7 @@ def markdown(
   results: measure_results.Results,
   bounds: Sequence[Mapping[str, Any]],
 ) -> str:
-  """Return summary.md.
-
-  Args:
-    plan: the planned measurements.
-    results: their results.
-    bounds: rows of compiled.json.
-  """
+  """Return summary.md; `bounds` are the rows of compiled.json."""
   machine = results.machine
   lines = [
     "# Measurements",

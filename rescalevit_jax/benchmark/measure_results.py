@@ -18,14 +18,6 @@ STAGES = ("norms", "speed", "training")
 class Results:
   """The results of all stages. Each is written as soon as it is known.
 
-  Args:
-    plan: the planned measurements.
-    output: existing folder of the results.
-
-  Attributes:
-    reference: content of the reference's file.
-    machine: result of `machine.describe`; empty before the first measurement.
-
   Raises:
     UserError: a file is damaged, or the reference is of another model.
   """

@@ -41,14 +41,7 @@ def _device_and_jax(machine):
 
 
 class Session:
-  """One call of `measure_gpu`.
-
-  Args:
-    plan: the planned measurements.
-    output: existing folder of the results.
-    seconds: time limit.
-    bounds: compiled.json of the lower bounds, or None.
-  """
+  """One call of `measure_gpu`, with a time limit in seconds."""
 
   def __init__(
     self,

@@ -1,10 +1,10 @@
 """Run single training steps with every norm, in a process of their own.
 
-Usage: python -m rescalevit_jax.benchmark.norm_steps CONFIG ITEMS SECONDS, with
-CONFIG and ITEMS as JSON. An item has `kind`, `norm`, `dtype` and `attention`.
-The output has a JSON object per line: the measurements of an item, or its
-`error`. An item starts only if the previous items suggest that it ends within
-SECONDS.
+Usage: python -m rescalevit_jax.benchmark.norm_steps CONFIG ITEMS SECONDS
+THREADS, with CONFIG and ITEMS as JSON. An item has `kind`, `norm`, `dtype` and
+`attention`. The output has a JSON object per line: the measurements of an item,
+or its `error`. An item starts only if the previous items suggest that it ends
+within SECONDS.
 """
 
 from collections.abc import Callable, Mapping
@@ -104,7 +104,6 @@ def run(
       str(seconds - passed),
       str(threads),
     ]
-    names = iter(list(left))
     with (
       tempfile.TemporaryFile("w+") as log,
       subprocess.Popen(
@@ -117,14 +116,14 @@ def run(
     ):
       assert process.stdout is not None  # A pipe.
       for line in process.stdout:
-        name = next(names)
+        name = next(iter(left))
         del left[name]
         record(name, json.loads(line))
       if process.wait() == 0 or not left:
         return
       log.seek(0)
       lines = log.read().strip().splitlines() or ["it printed nothing"]
-    name = next(names)
+    name = next(iter(left))
     if time.monotonic() - start > most_seconds:
       record(name, {"error": OUT_OF_TIME})
       return
@@ -151,10 +150,7 @@ def _killing(process, seconds):
 def item_config(
   config: ml_collections.ConfigDict, item: Mapping[str, str]
 ) -> ml_collections.ConfigDict:
-  """Return the config of an item.
-
-  A check is deterministic and has no warm-up.
-  """
+  """Return the config of an item; a check is deterministic, without warm-up."""
   config = config.copy_and_resolve_references()
   config.model.norm = item["norm"]
   config.model.attention = item["attention"]
@@ -171,14 +167,10 @@ def item_config(
 def prepare_check(
   config: ml_collections.ConfigDict,
 ) -> Callable[[], dict[str, float]]:
-  """Compile two training steps and an evaluation on a fixed batch.
+  """Return a function that runs two training steps and an evaluation.
 
-  Weights and images are from NumPy's generators, which are the same for every
-  device and every version of JAX.
-
-  Returns:
-    A function that runs them and returns `loss` and `grad_norm` of the first
-    step, `second_loss`, and `eval_loss` after both steps.
+  It is compiled already. Weights and images are from NumPy's generators, which
+  are the same for every device and every version of JAX.
   """
   experiment, (images, labels) = _experiment(config)
   state = experiment.init_state()
@@ -213,13 +205,7 @@ def prepare_check(
 def prepare_timing(
   config: ml_collections.ConfigDict,
 ) -> Callable[[], dict[str, Any]]:
-  """Compile a run's training step.
-
-  Returns:
-    A function that times the step on one batch. It returns `worker.summary`,
-    `finite` (True if loss and gradient of the first step are), the compilation
-    time and the memory of the program.
-  """
+  """Return a function that times a run's training step, compiled already."""
   experiment, (images, labels) = _experiment(config)
   start = time.perf_counter()
   step = (

@@ -34,7 +34,7 @@ def measure(
     run: the run to measure, or to compare a peer with.
     subject: 'ours' or a key of `peers.PEERS`.
     options: values of the flags `seconds` and `eval_images`.
-    timeout: seconds until the process is killed.
+    timeout: seconds.
 
   Raises:
     UserError: the process failed.

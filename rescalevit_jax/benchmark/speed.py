@@ -178,11 +178,10 @@ def _measure(runs, first_runs, args):
 def _command(args):
   """Return the command line without paths."""
   words = ["python -m rescalevit_jax.benchmark"]
-  words += [f"--config={text}" for text in args.config]
-  words += [f"--grid={text}" for text in args.grid]
   words += [
-    f"--set={text}"
-    for text in args.set
+    f"--{flag}={text}"
+    for flag in ("config", "grid", "set")
+    for text in getattr(args, flag)
     if not text.startswith("tfds_data_dir=")
   ]
   words += ["--peer"] * args.peer

@@ -48,7 +48,6 @@ def measure_ours(
 ) -> dict[str, float]:
   """Measure this project, with real data and with one resident batch."""
   experiment = experiment_lib.create(config)
-  by_device = sharding.split(experiment.mesh, axis=1)
   seed = np.uint32(config.seed)
   state = experiment.init_state()
 
@@ -72,7 +71,7 @@ def measure_ours(
         last = metrics
     jax.block_until_ready((state, metrics))
 
-  on_device = _resident(experiment, by_device)
+  on_device = _resident(experiment)
   real_times, resident_times = time_laps([run, on_device], options["seconds"])
   test = experiment.dataset.test
   count = min(len(test), int(options["eval_images"]))
@@ -150,7 +149,7 @@ def _diagnostics(experiment, step, seconds):
   }
 
 
-def _resident(experiment, by_device):
+def _resident(experiment):
   """Return a function that trains repeatedly on one prepared batch."""
   config, model = experiment.config, experiment.model
   rng = np.random.default_rng(0)
@@ -158,7 +157,9 @@ def _resident(experiment, by_device):
   shape = (config.accum_steps, config.batch // config.accum_steps)
   images = rng.standard_normal((*shape, size, size, 3), np.float32)
   labels = rng.integers(0, model.config.num_classes, shape, np.int32)
-  images, labels = sharding.put((images, labels), by_device)
+  images, labels = sharding.put(
+    (images, labels), sharding.split(experiment.mesh, axis=1)
+  )
   state = experiment.init_state()
 
   def step(state, images, labels):

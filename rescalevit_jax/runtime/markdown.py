@@ -36,13 +36,7 @@ def table_of(
   columns: Mapping[str, Callable[[Any], str]],
   items: Iterable[Any],
 ) -> str:
-  """Return a table with a row for each item.
-
-  Args:
-    alignment: see `table`.
-    columns: function from an item to its cell, by heading.
-    items: the items.
-  """
+  """Return a table of items; `columns` has a function to a cell per heading."""
   rows = [[cell(item) for cell in columns.values()] for item in items]
   return table(alignment, list(columns), rows)
 

@@ -429,9 +429,7 @@ def test_the_reference_is_what_the_model_computes(tmp_path):
   plan = measure_plan.real(tmp_path, tmp_path, None)
   reference = json.loads(plan.reference.read_text())["norms"]["LN"]
   item = {**plan.norms["check LN float32 auto"]}
-  found = norm_steps.prepare_check(
-    norm_steps.item_config(plan.config, item)
-  )()
+  found = norm_steps.prepare_check(norm_steps.item_config(plan.config, item))()
   assert found == pytest.approx(reference, rel=1e-3)
 
 

@@ -15,7 +15,6 @@ from rescalevit_jax import errors
 from rescalevit_jax.benchmark import comparison
 from rescalevit_jax.benchmark import peers
 from rescalevit_jax.benchmark import worker
-from rescalevit_jax.distributed import sharding
 from rescalevit_jax.training import experiment
 from rescalevit_jax.training import train_step
 
@@ -123,7 +122,7 @@ def test_the_resident_step_is_the_steady_one(tiny_config, monkeypatch):
   monkeypatch.setattr(train_step, "loss_fn", record)
   tiny_config.model.norm = "Rescale"
   found = experiment.create(tiny_config)
-  worker._resident(found, sharding.split(found.mesh, axis=1))(1)
+  worker._resident(found)(1)
   assert settled == [True]
 
 
