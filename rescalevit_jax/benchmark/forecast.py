@@ -9,7 +9,6 @@ import functools
 import importlib.metadata
 import logging
 import os
-import pathlib
 import time
 from typing import Any
 
@@ -43,23 +42,18 @@ def forecast(
   *,
   devices: int,
   with_peer: bool,
-  command: str,
-  output: pathlib.Path,
-) -> None:
-  """Compile every run for every GPU; print a table and write it to a folder.
+) -> dict[str, Any]:
+  """Compile every run for every GPU; return the content of compiled.json.
 
   Args:
     runs: the runs.
     targets: the GPUs.
     devices: number of GPUs on one host, which share each batch.
     with_peer: True to add a plain flax ViT for each model.
-    command: command line, for the report.
-    output: folder of compiled.json and compiled.md.
 
   Raises:
     UserError: the compiler's wheels are missing, or a config is unsuitable.
   """
-  output.mkdir(parents=True, exist_ok=True)  # Report errors early.
   jax.config.update("jax_platforms", "cpu")  # Do not occupy a present GPU.
   jobs = [
     (gpu, run.config, subject)
@@ -85,14 +79,12 @@ def forecast(
       row["step_seconds"] * 1e3,
       terminal.duration((time.monotonic() - start) / i * (len(jobs) - i)),
     )
-  report = {
-    "command": command,
+  return {
     "versions": {name: importlib.metadata.version(name) for name in _PACKAGES},
     "devices": devices,
     "memory_share": _memory_share(),
     "rows": rows,
   }
-  report_lib.write(output, "compiled", report, markdown(report))
 
 
 def _memory_share() -> float:

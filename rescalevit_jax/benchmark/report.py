@@ -1,22 +1,11 @@
 """Write the results of a speed benchmark as Markdown."""
 
 from collections.abc import Iterable, Mapping
-import pathlib
 from typing import Any
 
-from rescalevit_jax.runtime import atomic_file
 from rescalevit_jax.runtime import markdown as markdown_lib
 
 _number = markdown_lib.number
-
-
-def write(
-  folder: pathlib.Path, name: str, report: Mapping[str, Any], text: str
-) -> None:
-  """Write a report as JSON and Markdown to a folder, and print it."""
-  atomic_file.write_json(folder / f"{name}.json", report)
-  atomic_file.write(folder / f"{name}.md", text)
-  print(text)
 
 
 def versions(found: Mapping[str, str]) -> str:
@@ -40,8 +29,9 @@ def markdown(report: Mapping[str, Any]) -> str:
     " forward pass, relative to the speed of a large random matrix product of"
     " the same type in the same process.",
     "- Real data / resident: time of a step with data loading and augmentation,"
-    " relative to a step on a prepared batch that stays on the device. Peers"
-    " train and evaluate on such a batch; ours evaluates the test split.",
+    " relative to a step without them, on one batch that stays on the device."
+    " Peers train and evaluate on a prepared batch; ours evaluates the test"
+    " split.",
     "- Compilation of a peer includes its first step.",
     "- Ours uses huge pages, as `rescalevit_jax.main` does. Peers use the"
     " defaults, unless GLIBC_TUNABLES was set for all.",

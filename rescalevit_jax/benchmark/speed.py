@@ -37,6 +37,7 @@ from rescalevit_jax.benchmark import peers
 from rescalevit_jax.benchmark import report as report_lib
 from rescalevit_jax.benchmark import run_worker
 from rescalevit_jax.config import overrides
+from rescalevit_jax.runtime import atomic_file
 from rescalevit_jax.runtime import cli
 from rescalevit_jax.runtime import terminal
 from rescalevit_jax.sweep import grid
@@ -83,6 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   )
   add(
     "--compile_for",
+    type=lambda text: text.split(","),
     metavar="GPU,...",
     help=f"compile for GPUs instead: {', '.join(gpus.NAMES)}",
   )
@@ -117,33 +119,36 @@ def _run(args):
   if args.peer:
     for run in runs:
       peers.check_recipe(run.config)
-  if args.compile_for:
-    forecast.forecast(
-      runs,
-      [gpus.get(name) for name in args.compile_for.split(",")],
-      devices=args.devices,
-      with_peer=args.peer,
-      command=_command(args),
-      output=args.output,
-    )
-    return
+  targets = [gpus.get(x) for x in args.compile_for or ()]
   args.output.mkdir(parents=True, exist_ok=True)  # Report errors early.
+  report = {"command": _command(args)}
+  if targets:
+    report |= forecast.forecast(
+      runs, targets, devices=args.devices, with_peer=args.peer
+    )
+    name, text = "compiled", forecast.markdown(report)
+  else:
+    report |= _measure(runs, args)
+    name, text = "benchmark", report_lib.markdown(report)
+  atomic_file.write_json(args.output / f"{name}.json", report)
+  atomic_file.write(args.output / f"{name}.md", text)
+  print(text)
+
+
+def _measure(runs, args):
+  """Return the content of benchmark.json."""
   load_before = os.getloadavg()
   first_runs = [run for run in runs if comparison.is_first(run, runs)]
-  report = {
-    "command": _command(args),
+  return {
     "machine": {**machine.describe(), "load_before": load_before},
-    "entries": _measure(runs, first_runs, args),
+    "entries": _measure_programs(runs, first_runs, args),
     "starts": [
       run_worker.measure_starts(run) for run in first_runs if not args.no_start
     ],
   }
-  report_lib.write(
-    args.output, "benchmark", report, report_lib.markdown(report)
-  )
 
 
-def _measure(runs, first_runs, args):
+def _measure_programs(runs, first_runs, args):
   """Measure all programs in turn, over several rounds."""
   subjects = ["ours"]
   if args.peer:
@@ -186,7 +191,8 @@ def _command(args):
   ]
   words += ["--peer"] * args.peer
   if args.compile_for:
-    words += [f"--compile_for={args.compile_for}", f"--devices={args.devices}"]
+    gpu_names = ",".join(args.compile_for)
+    words += [f"--compile_for={gpu_names}", f"--devices={args.devices}"]
     return " ".join(words)
   words += ["--no_start"] * args.no_start
   for name in ("rounds", "seconds", "eval_images"):
