@@ -111,11 +111,11 @@ def flax_train_step(
     images = jax.ShapeDtypeStruct(shape, np.float32, sharding=by_device)
     labels = jax.ShapeDtypeStruct(shape[:1], np.int32, sharding=by_device)
     recipe = peers.FlaxRecipe(config)
-    state = jax.tree.map(
+    state, key = jax.tree.map(
       lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere),
       jax.eval_shape(recipe.init, images),
     )
-    return _compile(recipe.train_step, state, images, labels)
+    return _compile(recipe.train_step, state, key, images, labels)
 
 
 @contextlib.contextmanager

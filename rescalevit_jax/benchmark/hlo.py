@@ -174,9 +174,9 @@ def _read_kernel(instruction, computation, computations, times) -> Kernel:
       hlo_cost.bytes_read(computation[name], {instruction.name: instruction})
       for name in dict.fromkeys(instruction.operands)
     )
-  flops = {i: hlo_cost.flops(i, where) for i in parts}
+  flops = {i: n for i in parts if (n := hlo_cost.flops(i, where))}
   dtype, exact = "", False
-  for product in (i for i in parts if flops[i]):
+  for product in flops:
     dtype = where[product.operands[0]].shapes[0].dtype
     exact = "highest" in product.attributes.lower()
   return Kernel(

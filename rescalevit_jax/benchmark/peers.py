@@ -78,13 +78,13 @@ class FlaxRecipe:
     )
     self.train_step = jax.jit(self._train_step, donate_argnums=0)
 
-  def init(self, images: jax.Array) -> tuple[Any, Any, jax.Array]:
-    """Return parameters, optimizer state and PRNG key."""
+  def init(self, images: jax.Array) -> tuple[tuple[Any, Any], jax.Array]:
+    """Return parameters and optimizer state, and a PRNG key."""
     params = self.model.init(jax.random.key(0), images, True)
-    return params, self._optimizer.init(params), jax.random.key(1)
+    return (params, self._optimizer.init(params)), jax.random.key(1)
 
-  def _train_step(self, state, images, labels):
-    params, opt_state, key = state
+  def _train_step(self, state, key, images, labels):
+    params, opt_state = state
     key, next_key = jax.random.split(key)
 
     def loss_fn(params):
@@ -95,7 +95,7 @@ class FlaxRecipe:
 
     loss, grads = jax.value_and_grad(loss_fn)(params)
     updates, opt_state = self._optimizer.update(grads, opt_state, params)
-    return (optax.apply_updates(params, updates), opt_state, next_key), loss
+    return (optax.apply_updates(params, updates), opt_state), next_key, loss
 
 
 class FlaxPeer:
@@ -105,7 +105,7 @@ class FlaxPeer:
     self.batch = config.batch
     recipe = FlaxRecipe(config)
     self._data = jax.tree.map(jnp.asarray, _batch(config))
-    self._state = recipe.init(self._data[0])
+    self._state, self._key = recipe.init(self._data[0])
     self._train_step = recipe.train_step
     self._forward = jax.jit(
       lambda params, x: recipe.model.apply(params, x, True)
@@ -114,7 +114,9 @@ class FlaxPeer:
   def train(self, steps: int) -> None:
     """Run a number of training steps and wait for their end."""
     for _ in range(steps):
-      self._state, loss = self._train_step(self._state, *self._data)
+      self._state, self._key, loss = self._train_step(
+        self._state, self._key, *self._data
+      )
     jax.block_until_ready((self._state, loss))
 
   def evaluate(self, batches: int) -> None:
@@ -125,7 +127,7 @@ class FlaxPeer:
 
   def memory_bytes(self) -> int:
     """Return the device memory of a step."""
-    step = self._train_step.lower(self._state, *self._data)
+    step = self._train_step.lower(self._state, self._key, *self._data)
     return memory.used(step.compile())
 
 
