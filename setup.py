@@ -42,7 +42,7 @@ setuptools.setup(
   package_data={
     "rescalevit_jax": ["py.typed"],
     "rescalevit_jax.analysis": ["published/*.csv"],
-    "rescalevit_jax.benchmark": ["gpu_targets/*.txtpb", "reference.json"],
+    "rescalevit_jax.benchmark": ["*.json", "*.toml", "*.txtpb"],
     "rescalevit_jax.report": ["page.html"],
   },
   python_requires=">=3.11",

@@ -1,26 +1,51 @@
 """Compare measured programs: medians over rounds, ratios between programs."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 import statistics
 from typing import Any
 
+import ml_collections
+
 from rescalevit_jax import config as config_lib
 from rescalevit_jax import models
-from rescalevit_jax.benchmark import report as report_lib
 from rescalevit_jax.models import flops
+from rescalevit_jax.sweep import grid
+
+# Config keys with a column in the table of a report.
+_COLUMNS = ("model_name", "model.norm", "image_size", "batch", "dtype")
+
+
+def settings(
+  config: ml_collections.ConfigDict,
+  configs: Iterable[ml_collections.ConfigDict],
+) -> dict[str, Any]:
+  """Return the keys without a column in which a config differs from others."""
+  others = [config_lib.flatten(other) for other in configs]
+  return {
+    key: value
+    for key, value in config_lib.flatten(config).items()
+    if key not in _COLUMNS and any(value != other[key] for other in others)
+  }
+
+
+def same_but(run: grid.PlannedRun, other: grid.PlannedRun, *keys: str) -> bool:
+  """Return True if the configs of two runs differ in some keys at most."""
+  mine = config_lib.flatten(run.config)
+  theirs = config_lib.flatten(other.config)
+  return all(mine[key] == theirs[key] for key in mine if key not in keys)
+
+
+def is_first(run: grid.PlannedRun, runs: Sequence[grid.PlannedRun]) -> bool:
+  """Return False if an earlier run differs in the norm only."""
+  return next(x for x in runs if same_but(run, x, "model.norm")) is run
 
 
 def describe(
   entry: Mapping[str, Any], entries: Sequence[Mapping[str, Any]]
 ) -> dict[str, Any]:
-  """Return medians over the rounds, and median ratios to other programs.
+  """Return medians over the rounds, and of the ratios to other programs.
 
-  A ratio is the median of the rounds' ratios.
-
-  Args:
-    entry: `run`, `subject` and `rounds`, a list of results of
-      `run_worker.measure`.
-    entries: all entries of the report.
+  An entry has `run`, `subject` and `rounds`: results of `run_worker.measure`.
   """
   rounds = entry["rounds"]
   config = entry["run"].config
@@ -38,9 +63,7 @@ def describe(
     "batch": config.batch,
     "dtype": rounds[0]["dtype"],
     "subject": entry["subject"],
-    "settings": report_lib.settings(
-      config, [other["run"].config for other in entries]
-    ),
+    "settings": settings(config, [x["run"].config for x in entries]),
     **medians,
     "images_per_second_range": [min(speeds), max(speeds)],
     "rounds": rounds,
@@ -60,13 +83,12 @@ def describe(
     training * r["images_per_second"] / r["peak_flops_per_second"]
     for r in rounds
   )
-  mine = config_lib.flatten(config)
   for other in entries:
-    theirs = config_lib.flatten(other["run"].config)
-    same = all(mine[k] == theirs[k] for k in mine if k != "model.norm")
-    if same and other["subject"] != "ours":
+    if not same_but(entry["run"], other["run"], "model.norm"):
+      continue
+    if other["subject"] != "ours":
       found[f"ratio_to_{other['subject']}"] = _ratio(rounds, other["rounds"])
-    if same and other["subject"] == "ours" and theirs["model.norm"] == "LN":
+    elif other["run"].config.model.norm == "LN":
       found["ratio_to_LN"] = _ratio(rounds, other["rounds"])
   return found
 

@@ -5,18 +5,17 @@ a lower bound of the step time. Nothing is executed.
 """
 
 from collections.abc import Callable, Sequence
+import functools
 import importlib.metadata
-import json
 import logging
 import os
-import pathlib
 import time
 from typing import Any
 
-from flax import linen as nn
 import jax
 import ml_collections
 
+from rescalevit_jax.benchmark import comparison
 from rescalevit_jax.benchmark import gpu_compile
 from rescalevit_jax.benchmark import gpus
 from rescalevit_jax.benchmark import hlo
@@ -26,7 +25,6 @@ from rescalevit_jax.benchmark import report as report_lib
 from rescalevit_jax.models import norms
 from rescalevit_jax.models.norms import traits
 from rescalevit_jax.runtime import accelerator
-from rescalevit_jax.runtime import atomic_file
 from rescalevit_jax.runtime import markdown as markdown_lib
 from rescalevit_jax.runtime import terminal
 from rescalevit_jax.sweep import grid
@@ -35,19 +33,6 @@ from rescalevit_jax.training import experiment
 _log = logging.getLogger(__name__)
 
 _PACKAGES = ("jax", "jaxlib", "jax-cuda12-pjrt", "nvidia-cuda-nvcc-cu12")
-_HEADINGS = (
-  "GPU",
-  "model",
-  "batch, dtype, attention",
-  "program",
-  "memory, GB",
-  "fits",
-  "kernels (products)",
-  "traffic, GB",
-  "TFLOP",
-  "lower bound, ms",
-  "images/s, at most",
-)
 _DEFAULT_SHARE = "0.75"  # JAX's default share of GPU memory.
 
 
@@ -57,63 +42,49 @@ def forecast(
   *,
   devices: int,
   with_peer: bool,
-  command: str,
-  output: pathlib.Path,
-) -> None:
-  """Compile every run for every GPU; print a table and write it to a folder.
+) -> dict[str, Any]:
+  """Compile every run for every GPU; return the content of compiled.json.
 
   Args:
-    runs: runs to compile.
-    targets: GPUs to compile for.
+    runs: the runs.
+    targets: the GPUs.
     devices: number of GPUs on one host, which share each batch.
     with_peer: True to add a plain flax ViT for each model.
-    command: command line, for the report.
-    output: folder of compiled.json and compiled.md.
 
   Raises:
     UserError: the compiler's wheels are missing, or a config is unsuitable.
   """
-  output.mkdir(parents=True, exist_ok=True)  # Report errors early.
   jax.config.update("jax_platforms", "cpu")  # Do not occupy a present GPU.
-  subjects = ("ours", "flax") if with_peer else ("ours",)
   jobs = [
     (gpu, run.config, subject)
     for gpu in targets
     for run in runs
-    for subject in subjects
+    for subject in (("ours", "flax") if with_peer else ("ours",))
     # A peer always has LayerNorm: compile it once per model.
-    if subject == "ours" or report_lib.is_first(run, runs)
+    if subject == "ours" or comparison.is_first(run, runs)
   ]
   configs = [run.config for run in runs]
   rows, start = [], time.monotonic()
-  for i, (gpu, config, subject) in enumerate(jobs):
+  for i, (gpu, config, subject) in enumerate(jobs, 1):
     row = _compile(gpu, config, subject, devices)
-    row["settings"] = report_lib.settings(config, configs)
+    row["settings"] = comparison.settings(config, configs)
     rows.append(row)
-    left = (time.monotonic() - start) / (i + 1) * (len(jobs) - i - 1)
     _log.info(
       "%d/%d  %s  %s: %.1f GB, at least %.1f ms  ETA %s",
-      i + 1,
+      i,
       len(jobs),
       gpu.title,
       report_lib.program(row),
       row["memory_bytes"] / 1e9,
       row["step_seconds"] * 1e3,
-      terminal.duration(left),
+      terminal.duration((time.monotonic() - start) / i * (len(jobs) - i)),
     )
-  report = {
-    "command": command,
+  return {
     "versions": {name: importlib.metadata.version(name) for name in _PACKAGES},
     "devices": devices,
     "memory_share": _memory_share(),
     "rows": rows,
   }
-  text = markdown(report)
-  atomic_file.write(
-    output / "compiled.json", json.dumps(report, indent=2) + "\n"
-  )
-  atomic_file.write(output / "compiled.md", text)
-  print(text)
 
 
 def _memory_share() -> float:
@@ -126,22 +97,17 @@ def _compile(
 ) -> dict[str, Any]:
   """Return the row of one program."""
   start = time.monotonic()
+  create_model = peers.model_of
   if subject == "ours":
     inputs = gpu_compile.inputs_of(config)
     needed, program = _train_step(config, gpu, inputs, devices)
+    create_model = functools.partial(experiment.create_model, num_classes=1)
   else:
-    compiled = gpu_compile.flax_train_step(config, gpu, devices)
-    text = compiled.as_text()
-    assert text is not None  # Of the backend cuda.
-    needed, program = memory.needed(compiled), hlo.read(text)
+    needed, program = _read(gpu_compile.flax_train_step(config, gpu, devices))
   seconds = time.monotonic() - start
   limit = _memory_share() * gpu.memory_bytes
-  model: nn.Module
   with accelerator.compiling_for(gpu.accelerator):
-    if subject == "ours":
-      model = experiment.create_model(config, inputs.num_classes)
-    else:
-      model = peers.model_of(config)
+    model = create_model(config)
   row = {
     "gpu": gpu.name,
     "gpu_title": gpu.title,
@@ -172,15 +138,18 @@ def _compile(
   return row
 
 
+def _read(compiled):
+  return memory.needed(compiled), hlo.read(compiled.as_text())
+
+
 def _train_step(config, gpu, inputs, devices):
   """Return the peak memory of a step, and the steady-state program."""
-  settled = gpu_compile.train_step(config, gpu, inputs, devices)
-  needed = memory.needed(settled)
+  needed, program = _read(gpu_compile.train_step(config, gpu, inputs, devices))
   Norm = norms.NORMS[config.model.norm]
   if issubclass(Norm, traits.Settling):  # Step 1 may need more.
     first = gpu_compile.train_step(config, gpu, inputs, devices, step=1)
     needed = max(needed, memory.needed(first))
-  return needed, hlo.read(settled.as_text())
+  return needed, program
 
 
 def _ways_to_fit(gpu, config, inputs, devices, limit):
@@ -215,9 +184,9 @@ def largest_batch(
   and checked. Large results are multiples of 8.
 
   Args:
-    needed: function from a batch size to the memory of a step in bytes.
-    batch: a batch size that does not fit.
-    divisor: divisor of all batch sizes.
+    needed: memory of a step in bytes, by batch size.
+    batch: a size that does not fit.
+    divisor: of all batch sizes.
     limit: available memory in bytes.
   """
   unit = divisor * (8 if batch > 64 * divisor else 1)
@@ -238,13 +207,12 @@ def largest_batch(
 
 def markdown(report: dict[str, Any]) -> str:
   """Return compiled.md from the content of compiled.json."""
-  versions = ", ".join(f"{k} {v}" for k, v in report["versions"].items())
   share, devices = report["memory_share"], report["devices"]
   lines = [
     "# Compiled for GPUs",
     "",
     f"- Command: `{report['command']}`",
-    f"- Versions: {versions}",
+    report_lib.versions(report["versions"]),
     "- Compiled, not executed. Lower bound: each kernel takes the longer of its"
     " bytes at memory bandwidth and its products at peak speed. Launch"
     " overhead, caches and communication are not counted.",
@@ -256,25 +224,9 @@ def markdown(report: dict[str, Any]) -> str:
       * (devices > 1)
     ),
     "",
-    markdown_lib.table("llllrlrrrrr", _HEADINGS, map(_row, report["rows"])),
+    markdown_lib.table_of("llllrlrrrrr", _COLUMNS, report["rows"]),
   ]
   return "\n".join(lines)
-
-
-def _row(row):
-  return [
-    row["gpu_title"],
-    f"{row['model']} at {row['image_size']}",
-    f"{row['batch']}, {row['dtype']}, {row['attention']}",
-    report_lib.program(row),
-    _format(row["memory_bytes"] / 1e9),
-    _fits(row),
-    f"{row['kernels']} ({row['gemms']})",
-    _format(row["traffic_bytes"] / 1e9),
-    _format(row["flops"] / 1e12),
-    _format(1e3 * row["step_seconds"]),
-    _format(row["images_per_second"]),
-  ]
 
 
 def _fits(row):
@@ -294,3 +246,20 @@ def _fits(row):
 def _format(x: float) -> str:
   """Return a number with three significant digits."""
   return f"{x:.3g}" if x < 999.5 else f"{x:.0f}"
+
+
+_COLUMNS = {
+  "GPU": lambda row: row["gpu_title"],
+  "model": lambda row: f"{row['model']} at {row['image_size']}",
+  "batch, dtype, attention": lambda row: (
+    f"{row['batch']}, {row['dtype']}, {row['attention']}"
+  ),
+  "program": report_lib.program,
+  "memory, GB": lambda row: _format(row["memory_bytes"] / 1e9),
+  "fits": _fits,
+  "kernels (products)": lambda row: f"{row['kernels']} ({row['gemms']})",
+  "traffic, GB": lambda row: _format(row["traffic_bytes"] / 1e9),
+  "TFLOP": lambda row: _format(row["flops"] / 1e12),
+  "lower bound, ms": lambda row: _format(1e3 * row["step_seconds"]),
+  "images/s, at most": lambda row: _format(row["images_per_second"]),
+}

@@ -6,8 +6,7 @@ algorithms of cuBLAS and cuDNN and the tiling of Triton's kernels.
 
 from collections.abc import Iterator
 import contextlib
-import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jax.sharding import Mesh
@@ -28,16 +27,10 @@ from rescalevit_jax.training import experiment as experiment_lib
 _OPTIONS = {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False}
 
 
-@dataclasses.dataclass(frozen=True)
-class Inputs:
-  """Properties of a dataset that a program depends on.
+class Inputs(NamedTuple):
+  """Properties of a dataset that a program depends on."""
 
-  Attributes:
-    shape: shape of a stored image, (H, W, 3).
-    num_classes: number of classes.
-  """
-
-  shape: tuple[int, int, int]
+  shape: tuple[int, int, int]  # Of a stored image, (H, W, 3).
   num_classes: int
 
 
@@ -65,12 +58,11 @@ def train_step(
   """Compile a run's training step.
 
   Args:
-    config: valid config of a run.
-    gpu: GPU to compile for.
-    inputs: inputs of its dataset.
+    config: a valid config.
+    gpu: the GPU.
+    inputs: of the config's dataset.
     devices: number of GPUs on one host, which share the batch.
-    step: number of the step, since a norm may calibrate in step 1; None for the
-      last step.
+    step: since a norm may calibrate in step 1; None for the last step.
 
   Raises:
     UserError: the compiler's wheels are missing, or the config does not fit the
@@ -114,26 +106,16 @@ def flax_train_step(
   """Compile the step of `peers.FlaxPeer`; see `train_step`."""
   with _compiling_for(gpu, devices) as mesh:
     everywhere, by_device = sharding.replicated(mesh), sharding.split(mesh)
-    model, optimizer = peers.flax_recipe(config)
     size = config.image_size
-    images = jax.ShapeDtypeStruct(
-      (config.batch, size, size, 3), np.float32, sharding=by_device
-    )
-    params = jax.eval_shape(
-      lambda x: model.init(jax.random.key(0), x, True), images
-    )
-    replicated = (
-      params,
-      jax.eval_shape(optimizer.init, params),
-      jax.eval_shape(lambda: jax.random.key(1)),
-    )
-    params, opt_state, key = jax.tree.map(
+    shape = (config.batch, size, size, 3)
+    images = jax.ShapeDtypeStruct(shape, np.float32, sharding=by_device)
+    labels = jax.ShapeDtypeStruct(shape[:1], np.int32, sharding=by_device)
+    recipe = peers.FlaxRecipe(config)
+    state, key = jax.tree.map(
       lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere),
-      replicated,
+      jax.eval_shape(recipe.init, images),
     )
-    labels = jax.ShapeDtypeStruct((config.batch,), np.int32, sharding=by_device)
-    step = peers.flax_train_step(model, optimizer)
-    return _compile(step, params, opt_state, images, labels, key)
+    return _compile(recipe.train_step, state, key, images, labels)
 
 
 @contextlib.contextmanager

@@ -32,27 +32,16 @@ _HOST_MEMORY = "S(5)"  # XLA's number of host memory, in a layout.
 
 @dataclasses.dataclass(frozen=True)
 class Kernel:
-  """One launch on the GPU.
+  """One launch on the GPU."""
 
-  Attributes:
-    kind: library function, or opcode.
-    op_name: path of the module in the model.
-    read: bytes read.
-    written: bytes written.
-    flops: FLOPs of its matrix products, attention and convolutions.
-    dtype: type of the factors of its products, such as 'bf16', or ''.
-    exact: True if float32 products keep all bits (no TF32).
-    times: number of launches per step.
-  """
-
-  kind: str
-  op_name: str
-  read: float
-  written: float
-  flops: float = 0.0
-  dtype: str = ""
-  exact: bool = False
-  times: int = 1
+  kind: str  # Library function, or opcode.
+  op_name: str  # Path of the module in the model.
+  read: float  # Bytes.
+  written: float  # Bytes.
+  flops: float = 0.0  # Of matrix products, attention and convolutions.
+  dtype: str = ""  # Of the products' factors, such as 'bf16'.
+  exact: bool = False  # True if float32 products keep all bits (no TF32).
+  times: int = 1  # Launches per step.
 
   @property
   def bytes(self) -> float:
@@ -75,17 +64,11 @@ class Kernel:
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-  """A communication between GPUs; also a `Kernel`.
+  """A communication between GPUs; also a `Kernel`."""
 
-  Attributes:
-    kind: opcode, such as 'all-reduce'.
-    shapes: shapes of one GPU's operands.
-    op_name: path of the module in the model.
-  """
-
-  kind: str
-  shapes: tuple[hlo_parse.Shape, ...]
-  op_name: str
+  kind: str  # Opcode, such as 'all-reduce'.
+  shapes: tuple[hlo_parse.Shape, ...]  # Of one GPU's operands.
+  op_name: str  # Path of the module in the model.
 
 
 @dataclasses.dataclass
@@ -180,34 +163,27 @@ def _visit(computation, computations, times) -> Program:
 
 def _read_kernel(instruction, computation, computations, times) -> Kernel:
   if instruction.opcode == "fusion":
-    inside = computations[instruction.called[0]]
-    read = sum(
-      hlo_cost.bytes_read(i, inside)
-      for i in inside.values()
-      if i.opcode == "parameter"
-    )
-    (root,) = (i for i in inside.values() if i.is_root)
-    written = hlo_cost.bytes_written(root, inside)
-    products = [(i, inside) for i in inside.values()]
+    where = computations[instruction.called[0]]
+    parts = list(where.values())
+    inputs = [i for i in parts if i.opcode == "parameter"]
+    read = sum(hlo_cost.bytes_read(i, where) for i in inputs)
+    (result,) = (i for i in parts if i.is_root)
   else:
+    where, parts, result = computation, [instruction], instruction
     read = sum(
       hlo_cost.bytes_read(computation[name], {instruction.name: instruction})
       for name in dict.fromkeys(instruction.operands)
     )
-    written = hlo_cost.bytes_written(instruction, computation)
-    products = [(instruction, computation)]
-  flops = {i: hlo_cost.flops(i, where) for i, where in products}
-  flops = {i: n for i, n in flops.items() if n}
+  flops = {i: n for i in parts if (n := hlo_cost.flops(i, where))}
   dtype, exact = "", False
-  for i, where in products:
-    if i in flops:
-      dtype = where[i.operands[0]].shapes[0].dtype
-      exact = "highest" in i.attributes.lower()
+  for product in flops:
+    dtype = where[product.operands[0]].shapes[0].dtype
+    exact = "highest" in product.attributes.lower()
   return Kernel(
     instruction.target or instruction.opcode,
     instruction.op_name,
     read,
-    written,
+    hlo_cost.bytes_written(result, where),
     sum(flops.values()),
     dtype,
     exact,

@@ -39,39 +39,25 @@ class Shape:
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
-  """One line of HLO.
+  """One line of HLO."""
 
-  Attributes:
-    name: unique name in its computation.
-    opcode: operation, such as 'fusion'.
-    type: type of the result, as written.
-    shapes: shapes of the result's arrays.
-    operands: names of the operands.
-    literal: text between the parentheses, such as a parameter's number.
-    attributes: text after the parentheses.
-    is_root: True for the result of its computation.
-  """
-
-  name: str
-  opcode: str
-  type: str
-  shapes: tuple[Shape, ...]
-  operands: tuple[str, ...]
-  literal: str
-  attributes: str
-  is_root: bool
+  name: str  # Unique in its computation.
+  opcode: str  # Such as 'fusion'.
+  type: str  # Of the result, as written.
+  shapes: tuple[Shape, ...]  # Of the result's arrays.
+  operands: tuple[str, ...]  # Their names.
+  attributes: str  # Text after the operands.
+  is_root: bool  # True for the result of its computation.
 
   @property
   def target(self) -> str:
     """Target of a custom call, or ''."""
-    found = re.search(r'custom_call_target="([^"]*)"', self.attributes)
-    return found.group(1) if found else ""
+    return self._attribute("custom_call_target")
 
   @property
   def op_name(self) -> str:
     """Path of the module that created it."""
-    found = re.search(r'op_name="([^"]*)"', self.attributes)
-    return found.group(1) if found else ""
+    return self._attribute("op_name")
 
   @property
   def called(self) -> list[str]:
@@ -89,6 +75,10 @@ class Instruction:
         shapes = shapes[:-1]
     return sum(shape.bytes for shape in shapes)
 
+  def _attribute(self, name):
+    found = re.search(rf'{name}="([^"]*)"', self.attributes)
+    return found.group(1) if found else ""
+
 
 Computation = dict[str, Instruction]
 
@@ -105,14 +95,13 @@ def parse(text: str) -> tuple[dict[str, Computation], str]:
         entry = header.group(2)
     elif match := _INSTRUCTION.match(line):
       root, name, kind, opcode, rest = match.groups()
-      literal, attributes = _split_operands(rest)
+      operands, attributes = _split_operands(rest)
       current[name] = Instruction(
         name,
         opcode,
         kind,
         _shapes(kind),
-        tuple(_NAME.findall(literal)),
-        literal,
+        tuple(_NAME.findall(operands)),
         attributes,
         bool(root),
       )

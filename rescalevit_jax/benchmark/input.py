@@ -9,10 +9,9 @@ threads. Prints tables; with --output, also writes them and a JSON file.
 """
 
 import argparse
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 import concurrent.futures
 import io
-import json
 import multiprocessing
 import os
 import pathlib
@@ -32,7 +31,6 @@ from rescalevit_jax.data import dataset
 from rescalevit_jax.data import image_files
 from rescalevit_jax.data import loader
 from rescalevit_jax.data import records
-from rescalevit_jax.data import stored
 from rescalevit_jax.data import streamed
 from rescalevit_jax.distributed import sharding
 from rescalevit_jax.runtime import atomic_file
@@ -45,6 +43,8 @@ _ROUNDS = 3  # Results are medians over rounds.
 _STEPS = 200  # Timed steps at each position.
 _POSITIONS = 3
 _PHOTO = (500, 375)  # The most common size in ImageNet, in pixels.
+
+_number = markdown.number
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -66,30 +66,15 @@ def main(argv: Sequence[str] | None = None) -> int:
   parser.add_argument("--output", type=pathlib.Path, metavar="DIR")
   args = parser.parse_args(cli.arguments(argv))
   terminal.log_to_stderr()
-  return cli.run(
-    lambda: run(args.records, args.batch, args.scratch, args.output)
-  )
+  return cli.run(lambda: _run(args))
 
 
-def run(
-  counts: Sequence[int],
-  batch: int = 128,
-  scratch_dir: str | None = None,
-  output: pathlib.Path | None = None,
-) -> None:
-  """Measure reading and decoding, and print tables.
-
-  Args:
-    counts: sizes of the datasets, in records.
-    batch: images per batch.
-    scratch_dir: temporary folder for the datasets.
-    output: folder of input.md and input.json, or None.
-  """
+def _run(args):
   tensorflow_cpu.load()  # Silences the import by tfds.
-  found: list[list[dict[str, float]]] = [[] for _ in counts]
-  with tempfile.TemporaryDirectory(dir=scratch_dir) as scratch:
-    folders = [pathlib.Path(scratch, str(count)) for count in counts]
-    for folder, count in zip(folders, counts, strict=True):
+  found = [[] for _ in args.records]
+  with tempfile.TemporaryDirectory(dir=args.scratch) as scratch:
+    folders = [pathlib.Path(scratch, str(count)) for count in args.records]
+    for folder, count in zip(folders, args.records, strict=True):
       start = time.monotonic()
       synthetic_dataset.write(folder, count)
       print(
@@ -99,27 +84,27 @@ def run(
     os.sync()
     # Alternate, which spreads the load of a busy machine evenly.
     for _ in range(_ROUNDS):
-      for folder, count, rows in zip(folders, counts, found, strict=True):
+      for folder, rows in zip(folders, found, strict=True):
         for file in folder.iterdir():  # Fill the page cache.
           file.read_bytes()
-        rows.append(_in_new_process(measure, str(folder), count, batch))
+        with multiprocessing.get_context("spawn").Pool(1) as pool:
+          rows.append(pool.apply(measure, (str(folder), args.batch)))
   streaming = [
     {key: statistics.median(row[key] for row in rows) for key in rows[0]}
     for rows in found
   ]
-  decoded = [decode(threads) for threads in _powers_of_2(os.cpu_count() or 1)]
+  cores = os.cpu_count() or 1
+  decoded = [decode(2**i) for i in range(cores.bit_length())]
   text = table(streaming, decoded)
   print(text, end="")
-  if output is not None:
-    output.mkdir(parents=True, exist_ok=True)
-    results = {"batch": batch, "streaming": streaming, "decoding": decoded}
-    atomic_file.write(output / "input.md", text)
-    atomic_file.write(
-      output / "input.json", json.dumps(results, indent=2) + "\n"
-    )
+  if args.output is not None:
+    args.output.mkdir(parents=True, exist_ok=True)
+    results = {"batch": args.batch, "streaming": streaming, "decoding": decoded}
+    atomic_file.write(args.output / "input.md", text)
+    atomic_file.write_json(args.output / "input.json", results)
 
 
-def measure(folder: str, count: int, batch: int) -> dict[str, float]:
+def measure(folder: str, batch: int) -> dict[str, float]:
   """Measure reading batches at the start, the middle and the end of a run."""
   mesh = sharding.create_mesh()
   import grain  # noqa: F401 - its import must not be timed.
@@ -130,12 +115,13 @@ def measure(folder: str, count: int, batch: int) -> dict[str, float]:
   image, label = records.features(builder)
   split = streamed.StreamedSplit(
     [(examples, range(len(examples)))],
-    stored.image_shape(image.shape, image_files.Resize()),
+    image.shape,
     image_files.Resize(),
     label.num_classes,
   )
   images = loader.Loader(split, mesh)
   opened = time.perf_counter() - start
+  count = len(split)
   planning, first, usual, processor = [], [], [], []
 
   def plan(step):
@@ -205,61 +191,39 @@ def table(
     streaming: results of `measure`, a row each.
     decoding: results of `decode`, a row each.
   """
-  read = markdown.table(
+  read = markdown.table_of(
     "rrrrrrr",
-    [
-      "records",
-      "open, s",
-      "indices of a batch, ms",
-      "first batch, s",
-      "batch, ms",
-      "batch, ms of processor time",
-      "peak memory, MB",
-    ],
-    [
-      [
-        f"{row['records']:,}",
-        f"{row['open_seconds']:.2f}",
-        f"{1000 * row['indices_seconds']:.2f}",
-        f"{row['first_batch_seconds']:.2f}",
-        f"{1000 * row['batch_seconds']:.1f}",
-        f"{1000 * row['batch_processor_seconds']:.1f}",
-        f"{row['peak_memory_bytes'] / 1e6:.0f}",
-      ]
-      for row in streaming
-    ],
+    {
+      "records": _number("records", "{:,}"),
+      "open, s": _number("open_seconds"),
+      "indices of a batch, ms": _number("indices_seconds", factor=1000),
+      "first batch, s": _number("first_batch_seconds"),
+      "batch, ms": _number("batch_seconds", "{:.1f}", 1000),
+      "batch, ms of processor time": _number(
+        "batch_processor_seconds", "{:.1f}", 1000
+      ),
+      "peak memory, MB": _number("peak_memory_bytes", "{:.0f}", 1e-6),
+    },
+    streaming,
   )
-  decoded = markdown.table(
+  decoded = markdown.table_of(
     "rrr",
-    ["threads", "photographs/s", "photograph, ms of processor time"],
-    [
-      [
-        f"{row['threads']}",
-        f"{row['images_per_second']:.0f}",
-        f"{1000 * row['image_processor_seconds']:.1f}",
-      ]
-      for row in decoding
-    ],
+    {
+      "threads": _number("threads", "{}"),
+      "photographs/s": _number("images_per_second", "{:.0f}"),
+      "photograph, ms of processor time": _number(
+        "image_processor_seconds", "{:.1f}", 1000
+      ),
+    },
+    decoding,
   )
   return f"{read}\n{decoded}"
-
-
-def _in_new_process(function, *args):
-  with multiprocessing.get_context("spawn").Pool(1) as pool:
-    return pool.apply(function, args)
 
 
 def _peak_memory():
   # getrusage would include the parent's memory.
   status = pathlib.Path("/proc/self/status").read_text()
   return 1024 * int(re.search(r"VmHWM:\s*(\d+) kB", status).group(1))
-
-
-def _powers_of_2(most: int) -> Iterator[int]:
-  number = 1
-  while number <= most:
-    yield number
-    number *= 2
 
 
 if __name__ == "__main__":

@@ -15,20 +15,13 @@ _REFERENCE = pathlib.Path(__file__).parent / "reference.json"
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-  """The planned measurements, most valuable first.
+  """The planned measurements by name, most valuable first."""
 
-  Attributes:
-    norms: config of the stage `norms`, and its items by name.
-    reference: file of the float32 losses to compare with.
-    speed: run and subject by name.
-    speed_options: options of `run_worker.measure`.
-    training: runs by name.
-  """
-
-  norms: tuple[ml_collections.ConfigDict, dict[str, dict[str, str]]]
-  reference: pathlib.Path
-  speed: dict[str, tuple[grid.PlannedRun, str]]
-  speed_options: dict[str, float]
+  config: ml_collections.ConfigDict  # Of the stage `norms`.
+  reference: pathlib.Path  # Float32 losses to compare with.
+  norms: dict[str, dict[str, str]]  # Items of `norm_steps.run`.
+  speed: dict[str, tuple[grid.PlannedRun, str]]  # Run and subject.
+  speed_options: dict[str, float]  # Of `run_worker.measure`.
   training: dict[str, grid.PlannedRun]
 
 
@@ -37,28 +30,27 @@ def real(
 ) -> Plan:
   """Return the measurements on a GPU."""
   del output
-  settings = [f"tfds_data_dir={data_dir}", "checkpoint_every=4000"]
-
-  def plan(reference, *more):
-    return _plan_run(reference, [*settings, *more], runs_dir)
+  plan = _planner(
+    [f"tfds_data_dir={data_dir}", "checkpoint_every=4000"], runs_dir
+  )
 
   def original(model, norm, dataset="cifar10"):
     return plan(f"original.py:{model},{norm}", f"dataset={dataset}")
 
+  def programs(model, *pairs):
+    return [(original(model, norm), subject) for norm, subject in pairs]
+
   strong = plan("cifar_strong.py")
-  speed = []
-  for model in ("ViT-B_32", "ViT-B_16"):
-    speed += [
-      (original(model, "Rescale"), "ours"),
-      (original(model, "LN"), "ours"),
-      (original(model, "LN"), "timm"),
-    ]
-  speed.append((strong, "ours"))
-  for model in ("ViT-B_16", "ViT-B_32"):
-    speed.append((original(model, "LN"), "flax"))
-    speed += [(original(model, norm), "ours") for norm in ("BN", "GN")]
-  for norm, subject in (("LN", "ours"), ("LN", "timm"), ("Rescale", "ours")):
-    speed.append((original("ViT-L_16", norm), subject))
+  first = ("Rescale", "ours"), ("LN", "ours"), ("LN", "timm")
+  second = ("LN", "flax"), ("BN", "ours"), ("GN", "ours")
+  speed = [
+    *programs("ViT-B_32", *first),
+    *programs("ViT-B_16", *first),
+    (strong, "ours"),
+    *programs("ViT-B_16", *second),
+    *programs("ViT-B_32", *second),
+    *programs("ViT-L_16", ("LN", "ours"), ("LN", "timm"), ("Rescale", "ours")),
+  ]
   training = [
     original(model, norm, dataset)
     for model in ("ViT-B_32", "ViT-B_16")
@@ -87,33 +79,33 @@ def rehearsal(
     *("batch=16", "batch_eval=120", "total_steps=40", "warmup_steps=3"),
     *("eval_every=20", "progress_every=5", "checkpoint_every=10"),
   ]
+  plan = _planner(settings, runs_dir)
+  rescale, ln = (
+    plan(f"original.py:ViT-XS_4,{norm}") for norm in ("Rescale", "LN")
+  )
+  return _plan(
+    ln.config,
+    ["Rescale", "LN"],
+    output / "reference.json",
+    [(ln, subject) for subject in ("ours", "timm", "flax")],
+    {"seconds": 0.3, "eval_images": 100},
+    [rescale, ln, plan("cifar_strong.py", "model_name=ViT-XS_4")],
+  )
+
+
+def _planner(settings, runs_dir):
+  """Return a function from a config and more settings to a run."""
 
   def plan(reference, *more):
-    return _plan_run(reference, [*settings, *more], runs_dir)
+    (run,) = grid.plan(
+      [grid.repository_config(reference)],
+      [],
+      [overrides.parse_setting(x, "measure_gpu") for x in (*settings, *more)],
+      runs_dir,
+    )
+    return run
 
-  runs = {
-    norm: plan(f"original.py:ViT-XS_4,{norm}") for norm in ("Rescale", "LN")
-  }
-  strong = plan("cifar_strong.py", "model_name=ViT-XS_4")
-  config = runs["LN"].config.copy_and_resolve_references()
-  return _plan(
-    config,
-    list(runs),
-    output / "reference.json",
-    [(runs["LN"], subject) for subject in ("ours", "timm", "flax")],
-    {"seconds": 0.3, "eval_images": 100},
-    [*runs.values(), strong],
-  )
-
-
-def _plan_run(reference, settings, runs_dir):
-  (run,) = grid.plan(
-    [grid.repository_config(reference)],
-    [],
-    [overrides.parse_setting(text, "measure_gpu") for text in settings],
-    runs_dir,
-  )
-  return run
+  return plan
 
 
 def _plan(config, names, reference, speed, speed_options, training):
@@ -128,8 +120,9 @@ def _plan(config, names, reference, speed, speed_options, training):
     for norm in names
   ]
   return Plan(
-    (config, {" ".join(item.values()): item for item in items}),
+    config,
     reference,
+    {" ".join(item.values()): item for item in items},
     {f"{run.workdir.name} {subject}": (run, subject) for run, subject in speed},
     speed_options,
     {run.workdir.name: run for run in training},

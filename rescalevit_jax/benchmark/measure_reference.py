@@ -1,7 +1,6 @@
 """Compute the float32 losses that `measure_gpu` compares with, on the CPU."""
 
 import importlib.metadata
-import json
 import logging
 import math
 from typing import Any
@@ -22,10 +21,9 @@ def record(plan: measure_plan.Plan) -> None:
   Raises:
     UserError: a step failed.
   """
-  config, items = plan.norms
   wanted = {
     name: {**item, "dtype": "float32"}
-    for name, item in items.items()
+    for name, item in plan.norms.items()
     if (item["kind"], item["dtype"]) == ("check", "bfloat16")
   }
   found = {}
@@ -36,13 +34,13 @@ def record(plan: measure_plan.Plan) -> None:
     found[wanted[name]["norm"]] = result
     _log.info("reference %d/%d  %s", len(found), len(wanted), name)
 
-  norm_steps.run(config, wanted, math.inf, math.inf, add)
+  norm_steps.run(plan.config, wanted, math.inf, math.inf, add)
   reference = {
-    **key(config),
+    **key(plan.config),
     "jax": importlib.metadata.version("jax"),
     "norms": found,
   }
-  atomic_file.write(plan.reference, json.dumps(reference, indent=2) + "\n")
+  atomic_file.write_json(plan.reference, reference)
   _log.info("written: %s", plan.reference)
 
 

@@ -5,9 +5,12 @@ from typing import Any
 
 from rescalevit_jax.analysis import reference_results
 from rescalevit_jax.benchmark import comparison
+from rescalevit_jax.benchmark import measure_plan
+from rescalevit_jax.benchmark import measure_results
 from rescalevit_jax.benchmark import report as report_lib
 from rescalevit_jax.runtime import markdown as markdown_lib
-from rescalevit_jax.sweep import grid
+
+_number = markdown_lib.number
 
 # Largest tolerated relative difference of a loss or of the gradient norm from
 # the reference. bfloat16: three times the difference on a CPU, which is up to
@@ -20,16 +23,11 @@ _LOSSES = ("loss", "second_loss", "eval_loss")
 def compare(
   found: Mapping[str, float], reference: Mapping[str, float], dtype: str
 ) -> dict[str, Any]:
-  """Return the largest relative differences from a reference.
-
-  Args:
-    found: result of `norm_steps.prepare_check`.
-    reference: the same on a CPU in float32.
-    dtype: a key of `TOLERANCES`.
+  """Compare a result of `norm_steps.prepare_check` with its reference.
 
   Returns:
-    `loss_difference`, `grad_norm_difference`, and `within`, True if both are
-    within the tolerance.
+    The largest relative differences `loss_difference` and
+    `grad_norm_difference`, and `within`, True if the dtype tolerates both.
   """
 
   def difference(key):
@@ -60,55 +58,39 @@ def brief(found: Mapping[str, Any]) -> str:
 
 
 def markdown(
-  machine: Mapping[str, Any],
-  states: Mapping[str, str],
-  items: Mapping[str, Mapping[str, str]],
-  norms: Mapping[str, Mapping[str, Any]],
-  reference: Mapping[str, Any],
-  entries: Sequence[Mapping[str, Any]],
+  plan: measure_plan.Plan,
+  results: measure_results.Results,
   bounds: Sequence[Mapping[str, Any]],
-  runs: Mapping[str, grid.PlannedRun],
-  training: Mapping[str, Mapping[str, Any]],
-  problems: Mapping[str, str],
 ) -> str:
-  """Return summary.md.
-
-  Args:
-    machine: result of `machine.describe`.
-    states: progress of each stage, as text.
-    items: items of the stage `norms`, by name.
-    norms: their results.
-    reference: content of reference.json.
-    entries: entries for `comparison.describe`.
-    bounds: rows of compiled.json.
-    runs: runs of the stage `training`, by name.
-    training: their results.
-    problems: reasons for failed or skipped measurements, by name.
-  """
-  versions = ", ".join(f"{k} {v}" for k, v in machine["versions"].items())
+  """Return summary.md; `bounds` are the rows of compiled.json."""
+  machine = results.machine
   lines = [
     "# Measurements",
     "",
     f"- Devices: {machine['devices']}; {machine['cores']} cores of"
     f" {machine['processor']}",
-    f"- Versions: {versions}",
-    *(f"- Stage {stage}: {state}" for stage, state in states.items()),
+    report_lib.versions(machine["versions"]),
+    *(f"- Stage {x}: {results.state(x)}" for x in measure_results.STAGES),
     "",
     "## Norms",
     "",
-    _norms(items, norms, reference),
+    _norms(plan.norms, results["norms"], results.reference),
     "",
     "## Speed",
     "",
-    _speed(machine, entries, bounds),
+    _speed(plan.speed, results["speed"], machine, bounds),
     "",
     "## Training",
     "",
-    _training(runs, training).rstrip(),
+    _training(plan.training, results["training"]).rstrip(),
+  ]
+  problems = [
+    f"- {name}: {x.get('error') or x['left_out']}"
+    for name, x in results.items()
+    if "error" in x or "left_out" in x
   ]
   if problems:
-    lines += ["", "## Failed or skipped", ""]
-    lines += [f"- {name}: {why}" for name, why in problems.items()]
+    lines += ["", "## Failed or skipped", "", *problems]
   return "\n".join(lines) + "\n"
 
 
@@ -124,41 +106,33 @@ def _norms(items, results, reference):
     f" {tolerances}. Then the recipe's step in bfloat16; several were compiled"
     " concurrently."
   )
-  headings = [
-    "norm",
-    "reference loss",
-    "bfloat16: losses, gradient",
-    "float32: losses, gradient",
-    "step, ms",
-    "step with XLA's attention, ms",
-    "compilation, s",
-    "program, GB",
-    "finite",
-  ]
-  rows = []
-  for norm in dict.fromkeys(item["norm"] for item in items.values()):
 
-    def get(kind, dtype, attention, norm=norm):
-      return results.get(f"{kind} {norm} {dtype} {attention}", {})
+  def get(norm, kind="time", dtype="bfloat16", attention="auto"):
+    return results.get(f"{kind} {norm} {dtype} {attention}", {})
 
-    loss = reference["norms"].get(norm, {}).get("loss")
-    auto = get("time", "bfloat16", "auto")
-    xla = get("time", "bfloat16", "xla")
-    finite = {x["finite"] for x in (auto, xla) if "finite" in x}
-    rows.append(
-      [
-        norm,
-        "" if loss is None else f"{loss:.4f}",
-        _differences(get("check", "bfloat16", "auto")),
-        _differences(get("check", "float32", "auto")),
-        _cell(auto, "step_seconds", 1e3),
-        _cell(xla, "step_seconds", 1e3),
-        _cell(auto, "compile_seconds", 1),
-        _cell(auto, "memory_bytes", 1e-9),
-        "no" if False in finite else "yes" if finite else "",
-      ]
-    )
-  return f"{intro}\n\n{markdown_lib.table('lrrrrrrrl', headings, rows)}"
+  loss, step = _number("loss", "{:.4f}"), _number("step_seconds", "{:.1f}", 1e3)
+  compilation = _number("compile_seconds", "{:.1f}")
+  memory = _number("memory_bytes", "{:.1f}", 1e-9)
+  columns = {
+    "norm": str,
+    "reference loss": lambda x: loss(reference["norms"].get(x, {})),
+    "bfloat16: losses, gradient": lambda x: _differences(get(x, "check")),
+    "float32: losses, gradient": lambda x: _differences(
+      get(x, "check", "float32")
+    ),
+    "step, ms": lambda x: step(get(x)),
+    "step with XLA's attention, ms": lambda x: step(get(x, attention="xla")),
+    "compilation, s": lambda x: compilation(get(x)),
+    "program, GB": lambda x: memory(get(x)),
+    "finite": lambda x: _finite(get(x), get(x, attention="xla")),
+  }
+  names = dict.fromkeys(item["norm"] for item in items.values())
+  return f"{intro}\n\n{markdown_lib.table_of('lrrrrrrrl', columns, names)}"
+
+
+def _finite(*results):
+  finite = [x["finite"] for x in results if "finite" in x]
+  return ("yes" if all(finite) else "no") if finite else ""
 
 
 def _differences(found):
@@ -171,21 +145,20 @@ def _differences(found):
   )
 
 
-def _speed(machine, entries, bounds):
+def _speed(programs, results, machine, bounds):
+  entries = [
+    {"run": run, "subject": subject, "rounds": [results[name]]}
+    for name, (run, subject) in programs.items()
+    if measure_results.is_done(results.get(name))
+  ]
   # Model and norm identify these programs; their other settings differ too.
   described = [
     {**comparison.describe(entry, entries), "settings": {}} for entry in entries
   ]
   text = report_lib.table(described)
   device = machine["devices"].partition(" x ")[2]
-  rows = [
-    [
-      entry["model"],
-      report_lib.program(entry),
-      f"{1e3 * entry['step_seconds']:.1f}",
-      f"{1e3 * row['step_seconds']:.1f}",
-      f"{entry['step_seconds'] / row['step_seconds']:.2f}",
-    ]
+  pairs = [
+    (entry, row)
     for entry in described
     for row in bounds
     if row["gpu_title"].startswith(device)
@@ -194,12 +167,21 @@ def _speed(machine, entries, bounds):
       for key in ("subject", "norm", "model", "image_size", "batch", "dtype")
     )
   ]
-  if rows:
-    headings = ["model", "program", "step, ms", "bound, ms", "step / bound"]
+  if pairs:
+    step = _number("step_seconds", "{:.1f}", 1e3)
+    columns = {
+      "model": lambda x: x[0]["model"],
+      "program": lambda x: report_lib.program(x[0]),
+      "step, ms": lambda x: step(x[0]),
+      "bound, ms": lambda x: step(x[1]),
+      "step / bound": lambda x: (
+        f"{x[0]['step_seconds'] / x[1]['step_seconds']:.2f}"
+      ),
+    }
     text += (
       "\nLower bounds of the compiled programs: each kernel takes its bytes at"
       " memory bandwidth or its products at peak speed.\n\n"
-      + markdown_lib.table("llrrr", headings, rows)
+      + markdown_lib.table_of("llrrr", columns, pairs)
     )
   return text
 
@@ -209,36 +191,30 @@ def _training(runs, results):
     "Last: after the last step. Published: RescaleViT's result of the same"
     " recipe. Minutes include start-up and evaluation."
   )
-  headings = [
-    "run",
-    "steps",
-    "last accuracy, %",
-    "best, %",
-    "published last, %",
-    "training images/s",
-    "minutes",
-  ]
   rows = []
   for name, run in runs.items():
-    found = results.get(name)
-    if not found or not found.get("step"):
+    found = results.get(name, {})
+    if not found.get("step"):
       continue
-    accuracy = found["evaluations"]["accuracy"]
     published = reference_results.find(run.config)
-    last = published and published.last_accuracy
-    rows.append(
-      [
-        name,
-        f"{found['step']} of {run.config.total_steps}",
-        f"{100 * accuracy[-1]:.2f}" if accuracy else "",
-        f"{100 * max(accuracy):.2f}" if accuracy else "",
-        "" if last is None else f"{100 * last:.2f}",
-        f"{found['images_per_second']:.0f}" if found["finished"] else "",
-        f"{found['seconds'] / 60:.1f}" if found["finished"] else "",
-      ]
-    )
-  return f"{intro}\n\n{markdown_lib.table('lrrrrrr', headings, rows)}"
-
-
-def _cell(found, key, factor):
-  return f"{factor * found[key]:.1f}" if key in found else ""
+    scores = {
+      "name": name,
+      "steps": f"{found['step']} of {run.config.total_steps}",
+    }
+    if accuracies := found["evaluations"]["accuracy"]:
+      scores |= {"last": accuracies[-1], "best": max(accuracies)}
+    if published and published.last_accuracy is not None:
+      scores["published"] = published.last_accuracy
+    if found["finished"]:
+      scores |= {key: found[key] for key in ("images_per_second", "seconds")}
+    rows.append(scores)
+  columns = {
+    "run": lambda x: x["name"],
+    "steps": lambda x: x["steps"],
+    "last accuracy, %": _number("last", factor=100),
+    "best, %": _number("best", factor=100),
+    "published last, %": _number("published", factor=100),
+    "training images/s": _number("images_per_second", "{:.0f}"),
+    "minutes": _number("seconds", "{:.1f}", 1 / 60),
+  }
+  return f"{intro}\n\n{markdown_lib.table_of('lrrrrrr', columns, rows)}"

@@ -1,4 +1,4 @@
-"""Store the results of `measure_gpu`: a JSON file per stage, and a summary."""
+"""Store the results of `measure_gpu`: a JSON file per stage."""
 
 from collections.abc import Iterator, Mapping
 import json
@@ -8,7 +8,6 @@ from typing import Any
 from rescalevit_jax import errors
 from rescalevit_jax.benchmark import measure_plan
 from rescalevit_jax.benchmark import measure_reference
-from rescalevit_jax.benchmark import measure_report
 from rescalevit_jax.runs import run_reader
 from rescalevit_jax.runtime import atomic_file
 from rescalevit_jax.sweep import grid
@@ -19,52 +18,34 @@ STAGES = ("norms", "speed", "training")
 class Results:
   """The results of all stages. Each is written as soon as it is known.
 
-  Args:
-    plan: the planned measurements.
-    output: existing folder of the results.
-    bounds: compiled.json of the lower bounds, or None.
-
   Raises:
     UserError: a file is damaged, or the reference is of another model.
   """
 
-  def __init__(
-    self,
-    plan: measure_plan.Plan,
-    output: pathlib.Path,
-    bounds: pathlib.Path | None,
-  ):
+  def __init__(self, plan: measure_plan.Plan, output: pathlib.Path):
     self._plan = plan
     self._output = output
-    self._bounds = _read_bounds(bounds) if bounds else []
     self.reference = _read_json(plan.reference)
-    key = measure_reference.key(plan.norms[0])
+    key = measure_reference.key(plan.config)
     if any(self.reference.get(name) != key[name] for name in key):
       raise errors.UserError(
         f"{plan.reference}: is not of {key}; compute it with --record_reference"
       )
-    self._stages = {
-      stage: _read_json(self._path(stage), {}) for stage in STAGES
-    }
-    self.machine = _read_json(self._path("machine"), None)
+    self._stages = {stage: self._read(stage) for stage in STAGES}
+    self.machine = self._read("machine")
 
   def __getitem__(self, stage: str) -> Mapping[str, dict[str, Any]]:
     """Return the results of a stage, by name."""
     return self._stages[stage]
 
-  def __iter__(self) -> Iterator[dict[str, Any]]:
-    """Yield the results of all stages."""
+  def items(self) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield name and result of each measurement."""
     for results in self._stages.values():
-      yield from results.values()
+      yield from results.items()
 
-  def names(self, stage: str) -> Mapping[str, Any]:
-    """Return the planned measurements of a stage, by name."""
-    planned: dict[str, Mapping[str, Any]] = {
-      "norms": self._plan.norms[1],
-      "speed": self._plan.speed,
-      "training": self._plan.training,
-    }
-    return planned[stage]
+  def names(self, stage: str) -> list[str]:
+    """Return the names of the planned measurements of a stage."""
+    return list(getattr(self._plan, stage))
 
   def left(self, stage: str) -> list[str]:
     """Return the names of unfinished measurements, failed ones last."""
@@ -85,42 +66,16 @@ class Results:
     self._write("machine", machine)
 
   def store(self, stage: str, name: str, found: dict[str, Any]) -> None:
-    """Write a result and the summary."""
+    """Write a result."""
     self._stages[stage][name] = found
     self._write(stage, self._stages[stage])
-    self.write_summary()
 
-  def write_summary(self) -> None:
-    """Write summary.md."""
-    speed = self["speed"]
-    text = measure_report.markdown(
-      self.machine,
-      {stage: self.state(stage) for stage in STAGES},
-      self._plan.norms[1],
-      self["norms"],
-      self.reference,
-      [
-        {"run": run, "subject": subject, "rounds": [speed[name]]}
-        for name, (run, subject) in self._plan.speed.items()
-        if is_done(speed.get(name))
-      ],
-      self._bounds,
-      self._plan.training,
-      self["training"],
-      {
-        name: x.get("error") or x["left_out"]
-        for results in self._stages.values()
-        for name, x in results.items()
-        if "error" in x or "left_out" in x
-      },
-    )
-    atomic_file.write(self._output / "summary.md", text)
-
-  def _path(self, name):
-    return self._output / f"{name}.json"
+  def _read(self, name):
+    path = self._output / f"{name}.json"
+    return _read_json(path) if path.exists() else {}
 
   def _write(self, name, value):
-    atomic_file.write(self._path(name), json.dumps(value, indent=1) + "\n")
+    atomic_file.write_json(self._output / f"{name}.json", value, indent=1)
 
 
 def is_done(found: Mapping[str, Any] | None) -> bool:
@@ -151,29 +106,28 @@ def of_training(run: grid.PlannedRun) -> dict[str, Any]:
   }
 
 
-def _read_bounds(path):
+def read_bounds(path: pathlib.Path) -> list[dict[str, Any]]:
+  """Return the rows of compiled.json.
+
+  Raises:
+    UserError: the file is damaged, or of several GPUs.
+  """
+  found = _read_json(path)
   try:
-    found = _read_json(path)
-    if (devices := found.get("devices", 1)) != 1:
-      raise errors.UserError(
-        f"--bounds: {path} is of {devices} GPUs; compile with --devices=1"
-      )
-    return found["rows"]
-  except (AttributeError, KeyError, TypeError) as e:
+    devices, rows = found.get("devices", 1), found["rows"]
+  except (AttributeError, KeyError) as e:
     raise errors.UserError(
       f"--bounds: {path} has no rows; give compiled.json of --compile_for"
     ) from e
+  if devices != 1:
+    raise errors.UserError(
+      f"--bounds: {path} is of {devices} GPUs; compile with --devices=1"
+    )
+  return rows
 
 
-_REQUIRED = object()
-
-
-def _read_json(path, default=_REQUIRED):
+def _read_json(path):
   try:
     return json.loads(path.read_text(encoding="utf-8"))
-  except FileNotFoundError:
-    if default is _REQUIRED:
-      raise
-    return default
   except ValueError as e:
     raise errors.UserError(f"{path}: damaged ({e}); delete it") from e

@@ -1,8 +1,8 @@
 """Run the measurements of `measure_gpu` within a time limit."""
 
 from collections.abc import Callable, Sequence
+import contextlib
 import functools
-import importlib.util
 import logging
 import math
 import pathlib
@@ -10,14 +10,16 @@ import subprocess
 import threading
 import time
 
-from rescalevit_jax import config as config_lib
 from rescalevit_jax import errors
+from rescalevit_jax.benchmark import comparison
 from rescalevit_jax.benchmark import machine as machine_lib
 from rescalevit_jax.benchmark import measure_plan
 from rescalevit_jax.benchmark import measure_report
 from rescalevit_jax.benchmark import measure_results
 from rescalevit_jax.benchmark import norm_steps
+from rescalevit_jax.benchmark import peers
 from rescalevit_jax.benchmark import run_worker
+from rescalevit_jax.runtime import atomic_file
 from rescalevit_jax.runtime import terminal
 from rescalevit_jax.sweep import schedule
 from rescalevit_jax.sweep import subprocess_run
@@ -31,6 +33,7 @@ _log = logging.getLogger(__name__)
 _SHARES = {"norms": 0.35, "speed": 0.5}
 _TEST_IMAGES = 10_000  # CIFAR's test split; used until the dataset is read.
 _OVERTIME = 30.0  # Seconds that the last measurement of a stage may overrun.
+_SECONDS_BETWEEN_WRITES = 20.0  # Of a training run's progress.
 
 
 def _device_and_jax(machine):
@@ -38,14 +41,7 @@ def _device_and_jax(machine):
 
 
 class Session:
-  """One call of `measure_gpu`.
-
-  Args:
-    plan: the planned measurements.
-    output: existing folder of the results.
-    seconds: time limit.
-    bounds: compiled.json of the lower bounds, or None.
-  """
+  """One call of `measure_gpu`, with a time limit in seconds."""
 
   def __init__(
     self,
@@ -57,7 +53,8 @@ class Session:
     self._plan = plan
     self._output = output
     self._end = time.monotonic() + seconds
-    self._results = measure_results.Results(plan, output, bounds)
+    self._bounds = measure_results.read_bounds(bounds) if bounds else []
+    self._results = measure_results.Results(plan, output)
     self._test_images: dict[str, int] = {}
     self._data_problems: dict[str, str | None] = {}
 
@@ -69,7 +66,7 @@ class Session:
       raise errors.UserError(
         "JAX sees no GPU; pip install 'jax[cuda13]', or try --rehearse"
       )
-    if results.machine is None:
+    if not results.machine:
       results.set_machine(machine)
     before, now = map(_device_and_jax, (results.machine, machine))
     if before != now:
@@ -94,25 +91,25 @@ class Session:
         terminal.duration(self._seconds()),
       )
       measure[stage](left, time.monotonic() + share * self._seconds())
-    results.write_summary()
+    self._write_summary()
     for stage in measure_results.STAGES:
       _log.info("%s: %s", stage, results.state(stage))
     _log.info("see %s", self._output / "summary.md")
-    bad = [x for x in results if "error" in x or x.get("within") is False]
-    return 1 if bad else 0
+    found = [x for _, x in results.items()]
+    return int(any("error" in x or x.get("within") is False for x in found))
 
   def _measure_norms(self, names, stop):
-    config, items = self._plan.norms
+    items = self._plan.norms
 
     def record(name, found):
-      item, norm = items[name], items[name]["norm"]
-      reference = self._results.reference["norms"].get(norm)
+      item = items[name]
+      reference = self._results.reference["norms"].get(item["norm"])
       if item["kind"] == "check" and reference and "error" not in found:
         found |= measure_report.compare(found, reference, item["dtype"])
       self._record("norms", name, found, stop)
 
     norm_steps.run(
-      config,
+      self._plan.config,
       {name: items[name] for name in names},
       stop - time.monotonic(),
       self._most_seconds(stop),
@@ -122,28 +119,28 @@ class Session:
   def _measure_speed(self, names, stop):
     for name in names:
       run, subject = self._plan.speed[name]
-      package = run_worker.PEER_PACKAGES.get(subject)
-      if package and importlib.util.find_spec(package) is None:
-        found = {"left_out": f"{package} is not installed"}
-        self._record("speed", name, found, stop)
-        continue
-      if problem := self._data_problem(run):
-        self._record("speed", name, {"error": problem}, stop)
-        continue
       taken = [x.get("seconds", 0.0) for x in self._results["speed"].values()]
-      start = time.monotonic()
-      if start + max(taken, default=0.0) > stop:
+      if not peers.is_installed(subject):
+        found = {"left_out": f"{subject} is not installed"}
+      elif problem := self._data_problem(run):
+        found = {"error": problem}
+      elif time.monotonic() + max(taken, default=0.0) > stop:
         return
-      try:
-        found = run_worker.measure(
-          run, subject, self._plan.speed_options, self._most_seconds(stop)
-        )
-        found["seconds"] = time.monotonic() - start
-      except subprocess.TimeoutExpired:
-        found = {"error": norm_steps.OUT_OF_TIME}
-      except errors.UserError as e:
-        found = {"error": str(e)}
+      else:
+        found = self._measure_program(run, subject, stop)
       self._record("speed", name, found, stop)
+
+  def _measure_program(self, run, subject, stop):
+    start = time.monotonic()
+    try:
+      found = run_worker.measure(
+        run, subject, self._plan.speed_options, self._most_seconds(stop)
+      )
+    except subprocess.TimeoutExpired:
+      return {"error": norm_steps.OUT_OF_TIME}
+    except errors.UserError as e:
+      return {"error": str(e)}
+    return {**found, "seconds": time.monotonic() - start}
 
   def _train(self, names, stop):
     limit, names = time_limit.TimeLimit(stop), list(names)
@@ -176,24 +173,20 @@ class Session:
     if found["step"] < before.get("step", 0):
       found = before
     found.pop("error", None)
-    self._results.store("training", name, found)
+    self._store("training", name, found)
     return found
 
   def _run_seconds(self, name):
     """Return an estimate of a run's remaining time; inf if unknown."""
     run = self._plan.training[name]
-    flat = config_lib.flatten(run.config)
-    for other_name, (other, subject) in self._plan.speed.items():
-      found = self._results["speed"].get(other_name, {})
-      theirs = config_lib.flatten(other.config)
-      same = all(
-        flat[key] == theirs[key]
-        for key in flat
-        if key not in ("model.norm", "dataset")
-      )
-      if subject == "ours" and same and "step_seconds" in found:
-        break
-    else:
+    ours = (
+      self._results["speed"].get(other_name, {})
+      for other_name, (other, subject) in self._plan.speed.items()
+      if subject == "ours"
+      and comparison.same_but(run, other, "model.norm", "dataset")
+    )
+    found = next((x for x in ours if "step_seconds" in x), None)
+    if found is None:
       return math.inf
     steps = run.config.total_steps - subprocess_run.saved_step(run.workdir)
     images = self._test_images.get(run.config.dataset, _TEST_IMAGES)
@@ -225,9 +218,17 @@ class Session:
     """Return the timeout of a measurement, which may hang."""
     return min(self._seconds(), stop + _OVERTIME - time.monotonic())
 
+  def _store(self, stage, name, found):
+    self._results.store(stage, name, found)
+    self._write_summary()
+
+  def _write_summary(self):
+    text = measure_report.markdown(self._plan, self._results, self._bounds)
+    atomic_file.write(self._output / "summary.md", text)
+
   def _record(self, stage, name, found, stop):
     """Store and log a result."""
-    self._results.store(stage, name, found)
+    self._store(stage, name, found)
     total = len(self._results.names(stage))
     _log.info(
       "%s %d/%d  %s: %s  (%s left for this stage)",
@@ -240,23 +241,19 @@ class Session:
     )
 
 
-class _repeating:
+@contextlib.contextmanager
+def _repeating(function):
   """Call a function periodically while a block runs."""
+  ended = threading.Event()
 
-  _SECONDS = 20.0
+  def repeat():
+    while not ended.wait(_SECONDS_BETWEEN_WRITES):
+      function()
 
-  def __init__(self, function):
-    self._function = function
-    self._ended = threading.Event()
-    self._thread = threading.Thread(target=self._repeat)
-
-  def _repeat(self):
-    while not self._ended.wait(self._SECONDS):
-      self._function()
-
-  def __enter__(self):
-    self._thread.start()
-
-  def __exit__(self, *exc_info):
-    self._ended.set()
-    self._thread.join()
+  thread = threading.Thread(target=repeat)
+  thread.start()
+  try:
+    yield
+  finally:
+    ended.set()
+    thread.join()

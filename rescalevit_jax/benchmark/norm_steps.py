@@ -1,15 +1,15 @@
 """Run single training steps with every norm, in a process of their own.
 
-Usage: python -m rescalevit_jax.benchmark.norm_steps CONFIG ITEMS SECONDS, with
-CONFIG and ITEMS as JSON. An item has `kind`, `norm`, `dtype` and `attention`.
-The output has a JSON object per line: the measurements of an item, or its
-`error`. An item starts only if the previous items suggest that it ends within
-SECONDS.
+Usage: python -m rescalevit_jax.benchmark.norm_steps CONFIG ITEMS SECONDS
+THREADS, with CONFIG and ITEMS as JSON. An item has `kind`, `norm`, `dtype` and
+`attention`. The output has a JSON object per line: the measurements of an item,
+or its `error`. An item starts only if the previous items suggest that it ends
+within SECONDS.
 """
 
 from collections.abc import Callable, Mapping
 import concurrent.futures
-import functools
+import contextlib
 import json
 import math
 import os
@@ -28,8 +28,6 @@ from rescalevit_jax import config as config_lib
 from rescalevit_jax import errors
 from rescalevit_jax.benchmark import memory
 from rescalevit_jax.benchmark import worker
-from rescalevit_jax.data import dataset as dataset_lib
-from rescalevit_jax.data import resident
 from rescalevit_jax.distributed import sharding
 from rescalevit_jax.sweep import die_with_parent
 from rescalevit_jax.training import evaluate
@@ -49,32 +47,29 @@ def main(config: str, items: str, seconds: str, threads: str) -> None:
   config = config_lib.from_json(config)
   items, end = json.loads(items), time.monotonic() + float(seconds)
   count, longest = int(threads), 0.0
+
+  def prepare(item):
+    of_kind = {"check": prepare_check, "time": prepare_timing}[item["kind"]]
+    return _try(lambda: of_kind(item_config(config, item)))
+
   with concurrent.futures.ThreadPoolExecutor(count) as pool:
     for first in range(0, len(items), count):
-      group = items[first : first + count]
       start = time.monotonic()
       if start + longest > end:
         break
-      prepare = functools.partial(_try, lambda item: _prepare(config, item))
       # Compile the whole group first; a compilation would slow timed steps.
-      for prepared in list(pool.map(prepare, group)):
-        if callable(prepared):
-          prepared = _try(lambda run: run(), prepared)
-        print(json.dumps(prepared), flush=True)
+      for prepared in list(pool.map(prepare, items[first : first + count])):
+        found = _try(prepared) if callable(prepared) else prepared
+        print(json.dumps(found), flush=True)
       longest = max(longest, time.monotonic() - start)
 
 
-def _try(function, argument):
+def _try(function):
   """Call a function; an exception becomes {'error': a line}."""
   try:
-    return function(argument)
+    return function()
   except Exception as e:  # XLA and cuDNN raise many types.
     return {"error": f"{type(e).__name__}: {errors.brief(e)}"}
-
-
-def _prepare(config, item):
-  prepare = {"check": prepare_check, "time": prepare_timing}[item["kind"]]
-  return prepare(item_config(config, item))
 
 
 def run(
@@ -109,7 +104,6 @@ def run(
       str(seconds - passed),
       str(threads),
     ]
-    names = iter(list(left))
     with (
       tempfile.TemporaryFile("w+") as log,
       subprocess.Popen(
@@ -122,14 +116,14 @@ def run(
     ):
       assert process.stdout is not None  # A pipe.
       for line in process.stdout:
-        name = next(names)
+        name = next(iter(left))
         del left[name]
         record(name, json.loads(line))
       if process.wait() == 0 or not left:
         return
       log.seek(0)
       lines = log.read().strip().splitlines() or ["it printed nothing"]
-    name = next(names)
+    name = next(iter(left))
     if time.monotonic() - start > most_seconds:
       record(name, {"error": OUT_OF_TIME})
       return
@@ -141,30 +135,22 @@ def run(
     threads = _THREADS
 
 
-class _killing:
+@contextlib.contextmanager
+def _killing(process, seconds):
   """Kill a process at the end of a block, or after a timeout."""
-
-  def __init__(self, process, seconds):
-    self._process = process
-    self._timer = threading.Timer(
-      min(seconds, threading.TIMEOUT_MAX), process.kill
-    )
-
-  def __enter__(self):
-    self._timer.start()
-
-  def __exit__(self, *exc_info):
-    self._timer.cancel()
-    self._process.kill()
+  timer = threading.Timer(min(seconds, threading.TIMEOUT_MAX), process.kill)
+  timer.start()
+  try:
+    yield
+  finally:
+    timer.cancel()
+    process.kill()
 
 
 def item_config(
   config: ml_collections.ConfigDict, item: Mapping[str, str]
 ) -> ml_collections.ConfigDict:
-  """Return the config of an item.
-
-  A check is deterministic and has no warm-up.
-  """
+  """Return the config of an item; a check is deterministic, without warm-up."""
   config = config.copy_and_resolve_references()
   config.model.norm = item["norm"]
   config.model.attention = item["attention"]
@@ -181,17 +167,12 @@ def item_config(
 def prepare_check(
   config: ml_collections.ConfigDict,
 ) -> Callable[[], dict[str, float]]:
-  """Compile two training steps and an evaluation on a fixed batch.
+  """Return a function that runs two training steps and an evaluation.
 
-  Weights and images are from NumPy's generators, which are the same for every
-  device and every version of JAX.
-
-  Returns:
-    A function that runs them and returns `loss` and `grad_norm` of the first
-    step, `second_loss`, and `eval_loss` after both steps.
+  It is compiled already. Weights and images are from NumPy's generators, which
+  are the same for every device and every version of JAX.
   """
-  experiment = _experiment(config)
-  images, labels = _batch(experiment)
+  experiment, (images, labels) = _experiment(config)
   state = experiment.init_state()
   weights = _numpy_weights(state.params)
   state = state.replace(
@@ -224,15 +205,8 @@ def prepare_check(
 def prepare_timing(
   config: ml_collections.ConfigDict,
 ) -> Callable[[], dict[str, Any]]:
-  """Compile a run's training step.
-
-  Returns:
-    A function that times the step on one batch. It returns `worker.summary`,
-    `finite` (True if loss and gradient of the first step are), the compilation
-    time and the memory of the program.
-  """
-  experiment = _experiment(config)
-  images, labels = _batch(experiment)
+  """Return a function that times a run's training step, compiled already."""
+  experiment, (images, labels) = _experiment(config)
   start = time.perf_counter()
   step = (
     experiment.train_step(config.total_steps)
@@ -265,23 +239,13 @@ def prepare_timing(
 
 
 def _experiment(config):
-  rng = np.random.default_rng(0)
-  images = rng.integers(0, 256, (config.batch, 32, 32, 3), np.uint8)
-  split = resident.Split(
-    images, np.arange(config.batch, dtype=np.int32) % _CLASSES
-  )
-  names = tuple(map(str, range(_CLASSES)))
-  dataset = dataset_lib.Dataset("random", split, split, _CLASSES, names)
+  """Return an experiment without a dataset, and a batch of random images."""
   mesh = sharding.create_mesh()
-  return experiment_lib.build(config, mesh, _CLASSES, dataset)
-
-
-def _batch(experiment):
-  split = experiment.dataset.train
-  return sharding.put(
-    (split.images[None], split.labels[None]),
-    sharding.split(experiment.mesh, axis=1),
-  )
+  rng = np.random.default_rng(0)
+  images = rng.integers(0, 256, (1, config.batch, 32, 32, 3), np.uint8)
+  labels = np.arange(config.batch, dtype=np.int32)[None] % _CLASSES
+  batch = sharding.put((images, labels), sharding.split(mesh, axis=1))
+  return experiment_lib.build(config, mesh, _CLASSES), batch
 
 
 def _numpy_weights(params):

@@ -6,6 +6,7 @@ clipping by global norm, cross-entropy, and dropout at the same sites as ours.
 
 from collections.abc import Callable
 import contextlib
+import importlib.util
 from typing import Any
 
 from flax import linen as nn
@@ -65,88 +66,75 @@ class FlaxViT(nn.Module):
     return nn.Dense(_CLASSES)(x.astype(jnp.float32))
 
 
-def flax_recipe(config: Any) -> tuple[FlaxViT, optax.GradientTransformation]:
-  """Return the model with the sizes of a config, and its optimizer."""
-  ours = model_of(config).config
-  optimizer = optax.chain(
-    optax.clip_by_global_norm(config.grad_norm_clip or np.inf),
-    optax.sgd(config.base_lr, config.momentum),
-  )
-  dtype = jnp.dtype(ours.dtype)
-  return FlaxViT(ours, ours.dropout_rate, dtype), optimizer
+class FlaxRecipe:
+  """Model, optimizer and training step of `FlaxPeer`."""
 
+  def __init__(self, config: Any):
+    ours = model_of(config).config
+    self.model = FlaxViT(ours, ours.dropout_rate, jnp.dtype(ours.dtype))
+    self._optimizer = optax.chain(
+      optax.clip_by_global_norm(config.grad_norm_clip or np.inf),
+      optax.sgd(config.base_lr, config.momentum),
+    )
+    self.train_step = jax.jit(self._train_step, donate_argnums=0)
 
-def flax_train_step(
-  model: FlaxViT, optimizer: optax.GradientTransformation
-) -> Callable[..., Any]:
-  """Return a jitted step that donates parameters and optimizer state."""
+  def init(self, images: jax.Array) -> tuple[tuple[Any, Any], jax.Array]:
+    """Return parameters and optimizer state, and a PRNG key."""
+    params = self.model.init(jax.random.key(0), images, True)
+    return (params, self._optimizer.init(params)), jax.random.key(1)
 
-  def train_step(params, opt_state, images, labels, key):
+  def _train_step(self, state, key, images, labels):
+    params, opt_state = state
     key, next_key = jax.random.split(key)
 
     def loss_fn(params):
-      logits = model.apply(params, images, False, rngs={"dropout": key})
+      logits = self.model.apply(params, images, False, rngs={"dropout": key})
       return optax.softmax_cross_entropy_with_integer_labels(
         logits, labels
       ).mean()
 
     loss, grads = jax.value_and_grad(loss_fn)(params)
-    updates, opt_state = optimizer.update(grads, opt_state, params)
-    return optax.apply_updates(params, updates), opt_state, loss, next_key
-
-  return jax.jit(train_step, donate_argnums=(0, 1))
+    updates, opt_state = self._optimizer.update(grads, opt_state, params)
+    return (optax.apply_updates(params, updates), opt_state), next_key, loss
 
 
 class FlaxPeer:
-  """flax.linen's layers under `jax.jit`.
-
-  Args:
-    config: config of the run to compare with.
-  """
+  """flax.linen's layers under `jax.jit`."""
 
   def __init__(self, config):
     self.batch = config.batch
-    self._model, optimizer = flax_recipe(config)
-    images, labels = _batch(config)
-    self._data = jnp.asarray(images), jnp.asarray(labels)
-    self._params = self._model.init(jax.random.key(0), self._data[0], True)
-    self._opt_state = optimizer.init(self._params)
-    self._key = jax.random.key(1)
-    self._train_step = flax_train_step(self._model, optimizer)
+    recipe = FlaxRecipe(config)
+    self._data = jax.tree.map(jnp.asarray, _batch(config))
+    self._state, self._key = recipe.init(self._data[0])
+    self._train_step = recipe.train_step
     self._forward = jax.jit(
-      lambda params, x: self._model.apply(params, x, True)
+      lambda params, x: recipe.model.apply(params, x, True)
     )
 
   def train(self, steps: int) -> None:
     """Run a number of training steps and wait for their end."""
     for _ in range(steps):
-      self._params, self._opt_state, loss, self._key = self._train_step(
-        self._params, self._opt_state, *self._data, self._key
+      self._state, self._key, loss = self._train_step(
+        self._state, self._key, *self._data
       )
-    jax.block_until_ready((self._params, loss))
+    jax.block_until_ready((self._state, loss))
 
   def evaluate(self, batches: int) -> None:
     """Classify a number of batches and wait for the result."""
     for _ in range(batches):
-      logits = self._forward(self._params, self._data[0])
+      logits = self._forward(self._state[0], self._data[0])
     logits.block_until_ready()
 
   def memory_bytes(self) -> int:
     """Return the device memory of a step."""
-    return memory.used(
-      self._train_step.lower(
-        self._params, self._opt_state, *self._data, self._key
-      ).compile()
-    )
+    step = self._train_step.lower(self._state, self._key, *self._data)
+    return memory.used(step.compile())
 
 
 class TimmPeer:
   """timm's VisionTransformer with torch.compile and its default attention.
 
   Uses autocast if our dtype is bfloat16.
-
-  Args:
-    config: config of the run to compare with.
   """
 
   def __init__(self, config):
@@ -175,12 +163,9 @@ class TimmPeer:
       block.attn.proj_drop = torch.nn.Identity()
     self._model = torch.compile(model)
     images, labels = _batch(config)
-    self._images = (
-      torch.from_numpy(images.transpose(0, 3, 1, 2).copy())
-      .to(self._device)
-      .contiguous()
-    )
-    self._labels = torch.from_numpy(labels).long().to(self._device)
+    images = images.transpose(0, 3, 1, 2).copy()  # Contiguous.
+    self._images = torch.tensor(images, device=self._device)
+    self._labels = torch.tensor(labels, dtype=torch.long, device=self._device)
     self._optimizer = torch.optim.SGD(
       model.parameters(), lr=config.base_lr, momentum=config.momentum
     )
@@ -254,4 +239,9 @@ def check_recipe(config: Any) -> None:
       )
 
 
-PEERS = {"flax": FlaxPeer, "timm": TimmPeer}
+PEERS = {"flax": FlaxPeer, "timm": TimmPeer}  # By package.
+
+
+def is_installed(subject: str) -> bool:
+  """Return False for a peer whose package is missing."""
+  return subject == "ours" or importlib.util.find_spec(subject) is not None

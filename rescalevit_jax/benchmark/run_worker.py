@@ -19,7 +19,6 @@ from rescalevit_jax.sweep import grid
 
 _log = logging.getLogger(__name__)
 
-PEER_PACKAGES = {"flax": "flax", "timm": "timm"}  # By subject.
 _FIRST_STEP = "first step done"
 
 
@@ -33,9 +32,9 @@ def measure(
 
   Args:
     run: the run to measure, or to compare a peer with.
-    subject: 'ours' or a key of `PEER_PACKAGES`.
+    subject: 'ours' or a key of `peers.PEERS`.
     options: values of the flags `seconds` and `eval_images`.
-    timeout: seconds until the process is killed.
+    timeout: seconds.
 
   Raises:
     UserError: the process failed.
@@ -82,27 +81,21 @@ def measure_starts(run: grid.PlannedRun) -> dict[str, Any]:
 
 
 def _seconds_to_first_step(run, folder, i):
-  command = [*run.command, f"--workdir={folder / str(i)}"]
-  environment = {
-    **machine.environment(),
-    "XDG_CACHE_HOME": str(folder / "cache"),
-  }
+  reason = "it printed nothing"
   start = time.monotonic()
   process = subprocess.Popen(
-    command,
+    [*run.command, f"--workdir={folder / str(i)}"],
     stdout=subprocess.DEVNULL,
     stderr=subprocess.PIPE,
     text=True,
-    env=environment,
+    env=machine.environment() | {"XDG_CACHE_HOME": str(folder / "cache")},
   )
   try:
-    lines = []
     for line in process.stderr:
       if _FIRST_STEP in line:
         return time.monotonic() - start
-      lines.append(line.strip())
+      reason = line.strip()
   finally:
     process.kill()
     process.communicate()
-  reason = lines[-1] if lines else "it printed nothing"
   raise errors.UserError(f"{run.workdir.name}: {reason}")

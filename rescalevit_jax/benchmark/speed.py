@@ -22,9 +22,6 @@ forecast.py. Writes compiled.md and compiled.json.
 
 import argparse
 from collections.abc import Sequence
-import importlib.metadata
-import importlib.util
-import json
 import logging
 import os
 import pathlib
@@ -77,11 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     default=10_000,
     help="maximum number of test images per evaluation (default: 10000)",
   )
-  add(
-    "--no_start",
-    action="store_true",
-    help="omit the start-up times",
-  )
+  add("--no_start", action="store_true", help="omit the start-up times")
   add(
     "--output",
     type=pathlib.Path,
@@ -91,6 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   )
   add(
     "--compile_for",
+    type=lambda text: text.split(","),
     metavar="GPU,...",
     help=f"compile for GPUs instead: {', '.join(gpus.NAMES)}",
   )
@@ -125,82 +119,80 @@ def _run(args):
   if args.peer:
     for run in runs:
       peers.check_recipe(run.config)
-  if args.compile_for:
-    forecast.forecast(
-      runs,
-      [gpus.get(name) for name in args.compile_for.split(",")],
-      devices=args.devices,
-      with_peer=args.peer,
-      command=_command(args),
-      output=args.output,
+  targets = [gpus.get(x) for x in args.compile_for or ()]
+  args.output.mkdir(parents=True, exist_ok=True)  # Report errors early.
+  report = {"command": _command(args)}
+  if targets:
+    report |= forecast.forecast(
+      runs, targets, devices=args.devices, with_peer=args.peer
     )
-    return
+    name, text = "compiled", forecast.markdown(report)
+  else:
+    report |= _measure(runs, args)
+    name, text = "benchmark", report_lib.markdown(report)
+  atomic_file.write_json(args.output / f"{name}.json", report)
+  atomic_file.write(args.output / f"{name}.md", text)
+  print(text)
+
+
+def _measure(runs, args):
+  """Return the content of benchmark.json."""
+  load_before = os.getloadavg()
+  first_runs = [run for run in runs if comparison.is_first(run, runs)]
+  return {
+    "machine": {**machine.describe(), "load_before": load_before},
+    "entries": _measure_programs(runs, first_runs, args),
+    "starts": [
+      run_worker.measure_starts(run) for run in first_runs if not args.no_start
+    ],
+  }
+
+
+def _measure_programs(runs, first_runs, args):
+  """Measure all programs in turn, over several rounds."""
   subjects = ["ours"]
   if args.peer:
-    for name, package in run_worker.PEER_PACKAGES.items():
-      if importlib.util.find_spec(package) is None:
-        _log.warning("%s is not installed; skipped", package)
-      else:
+    for name in peers.PEERS:
+      if peers.is_installed(name):
         subjects.append(name)
+      else:
+        _log.warning("%s is not installed; skipped", name)
   entries = [
     {"run": run, "subject": subject, "rounds": []}
     for run in runs
     # A peer always has LayerNorm: measure it once per model.
-    for subject in (subjects if report_lib.is_first(run, runs) else ["ours"])
+    for subject in (subjects if run in first_runs else ["ours"])
   ]
-  args.output.mkdir(parents=True, exist_ok=True)  # Report errors early.
-  load_before = os.getloadavg()
   options = {"seconds": args.seconds, "eval_images": args.eval_images}
   total, start = args.rounds * len(entries), time.monotonic()
-  for i in range(total):
-    entry = entries[i % len(entries)]
-    entry["rounds"].append(
-      run_worker.measure(entry["run"], entry["subject"], options)
-    )
-    left = (time.monotonic() - start) / (i + 1) * (total - i - 1)
+  for i, entry in enumerate(entries * args.rounds, 1):
+    found = run_worker.measure(entry["run"], entry["subject"], options)
+    entry["rounds"].append(found)
     _log.info(
       "%d/%d  %s %s: %.0f images/s  ETA %s",
-      i + 1,
+      i,
       total,
       entry["run"].workdir.name,
       entry["subject"],
-      entry["rounds"][-1]["images_per_second"],
-      terminal.duration(left),
+      found["images_per_second"],
+      terminal.duration((time.monotonic() - start) / i * (total - i)),
     )
-  starts = []
-  if not args.no_start:
-    starts = [
-      run_worker.measure_starts(run)
-      for run in runs
-      if report_lib.is_first(run, runs)
-    ]
-  report = {
-    "command": _command(args),
-    "machine": {**machine.describe(), "load_before": load_before},
-    "entries": [comparison.describe(entry, entries) for entry in entries],
-    "starts": starts,
-  }
-  text = report_lib.markdown(report)
-  atomic_file.write(
-    args.output / "benchmark.json", json.dumps(report, indent=2) + "\n"
-  )
-  atomic_file.write(args.output / "benchmark.md", text)
-  print(text)
+  return [comparison.describe(entry, entries) for entry in entries]
 
 
 def _command(args):
   """Return the command line without paths."""
   words = ["python -m rescalevit_jax.benchmark"]
-  words += [f"--config={text}" for text in args.config]
-  words += [f"--grid={text}" for text in args.grid]
   words += [
-    f"--set={text}"
-    for text in args.set
+    f"--{flag}={text}"
+    for flag in ("config", "grid", "set")
+    for text in getattr(args, flag)
     if not text.startswith("tfds_data_dir=")
   ]
   words += ["--peer"] * args.peer
   if args.compile_for:
-    words += [f"--compile_for={args.compile_for}", f"--devices={args.devices}"]
+    gpu_names = ",".join(args.compile_for)
+    words += [f"--compile_for={gpu_names}", f"--devices={args.devices}"]
     return " ".join(words)
   words += ["--no_start"] * args.no_start
   for name in ("rounds", "seconds", "eval_images"):

@@ -5,6 +5,7 @@ CONFIG and OPTIONS as JSON. The last line of the output is a JSON object.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+import dataclasses
 import json
 import statistics
 import sys
@@ -17,6 +18,7 @@ import ml_collections
 import numpy as np
 
 from rescalevit_jax import config as config_lib
+from rescalevit_jax.augment import preprocess
 from rescalevit_jax.benchmark import memory
 from rescalevit_jax.benchmark import peers
 from rescalevit_jax.data import loader
@@ -25,7 +27,6 @@ from rescalevit_jax.distributed import sharding
 from rescalevit_jax.training import diagnostics
 from rescalevit_jax.training import evaluate
 from rescalevit_jax.training import experiment as experiment_lib
-from rescalevit_jax.training import train_step
 
 _MIN_LAPS = 5  # Per function.
 _LAP_SECONDS = 0.3  # Shorter if the time does not suffice for _MIN_LAPS.
@@ -48,21 +49,14 @@ def measure_ours(
 ) -> dict[str, float]:
   """Measure this project, with real data and with one resident batch."""
   experiment = experiment_lib.create(config)
-  by_device = sharding.split(experiment.mesh, axis=1)
   seed = np.uint32(config.seed)
   state = experiment.init_state()
 
-  def batches(steps):
-    numbers = range(1, steps + 1)
-    return experiment.train_loader.batches(experiment.train_indices, numbers)
-
-  with batches(1) as found:
+  with _batches(experiment, 1) as found:
     images, labels = next(found)
   start = time.perf_counter()
-  step = experiment.train_step(config.total_steps).lower(
-    state, images, labels, seed
-  )
-  compiled = step.compile()
+  step = experiment.train_step(config.total_steps)
+  compiled = step.lower(state, images, labels, seed).compile()
   seconds = time.perf_counter() - start
 
   def run(steps):
@@ -70,7 +64,7 @@ def measure_ours(
     # previous one.
     nonlocal state
     last = None
-    with batches(steps) as found:
+    with _batches(experiment, steps) as found:
       for images, labels in found:
         state, metrics = compiled(state, images, labels, seed)
         if last is not None:
@@ -78,7 +72,7 @@ def measure_ours(
         last = metrics
     jax.block_until_ready((state, metrics))
 
-  on_device = _resident(experiment, by_device)
+  on_device = _resident(experiment)
   real_times, resident_times = time_laps([run, on_device], options["seconds"])
   test = experiment.dataset.test
   count = min(len(test), int(options["eval_images"]))
@@ -110,21 +104,18 @@ def measure_ours(
   }
 
 
-def _diagnostics(experiment, step, seconds):
-  """Return the cost of diagnostics in training steps, if they are enabled.
+def _batches(experiment, steps):
+  numbers = range(1, steps + 1)
+  return experiment.train_loader.batches(experiment.train_indices, numbers)
 
-  Args:
-    experiment: the experiment.
-    step: the compiled training step.
-    seconds: duration of the measurement.
-  """
+
+def _diagnostics(experiment, step, seconds):
+  """Return the cost of diagnostics in training steps, if they are enabled."""
   config = experiment.config
   if not config.diagnostics_every:
     return {}
   state = experiment.init_state()
-  with experiment.train_loader.batches(
-    experiment.train_indices, range(1, 2)
-  ) as found:
+  with _batches(experiment, 1) as found:
     images, labels = next(found)
   programs = diagnostics.CompiledDiagnostics(experiment)
   programs.compile(state, images, labels)
@@ -159,57 +150,24 @@ def _diagnostics(experiment, step, seconds):
   }
 
 
-def _resident(experiment, by_device):
-  """Return a function that trains repeatedly on one prepared batch."""
-  config, model = experiment.config, experiment.model
+def _resident(experiment):
+  """Return a function that trains on one batch without augmentation."""
+  config = experiment.config.copy_and_resolve_references()
+  config.augment.update(dataclasses.asdict(preprocess.Augment(crop=False)))
+  config.mixup = config.cutmix = config.label_smoothing = 0.0
+  plain = dataclasses.replace(experiment, config=config)
+  step, state = plain.train_step(config.total_steps), plain.init_state()
   rng = np.random.default_rng(0)
   size = config.image_size
   shape = (config.accum_steps, config.batch // config.accum_steps)
-  images = rng.standard_normal((*shape, size, size, 3), np.float32)
-  labels = rng.integers(0, model.config.num_classes, shape, np.int32)
-  images, labels = sharding.put((images, labels), by_device)
-  state = experiment.init_state()
-
-  def step(state, images, labels):
-    key = jax.random.fold_in(jax.random.key(0), state.step)
-    gradient = jax.value_and_grad(train_step.loss_fn, has_aux=True)
-
-    def micro_step(carry, micro_batch):
-      batch_stats, sums = carry
-      (loss, batch_stats), grads = gradient(
-        state.params,
-        batch_stats,
-        *micro_batch,
-        key,
-        model=model,
-        settled=experiment.settled_from is not None,
-      )
-      return (batch_stats, jax.tree.map(jnp.add, sums, (loss, grads))), None
-
-    carry = (
-      state.batch_stats,
-      (jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.params)),
-    )
-    if len(labels) == 1:
-      carry, _ = micro_step(carry, (images[0], labels[0]))
-    else:
-      carry, _ = jax.lax.scan(micro_step, carry, (images, labels))
-    batch_stats, (loss, grads) = carry
-    return train_step.update(
-      state,
-      loss,
-      grads,
-      batch_stats,
-      optimizer=experiment.optimizer,
-      ema_decay=config.ema_decay,
-    )
-
-  step = jax.jit(step, donate_argnums=0)
+  images = rng.integers(0, 256, (*shape, size, size, 3), np.uint8)
+  labels = rng.integers(0, plain.model.config.num_classes, shape, np.int32)
+  batch = sharding.put((images, labels), sharding.split(plain.mesh, axis=1))
 
   def run(steps):
     nonlocal state
     for _ in range(steps):
-      state, metrics = step(state, images, labels)
+      state, metrics = step(state, *batch, np.uint32(config.seed))
     jax.block_until_ready((state, metrics))
 
   return run

@@ -93,12 +93,9 @@ def join(
 def local_devices() -> list[int] | None:
   """Return the indices of this process's GPUs among the visible ones.
 
-  JAX's default under `srun` and `mpirun` is one GPU, chosen by the process's
-  index on its machine. That leaves GPUs idle if a process has several, and
-  fails if Slurm shows each process only its own.
-
-  Returns:
-    An empty list for all visible GPUs, None for JAX's default.
+  An empty list means all, None is JAX's default: under `srun` and `mpirun` one
+  GPU, chosen by the process's index on its machine. That leaves GPUs idle if a
+  process has several, and fails if Slurm shows each process only its own.
   """
   env = os.environ
   if "OMPI_COMM_WORLD_LOCAL_SIZE" in env:

@@ -35,13 +35,10 @@ def split(mesh: Mesh, axis: int = 0) -> NamedSharding:
 
 
 def create(tree: Any, mesh: Mesh, fsdp: bool) -> Any:
-  """Return the shardings of a state.
+  """Return the shardings of a tree of arrays or shapes.
 
-  Args:
-    tree: of arrays or other values with a shape.
-    mesh: the devices.
-    fsdp: whether to split large arrays along the longest axis that the number
-      of devices divides.
+  With `fsdp`, large arrays are split along the longest axis that the number of
+  devices divides.
   """
 
   def create_sharding(x):
@@ -66,9 +63,7 @@ def put(tree: Any, sharding: jax.sharding.Sharding) -> Any:
 def local_shard(x: np.ndarray, sharding: NamedSharding) -> np.ndarray:
   """Return the part of an array that belongs to the devices of this process.
 
-  Args:
-    x: the whole array.
-    sharding: splits at most one axis, in the order of the processes.
+  The sharding splits at most one axis, in the order of the processes.
   """
   indices = sharding.addressable_devices_indices_map(x.shape).values()
   parts = [index for index in indices if index is not None]

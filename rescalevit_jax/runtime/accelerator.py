@@ -17,15 +17,10 @@ from rescalevit_jax import errors
 
 @dataclasses.dataclass(frozen=True)
 class Accelerator:
-  """Properties that the choice of an implementation depends on.
+  """Properties that the choice of an implementation depends on."""
 
-  Attributes:
-    platform: 'cpu', 'gpu' or 'tpu'.
-    compute_capability: (major, minor) of an NVIDIA GPU; (0, 0) otherwise.
-  """
-
-  platform: str
-  compute_capability: tuple[int, int] = (0, 0)
+  platform: str  # cpu, gpu or tpu.
+  compute_capability: tuple[int, int] = (0, 0)  # Of an NVIDIA GPU.
 
 
 _described: contextvars.ContextVar[Accelerator | None] = contextvars.ContextVar(
@@ -35,8 +30,7 @@ _described: contextvars.ContextVar[Accelerator | None] = contextvars.ContextVar(
 
 def platform() -> str:
   """Return the platform that programs are compiled for: cpu, gpu or tpu."""
-  described = _described.get()
-  return described.platform if described else jax.default_backend()
+  return current().platform
 
 
 def current() -> Accelerator:

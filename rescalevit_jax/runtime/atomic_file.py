@@ -2,9 +2,10 @@
 
 from collections.abc import Iterator
 import contextlib
+import json
 import os
 import pathlib
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 
 @contextlib.contextmanager
@@ -35,6 +36,13 @@ def write(path: str | os.PathLike[str], content: str | bytes) -> None:
     content = content.encode("utf-8", "backslashreplace")
   with replacing(path) as f:
     f.write(content)
+
+
+def write_json(
+  path: str | os.PathLike[str], value: Any, indent: int = 2
+) -> None:
+  """Write a value as JSON."""
+  write(path, json.dumps(value, indent=indent) + "\n")
 
 
 def remove_temporary(folder: pathlib.Path) -> None:

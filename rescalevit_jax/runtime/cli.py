@@ -27,12 +27,9 @@ _PATH_FLAGS = (
 
 
 def arguments(argv: Sequence[str] | None = None) -> list[str]:
-  """Return command-line arguments with `~` expanded to the home folder.
+  """Return arguments, by default this process's, with `~` expanded.
 
   Ends the process with code 2 if a path is a URL, such as gs://.
-
-  Args:
-    argv: arguments; None: those of this process.
   """
   expanded = []
   for word in sys.argv[1:] if argv is None else argv:
@@ -69,13 +66,9 @@ def check_output(path: str | os.PathLike[str]) -> None:
 
 
 def run(body: Callable[[], int | None]) -> int:
-  """Run a command.
+  """Run a command; return the exit code.
 
-  Args:
-    body: does the work; returns the exit code, or None for 0.
-
-  Returns:
-    The exit code: from `body`, 1 after an error, 130 after Ctrl-C.
+  It is that of `body`, 1 after an error, and 130 after Ctrl-C.
   """
   if hasattr(sys.stdout, "reconfigure"):
     # File names may have characters that the terminal cannot show.

@@ -51,16 +51,11 @@ def tfds_download_timeouts() -> Iterator[None]:
 
 @contextlib.contextmanager
 def tfds_expected_file(builder: Any, url: str, info: Any) -> Iterator[None]:
-  """Make tfds expect a file with another checksum at a URL.
+  """Make tfds expect a file with another `UrlInfo`, a checksum, at a URL.
 
   tfds accepts a file in place of a download only if its checksum is the
   published one, and has no option to change that. The dictionary is shared by
   all builders of the dataset in this process.
-
-  Args:
-    builder: a tfds builder.
-    url: the download to replace.
-    info: checksum, size and name of the file, `UrlInfo` of tfds.
   """
   official = builder.url_infos[url]
   builder.url_infos[url] = info

@@ -25,10 +25,10 @@ _NVCC = "nvidia.cuda_nvcc"
 
 
 class _NoPlugin(types.ModuleType):
-  """Stands in for the plugin; JAX registers nothing."""
+  """Replaces the plugin; JAX registers nothing."""
 
   def initialize(self) -> None:
-    """Does nothing."""
+    """Do nothing."""
 
 
 def can_compile() -> bool:
@@ -37,22 +37,16 @@ def can_compile() -> bool:
 
 
 def hide_if_compile_only() -> None:
-  """Keep JAX from starting a CUDA plugin that has no CUDA to run on.
-
-  Called before JAX starts its devices.
-  """
+  """Hide a CUDA plugin that has no CUDA, before JAX starts its devices."""
   if _is_installed(_PLUGIN) and not _is_installed("jax_cuda12_plugin"):
     sys.modules.setdefault(_PLUGIN, _NoPlugin(_PLUGIN))
 
 
 def compile_only_devices(description: str, count: int) -> list[jax.Device]:
-  """Return devices to compile for, which need not exist.
+  """Return the GPUs of one host to compile for, which need not exist.
 
-  Called before JAX starts its devices, or with a plugin that is not hidden.
-
-  Args:
-    description: XLA's target config, as text.
-    count: GPUs of one host.
+  `description` is XLA's target config, as text. Called before JAX starts its
+  devices, or with a plugin that is not hidden.
 
   Raises:
     UserError: the wheels are missing.

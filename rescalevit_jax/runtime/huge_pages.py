@@ -14,12 +14,9 @@ _TUNABLE = "glibc.malloc.hugetlb"
 
 
 def environment(variables: Mapping[str, str]) -> dict[str, str]:
-  """Return environment variables with huge pages switched on.
+  """Return environment variables with huge pages requested.
 
   A value that the user has set stays. Other systems than glibc ignore it.
-
-  Args:
-    variables: those to start from.
   """
   tunables = variables.get(_VARIABLE, "")
   if _TUNABLE not in tunables:
@@ -28,13 +25,10 @@ def environment(variables: Mapping[str, str]) -> dict[str, str]:
 
 
 def restart_with(module: str) -> None:
-  """Start this program again, in the same process, if it lacks huge pages.
+  """Restart `python -m module`, in the same process, if it lacks huge pages.
 
-  To be called first, since nothing is kept but the command line.
-
-  Args:
-    module: name given to `python -m`. Nothing happens in other programs, such
-      as a notebook that runs the module.
+  Called first, since only the command line is kept. Does nothing in other
+  programs, such as a notebook that runs the module.
   """
   wanted = environment(os.environ)
   mine = sys.executable and module in sys.orig_argv

@@ -1,7 +1,8 @@
 """Write Markdown."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 import html
+from typing import Any
 
 NOTHING = "–"
 
@@ -28,3 +29,20 @@ def table(
   escaped = [[escape(cell) for cell in row] for row in rows]
   lines = [[escape(heading) for heading in headings], rules, *escaped]
   return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def table_of(
+  alignment: str,
+  columns: Mapping[str, Callable[[Any], str]],
+  items: Iterable[Any],
+) -> str:
+  """Return a table of items; `columns` has a function to a cell per heading."""
+  rows = [[cell(item) for cell in columns.values()] for item in items]
+  return table(alignment, list(columns), rows)
+
+
+def number(
+  key: str, text: str = "{:.2f}", factor: float = 1
+) -> Callable[[Mapping[str, Any]], str]:
+  """Return a function from a mapping to the cell of a value, '' if missing."""
+  return lambda item: text.format(factor * item[key]) if key in item else ""

@@ -12,10 +12,7 @@ _QUIET = {"TF_CPP_MIN_LOG_LEVEL": "3", "TF_ENABLE_ONEDNN_OPTS": "0"}
 
 @functools.cache
 def load() -> types.ModuleType:
-  """Import TensorFlow without log messages and without GPUs.
-
-  Returns:
-    The module `tensorflow`.
+  """Import and return TensorFlow, without log messages and without GPUs.
 
   Raises:
     UserError: it is not installed or cannot be imported.

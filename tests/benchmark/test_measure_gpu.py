@@ -147,7 +147,7 @@ def rehearsal(tmp_path_factory, digits_dir, shared_dir):
 
 def test_nothing_is_lost_or_repeated(rehearsal):
   plan = measure_plan.rehearsal(rehearsal.output, rehearsal.output, "data")
-  names = (plan.norms[1], plan.speed, plan.training)
+  names = (plan.norms, plan.speed, plan.training)
   for stage, expected in zip(measure_results.STAGES, names, strict=True):
     assert set(rehearsal.results[stage]) == set(expected)
   assert done(rehearsal.snapshots[0])["norms"] == rehearsal.results["norms"]
@@ -302,7 +302,7 @@ def test_stages_share_the_time(session, monkeypatch):
 
 def test_failed_items_come_last(session, tmp_path, monkeypatch):
   plan = measure_plan.rehearsal(tmp_path, tmp_path, None)
-  first, second, *_ = plan.norms[1]
+  first, second, *_ = plan.norms
   failed = {first: {"error": "it broke"}, second: {"loss": 1.0}}
   (tmp_path / "norms.json").write_text(json.dumps(failed))
   asked = []
@@ -312,7 +312,7 @@ def test_failed_items_come_last(session, tmp_path, monkeypatch):
 
   monkeypatch.setattr(norm_steps, "run", record)
   assert session(1000).run(["norms"], needs_gpu=False) == 1
-  assert asked == [*list(plan.norms[1])[2:], first]
+  assert asked == [*list(plan.norms)[2:], first]
   assert f"- {first}: it broke" in (tmp_path / "summary.md").read_text()
 
 
@@ -351,7 +351,7 @@ def test_bounds_are_of_one_gpu(tmp_path):
   path = tmp_path / "compiled.json"
   path.write_text(json.dumps({"devices": 8, "rows": []}))
   with pytest.raises(errors.UserError, match="is of 8 GPUs"):
-    measure_results._read_bounds(path)
+    measure_results.read_bounds(path)
 
 
 def test_an_item_that_fails_does_not_stop_the_next(monkeypatch):
@@ -417,8 +417,8 @@ def test_a_run_without_a_published_last_accuracy_has_a_row(tmp_path):
 def test_the_reference_is_of_the_model_that_is_measured(tmp_path):
   plan = measure_plan.real(tmp_path, tmp_path, None)
   reference = json.loads(plan.reference.read_text())
-  assert reference["model_name"] == plan.norms[0].model_name == "ViT-B_16"
-  assert reference["image_size"] == plan.norms[0].image_size == 224
+  assert reference["model_name"] == plan.config.model_name == "ViT-B_16"
+  assert reference["image_size"] == plan.config.image_size == 224
   assert reference["images"] == norm_steps.IMAGES
   for found in reference["norms"].values():
     assert all(value > 0 for value in found.values())
@@ -428,10 +428,8 @@ def test_the_reference_is_of_the_model_that_is_measured(tmp_path):
 def test_the_reference_is_what_the_model_computes(tmp_path):
   plan = measure_plan.real(tmp_path, tmp_path, None)
   reference = json.loads(plan.reference.read_text())["norms"]["LN"]
-  item = {**plan.norms[1]["check LN float32 auto"]}
-  found = norm_steps.prepare_check(
-    norm_steps.item_config(plan.norms[0], item)
-  )()
+  item = {**plan.norms["check LN float32 auto"]}
+  found = norm_steps.prepare_check(norm_steps.item_config(plan.config, item))()
   assert found == pytest.approx(reference, rel=1e-3)
 
 

@@ -10,10 +10,9 @@ import tiny_sweep
 
 from rescalevit_jax import config as config_lib
 from rescalevit_jax import errors
+from rescalevit_jax.benchmark import comparison
 from rescalevit_jax.benchmark import peers
-from rescalevit_jax.benchmark import report
 from rescalevit_jax.benchmark import worker
-from rescalevit_jax.distributed import sharding
 from rescalevit_jax.training import experiment
 from rescalevit_jax.training import train_step
 
@@ -117,7 +116,7 @@ def test_the_resident_step_is_the_steady_one(tiny_config, monkeypatch):
   monkeypatch.setattr(train_step, "loss_fn", record)
   tiny_config.model.norm = "Rescale"
   found = experiment.create(tiny_config)
-  worker._resident(found, sharding.split(found.mesh, axis=1))(1)
+  worker._resident(found)(1)
   assert settled == [True]
 
 
@@ -125,9 +124,9 @@ def test_distinctive_settings_are_listed():
   a, b, c = (config_lib.default() for _ in range(3))
   b.model.norm, b.batch, b.model.residual = "Cal", 7, "rescalenet"
   c.model.norm = "BN"
-  assert report.settings(a, [a, b, c]) == {"model.residual": "auto"}
-  assert report.settings(b, [a, b, c]) == {"model.residual": "rescalenet"}
-  assert report.settings(c, [a, c]) == {}
+  assert comparison.settings(a, [a, b, c]) == {"model.residual": "auto"}
+  assert comparison.settings(b, [a, b, c]) == {"model.residual": "rescalenet"}
+  assert comparison.settings(c, [a, c]) == {}
 
 
 @pytest.mark.parametrize(
