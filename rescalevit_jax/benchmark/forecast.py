@@ -100,10 +100,12 @@ def _compile(
   create_model = peers.model_of
   if subject == "ours":
     inputs = gpu_compile.inputs_of(config)
-    needed, program = _train_step(config, gpu, inputs, devices)
+    needed, program, launches = _train_step(config, gpu, inputs, devices)
     create_model = functools.partial(experiment.create_model, num_classes=1)
   else:
-    needed, program = _read(gpu_compile.flax_train_step(config, gpu, devices))
+    needed, program, launches = _read(
+      gpu_compile.flax_train_step(config, gpu, devices)
+    )
   seconds = time.monotonic() - start
   limit = _memory_share() * gpu.memory_bytes
   with accelerator.compiling_for(gpu.accelerator):
@@ -121,7 +123,8 @@ def _compile(
     "memory_bytes": needed,
     "memory_limit_bytes": limit,
     "fits": needed <= limit,
-    "kernels": program.launches,
+    "kernels": program.num_kernels,
+    "launches": launches,
     "gemms": program.gemms,
     "kernel_kinds": dict(hlo.count_kinds(program.kernels).most_common()),
     "traffic_bytes": program.bytes,
@@ -138,18 +141,21 @@ def _compile(
   return row
 
 
-def _read(compiled):
-  return memory.needed(compiled), hlo.read(compiled.as_text())
+def _read(program):
+  compiled, launches = program
+  return memory.needed(compiled), hlo.read(compiled.as_text()), launches
 
 
 def _train_step(config, gpu, inputs, devices):
-  """Return the peak memory of a step, and the steady-state program."""
-  needed, program = _read(gpu_compile.train_step(config, gpu, inputs, devices))
+  """Return the peak memory of a step, the steady-state program, launches."""
+  needed, program, launches = _read(
+    gpu_compile.train_step(config, gpu, inputs, devices)
+  )
   Norm = norms.NORMS[config.model.norm]
   if issubclass(Norm, traits.Settling):  # Step 1 may need more.
     first = gpu_compile.train_step(config, gpu, inputs, devices, step=1)
-    needed = max(needed, memory.needed(first))
-  return needed, program
+    needed = max(needed, memory.needed(first.compiled))
+  return needed, program, launches
 
 
 def _ways_to_fit(gpu, config, inputs, devices, limit):
@@ -163,7 +169,7 @@ def _ways_to_fit(gpu, config, inputs, devices, limit):
 
   found = {}
   if not config.model.remat:
-    needed, program = step("model.remat", True)
+    needed, program, _ = step("model.remat", True)
     found["remat_memory_bytes"] = needed
     found["remat_step_seconds"] = program.seconds(gpu)
   found["largest_batch"] = largest_batch(
@@ -216,6 +222,8 @@ def markdown(report: dict[str, Any]) -> str:
     "- Compiled, not executed. Lower bound: each kernel takes the longer of its"
     " bytes at memory bandwidth and its products at peak speed. Launch"
     " overhead, caches and communication are not counted.",
+    "- Launches: what the host starts per step. XLA puts most kernels into CUDA"
+    " graphs, each of which is one launch.",
     f"- Fits: the step needs at most {100 * share:g} % of the GPU's memory, the"
     " share that JAX allocates (XLA_CLIENT_MEM_FRACTION). A dataset on the GPU"
     " needs additional memory: 0.2 GB for CIFAR.",
@@ -224,7 +232,7 @@ def markdown(report: dict[str, Any]) -> str:
       * (devices > 1)
     ),
     "",
-    markdown_lib.table_of("llllrlrrrrr", _COLUMNS, report["rows"]),
+    markdown_lib.table_of("llllrlrrrrrr", _COLUMNS, report["rows"]),
   ]
   return "\n".join(lines)
 
@@ -258,6 +266,7 @@ _COLUMNS = {
   "memory, GB": lambda row: _format(row["memory_bytes"] / 1e9),
   "fits": _fits,
   "kernels (products)": lambda row: f"{row['kernels']} ({row['gemms']})",
+  "launches": lambda row: str(row["launches"]),
   "traffic, GB": lambda row: _format(row["traffic_bytes"] / 1e9),
   "TFLOP": lambda row: _format(row["flops"] / 1e12),
   "lower bound, ms": lambda row: _format(1e3 * row["step_seconds"]),

@@ -6,6 +6,8 @@ algorithms of cuBLAS and cuDNN and the tiling of Triton's kernels.
 
 from collections.abc import Iterator
 import contextlib
+import pathlib
+import tempfile
 from typing import Any, NamedTuple
 
 import jax
@@ -34,6 +36,13 @@ class Inputs(NamedTuple):
   num_classes: int
 
 
+class Program(NamedTuple):
+  """A compiled program."""
+
+  compiled: jax.stages.Compiled
+  launches: int  # By the host: CUDA graphs, and kernels in none of them.
+
+
 def inputs_of(config: ml_collections.ConfigDict) -> Inputs:
   """Return the inputs of a config's dataset, which need not be prepared.
 
@@ -54,7 +63,7 @@ def train_step(
   inputs: Inputs,
   devices: int = 1,
   step: int | None = None,
-) -> jax.stages.Compiled:
+) -> Program:
   """Compile a run's training step.
 
   Args:
@@ -85,7 +94,7 @@ def eval_step(
   gpu: gpus.Gpu,
   inputs: Inputs,
   devices: int = 1,
-) -> jax.stages.Compiled:
+) -> Program:
   """Compile the evaluation of a batch; see `train_step`."""
   with _compiling_for(gpu, devices) as mesh:
     experiment = experiment_lib.build(config, mesh, inputs.num_classes)
@@ -102,7 +111,7 @@ def eval_step(
 
 def flax_train_step(
   config: ml_collections.ConfigDict, gpu: gpus.Gpu, devices: int = 1
-) -> jax.stages.Compiled:
+) -> Program:
   """Compile the step of `peers.FlaxPeer`; see `train_step`."""
   with _compiling_for(gpu, devices) as mesh:
     everywhere, by_device = sharding.replicated(mesh), sharding.split(mesh)
@@ -126,9 +135,15 @@ def _compiling_for(gpu: gpus.Gpu, devices: int) -> Iterator[Mesh]:
     yield Mesh(np.asarray(found), ("data",))
 
 
-def _compile(step: Any, *arguments: Any) -> jax.stages.Compiled:
-  options = {**_OPTIONS, **cuda_plugin.compiler_options()}
-  return step.lower(*arguments).compile(compiler_options=options)
+def _compile(step: Any, *arguments: Any) -> Program:
+  with tempfile.TemporaryDirectory() as folder:
+    options = {**_OPTIONS, **cuda_plugin.compiler_options()}
+    options["xla_dump_to"] = folder
+    compiled = step.lower(*arguments).compile(compiler_options=options)
+    # Kernels of a CUDA graph are indented.
+    (path,) = pathlib.Path(folder).glob("*.thunk_sequence_after_*.txt")
+    lines = path.read_text(encoding="utf-8").splitlines()
+  return Program(compiled, sum(line[0].isdigit() for line in lines))
 
 
 def _batch(batch, shape, by_device):

@@ -88,8 +88,8 @@ class Program:
   host_transfers: list[str] = dataclasses.field(default_factory=list)
 
   @property
-  def launches(self) -> int:
-    """Number of kernel launches per step."""
+  def num_kernels(self) -> int:
+    """Number of kernels per step."""
     return sum(k.times for k in self.kernels)
 
   @property

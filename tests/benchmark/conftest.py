@@ -13,8 +13,8 @@ from rescalevit_jax.benchmark import hlo
 def compile_tiny(shared_dir):
   """Return a function from (program, GPU, devices, keys) to an `hlo.Program`.
 
-  It has two more attributes: its `text`, and `needed`, the memory in bytes. The
-  workers of a test session share compiled programs.
+  It has more attributes: `text`, `launches` and `needed`, the memory in bytes.
+  The workers of a test session share compiled programs.
   """
   if not tiny_gpu.CAN_COMPILE:
     pytest.skip(tiny_gpu.REASON)
@@ -34,9 +34,10 @@ def compile_tiny(shared_dir):
           path.write_text(
             json.dumps(tiny_gpu.compile(what, gpu, devices, step, keys))
           )
-      text, needed = json.loads(path.read_text())
+      text, needed, launches = json.loads(path.read_text())
       found[name] = hlo.read(text)
       found[name].text, found[name].needed = text, needed
+      found[name].launches = launches
     return found[name]
 
   return compile_tiny

@@ -46,6 +46,8 @@ def test_memory_and_lower_bound_are_reported(tmp_path):
   assert row["memory_limit_bytes"] == limit > row["memory_bytes"] > 0
   assert row["fits"] and "largest_batch" not in row
   assert row["kernels"] > row["gemms"] > 0 and row["collectives"] == 1
+  # Graphs before and after the all-reduce.
+  assert 3 <= row["launches"] < row["kernels"]
   assert sum(row["kernel_kinds"].values()) == row["kernels"]
   assert row["flops"] > 0 and row["traffic_bytes"] > 0
   assert "2 GPUs; figures are per GPU" in text and "| yes |" in text
@@ -145,6 +147,7 @@ def test_table_has_three_significant_digits():
     "memory_bytes": 9.876e9,
     "fits": True,
     "kernels": 1583,
+    "launches": 2,
     "gemms": 223,
     "traffic_bytes": 80.94e9,
     "flops": 12.9e12,
@@ -161,6 +164,7 @@ def test_table_has_three_significant_digits():
   text = forecast.markdown(report)
   assert text.splitlines()[-1] == (
     "| NVIDIA L4 | ViT-B_16 at 224 | 128, bfloat16, cudnn | ours, LN,"
-    " model.remat=True | 9.88 | yes | 1583 (223) | 80.9 | 12.9 | 29.2 | 4382 |"
+    " model.remat=True | 9.88 | yes | 1583 (223) | 2 | 80.9 | 12.9 | 29.2 |"
+    " 4382 |"
   )
   assert "at most 75 % of the GPU's memory" in text and "GPUs;" not in text

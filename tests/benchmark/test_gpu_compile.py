@@ -41,6 +41,7 @@ def test_every_norm_trains(compile_tiny, norm):
   # The last block may need the class token only, for which cuDNN is too much.
   assert kinds[ATTEND] == kinds[ATTEND_BACK] in (1, 2)
   assert not program.collectives
+  assert program.launches == 1  # A CUDA graph.
 
 
 @pytest.mark.parametrize(
@@ -58,6 +59,7 @@ def test_every_norm_evaluates(compile_tiny, norm):
   assert_lean(program)
   kinds = hlo.count_kinds(program.kernels)
   assert kinds[ATTEND] in (1, 2) and kinds[ATTEND_BACK] == 0
+  assert program.launches == 1
 
 
 def test_first_step_of_rescale_calibrates(compile_tiny):

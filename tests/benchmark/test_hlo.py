@@ -159,7 +159,7 @@ def test_loops_count_their_trips():
     ' backend_config={"known_trip_count":{"n":"5"}}',
     "ROOT %r = f32[8,16]{1,0} get-tuple-element(%w), index=1",
   )
-  assert program.launches == 10
+  assert program.num_kernels == 10
   assert program.bytes == 5 * (2 * BYTES + 4 + 1)
   assert not program.conditionals
 
@@ -170,7 +170,7 @@ def test_conditionals_count_their_cheapest_branch():
     "ROOT %c = f32[8,16]{1,0} conditional(%p, %x, %x), true_computation=%dear,"
     " false_computation=%cheap",
   )
-  assert program.conditionals == ["c"] and program.launches == 0
+  assert program.conditionals == ["c"] and program.num_kernels == 0
   program = read(
     "%i = s32[] constant(0)",
     "ROOT %c = f32[8,16]{1,0} conditional(%i, %x, %x),"

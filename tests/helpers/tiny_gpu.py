@@ -42,7 +42,7 @@ def tiny_config(**changes):
 
 
 def compile(what, gpu, devices, step, keys):
-  """Return the optimized HLO of a tiny program, and its memory in bytes."""
+  """Return a tiny program's optimized HLO, memory in bytes and launches."""
   batch = {"batch": 16 * devices, "batch_eval": 16 * devices}
   config = tiny_config(**{**batch, **keys})
   gpu = gpus.get(gpu)
@@ -52,4 +52,5 @@ def compile(what, gpu, devices, step, keys):
     program = gpu_compile.eval_step(config, gpu, INPUTS, devices)
   else:
     program = gpu_compile.flax_train_step(config, gpu, devices)
-  return program.as_text(), memory.needed(program)
+  compiled, launches = program
+  return compiled.as_text(), memory.needed(compiled), launches
