@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import itertools
 import logging
 import math
 from typing import Any
@@ -96,15 +95,13 @@ def load(
   )
   tests = {} if num_val else _candidates(stored, test_split, name)
   parts = sum(tests.values(), train_parts)
-  read = _reader(stored, parts, source, max_gb, skip_damaged)
-  train, num_skipped = read(train_parts, first_resize, skip_damaged)
+  read = _reader(stored, parts, source, max_gb, first_resize, skip_damaged)
+  train, num_skipped = read(train_parts)
   if num_val:
     train, test = _split_validation(train, num_val, name)
     chosen = f"{train_split} ({num_val} held out)"
   else:
-    test, chosen, skipped = _first_labelled(
-      tests, read, first_resize, skip_damaged, name
-    )
+    test, chosen, skipped = _first_labelled(tests, read, name)
     num_skipped += skipped
   if num_skipped:
     _log.warning("left out %d damaged images", num_skipped)
@@ -135,18 +132,8 @@ def load_test(
 ) -> tuple[resident.Split | streamed.StreamedSplit, str, tuple[str, ...], int]:
   """Load only the test split of a dataset.
 
-  Args:
-    name: see `load`.
-    data_dir: see `load`.
-    test_split: see `load`.
-    source: see `load`.
-    max_gb: see `load`.
-    image_size: see `load`.
-    resize: see `load`.
-    crop_ratio: see `load`.
-    skip_damaged: see `load`.
-    split_key: config key of `test_split`, for errors.
-    **others: the other arguments of `load`, which have no effect.
+  The arguments are those of `load`; `others` have no effect. `split_key` is the
+  config key of `test_split`, for errors.
 
   Returns:
     The split, its name, the class names, and the number of damaged images that
@@ -159,11 +146,9 @@ def load_test(
   first_resize = image_files.Resize(image_size, resize, crop_ratio)
   stored = stored_lib.open_dataset(name, data_dir, first_resize)
   tests = _candidates(stored, test_split, name, split_key)
-  parts = list(itertools.chain(*tests.values()))
-  read = _reader(stored, parts, source, max_gb, skip_damaged)
-  test, chosen, num_skipped = _first_labelled(
-    tests, read, first_resize, skip_damaged, name
-  )
+  parts: list[splits.Part] = sum(tests.values(), [])
+  read = _reader(stored, parts, source, max_gb, first_resize, skip_damaged)
+  test, chosen, num_skipped = _first_labelled(tests, read, name)
   if num_skipped:
     _log.warning("left out %d damaged images", num_skipped)
   return test, chosen, stored.class_names, num_skipped
@@ -186,7 +171,7 @@ def expand(name: str, data_dir: str | None) -> list[str]:
   return [f"{base}/{config}" for config in configs]
 
 
-def _reader(stored, parts, source, max_gb, skip_damaged):
+def _reader(stored, parts, source, max_gb, resize, skip_damaged):
   """Return a function that reads parts of splits, resident or streamed."""
   if source == "auto":
     images = sum(stored.sizes[split] for split in {x.split for x in parts})
@@ -197,25 +182,28 @@ def _reader(stored, parts, source, max_gb, skip_damaged):
       "config: data.skip_damaged needs all images in memory; set"
       " data.source=resident, or remove damaged images"
     )
-  read = _streamed if source == "streaming" else resident.read_split
-  return functools.partial(read, stored)
+  if source == "streaming":
+    return functools.partial(_streamed, stored, resize=resize)
+  return functools.partial(
+    resident.read_split, stored, resize=resize, skip_damaged=skip_damaged
+  )
 
 
-def _first_labelled(tests, read, first_resize, skip_damaged, name):
+def _first_labelled(tests, read, name):
   """Read the first of some splits that has labels."""
-  for i, (split, parts) in enumerate(tests.items()):
+  *others, last = tests
+  for split in others:
     try:
-      test, skipped = read(parts, first_resize, skip_damaged)
-      return test, split, skipped
+      test, num_skipped = read(tests[split])
+      return test, split, num_skipped
     except streamed.UnlabelledError:
-      if i == len(tests) - 1:
-        raise
       _log.warning(
         "%s: its split %s has no labels; evaluating on the next one",
         name,
         split,
       )
-  raise AssertionError
+  test, num_skipped = read(tests[last])
+  return test, last, num_skipped
 
 
 def batch_indices(
@@ -253,10 +241,7 @@ def _split_validation(train, count, name):
   indices = index_shuffle.shuffle(np.arange(count), len(train), 2**32, 0)
   is_val = np.zeros(len(train), bool)
   is_val[indices] = True
-  return (
-    train.subset(np.flatnonzero(~is_val)),
-    train.subset(np.flatnonzero(is_val)),
-  )
+  return tuple(train.subset(np.flatnonzero(x)) for x in (~is_val, is_val))
 
 
 def _candidates(stored, test_split, name, key="data.test_split"):
@@ -272,21 +257,14 @@ def _candidates(stored, test_split, name, key="data.test_split"):
   return {x: splits.resolve(x, stored.sizes, key, name) for x in found}
 
 
-def _streamed(stored, parts, resize, skip_damaged):
+def _streamed(stored, parts, resize):
   """Return a split that stays on disk, and 0 skipped images."""
-  del skip_damaged
-  for part in parts:
-    examples = stored.examples[part.split]
+  chosen = [(stored.examples[part.split], part.indices) for part in parts]
+  for examples, _ in chosen:
     if hasattr(examples, "check_random_access"):
       examples.check_random_access()
   split = streamed.StreamedSplit(
-    [
-      (stored.examples[part.split], range(part.start, part.stop))
-      for part in parts
-    ],
-    stored.shape,
-    resize,
-    len(stored.class_names),
+    chosen, stored.shape, resize, len(stored.class_names)
   )
   split.read([0])  # Finds a split without labels before the run starts.
   return split, 0

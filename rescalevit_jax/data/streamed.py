@@ -4,7 +4,6 @@ import bisect
 from collections.abc import Sequence
 import copy
 import itertools
-import operator
 from typing import Protocol
 
 from jaxtyping import Int32, UInt8
@@ -71,9 +70,18 @@ class StreamedSplit:
     labels = np.empty(len(indices), np.int32)
     for i, index in enumerate(indices):
       examples, stored = self._locate(int(self._indices[index]))
-      images[i], labels[i] = read_example(
-        examples, stored, self._resize, self.shape, self._num_classes
-      )
+      try:
+        content, label = examples[stored]
+        images[i], labels[i] = decode_example(
+          content, label, self._resize, self.shape, self._num_classes
+        )
+      except UnlabelledError as e:
+        raise UnlabelledError(f"{examples.where(stored)}: {e}") from e
+      except Exception as e:  # Damaged files raise many types.
+        raise errors.UserError(
+          f"{examples.where(stored)}: cannot be read ({errors.brief(e)});"
+          " remove or replace it, or set data.skip_damaged"
+        ) from e
     return images, labels
 
   @property
@@ -89,29 +97,6 @@ class StreamedSplit:
 
 class UnlabelledError(errors.UserError):
   """Raised for a split without labels."""
-
-
-def read_example(
-  examples: Examples,
-  index: int,
-  resize: image_files.Resize,
-  shape: tuple[int, int, int],
-  num_classes: int,
-) -> tuple[UInt8[np.ndarray, "H W 3"], int]:
-  """Read and decode one example.
-
-  Raises:
-    UserError: it is damaged, of another shape, or has no label.
-  """
-  try:
-    return decode_example(*examples[index], resize, shape, num_classes)
-  except UnlabelledError as e:
-    raise UnlabelledError(f"{examples.where(index)}: {e}") from e
-  except Exception as e:  # Damaged files raise many types.
-    raise errors.UserError(
-      f"{examples.where(index)}: cannot be read ({errors.brief(e)}); remove or"
-      " replace it, or set data.skip_damaged"
-    ) from e
 
 
 def decode_example(
@@ -150,9 +135,7 @@ class _Images:
     return len(self._split)
 
   def __getitem__(self, item: int | slice) -> np.ndarray:
-    if isinstance(item, slice):
-      return self._split.read(range(*item.indices(len(self))))[0]
-    index = operator.index(item)
-    if not -len(self) <= index < len(self):
-      raise IndexError(f"image {index} of {len(self)}")
-    return self._split.read([index % len(self)])[0][0]
+    picked = range(len(self))[item]
+    if isinstance(picked, range):
+      return self._split.read(picked)[0]
+    return self._split.read([picked])[0][0]
