@@ -24,7 +24,7 @@ def check_features(builder: tfds.core.DatasetBuilder, any_size: bool) -> None:
   if image is None or label is None:
     found = ", ".join(
       f"{name} ({type(feature).__name__})"
-      for name, feature in dict(builder.info.features.items()).items()
+      for name, feature in builder.info.features.items()
     )
     raise errors.UserError(
       f"dataset: {builder.name} has no images with class labels; its features"
@@ -46,8 +46,7 @@ def check_features(builder: tfds.core.DatasetBuilder, any_size: bool) -> None:
 
 def features(builder: tfds.core.DatasetBuilder):
   """Return the features of image and label, None where missing."""
-  found = dict(builder.info.features.items())
-  return tuple(None if key is None else found[key] for key in keys(builder))
+  return tuple(key and builder.info.features[key] for key in keys(builder))
 
 
 def keys(builder: tfds.core.DatasetBuilder) -> tuple[str | None, str | None]:
@@ -56,10 +55,10 @@ def keys(builder: tfds.core.DatasetBuilder) -> tuple[str | None, str | None]:
   They are the supervised keys of the dataset, or its only image and its only
   class label.
   """
-  found = dict(builder.info.features.items())
 
   def of_type(kind):
-    return [name for name, x in found.items() if isinstance(x, kind)]
+    features = builder.info.features.items()
+    return [name for name, x in features if isinstance(x, kind)]
 
   images = of_type(tfds.features.Image)
   labels = of_type(tfds.features.ClassLabel)

@@ -56,7 +56,23 @@ def open_dataset(
   """
   if name.startswith(folder.PREFIX):
     return _open_folder(name, resize)
-  return _open_tfds(name, data_dir, resize)
+  shape, _ = describe(name, data_dir, resize)
+  builder = tfds_builders.open_builder(name, data_dir)
+  if not tfds_builders.is_prepared(builder):
+    tfds_builders.prepare(builder)
+    builder = tfds_builders.open_builder(name, data_dir)
+  label = records.features(builder)[1]
+  class_names = _class_names(label)
+  if len(class_names) != label.num_classes:
+    raise errors.UserError(
+      f"{builder.data_dir}: damaged, {len(class_names)} class names instead"
+      f" of {label.num_classes}; remove this folder to prepare the dataset"
+      " again"
+    )
+  examples = {x: records.TfdsExamples(builder, x) for x in builder.info.splits}
+  return StoredDataset(
+    builder.info.full_name, str(builder.data_dir), examples, shape, class_names
+  )
 
 
 def is_prepared(name: str, data_dir: str | None) -> bool:
@@ -89,32 +105,6 @@ def describe(
 
 def _class_names(label):
   return tuple(label.names or map(str, range(label.num_classes)))
-
-
-def _open_tfds(name, data_dir, resize):
-  shape, _ = describe(name, data_dir, resize)
-  builder = tfds_builders.open_builder(name, data_dir)
-  if not tfds_builders.is_prepared(builder):
-    tfds_builders.prepare(builder)
-    builder = tfds_builders.open_builder(name, data_dir)
-  label = records.features(builder)[1]
-  class_names = _class_names(label)
-  if len(class_names) != label.num_classes:
-    raise errors.UserError(
-      f"{builder.data_dir}: damaged, {len(class_names)} class names instead"
-      f" of {label.num_classes}; remove this folder to prepare the dataset"
-      " again"
-    )
-  return StoredDataset(
-    builder.info.full_name,
-    str(builder.data_dir),
-    {
-      split: records.TfdsExamples(builder, split)
-      for split in builder.info.splits
-    },
-    shape,
-    class_names,
-  )
 
 
 def image_shape(
