@@ -204,7 +204,7 @@ def _rgb(image):
 def _to_srgb(image):
   """Convert an opaque image to RGB, by its ICC profile if there is one."""
   if image.mode in ("P", "1"):
-    image = _with_info(image.convert("RGB"), image)
+    image = image.convert("RGB")
   profile = _profile(image.info.get("icc_profile"), image.mode)
   if profile is None:
     return image.convert("RGB")
@@ -214,11 +214,6 @@ def _to_srgb(image):
     )
   except ImageCms.PyCMSError:  # Damaged.
     return image.convert("RGB")
-
-
-def _with_info(converted, image):
-  converted.info = image.info
-  return converted
 
 
 @functools.cache

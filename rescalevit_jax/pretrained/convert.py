@@ -288,7 +288,7 @@ def _positions(positions, no_class_position, path):
 
 def _from_big_vision(path):
   """Read big_vision's `.npz`, whose blocks may be stacked in one array."""
-  arrays: dict[str, np.ndarray] = {}
+  arrays = {}
   for key, x in npz.read(str(path)).arrays.items():
     if key.startswith("MAPHead"):
       raise errors.UserError(
