@@ -29,16 +29,11 @@ def operate(
   names: Sequence[str],
   fill: float = 0.0,
 ) -> Float[Array, "H W 3"]:
-  """Apply an operation to an image; the result is in [0, 255].
+  """Apply the operation `names[operation]` to integers in [0, 255].
 
-  All geometric operations are one warp, which is the identity for the others.
-
-  Args:
-    image: integers in [0, 255].
-    operation: index in `names`.
-    argument: of the operation.
-    names: the operations to choose from, with all geometric ones.
-    fill: value of positions outside the image.
+  All geometric operations, which `names` must contain, are one warp, which is
+  the identity for the others. Positions outside the image become `fill`. The
+  result is in [0, 255].
   """
 
   def chosen(*wanted):
