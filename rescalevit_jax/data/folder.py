@@ -49,10 +49,7 @@ class FolderExamples:
 def open_folder(
   path: pathlib.Path,
 ) -> tuple[dict[str, FolderExamples], tuple[str, ...]]:
-  """List the examples of a folder.
-
-  Returns:
-    Examples by split, and the class names in alphabetical order.
+  """Return a folder's examples by split, and its sorted class names.
 
   Raises:
     UserError: there is no such folder, or it has no class folders, or splits

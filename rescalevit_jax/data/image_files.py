@@ -79,11 +79,7 @@ class Resize:
 
 
 def decode(content: bytes, resize: Resize) -> UInt8[np.ndarray, "H W 3"]:
-  """Decode a file's content to an RGB array.
-
-  Raises:
-    Exception: any type, if the content is damaged or refused.
-  """
+  """Decode a file's content; raise any exception if it is refused."""
   try:
     with untrusted_image.open_image(content) as image:
       return np.asarray(resize(_rgb(image)))
@@ -96,9 +92,6 @@ def find(folder: str | os.PathLike[str]) -> list[pathlib.Path]:
 
   Files are recognized by their names. Hidden files and folders are skipped, and
   links to folders are not followed.
-
-  Raises:
-    UserError: a folder cannot be listed.
   """
   formats = untrusted_image.supported_formats()
   suffixes = {
@@ -127,10 +120,7 @@ def find(folder: str | os.PathLike[str]) -> list[pathlib.Path]:
 
 
 def read(image: Source) -> Image.Image:
-  """Read an image as 8-bit RGB.
-
-  The EXIF orientation is applied. Of an animation the first image is read.
-  Transparent parts become white, and 16-bit greys are rounded to 8 bits.
+  """Read an image as 8-bit RGB, as described at the top.
 
   Args:
     image: a path, a Pillow image, which is not changed, or a uint8 array
@@ -162,15 +152,9 @@ def read(image: Source) -> Image.Image:
 def model_input(
   image: Source, size: int, resize: Resize = Resize()
 ) -> Float[np.ndarray, "S S 3"]:
-  """Read an image and resize it as evaluation does, to values in [-1, 1].
+  """Read and resize an image as evaluation does, to values in [-1, 1].
 
-  Args:
-    image: see `read`.
-    size: edge S of the result.
-    resize: the first resizing.
-
-  Raises:
-    UserError: see `read`.
+  After the first resizing by `resize`, the image becomes S x S, of edge `size`.
   """
   rgb = resize(read(image))
   x = np.empty((size, size, 3), np.float32)

@@ -11,14 +11,9 @@ from rescalevit_jax.data import tfrecord
 
 
 def check_features(builder: tfds.core.DatasetBuilder, any_size: bool) -> None:
-  """Check that a dataset has images with one label each.
+  """Raise UserError unless a dataset has images with one label each.
 
-  Args:
-    builder: builder of the dataset, which need not be prepared.
-    any_size: whether the images may differ in size.
-
-  Raises:
-    UserError: the dataset is not suitable.
+  The dataset need not be prepared. Images may differ in size if `any_size`.
   """
   image, label = features(builder)
   if image is None or label is None:
@@ -76,9 +71,7 @@ def keys(builder: tfds.core.DatasetBuilder) -> tuple[str | None, str | None]:
 class TfdsExamples:
   """The encoded images of a stored split, with their labels.
 
-  Args:
-    builder: builder of a prepared dataset that `check_features` accepts.
-    split: name of the split.
+  The dataset is prepared, and `check_features` accepts it.
   """
 
   def __init__(self, builder: tfds.core.DatasetBuilder, split: str):

@@ -27,12 +27,7 @@ _SECONDS_BETWEEN_LINES = 10.0
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-  """Images and labels in memory.
-
-  Attributes:
-    images: RGB images.
-    labels: class indices.
-  """
+  """Images and labels in memory."""
 
   images: UInt8[np.ndarray, "N H W 3"]
   labels: Int32[np.ndarray, " N"]

@@ -19,16 +19,13 @@ class Part(NamedTuple):
 def resolve(
   notation: str, sizes: Mapping[str, int], key: str, name: str
 ) -> list[Part]:
-  """Resolve a split such as "train[:10%]" or "train+validation".
+  """Resolve a split in tfds' notation, such as "train[:10%]" or "a+b".
 
   Args:
-    notation: the split, in tfds' notation.
+    notation: the split.
     sizes: number of examples of each stored split.
     key: config key of the notation, for errors.
     name: name of the dataset, for errors.
-
-  Raises:
-    UserError: the notation is invalid, or it selects no example.
   """
   if re.search(r"\dshard", notation):  # Each split would count as one shard.
     raise errors.UserError(

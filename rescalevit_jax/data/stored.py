@@ -49,11 +49,7 @@ class StoredDataset:
 def open_dataset(
   name: str, data_dir: str | None, resize: image_files.Resize
 ) -> StoredDataset:
-  """Open a dataset; prepare it first if necessary.
-
-  Raises:
-    UserError: see `dataset.load`.
-  """
+  """Open a dataset; prepare it first if necessary."""
   if name.startswith(folder.PREFIX):
     return _open_folder(name, resize)
   shape, _ = describe(name, data_dir, resize)
@@ -76,11 +72,7 @@ def open_dataset(
 
 
 def is_prepared(name: str, data_dir: str | None) -> bool:
-  """Return whether a dataset can be loaded without preparing it.
-
-  Raises:
-    UserError: the dataset is unknown.
-  """
+  """Return whether a dataset can be loaded without preparing it."""
   if name.startswith(folder.PREFIX):
     return True
   return tfds_builders.is_prepared(tfds_builders.open_builder(name, data_dir))
@@ -89,11 +81,7 @@ def is_prepared(name: str, data_dir: str | None) -> bool:
 def describe(
   name: str, data_dir: str | None, resize: image_files.Resize
 ) -> tuple[tuple[int, int, int], tuple[str, ...]]:
-  """Return the shape of an image and the class names, without preparing.
-
-  Raises:
-    UserError: the dataset is unknown or not suitable.
-  """
+  """Return the shape of an image and the class names, without preparing."""
   if name.startswith(folder.PREFIX):
     stored = _open_folder(name, resize)
     return stored.shape, stored.class_names

@@ -28,11 +28,7 @@ class Examples(Protocol):
 class StreamedSplit:
   """A split that is read and decoded batch by batch; thread-safe.
 
-  Args:
-    parts: examples, and the range of them that belongs to the split.
-    shape: shape of an image, (H, W, 3).
-    resize: the first resizing.
-    num_classes: number of classes.
+  Each part is examples, and the range of them that belongs to the split.
   """
 
   def __init__(
@@ -106,12 +102,7 @@ def decode_example(
   shape: tuple[int, int, int],
   num_classes: int,
 ) -> tuple[UInt8[np.ndarray, "H W 3"], int]:
-  """Decode an image and check it and its label.
-
-  Raises:
-    UnlabelledError: there is no label.
-    Exception: any type, if the image is damaged.
-  """
+  """Decode an image; check it and its label, whose lack has its own error."""
   if not 0 <= label < num_classes:
     raise UnlabelledError(
       "the example has no label; choose a split with labels by data.test_split"

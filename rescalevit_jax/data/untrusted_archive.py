@@ -76,22 +76,11 @@ LAYOUTS = (
 
 
 def check(path: str, layouts: Sequence[Layout]) -> Layout:
-  """Check that an archive has exactly the content of an official one.
+  """Return an archive's layout; raise UserError unless it is an official one.
 
-  Nothing is written. Memory is bounded by twice the largest file of records
-  and a few MB.
-
-  Args:
-    path: the archive.
-    layouts: the accepted layouts.
-
-  Returns:
-    The archive's layout.
-
-  Raises:
-    UserError: the archive is not a gzip-compressed tar file or is damaged, or a
-      member is missing, unexpected, of another kind or size, or has an invalid
-      label.
+  The archive must be a gzip-compressed tar file with exactly the members of one
+  of the layouts. Kinds, sizes and labels are checked, and nothing is written.
+  Memory is bounded by twice the largest file of records and a few MB.
   """
   try:
     if os.path.getsize(path) > max(layout.max_bytes for layout in layouts):

@@ -34,10 +34,7 @@ def supported_formats() -> list[str]:
 def open_image(
   source: str | os.PathLike[str] | bytes,
 ) -> Iterator[Image.Image]:
-  """Open an image of one of `FORMATS` for decoding.
-
-  Args:
-    source: a file's path, or its content.
+  """Open an image file of one of `FORMATS`, or its content, for decoding.
 
   Raises:
     ValueError: the file is too large in bytes, pixels or scans.

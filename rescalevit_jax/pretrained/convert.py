@@ -121,9 +121,6 @@ def convert(
     fold_layer_scale: multiply LayerScale into the layers before it.
     no_class_position: the class token has no position embedding.
     drop_distillation: leave out DeiT's distillation token and head.
-
-  Raises:
-    UserError: the file cannot be read or is not of a plain ViT.
   """
   if path.suffix == ".npz":
     flags = heads, normalization, fold_layer_scale, no_class_position

@@ -42,9 +42,6 @@ def settings(arrays: Mapping[str, Any]) -> dict[str, Any]:
   """Infer the arguments of `models.create` that add or rename arrays.
 
   The constant c of the residual `rescalenet` cannot be inferred.
-
-  Args:
-    arrays: arrays by key.
   """
   options = {option(key) for key in arrays}
   residual = "plain"
@@ -69,13 +66,7 @@ def _position(arrays):
 
 
 def norm(arrays: Mapping[str, Any]) -> str:
-  """Infer the norm from the names of its arrays.
-
-  The result is the first of `same_arrays`.
-
-  Args:
-    arrays: arrays by key.
-  """
+  """Infer the norm from the names of its arrays: the first `same_arrays`."""
   plain = [key for key in arrays if option(key) is None]
   blocks = filter(None, map(param_keys.BLOCK.fullmatch, plain))
   slots = {match[3].removeprefix(_POST) for match in blocks}
@@ -112,16 +103,10 @@ def _signature(name):
 def size_mismatch(
   path: str, file: Mapping[str, Any], model: Mapping[str, Any], details: str
 ) -> str | None:
-  """Return an error message if a file's model has other sizes.
+  """Return a one-line error if a file's model has other sizes, else None.
 
-  Args:
-    path: the file's path.
-    file: arrays of the file, or anything with a shape, by key.
-    model: the same for the model.
-    details: the mismatching arrays; used if no named variant has these sizes.
-
-  Returns:
-    One line, or None if the sizes agree.
+  It gives `details`, the mismatching arrays, if no variant has the file's
+  sizes.
   """
   theirs, ours = sizes(file), sizes(model)
   if all(None in (theirs[k], ours[k]) or theirs[k] == ours[k] for k in ours):
@@ -148,14 +133,7 @@ def position_mismatch(
 
 
 def sizes(arrays: Mapping[str, Any]) -> dict[str, int | None]:
-  """Infer the sizes of a `ViTConfig`.
-
-  Args:
-    arrays: arrays, or anything with a shape, by key.
-
-  Returns:
-    The sizes. None where arrays are missing or disagree.
-  """
+  """Infer the sizes of a `ViTConfig`; None where arrays lack or disagree."""
 
   def common_size(pattern, rank, axis):
     found = {

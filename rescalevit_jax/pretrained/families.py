@@ -132,11 +132,7 @@ _NOT_PLAIN = {
 
 
 def detect(names: Mapping[str, object], path: str) -> tuple[str, str]:
-  """Find the family of a checkpoint and the prefix of its names.
-
-  Raises:
-    UserError: the names are those of no family.
-  """
+  """Find the family of a checkpoint and the prefix of its names."""
   for prefix in _PREFIXES:
     for family, table in TABLES.items():
       if prefix + table[f"{_NORM_1}/scale"].format(i=0) in names:
@@ -162,11 +158,7 @@ def check_plain(names: Mapping[str, object], path: str) -> None:
 def read(
   tensors: Mapping[str, np.ndarray], family: str, heads: int, path: str
 ) -> Arrays:
-  """Convert a family's tensors, named without prefix, to Google's names.
-
-  Raises:
-    UserError: a tensor is unknown or its shape is wrong.
-  """
+  """Convert a family's tensors, named without prefix, to Google's names."""
   keys = {theirs: ours for ours, theirs in TABLES[family].items()}
   converted: Arrays = {}
   for name, x in _split_qkv(tensors).items():
@@ -189,11 +181,7 @@ def read(
 
 
 def write(arrays: Mapping[str, np.ndarray], family: str) -> Arrays:
-  """Convert arrays with Google's names to a family's tensors.
-
-  Raises:
-    UserError: the family has no tensor for an array.
-  """
+  """Convert arrays with Google's names to a family's tensors."""
   converted: Arrays = {}
   for key, x in arrays.items():
     block = re.search(r"encoderblock_(\d+)", key)

@@ -31,18 +31,14 @@ def fold(
   A norm after a layer, inside the MLP, scales the layer's columns and bias.
   Kernels with sigma_reparam become plain ones.
 
+  The result belongs to a model with the norm Identity and the same residual.
+
   Args:
     name: a norm that is `traits.Foldable`.
     params: parameters of the model; not changed.
     batch_stats: statistics of the model; not changed.
     depth_scaling: `norm_depth_scaling` of the model.
     epsilon: `norm_epsilon` of the model.
-
-  Returns:
-    Trees of a model with the norm Identity and the same residual.
-
-  Raises:
-    UserError: the norm cannot be folded.
   """
   Norm = norms.NORMS[name]
   if not issubclass(Norm, traits.Foldable):
@@ -164,11 +160,6 @@ def input_normalization(
 
   With y in [-1, 1], x = (y + 1) / 2, so its input is y / (2 std) + (1/2 - mean)
   / std, channel by channel; the patch embedding is linear in it.
-
-  Args:
-    arrays: with Google's names.
-    mean: of each channel, [3].
-    std: of each channel, [3].
   """
   kernel = arrays["embedding/kernel"].astype(np.float64)
   shift = ((0.5 - mean) / std) @ kernel.sum((0, 1))

@@ -90,9 +90,6 @@ def load(
     New trees of the same structure and shapes, and the report. Loaded leaves
     are numpy arrays, float32 (or the model's integer type). Initial leaves are
     the given ones.
-
-  Raises:
-    UserError: the file cannot be read or does not fit the model.
   """
   path = os.fspath(path)
   model = param_keys.flatten(params, batch_stats)

@@ -15,11 +15,7 @@ _POSITIONS = "embeddings.position_embeddings"
 
 
 def read(path: pathlib.Path) -> dict[str, np.ndarray]:
-  """Read the tensors of a Dinov2Model by Hugging Face's names.
-
-  Raises:
-    UserError: the file is not an ONNX file, or onnx is not installed.
-  """
+  """Read the tensors of a Dinov2Model by Hugging Face's names."""
   import onnx  # Optional.
   from onnx import numpy_helper
 

@@ -46,10 +46,8 @@ def make(
 ) -> Plan:
   """Plan the loading of a file into a model.
 
-  Args:
-    file: arrays of the file by key.
-    model: arrays of the model by key, or anything with a shape.
-    reinit_head: whether the head starts at zeros even if the file's head fits.
+  Only keys and shapes of the model are used. If `reinit_head`, the head starts
+  at zeros even if the file's head fits.
   """
   our_names = transfer.renamed_affine(file, model)
   file_keys = {our_names.get(key, key): key for key in file}

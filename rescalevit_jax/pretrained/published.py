@@ -45,11 +45,7 @@ def is_name(path: str) -> bool:
 
 
 def find(path: str) -> str:
-  """Return the file of `pretrained_path`; download it if it is a name.
-
-  Raises:
-    UserError: the file cannot be downloaded.
-  """
+  """Return the file of `pretrained_path`; download it if it is a name."""
   if not is_name(path):
     return path
   file = cache.root() / "weights" / f"{path}.npz"

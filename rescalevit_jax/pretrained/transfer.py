@@ -74,10 +74,8 @@ def find(
 ) -> Difference:
   """Find the keys in which file and model may differ.
 
-  Args:
-    file: arrays of the file; norms already have the model's names.
-    model: arrays of the model.
-    affine_only: whether only scale and bias of the file's norm are used.
+  The file's norms already have the model's names. If `affine_only`, only their
+  scale and bias are used.
   """
   difference = Difference()
   _compare_norms(file, model, difference)
