@@ -31,9 +31,7 @@ def supported_formats() -> list[str]:
 
 
 @contextlib.contextmanager
-def open_image(
-  source: str | os.PathLike[str] | bytes,
-) -> Iterator[Image.Image]:
+def open_image(source: str | os.PathLike[str] | bytes) -> Iterator[Image.Image]:
   """Open an image file of one of `FORMATS`, or its content, for decoding.
 
   Raises:

@@ -93,9 +93,7 @@ def find(
 
 
 def why_new_head(
-  file: Mapping[str, Any],
-  model: Mapping[str, Any],
-  reinit_head: bool,
+  file: Mapping[str, Any], model: Mapping[str, Any], reinit_head: bool
 ) -> str | None:
   """Return why the head starts at zeros; None if the file's head must fit."""
   if not file.keys() & set(param_keys.HEAD):
