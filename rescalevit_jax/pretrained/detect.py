@@ -25,8 +25,6 @@ OPTIONS = {
   "qk_norm": re.compile(r".*/(query|key)_norm/.*"),
   "sigma_reparam": re.compile(r".*/(gamma|singular_vector)"),
 }
-
-
 _POST = "Post"  # The prefix of norms after the addition.
 
 
@@ -48,13 +46,12 @@ def settings(arrays: Mapping[str, Any]) -> dict[str, Any]:
   for key in arrays:
     if match := OPTIONS["residual"].fullmatch(key):
       residual = _RESIDUALS[match[1]]
+  flags = ("embedding_norm", "qk_norm", "sigma_reparam")
   return {
     "norm": norm(arrays),
     "residual": residual,
     "norm_position": _position(arrays),
-    "embedding_norm": "embedding_norm" in options,
-    "qk_norm": "qk_norm" in options,
-    "sigma_reparam": "sigma_reparam" in options,
+    **{name: name in options for name in flags},
   }
 
 
@@ -159,10 +156,8 @@ def sizes(arrays: Mapping[str, Any]) -> dict[str, int | None]:
 
 
 def _variant(sizes: Mapping[str, int | None]) -> str | None:
-  for name, variant in vit_config.VARIANTS.items():
-    if variant == sizes:
-      return name
-  return None
+  names = (k for k, v in vit_config.VARIANTS.items() if v == sizes)
+  return next(names, None)
 
 
 def _describe(sizes: Mapping[str, int | None]) -> str:

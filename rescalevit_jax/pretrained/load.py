@@ -28,16 +28,9 @@ from rescalevit_jax.pretrained import untrusted_npz
 class Report:
   """The outcome for each key. Statistics have the prefix `batch_stats/`.
 
-  Attributes:
-    loaded: model keys with the file's values.
-    resized: model keys with interpolated values of the file.
-    carried: model keys with the scale or bias of a norm with other names.
-    reinitialized: model keys set to zeros.
-    derived: model keys computed from the file's values.
-    initial: model keys at their initial values.
-    dropped: names in the file that were not used.
-    unsupported: dropped names whose effect the model cannot reproduce.
-    notes: reasons, one sentence each.
+  `summary` explains the first fields. The last are dropped keys whose effect
+  the model cannot reproduce, and reasons, one sentence each. `dropped` and
+  `unsupported` are names in the file, all others are keys of the model.
   """
 
   loaded: tuple[str, ...] = ()
@@ -93,8 +86,11 @@ def load(
   """
   path = os.fspath(path)
   model = param_keys.flatten(params, batch_stats)
-  max_bytes = 4 * _num_bytes(model) + untrusted_npz.SLACK
-  checkpoint = npz.read(path, max_bytes)
+  num_bytes = sum(
+    math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize
+    for leaf in model.values()
+  )
+  checkpoint = npz.read(path, 4 * num_bytes + untrusted_npz.SLACK)
   plan = plan_lib.make(checkpoint.arrays, model, reinit_head)
   values = _carry_out(path, plan, checkpoint, model, allow_nonfinite)
   report = _report(plan, checkpoint, model)
@@ -178,13 +174,6 @@ def _report(plan, checkpoint, model):
 
 def _sorted(keys: Iterable[str]) -> tuple[str, ...]:
   return tuple(sorted(keys))
-
-
-def _num_bytes(model: Mapping[str, Any]) -> int:
-  return sum(
-    math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize
-    for leaf in model.values()
-  )
 
 
 def _fit(

@@ -98,22 +98,15 @@ def _download(url, file):
           left = terminal.duration((size - done) / speed)
           _log.info(
             "%.0f of %.0f MB  %.1f MB/s  ETA %s",
-            done / 1e6,
-            size / 1e6,
-            speed / 1e6,
-            left,
+            *(done / 1e6, size / 1e6, speed / 1e6, left),
           )
-    hashes = dict(
-      x.strip().split("=", 1)
-      for x in r.headers.get("x-goog-hash", "").split(",")
-      if "=" in x
-    )
+    md5 = re.search(r"\bmd5=([^, ]+)", r.headers.get("x-goog-hash", ""))
   if done != size:
     raise requests.ConnectionError(f"{done} of {size} bytes arrived")
-  if "md5" in hashes:
+  if md5:
     with open(part, "rb") as f:
       digest = hashlib.file_digest(f, "md5").digest()
-    if base64.b64encode(digest).decode() != hashes["md5"]:
+    if base64.b64encode(digest).decode() != md5[1]:
       part.unlink()
       raise requests.RequestException("its checksum is wrong; start again")
   part.replace(file)
@@ -123,7 +116,6 @@ def _reason(error):
   if isinstance(error, requests.HTTPError):
     return f"HTTP {error.response.status_code}"
   if isinstance(error, requests.ConnectionError) and error.args:
-    inner = error.args[0]
-    if not isinstance(inner, str):
+    if not isinstance(error.args[0], str):
       return "no connection"
   return errors.brief(error)

@@ -20,12 +20,9 @@ _AFFINE = {"scale", "bias"}
 
 @dataclasses.dataclass
 class Difference:
-  """Keys that are not copied between file and model.
+  """Keys that are not copied between file and model, and the reasons.
 
-  Attributes:
-    initial: the model's keys that stay at their initial values.
-    ignored: the file's keys that are not used.
-    notes: reasons, one sentence each.
+  The model's keys stay at their initial values, the file's are ignored.
   """
 
   initial: set[str] = dataclasses.field(default_factory=set)
@@ -42,15 +39,12 @@ class Difference:
 def renamed_affine(
   file: Mapping[str, Any], model: Mapping[str, Any]
 ) -> dict[str, str]:
-  """Map keys of scale and bias between norms with other parameter names.
+  """Map the file's keys of scale and bias to the model's, if names differ.
 
-  Both have them at the same sites under different names, such as
-  `LayerNorm_0/scale` in the file and `Cal_0/scale` in the model.
-
-  Returns:
-    The model's keys by the file's. Empty if the norms have the same name, if
-    only one of them has a scale or a bias, or if the file has two norms at a
-    site.
+  Both norms have them at the same sites under different names, such as
+  `LayerNorm_0/scale` in the file and `Cal_0/scale` in the model. The result is
+  empty if the norms have the same name, if only one of them has a scale or a
+  bias, or if the file has two norms at a site.
   """
   ours, theirs = _in_blocks(model), _in_blocks(file)
   both = (ours, theirs)
@@ -81,8 +75,7 @@ def find(
   _compare_norms(file, model, difference)
   if affine_only:
     difference.add(
-      _besides_affine(model),
-      _besides_affine(file),
+      *_select(_is_besides_affine, model, file),
       "only scale and bias of the file's norm are used, as the model's norm is"
       " a different one",
     )
@@ -121,24 +114,19 @@ def _compare_norms(file, model, difference):
   not copied if no block has one in common, as when only one side has any. If
   the file has only a part of the model's, that is an error of the file.
   """
-  ours, theirs = (
-    {key: slot for key in keys if (slot := _norm_slot(key))}
-    for keys in (model, file)
-  )
+  ours, theirs = _select(_norm_slot, model, file)
   our_slots, their_slots = (
-    {*slots.values()}.difference(_OUTSIDE) for slots in (ours, theirs)
+    {*map(_norm_slot, keys)}.difference(_OUTSIDE) for keys in (ours, theirs)
   )
   if their_slots and not their_slots & our_slots:
     difference.add(
-      {*ours},
-      {*theirs},
+      ours,
+      theirs,
       f"the file's norm ({', '.join(sorted(their_slots))}) is not the model's"
       f" ({', '.join(sorted(our_slots)) or 'none'})",
     )
-  ours, theirs = (
-    {key for key in keys if _is_statistic(key)} for keys in (model, file)
-  )
-  if all(_is_outside(key) for key in ours & theirs):
+  ours, theirs = _select(_is_statistic, model, file)
+  if all(map(_is_outside, ours & theirs)):
     difference.add(ours, theirs)
 
 
@@ -157,9 +145,13 @@ def _compare_options(file, model, difference):
         )
 
 
-def _besides_affine(keys: Iterable[str]) -> set[str]:
-  """Return the keys of norms that are neither scale nor bias."""
-  return {key for key in keys if _norm_slot(key) and _leaf(key) not in _AFFINE}
+def _select(wanted, model, file):
+  """Return the wanted keys of the model and of the file."""
+  return {*filter(wanted, model)}, {*filter(wanted, file)}
+
+
+def _is_besides_affine(key):
+  return _norm_slot(key) and _leaf(key) not in _AFFINE
 
 
 def _in_blocks(keys: Iterable[str]) -> dict[tuple[str, str], list[str]]:

@@ -80,14 +80,15 @@ class _BoundedFile(io.BufferedReader):
 
 
 def _open_file(path):
+  problem = None
   if not os.path.exists(path):
-    raise errors.UserError(
-      f"{path}: no such file; give the path of an .npz checkpoint"
-    )
-  if not os.path.isfile(path):
+    problem = "no such file"
+  elif not os.path.isfile(path):
     kind = "a folder" if os.path.isdir(path) else "not a file"
+    problem = f"this is {kind}"
+  if problem:
     raise errors.UserError(
-      f"{path}: this is {kind}; give the path of an .npz checkpoint"
+      f"{path}: {problem}; give the path of an .npz checkpoint"
     )
   with _one_line_errors(path):
     return _BoundedFile(io.FileIO(path))
