@@ -15,13 +15,10 @@ _QUANTILES = 4096
 
 @dataclasses.dataclass(frozen=True)
 class Mixing:
-  """Settings of label smoothing, mixup and CutMix.
+  """Settings: the config keys `label_smoothing`, `mixup` and `cutmix`.
 
-  Attributes:
-    label_smoothing: fraction of the target spread evenly over all classes.
-    mixup: alpha of mixup's Beta(alpha, alpha); 0: no mixup.
-    cutmix: alpha of CutMix's Beta(alpha, alpha); 0: no CutMix. If both are on,
-      each image draws one of them with equal probability, as in timm.
+  The last two are the alpha of Beta(alpha, alpha); 0 is off. If both are on,
+  each image draws one of them with equal probability, as in timm.
   """
 
   label_smoothing: float = 0.0

@@ -20,25 +20,7 @@ AUTO = ("none", "trivial", "rand")
 
 @dataclasses.dataclass(frozen=True)
 class Augment:
-  """Settings of the augmentation of a training image.
-
-  Attributes:
-    crop: whether to take a random crop (RandomResizedCrop) or the whole image.
-    min_area: minimum area of a crop as a fraction of the image; the maximum
-      is 1.
-    min_aspect: minimum aspect ratio width / height of a crop; the maximum is
-      its inverse.
-    flip: whether to flip horizontally with probability 0.5.
-    pad_crop: maximum random shift in pixels in each direction, with black
-      padding, in place of `crop`; 0: none.
-    auto: random operations before the crop: "trivial", see `trivial_augment`;
-      "rand", see `rand_augment`; or "none".
-    rand_ops: number of operations of "rand".
-    rand_magnitude: mean magnitude of the operations of "rand", in [0, 10].
-    color_jitter: strength in [0, 1] of the color jitter that follows; see
-      `rand_augment.jitter`.
-    random_erasing: probability of random erasing.
-  """
+  """Settings of the augmentation: the config keys `augment.*`."""
 
   crop: bool = True
   min_area: float = 0.05

@@ -61,28 +61,13 @@ def load(
 ) -> Dataset:
   """Load a dataset; prepare it first if necessary.
 
+  The name is "cifar10", "cifar100", "digits", another tfds dataset of images
+  with one label each, or "folder:PATH" for a folder of image files. `data_dir`
+  is the folder of prepared datasets; None for the default of tfds. The other
+  arguments are the config keys `data.*`, see docs/configuration.md.
+
   Images and their order are the same for both formats of prepared files
   (array_record, tfrecord) and for all values of `source`.
-
-  Args:
-    name: "cifar10", "cifar100", "digits", another tfds dataset of images with
-      one label each, or "folder:PATH" for a folder of image files.
-    data_dir: folder of prepared datasets; None for the default of tfds.
-    train_split: split to train on, in tfds' notation, such as "train[:10%]".
-    test_split: split to evaluate on; None: "test", or "validation" if there is
-      no test split with labels.
-    source: "resident": read all images now, and cache the arrays on disk, see
-      `array_cache`; "streaming": read images from disk batch by batch; "auto":
-      "resident" if the images take at most `max_gb`.
-    max_gb: limit for "auto", in 10^9 bytes.
-    image_size: edge to resize images to; None: no resizing, and all images must
-      have one size.
-    resize: see `image_files.Resize`.
-    crop_ratio: see `image_files.Resize`.
-    num_val: size of a validation split, which is taken from the training images
-      and replaces the test images. The images are the same in every run. 0:
-      none.
-    skip_damaged: leave out images that cannot be read.
 
   Raises:
     UserError: the dataset is unknown, not suitable, cannot be prepared or is
@@ -138,9 +123,6 @@ def load_test(
   Returns:
     The split, its name, the class names, and the number of damaged images that
     were left out.
-
-  Raises:
-    UserError: see `load`.
   """
   del others
   first_resize = image_files.Resize(image_size, resize, crop_ratio)
@@ -155,11 +137,7 @@ def load_test(
 
 
 def expand(name: str, data_dir: str | None) -> list[str]:
-  """Return the datasets that NAME/* stands for: all configs of NAME.
-
-  Raises:
-    UserError: the dataset is unknown or has no configs.
-  """
+  """Return the datasets that NAME/* stands for: all configs of NAME."""
   base, star, rest = name.rpartition("/*")
   if not star or rest:
     return [name]

@@ -37,12 +37,8 @@ _EMPTY, _UNSUPPORTED = "it is empty", "its format is not supported"
 class Resize:
   """The first resizing of an image, on the host; `augment` does the second.
 
-  Attributes:
-    image_size: edge of the result; None: images keep their size.
-    method: "squash" stretches an image to a square; "crop" resizes its short
-      side to `image_size / crop_ratio` and takes the center, as usual for
-      ImageNet. Neither changes images that have the size already.
-    crop_ratio: see `method`.
+  The fields are the config keys `data.image_size`, `data.resize` and
+  `data.crop_ratio`. Images that have the size already do not change.
   """
 
   image_size: int | None = None

@@ -15,15 +15,11 @@ from rescalevit_jax.data import tfds_builders
 
 @dataclasses.dataclass(frozen=True)
 class StoredDataset:
-  """A dataset on disk.
+  """A dataset on disk, with its examples by split.
 
-  Attributes:
-    name: for the log and the cache.
-    source: folder of its files.
-    examples: by split.
-    shape: shape of an image after the first resizing.
-    class_names: class names by label.
-    files: of a folder, whose names give the labels; None for tfds.
+  `name` is for the log and the cache, `source` the folder of its files, and
+  `shape` the shape of an image after the first resizing. `files` are those of a
+  folder, whose names give the labels; None for tfds.
   """
 
   name: str

@@ -18,13 +18,11 @@ _MAX_HEADERS = 1 << 18  # Bytes between the contents of two members.
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-  """The content of an official binary archive.
+  """The content of an official binary archive, all in one folder.
 
   Attributes:
     dataset: name of the dataset in tfds.
-    archive: official file name of the archive.
-    folder: the folder of all members.
-    records: number of images in each file of records, by its name in `folder`.
+    records: number of images in each file of records.
     num_classes: number of classes for each label byte of a record, in order.
     names: number of class names in each text file, one per line.
     optional: other files that may be present.
