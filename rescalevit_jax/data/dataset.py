@@ -90,15 +90,8 @@ def load(
     num_skipped += skipped
   if num_skipped:
     _log.warning("left out %d damaged images", num_skipped)
-  return Dataset(
-    name,
-    train,
-    test,
-    len(stored.class_names),
-    stored.class_names,
-    chosen,
-    num_skipped,
-  )
+  names = stored.class_names
+  return Dataset(name, train, test, len(names), names, chosen, num_skipped)
 
 
 def load_test(

@@ -232,12 +232,8 @@ def _eight_bits(image):
 def _from_array(array):
   if array.ndim == 3 and array.shape[2] == 1:
     array = array[..., 0]
-  if (
-    array.dtype != np.uint8
-    or array.ndim not in (2, 3)
-    or (array.ndim == 3 and array.shape[2] != 3)
-    or not array.size
-  ):
+  has_channels = array.ndim == 2 or array.shape[2:] == (3,)
+  if array.dtype != np.uint8 or not has_channels or not array.size:
     raise errors.UserError(
       f"an image array is {array.dtype} {list(array.shape)}; give uint8"
       " [H, W, 3], or [H, W] for greys"

@@ -24,11 +24,6 @@ from rescalevit_jax.runtime import compat
 
 def main(argv: Sequence[str] | None = None) -> int:
   """Prepare datasets; return the exit code."""
-  args = _parser().parse_args(cli.arguments(argv))
-  return cli.run(lambda: _run(args))
-
-
-def _parser():
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
@@ -45,7 +40,8 @@ def _parser():
     "--data_dir",
     help="folder of prepared datasets; default: ~/tensorflow_datasets",
   )
-  return parser
+  args = parser.parse_args(cli.arguments(argv))
+  return cli.run(lambda: _run(args))
 
 
 def _run(args):

@@ -1,6 +1,7 @@
 """Read the records of a prepared tfds dataset."""
 
 from collections.abc import Iterator
+import functools
 import os
 
 import numpy as np
@@ -88,7 +89,6 @@ class TfdsExamples:
     ]
     self._counts = [file.take for file in self._info.file_instructions]
     self._data_dir = builder.data_dir
-    self._records = None
 
   def __len__(self) -> int:
     return self._info.num_examples
@@ -105,7 +105,7 @@ class TfdsExamples:
 
   def __getitem__(self, index: int) -> tuple[bytes, int]:
     """Return an encoded image and its label; -1 if it has none."""
-    return self._parse(self._array_records()[index])
+    return self._parse(self._array_records[index])
 
   def __iter__(self) -> Iterator[tuple[bytes, int]]:
     """Yield all examples in the order of the files."""
@@ -113,7 +113,7 @@ class TfdsExamples:
       for path in self._info.filepaths:
         yield from map(self._parse, tfrecord.read(path))
     else:
-      yield from map(self._parse, self._array_records())
+      yield from map(self._parse, self._array_records)
 
   def where(self, index: int) -> str:
     """Describe where an example is stored: file and record."""
@@ -123,15 +123,12 @@ class TfdsExamples:
       index -= count
     return f"{self._data_dir}: record {index} after the last"
 
+  @functools.cached_property
   def _array_records(self):
-    if self._records is None:
-      # A run with cached arrays does not need this import.
-      from rescalevit_jax.data import array_record_files
+    # A run with cached arrays does not need this import.
+    from rescalevit_jax.data import array_record_files
 
-      self._records = array_record_files.ArrayRecordFiles(
-        self._paths, self._counts
-      )
-    return self._records
+    return array_record_files.ArrayRecordFiles(self._paths, self._counts)
 
   def _parse(self, record):
     example = self._features.deserialize_example_np(

@@ -143,12 +143,10 @@ def convert(
     raise errors.UserError(
       f"{path}: has no norm at its end ({norm_name}); get the whole file"
     )
-  hidden = len(norm)
-  heads = (
-    heads
-    or _number(config.get("num_attention_heads"))
-    or _default_heads(hidden, path)
-  )
+  if not heads:
+    heads = config.get("num_attention_heads")
+    if not isinstance(heads, int) or heads <= 0:
+      heads = _default_heads(len(norm), path)
   arrays = families.read(tensors, family, heads, str(path))
   for key, x in [*arrays.items()]:  # Some models have no biases here.
     if re.search("/(query|key|value)/kernel", key):
@@ -224,7 +222,7 @@ def _strip(tensors, prefix):
 def _drop(tensors, path, drop_distillation):
   kept = {}
   for key, x in tensors.items():
-    if families.IGNORED.fullmatch(key):
+    if not x.size or families.IGNORED.fullmatch(key):
       continue
     if families.DISTILLATION.fullmatch(key):
       if not drop_distillation:
@@ -233,10 +231,7 @@ def _drop(tensors, path, drop_distillation):
           " leaves it out, which changes the results"
         )
       continue
-    key = re.sub(r"^cls_classifier\.", "classifier.", key)
-    # DINO's and DINOv2's head of training, and empty heads.
-    if x.size and not re.match(r"(head\.(mlp|last_layer)|dino_head|ibot)", key):
-      kept[key] = x
+    kept[re.sub(r"^cls_classifier\.", "classifier.", key)] = x
   return kept
 
 
@@ -253,10 +248,6 @@ def _gelu(path):
       f"{path}: has the activation {name}; choose a model with GELU"
     )
   return "tanh" if name in _TANH else "erf"
-
-
-def _number(value):
-  return value if isinstance(value, int) and value > 0 else None
 
 
 def _default_heads(hidden, path):
@@ -293,10 +284,8 @@ def _from_big_vision(path):
       )
     if match := re.fullmatch(r"Transformer/encoderblock/(.*)", key):
       for i, part in enumerate(x):
-        name = param_keys.old_numbering(
-          f"Transformer/encoderblock_{i}/{match[1]}"
-        )
-        arrays[name] = part
+        name = f"Transformer/encoderblock_{i}/{match[1]}"
+        arrays[param_keys.old_numbering(name)] = part
     else:
       arrays[_POSITIONS if key == "pos_embedding" else key] = x
   for key in ("cls", _POSITIONS):

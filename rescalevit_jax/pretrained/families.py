@@ -111,8 +111,12 @@ _PREFIXES = (
   "dinov2.",
   "model.",
 )
-# Parts for masked training, and a layer that is not part of the classifier.
-IGNORED = re.compile(r"(embeddings\.)?mask_token|pooler\.dense\.(weight|bias)")
+# Parts for masked training, a layer that is not part of the classifier, and the
+# heads of training of DINO and DINOv2.
+IGNORED = re.compile(
+  r"(embeddings\.)?mask_token|pooler\.dense\.(weight|bias)"
+  r"|(head\.(mlp|last_layer)|dino_head|ibot).*"
+)
 DISTILLATION = re.compile(
   r"(dist_token|head_dist\..*|embeddings\.distillation_token"
   r"|distillation_classifier\..*)"

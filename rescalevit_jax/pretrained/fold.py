@@ -43,9 +43,7 @@ def fold(
   Norm = norms.NORMS[name]
   if not issubclass(Norm, traits.Foldable):
     foldable = [
-      name
-      for name, other in norms.NORMS.items()
-      if issubclass(other, traits.Foldable)
+      x for x, N in norms.NORMS.items() if issubclass(N, traits.Foldable)
     ]
     raise errors.UserError(
       f"{name} does not fold into the next layer; choose one of"
@@ -147,9 +145,8 @@ def layer_scale(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
       else "MlpBlock_3/Dense_1"
     )
     for leaf in ("kernel", "bias"):
-      folded[f"{block}{layer}/{leaf}"] = (
-        arrays[f"{block}{layer}/{leaf}"] * gamma
-      )
+      name = f"{block}{layer}/{leaf}"
+      folded[name] = arrays[name] * gamma
   return folded
 
 

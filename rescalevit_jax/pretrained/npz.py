@@ -39,11 +39,11 @@ def read(path: str, max_bytes: int | None = None) -> Checkpoint:
   in `untrusted_npz.Archive`; a type conversion temporarily needs up to half as
   much again.
   """
+  arrays: dict[str, np.ndarray] = {}
+  names: dict[str, str] = {}
+  outside = []
   with untrusted_npz.open_archive(path, max_bytes) as archive:
     prefix = _prefix(path, archive.names)
-    arrays: dict[str, np.ndarray] = {}
-    names: dict[str, str] = {}
-    outside = []
     for name in archive.names:
       if not name.startswith((prefix, param_keys.STATS)):
         outside.append(name)
@@ -87,11 +87,9 @@ def _prefix(path: str, names: Collection[str]) -> str:
     for name in names
     if f"/{name}".endswith(f"/{anchor}")
   ]
-  for prefix in _PREFIXES:
-    if prefix in found:
-      return prefix
-  if len(found) == 1:
-    return found[0]
+  known = [prefix for prefix in _PREFIXES if prefix in found]
+  if known or len(found) == 1:
+    return (known or found)[0]
   if found:
     raise errors.UserError(
       f"{path}: holds several models ({', '.join(sorted(found)[:3])}); keep"
