@@ -63,14 +63,8 @@ def warp(
   """Shear and shift an image from its top left corner, rotate about its centre.
 
   As in Pillow, the transform maps a pixel of the result to a position in the
-  image.
-
-  Args:
-    image: any values.
-    shear: shear of x by y and of y by x.
-    shift: shift of x and y in pixels.
-    angle: counterclockwise, in radians.
-    fill: value of positions outside the image.
+  image, or to `fill` outside of it. The shear is of x by y and of y by x, the
+  shift is in pixels, and the angle is counterclockwise, in radians.
   """
   height, width, _ = image.shape
   x, y = jnp.meshgrid(jnp.arange(width) + 0.5, jnp.arange(height) + 0.5)

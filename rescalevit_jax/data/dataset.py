@@ -183,13 +183,8 @@ def batch_indices(
   """Return the indices of the examples in a batch, a pure function.
 
   The batches of steps 1, 2, ... are consecutive parts of an endless sequence of
-  epochs. Each epoch has every example once, in a new random order.
-
-  Args:
-    seed: seed of the order, at least 0.
-    step: training step, from 1.
-    batch: batch size; may exceed `num_examples`.
-    num_examples: size of the dataset.
+  epochs. Each epoch has every example once, in a new random order. The seed is
+  at least 0, and a batch may be larger than an epoch.
   """
   start, stop = (step - 1) * batch, step * batch
   parts = []

@@ -30,7 +30,6 @@ from rescalevit_jax.data import untrusted_image
 Source = str | os.PathLike[str] | Image.Image | np.ndarray
 
 RESIZE_METHODS = ("squash", "crop")
-_EMPTY, _UNSUPPORTED = "it is empty", "its format is not supported"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,11 +75,8 @@ class Resize:
 
 def decode(content: bytes, resize: Resize) -> UInt8[np.ndarray, "H W 3"]:
   """Decode a file's content; raise any exception if it is refused."""
-  try:
-    with untrusted_image.open_image(content) as image:
-      return np.asarray(resize(_rgb(image)))
-  except Image.UnidentifiedImageError as e:
-    raise ValueError(_UNSUPPORTED if content else _EMPTY) from e
+  with untrusted_image.open_image(content) as image:
+    return np.asarray(resize(_rgb(image)))
 
 
 def find(folder: str | os.PathLike[str]) -> list[pathlib.Path]:
@@ -131,7 +127,7 @@ def read(image: Source) -> Image.Image:
         return _rgb(opened)
     except Exception as e:  # Pillow's decoders raise many types.
       raise errors.UserError(
-        f"{os.fspath(image)}: cannot be read as an image ({_reason(e, image)});"
+        f"{os.fspath(image)}: cannot be read as an image ({_reason(e)});"
         " choose another file"
       ) from e
   if isinstance(image, Image.Image):
@@ -241,14 +237,11 @@ def _from_array(array):
   return Image.fromarray(array).convert("RGB")
 
 
-def _reason(error, path=None):
+def _reason(error):
   if isinstance(error, FileNotFoundError):
     return "no such file"
   if isinstance(error, IsADirectoryError):
     return "this is a folder"
   if isinstance(error, OSError) and error.strerror:
     return error.strerror
-  if isinstance(error, Image.UnidentifiedImageError):
-    empty = path is not None and os.path.getsize(path) == 0
-    return _EMPTY if empty else _UNSUPPORTED
   return " ".join(str(error).split()).rstrip(".") or type(error).__name__

@@ -85,14 +85,8 @@ def prepare(
 ) -> None:
   """Download a dataset and write its files (array_record), if necessary.
 
-  Args:
-    builder: builder of the dataset.
-    download_dir: folder for downloads and extracted files.
-    manual_dir: folder of files that tfds uses in place of downloads.
-
-  Raises:
-    UserError: there is no internet, TensorFlow, space or permission, or tfds
-      fails. Nothing half prepared is left.
+  Downloads go to `download_dir`; files of `manual_dir` take their place. If it
+  fails, nothing half prepared is left.
   """
   if is_prepared(builder):
     return

@@ -39,10 +39,13 @@ def open_image(source: str | os.PathLike[str] | bytes) -> Iterator[Image.Image]:
     Exception: any type, from Pillow's decoders, also while decoding.
   """
   content = source if isinstance(source, bytes) else _read(source)
-  with (
-    _BoundedBytes(content) as file,
-    Image.open(file, formats=supported_formats()) as image,
-  ):
+  if not content:
+    raise ValueError("it is empty")
+  try:
+    image = Image.open(_BoundedBytes(content), formats=supported_formats())
+  except Image.UnidentifiedImageError as e:
+    raise ValueError("its format is not supported") from e
+  with image:
     _check_size(image)
     if image.format in ("JPEG", "MPO"):
       _check_scans(content)

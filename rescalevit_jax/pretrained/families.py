@@ -26,11 +26,7 @@ _ARRAYS = ("cls", param_keys.POSITION_EMBEDDING, _SCALE_1, _SCALE_2)
 
 
 def _table(names: dict[str, str]) -> dict[str, str]:
-  """Return their tensors' names by ours.
-
-  Args:
-    names: the names of modules and of `_ARRAYS`.
-  """
+  """Return their tensors' names by ours, from modules and `_ARRAYS`."""
   table = {}
   for ours, theirs in names.items():
     if ours in _ARRAYS:

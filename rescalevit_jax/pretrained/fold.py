@@ -32,13 +32,11 @@ def fold(
   Kernels with sigma_reparam become plain ones.
 
   The result belongs to a model with the norm Identity and the same residual.
+  `depth_scaling` and `epsilon` are the model's `norm_depth_scaling` and
+  `norm_epsilon`.
 
-  Args:
-    name: a norm that is `traits.Foldable`.
-    params: parameters of the model; not changed.
-    batch_stats: statistics of the model; not changed.
-    depth_scaling: `norm_depth_scaling` of the model.
-    epsilon: `norm_epsilon` of the model.
+  Raises:
+    UserError: the norm is not `traits.Foldable`.
   """
   Norm = norms.NORMS[name]
   if not issubclass(Norm, traits.Foldable):
