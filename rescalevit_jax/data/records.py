@@ -59,7 +59,7 @@ def keys(builder: tfds.core.DatasetBuilder) -> tuple[str | None, str | None]:
   images = of_type(tfds.features.Image)
   labels = of_type(tfds.features.ClassLabel)
   supervised = builder.info.supervised_keys
-  if isinstance(supervised, tuple) and len(supervised) == 2:
+  if supervised is not None and len(supervised) == 2:
     image, label = supervised
     if image in images and label in labels:
       return image, label

@@ -136,14 +136,11 @@ def _decode_all(examples, resize, stored, split, skip_damaged):
     for chunk in _chunks(examples, stored, split):
       for index, error in filter(None, pool.map(decode, chunk)):
         where = examples.where(index)
-        if isinstance(error, streamed.UnlabelledError):
-          raise streamed.UnlabelledError(f"{where}: {error}") from error
-        reason = f"{where}: cannot be read ({errors.brief(error)})"
-        if not skip_damaged:
-          raise errors.UserError(
-            f"{reason}; remove or replace it, or set data.skip_damaged"
-          ) from error
-        _log.warning("%s; skipped", reason)
+        if isinstance(error, streamed.UnlabelledError) or not skip_damaged:
+          raise streamed.error_at(where, error) from error
+        _log.warning(
+          "%s: cannot be read (%s); skipped", where, errors.brief(error)
+        )
         damaged[index] = True
       done += len(chunk)
       if time.monotonic() - line > _SECONDS_BETWEEN_LINES:

@@ -4,25 +4,16 @@ import bisect
 from collections.abc import Sequence
 import copy
 import itertools
-from typing import Protocol
 
 from jaxtyping import Int32, UInt8
 import numpy as np
 
 from rescalevit_jax import errors
+from rescalevit_jax.data import folder
 from rescalevit_jax.data import image_files
+from rescalevit_jax.data import records
 
-
-class Examples(Protocol):
-  """Encoded images with labels, such as `records.TfdsExamples`."""
-
-  def __len__(self) -> int: ...
-
-  def __getitem__(self, index: int) -> tuple[bytes, int]: ...
-
-  def where(self, index: int) -> str:
-    """Describe where an example is stored."""
-    ...
+Examples = folder.FolderExamples | records.TfdsExamples
 
 
 class StreamedSplit:
@@ -71,13 +62,8 @@ class StreamedSplit:
         images[i], labels[i] = decode_example(
           content, label, self._resize, self.shape, self._num_classes
         )
-      except UnlabelledError as e:
-        raise UnlabelledError(f"{examples.where(stored)}: {e}") from e
       except Exception as e:  # Damaged files raise many types.
-        raise errors.UserError(
-          f"{examples.where(stored)}: cannot be read ({errors.brief(e)});"
-          " remove or replace it, or set data.skip_damaged"
-        ) from e
+        raise error_at(examples.where(stored), e) from e
     return images, labels
 
   @property
@@ -93,6 +79,16 @@ class StreamedSplit:
 
 class UnlabelledError(errors.UserError):
   """Raised for a split without labels."""
+
+
+def error_at(where: str, error: Exception) -> errors.UserError:
+  """Return the error of one example, with the place where it is stored."""
+  if isinstance(error, UnlabelledError):
+    return UnlabelledError(f"{where}: {error}")
+  return errors.UserError(
+    f"{where}: cannot be read ({errors.brief(error)}); remove or replace it, or"
+    " set data.skip_damaged"
+  )
 
 
 def decode_example(

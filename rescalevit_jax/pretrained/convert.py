@@ -182,10 +182,8 @@ def _read_tensors(path: pathlib.Path) -> dict[str, np.ndarray]:
       import torch
 
       found = torch.load(path, map_location="cpu", weights_only=True)
-      for part in _WEIGHTS:
-        if isinstance(found.get(part), dict):
-          found = found[part]
-          break
+      parts = (found.get(name) for name in _WEIGHTS)
+      found = next((x for x in parts if isinstance(x, dict)), found)
       tensors = {
         key: x.float().numpy()
         for key, x in found.items()

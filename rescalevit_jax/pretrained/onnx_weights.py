@@ -21,11 +21,11 @@ def read(path: pathlib.Path) -> dict[str, np.ndarray]:
 
   graph = onnx.load(path, load_external_data=False).graph
   stored = {x.name: numpy_helper.to_array(x) for x in graph.initializer}
+  parts = ("backbone.embeddings", "backbone.encoder", "backbone.layernorm")
   tensors = {
     name.removeprefix("backbone."): x
     for name, x in stored.items()
-    if name.startswith(("backbone.embeddings", "backbone.encoder"))
-    or name.startswith("backbone.layernorm")
+    if name.startswith(parts)
   }
   positions = {}
   for node in graph.node:

@@ -3,6 +3,7 @@
 Each rule compares the keys of a file with those of the model, see `param_keys`.
 """
 
+import collections
 from collections.abc import Iterable, Mapping
 import dataclasses
 import re
@@ -132,8 +133,7 @@ def _compare_norms(file, model, difference):
 
 def _compare_options(file, model, difference):
   """Compare the arrays of each option; skip options of one side only."""
-  groups = ({*map(_option, keys)} - {None} for keys in (model, file))
-  for group in set().union(*groups):
+  for group in sorted({*map(_option, [*model, *file])} - {None}):
     ours, theirs = (
       {key for key in keys if _option(key) == group} for keys in (model, file)
     )
@@ -156,11 +156,11 @@ def _is_besides_affine(key):
 
 def _in_blocks(keys: Iterable[str]) -> dict[tuple[str, str], list[str]]:
   """Return the keys of the blocks' norms by slot and leaf."""
-  found: dict[tuple[str, str], list[str]] = {}
+  found = collections.defaultdict(list)
   for key in keys:
     slot = _norm_slot(key)
-    if slot not in (None, *_OUTSIDE):
-      found.setdefault((slot, _leaf(key)), []).append(key)
+    if slot and slot not in _OUTSIDE:
+      found[slot, _leaf(key)].append(key)
   return found
 
 
@@ -197,5 +197,7 @@ def _is_outside(key: str) -> bool:
 
 
 def _is_statistic(key: str) -> bool:
-  option = None if _is_outside(key) else detect.option(key)
-  return key.startswith(param_keys.STATS) and option is None
+  """Return whether a key is a statistic of a norm that is no option."""
+  return key.startswith(param_keys.STATS) and (
+    _is_outside(key) or detect.option(key) is None
+  )
