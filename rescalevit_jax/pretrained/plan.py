@@ -53,10 +53,16 @@ def make(
   our_names = transfer.renamed_affine(file, model)
   file_keys = {our_names.get(key, key): key for key in file}
   renamed = {key: file[file_key] for key, file_key in file_keys.items()}
-  difference = transfer.find(renamed, model, affine_only=bool(our_names))
-  initial, ignored = difference.initial, difference.ignored
-  notes = difference.notes
-
+  initial: set[str] = set()
+  ignored: set[str] = set()
+  notes = []
+  for ours, theirs, note in transfer.differences(
+    renamed, model, affine_only=bool(our_names)
+  ):
+    initial |= ours
+    ignored |= theirs
+    if note:
+      notes.append(note)
   zero: set[str] = set()
   if reason := transfer.why_new_head(renamed, model, reinit_head):
     zero.update(param_keys.HEAD)

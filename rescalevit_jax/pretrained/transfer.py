@@ -4,8 +4,7 @@ Each rule compares the keys of a file with those of the model, see `param_keys`.
 """
 
 import collections
-from collections.abc import Iterable, Mapping
-import dataclasses
+from collections.abc import Iterable, Iterator, Mapping
 import re
 from typing import Any
 
@@ -17,24 +16,6 @@ from rescalevit_jax.pretrained import param_keys
 # Norms outside the blocks, whose names do not show the kind of norm.
 _OUTSIDE = ("embedding_norm", "encoder_norm")
 _AFFINE = {"scale", "bias"}
-
-
-@dataclasses.dataclass
-class Difference:
-  """Keys that are not copied between file and model, and the reasons.
-
-  The model's keys stay at their initial values, the file's are ignored.
-  """
-
-  initial: set[str] = dataclasses.field(default_factory=set)
-  ignored: set[str] = dataclasses.field(default_factory=set)
-  notes: list[str] = dataclasses.field(default_factory=list)
-
-  def add(self, initial: set[str], ignored: set[str], *notes: str) -> None:
-    """Add keys and notes."""
-    self.initial |= initial
-    self.ignored |= ignored
-    self.notes += notes
 
 
 def renamed_affine(
@@ -64,26 +45,47 @@ def renamed_affine(
   return names if len({*names.values()}) == len(names) else {}
 
 
-def find(
+def differences(
   file: Mapping[str, Any], model: Mapping[str, Any], affine_only: bool
-) -> Difference:
-  """Find the keys in which file and model may differ.
+) -> Iterator[tuple[set[str], set[str], str]]:
+  """Yield keys that are not copied between file and model, with a note.
 
-  The file's norms already have the model's names. If `affine_only`, only their
-  scale and bias are used.
+  The model's keys stay at their initial values, the file's are ignored. The
+  note is empty if the difference is harmless. The file's norms already have the
+  model's names; if `affine_only`, only their scale and bias are used.
   """
-  difference = Difference()
-  _compare_norms(file, model, difference)
-  if affine_only:
-    difference.add(
-      *_select(_is_besides_affine, model, file),
-      "only scale and bias of the file's norm are used, as the model's norm is"
-      " a different one",
+  ours, theirs = _select(_norm_slot, model, file)
+  our_slots, their_slots = (
+    {*filter(None, map(_norm_slot, keys))}.difference(_OUTSIDE)
+    for keys in (ours, theirs)
+  )
+  if their_slots and not their_slots & our_slots:
+    note = (
+      f"the file's norm ({', '.join(sorted(their_slots))}) is not the model's"
+      f" ({', '.join(sorted(our_slots)) or 'none'})"
     )
-  _compare_options(file, model, difference)
+    yield ours, theirs, note
+  # Statistics are copied if a block has one in common. If the file has only a
+  # part of the model's, that is an error of the file.
+  ours, theirs = _select(_is_statistic, model, file)
+  if all(map(_is_outside, ours & theirs)):
+    yield ours, theirs, ""
+  if affine_only:
+    note = (
+      "only scale and bias of the file's norm are used, as the model's norm is"
+      " a different one"
+    )
+    yield *_select(_is_besides_affine, model, file), note
+  for option in sorted({*filter(None, map(_option, [*model, *file]))}):
+    ours, theirs = (
+      {key for key in keys if _option(key) == option} for keys in (model, file)
+    )
+    if not ours & theirs:
+      note = f"the file's arrays of {option} are dropped, so the outputs differ"
+      exact = not theirs or option == "sigma_reparam"  # Loading removes it.
+      yield ours, theirs, "" if exact else note
   if not model.keys() & set(param_keys.PRE_LOGITS):
-    difference.ignored |= file.keys() & set(param_keys.PRE_LOGITS)
-  return difference
+    yield set(), file.keys() & set(param_keys.PRE_LOGITS), ""
 
 
 def why_new_head(
@@ -106,43 +108,6 @@ def why_new_head(
   if kernel.shape[1] != classes:
     return f"the file has {kernel.shape[1]} classes, the model has {classes}"
   return None
-
-
-def _compare_norms(file, model, difference):
-  """Compare parameters and statistics of the norms.
-
-  Parameters are not copied if the norms have different names. Statistics are
-  not copied if no block has one in common, as when only one side has any. If
-  the file has only a part of the model's, that is an error of the file.
-  """
-  ours, theirs = _select(_norm_slot, model, file)
-  our_slots, their_slots = (
-    {*map(_norm_slot, keys)}.difference(_OUTSIDE) for keys in (ours, theirs)
-  )
-  if their_slots and not their_slots & our_slots:
-    difference.add(
-      ours,
-      theirs,
-      f"the file's norm ({', '.join(sorted(their_slots))}) is not the model's"
-      f" ({', '.join(sorted(our_slots)) or 'none'})",
-    )
-  ours, theirs = _select(_is_statistic, model, file)
-  if all(map(_is_outside, ours & theirs)):
-    difference.add(ours, theirs)
-
-
-def _compare_options(file, model, difference):
-  """Compare the arrays of each option; skip options of one side only."""
-  for group in sorted({*map(_option, [*model, *file])} - {None}):
-    ours, theirs = (
-      {key for key in keys if _option(key) == group} for keys in (model, file)
-    )
-    if not ours & theirs:
-      difference.add(ours, theirs)
-      if theirs and group != "sigma_reparam":  # Loading removes it exactly.
-        difference.notes.append(
-          f"the file's arrays of {group} are dropped, so the outputs differ"
-        )
 
 
 def _select(wanted, model, file):
