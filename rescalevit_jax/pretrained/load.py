@@ -7,7 +7,6 @@ position embedding are allowed, and they are reported. Any other is an error.
 import collections
 from collections.abc import Iterable, Mapping
 import dataclasses
-import math
 import os
 import re
 from typing import Any
@@ -74,7 +73,7 @@ def load(
   Args:
     path: a file that `npz.read` accepts. Its arrays may take four times the
       model's bytes plus `untrusted_npz.SLACK`.
-    params: nested dict; only `shape` and `dtype` of its leaves are used.
+    params: nested dict; only shape and type of its leaves are used.
     batch_stats: the same for the statistics; may be empty.
     reinit_head: set the head to zeros even if the file's head fits.
     allow_nonfinite: accept weights that are NaN or infinite.
@@ -86,10 +85,7 @@ def load(
   """
   path = os.fspath(path)
   model = param_keys.flatten(params, batch_stats)
-  num_bytes = sum(
-    math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize
-    for leaf in model.values()
-  )
+  num_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in model.values())
   checkpoint = npz.read(path, 4 * num_bytes + untrusted_npz.SLACK)
   plan = plan_lib.make(checkpoint.arrays, model, reinit_head)
   values = _carry_out(path, plan, checkpoint, model, allow_nonfinite)
