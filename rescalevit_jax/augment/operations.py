@@ -37,9 +37,7 @@ def operate(
   """
 
   def chosen(*wanted):
-    hits = [
-      operation == names.index(n) if n in names else False for n in wanted
-    ]
+    hits = [operation == names.index(name) for name in wanted]
     return jnp.where(jnp.array(hits), argument, 0.0)
 
   x = warp(

@@ -24,15 +24,9 @@ from rescalevit_jax.runtime import terminal
 _log = logging.getLogger(__name__)
 
 BUCKET = "https://storage.googleapis.com/vit_models"
-IMAGENET_21K = (
-  "ViT-B_8",
-  "ViT-B_16",
-  "ViT-B_32",
-  "ViT-L_16",
-  "ViT-L_32",
-  "ViT-H_14",
+_NAMES = re.compile(
+  r"ViT-(B_8|B_16|B_32|L_16|L_32|H_14)|augreg/[A-Za-z0-9_.+-]+"
 )
-_AUGREG = re.compile(r"augreg/[A-Za-z0-9_.+-]+")
 _TIMEOUT = (10, 30)  # Seconds to connect, and between two pieces.
 _PIECE = 1 << 16  # Bytes; an interrupted piece is lost.
 _SECONDS_BETWEEN_LINES = 5.0
@@ -40,8 +34,8 @@ _SECONDS_BETWEEN_LINES = 5.0
 
 def is_name(path: str) -> bool:
   """Return whether `pretrained_path` is a name and not an existing file."""
-  named = path in IMAGENET_21K or bool(_AUGREG.fullmatch(path))
-  return named and not path.endswith(".npz") and not pathlib.Path(path).exists()
+  named = _NAMES.fullmatch(path) and not path.endswith(".npz")
+  return bool(named) and not pathlib.Path(path).exists()
 
 
 def find(path: str) -> str:
