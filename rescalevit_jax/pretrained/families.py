@@ -240,7 +240,7 @@ def _split_qkv(tensors):
   split = {}
   for name, x in tensors.items():
     if match := re.fullmatch(r"(blocks\.\d+\.attn\.)qkv\.(weight|bias)", name):
-      for part, value in zip("qkv", np.split(x, 3), strict=True):
+      for part, value in zip("qkv", np.array_split(x, 3), strict=True):
         split[f"{match[1]}{part}.{match[2]}"] = value
     else:
       split[name] = x

@@ -421,3 +421,12 @@ def test_other_odd_models_are_refused(key, words, tmp_path):
   safetensors.save_file(state, path)
   with pytest.raises(errors.UserError, match=words):
     convert.convert(path, heads=HEADS, normalization=IMAGENET)
+
+
+def test_a_tensor_of_another_size_is_refused(tmp_path):
+  state = timm_model().state_dict()
+  state["blocks.0.attn.qkv.weight"] = torch.zeros(3 * 48 - 1, 48)
+  path = tmp_path / "a.safetensors"
+  safetensors.save_file(state, path)
+  with pytest.raises(errors.UserError, match="has the shape"):
+    convert.convert(path, heads=HEADS, normalization=IMAGENET)
