@@ -28,9 +28,9 @@ def shuffle(
 ) -> Int32[np.ndarray, " N"]:
   """Return the entries at `indices` of a random permutation of 0 to size - 1.
 
-  Only exact integer arithmetic is used, so the permutation is the same on every
-  platform and with every version of NumPy. It is the one with index `epoch` in
-  a sequence of permutations for `seed`. The size is at most 2^31.
+  Seed and epoch, both at least 0, choose the permutation; the size is at most
+  2^31. Only exact integer arithmetic is used, so the permutation is the same on
+  every platform and with every version of NumPy.
   """
   rows = math.isqrt(size - 1) + 1
   sides = np.uint64(rows), np.uint64(-(-size // rows))

@@ -98,7 +98,7 @@ def decode_example(
   shape: tuple[int, int, int],
   num_classes: int,
 ) -> tuple[UInt8[np.ndarray, "H W 3"], int]:
-  """Decode an image; check it and its label, whose lack has its own error."""
+  """Decode and check an image; raise UnlabelledError if it has no label."""
   if not 0 <= label < num_classes:
     raise UnlabelledError(
       "the example has no label; choose a split with labels by data.test_split"

@@ -102,8 +102,7 @@ def size_mismatch(
 ) -> str | None:
   """Return a one-line error if a file's model has other sizes, else None.
 
-  It gives `details`, the mismatching arrays, if no variant has the file's
-  sizes.
+  `details` are the mismatching arrays, for a file that is no named variant.
   """
   theirs, ours = sizes(file), sizes(model)
   if all(None in (theirs[k], ours[k]) or theirs[k] == ours[k] for k in ours):
@@ -130,7 +129,7 @@ def position_mismatch(
 
 
 def sizes(arrays: Mapping[str, Any]) -> dict[str, int | None]:
-  """Infer the sizes of a `ViTConfig`; None where arrays lack or disagree."""
+  """Infer the sizes of a `ViTConfig`; None where unknown or contradictory."""
 
   def common_size(pattern, rank, axis):
     found = {

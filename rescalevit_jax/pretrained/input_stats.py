@@ -53,7 +53,7 @@ def parse(mean: str | None, std: str | None) -> Stats | None:
 
 
 def find(path: pathlib.Path, config: Mapping[str, Any]) -> Stats:
-  """Return mean and deviation from config.json and the file beside it."""
+  """Return mean and deviation from the JSON files beside the weights."""
   timm = config.get("pretrained_cfg")
   timm = timm if isinstance(timm, dict) else {}
   hugging_face = json_beside(path, "preprocessor_config.json")

@@ -27,9 +27,9 @@ from rescalevit_jax.pretrained import untrusted_npz
 class Report:
   """The outcome for each key. Statistics have the prefix `batch_stats/`.
 
-  `summary` explains the first fields. The last are dropped keys whose effect
-  the model cannot reproduce, and reasons, one sentence each. `dropped` and
-  `unsupported` are names in the file, all others are keys of the model.
+  `dropped` and `unsupported` are names in the file, all others are keys of the
+  model; `summary` explains them. `unsupported` are dropped names whose effect
+  the model cannot reproduce. `notes` are reasons, one sentence each.
   """
 
   loaded: tuple[str, ...] = ()
