@@ -158,11 +158,8 @@ def _family_writer(family):
       key: np.asarray(x)
       for key, x in param_keys.flatten(*_weights(model)).items()
     }
-    table = families.TABLES[family]
-    families.check_complete(arrays, table, f"--format={family}")
-    tensors = families.write(arrays, table, config.num_heads)
-    if family == "timm":
-      tensors = families.join_qkv(tensors)
+    families.check_complete(arrays, family, f"--format={family}")
+    tensors = families.write(arrays, family)
     atomic_file.write(output, safetensors.save(tensors))
 
   return save

@@ -15,13 +15,10 @@ _QUANTILES = 4096
 
 @dataclasses.dataclass(frozen=True)
 class Mixing:
-  """Settings of label smoothing, mixup and CutMix.
+  """Settings: the config keys `label_smoothing`, `mixup` and `cutmix`.
 
-  Attributes:
-    label_smoothing: fraction of the target spread evenly over all classes.
-    mixup: alpha of mixup's Beta(alpha, alpha); 0: no mixup.
-    cutmix: alpha of CutMix's Beta(alpha, alpha); 0: no CutMix. If both are on,
-      each image draws one of them with equal probability, as in timm.
+  The last two are the alpha of Beta(alpha, alpha); 0 is off. If both are on,
+  each image draws one of them with equal probability, as in timm.
   """
 
   label_smoothing: float = 0.0
@@ -42,22 +39,15 @@ def mix(
   """Mix each image and label with the previous one in the batch.
 
   The previous image is a random one, as batches are in random order. Devices
-  send each other one image only.
-
-  Args:
-    keys: one PRNG key per image.
-    images: augmented images.
-    labels: class indices.
-    num_classes: number of classes C.
-    mixing: settings.
-
-  Returns:
-    Images and targets; each row of the targets sums to 1. If `mixing` is
-    `NOTHING`, the given images and labels.
+  send each other one image only. Each row of the targets sums to 1. If `mixing`
+  is `NOTHING`, images and labels are returned as they are.
   """
   if mixing == NOTHING:
     return images, labels
-  targets = smooth(labels, num_classes, mixing.label_smoothing)
+  # Label smoothing: Szegedy et al., arXiv:1512.00567, section 7.
+  smoothing = mixing.label_smoothing
+  targets = (1 - smoothing) * jax.nn.one_hot(labels, num_classes)
+  targets += smoothing / num_classes
   if mixing.mixup or mixing.cutmix:
     own = jax.vmap(lambda key: weights(key, images.shape[1], mixing))(keys)
     images, targets = (
@@ -70,23 +60,6 @@ def mix(
   return images, targets
 
 
-def smooth(
-  labels: Int32[Array, " B"], num_classes: int, smoothing: float
-) -> Float[Array, "B C"]:
-  """Return smoothed targets (Szegedy et al., arXiv:1512.00567, section 7).
-
-  The target is 1 - s + s / C for the label and s / C for all other classes.
-
-  Args:
-    labels: class indices.
-    num_classes: number of classes C.
-    smoothing: s in [0, 1).
-  """
-  return (1 - smoothing) * jax.nn.one_hot(labels, num_classes) + (
-    smoothing / num_classes
-  )
-
-
 def weights(
   key: Key[Array, ""], size: int, mixing: Mixing
 ) -> Float[Array, "S S"]:
@@ -94,23 +67,14 @@ def weights(
   coin_key, mixup_key, cutmix_key = jax.random.split(key, 3)
   drawn = []
   if mixing.mixup:
-    drawn.append(mixup_weights(mixup_key, size, mixing.mixup))
+    # Zhang et al. 2018 (arXiv:1710.09412), section 2, with a draw per image.
+    drawn.append(jnp.full((size, size), random_beta(mixup_key, mixing.mixup)))
   if mixing.cutmix:
     drawn.append(cutmix_weights(cutmix_key, size, mixing.cutmix))
   if len(drawn) == 1:
     return drawn[0]
   mixup, cutmix = drawn
   return jnp.where(jax.random.bernoulli(coin_key), mixup, cutmix)
-
-
-def mixup_weights(
-  key: Key[Array, ""], size: int, alpha: float
-) -> Float[Array, "S S"]:
-  """Draw the weights of mixup: Beta(alpha, alpha), equal for all pixels.
-
-  Zhang et al. 2018 (arXiv:1710.09412), section 2; each image has its own draw.
-  """
-  return jnp.full((size, size), random_beta(key, alpha))
 
 
 def cutmix_weights(

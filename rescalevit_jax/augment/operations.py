@@ -29,22 +29,15 @@ def operate(
   names: Sequence[str],
   fill: float = 0.0,
 ) -> Float[Array, "H W 3"]:
-  """Apply an operation to an image; the result is in [0, 255].
+  """Apply the operation `names[operation]` to integers in [0, 255].
 
-  All geometric operations are one warp, which is the identity for the others.
-
-  Args:
-    image: integers in [0, 255].
-    operation: index in `names`.
-    argument: of the operation.
-    names: the operations to choose from, with all geometric ones.
-    fill: value of positions outside the image.
+  All geometric operations, which `names` must contain, are one warp, which is
+  the identity for the others. Positions outside the image become `fill`. The
+  result is in [0, 255].
   """
 
   def chosen(*wanted):
-    hits = [
-      operation == names.index(n) if n in names else False for n in wanted
-    ]
+    hits = [operation == names.index(name) for name in wanted]
     return jnp.where(jnp.array(hits), argument, 0.0)
 
   x = warp(
@@ -68,14 +61,8 @@ def warp(
   """Shear and shift an image from its top left corner, rotate about its centre.
 
   As in Pillow, the transform maps a pixel of the result to a position in the
-  image.
-
-  Args:
-    image: any values.
-    shear: shear of x by y and of y by x.
-    shift: shift of x and y in pixels.
-    angle: counterclockwise, in radians.
-    fill: value of positions outside the image.
+  image, or to `fill` outside of it. The shear is of x by y and of y by x, the
+  shift is in pixels, and the angle is counterclockwise, in radians.
   """
   height, width, _ = image.shape
   x, y = jnp.meshgrid(jnp.arange(width) + 0.5, jnp.arange(height) + 0.5)

@@ -20,25 +20,7 @@ AUTO = ("none", "trivial", "rand")
 
 @dataclasses.dataclass(frozen=True)
 class Augment:
-  """Settings of the augmentation of a training image.
-
-  Attributes:
-    crop: whether to take a random crop (RandomResizedCrop) or the whole image.
-    min_area: minimum area of a crop as a fraction of the image; the maximum
-      is 1.
-    min_aspect: minimum aspect ratio width / height of a crop; the maximum is
-      its inverse.
-    flip: whether to flip horizontally with probability 0.5.
-    pad_crop: maximum random shift in pixels in each direction, with black
-      padding, in place of `crop`; 0: none.
-    auto: random operations before the crop: "trivial", see `trivial_augment`;
-      "rand", see `rand_augment`; or "none".
-    rand_ops: number of operations of "rand".
-    rand_magnitude: mean magnitude of the operations of "rand", in [0, 10].
-    color_jitter: strength in [0, 1] of the color jitter that follows; see
-      `rand_augment.jitter`.
-    random_erasing: probability of random erasing.
-  """
+  """Settings of the augmentation: the config keys `augment.*`."""
 
   crop: bool = True
   min_area: float = 0.05
@@ -55,12 +37,7 @@ class Augment:
 def prepare(
   images: Num[Array, "B H W 3"], size: int
 ) -> Float[Array, "B S S 3"]:
-  """Resize whole images, as for evaluation, and scale them to [-1, 1].
-
-  Args:
-    images: values in [0, 255].
-    size: edge S of the result.
-  """
+  """Resize whole images, as for evaluation, from [0, 255] to [-1, 1]."""
   _, height, width, _ = images.shape
   if height == width == size:
     return _scale(images.astype(jnp.float32))
@@ -77,11 +54,7 @@ def prepare_random(
 ) -> Float[Array, "B S S 3"]:
   """Augment and resize training images, and scale them to [-1, 1].
 
-  Args:
-    keys: one PRNG key per image, the only source of its randomness.
-    images: values in [0, 255].
-    size: edge S of the result.
-    augment: settings.
+  Each key is the only source of randomness of its image.
   """
   _, height, width, _ = images.shape
   crop_keys, flip_keys = jax.vmap(jax.random.split, out_axes=1)(keys)
@@ -99,26 +72,24 @@ def prepare_random(
     images = jax.vmap(rand_augment.jitter, (0, 0, None))(
       jitter_keys, images, augment.color_jitter
     )
-  draw = functools.partial(
-    random_box,
-    height=height,
-    width=width,
-    min_area=augment.min_area,
-    min_aspect=augment.min_aspect,
-  )
+  box = None
   if augment.pad_crop:
     pad = augment.pad_crop
-    draw = functools.partial(random_shift, height=height, width=width, pad=pad)
+    box = jax.vmap(lambda key: random_shift(key, height, width, pad))(crop_keys)
     images = jnp.pad(images, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
+  elif augment.crop:
+    area, aspect = augment.min_area, augment.min_aspect
+    box = jax.vmap(lambda key: random_box(key, height, width, area, aspect))(
+      crop_keys
+    )
+  if box is None:
+    x = prepare(images, size)
+  else:
     _, height, width, _ = images.shape
-  if augment.crop or augment.pad_crop:
-    box = jax.vmap(draw)(crop_keys)
     matrix = jax.vmap(resize_matrix, in_axes=(0, 0, None, None))
     rows = matrix(box[:, 0], box[:, 2], height, size)
     columns = matrix(box[:, 1], box[:, 3], width, size)
     x = _scale(_resize(images, rows, columns))
-  else:
-    x = prepare(images, size)
   if augment.flip:
     flip = jax.vmap(jax.random.bernoulli)(flip_keys)
     x = jnp.where(flip[:, None, None, None], x[:, :, ::-1], x)
@@ -130,12 +101,10 @@ def prepare_random(
 def random_shift(
   key: Key[Array, ""], height: int, width: int, pad: int
 ) -> Int32[Array, "4"]:
-  """Draw a crop of the original size from a padded image.
+  """Draw top, left, height and width of a crop from a padded image.
 
-  He et al. 2016 (arXiv:1512.03385), section 4.2, with 4 pixels of padding.
-
-  Returns:
-    Top, left, height and width in pixels of the padded image.
+  The crop has the original size. He et al. 2016 (arXiv:1512.03385, section 4.2)
+  pad by 4 pixels.
   """
   corner = jax.random.randint(key, (2,), 0, 2 * pad + 1)
   return jnp.concatenate([corner, jnp.array([height, width])])
@@ -173,15 +142,12 @@ def random_box(
   tries: int = 10,
   max_area: float = 1.0,
 ) -> Int32[Array, "4"]:
-  """Draw a crop as torchvision's RandomResizedCrop does.
+  """Draw top, left, height and width of a crop, as RandomResizedCrop does.
 
   The fraction of the area is uniform in [min_area, max_area]. The aspect ratio
   has a uniform logarithm in [min_aspect, 1 / min_aspect]. The first of ten
   draws that fits the image gets a random position. If none fits, the result is
   the largest centred box with an allowed aspect ratio.
-
-  Returns:
-    Top, left, height and width in pixels.
   """
   area_key, aspect_key, top_key, left_key = jax.random.split(key, 4)
   area = (
@@ -203,14 +169,8 @@ def random_box(
 
   center_w = min(width, round(height / min_aspect))
   center_h = min(height, round(width / min_aspect))
-  center = jnp.array(
-    [
-      (height - center_h) // 2,
-      (width - center_w) // 2,
-      center_h,
-      center_w,
-    ]
-  )
+  corner = (height - center_h) // 2, (width - center_w) // 2
+  center = jnp.array([*corner, center_h, center_w])
   return jnp.where(fits.any(), jnp.stack([top, left, h, w]), center)
 
 
@@ -223,14 +183,8 @@ def resize_matrix(
   """Return the bilinear weights that crop and resize one axis.
 
   Pixels have half-integer centres. When shrinking, the triangle filter widens
-  with the scale (antialiasing), as in Pillow. Pixels outside the crop have
-  weight 0. Each row sums to 1.
-
-  Args:
-    start: first pixel of the crop.
-    length: number of pixels of the crop.
-    old: number of pixels of the axis.
-    new: number of pixels of the result.
+  with the scale (antialiasing), as in Pillow. Pixels outside the crop, which
+  has `length` pixels from `start`, have weight 0. Each row sums to 1.
   """
   scale = length / new
   center = start + (jnp.arange(new, dtype=jnp.float32)[:, None] + 0.5) * scale

@@ -79,13 +79,10 @@ def operate(
   level: Float[Array, ""],
   sign: Float[Array, ""],
 ) -> Float[Array, "H W 3"]:
-  """Apply an operation to an image; the result is in [0, 255].
+  """Apply `OPERATIONS[operation]` to integers in [0, 255].
 
-  Args:
-    image: integers in [0, 255].
-    operation: index in `OPERATIONS`.
-    level: magnitude / 10, in [0, 1].
-    sign: -1 or 1, for operations with a direction.
+  `level` is the magnitude / 10, and `sign` is -1 or 1, for operations with a
+  direction. The result is in [0, 255].
   """
   size = image.shape[:2]
   arguments = [function(level, sign, size) for function in _ARGUMENTS.values()]

@@ -55,13 +55,9 @@ def operate(
   strength: Float[Array, ""],
   sign: Float[Array, ""],
 ) -> Float[Array, "H W 3"]:
-  """Apply an operation to an image; the result is in [0, 255].
+  """Apply `OPERATIONS[operation]` with a strength in [0, 1].
 
-  Args:
-    image: values in [0, 255].
-    operation: index in `OPERATIONS`.
-    strength: in [0, 1].
-    sign: -1 or 1, for operations with a direction.
+  `sign` is -1 or 1, for operations with a direction. The result is in [0, 255].
   """
   arguments = [function(strength, sign) for function in _ARGUMENTS.values()]
   argument = jnp.array(arguments, jnp.float32)[operation]

@@ -29,12 +29,9 @@ def folder(
 ) -> pathlib.Path:
   """Return the cache folder for arrays decoded from a folder of files.
 
-  Args:
-    name: first part of the cache folder's name.
-    source: folder of the files. The rest of the name depends on its path and on
-      the name, size and modification time of each file.
-    files: the files; None: all in `source`, without those behind links.
-    class_names: class names, if the files' names give the labels.
+  Its name depends on the path of `source`; on the name, size and modification
+  time of each file; and on the class names, if the files' names give the
+  labels. If `files` is None, all in `source` count, without those behind links.
   """
   if files is None:
     files = pathlib.Path(source).rglob("*")

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import itertools
 import logging
 import math
 from typing import Any
@@ -62,28 +61,13 @@ def load(
 ) -> Dataset:
   """Load a dataset; prepare it first if necessary.
 
+  The name is "cifar10", "cifar100", "digits", another tfds dataset of images
+  with one label each, or "folder:PATH" for a folder of image files. `data_dir`
+  is the folder of prepared datasets; None for the default of tfds. The other
+  arguments are the config keys `data.*`, see docs/configuration.md.
+
   Images and their order are the same for both formats of prepared files
   (array_record, tfrecord) and for all values of `source`.
-
-  Args:
-    name: "cifar10", "cifar100", "digits", another tfds dataset of images with
-      one label each, or "folder:PATH" for a folder of image files.
-    data_dir: folder of prepared datasets; None for the default of tfds.
-    train_split: split to train on, in tfds' notation, such as "train[:10%]".
-    test_split: split to evaluate on; None: "test", or "validation" if there is
-      no test split with labels.
-    source: "resident": read all images now, and cache the arrays on disk, see
-      `array_cache`; "streaming": read images from disk batch by batch; "auto":
-      "resident" if the images take at most `max_gb`.
-    max_gb: limit for "auto", in 10^9 bytes.
-    image_size: edge to resize images to; None: no resizing, and all images must
-      have one size.
-    resize: see `image_files.Resize`.
-    crop_ratio: see `image_files.Resize`.
-    num_val: size of a validation split, which is taken from the training images
-      and replaces the test images. The images are the same in every run. 0:
-      none.
-    skip_damaged: leave out images that cannot be read.
 
   Raises:
     UserError: the dataset is unknown, not suitable, cannot be prepared or is
@@ -96,27 +80,18 @@ def load(
   )
   tests = {} if num_val else _candidates(stored, test_split, name)
   parts = sum(tests.values(), train_parts)
-  read = _reader(stored, parts, source, max_gb, skip_damaged)
-  train, num_skipped = read(train_parts, first_resize, skip_damaged)
+  read = _reader(stored, parts, source, max_gb, first_resize, skip_damaged)
+  train, num_skipped = read(train_parts)
   if num_val:
     train, test = _split_validation(train, num_val, name)
     chosen = f"{train_split} ({num_val} held out)"
   else:
-    test, chosen, skipped = _first_labelled(
-      tests, read, first_resize, skip_damaged, name
-    )
+    test, chosen, skipped = _first_labelled(tests, read, name)
     num_skipped += skipped
   if num_skipped:
     _log.warning("left out %d damaged images", num_skipped)
-  return Dataset(
-    name,
-    train,
-    test,
-    len(stored.class_names),
-    stored.class_names,
-    chosen,
-    num_skipped,
-  )
+  names = stored.class_names
+  return Dataset(name, train, test, len(names), names, chosen, num_skipped)
 
 
 def load_test(
@@ -135,46 +110,27 @@ def load_test(
 ) -> tuple[resident.Split | streamed.StreamedSplit, str, tuple[str, ...], int]:
   """Load only the test split of a dataset.
 
-  Args:
-    name: see `load`.
-    data_dir: see `load`.
-    test_split: see `load`.
-    source: see `load`.
-    max_gb: see `load`.
-    image_size: see `load`.
-    resize: see `load`.
-    crop_ratio: see `load`.
-    skip_damaged: see `load`.
-    split_key: config key of `test_split`, for errors.
-    **others: the other arguments of `load`, which have no effect.
+  The arguments are those of `load`; `others` have no effect. `split_key` is the
+  config key of `test_split`, for errors.
 
   Returns:
     The split, its name, the class names, and the number of damaged images that
     were left out.
-
-  Raises:
-    UserError: see `load`.
   """
   del others
   first_resize = image_files.Resize(image_size, resize, crop_ratio)
   stored = stored_lib.open_dataset(name, data_dir, first_resize)
   tests = _candidates(stored, test_split, name, split_key)
-  parts = list(itertools.chain(*tests.values()))
-  read = _reader(stored, parts, source, max_gb, skip_damaged)
-  test, chosen, num_skipped = _first_labelled(
-    tests, read, first_resize, skip_damaged, name
-  )
+  parts: list[splits.Part] = sum(tests.values(), [])
+  read = _reader(stored, parts, source, max_gb, first_resize, skip_damaged)
+  test, chosen, num_skipped = _first_labelled(tests, read, name)
   if num_skipped:
     _log.warning("left out %d damaged images", num_skipped)
   return test, chosen, stored.class_names, num_skipped
 
 
 def expand(name: str, data_dir: str | None) -> list[str]:
-  """Return the datasets that NAME/* stands for: all configs of NAME.
-
-  Raises:
-    UserError: the dataset is unknown or has no configs.
-  """
+  """Return the datasets that NAME/* stands for: all configs of NAME."""
   base, star, rest = name.rpartition("/*")
   if not star or rest:
     return [name]
@@ -186,7 +142,7 @@ def expand(name: str, data_dir: str | None) -> list[str]:
   return [f"{base}/{config}" for config in configs]
 
 
-def _reader(stored, parts, source, max_gb, skip_damaged):
+def _reader(stored, parts, source, max_gb, resize, skip_damaged):
   """Return a function that reads parts of splits, resident or streamed."""
   if source == "auto":
     images = sum(stored.sizes[split] for split in {x.split for x in parts})
@@ -197,25 +153,28 @@ def _reader(stored, parts, source, max_gb, skip_damaged):
       "config: data.skip_damaged needs all images in memory; set"
       " data.source=resident, or remove damaged images"
     )
-  read = _streamed if source == "streaming" else resident.read_split
-  return functools.partial(read, stored)
+  if source == "streaming":
+    return functools.partial(_streamed, stored, resize=resize)
+  return functools.partial(
+    resident.read_split, stored, resize=resize, skip_damaged=skip_damaged
+  )
 
 
-def _first_labelled(tests, read, first_resize, skip_damaged, name):
+def _first_labelled(tests, read, name):
   """Read the first of some splits that has labels."""
-  for i, (split, parts) in enumerate(tests.items()):
+  *others, last = tests
+  for split in others:
     try:
-      test, skipped = read(parts, first_resize, skip_damaged)
-      return test, split, skipped
+      test, num_skipped = read(tests[split])
+      return test, split, num_skipped
     except streamed.UnlabelledError:
-      if i == len(tests) - 1:
-        raise
       _log.warning(
         "%s: its split %s has no labels; evaluating on the next one",
         name,
         split,
       )
-  raise AssertionError
+  test, num_skipped = read(tests[last])
+  return test, last, num_skipped
 
 
 def batch_indices(
@@ -224,13 +183,8 @@ def batch_indices(
   """Return the indices of the examples in a batch, a pure function.
 
   The batches of steps 1, 2, ... are consecutive parts of an endless sequence of
-  epochs. Each epoch has every example once, in a new random order.
-
-  Args:
-    seed: seed of the order, at least 0.
-    step: training step, from 1.
-    batch: batch size; may exceed `num_examples`.
-    num_examples: size of the dataset.
+  epochs. Each epoch has every example once, in a new random order. The seed is
+  at least 0, and a batch may be larger than an epoch.
   """
   start, stop = (step - 1) * batch, step * batch
   parts = []
@@ -253,10 +207,7 @@ def _split_validation(train, count, name):
   indices = index_shuffle.shuffle(np.arange(count), len(train), 2**32, 0)
   is_val = np.zeros(len(train), bool)
   is_val[indices] = True
-  return (
-    train.subset(np.flatnonzero(~is_val)),
-    train.subset(np.flatnonzero(is_val)),
-  )
+  return tuple(train.subset(np.flatnonzero(x)) for x in (~is_val, is_val))
 
 
 def _candidates(stored, test_split, name, key="data.test_split"):
@@ -272,21 +223,14 @@ def _candidates(stored, test_split, name, key="data.test_split"):
   return {x: splits.resolve(x, stored.sizes, key, name) for x in found}
 
 
-def _streamed(stored, parts, resize, skip_damaged):
+def _streamed(stored, parts, resize):
   """Return a split that stays on disk, and 0 skipped images."""
-  del skip_damaged
-  for part in parts:
-    examples = stored.examples[part.split]
+  chosen = [(stored.examples[part.split], part.indices) for part in parts]
+  for examples, _ in chosen:
     if hasattr(examples, "check_random_access"):
       examples.check_random_access()
   split = streamed.StreamedSplit(
-    [
-      (stored.examples[part.split], range(part.start, part.stop))
-      for part in parts
-    ],
-    stored.shape,
-    resize,
-    len(stored.class_names),
+    chosen, stored.shape, resize, len(stored.class_names)
   )
   split.read([0])  # Finds a split without labels before the run starts.
   return split, 0

@@ -5,6 +5,7 @@ PATH/CLASS/*.png                                  all images are `train`
 """
 
 from collections.abc import Iterator
+import dataclasses
 import pathlib
 
 from rescalevit_jax import errors
@@ -23,23 +24,19 @@ _SPLITS = {
 }
 
 
+@dataclasses.dataclass(frozen=True)
 class FolderExamples:
-  """The files of one split with their labels.
+  """The files of one split, and their class indices."""
 
-  Args:
-    files: image files.
-    labels: class index of each.
-  """
-
-  def __init__(self, files: list[pathlib.Path], labels: list[int]):
-    self.files, self._labels = files, labels
+  files: list[pathlib.Path]
+  labels: list[int]
 
   def __len__(self) -> int:
     return len(self.files)
 
   def __getitem__(self, index: int) -> tuple[bytes, int]:
     """Return an encoded image and its label."""
-    return self.files[index].read_bytes(), self._labels[index]
+    return self.files[index].read_bytes(), self.labels[index]
 
   def __iter__(self) -> Iterator[tuple[bytes, int]]:
     return map(self.__getitem__, range(len(self)))
@@ -52,16 +49,12 @@ class FolderExamples:
 def open_folder(
   path: pathlib.Path,
 ) -> tuple[dict[str, FolderExamples], tuple[str, ...]]:
-  """List the examples of a folder.
-
-  Returns:
-    Examples by split, and the class names in alphabetical order.
+  """Return a folder's examples by split, and its sorted class names.
 
   Raises:
     UserError: there is no such folder, or it has no class folders, or splits
       differ in their classes.
   """
-  path = path.expanduser()
   if not path.is_dir():
     raise errors.UserError(f"{path}: no such folder; check dataset")
   folders = _subfolders(path)

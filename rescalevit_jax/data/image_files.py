@@ -30,19 +30,14 @@ from rescalevit_jax.data import untrusted_image
 Source = str | os.PathLike[str] | Image.Image | np.ndarray
 
 RESIZE_METHODS = ("squash", "crop")
-_EMPTY, _UNSUPPORTED = "it is empty", "its format is not supported"
 
 
 @dataclasses.dataclass(frozen=True)
 class Resize:
   """The first resizing of an image, on the host; `augment` does the second.
 
-  Attributes:
-    image_size: edge of the result; None: images keep their size.
-    method: "squash" stretches an image to a square; "crop" resizes its short
-      side to `image_size / crop_ratio` and takes the center, as usual for
-      ImageNet. Neither changes images that have the size already.
-    crop_ratio: see `method`.
+  The fields are the config keys `data.image_size`, `data.resize` and
+  `data.crop_ratio`. Images that have the size already do not change.
   """
 
   image_size: int | None = None
@@ -79,16 +74,9 @@ class Resize:
 
 
 def decode(content: bytes, resize: Resize) -> UInt8[np.ndarray, "H W 3"]:
-  """Decode a file's content to an RGB array.
-
-  Raises:
-    Exception: any type, if the content is damaged or refused.
-  """
-  try:
-    with untrusted_image.open_image(content) as image:
-      return np.asarray(resize(_rgb(image)))
-  except Image.UnidentifiedImageError as e:
-    raise ValueError(_UNSUPPORTED if content else _EMPTY) from e
+  """Decode a file's content; raise any exception if it is refused."""
+  with untrusted_image.open_image(content) as image:
+    return np.asarray(resize(_rgb(image)))
 
 
 def find(folder: str | os.PathLike[str]) -> list[pathlib.Path]:
@@ -96,9 +84,6 @@ def find(folder: str | os.PathLike[str]) -> list[pathlib.Path]:
 
   Files are recognized by their names. Hidden files and folders are skipped, and
   links to folders are not followed.
-
-  Raises:
-    UserError: a folder cannot be listed.
   """
   formats = untrusted_image.supported_formats()
   suffixes = {
@@ -127,10 +112,7 @@ def find(folder: str | os.PathLike[str]) -> list[pathlib.Path]:
 
 
 def read(image: Source) -> Image.Image:
-  """Read an image as 8-bit RGB.
-
-  The EXIF orientation is applied. Of an animation the first image is read.
-  Transparent parts become white, and 16-bit greys are rounded to 8 bits.
+  """Read an image as 8-bit RGB, as described at the top.
 
   Args:
     image: a path, a Pillow image, which is not changed, or a uint8 array
@@ -145,7 +127,7 @@ def read(image: Source) -> Image.Image:
         return _rgb(opened)
     except Exception as e:  # Pillow's decoders raise many types.
       raise errors.UserError(
-        f"{os.fspath(image)}: cannot be read as an image ({_reason(e, image)});"
+        f"{os.fspath(image)}: cannot be read as an image ({_reason(e)});"
         " choose another file"
       ) from e
   if isinstance(image, Image.Image):
@@ -162,15 +144,9 @@ def read(image: Source) -> Image.Image:
 def model_input(
   image: Source, size: int, resize: Resize = Resize()
 ) -> Float[np.ndarray, "S S 3"]:
-  """Read an image and resize it as evaluation does, to values in [-1, 1].
+  """Read and resize an image as evaluation does, to values in [-1, 1].
 
-  Args:
-    image: see `read`.
-    size: edge S of the result.
-    resize: the first resizing.
-
-  Raises:
-    UserError: see `read`.
+  After the first resizing by `resize`, the image becomes S x S, of edge `size`.
   """
   rgb = resize(read(image))
   x = np.empty((size, size, 3), np.float32)
@@ -204,7 +180,7 @@ def _rgb(image):
 def _to_srgb(image):
   """Convert an opaque image to RGB, by its ICC profile if there is one."""
   if image.mode in ("P", "1"):
-    image = _with_info(image.convert("RGB"), image)
+    image = image.convert("RGB")
   profile = _profile(image.info.get("icc_profile"), image.mode)
   if profile is None:
     return image.convert("RGB")
@@ -214,11 +190,6 @@ def _to_srgb(image):
     )
   except ImageCms.PyCMSError:  # Damaged.
     return image.convert("RGB")
-
-
-def _with_info(converted, image):
-  converted.info = image.info
-  return converted
 
 
 @functools.cache
@@ -257,12 +228,8 @@ def _eight_bits(image):
 def _from_array(array):
   if array.ndim == 3 and array.shape[2] == 1:
     array = array[..., 0]
-  if (
-    array.dtype != np.uint8
-    or array.ndim not in (2, 3)
-    or (array.ndim == 3 and array.shape[2] != 3)
-    or not array.size
-  ):
+  has_channels = array.ndim == 2 or array.shape[2:] == (3,)
+  if array.dtype != np.uint8 or not has_channels or not array.size:
     raise errors.UserError(
       f"an image array is {array.dtype} {list(array.shape)}; give uint8"
       " [H, W, 3], or [H, W] for greys"
@@ -270,14 +237,11 @@ def _from_array(array):
   return Image.fromarray(array).convert("RGB")
 
 
-def _reason(error, path=None):
+def _reason(error):
   if isinstance(error, FileNotFoundError):
     return "no such file"
   if isinstance(error, IsADirectoryError):
     return "this is a folder"
   if isinstance(error, OSError) and error.strerror:
     return error.strerror
-  if isinstance(error, Image.UnidentifiedImageError):
-    empty = path is not None and os.path.getsize(path) == 0
-    return _EMPTY if empty else _UNSUPPORTED
   return " ".join(str(error).split()).rstrip(".") or type(error).__name__

@@ -28,14 +28,9 @@ def shuffle(
 ) -> Int32[np.ndarray, " N"]:
   """Return the entries at `indices` of a random permutation of 0 to size - 1.
 
-  Only exact integer arithmetic is used, so the permutation is the same on every
-  platform and with every version of NumPy.
-
-  Args:
-    indices: positions in the permutation.
-    size: length of the permutation, at most 2^31.
-    seed: seed of the sequence of permutations, at least 0.
-    epoch: index of the permutation in this sequence, at least 0.
+  Seed and epoch, both at least 0, choose the permutation; the size is at most
+  2^31. Only exact integer arithmetic is used, so the permutation is the same on
+  every platform and with every version of NumPy.
   """
   rows = math.isqrt(size - 1) + 1
   sides = np.uint64(rows), np.uint64(-(-size // rows))

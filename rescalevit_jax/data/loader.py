@@ -30,10 +30,6 @@ class Loader:
   A split in memory is copied to all devices, and batches are gathered there. A
   streamed split is read ahead by threads, and each process reads only the
   examples of its own devices. Both give the same batches.
-
-  Args:
-    split: images and labels.
-    mesh: the devices.
   """
 
   def __init__(
@@ -56,9 +52,7 @@ class Loader:
   ]:
     """Open an iterator of batches of images and labels.
 
-    Args:
-      batch_indices: returns the indices of a batch's examples.
-      numbers: the requested batches. The start takes the same time for all.
+    The start takes the same time for all numbers.
     """
     if isinstance(self._split, resident.Split):
       yield map(self._gather, map(batch_indices, numbers))

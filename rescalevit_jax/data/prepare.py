@@ -24,28 +24,6 @@ from rescalevit_jax.runtime import compat
 
 def main(argv: Sequence[str] | None = None) -> int:
   """Prepare datasets; return the exit code."""
-  args = _parser().parse_args(cli.arguments(argv))
-  try:
-    if args.dataset is not None:
-      _prepare_by_name(args.dataset, args.data_dir)
-    else:
-      # Check all archives before the first is unpacked.
-      accepted = untrusted_archive.LAYOUTS
-      layouts = [
-        untrusted_archive.check(path, accepted) for path in args.archive
-      ]
-      for path, layout in zip(args.archive, layouts, strict=True):
-        _prepare_from_archive(path, layout, args.data_dir)
-  except errors.UserError as e:
-    print(f"error: {e}", file=sys.stderr)
-    return 1
-  except KeyboardInterrupt:
-    print("interrupted: no dataset is half prepared", file=sys.stderr)
-    return 130
-  return 0
-
-
-def _parser():
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
@@ -62,14 +40,22 @@ def _parser():
     "--data_dir",
     help="folder of prepared datasets; default: ~/tensorflow_datasets",
   )
-  return parser
+  args = parser.parse_args(cli.arguments(argv))
+  return cli.run(lambda: _run(args))
 
 
-def _prepare_by_name(name, data_dir):
-  builder = tfds_builders.open_builder(name, data_dir)
-  if not _report_prepared(builder):
-    records.check_features(builder, any_size=True)
-    tfds_builders.prepare(builder)
+def _run(args):
+  if args.dataset is not None:
+    builder = tfds_builders.open_builder(args.dataset, args.data_dir)
+    if not _report_prepared(builder):
+      records.check_features(builder, any_size=True)
+      tfds_builders.prepare(builder)
+    return
+  # Check all archives before the first is unpacked.
+  accepted = untrusted_archive.LAYOUTS
+  layouts = [untrusted_archive.check(path, accepted) for path in args.archive]
+  for path, layout in zip(args.archive, layouts, strict=True):
+    _prepare_from_archive(path, layout, args.data_dir)
 
 
 def _prepare_from_archive(path, layout, data_dir):
@@ -111,10 +97,10 @@ def _expect(builder, path):
 
 def _report_prepared(builder):
   """Return whether the dataset is prepared already, and say so."""
-  if tfds_builders.is_prepared(builder):
+  prepared = tfds_builders.is_prepared(builder)
+  if prepared:
     print(f"{builder.name} is prepared already: {builder.data_dir}")
-    return True
-  return False
+  return prepared
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Read the records of a prepared tfds dataset."""
 
 from collections.abc import Iterator
+import functools
 import os
 
 import numpy as np
@@ -11,20 +12,15 @@ from rescalevit_jax.data import tfrecord
 
 
 def check_features(builder: tfds.core.DatasetBuilder, any_size: bool) -> None:
-  """Check that a dataset has images with one label each.
+  """Raise UserError unless a dataset has images with one label each.
 
-  Args:
-    builder: builder of the dataset, which need not be prepared.
-    any_size: whether the images may differ in size.
-
-  Raises:
-    UserError: the dataset is not suitable.
+  The dataset need not be prepared. Images may differ in size if `any_size`.
   """
   image, label = features(builder)
   if image is None or label is None:
     found = ", ".join(
       f"{name} ({type(feature).__name__})"
-      for name, feature in dict(builder.info.features.items()).items()
+      for name, feature in builder.info.features.items()
     )
     raise errors.UserError(
       f"dataset: {builder.name} has no images with class labels; its features"
@@ -46,8 +42,7 @@ def check_features(builder: tfds.core.DatasetBuilder, any_size: bool) -> None:
 
 def features(builder: tfds.core.DatasetBuilder):
   """Return the features of image and label, None where missing."""
-  found = dict(builder.info.features.items())
-  return tuple(None if key is None else found[key] for key in keys(builder))
+  return tuple(key and builder.info.features[key] for key in keys(builder))
 
 
 def keys(builder: tfds.core.DatasetBuilder) -> tuple[str | None, str | None]:
@@ -56,15 +51,15 @@ def keys(builder: tfds.core.DatasetBuilder) -> tuple[str | None, str | None]:
   They are the supervised keys of the dataset, or its only image and its only
   class label.
   """
-  found = dict(builder.info.features.items())
 
   def of_type(kind):
-    return [name for name, x in found.items() if isinstance(x, kind)]
+    features = builder.info.features.items()
+    return [name for name, x in features if isinstance(x, kind)]
 
   images = of_type(tfds.features.Image)
   labels = of_type(tfds.features.ClassLabel)
   supervised = builder.info.supervised_keys
-  if isinstance(supervised, tuple) and len(supervised) == 2:
+  if supervised is not None and len(supervised) == 2:
     image, label = supervised
     if image in images and label in labels:
       return image, label
@@ -77,9 +72,7 @@ def keys(builder: tfds.core.DatasetBuilder) -> tuple[str | None, str | None]:
 class TfdsExamples:
   """The encoded images of a stored split, with their labels.
 
-  Args:
-    builder: builder of a prepared dataset that `check_features` accepts.
-    split: name of the split.
+  The dataset is prepared, and `check_features` accepts it.
   """
 
   def __init__(self, builder: tfds.core.DatasetBuilder, split: str):
@@ -96,7 +89,6 @@ class TfdsExamples:
     ]
     self._counts = [file.take for file in self._info.file_instructions]
     self._data_dir = builder.data_dir
-    self._records = None
 
   def __len__(self) -> int:
     return self._info.num_examples
@@ -113,7 +105,7 @@ class TfdsExamples:
 
   def __getitem__(self, index: int) -> tuple[bytes, int]:
     """Return an encoded image and its label; -1 if it has none."""
-    return self._parse(self._array_records()[index])
+    return self._parse(self._array_records[index])
 
   def __iter__(self) -> Iterator[tuple[bytes, int]]:
     """Yield all examples in the order of the files."""
@@ -121,7 +113,7 @@ class TfdsExamples:
       for path in self._info.filepaths:
         yield from map(self._parse, tfrecord.read(path))
     else:
-      yield from map(self._parse, self._array_records())
+      yield from map(self._parse, self._array_records)
 
   def where(self, index: int) -> str:
     """Describe where an example is stored: file and record."""
@@ -131,15 +123,12 @@ class TfdsExamples:
       index -= count
     return f"{self._data_dir}: record {index} after the last"
 
+  @functools.cached_property
   def _array_records(self):
-    if self._records is None:
-      # A run with cached arrays does not need this import.
-      from rescalevit_jax.data import array_record_files
+    # A run with cached arrays does not need this import.
+    from rescalevit_jax.data import array_record_files
 
-      self._records = array_record_files.ArrayRecordFiles(
-        self._paths, self._counts
-      )
-    return self._records
+    return array_record_files.ArrayRecordFiles(self._paths, self._counts)
 
   def _parse(self, record):
     example = self._features.deserialize_example_np(

@@ -27,12 +27,7 @@ _SECONDS_BETWEEN_LINES = 10.0
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-  """Images and labels in memory.
-
-  Attributes:
-    images: RGB images.
-    labels: class indices.
-  """
+  """Images and labels in memory."""
 
   images: UInt8[np.ndarray, "N H W 3"]
   labels: Int32[np.ndarray, " N"]
@@ -58,65 +53,64 @@ def read_split(
   skip_damaged: bool,
 ) -> tuple[Split, int]:
   """Read a split into memory; return it and the number of skipped images."""
-  found, num_skipped = [], 0
+  found = []
   for part in parts:
-    whole = _read_stored_split(stored, part.split, resize, skip_damaged)
-    inside = (whole.indices >= part.start) & (whole.indices < part.stop)
-    num_skipped += len(part) - int(inside.sum())
-    if inside.all():
-      found.append(Split(whole.images, whole.labels))
-    else:
-      found.append(Split(whole.images[inside], whole.labels[inside]))
-  if not any(map(len, found)):
+    arrays = _read_stored_split(stored, part.split, resize, skip_damaged)
+    whole = Split(arrays["images"], arrays["labels"])
+    inside = arrays["indices"] >= part.indices.start
+    inside &= arrays["indices"] < part.indices.stop
+    found.append(whole if inside.all() else whole.subset(inside))
+  total = sum(len(part.indices) for part in parts)
+  num_read = sum(map(len, found))
+  if not num_read:
     raise errors.UserError(
-      f"{stored.source}: none of the {sum(map(len, parts))} images can be read;"
-      " get the files again"
+      f"{stored.source}: none of the {total} images can be read; get the files"
+      " again"
     )
-  if len(found) == 1:
-    return found[0], num_skipped
-  return Split(
-    np.concatenate([x.images for x in found]),
-    np.concatenate([x.labels for x in found]),
-  ), num_skipped
-
-
-@dataclasses.dataclass(frozen=True)
-class _Arrays:
-  """The readable examples of a stored split, and their indices in it."""
-
-  images: np.ndarray
-  labels: np.ndarray
-  indices: np.ndarray
-
-  def is_valid(self, shape, num_classes, count, complete):
-    n = len(self.labels)
-    return (
-      (self.images.shape, self.images.dtype) == ((n, *shape), np.uint8)
-      and (self.labels.shape, self.labels.dtype) == ((n,), np.int32)
-      and self.indices.shape == (n,)
-      and (n == count if complete else n <= count)
-      and bool(((self.labels >= 0) & (self.labels < num_classes)).all())
+  split = found[0]
+  if len(found) > 1:
+    split = Split(
+      np.concatenate([x.images for x in found]),
+      np.concatenate([x.labels for x in found]),
     )
+  return split, total - num_read
 
 
-def _read_stored_split(stored, split, resize, skip_damaged) -> _Arrays:
-  """Load a stored split from the cache, or decode it."""
-  examples, num_classes = stored.examples[split], len(stored.class_names)
+def _read_stored_split(stored, split, resize, skip_damaged):
+  """Load a stored split from the cache, or decode it.
+
+  Returns:
+    The readable images, their labels and their indices in the split, by name.
+  """
+  examples = stored.examples[split]
   variant = f"{split}{resize.key}{'-skip' * skip_damaged}"
   path = stored.cache_folder() / f"{variant}.npz"
-  arrays = array_cache.load(path)
-  if arrays is not None and {"images", "labels", "indices"} <= arrays.keys():
-    cached = _Arrays(arrays["images"], arrays["labels"], arrays["indices"])
-    if cached.is_valid(
-      stored.shape, num_classes, len(examples), not skip_damaged
-    ):
-      return cached
+  cached = array_cache.load(path)
+  if cached is not None and _is_valid(
+    cached, stored, len(examples), skip_damaged
+  ):
+    return cached
   _log.info(
     "reading %s %s: %s images", stored.name, split, f"{len(examples):,}"
   )
-  result = _decode_all(examples, resize, stored, split, skip_damaged)
-  array_cache.save(path, dataclasses.asdict(result))
-  return result
+  arrays = _decode_all(examples, resize, stored, split, skip_damaged)
+  array_cache.save(path, arrays)
+  return arrays
+
+
+def _is_valid(arrays, stored, count, skip_damaged):
+  """Return whether cached arrays are those of a stored split."""
+  if not {"images", "labels", "indices"} <= arrays.keys():
+    return False
+  images, labels = arrays["images"], arrays["labels"]
+  n = len(labels)
+  return (
+    (images.shape, images.dtype) == ((n, *stored.shape), np.uint8)
+    and (labels.shape, labels.dtype) == ((n,), np.int32)
+    and arrays["indices"].shape == (n,)
+    and (n <= count if skip_damaged else n == count)
+    and bool(((labels >= 0) & (labels < len(stored.class_names))).all())
+  )
 
 
 def _decode_all(examples, resize, stored, split, skip_damaged):
@@ -131,43 +125,22 @@ def _decode_all(examples, resize, stored, split, skip_damaged):
       images[index], labels[index] = streamed.decode_example(
         content, label, resize, shape, len(stored.class_names)
       )
-    except streamed.UnlabelledError as e:
-      return index, e
     except Exception as e:  # Damaged files raise many types.
       return index, e
     return None
 
   start = line = time.monotonic()
   threads = min(os.cpu_count() or 1, _MAX_THREADS)
-  numbered, done = enumerate(iter(examples)), 0
+  done = 0
   with concurrent.futures.ThreadPoolExecutor(threads) as pool:
-    while done < count:
-      try:
-        chunk = list(itertools.islice(numbered, _CHUNK))
-        if not chunk:
-          raise ValueError(f"{done} examples instead of {count}")
-        if chunk[-1][0] >= count:
-          raise ValueError(f"more than {count} examples")
-      except Exception as e:  # Damaged files raise many types.
-        advice = (
-          "remove this folder to prepare the dataset again"
-          if stored.files is None
-          else "repair the file or remove it"
-        )
-        raise errors.UserError(
-          f"{stored.source}: damaged, cannot read {split}"
-          f" ({errors.brief(e)}); {advice}"
-        ) from e
+    for chunk in _chunks(examples, stored, split):
       for index, error in filter(None, pool.map(decode, chunk)):
         where = examples.where(index)
-        if isinstance(error, streamed.UnlabelledError):
-          raise streamed.UnlabelledError(f"{where}: {error}") from error
-        reason = f"{where}: cannot be read ({errors.brief(error)})"
-        if not skip_damaged:
-          raise errors.UserError(
-            f"{reason}; remove or replace it, or set data.skip_damaged"
-          ) from error
-        _log.warning("%s; skipped", reason)
+        if isinstance(error, streamed.UnlabelledError) or not skip_damaged:
+          raise streamed.error_at(where, error) from error
+        _log.warning(
+          "%s: cannot be read (%s); skipped", where, errors.brief(error)
+        )
         damaged[index] = True
       done += len(chunk)
       if time.monotonic() - line > _SECONDS_BETWEEN_LINES:
@@ -179,12 +152,35 @@ def _decode_all(examples, resize, stored, split, skip_damaged):
           f"{count:,}",
           terminal.duration(left),
         )
-  if next(numbered, None) is not None:
-    raise errors.UserError(
-      f"{stored.source}: damaged, {split} has more than {count} examples;"
-      " remove this folder to prepare the dataset again"
-    )
   indices = np.flatnonzero(~damaged)
   if damaged.any():
     images, labels = images[indices], labels[indices]
-  return _Arrays(images, labels, indices)
+  return {"images": images, "labels": labels, "indices": indices}
+
+
+def _chunks(examples, stored, split):
+  """Yield lists of examples with their indices.
+
+  Raises:
+    UserError: the files are damaged, or hold another number of examples.
+  """
+  count, done = len(examples), 0
+  numbered = enumerate(examples)
+  try:
+    while chunk := list(itertools.islice(numbered, _CHUNK)):
+      done += len(chunk)
+      if done > count:
+        raise ValueError(f"more than {count} examples")
+      yield chunk
+    if done < count:
+      raise ValueError(f"{done} examples instead of {count}")
+  except Exception as e:  # Damaged files raise many types.
+    advice = (
+      "remove this folder to prepare the dataset again"
+      if stored.files is None
+      else "repair the file or remove it"
+    )
+    raise errors.UserError(
+      f"{stored.source}: damaged, cannot read {split} ({errors.brief(e)});"
+      f" {advice}"
+    ) from e

@@ -1,45 +1,31 @@
 """Resolve splits in tfds' notation to ranges of examples."""
 
 from collections.abc import Mapping
-import dataclasses
 import re
+from typing import NamedTuple
 
 import tensorflow_datasets as tfds
 
 from rescalevit_jax import errors
 
 
-@dataclasses.dataclass(frozen=True)
-class Part:
-  """Consecutive examples of a stored split.
-
-  Attributes:
-    split: name of the stored split.
-    start: index of the first example.
-    stop: index after the last one.
-  """
+class Part(NamedTuple):
+  """Consecutive examples of a stored split."""
 
   split: str
-  start: int
-  stop: int
-
-  def __len__(self) -> int:
-    return self.stop - self.start
+  indices: range
 
 
 def resolve(
   notation: str, sizes: Mapping[str, int], key: str, name: str
 ) -> list[Part]:
-  """Resolve a split such as "train[:10%]" or "train+validation".
+  """Resolve a split in tfds' notation, such as "train[:10%]" or "a+b".
 
   Args:
-    notation: the split, in tfds' notation.
+    notation: the split.
     sizes: number of examples of each stored split.
     key: config key of the notation, for errors.
     name: name of the dataset, for errors.
-
-  Raises:
-    UserError: the notation is invalid, or it selects no example.
   """
   if re.search(r"\dshard", notation):  # Each split would count as one shard.
     raise errors.UserError(
@@ -63,12 +49,10 @@ def resolve(
       " train[:10%]"
     ) from e
   parts = [
-    Part(x.splitname, start, stop)
+    Part(x.splitname, range(sizes[x.splitname])[x.from_ : x.to])
     for x in absolute
-    for start in [x.from_ or 0]
-    for stop in [sizes[x.splitname] if x.to is None else x.to]
-    if start < stop
   ]
+  parts = [part for part in parts if part.indices]
   if not parts:
     raise errors.UserError(
       f"config: {key} ({notation}) selects no example of {name}; select more"

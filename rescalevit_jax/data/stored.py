@@ -15,15 +15,11 @@ from rescalevit_jax.data import tfds_builders
 
 @dataclasses.dataclass(frozen=True)
 class StoredDataset:
-  """A dataset on disk.
+  """A dataset on disk, with its examples by split.
 
-  Attributes:
-    name: for the log and the cache.
-    source: folder of its files.
-    examples: by split.
-    shape: shape of an image after the first resizing.
-    class_names: class names by label.
-    files: of a folder, whose names give the labels; None for tfds.
+  `name` is for the log and the cache, `source` the folder of its files, and
+  `shape` the shape of an image after the first resizing. `files` are those of a
+  folder, whose names give the labels; None for tfds.
   """
 
   name: str
@@ -49,49 +45,9 @@ class StoredDataset:
 def open_dataset(
   name: str, data_dir: str | None, resize: image_files.Resize
 ) -> StoredDataset:
-  """Open a dataset; prepare it first if necessary.
-
-  Raises:
-    UserError: see `dataset.load`.
-  """
+  """Open a dataset; prepare it first if necessary."""
   if name.startswith(folder.PREFIX):
     return _open_folder(name, resize)
-  return _open_tfds(name, data_dir, resize)
-
-
-def is_prepared(name: str, data_dir: str | None) -> bool:
-  """Return whether a dataset can be loaded without preparing it.
-
-  Raises:
-    UserError: the dataset is unknown.
-  """
-  if name.startswith(folder.PREFIX):
-    return True
-  return tfds_builders.is_prepared(tfds_builders.open_builder(name, data_dir))
-
-
-def describe(
-  name: str, data_dir: str | None, resize: image_files.Resize
-) -> tuple[tuple[int, int, int], tuple[str, ...]]:
-  """Return the shape of an image and the class names, without preparing.
-
-  Raises:
-    UserError: the dataset is unknown or not suitable.
-  """
-  if name.startswith(folder.PREFIX):
-    stored = _open_folder(name, resize)
-    return stored.shape, stored.class_names
-  builder = tfds_builders.open_builder(name, data_dir)
-  records.check_features(builder, any_size=resize.image_size is not None)
-  image, label = records.features(builder)
-  return image_shape(image.shape, resize), _class_names(label)
-
-
-def _class_names(label):
-  return tuple(label.names or map(str, range(label.num_classes)))
-
-
-def _open_tfds(name, data_dir, resize):
   shape, _ = describe(name, data_dir, resize)
   builder = tfds_builders.open_builder(name, data_dir)
   if not tfds_builders.is_prepared(builder):
@@ -105,16 +61,34 @@ def _open_tfds(name, data_dir, resize):
       f" of {label.num_classes}; remove this folder to prepare the dataset"
       " again"
     )
+  examples = {x: records.TfdsExamples(builder, x) for x in builder.info.splits}
   return StoredDataset(
-    builder.info.full_name,
-    str(builder.data_dir),
-    {
-      split: records.TfdsExamples(builder, split)
-      for split in builder.info.splits
-    },
-    shape,
-    class_names,
+    builder.info.full_name, str(builder.data_dir), examples, shape, class_names
   )
+
+
+def is_prepared(name: str, data_dir: str | None) -> bool:
+  """Return whether a dataset can be loaded without preparing it."""
+  if name.startswith(folder.PREFIX):
+    return True
+  return tfds_builders.is_prepared(tfds_builders.open_builder(name, data_dir))
+
+
+def describe(
+  name: str, data_dir: str | None, resize: image_files.Resize
+) -> tuple[tuple[int, int, int], tuple[str, ...]]:
+  """Return the shape of an image and the class names, without preparing."""
+  if name.startswith(folder.PREFIX):
+    stored = _open_folder(name, resize)
+    return stored.shape, stored.class_names
+  builder = tfds_builders.open_builder(name, data_dir)
+  records.check_features(builder, any_size=resize.image_size is not None)
+  image, label = records.features(builder)
+  return image_shape(image.shape, resize), _class_names(label)
+
+
+def _class_names(label):
+  return tuple(label.names or map(str, range(label.num_classes)))
 
 
 def image_shape(

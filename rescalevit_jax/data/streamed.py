@@ -4,36 +4,22 @@ import bisect
 from collections.abc import Sequence
 import copy
 import itertools
-import operator
-from typing import Protocol
 
 from jaxtyping import Int32, UInt8
 import numpy as np
 
 from rescalevit_jax import errors
+from rescalevit_jax.data import folder
 from rescalevit_jax.data import image_files
+from rescalevit_jax.data import records
 
-
-class Examples(Protocol):
-  """Encoded images with labels, such as `records.TfdsExamples`."""
-
-  def __len__(self) -> int: ...
-
-  def __getitem__(self, index: int) -> tuple[bytes, int]: ...
-
-  def where(self, index: int) -> str:
-    """Describe where an example is stored."""
-    ...
+Examples = folder.FolderExamples | records.TfdsExamples
 
 
 class StreamedSplit:
   """A split that is read and decoded batch by batch; thread-safe.
 
-  Args:
-    parts: examples, and the range of them that belongs to the split.
-    shape: shape of an image, (H, W, 3).
-    resize: the first resizing.
-    num_classes: number of classes.
+  Each part is examples, and the range of them that belongs to the split.
   """
 
   def __init__(
@@ -71,9 +57,13 @@ class StreamedSplit:
     labels = np.empty(len(indices), np.int32)
     for i, index in enumerate(indices):
       examples, stored = self._locate(int(self._indices[index]))
-      images[i], labels[i] = read_example(
-        examples, stored, self._resize, self.shape, self._num_classes
-      )
+      try:
+        content, label = examples[stored]
+        images[i], labels[i] = decode_example(
+          content, label, self._resize, self.shape, self._num_classes
+        )
+      except Exception as e:  # Damaged files raise many types.
+        raise error_at(examples.where(stored), e) from e
     return images, labels
 
   @property
@@ -91,27 +81,14 @@ class UnlabelledError(errors.UserError):
   """Raised for a split without labels."""
 
 
-def read_example(
-  examples: Examples,
-  index: int,
-  resize: image_files.Resize,
-  shape: tuple[int, int, int],
-  num_classes: int,
-) -> tuple[UInt8[np.ndarray, "H W 3"], int]:
-  """Read and decode one example.
-
-  Raises:
-    UserError: it is damaged, of another shape, or has no label.
-  """
-  try:
-    return decode_example(*examples[index], resize, shape, num_classes)
-  except UnlabelledError as e:
-    raise UnlabelledError(f"{examples.where(index)}: {e}") from e
-  except Exception as e:  # Damaged files raise many types.
-    raise errors.UserError(
-      f"{examples.where(index)}: cannot be read ({errors.brief(e)}); remove or"
-      " replace it, or set data.skip_damaged"
-    ) from e
+def error_at(where: str, error: Exception) -> errors.UserError:
+  """Return the error of one example, with the place where it is stored."""
+  if isinstance(error, UnlabelledError):
+    return UnlabelledError(f"{where}: {error}")
+  return errors.UserError(
+    f"{where}: cannot be read ({errors.brief(error)}); remove or replace it, or"
+    " set data.skip_damaged"
+  )
 
 
 def decode_example(
@@ -121,12 +98,7 @@ def decode_example(
   shape: tuple[int, int, int],
   num_classes: int,
 ) -> tuple[UInt8[np.ndarray, "H W 3"], int]:
-  """Decode an image and check it and its label.
-
-  Raises:
-    UnlabelledError: there is no label.
-    Exception: any type, if the image is damaged.
-  """
+  """Decode and check an image; raise UnlabelledError if it has no label."""
   if not 0 <= label < num_classes:
     raise UnlabelledError(
       "the example has no label; choose a split with labels by data.test_split"
@@ -150,9 +122,7 @@ class _Images:
     return len(self._split)
 
   def __getitem__(self, item: int | slice) -> np.ndarray:
-    if isinstance(item, slice):
-      return self._split.read(range(*item.indices(len(self))))[0]
-    index = operator.index(item)
-    if not -len(self) <= index < len(self):
-      raise IndexError(f"image {index} of {len(self)}")
-    return self._split.read([index % len(self)])[0][0]
+    picked = range(len(self))[item]
+    if isinstance(picked, range):
+      return self._split.read(picked)[0]
+    return self._split.read([picked])[0][0]

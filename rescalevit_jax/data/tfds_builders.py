@@ -30,11 +30,7 @@ _NETWORK_ERRORS = (
 
 
 def open_builder(name: str, data_dir: str | None) -> tfds.core.DatasetBuilder:
-  """Return the builder of a dataset, prepared or not.
-
-  Args:
-    name: name in tfds, such as "cifar10" or "imagenet_resized/32x32".
-    data_dir: folder of prepared datasets; None for the default of tfds.
+  """Return the builder of a dataset of tfds, prepared or not.
 
   Raises:
     UserError: the dataset is unknown, or its folder is damaged.
@@ -67,11 +63,7 @@ def open_builder(name: str, data_dir: str | None) -> tfds.core.DatasetBuilder:
 
 
 def config_names(name: str, data_dir: str | None) -> list[str]:
-  """Return the names of a dataset's configs.
-
-  Raises:
-    UserError: the dataset is unknown.
-  """
+  """Return the names of a dataset's configs."""
   try:
     configs = tfds.builder_cls(name).builder_configs
   except Exception:  # tfds raises many types; the next line explains.
@@ -93,16 +85,8 @@ def prepare(
 ) -> None:
   """Download a dataset and write its files (array_record), if necessary.
 
-  Args:
-    builder: builder of the dataset.
-    download_dir: folder for downloads and extracted files; None for the default
-      of tfds.
-    manual_dir: folder of files that tfds uses in place of downloads; None for
-      the default of tfds.
-
-  Raises:
-    UserError: there is no internet, TensorFlow, space or permission, or tfds
-      fails. Nothing half prepared is left.
+  Downloads go to `download_dir`; files of `manual_dir` take their place. If it
+  fails, nothing half prepared is left.
   """
   if is_prepared(builder):
     return

@@ -19,12 +19,7 @@ _BATCH = 1024  # Records whose checksums are computed together.
 
 
 def read(path: str | os.PathLike[str]) -> Iterator[memoryview]:
-  """Yield the records of a TFRecord file in order.
-
-  Raises:
-    ValueError: the file is truncated or a checksum is wrong.
-    OSError: the file cannot be read.
-  """
+  """Yield a TFRecord file's records; raise ValueError if it is damaged."""
   with open(path, "rb") as f:
     file = memoryview(f.read())
   records, checksums = [], []
@@ -47,11 +42,7 @@ def read(path: str | os.PathLike[str]) -> Iterator[memoryview]:
 
 
 def masked_crc32c(records: list[memoryview]) -> UInt32[np.ndarray, " N"]:
-  """Return the TFRecord checksums of records.
-
-  Args:
-    records: N records of at least 4 bytes each, as all serialized examples are.
-  """
+  """Return the TFRecord checksums of records of at least 4 bytes each."""
   # All records are processed at once, two bytes at a time. They are aligned at
   # their ends: leading zeros leave a state of 0 unchanged.
   width = -(-max(map(len, records)) // 2) * 2

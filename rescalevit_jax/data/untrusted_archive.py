@@ -18,13 +18,11 @@ _MAX_HEADERS = 1 << 18  # Bytes between the contents of two members.
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-  """The content of an official binary archive.
+  """The content of an official binary archive, all in one folder.
 
   Attributes:
     dataset: name of the dataset in tfds.
-    archive: official file name of the archive.
-    folder: the folder of all members.
-    records: number of images in each file of records, by its name in `folder`.
+    records: number of images in each file of records.
     num_classes: number of classes for each label byte of a record, in order.
     names: number of class names in each text file, one per line.
     optional: other files that may be present.
@@ -76,22 +74,11 @@ LAYOUTS = (
 
 
 def check(path: str, layouts: Sequence[Layout]) -> Layout:
-  """Check that an archive has exactly the content of an official one.
+  """Return an archive's layout; raise UserError unless it is an official one.
 
-  Nothing is written. Memory is bounded by twice the largest file of records
-  and a few MB.
-
-  Args:
-    path: the archive.
-    layouts: the accepted layouts.
-
-  Returns:
-    The archive's layout.
-
-  Raises:
-    UserError: the archive is not a gzip-compressed tar file or is damaged, or a
-      member is missing, unexpected, of another kind or size, or has an invalid
-      label.
+  The archive must be a gzip-compressed tar file with exactly the members of one
+  of the layouts. Kinds, sizes and labels are checked, and nothing is written.
+  Memory is bounded by twice the largest file of records and a few MB.
   """
   try:
     if os.path.getsize(path) > max(layout.max_bytes for layout in layouts):

@@ -33,15 +33,13 @@ from rescalevit_jax.pretrained import onnx_weights
 from rescalevit_jax.pretrained import param_keys
 from rescalevit_jax.runtime import cli
 
-_POSITIONS = "Transformer/posembed_input/pos_embedding"
-# By the names in config.json of Hugging Face and timm.
-_GELUS = {
-  **dict.fromkeys(("gelu", "gelu_python"), "erf"),
-  **dict.fromkeys(("gelu_new", "gelu_fast", "gelu_accurate"), "tanh"),
-  **dict.fromkeys(
-    ("gelu_tanh", "gelu_pytorch_tanh", "gelu_python_tanh"), "tanh"
-  ),
-}
+_POSITIONS = param_keys.POSITION_EMBEDDING
+# Names of GELU in config.json of Hugging Face and timm.
+_ERF = ("gelu", "gelu_python")
+_TANH = (
+  *("gelu_new", "gelu_fast", "gelu_accurate"),
+  *("gelu_tanh", "gelu_pytorch_tanh", "gelu_python_tanh"),
+)
 # Parts of a training checkpoint that hold the weights, the better ones first.
 _WEIGHTS = ("model_ema", "teacher", "state_dict", "model")
 
@@ -91,20 +89,16 @@ def _run(args):
     drop_distillation=args.drop_distillation,
   )
   npz.save(output, *param_keys.unflatten(arrays))
-  sizes = detect.sizes(arrays)
   print(f"{output}: {sum(x.size for x in arrays.values()):,} weights")
-  settings = {f"model.{k}": v for k, v in sizes.items()}
-  settings |= {f"model.{k}": v for k, v in detect.settings(arrays).items()}
-  if (
-    input_stats.json_beside(args.file, "config.json").get("global_pool")
-    == "avg"
-  ):
-    settings["model.pool"] = "gap"  # timm; the arrays are the same.
+  settings = detect.sizes(arrays) | detect.settings(arrays)
+  config = input_stats.json_beside(args.file, "config.json")
+  if config.get("global_pool") == "avg":
+    settings["pool"] = "gap"  # timm; the arrays are the same.
   if _gelu(args.file) == "tanh":
-    settings["model.gelu"] = "tanh"
-  print("start a run from it with")
-  for key, value in {"pretrained_path": output, **settings}.items():
-    print(f"  --config.{key}={value}")
+    settings["gelu"] = "tanh"
+  print(f"start a run from it with\n  --config.pretrained_path={output}")
+  for key, value in settings.items():
+    print(f"  --config.model.{key}={value}")
 
 
 def convert(
@@ -127,9 +121,6 @@ def convert(
     fold_layer_scale: multiply LayerScale into the layers before it.
     no_class_position: the class token has no position embedding.
     drop_distillation: leave out DeiT's distillation token and head.
-
-  Raises:
-    UserError: the file cannot be read or is not of a plain ViT.
   """
   if path.suffix == ".npz":
     flags = heads, normalization, fold_layer_scale, no_class_position
@@ -140,28 +131,28 @@ def convert(
       )
     return _from_big_vision(path)
   tensors = _read_tensors(path)
-  name, prefix = families.detect(tensors, str(path))
-  tensors, prefixed = _strip(tensors, prefix)
+  family, prefix = families.detect(tensors, str(path))
+  tensors = _strip(tensors, prefix)
   families.check_plain(tensors, str(path))
-  tensors = _drop(tensors | prefixed, str(path), drop_distillation)
-  if name == "timm":
-    tensors = families.split_qkv(tensors)
+  tensors = _drop(tensors, path, drop_distillation)
   config = input_stats.json_beside(path, "config.json")
   _gelu(path)
-  norm = tensors.get(_norm_name(name))
+  norm_name = families.TABLES[family]["Transformer/encoder_norm/scale"]
+  norm = tensors.get(norm_name)
   if norm is None or norm.ndim != 1:
     raise errors.UserError(
-      f"{path}: has no norm at its end ({_norm_name(name)}); get the whole file"
+      f"{path}: has no norm at its end ({norm_name}); get the whole file"
     )
-  hidden = len(norm)
-  heads = (
-    heads
-    or _number(config.get("num_attention_heads"))
-    or _default_heads(hidden, path)
-  )
-  arrays = families.read(tensors, families.TABLES[name], heads, str(path))
-  arrays = _with_biases(arrays, heads)
-  families.check_complete(arrays, families.TABLES[name], str(path))
+  if not heads:
+    heads = config.get("num_attention_heads")
+    if not isinstance(heads, int) or heads <= 0:
+      heads = _default_heads(len(norm), path)
+  arrays = families.read(tensors, family, heads, str(path))
+  for key, x in [*arrays.items()]:  # Some models have no biases here.
+    if re.search("/(query|key|value)/kernel", key):
+      bias = np.zeros(x.shape[1:], np.float32)
+      arrays.setdefault(key.replace("kernel", "bias"), bias)
+  families.check_complete(arrays, family, str(path))
   positions = arrays[_POSITIONS]
   if drop_distillation:
     positions = np.delete(positions, 1, axis=1)
@@ -191,10 +182,8 @@ def _read_tensors(path: pathlib.Path) -> dict[str, np.ndarray]:
       import torch
 
       found = torch.load(path, map_location="cpu", weights_only=True)
-      for part in _WEIGHTS:
-        if isinstance(found.get(part), dict):
-          found = found[part]
-          break
+      parts = (found.get(name) for name in _WEIGHTS)
+      found = next((x for x in parts if isinstance(x, dict)), found)
       tensors = {
         key: x.float().numpy()
         for key, x in found.items()
@@ -214,25 +203,24 @@ def _read_tensors(path: pathlib.Path) -> dict[str, np.ndarray]:
 
 
 def _strip(tensors, prefix):
-  """Split into the backbone's tensors, without prefix, and a head's."""
+  """Return the backbone's tensors, without prefix, and those of a head."""
   backbone = {
     key.removeprefix(prefix): x
     for key, x in tensors.items()
     if key.startswith(prefix)
   }
   heads = ("classifier.", "distillation_classifier.", "head.")
-  rest = {
+  return backbone | {
     key: x
     for key, x in tensors.items()
-    if prefix and key.startswith(heads) and not key.startswith(prefix)
+    if key.startswith(heads) and not key.startswith(prefix)
   }
-  return backbone, rest
 
 
 def _drop(tensors, path, drop_distillation):
   kept = {}
   for key, x in tensors.items():
-    if key in families.IGNORED:
+    if not x.size or families.IGNORED.fullmatch(key):
       continue
     if families.DISTILLATION.fullmatch(key):
       if not drop_distillation:
@@ -241,15 +229,8 @@ def _drop(tensors, path, drop_distillation):
           " leaves it out, which changes the results"
         )
       continue
-    key = re.sub(r"^cls_classifier\.", "classifier.", key)
-    # DINO's and DINOv2's head of training, and empty heads.
-    if x.size and not re.match(r"(head\.(mlp|last_layer)|dino_head|ibot)", key):
-      kept[key] = x
+    kept[re.sub(r"^cls_classifier\.", "classifier.", key)] = x
   return kept
-
-
-def _norm_name(family):
-  return "norm.weight" if family == "timm" else "layernorm.weight"
 
 
 def _gelu(path):
@@ -260,15 +241,11 @@ def _gelu(path):
   timm = config.get("model_args")
   timm = timm if isinstance(timm, dict) else {}
   name = config.get("hidden_act") or timm.get("act_layer") or "gelu"
-  if name not in _GELUS:
+  if name not in (*_ERF, *_TANH):
     raise errors.UserError(
       f"{path}: has the activation {name}; choose a model with GELU"
     )
-  return _GELUS[name]
-
-
-def _number(value):
-  return value if isinstance(value, int) and value > 0 else None
+  return "tanh" if name in _TANH else "erf"
 
 
 def _default_heads(hidden, path):
@@ -277,15 +254,6 @@ def _default_heads(hidden, path):
       f"{path}: does not tell its attention heads; give --heads"
     )
   return hidden // 64
-
-
-def _with_biases(arrays, heads):
-  """Add zero biases of query, key and value where a model has none."""
-  added = dict(arrays)
-  for key, x in arrays.items():
-    if match := re.fullmatch(r"(.*/(?:query|key|value)/)kernel", key):
-      added.setdefault(f"{match[1]}bias", np.zeros(x.shape[1:], np.float32))
-  return added
 
 
 def _positions(positions, no_class_position, path):
@@ -306,7 +274,7 @@ def _positions(positions, no_class_position, path):
 
 def _from_big_vision(path):
   """Read big_vision's `.npz`, whose blocks may be stacked in one array."""
-  arrays: dict[str, np.ndarray] = {}
+  arrays = {}
   for key, x in npz.read(str(path)).arrays.items():
     if key.startswith("MAPHead"):
       raise errors.UserError(
@@ -314,10 +282,8 @@ def _from_big_vision(path):
       )
     if match := re.fullmatch(r"Transformer/encoderblock/(.*)", key):
       for i, part in enumerate(x):
-        name = param_keys.old_numbering(
-          f"Transformer/encoderblock_{i}/{match[1]}"
-        )
-        arrays[name] = part
+        name = f"Transformer/encoderblock_{i}/{match[1]}"
+        arrays[param_keys.old_numbering(name)] = part
     else:
       arrays[_POSITIONS if key == "pos_embedding" else key] = x
   for key in ("cls", _POSITIONS):

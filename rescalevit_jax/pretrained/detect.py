@@ -25,8 +25,6 @@ OPTIONS = {
   "qk_norm": re.compile(r".*/(query|key)_norm/.*"),
   "sigma_reparam": re.compile(r".*/(gamma|singular_vector)"),
 }
-
-
 _POST = "Post"  # The prefix of norms after the addition.
 
 
@@ -42,22 +40,18 @@ def settings(arrays: Mapping[str, Any]) -> dict[str, Any]:
   """Infer the arguments of `models.create` that add or rename arrays.
 
   The constant c of the residual `rescalenet` cannot be inferred.
-
-  Args:
-    arrays: arrays by key.
   """
   options = {option(key) for key in arrays}
   residual = "plain"
   for key in arrays:
     if match := OPTIONS["residual"].fullmatch(key):
       residual = _RESIDUALS[match[1]]
+  flags = ("embedding_norm", "qk_norm", "sigma_reparam")
   return {
     "norm": norm(arrays),
     "residual": residual,
     "norm_position": _position(arrays),
-    "embedding_norm": "embedding_norm" in options,
-    "qk_norm": "qk_norm" in options,
-    "sigma_reparam": "sigma_reparam" in options,
+    **{name: name in options for name in flags},
   }
 
 
@@ -69,13 +63,7 @@ def _position(arrays):
 
 
 def norm(arrays: Mapping[str, Any]) -> str:
-  """Infer the norm from the names of its arrays.
-
-  The result is the first of `same_arrays`.
-
-  Args:
-    arrays: arrays by key.
-  """
+  """Infer the norm from the names of its arrays: the first `same_arrays`."""
   plain = [key for key in arrays if option(key) is None]
   blocks = filter(None, map(param_keys.BLOCK.fullmatch, plain))
   slots = {match[3].removeprefix(_POST) for match in blocks}
@@ -112,16 +100,9 @@ def _signature(name):
 def size_mismatch(
   path: str, file: Mapping[str, Any], model: Mapping[str, Any], details: str
 ) -> str | None:
-  """Return an error message if a file's model has other sizes.
+  """Return a one-line error if a file's model has other sizes, else None.
 
-  Args:
-    path: the file's path.
-    file: arrays of the file, or anything with a shape, by key.
-    model: the same for the model.
-    details: the mismatching arrays; used if no named variant has these sizes.
-
-  Returns:
-    One line, or None if the sizes agree.
+  `details` are the mismatching arrays, for a file that is no named variant.
   """
   theirs, ours = sizes(file), sizes(model)
   if all(None in (theirs[k], ours[k]) or theirs[k] == ours[k] for k in ours):
@@ -148,14 +129,7 @@ def position_mismatch(
 
 
 def sizes(arrays: Mapping[str, Any]) -> dict[str, int | None]:
-  """Infer the sizes of a `ViTConfig`.
-
-  Args:
-    arrays: arrays, or anything with a shape, by key.
-
-  Returns:
-    The sizes. None where arrays are missing or disagree.
-  """
+  """Infer the sizes of a `ViTConfig`; None where unknown or contradictory."""
 
   def common_size(pattern, rank, axis):
     found = {
@@ -181,10 +155,8 @@ def sizes(arrays: Mapping[str, Any]) -> dict[str, int | None]:
 
 
 def _variant(sizes: Mapping[str, int | None]) -> str | None:
-  for name, variant in vit_config.VARIANTS.items():
-    if variant == sizes:
-      return name
-  return None
+  names = (k for k, v in vit_config.VARIANTS.items() if v == sizes)
+  return next(names, None)
 
 
 def _describe(sizes: Mapping[str, int | None]) -> str:

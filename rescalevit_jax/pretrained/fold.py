@@ -31,25 +31,17 @@ def fold(
   A norm after a layer, inside the MLP, scales the layer's columns and bias.
   Kernels with sigma_reparam become plain ones.
 
-  Args:
-    name: a norm that is `traits.Foldable`.
-    params: parameters of the model; not changed.
-    batch_stats: statistics of the model; not changed.
-    depth_scaling: `norm_depth_scaling` of the model.
-    epsilon: `norm_epsilon` of the model.
-
-  Returns:
-    Trees of a model with the norm Identity and the same residual.
+  The result belongs to a model with the norm Identity and the same residual.
+  `depth_scaling` and `epsilon` are the model's `norm_depth_scaling` and
+  `norm_epsilon`.
 
   Raises:
-    UserError: the norm cannot be folded.
+    UserError: the norm is not `traits.Foldable`.
   """
   Norm = norms.NORMS[name]
   if not issubclass(Norm, traits.Foldable):
     foldable = [
-      name
-      for name, other in norms.NORMS.items()
-      if issubclass(other, traits.Foldable)
+      x for x, N in norms.NORMS.items() if issubclass(N, traits.Foldable)
     ]
     raise errors.UserError(
       f"{name} does not fold into the next layer; choose one of"
@@ -151,9 +143,8 @@ def layer_scale(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
       else "MlpBlock_3/Dense_1"
     )
     for leaf in ("kernel", "bias"):
-      folded[f"{block}{layer}/{leaf}"] = (
-        arrays[f"{block}{layer}/{leaf}"] * gamma
-      )
+      name = f"{block}{layer}/{leaf}"
+      folded[name] = arrays[name] * gamma
   return folded
 
 
@@ -164,11 +155,6 @@ def input_normalization(
 
   With y in [-1, 1], x = (y + 1) / 2, so its input is y / (2 std) + (1/2 - mean)
   / std, channel by channel; the patch embedding is linear in it.
-
-  Args:
-    arrays: with Google's names.
-    mean: of each channel, [3].
-    std: of each channel, [3].
   """
   kernel = arrays["embedding/kernel"].astype(np.float64)
   shift = ((0.5 - mean) / std) @ kernel.sum((0, 1))

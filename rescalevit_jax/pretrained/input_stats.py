@@ -29,11 +29,7 @@ def json_beside(path: pathlib.Path, name: str) -> dict[str, Any]:
 
 
 def parse(mean: str | None, std: str | None) -> Stats | None:
-  """Return the values of --mean and --std; None if neither is given.
-
-  Raises:
-    UserError: only one is given, or a value is invalid.
-  """
+  """Return the values of --mean and --std; None if neither is given."""
   if mean is None and std is None:
     return None
   if "imagenet" in (mean, std):
@@ -57,15 +53,7 @@ def parse(mean: str | None, std: str | None) -> Stats | None:
 
 
 def find(path: pathlib.Path, config: Mapping[str, Any]) -> Stats:
-  """Return mean and deviation from the JSON files beside the weights.
-
-  Args:
-    path: the file of weights.
-    config: content of config.json beside it.
-
-  Raises:
-    UserError: the files do not state them.
-  """
+  """Return mean and deviation from the JSON files beside the weights."""
   timm = config.get("pretrained_cfg")
   timm = timm if isinstance(timm, dict) else {}
   hugging_face = json_beside(path, "preprocessor_config.json")

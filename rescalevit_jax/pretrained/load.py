@@ -7,7 +7,6 @@ position embedding are allowed, and they are reported. Any other is an error.
 import collections
 from collections.abc import Iterable, Mapping
 import dataclasses
-import math
 import os
 import re
 from typing import Any
@@ -28,16 +27,9 @@ from rescalevit_jax.pretrained import untrusted_npz
 class Report:
   """The outcome for each key. Statistics have the prefix `batch_stats/`.
 
-  Attributes:
-    loaded: model keys with the file's values.
-    resized: model keys with interpolated values of the file.
-    carried: model keys with the scale or bias of a norm with other names.
-    reinitialized: model keys set to zeros.
-    derived: model keys computed from the file's values.
-    initial: model keys at their initial values.
-    dropped: names in the file that were not used.
-    unsupported: dropped names whose effect the model cannot reproduce.
-    notes: reasons, one sentence each.
+  `dropped` and `unsupported` are names in the file, all others are keys of the
+  model; `summary` explains them. `unsupported` are dropped names whose effect
+  the model cannot reproduce. `notes` are reasons, one sentence each.
   """
 
   loaded: tuple[str, ...] = ()
@@ -81,7 +73,7 @@ def load(
   Args:
     path: a file that `npz.read` accepts. Its arrays may take four times the
       model's bytes plus `untrusted_npz.SLACK`.
-    params: nested dict; only `shape` and `dtype` of its leaves are used.
+    params: nested dict; only shape and type of its leaves are used.
     batch_stats: the same for the statistics; may be empty.
     reinit_head: set the head to zeros even if the file's head fits.
     allow_nonfinite: accept weights that are NaN or infinite.
@@ -90,14 +82,11 @@ def load(
     New trees of the same structure and shapes, and the report. Loaded leaves
     are numpy arrays, float32 (or the model's integer type). Initial leaves are
     the given ones.
-
-  Raises:
-    UserError: the file cannot be read or does not fit the model.
   """
   path = os.fspath(path)
   model = param_keys.flatten(params, batch_stats)
-  max_bytes = 4 * _num_bytes(model) + untrusted_npz.SLACK
-  checkpoint = npz.read(path, max_bytes)
+  num_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in model.values())
+  checkpoint = npz.read(path, 4 * num_bytes + untrusted_npz.SLACK)
   plan = plan_lib.make(checkpoint.arrays, model, reinit_head)
   values = _carry_out(path, plan, checkpoint, model, allow_nonfinite)
   report = _report(plan, checkpoint, model)
@@ -181,13 +170,6 @@ def _report(plan, checkpoint, model):
 
 def _sorted(keys: Iterable[str]) -> tuple[str, ...]:
   return tuple(sorted(keys))
-
-
-def _num_bytes(model: Mapping[str, Any]) -> int:
-  return sum(
-    math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize
-    for leaf in model.values()
-  )
 
 
 def _fit(

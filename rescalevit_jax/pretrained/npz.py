@@ -35,19 +35,15 @@ class Checkpoint:
 def read(path: str, max_bytes: int | None = None) -> Checkpoint:
   """Read a checkpoint in Google's naming, with the old or new numbering.
 
-  Args:
-    path: the file. All its weights may have a prefix, such as `params/`.
-    max_bytes: maximum total size of the arrays, see `untrusted_npz.Archive`. A
-      type conversion temporarily needs up to half as much again.
-
-  Raises:
-    UserError: the file is missing, damaged, too large, or not a ViT checkpoint.
+  All its weights may have a prefix, such as `params/`. `max_bytes` is explained
+  in `untrusted_npz.Archive`; a type conversion temporarily needs up to half as
+  much again.
   """
+  arrays: dict[str, np.ndarray] = {}
+  names: dict[str, str] = {}
+  outside = []
   with untrusted_npz.open_archive(path, max_bytes) as archive:
     prefix = _prefix(path, archive.names)
-    arrays: dict[str, np.ndarray] = {}
-    names: dict[str, str] = {}
-    outside = []
     for name in archive.names:
       if not name.startswith((prefix, param_keys.STATS)):
         outside.append(name)
@@ -71,13 +67,7 @@ def save(
 ) -> None:
   """Write weights to an `.npz` file under Google's names, atomically.
 
-  Args:
-    path: the file, which is replaced if it exists. No suffix is added.
-    params: nested dict of arrays.
-    batch_stats: nested dict of arrays, stored under `batch_stats/`.
-
-  Raises:
-    UserError: the file cannot be written.
+  No suffix is added to the path, and statistics are under `batch_stats/`.
   """
   try:
     with atomic_file.replacing(path) as f:
@@ -97,11 +87,9 @@ def _prefix(path: str, names: Collection[str]) -> str:
     for name in names
     if f"/{name}".endswith(f"/{anchor}")
   ]
-  for prefix in _PREFIXES:
-    if prefix in found:
-      return prefix
-  if len(found) == 1:
-    return found[0]
+  known = [prefix for prefix in _PREFIXES if prefix in found]
+  if known or len(found) == 1:
+    return (known or found)[0]
   if found:
     raise errors.UserError(
       f"{path}: holds several models ({', '.join(sorted(found)[:3])}); keep"

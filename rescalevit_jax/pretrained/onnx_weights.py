@@ -15,21 +15,17 @@ _POSITIONS = "embeddings.position_embeddings"
 
 
 def read(path: pathlib.Path) -> dict[str, np.ndarray]:
-  """Read the tensors of a Dinov2Model by Hugging Face's names.
-
-  Raises:
-    UserError: the file is not an ONNX file, or onnx is not installed.
-  """
+  """Read the tensors of a Dinov2Model by Hugging Face's names."""
   import onnx  # Optional.
   from onnx import numpy_helper
 
   graph = onnx.load(path, load_external_data=False).graph
   stored = {x.name: numpy_helper.to_array(x) for x in graph.initializer}
+  parts = ("backbone.embeddings", "backbone.encoder", "backbone.layernorm")
   tensors = {
     name.removeprefix("backbone."): x
     for name, x in stored.items()
-    if name.startswith(("backbone.embeddings", "backbone.encoder"))
-    or name.startswith("backbone.layernorm")
+    if name.startswith(parts)
   }
   positions = {}
   for node in graph.node:

@@ -28,22 +28,15 @@ def flatten(
   params: Mapping[str, Any], batch_stats: Mapping[str, Any]
 ) -> dict[str, Any]:
   """Return the leaves of a model's trees by key."""
-  flat = traverse_util.flatten_dict(params, sep="/")
-  stats = traverse_util.flatten_dict(batch_stats, sep="/")
-  return flat | {STATS + key: value for key, value in stats.items()}
+  tree = {**params, "batch_stats": batch_stats}
+  return traverse_util.flatten_dict(tree, sep="/")
 
 
 def unflatten(arrays: Mapping[str, Any]) -> tuple[dict, dict]:
   """Return the trees of parameters and statistics; the inverse of `flatten`."""
-  params: dict[str, Any] = {}
-  stats: dict[str, Any] = {}
-  for key, value in arrays.items():
-    tree = stats if key.startswith(STATS) else params
-    tree[key.removeprefix(STATS)] = value
-  return (
-    traverse_util.unflatten_dict(params, sep="/"),
-    traverse_util.unflatten_dict(stats, sep="/"),
-  )
+  params = traverse_util.unflatten_dict(arrays, sep="/")
+  stats = params.pop("batch_stats", {})
+  return params, stats
 
 
 def old_numbering(key: str) -> str:

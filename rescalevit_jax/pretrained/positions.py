@@ -9,18 +9,12 @@ import numpy as np
 def resize(
   pos: Float[np.ndarray, "1 old D"], tokens: int
 ) -> Float[np.ndarray, "1 new D"]:
-  """Interpolate a position embedding to another square grid, in float32.
+  """Interpolate a position embedding to 1 + n * n tokens, in float32.
 
   Google's rule: bilinear, corners aligned, no antialiasing. The class token's
   vector is unchanged. Equals `scipy.ndimage.zoom(order=1)`, except for grids
-  where scipy leaves the last row and column zero.
-
-  Args:
-    pos: vectors of the class token and of a square grid.
-    tokens: number of vectors in the result, 1 + n * n.
-
-  Raises:
-    ValueError: a grid is not square.
+  where scipy leaves the last row and column zero. Raises ValueError if a grid
+  is not square.
   """
   old, new = _grid(pos.shape[1]), _grid(tokens)
   # In integers: rounding could move the last row past the edge.

@@ -24,15 +24,9 @@ from rescalevit_jax.runtime import terminal
 _log = logging.getLogger(__name__)
 
 BUCKET = "https://storage.googleapis.com/vit_models"
-IMAGENET_21K = (
-  "ViT-B_8",
-  "ViT-B_16",
-  "ViT-B_32",
-  "ViT-L_16",
-  "ViT-L_32",
-  "ViT-H_14",
+_NAMES = re.compile(
+  r"ViT-(B_8|B_16|B_32|L_16|L_32|H_14)|augreg/[A-Za-z0-9_.+-]+"
 )
-_AUGREG = re.compile(r"augreg/[A-Za-z0-9_.+-]+")
 _TIMEOUT = (10, 30)  # Seconds to connect, and between two pieces.
 _PIECE = 1 << 16  # Bytes; an interrupted piece is lost.
 _SECONDS_BETWEEN_LINES = 5.0
@@ -40,16 +34,12 @@ _SECONDS_BETWEEN_LINES = 5.0
 
 def is_name(path: str) -> bool:
   """Return whether `pretrained_path` is a name and not an existing file."""
-  named = path in IMAGENET_21K or bool(_AUGREG.fullmatch(path))
-  return named and not path.endswith(".npz") and not pathlib.Path(path).exists()
+  named = _NAMES.fullmatch(path) and not path.endswith(".npz")
+  return bool(named) and not pathlib.Path(path).exists()
 
 
 def find(path: str) -> str:
-  """Return the file of `pretrained_path`; download it if it is a name.
-
-  Raises:
-    UserError: the file cannot be downloaded.
-  """
+  """Return the file of `pretrained_path`; download it if it is a name."""
   if not is_name(path):
     return path
   file = cache.root() / "weights" / f"{path}.npz"
@@ -102,22 +92,15 @@ def _download(url, file):
           left = terminal.duration((size - done) / speed)
           _log.info(
             "%.0f of %.0f MB  %.1f MB/s  ETA %s",
-            done / 1e6,
-            size / 1e6,
-            speed / 1e6,
-            left,
+            *(done / 1e6, size / 1e6, speed / 1e6, left),
           )
-    hashes = dict(
-      x.strip().split("=", 1)
-      for x in r.headers.get("x-goog-hash", "").split(",")
-      if "=" in x
-    )
+    md5 = re.search(r"\bmd5=([^, ]+)", r.headers.get("x-goog-hash", ""))
   if done != size:
     raise requests.ConnectionError(f"{done} of {size} bytes arrived")
-  if "md5" in hashes:
+  if md5:
     with open(part, "rb") as f:
       digest = hashlib.file_digest(f, "md5").digest()
-    if base64.b64encode(digest).decode() != hashes["md5"]:
+    if base64.b64encode(digest).decode() != md5[1]:
       part.unlink()
       raise requests.RequestException("its checksum is wrong; start again")
   part.replace(file)
@@ -127,7 +110,6 @@ def _reason(error):
   if isinstance(error, requests.HTTPError):
     return f"HTTP {error.response.status_code}"
   if isinstance(error, requests.ConnectionError) and error.args:
-    inner = error.args[0]
-    if not isinstance(inner, str):
+    if not isinstance(error.args[0], str):
       return "no connection"
   return errors.brief(error)

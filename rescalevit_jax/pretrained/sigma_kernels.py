@@ -42,14 +42,10 @@ def to_plain(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def from_plain(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-  """Return gammas and singular vectors that leave the kernels unchanged.
+  """Return gammas and singular vectors that leave plain kernels unchanged.
 
-  Args:
-    arrays: kernels of plain layers, and arrays with the keys and shapes of the
-      result.
-
-  Raises:
-    ValueError: a kernel is all zeros, so it has no singular vector.
+  The arrays have the keys and shapes of the result, too. Raises ValueError if a
+  kernel is all zeros, so it has no singular vector.
   """
   result = {}
   rng = np.random.default_rng(0)

@@ -3,8 +3,8 @@
 Each rule compares the keys of a file with those of the model, see `param_keys`.
 """
 
-from collections.abc import Iterable, Mapping
-import dataclasses
+import collections
+from collections.abc import Iterable, Iterator, Mapping
 import re
 from typing import Any
 
@@ -18,39 +18,15 @@ _OUTSIDE = ("embedding_norm", "encoder_norm")
 _AFFINE = {"scale", "bias"}
 
 
-@dataclasses.dataclass
-class Difference:
-  """Keys that are not copied between file and model.
-
-  Attributes:
-    initial: the model's keys that stay at their initial values.
-    ignored: the file's keys that are not used.
-    notes: reasons, one sentence each.
-  """
-
-  initial: set[str] = dataclasses.field(default_factory=set)
-  ignored: set[str] = dataclasses.field(default_factory=set)
-  notes: list[str] = dataclasses.field(default_factory=list)
-
-  def add(self, initial: set[str], ignored: set[str], *notes: str) -> None:
-    """Add keys and notes."""
-    self.initial |= initial
-    self.ignored |= ignored
-    self.notes += notes
-
-
 def renamed_affine(
   file: Mapping[str, Any], model: Mapping[str, Any]
 ) -> dict[str, str]:
-  """Map keys of scale and bias between norms with other parameter names.
+  """Map the file's keys of scale and bias to the model's, if names differ.
 
-  Both have them at the same sites under different names, such as
-  `LayerNorm_0/scale` in the file and `Cal_0/scale` in the model.
-
-  Returns:
-    The model's keys by the file's. Empty if the norms have the same name, if
-    only one of them has a scale or a bias, or if the file has two norms at a
-    site.
+  Both norms have them at the same sites under different names, such as
+  `LayerNorm_0/scale` in the file and `Cal_0/scale` in the model. The result is
+  empty if the norms have the same name, if only one of them has a scale or a
+  bias, or if the file has two norms at a site.
   """
   ours, theirs = _in_blocks(model), _in_blocks(file)
   both = (ours, theirs)
@@ -69,35 +45,51 @@ def renamed_affine(
   return names if len({*names.values()}) == len(names) else {}
 
 
-def find(
+def differences(
   file: Mapping[str, Any], model: Mapping[str, Any], affine_only: bool
-) -> Difference:
-  """Find the keys in which file and model may differ.
+) -> Iterator[tuple[set[str], set[str], str]]:
+  """Yield keys that are not copied between file and model, with a note.
 
-  Args:
-    file: arrays of the file; norms already have the model's names.
-    model: arrays of the model.
-    affine_only: whether only scale and bias of the file's norm are used.
+  The model's keys stay at their initial values, the file's are ignored. The
+  note is empty if the difference is harmless. The file's norms already have the
+  model's names; if `affine_only`, only their scale and bias are used.
   """
-  difference = Difference()
-  _compare_norms(file, model, difference)
-  if affine_only:
-    difference.add(
-      _besides_affine(model),
-      _besides_affine(file),
-      "only scale and bias of the file's norm are used, as the model's norm is"
-      " a different one",
+  ours, theirs = _select(_norm_slot, model, file)
+  our_slots, their_slots = (
+    {*filter(None, map(_norm_slot, keys))}.difference(_OUTSIDE)
+    for keys in (ours, theirs)
+  )
+  if their_slots and not their_slots & our_slots:
+    note = (
+      f"the file's norm ({', '.join(sorted(their_slots))}) is not the model's"
+      f" ({', '.join(sorted(our_slots)) or 'none'})"
     )
-  _compare_options(file, model, difference)
+    yield ours, theirs, note
+  # Statistics are copied if a block has one in common. If the file has only a
+  # part of the model's, that is an error of the file.
+  ours, theirs = _select(_is_statistic, model, file)
+  if all(map(_is_outside, ours & theirs)):
+    yield ours, theirs, ""
+  if affine_only:
+    note = (
+      "only scale and bias of the file's norm are used, as the model's norm is"
+      " a different one"
+    )
+    yield *_select(_is_besides_affine, model, file), note
+  for option in sorted({*filter(None, map(_option, [*model, *file]))}):
+    ours, theirs = (
+      {key for key in keys if _option(key) == option} for keys in (model, file)
+    )
+    if not ours & theirs:
+      note = f"the file's arrays of {option} are dropped, so the outputs differ"
+      exact = not theirs or option == "sigma_reparam"  # Loading removes it.
+      yield ours, theirs, "" if exact else note
   if not model.keys() & set(param_keys.PRE_LOGITS):
-    difference.ignored |= file.keys() & set(param_keys.PRE_LOGITS)
-  return difference
+    yield set(), file.keys() & set(param_keys.PRE_LOGITS), ""
 
 
 def why_new_head(
-  file: Mapping[str, Any],
-  model: Mapping[str, Any],
-  reinit_head: bool,
+  file: Mapping[str, Any], model: Mapping[str, Any], reinit_head: bool
 ) -> str | None:
   """Return why the head starts at zeros; None if the file's head must fit."""
   if not file.keys() & set(param_keys.HEAD):
@@ -118,61 +110,22 @@ def why_new_head(
   return None
 
 
-def _compare_norms(file, model, difference):
-  """Compare parameters and statistics of the norms.
-
-  Parameters are not copied if the norms have different names. Statistics are
-  not copied if no block has one in common, as when only one side has any. If
-  the file has only a part of the model's, that is an error of the file.
-  """
-  ours, theirs = (
-    {key: slot for key in keys if (slot := _norm_slot(key))}
-    for keys in (model, file)
-  )
-  our_slots, their_slots = (
-    {*slots.values()}.difference(_OUTSIDE) for slots in (ours, theirs)
-  )
-  if their_slots and not their_slots & our_slots:
-    difference.add(
-      {*ours},
-      {*theirs},
-      f"the file's norm ({', '.join(sorted(their_slots))}) is not the model's"
-      f" ({', '.join(sorted(our_slots)) or 'none'})",
-    )
-  ours, theirs = (
-    {key for key in keys if _is_statistic(key)} for keys in (model, file)
-  )
-  if all(_is_outside(key) for key in ours & theirs):
-    difference.add(ours, theirs)
+def _select(wanted, model, file):
+  """Return the wanted keys of the model and of the file."""
+  return {*filter(wanted, model)}, {*filter(wanted, file)}
 
 
-def _compare_options(file, model, difference):
-  """Compare the arrays of each option; skip options of one side only."""
-  groups = ({*map(_option, keys)} - {None} for keys in (model, file))
-  for group in set().union(*groups):
-    ours, theirs = (
-      {key for key in keys if _option(key) == group} for keys in (model, file)
-    )
-    if not ours & theirs:
-      difference.add(ours, theirs)
-      if theirs and group != "sigma_reparam":  # Loading removes it exactly.
-        difference.notes.append(
-          f"the file's arrays of {group} are dropped, so the outputs differ"
-        )
-
-
-def _besides_affine(keys: Iterable[str]) -> set[str]:
-  """Return the keys of norms that are neither scale nor bias."""
-  return {key for key in keys if _norm_slot(key) and _leaf(key) not in _AFFINE}
+def _is_besides_affine(key):
+  return _norm_slot(key) and _leaf(key) not in _AFFINE
 
 
 def _in_blocks(keys: Iterable[str]) -> dict[tuple[str, str], list[str]]:
   """Return the keys of the blocks' norms by slot and leaf."""
-  found: dict[tuple[str, str], list[str]] = {}
+  found = collections.defaultdict(list)
   for key in keys:
     slot = _norm_slot(key)
-    if slot not in (None, *_OUTSIDE):
-      found.setdefault((slot, _leaf(key)), []).append(key)
+    if slot and slot not in _OUTSIDE:
+      found[slot, _leaf(key)].append(key)
   return found
 
 
@@ -209,5 +162,7 @@ def _is_outside(key: str) -> bool:
 
 
 def _is_statistic(key: str) -> bool:
-  option = None if _is_outside(key) else detect.option(key)
-  return key.startswith(param_keys.STATS) and option is None
+  """Return whether a key is a statistic of a norm that is no option."""
+  return key.startswith(param_keys.STATS) and (
+    _is_outside(key) or detect.option(key) is None
+  )

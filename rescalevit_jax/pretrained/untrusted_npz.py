@@ -27,16 +27,10 @@ _BFLOAT16 = np.dtype("V2")  # np.save stores bfloat16 as this dtype.
 
 
 class Archive:
-  """An open `.npz` file.
+  """An open `.npz` file; `names` are its arrays.
 
-  Args:
-    path: the file's path, for messages.
-    archive: the open zip archive.
-    max_bytes: maximum total size of the arrays, each counted as stored or as
-      float32, whichever is larger.
-
-  Attributes:
-    names: the arrays' names.
+  `max_bytes` limits the total size of the arrays, each counted as stored or as
+  float32, whichever is larger.
   """
 
   def __init__(self, path: str, archive: zipfile.ZipFile, max_bytes: int):
@@ -48,11 +42,7 @@ class Archive:
     self.names = tuple(self._members)
 
   def read(self, name: str) -> np.ndarray:
-    """Return an array; floats become float32, integers stay as stored.
-
-    Raises:
-      UserError: the array is damaged, not numeric or too large.
-    """
+    """Return an array; floats become float32, integers stay as stored."""
     member = self._members[name]
     with _one_line_errors(self._path, name):
       with self._archive.open(member) as stream:
@@ -70,12 +60,7 @@ class Archive:
 def open_archive(path: str, max_bytes: int | None = None) -> Iterator[Archive]:
   """Open an `.npz` file for reading.
 
-  Args:
-    path: the file.
-    max_bytes: see `Archive`. None: four times the file's size and `SLACK`.
-
-  Raises:
-    UserError: the file is missing or not an `.npz`.
+  The limit of `Archive` is by default four times the file's size and `SLACK`.
   """
   with _open_file(path) as file, _open_zip(path, file) as archive:
     if max_bytes is None:
@@ -95,14 +80,15 @@ class _BoundedFile(io.BufferedReader):
 
 
 def _open_file(path):
+  problem = None
   if not os.path.exists(path):
-    raise errors.UserError(
-      f"{path}: no such file; give the path of an .npz checkpoint"
-    )
-  if not os.path.isfile(path):
+    problem = "no such file"
+  elif not os.path.isfile(path):
     kind = "a folder" if os.path.isdir(path) else "not a file"
+    problem = f"this is {kind}"
+  if problem:
     raise errors.UserError(
-      f"{path}: this is {kind}; give the path of an .npz checkpoint"
+      f"{path}: {problem}; give the path of an .npz checkpoint"
     )
   with _one_line_errors(path):
     return _BoundedFile(io.FileIO(path))

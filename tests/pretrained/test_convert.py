@@ -313,9 +313,8 @@ def test_tables_are_invertible(name):
   arrays = {k: np.asarray(v) for k, v in param_keys.flatten(params, {}).items()}
   if name == "huggingface-dinov2":
     arrays = {k: v for k, v in arrays.items() if not k.startswith("head/")}
-  table = families.TABLES[name]
-  tensors = families.write(arrays, table, HEADS)
-  back = families.read(tensors, table, HEADS, "a")
+  tensors = families.write(arrays, name)
+  back = families.read(tensors, name, HEADS, "a")
   assert back.keys() == arrays.keys()
   for key, x in arrays.items():
     np.testing.assert_array_equal(back[key], x, err_msg=key)
@@ -328,7 +327,7 @@ def test_timm_takes_what_is_written(tmp_path):
     heads=HEADS,
     normalization=((0.5,) * 3, (0.5,) * 3),
   )
-  tensors = families.join_qkv(families.write(arrays, families.TIMM, HEADS))
+  tensors = families.write(arrays, "timm")
   expected = module.state_dict()
   assert tensors.keys() == expected.keys()
   for key, x in tensors.items():
@@ -421,4 +420,13 @@ def test_other_odd_models_are_refused(key, words, tmp_path):
   path = tmp_path / "a.safetensors"
   safetensors.save_file(state, path)
   with pytest.raises(errors.UserError, match=words):
+    convert.convert(path, heads=HEADS, normalization=IMAGENET)
+
+
+def test_a_tensor_of_another_size_is_refused(tmp_path):
+  state = timm_model().state_dict()
+  state["blocks.0.attn.qkv.weight"] = torch.zeros(3 * 48 - 1, 48)
+  path = tmp_path / "a.safetensors"
+  safetensors.save_file(state, path)
+  with pytest.raises(errors.UserError, match="has the shape"):
     convert.convert(path, heads=HEADS, normalization=IMAGENET)
