@@ -50,7 +50,7 @@ def parse(reference: str) -> tuple[str, dict[str, Any]]:
       key, parse = _NUMBERS[name]
       value = _positive(text, parse)
     else:
-      key, value = _WORDS.get(word, (None, None))
+      key, value = _WORDS.get(word, ("", None))
     if value is None or key in options:
       raise errors.UserError(
         f"--npz: unknown or too many: {word!r} in {reference}; at most one"
@@ -93,8 +93,13 @@ def load(
   arrays = npz.read(os.fspath(path)).arrays
   sizes = detect.sizes(arrays)
   positions = arrays.get(param_keys.POSITION_EMBEDDING)
-  complete = positions is not None and positions.ndim == 3
-  if not complete or None in sizes.values():
+  patch_size = sizes["patch_size"]
+  if (
+    patch_size is None
+    or None in sizes.values()
+    or positions is None
+    or positions.ndim != 3
+  ):
     raise errors.UserError(
       f"{path}: does not hold a complete Vision Transformer"
     )
@@ -116,7 +121,7 @@ def load(
     raise errors.UserError(
       f"{path}: groups are of GN; add GN, or leave them out"
     )
-  image_size = math.isqrt(positions.shape[1]) * sizes["patch_size"]
+  image_size = math.isqrt(positions.shape[1]) * patch_size
   num_classes = np.size(arrays.get("head/bias", ()))
   if "pre_logits/bias" in arrays:
     found["representation_size"] = arrays["pre_logits/bias"].size

@@ -55,9 +55,6 @@ def load(
     dataset: dataset of the test split; None for each run's own, and for the
       first run's with checkpoint files.
     tfds_data_dir: folder of datasets; None for the runs' own.
-
-  Raises:
-    UserError: a model cannot be loaded, or `checkpoint` has no effect.
   """
   if checkpoint and not workdirs:
     raise errors.UserError(
@@ -78,8 +75,9 @@ def load(
     )
     model = trained_model.load(workdir, checkpoint or "best")
     subjects.append(Subject(model, workdir, source))
-  first = (dataset, tfds_data_dir, ()) if dataset else None
-  first = subjects[0].source if subjects else first
+  first = subjects[0].source if subjects else None
+  if dataset and not subjects:
+    first = (dataset, tfds_data_dir, ())
   for reference in npz:
     path, options = npz_model.parse(reference)
     subjects.append(Subject(npz_model.load(path, **options), path, first))

@@ -93,9 +93,6 @@ class TrainedModel:
     """Return the class probabilities of model inputs, padded to `batch`.
 
     Each size of batch is compiled once.
-
-    Raises:
-      UserError: the model has no head.
     """
     if not self.class_names:
       raise errors.UserError(
@@ -121,11 +118,7 @@ class TrainedModel:
     return [(self.class_names[i], float(probabilities[i])) for i in order]
 
   def fold(self) -> "TrainedModel":
-    """Return the equivalent model without norms; see `pretrained.fold`.
-
-    Raises:
-      UserError: the norm does not fold.
-    """
+    """Return the equivalent model without norms; see `pretrained.fold`."""
     config = self.model.config
     if norms.NORMS[config.norm].FINAL and not self.class_names:
       raise errors.UserError(
