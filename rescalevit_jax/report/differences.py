@@ -23,14 +23,18 @@ NOTE = (
   " that both norms have, Welch's t-tests all runs. Holm's correction covers"
   " all rows of this table."
 )
-_HEADINGS = (
-  "setting",
-  "norm",
-  f"minus {REFERENCE}, points",
-  "95 % interval",
-  "test",
-  "p",
-  "p (Holm)",
+# Alignment and headings of the table of `cells`.
+COLUMNS = (
+  "llrrlrr",
+  (
+    "setting",
+    "norm",
+    f"minus {REFERENCE}, points",
+    "95 % interval",
+    "test",
+    "p",
+    "p (Holm)",
+  ),
 )
 
 
@@ -82,7 +86,10 @@ def compare(study: run_groups.Study) -> list[Difference]:
 
 
 def _difference(setting, norm, group, reference):
-  ours, theirs = map(_by_seed, (group, reference))
+  ours, theirs = (
+    {run.config.seed: _percent(run) for run in runs}
+    for runs in (group, reference)
+  )
   shared = sorted(ours.keys() & theirs.keys())
   unique = len(ours) == len(group) and len(theirs) == len(reference)
   paired = unique and len(shared) >= 2
@@ -91,7 +98,7 @@ def _difference(setting, norm, group, reference):
     samples = [[x - y for x, y in zip(a, b, strict=True)]]
     test = f"paired, {len(shared)} seeds"
   else:
-    samples = a, b = [_accuracies(x) for x in (group, reference)]
+    samples = a, b = [list(map(_percent, x)) for x in (group, reference)]
     test = f"Welch, {len(a)} and {len(b)} runs"
   points = sum(a) / len(a) - sum(b) / len(b)
   # Rounding errors do not count as variation.
@@ -107,14 +114,8 @@ def _difference(setting, norm, group, reference):
   )
 
 
-def _by_seed(group):
-  return dict(
-    zip([run.config.seed for run in group], _accuracies(group), strict=True)
-  )
-
-
-def _accuracies(group):
-  return [100 * run.result["last_accuracy"] for run in group]
+def _percent(run):
+  return 100 * run.result["last_accuracy"]
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -131,11 +132,6 @@ def holm(p_values: Sequence[float]) -> list[float]:
     largest = max(largest, min(1.0, (len(order) - rank) * p_values[i]))
     adjusted[i] = largest
   return adjusted
-
-
-def headings() -> tuple[str, ...]:
-  """Return the headings of the columns of `cells`."""
-  return _HEADINGS
 
 
 def cells(difference: Difference) -> list[str]:

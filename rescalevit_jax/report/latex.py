@@ -16,13 +16,7 @@ _ESCAPES = {
 def table(
   alignment: str, headings: Sequence[str], rows: Iterable[Sequence[str]]
 ) -> str:
-  """Return a tabular environment.
-
-  Args:
-    alignment: 'l' or 'r' for each column.
-    headings: names of the columns.
-    rows: texts of the cells.
-  """
+  """Return a tabular environment; see `markdown.table` for the arguments."""
   lines = [
     f"\\begin{{tabular}}{{{alignment}}}",
     "\\toprule",

@@ -1,17 +1,17 @@
 """Compare methods at their best learning rates: table, CSV and picture."""
 
 from collections.abc import Iterable, Mapping, Sequence
-import csv
 import dataclasses
-import io
 import pathlib
 import statistics
+from typing import Any
 
 from matplotlib import figure as figure_lib
 from scipy import stats
 
 from rescalevit_jax.analysis import plots
 from rescalevit_jax.runtime import atomic_file
+from rescalevit_jax.runtime import csv_text
 from rescalevit_jax.runtime import markdown
 
 # The method that all others are compared with.
@@ -47,6 +47,16 @@ class Outcome:
   def percent(self) -> list[float]:
     """Test accuracies in percent, without runs that diverged."""
     return [100 * x for x in self.test_accuracy.values() if x is not None]
+
+  @property
+  def mean(self) -> float:
+    """Mean of `percent`."""
+    return statistics.fmean(self.percent)
+
+  @property
+  def deviation(self) -> float | None:
+    """Standard deviation of `percent`; None for a single run."""
+    return statistics.stdev(self.percent) if len(self.percent) > 1 else None
 
   @property
   def num_diverged(self) -> int:
@@ -87,8 +97,9 @@ def _mean(outcome):
   count = f"({len(values)}" + (f", {diverged} diverged)" if diverged else ")")
   if not values:
     return count if diverged else markdown.NOTHING
-  deviation = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
-  return f"{statistics.fmean(values):.2f}{deviation} {count}"
+  deviation = outcome.deviation
+  margin = "" if deviation is None else f" ± {deviation:.2f}"
+  return f"{outcome.mean:.2f}{margin} {count}"
 
 
 def _difference(outcome, outcomes) -> tuple[str, str]:
@@ -100,7 +111,7 @@ def _difference(outcome, outcomes) -> tuple[str, str]:
   if outcome is both[-1] or any(x.num_diverged or not x.percent for x in both):
     return nothing, nothing
   values = [x.percent for x in both]
-  text = f"{statistics.fmean(values[0]) - statistics.fmean(values[1]):+.2f}"
+  text = f"{both[0].mean - both[1].mean:+.2f}"
   if min(map(len, values)) < 2:
     return text, nothing
   error = sum(statistics.variance(x) / len(x) for x in values) ** 0.5
@@ -115,15 +126,14 @@ def write_csv(outcomes: Iterable[Outcome], path: pathlib.Path) -> None:
 
   The accuracy of a diverged run is empty.
   """
-  text = io.StringIO()
-  writer = csv.writer(text, lineterminator="\n")
-  writer.writerow(["dataset", "method", "phase", "base_lr", "seed", "accuracy"])
+  rows: list[tuple[Any, ...]] = []
+  header = ("dataset", "method", "phase", "base_lr", "seed", "accuracy")
   for x in outcomes:
     for lr, accuracy in sorted(x.val_accuracy.items()):
-      writer.writerow([x.dataset, x.method, "select", lr, 0, accuracy])
+      rows.append((x.dataset, x.method, "select", lr, 0, accuracy))
     for seed, accuracy in sorted(x.test_accuracy.items()):
-      writer.writerow([x.dataset, x.method, "final", x.lr, seed, accuracy])
-  atomic_file.write(path, text.getvalue())
+      rows.append((x.dataset, x.method, "final", x.lr, seed, accuracy))
+  atomic_file.write(path, csv_text.table([header, *rows]))
 
 
 def draw(outcomes: Sequence[Outcome]) -> figure_lib.Figure:
@@ -143,11 +153,9 @@ def draw(outcomes: Sequence[Outcome]) -> figure_lib.Figure:
       lrs = sorted(kept)
       left.plot(lrs, [100 * kept[lr] for lr in lrs], label=x.method, **style)
       if x in tested:
-        deviation = statistics.stdev(x.percent) if len(x.percent) > 1 else None
-        mean = statistics.fmean(x.percent)
-        right.errorbar(mean, tested.index(x), xerr=deviation, **style)
+        right.errorbar(x.mean, tested.index(x), xerr=x.deviation, **style)
         if x.method == REFERENCE:
-          right.axvline(mean, color="0.8", zorder=0)
+          right.axvline(x.mean, color="0.8", zorder=0)
     left.set_xscale("log", base=2)
     lrs = sorted({lr for x in shown for lr in x.val_accuracy})
     left.set_xticks(lrs, [f"{lr:g}" for lr in lrs])
@@ -160,13 +168,7 @@ def draw(outcomes: Sequence[Outcome]) -> figure_lib.Figure:
     right.invert_yaxis()
     right.set_xlabel("test accuracy, % (bars: standard deviation)")
     right.set_title(f"{dataset}: test", loc="left")
-  figure.legend(
-    *axes[0, 0].get_legend_handles_labels(),
-    loc="outside lower center",
-    fontsize="small",
-    frameon=False,
-    ncols=5,
-  )
+  plots.legend_below(axes[0, 0], 5, fontsize="small")
   return figure
 
 

@@ -13,7 +13,6 @@ from rescalevit_jax.report import tables
 from rescalevit_jax.runtime import atomic_file
 from rescalevit_jax.runtime import markdown
 
-_ALIGNMENT = "llrrlrr"  # Of the differences.
 _log = logging.getLogger(__name__)
 
 
@@ -31,9 +30,6 @@ def write(
 
   Returns:
     The Markdown table and the paths of the files.
-
-  Raises:
-    UserError: the folder is missing or contains no run.
   """
   study = run_groups.collect(runs_dir)
   for line in study.damaged:
@@ -64,7 +60,7 @@ def write(
 def _latex(cells, compared):
   parts = ["% Needs the package booktabs.\n", latex.table(*cells)]
   if compared:
-    parts.append(latex.table(_ALIGNMENT, differences.headings(), compared))
+    parts.append(latex.table(*differences.COLUMNS, compared))
   return "\n".join(parts)
 
 
@@ -72,7 +68,7 @@ def _markdown(study, table, notes, compared):
   lines = ["# Comparison of runs", "", *_items(notes), "", table]
   if compared:
     lines += ["## Differences of the last accuracy", "", differences.NOTE, ""]
-    lines += [markdown.table(_ALIGNMENT, differences.headings(), compared)]
+    lines += [markdown.table(*differences.COLUMNS, compared)]
   for title, items in tables.left_out(study):
     lines += [f"## {title}", "", *_items(items), ""]
   return "\n".join(lines).rstrip() + "\n"

@@ -62,17 +62,14 @@ class Study:
 
 
 def collect(folder: str | os.PathLike[str]) -> Study:
-  """Read all runs below a folder and group them.
-
-  Raises:
-    UserError: the folder is missing or contains no run.
-  """
+  """Read all runs below a folder and group them."""
   folder = pathlib.Path(folder)
   found = run_reader.find(folder)
   whole, damaged = [], list(found.damaged)
   for run in found.runs:
     try:
-      _check(run)
+      if run.is_finished:
+        _check(run)
       whole.append(run)
     except errors.UserError as e:
       damaged.append(str(e))
@@ -125,27 +122,21 @@ def varied_keys(
 
 def _check(run):
   """Raise UserError unless the result has the values of the tables."""
-  if not run.is_finished:
-    return
-  for key, is_valid in {
-    **dict.fromkeys(_NUMBERS, _is_number),
-    "devices": lambda value: isinstance(value, list),
-    "versions": lambda value: isinstance(value, dict),
-  }.items():
-    value = run.result.get(key)
-    if not is_valid(value):
+  result = run.result
+  valid = {key: _is_number(result.get(key)) for key in _NUMBERS}
+  valid["devices"] = isinstance(result.get("devices"), list)
+  valid["versions"] = isinstance(result.get("versions"), dict)
+  for key, is_valid in valid.items():
+    if not is_valid:
       raise errors.UserError(
-        f"{run.workdir / 'result.json'}: damaged ({key} is {value!r}); delete"
-        " it and resume the run, which writes it again"
+        f"{run.workdir / 'result.json'}: damaged ({key} is"
+        f" {result.get(key)!r}); delete it and resume the run, which writes it"
+        " again"
       )
 
 
 def _is_number(value):
-  return (
-    isinstance(value, int | float)
-    and not isinstance(value, bool)
-    and math.isfinite(value)
-  )
+  return type(value) in (int, float) and math.isfinite(value)
 
 
 def order(config: ml_collections.ConfigDict) -> tuple[Any, ...]:

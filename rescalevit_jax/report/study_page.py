@@ -124,24 +124,24 @@ def write(
 
 def _entries(configs, study):
   """Return an entry for each recipe, in the order of the configs."""
-  runs_by_recipe = {}
+  recipe = run_reader.recipe
+  runs: dict[Any, list[run_reader.Run]] = {}
   for run in (*study.finished, *study.unfinished):
-    runs_by_recipe.setdefault(run_reader.recipe(run.config), []).append(run)
+    runs.setdefault(recipe(run.config), []).append(run)
   rows = {
-    run_reader.recipe(group[0].config): row
+    recipe(group[0].config): row
     for group, row in zip(study.groups, tables.rows(study), strict=True)
   }
   varied = run_groups.varied_keys(configs)
   if len({config.image_size for config in configs}) > 1:
     varied = ("image_size", *varied)
-  planned = collections.Counter(map(run_reader.recipe, configs))
+  planned = collections.Counter(map(recipe, configs))
   entries = []
-  for recipe, config in {run_reader.recipe(x): x for x in configs}.items():
+  for key, config in {recipe(x): x for x in configs}.items():
     values = config_lib.flatten(config)
-    settings = [f"{key}={values[key]}" for key in varied]
-    runs = runs_by_recipe.get(recipe, [])
+    settings = [f"{name}={values[name]}" for name in varied]
     entries.append(
-      _Entry(config, planned[recipe], settings, runs, rows.get(recipe))
+      _Entry(config, planned[key], settings, runs.get(key, []), rows.get(key))
     )
   return entries
 

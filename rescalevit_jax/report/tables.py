@@ -2,9 +2,7 @@
 
 import collections
 from collections.abc import Callable, Sequence
-import csv
 import dataclasses
-import io
 import statistics
 from typing import Any
 
@@ -13,6 +11,7 @@ from rescalevit_jax.analysis import reference_results
 from rescalevit_jax.config import keys
 from rescalevit_jax.report import run_groups
 from rescalevit_jax.runs import run_reader
+from rescalevit_jax.runtime import csv_text
 from rescalevit_jax.runtime.markdown import NOTHING
 from rescalevit_jax.training import scores
 
@@ -53,46 +52,32 @@ def run_rows(study: run_groups.Study) -> list[dict[str, Any]]:
 def columns(study: run_groups.Study) -> list[Column]:
   """Return the columns of the displayed table."""
 
-  def text(heading, key):
-    return Column(heading, key, lambda row: _plain(row[key]), numeric=False)
+  def text(key, numeric=False):
+    return Column(key, key, lambda row: _plain(row[key]), numeric)
 
   def number(heading, key, form):
-    return Column(
-      heading,
-      key,
-      lambda row: NOTHING if row[key] is None else form(row[key]),
-    )
+    def cell(row):
+      return NOTHING if row[key] is None else form(row[key])
+
+    return Column(heading, key, cell)
 
   def accuracy(heading, key):
-    return Column(
-      heading,
-      f"{key}_mean",
-      lambda row: _mean_and_sd(row[f"{key}_mean"], row[f"{key}_sd"]),
-    )
+    def cell(row):
+      return _mean_and_sd(row[f"{key}_mean"], row[f"{key}_sd"])
+
+    return Column(heading, f"{key}_mean", cell)
 
   def interval(row):
     low, high = row["last_accuracy_low"], row["last_accuracy_high"]
-    return NOTHING if low is None else f"{percent(low)} to {percent(high)}"
-
-  def percent(fraction):
-    return f"{100 * fraction:.1f}"
-
-  def difference(fraction):
-    text = f"{100 * fraction:+.1f}".replace("-", "−")
-    return "0.0" if text[1:] == "0.0" else text
+    return NOTHING if low is None else f"{_percent(low)} to {_percent(high)}"
 
   result = [
-    text("dataset", "dataset"),
-    text("model", "model"),
-    text("norm", "norm"),
-    text("pretrained", "pretrained"),
+    *map(text, ("dataset", "model", "norm", "pretrained")),
     number("resolution", "resolution", str),
   ]
   for key in study.varied:
     kind = keys.KEYS[key].optional or type(keys.KEYS[key].default)
-    column = text(key, key)
-    numeric = kind in (int, float)
-    result.append(dataclasses.replace(column, numeric=numeric))
+    result.append(text(key, kind in (int, float)))
   result += [
     number("runs (n)", "runs", str),
     accuracy("best accuracy, %", "best_accuracy"),
@@ -105,10 +90,10 @@ def columns(study: run_groups.Study) -> list[Column]:
   ]
   if any(reference_results.find(group[0].config) for group in study.groups):
     result += [
-      number("published best, %", "published_best_accuracy", percent),
-      number("published last, %", "published_last_accuracy", percent),
-      number("difference, best", "best_accuracy_difference", difference),
-      number("difference, last", "last_accuracy_difference", difference),
+      number("published best, %", "published_best_accuracy", _percent),
+      number("published last, %", "published_last_accuracy", _percent),
+      number("difference, best", "best_accuracy_difference", _points),
+      number("difference, last", "last_accuracy_difference", _points),
     ]
   return result
 
@@ -126,12 +111,8 @@ def cells(
 
 def to_csv(rows: Sequence[dict[str, Any]]) -> str:
   """Return the rows as CSV with full precision; None becomes empty."""
-  text = io.StringIO()
-  if rows:
-    writer = csv.DictWriter(text, rows[0], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-  return text.getvalue()
+  header = [rows[0].keys()] if rows else []
+  return csv_text.table([*header, *(row.values() for row in rows)])
 
 
 def devices(run: run_reader.Run) -> str:
@@ -249,8 +230,17 @@ def _short(number):
   return f"{number:.{2 if number < 10 else 1 if number < 1000 else 0}f}"
 
 
+def _percent(fraction):
+  return f"{100 * fraction:.1f}"
+
+
+def _points(fraction):
+  text = f"{100 * fraction:+.1f}".replace("-", "−")
+  return "0.0" if text[1:] == "0.0" else text
+
+
 def _mean_and_sd(mean, sd):
-  text = f"{100 * mean:.1f}"
+  text = _percent(mean)
   if sd is None:
     return text
   sd *= 100
