@@ -220,12 +220,14 @@ def _summary(model):
     found = [numbers.get(f"{name}/{quantity}") for name in names]
     return [x for x in found if x is not None]
 
+  def mean(values):
+    return _number(np.mean(values) if values else None)
+
   def first_and_last(tokens):
     name = f"stream_rms_{tokens}"
     ends = (numbers.get(f"{part}/{name}") for part in ("embedding", last))
     return " → ".join(map(_number, ends))
 
-  entropies = of_blocks("attention_entropy")
   gradients = of_blocks("grad_norm")
   saturated = of_blocks("saturation_attention") + of_blocks("saturation_mlp")
   return {
@@ -240,10 +242,8 @@ def _summary(model):
     ),
     "Jacobian norm, all blocks": _number(numbers.get("embedding/jacobian")),
     "gradient share of queries and keys": _number(numbers["grad_share_qk"]),
-    "attention entropy, nats": _number(
-      np.mean(entropies) if entropies else None
-    ),
-    "saturated outputs": _number(np.mean(saturated) if saturated else None),
+    "attention entropy, nats": mean(of_blocks("attention_entropy")),
+    "saturated outputs": mean(saturated),
     "sharpness": _number(numbers.get("sharpness")),
   }
 

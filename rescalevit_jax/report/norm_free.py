@@ -87,16 +87,6 @@ def _parser():
   return parser
 
 
-def _check_settings(settings, methods):
-  """Raise UserError for keys of the study."""
-  own_keys = _OWN_KEYS.union(*methods.values())
-  for setting in settings:
-    if setting.key in own_keys:
-      raise errors.UserError(
-        f"--config.{setting}: the study sets {setting.key} itself; leave it out"
-      )
-
-
 def _plan(args, settings, dataset, method, lr=None):
   """Plan the runs of a method.
 
@@ -133,7 +123,12 @@ def _run(argv):
   if unknown:
     raise errors.UserError(f"unknown argument {unknown[0]}; see --help")
   known = overrides.methods(args.config)
-  _check_settings(settings, known)
+  own_keys = _OWN_KEYS.union(*known.values())
+  for setting in settings:
+    if setting.key in own_keys:
+      raise errors.UserError(
+        f"--config.{setting}: the study sets {setting.key} itself; leave it out"
+      )
   if args.model:
     args.runs_dir /= args.model
   plans = {

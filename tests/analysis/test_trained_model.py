@@ -235,6 +235,13 @@ def test_options_are_inferred_from_a_file(norm, options, tmp_path):
   trees.same(trees.flat(**model.variables), trees.flat(params, stats))
 
 
+def test_a_model_that_has_classified_can_be_folded(tmp_path):
+  npz.save(tmp_path / "a.npz", *variables("BN"))
+  model = npz_model.load(tmp_path / "a.npz")
+  expected = model(IMAGES)
+  np.testing.assert_allclose(model.fold()(IMAGES), expected, atol=1e-5)
+
+
 def test_residual_c_and_pool_are_arguments(tmp_path):
   npz.save(tmp_path / "a.npz", *trees.fresh(residual="rescalenet"))
   model = npz_model.load(tmp_path / "a.npz", residual_c=3.0, pool="gap")
