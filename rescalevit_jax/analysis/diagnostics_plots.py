@@ -25,19 +25,12 @@ _ORDERS = 5  # Maximum orders of magnitude of a logarithmic colour scale.
 
 @dataclasses.dataclass(frozen=True)
 class Quantity:
-  """A quantity with a value for each part of the model.
+  """A quantity with a value for each part of the model."""
 
-  Attributes:
-    name: its name in metrics.jsonl, after the name of the part.
-    title: title of the panel.
-    unit: label of the axis or of the colour scale.
-    scale: 'log', 'linear', 'signed' (symmetric about 0) or 'share' (0 to 1).
-  """
-
-  name: str
+  name: str  # In metrics.jsonl, after the name of the part.
   title: str
   unit: str
-  scale: str
+  scale: str  # 'log', 'linear', 'signed' (about 0) or 'share' (0 to 1).
 
 
 QUANTITIES = {

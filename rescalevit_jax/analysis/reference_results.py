@@ -59,20 +59,11 @@ Key = tuple[str, str, str, bool]
 
 @dataclasses.dataclass(frozen=True)
 class Figures:
-  """The results of a published run.
+  """The results of a published run. Test accuracies are fractions."""
 
-  Attributes:
-    best_accuracy: highest test accuracy of 200 evaluations, as a fraction; None
-      for Google's.
-    last_accuracy: test accuracy after the last step, as a fraction; None if the
-      log is incomplete.
-    minutes: duration, RescaleViT's on one RTX 3090.
-    publisher: 'RescaleViT' or 'Google'.
-  """
-
-  best_accuracy: float | None
-  last_accuracy: float | None
-  minutes: float
+  best_accuracy: float | None  # Of 200 evaluations; None for Google's.
+  last_accuracy: float | None  # None if the log is incomplete.
+  minutes: float  # RescaleViT's on one RTX 3090.
   publisher: str = "RescaleViT"
 
 

@@ -16,16 +16,11 @@ from rescalevit_jax.runs import folder as folder_lib
 
 @dataclasses.dataclass(frozen=True)
 class Subject:
-  """A model to analyze.
-
-  Attributes:
-    model: the model.
-    path: its folder or file, as given.
-    source: name, folder and `data` keys of its dataset; None if unknown.
-  """
+  """A model to analyze."""
 
   model: trained_model.TrainedModel
-  path: str
+  path: str  # Folder or file, as given.
+  # Name, folder and `data` keys of the dataset; None if unknown.
   source: tuple[str, str | None, tuple[tuple[str, Any], ...]] | None
 
   @property

@@ -1,6 +1,6 @@
 """Tables in LaTeX, for the package booktabs."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 _ESCAPES = {
   "\\": r"\textbackslash{}",
@@ -14,7 +14,7 @@ _ESCAPES = {
 
 
 def table(
-  alignment: str, headings: Sequence[str], rows: Iterable[Sequence[str]]
+  alignment: str, headings: Iterable[str], rows: Iterable[Iterable[str]]
 ) -> str:
   """Return a tabular environment; see `markdown.table` for the arguments."""
   lines = [

@@ -22,23 +22,18 @@ REFERENCE = "LN"
 class Outcome:
   """The results of a method on a dataset.
 
-  The accuracy of a run that diverged, with a loss that is not finite, is None.
-
-  Attributes:
-    dataset: name of the dataset.
-    method: name of the method.
-    norm: norm of its model.
-    val_accuracy: accuracy on held-out training images, as a fraction, by
-      learning rate.
-    lr: the selected learning rate; None if all runs diverged.
-    test_accuracy: test accuracy after the last step, as a fraction, by seed.
+  Accuracies are fractions. That of a run that diverged, with a loss that is not
+  finite, is None.
   """
 
   dataset: str
   method: str
   norm: str
+  # On held-out training images, by learning rate.
   val_accuracy: Mapping[float, float | None]
+  # The selected learning rate; None if all runs diverged.
   lr: float | None
+  # After the last step, by seed.
   test_accuracy: Mapping[int, float | None] = dataclasses.field(
     default_factory=dict
   )
@@ -77,19 +72,19 @@ def table(outcomes: Sequence[Outcome]) -> str:
       f"{lr:g}: " + ("diverged" if y is None else f"{100 * y:.1f}")
       for lr, y in sorted(x.val_accuracy.items())
     )
-    lr = markdown.NOTHING if x.lr is None else f"{x.lr:g}"
-    difference = _difference(x, outcomes)
-    rows.append([x.dataset, x.method, lr, val, _mean(x), *difference])
-  headings = [
-    "dataset",
-    "method",
-    "learning rate",
-    "held-out accuracy by learning rate, %",
-    "test accuracy, % (n)",
-    f"difference from {REFERENCE}, points",
-    "p",
-  ]
-  return markdown.table("llrlrrr", headings, rows)
+    difference, p = _difference(x, outcomes)
+    rows.append(
+      {
+        "dataset": x.dataset,
+        "method": x.method,
+        "learning rate": markdown.NOTHING if x.lr is None else f"{x.lr:g}",
+        "held-out accuracy by learning rate, %": val,
+        "test accuracy, % (n)": _mean(x),
+        f"difference from {REFERENCE}, points": difference,
+        "p": p,
+      }
+    )
+  return markdown.table("llrlrrr", rows[0], [row.values() for row in rows])
 
 
 def _mean(outcome):

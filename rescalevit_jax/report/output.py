@@ -42,7 +42,7 @@ def write(
   cells = tables.cells(columns, rows)
   table = markdown.table(*cells) if rows else "No finished run.\n"
   notes = notes_lib.describe(study)
-  compared = list(map(differences.cells, differences.compare(study)))
+  compared = differences.table(study)
   files = {
     "report.md": lambda: _markdown(study, table, notes, compared),
     "report.csv": lambda: tables.to_csv(rows),
@@ -59,16 +59,16 @@ def write(
 
 def _latex(cells, compared):
   parts = ["% Needs the package booktabs.\n", latex.table(*cells)]
-  if compared:
-    parts.append(latex.table(*differences.COLUMNS, compared))
+  if compared[-1]:
+    parts.append(latex.table(*compared))
   return "\n".join(parts)
 
 
 def _markdown(study, table, notes, compared):
   lines = ["# Comparison of runs", "", *_items(notes), "", table]
-  if compared:
+  if compared[-1]:
     lines += ["## Differences of the last accuracy", "", differences.NOTE, ""]
-    lines += [markdown.table(*differences.COLUMNS, compared)]
+    lines += [markdown.table(*compared)]
   for title, items in tables.left_out(study):
     lines += [f"## {title}", "", *_items(items), ""]
   return "\n".join(lines).rstrip() + "\n"

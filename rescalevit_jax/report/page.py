@@ -49,7 +49,7 @@ def render(
   columns: Sequence[tables.Column],
   rows: Sequence[dict[str, Any]],
   notes: Sequence[str],
-  compared: Sequence[Sequence[str]],
+  compared: tuple[str, Sequence[str], Sequence[Sequence[str]]],
   index: int | None,
 ) -> str:
   """Return the page, which needs no other file.
@@ -59,7 +59,7 @@ def render(
     columns: columns of the table.
     rows: rows of the table.
     notes: notes on the table.
-    compared: results of `differences.cells`.
+    compared: result of `differences.table`.
     index: index of the test image for the attention maps; None for no maps.
   """
   environment = jinja2.Environment(
@@ -74,8 +74,8 @@ def render(
     columns=columns,
     rows=rows,
     norm_color=plots.norm_color,
-    differences=compared,
-    difference_headings=differences.COLUMNS[1],
+    difference_headings=compared[1],
+    differences=compared[2],
     difference_note=differences.NOTE,
     curves=_curves(study),
     diagnostics=_diagnostics(study),

@@ -34,22 +34,16 @@ _NUMBERS = (
 class Study:
   """All runs in a folder.
 
-  Attributes:
-    folder: folder of the runs.
-    groups: the finished runs; the runs of a group differ only in the seed and
-      in keys that do not affect a run's results.
-    unfinished: unfinished runs in order of their paths.
-    damaged: unreadable runs, one line each with the reason.
-    not_begun: runs that failed before writing a config, one line each.
-    varied: config keys in which the groups differ and that have no column yet.
+  The runs of a group are finished, and differ only in the seed and in keys that
+  do not affect a run's results.
   """
 
   folder: pathlib.Path
   groups: tuple[tuple[run_reader.Run, ...], ...]
-  unfinished: tuple[run_reader.Run, ...]
-  damaged: tuple[str, ...]
-  not_begun: tuple[str, ...]
-  varied: tuple[str, ...]
+  unfinished: tuple[run_reader.Run, ...]  # In order of their paths.
+  damaged: tuple[str, ...]  # Unreadable; a line each, with the reason.
+  not_begun: tuple[str, ...]  # Failed before writing a config; a line each.
+  varied: tuple[str, ...]  # Keys without a column in which groups differ.
 
   @property
   def finished(self) -> tuple[run_reader.Run, ...]:

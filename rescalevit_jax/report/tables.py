@@ -18,18 +18,11 @@ from rescalevit_jax.training import scores
 
 @dataclasses.dataclass(frozen=True)
 class Column:
-  """A column of the displayed table.
-
-  Attributes:
-    heading: name and unit.
-    key: key of the row's value, used for sorting.
-    text: function from a row to the displayed text.
-    numeric: True if the values are numbers.
-  """
+  """A column of the displayed table."""
 
   heading: str
-  key: str
-  text: Callable[[dict[str, Any]], str]
+  key: str  # Of the row's value, for sorting.
+  text: Callable[[dict[str, Any]], str]  # From a row to the displayed text.
   numeric: bool = True
 
 

@@ -1,6 +1,6 @@
 """Write Markdown."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 import html
 
 NOTHING = "–"
@@ -15,7 +15,7 @@ def escape(text: str) -> str:
 
 
 def table(
-  alignment: str, headings: Sequence[str], rows: Iterable[Sequence[str]]
+  alignment: str, headings: Iterable[str], rows: Iterable[Iterable[str]]
 ) -> str:
   """Return a table.
 
