@@ -100,19 +100,18 @@ def _by_recipe(
 
 
 def _curves(study):
-  runs = [run for run in (*study.finished, *study.unfinished) if run.metrics]
-  return [
-    _Picture(
-      f"Test accuracy and loss over training steps, {title}",
-      svg=markupsafe.Markup(plots.svg(plots.curves([x for (x,) in members]))),
-    )
-    for title, members in _by_recipe((run,) for run in runs).items()
-  ]
+  pictures = []
+  sections = _by_recipe([run] for run in study.runs if run.metrics)
+  for title, groups in sections.items():
+    svg = plots.svg(plots.curves([run for (run,) in groups]))
+    label = f"Test accuracy and loss over training steps, {title}"
+    pictures.append(_Picture(label, svg=markupsafe.Markup(svg)))
+  return pictures
 
 
 def _diagnostics(study):
   pictures = []
-  for run in (*study.finished, *study.unfinished):
+  for run in study.runs:
     if diagnostics_plots.is_diagnosed(run):
       name = study.name(run)
       label = f"Diagnostics over depth and time, {name}"

@@ -49,6 +49,11 @@ class Study:
   def finished(self) -> tuple[run_reader.Run, ...]:
     return tuple(run for group in self.groups for run in group)
 
+  @property
+  def runs(self) -> tuple[run_reader.Run, ...]:
+    """All readable runs, finished ones first."""
+    return (*self.finished, *self.unfinished)
+
   def name(self, run: run_reader.Run) -> str:
     """Return a run's path relative to the study's folder."""
     name = run.workdir.relative_to(self.folder).as_posix()

@@ -109,7 +109,7 @@ def _entries(configs, study):
   """Return an entry for each recipe, in the order of the configs."""
   recipe = run_reader.recipe
   runs: dict[Any, list[run_reader.Run]] = {}
-  for run in (*study.finished, *study.unfinished):
+  for run in study.runs:
     runs.setdefault(recipe(run.config), []).append(run)
   rows = {
     recipe(group[0].config): row

@@ -37,22 +37,18 @@ def rows(study: run_groups.Study) -> list[dict[str, Any]]:
 
 def run_rows(study: run_groups.Study) -> list[dict[str, Any]]:
   """Return a row for each readable run, finished runs first."""
-  runs = (*study.finished, *study.unfinished)
-  varied = run_groups.varied_keys(run.config for run in runs)
-  return [_run_row(study.name(run), run, varied) for run in runs]
+  varied = run_groups.varied_keys(run.config for run in study.runs)
+  return [_run_row(study.name(run), run, varied) for run in study.runs]
 
 
 def columns(study: run_groups.Study) -> list[Column]:
   """Return the columns of the displayed table."""
 
-  def text(key, numeric=False):
-    return Column(key, key, lambda row: _plain(row[key]), numeric)
-
-  def number(heading, key, form):
+  def value(heading, key, form=str, numeric=True):
     def cell(row):
       return NOTHING if row[key] is None else form(row[key])
 
-    return Column(heading, key, cell)
+    return Column(heading, key, cell, numeric)
 
   def accuracy(heading, key):
     def cell(row):
@@ -64,29 +60,28 @@ def columns(study: run_groups.Study) -> list[Column]:
     low, high = row["last_accuracy_low"], row["last_accuracy_high"]
     return NOTHING if low is None else f"{_percent(low)} to {_percent(high)}"
 
-  result = [
-    *map(text, ("dataset", "model", "norm", "pretrained")),
-    number("resolution", "resolution", str),
-  ]
+  names = ("dataset", "model", "norm", "pretrained")
+  result = [value(key, key, numeric=False) for key in names]
+  result.append(value("resolution", "resolution"))
   for key in study.varied:
     kind = keys.KEYS[key].optional or type(keys.KEYS[key].default)
-    result.append(text(key, kind in (int, float)))
+    result.append(value(key, key, numeric=kind in (int, float)))
   result += [
-    number("runs (n)", "runs", str),
+    value("runs (n)", "runs"),
     accuracy("best accuracy, %", "best_accuracy"),
     accuracy("last accuracy, %", "last_accuracy"),
     Column("95 % interval", "last_accuracy_low", interval),
-    number("last test loss", "last_loss_mean", "{:.3f}".format),
-    number("minutes", "minutes_mean", _short),
-    number("images/s", "images_per_second_mean", _short),
-    number("parameters, M", "parameters", lambda x: _short(x / 1e6)),
+    value("last test loss", "last_loss_mean", "{:.3f}".format),
+    value("minutes", "minutes_mean", _short),
+    value("images/s", "images_per_second_mean", _short),
+    value("parameters, M", "parameters", lambda x: _short(x / 1e6)),
   ]
   if any(reference_results.find(group[0].config) for group in study.groups):
     result += [
-      number("published best, %", "published_best_accuracy", _percent),
-      number("published last, %", "published_last_accuracy", _percent),
-      number("difference, best", "best_accuracy_difference", _points),
-      number("difference, last", "last_accuracy_difference", _points),
+      value("published best, %", "published_best_accuracy", _percent),
+      value("published last, %", "published_last_accuracy", _percent),
+      value("difference, best", "best_accuracy_difference", _points),
+      value("difference, last", "last_accuracy_difference", _points),
     ]
   return result
 
@@ -213,10 +208,6 @@ def _run_row(name, run, varied):
     "devices": devices(run) if finished else None,
     "versions": versions(run) if finished else None,
   }
-
-
-def _plain(value):
-  return NOTHING if value is None else str(value)
 
 
 def _short(number):
