@@ -18,9 +18,9 @@ Whole models map float32 images [batch, size, size, 3] in [-1, 1] to float32
 logits [batch, classes], for any batch.
 """
 
-import argparse
 from collections.abc import Callable, Sequence
 import dataclasses
+import functools
 import logging
 import os
 import pathlib
@@ -50,11 +50,7 @@ _MOST_BYTES = 2**31 - 2**20  # Of a protocol buffer or flatbuffer.
 
 def main(argv: Sequence[str] | None = None) -> int:
   """Export a model; return the exit code."""
-  parser = argparse.ArgumentParser(
-    prog="python -m rescalevit_jax.export",
-    description=__doc__,
-    formatter_class=argparse.RawDescriptionHelpFormatter,
-  )
+  parser = cli.parser(__doc__, prog="python -m rescalevit_jax.export")
   subjects.add_flags(parser)
   parser.add_argument(
     "--output", help="the file to write (default: WORKDIR/weights.SUFFIX)"
@@ -111,10 +107,13 @@ def _run(args):
 
 def _target(args):
   """Return the path of the output and its format."""
-  file_format = args.format
-  if file_format is None and args.output is None:
-    file_format = "npz"
-  elif file_format is None:
+  if args.output is None and args.npz:
+    raise errors.UserError("--npz: has no default output; add --output")
+  file_format = args.format or "npz"
+  if args.output is None:
+    suffix = _WRITERS[file_format][0]
+    return f"{args.workdir}/weights{suffix}", file_format
+  if args.format is None:
     suffix = pathlib.Path(args.output).suffix
     formats = [name for name, (x, _) in _WRITERS.items() if x == suffix]
     if not formats:
@@ -122,10 +121,7 @@ def _target(args):
         f"--output: {args.output} has no known suffix; add --format"
       )
     file_format = formats[0]
-  suffix = _WRITERS[file_format][0]
-  if args.output is None and args.npz:
-    raise errors.UserError("--npz: has no default output; add --output")
-  return args.output or f"{args.workdir}/weights{suffix}", file_format
+  return args.output, file_format
 
 
 def _save_npz(model, output):
@@ -140,29 +136,26 @@ def _weights(model):
   return params, model.variables.get("batch_stats", {})
 
 
-def _family_writer(family):
-  def save(model, output):
-    config = model.model.config
-    if options := _not_in_arrays(config):
-      raise errors.UserError(
-        f"--format={family}: cannot store {', '.join(options)}; choose npz"
-      )
-    try:
-      from safetensors import numpy as safetensors
-    except ImportError as e:
-      raise errors.UserError(
-        f"--format={family}: needs safetensors; pip install"
-        " 'rescalevit-jax[convert]'"
-      ) from e
-    arrays = {
-      key: np.asarray(x)
-      for key, x in param_keys.flatten(*_weights(model)).items()
-    }
-    families.check_complete(arrays, family, f"--format={family}")
-    tensors = families.write(arrays, family)
-    atomic_file.write(output, safetensors.save(tensors))
-
-  return save
+def _save_family(model, output, family):
+  """Write weights with the names of another library."""
+  if options := _not_in_arrays(model.model.config):
+    raise errors.UserError(
+      f"--format={family}: cannot store {', '.join(options)}; choose npz"
+    )
+  try:
+    from safetensors import numpy as safetensors
+  except ImportError as e:
+    raise errors.UserError(
+      f"--format={family}: needs safetensors; pip install"
+      " 'rescalevit-jax[convert]'"
+    ) from e
+  arrays = {
+    key: np.asarray(x)
+    for key, x in param_keys.flatten(*_weights(model)).items()
+  }
+  families.check_complete(arrays, family, f"--format={family}")
+  tensors = families.write(arrays, family)
+  atomic_file.write(output, safetensors.save(tensors))
 
 
 def _save_stablehlo(model, output):
@@ -199,9 +192,6 @@ def _program(
   """Return the function from images to logits, and the size of its images.
 
   It computes in float32 and without cuDNN, on any device.
-
-  Raises:
-    UserError: the model has no head, or is too large for the format.
   """
   if not model.class_names:
     raise errors.UserError(
@@ -246,7 +236,7 @@ def _not_in_arrays(config: vit_config.ViTConfig) -> list[str]:
 _WRITERS: dict[str, tuple[str, Callable[..., None]]] = {
   "npz": (".npz", _save_npz),
   **{
-    family: (".safetensors", _family_writer(family))
+    family: (".safetensors", functools.partial(_save_family, family=family))
     for family in families.TABLES
   },
   "stablehlo": (".stablehlo", _save_stablehlo),

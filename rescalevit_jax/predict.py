@@ -15,11 +15,8 @@ Exit code: 0 if every image was classified, 1 if not, 2 for an error in the
 command line.
 """
 
-import argparse
 from collections.abc import Iterable, Iterator, Sequence
 import concurrent.futures
-import csv
-import io
 import itertools
 import json
 import logging
@@ -37,6 +34,7 @@ from rescalevit_jax.analysis import trained_model
 from rescalevit_jax.data import image_files
 from rescalevit_jax.runtime import atomic_file
 from rescalevit_jax.runtime import cli
+from rescalevit_jax.runtime import csv_text
 from rescalevit_jax.runtime import terminal
 from rescalevit_jax.training import progress
 
@@ -57,40 +55,43 @@ def classify(
   files: Iterable[pathlib.Path],
   batch: int = 64,
 ) -> Iterator[tuple[pathlib.Path, np.ndarray | errors.UserError]]:
-  """Classify files in batches.
+  """Yield each file with its probabilities [classes], or with the error.
 
-  Threads read the next batch while the device computes; at most two batches are
-  in memory.
-
-  Args:
-    model: of a run.
-    files: to classify, in order.
-    batch: images per step of the device.
-
-  Yields:
-    Each file with its probabilities [classes], float32, or with the error.
+  Threads read the next batch while the device computes; at most two batches of
+  `batch` images are in memory.
   """
   pool = concurrent.futures.ThreadPoolExecutor(_READERS)
-
-  def submit(paths):
-    return [
-      (
-        path,
-        pool.submit(
-          image_files.model_input, path, model.image_size, model.resize
-        ),
-      )
-      for path in paths
-    ]
-
   try:
-    ahead: list[tuple[str, concurrent.futures.Future]] = []
+    ahead: list[tuple[pathlib.Path, concurrent.futures.Future]] = []
     # After the last batch, an empty one.
     for paths in itertools.chain(_batches(files, batch), [[]]):
-      work, ahead = ahead, submit(paths)
+      work = ahead
+      ahead = [(path, pool.submit(_read, model, path)) for path in paths]
       yield from _results(model, work, batch)
   finally:
     pool.shutdown(cancel_futures=True)
+
+
+def _batches(files, batch):
+  files = iter(files)
+  while paths := list(itertools.islice(files, batch)):
+    yield paths
+
+
+def _read(model, path):
+  """Return the model's input, or the error."""
+  try:
+    return image_files.model_input(path, model.image_size, model.resize)
+  except errors.UserError as e:
+    return e
+
+
+def _results(model, work, batch):
+  found = [(path, future.result()) for path, future in work]
+  inputs = [x for _, x in found if isinstance(x, np.ndarray)]
+  rows = iter(model.probabilities(np.stack(inputs), batch) if inputs else ())
+  for path, x in found:
+    yield path, next(rows) if isinstance(x, np.ndarray) else x
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -103,22 +104,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parse(argv):
-  parser = argparse.ArgumentParser(
-    prog="python -m rescalevit_jax.predict",
-    description=__doc__,
-    formatter_class=argparse.RawDescriptionHelpFormatter,
-  )
+  parser = cli.parser(__doc__, prog="python -m rescalevit_jax.predict")
   subjects.add_flags(parser)
   parser.add_argument(
     "--top",
-    type=_positive,
+    type=cli.positive,
     default=5,
     metavar="N",
     help="classes to print for each image (default: 5)",
   )
   parser.add_argument(
     "--batch",
-    type=_positive,
+    type=cli.positive,
     default=64,
     metavar="N",
     help="images per step of the device (default: 64)",
@@ -135,15 +132,14 @@ def _parse(argv):
   return parser.parse_args(cli.arguments(argv))
 
 
-def _positive(text):
-  if not text.isdecimal() or int(text) < 1:
-    raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
-  return int(text)
-
-
 def _run(args):
   if args.output is not None:
-    _check_output(args.output)
+    if _suffix(args.output) not in _WRITERS:
+      raise errors.UserError(
+        f"--output: {args.output} ends neither in .csv nor in .json; choose one"
+        " of them"
+      )
+    cli.check_output(args.output)
   files, empty = _find(args.files)
   for name in empty:
     _skip(f"{name}: no images in this folder")
@@ -185,14 +181,6 @@ def _run(args):
   return 0
 
 
-def _check_output(path):
-  if _suffix(path) not in _WRITERS:
-    raise errors.UserError(
-      f"--output: {path} ends neither in .csv nor in .json; choose one of them"
-    )
-  cli.check_output(path)
-
-
 def _suffix(path):
   return path.suffix.lower()
 
@@ -213,25 +201,6 @@ def _find(names):
 
 def _skip(reason):
   print(f"skipped: {_one_line(reason)}", file=sys.stderr, flush=True)
-
-
-def _batches(files, batch):
-  files = iter(files)
-  while paths := list(itertools.islice(files, batch)):
-    yield paths
-
-
-def _results(model, work, batch):
-  inputs, found = [], []
-  for path, future in work:
-    try:
-      inputs.append(future.result())
-      found.append((path, None))
-    except errors.UserError as e:
-      found.append((path, e))
-  rows = iter(model.probabilities(np.stack(inputs), batch) if inputs else ())
-  for path, error in found:
-    yield path, error or next(rows)
 
 
 def _with_progress(model, files, batch):
@@ -263,22 +232,17 @@ def _line(name, top, name_width, class_width):
 
 
 def _csv(rows: list[tuple[str, Top]], count: int) -> str:
-  text = io.StringIO()
-  writer = csv.writer(text, lineterminator="\n")
-  header = [[f"class_{i}", f"probability_{i}"] for i in range(1, count + 1)]
-  writer.writerow(["file", *itertools.chain(*header)])
-  for name, top in rows:
-    writer.writerow([name, *itertools.chain(*top)])
-  return text.getvalue()
+  header = ["file"]
+  for i in range(1, count + 1):
+    header += [f"class_{i}", f"probability_{i}"]
+  table = [[name, *itertools.chain(*top)] for name, top in rows]
+  return csv_text.table([header, *table])
 
 
 def _json(rows: list[tuple[str, Top]], count: int) -> str:
   del count
   objects = [
-    {
-      "file": name,
-      "top": [{"class": c, "probability": p} for c, p in top],
-    }
+    {"file": name, "top": [{"class": c, "probability": p} for c, p in top]}
     for name, top in rows
   ]
   return json.dumps(objects, indent=2, ensure_ascii=False) + "\n"

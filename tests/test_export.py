@@ -15,6 +15,7 @@ import trees
 from rescalevit_jax import errors
 from rescalevit_jax import export
 from rescalevit_jax import models
+from rescalevit_jax.analysis import npz_model
 from rescalevit_jax.analysis import trained_model
 from rescalevit_jax.pretrained import convert
 from rescalevit_jax.pretrained import load
@@ -87,7 +88,7 @@ def test_fold(default_run, test_digits, tmp_path, capsys):
   flags = [f"--workdir={default_run}", f"--output={path}", "--fold"]
   assert export.main(flags) == 0
   assert "norm folded" in capsys.readouterr().out
-  folded, run = trained_model.load_npz(path), trained_model.load(default_run)
+  folded, run = npz_model.load(path), trained_model.load(default_run)
   norms = [model.model.config.norm for model in (run, folded)]
   assert norms == ["Rescale", "Identity"]
   images = list(test_digits.images[:20])
@@ -160,7 +161,7 @@ def bn_file(tmp_path):
   """Write an .npz of a model with BN; return its path and logits."""
   params, stats = trees.fresh("BN", seed=1)
   npz.save(tmp_path / "bn.npz", params, jax.tree.map(np.abs, stats))
-  model = trained_model.load_npz(tmp_path / "bn.npz")
+  model = npz_model.load(tmp_path / "bn.npz")
   return tmp_path / "bn.npz", model.model.apply(model.variables, IMAGES)
 
 

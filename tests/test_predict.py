@@ -21,6 +21,7 @@ from rescalevit_jax import errors
 from rescalevit_jax import export
 from rescalevit_jax import predict
 from rescalevit_jax.analysis import imagenet_names
+from rescalevit_jax.analysis import npz_model
 from rescalevit_jax.analysis import trained_model
 from rescalevit_jax.data import image_files
 
@@ -470,7 +471,7 @@ def test_names_of_imagenet(tmp_path):
     assert names[0].startswith(first) and names[-1].startswith(last)
   assert imagenet_names.find(10) is None and imagenet_names.find(1234) is None
   path = trees.write(tmp_path, trees.arrays(num_classes=1000))
-  assert trained_model.load_npz(path).class_names[999].startswith("toilet")
+  assert npz_model.load(path).class_names[999].startswith("toilet")
 
 
 def test_weights_without_a_run(tiny_run, tmp_path, capsys):

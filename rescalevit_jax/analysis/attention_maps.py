@@ -34,21 +34,15 @@ def collect_probabilities(
   """Return the attention probabilities of all blocks.
 
   `vit.MultiHeadAttention` computes and sows them.
-
-  Args:
-    model: a `VisionTransformer`.
-    variables: its collections `params` and `batch_stats`.
-    images: images in [-1, 1].
   """
   _, sown = model.apply(
     variables, images, train=False, mutable=["intermediates"]
   )
   blocks = sown["intermediates"]["Transformer"]
+  layer = "MultiHeadDotProductAttention_1"
   return jnp.stack(
     [
-      blocks[f"encoderblock_{i}"]["MultiHeadDotProductAttention_1"][
-        "attention"
-      ][0]
+      blocks[f"encoderblock_{i}"][layer]["attention"][0]
       for i in range(model.config.num_layers)
     ]
   )
@@ -97,13 +91,7 @@ def statistics(
   images: UInt8[np.ndarray, "M H W 3"],
   batch: int = 64,
 ) -> Statistics:
-  """Compute the attention statistics of a model, counting each image once.
-
-  Args:
-    model: the model.
-    images: images of the dataset's size.
-    batch: images per step.
-  """
+  """Compute the attention statistics of a model, counting each image once."""
   batch = min(batch, len(images))
   sums, tokens = np.zeros((3, model.model.config.num_layers)), 0
   start = last_log = time.monotonic()

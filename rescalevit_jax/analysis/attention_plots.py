@@ -3,13 +3,12 @@
 All panels of a picture share one colour scale.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-import dataclasses
+from collections.abc import Mapping, Sequence
 import math
 import textwrap
 from typing import Any
 
-from jaxtyping import Float, UInt8
+from jaxtyping import UInt8
 import matplotlib
 from matplotlib import figure as figure_lib
 import numpy as np
@@ -24,15 +23,26 @@ from rescalevit_jax.training import experiment as experiment_lib
 _COLUMNS = 8
 _ORIGINAL_BLOCKS = (0, 3, 6, 9)
 _COLORMAP = "viridis"
-
-
-@dataclasses.dataclass(frozen=True)
-class _Panel:
-  """A map with its title, drawn over the image `over` if given."""
-
-  title: str
-  values: Float[np.ndarray, "H W"]
-  over: Float[np.ndarray, "S S 3"] | None = None
+# Title, and label of the colour scale, of each kind of picture.
+KINDS: Mapping[str, tuple[str, str]] = {
+  "tokens": (
+    "Attention of each token (row) to each token (column), head 0",
+    "attention",
+  ),
+  "heads": (
+    "Attention of each token (row) to each token (column), by head",
+    "attention",
+  ),
+  "class_token": (
+    "Attention of the class token to the image, mean of the heads",
+    "attention / uniform",
+  ),
+  "rollout": (
+    "Attention rollout from the class token to the image",
+    "rollout / its mean",
+  ),
+}
+_OVER_IMAGE = ("class_token", "rollout")
 
 
 def draw_during_training(
@@ -64,9 +74,6 @@ def draw(
     models: at least one model.
     image: a path, a Pillow image, or a uint8 array [H, W, 3].
     block: index of the block, for 'heads'.
-
-  Raises:
-    UserError: a model has no such block, or the image cannot be read.
   """
   rows = []
   for model in models:
@@ -76,11 +83,10 @@ def draw(
         f" {model.model.config.num_layers - 1}"
       )
     x = model.inputs([image])
-    maps = np.asarray(
-      attention_maps.collect_probabilities(model.model, model.variables, x)
-    )[:, 0]
-    rows.append((model, (x[0] + 1) / 2, KINDS[kind].panels(maps, x[0], block)))
-  return _figure(rows, KINDS[kind])
+    maps = attention_maps.collect_probabilities(model.model, model.variables, x)
+    picture = x[0] if kind in _OVER_IMAGE else None
+    rows.append((model, picture, _panels(kind, np.asarray(maps)[:, 0], block)))
+  return _figure(rows, *KINDS[kind])
 
 
 def draw_all(
@@ -93,74 +99,17 @@ def draw_all(
   }
 
 
-def _tokens(maps, picture, block):
-  """Return the maps of head 0 in the blocks that RescaleViT shows."""
-  del picture, block
-  return [
-    _Panel(f"block {i}", maps[i, 0]) for i in _ORIGINAL_BLOCKS if i < len(maps)
-  ]
-
-
-def _heads(maps, picture, block):
-  del picture
-  return [_Panel(f"head {i}", head) for i, head in enumerate(maps[block])]
-
-
-def _class_token(maps, picture, block):
-  """Return the class token's attention to patches, relative to uniform."""
-  del block
-  share = maps.mean(axis=1)[:, 0, 1:] * maps.shape[-1]
-  return [
-    _Panel(f"block {i}", _square(row), picture) for i, row in enumerate(share)
-  ]
-
-
-def _rollout(maps, picture, block):
-  del block
+def _panels(kind, maps, block):
+  """Return the maps [H, W] of a kind, by title."""
+  if kind == "tokens":  # The blocks that RescaleViT shows.
+    return {f"block {i}": maps[i, 0] for i in _ORIGINAL_BLOCKS if i < len(maps)}
+  if kind == "heads":
+    return {f"head {i}": head for i, head in enumerate(maps[block])}
+  if kind == "class_token":
+    shares = maps.mean(axis=1)[:, 0, 1:] * maps.shape[-1]
+    return {f"block {i}": _square(share) for i, share in enumerate(shares)}
   share = attention_maps.rollout(maps)[0, 1:]
-  return [_Panel("rollout", _square(share / share.mean()), picture)]
-
-
-@dataclasses.dataclass(frozen=True)
-class Kind:
-  """A kind of picture.
-
-  Attributes:
-    title: title of the picture.
-    scale: label of the colour scale.
-    panels: function from maps, model input and block to panels.
-  """
-
-  title: str
-  scale: str
-  panels: Callable[
-    [Float[np.ndarray, "L h N N"], Float[np.ndarray, "S S 3"], int],
-    list[_Panel],
-  ]
-
-
-KINDS: Mapping[str, Kind] = {
-  "tokens": Kind(
-    "Attention of each token (row) to each token (column), head 0",
-    "attention",
-    _tokens,
-  ),
-  "heads": Kind(
-    "Attention of each token (row) to each token (column), by head",
-    "attention",
-    _heads,
-  ),
-  "class_token": Kind(
-    "Attention of the class token to the image, mean of the heads",
-    "attention / uniform",
-    _class_token,
-  ),
-  "rollout": Kind(
-    "Attention rollout from the class token to the image",
-    "rollout / its mean",
-    _rollout,
-  ),
-}
+  return {"rollout": _square(share / share.mean())}
 
 
 def _square(row):
@@ -168,14 +117,11 @@ def _square(row):
   return row.reshape(edge, edge)
 
 
-def _figure(rows, kind):
-  """Draw rows of (model, picture, panels), a subfigure for each model."""
-  cells = [
-    [picture, *panels] if panels[0].over is not None else panels
-    for _, picture, panels in rows
-  ]
-  columns = min(_COLUMNS, max(map(len, cells)))
-  lines = max(math.ceil(len(row) / columns) for row in cells)
+def _figure(rows, title, scale_label):
+  """Draw rows of (model, picture or None, panels), a subfigure per model."""
+  cells = [len(panels) + (picture is not None) for _, picture, panels in rows]
+  columns = min(_COLUMNS, max(cells))
+  lines = math.ceil(max(cells) / columns)
   beside = min(len(rows), _COLUMNS // columns)
   below = math.ceil(len(rows) / beside)
   size = 1.5 if columns * beside > 4 else 2.0  # Inches per panel.
@@ -184,17 +130,18 @@ def _figure(rows, kind):
   letters = int((width - 1.0) / beside / 0.125)
   names = [textwrap.wrap(model.name, letters) for model, _, _ in rows]
   name_lines = max(map(len, names))
-  title = 0.3 + 0.15 * name_lines
-  height = below * ((size + 0.25) * lines + title) + 0.3
+  title_height = 0.3 + 0.15 * name_lines
+  height = below * ((size + 0.25) * lines + title_height) + 0.3
   figure = figure_lib.Figure(figsize=(width, height), layout="constrained")
-  figure.suptitle(kind.title, fontsize="medium")
+  figure.suptitle(title, fontsize="medium")
   left, right = figure.subfigures(1, 2, width_ratios=[width - 1.0, 1.0])
-  every = np.concatenate([p.values.ravel() for _, _, ps in rows for p in ps])
+  every = [x.ravel() for _, _, panels in rows for x in panels.values()]
   # Clip outliers, which would leave the rest dark.
-  scale = matplotlib.colors.Normalize(0, np.percentile(every, 99.5))
+  top = np.percentile(np.concatenate(every), 99.5)
+  scale = matplotlib.colors.Normalize(0, top)
   parts = left.subfigures(below, beside, squeeze=False).flat
-  for part, (model, _, _), name, row in zip(
-    parts, rows, names, cells, strict=False
+  for part, (model, picture, panels), name in zip(
+    parts, rows, names, strict=False
   ):
     norm = model.model.config.norm
     part.suptitle(
@@ -207,35 +154,31 @@ def _figure(rows, kind):
     for ax in axes:
       ax.set(xticks=[], yticks=[])
       ax.spines[:].set_visible(False)
-    for ax, cell in zip(axes, row, strict=False):
-      _draw_cell(ax, cell, scale)
+    if picture is not None:
+      ax = axes.pop(0)
+      ax.imshow(np.clip((picture + 1) / 2, 0, 1))
+      ax.set_title("image", fontsize="small")
+    for ax, (panel_title, values) in zip(axes, panels.items(), strict=False):
+      ax.set_title(panel_title, fontsize="small")
+      _draw_map(ax, values, picture, {"cmap": _COLORMAP, "norm": scale})
   bar = min(0.7, 3.0 / height)
   right.colorbar(
     matplotlib.cm.ScalarMappable(scale, _COLORMAP),
     cax=right.add_axes((0.1, (1 - bar) / 2, 0.2, bar)),
-    label=kind.scale,
+    label=scale_label,
     extend="max",
   )
   return figure
 
 
-def _draw_cell(ax, cell, scale):
-  if not isinstance(cell, _Panel):
-    ax.imshow(np.clip(cell, 0, 1))
-    ax.set_title("image", fontsize="small")
+def _draw_map(ax, values, picture, colors):
+  if picture is None:
+    ax.imshow(values, **colors)
     return
-  ax.set_title(cell.title, fontsize="small")
-  if cell.over is None:
-    ax.imshow(cell.values, cmap=_COLORMAP, norm=scale)
-    return
-  edge = len(cell.over)
-  grey = np.clip((cell.over.mean(axis=-1) + 1) / 2, 0, 1)
+  grey = np.clip((picture.mean(axis=-1) + 1) / 2, 0, 1)
   ax.imshow(grey, cmap="gray", vmin=0, vmax=1)
+  # The map's pixels are patches.
+  extent = ax.images[0].get_extent()
   ax.imshow(
-    cell.values,
-    cmap=_COLORMAP,
-    norm=scale,
-    alpha=0.6,
-    extent=(-0.5, edge - 0.5, edge - 0.5, -0.5),
-    interpolation="bilinear",
+    values, **colors, alpha=0.6, extent=extent, interpolation="bilinear"
   )

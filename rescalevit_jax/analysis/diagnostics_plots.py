@@ -25,56 +25,45 @@ _ORDERS = 5  # Maximum orders of magnitude of a logarithmic colour scale.
 
 @dataclasses.dataclass(frozen=True)
 class Quantity:
-  """A quantity with a value for each part of the model.
+  """A quantity with a value for each part of the model."""
 
-  Attributes:
-    name: its name in metrics.jsonl, after the name of the part.
-    title: title of the panel.
-    unit: label of the axis or of the colour scale.
-    scale: 'log', 'linear', 'signed' (symmetric about 0) or 'share' (0 to 1).
-  """
-
-  name: str
+  name: str  # In metrics.jsonl, after the name of the part.
   title: str
   unit: str
-  scale: str
+  scale: str  # 'log', 'linear', 'signed' (about 0) or 'share' (0 to 1).
 
 
-STREAM_CLS = Quantity(
-  "stream_rms_cls", "Residual stream, class token", "RMS", "log"
-)
-STREAM = Quantity(
-  "stream_rms_patches", "Residual stream, patches", "RMS", "log"
-)
-GRADIENT = Quantity("grad_norm", "Gradient, before clipping", "norm", "log")
-GRADIENT_QK = Quantity(
-  "grad_norm_qk", "Gradient of queries and keys", "norm", "log"
-)
-ENTROPY = Quantity("attention_entropy", "Attention entropy", "nats", "linear")
-SATURATION = (
-  Quantity(
-    "saturation_attention",
-    "Saturated outputs, attention's norm",
-    "share",
-    "share",
-  ),
-  Quantity(
-    "saturation_mlp", "Saturated outputs, the MLP's norm", "share", "share"
-  ),
-)
-_BY_TIME = (
-  STREAM_CLS,
-  STREAM,
-  Quantity("stream_mean_cls", "Residual stream, class token", "mean", "signed"),
-  Quantity("stream_mean_patches", "Residual stream, patches", "mean", "signed"),
-  GRADIENT,
-  GRADIENT_QK,
-  Quantity(
-    "update_ratio", "Relative update per step", "|update| / |weights|", "log"
-  ),
-  ENTROPY,
-  *SATURATION,
-)
+QUANTITIES = {
+  quantity.name: quantity
+  for quantity in (
+    Quantity("stream_rms_cls", "Residual stream, class token", "RMS", "log"),
+    Quantity("stream_rms_patches", "Residual stream, patches", "RMS", "log"),
+    Quantity(
+      "stream_mean_cls", "Residual stream, class token", "mean", "signed"
+    ),
+    Quantity(
+      "stream_mean_patches", "Residual stream, patches", "mean", "signed"
+    ),
+    Quantity("grad_norm", "Gradient, before clipping", "norm", "log"),
+    Quantity(
+      "jacobian", "Jacobian, this block to the last", "|J|² / size", "log"
+    ),
+    Quantity("grad_norm_qk", "Gradient of queries and keys", "norm", "log"),
+    Quantity(
+      "update_ratio", "Relative update per step", "|update| / |weights|", "log"
+    ),
+    Quantity("attention_entropy", "Attention entropy", "nats", "linear"),
+    Quantity(
+      "saturation_attention",
+      "Saturated outputs, attention's norm",
+      "share",
+      "share",
+    ),
+    Quantity(
+      "saturation_mlp", "Saturated outputs, the MLP's norm", "share", "share"
+    ),
+  )
+}
 # Kinds and places of learned scalars; see `measurements.scalars`.
 _SCALARS = {
   "alpha": "Alpha",
@@ -98,33 +87,27 @@ def is_diagnosed(run: run_reader.Run) -> bool:
 
 
 def _lines(run):
-  return [x for x in run.metrics if any(map(_is_diagnostic, x))]
-
-
-def _is_diagnostic(name):
-  return name.startswith(diagnostics.PREFIX)
+  """Return the lines of metrics with diagnostics."""
+  prefix = diagnostics.PREFIX
+  return [x for x in run.metrics if any(name.startswith(prefix) for name in x)]
 
 
 def draw(run: run_reader.Run, name: str) -> figure_lib.Figure:
   """Draw a run: quantities of parts over depth and time, others over time.
 
   Values that are not finite, or 0 on a logarithmic scale, are grey.
-
-  Args:
-    run: a run with diagnostics.
-    name: name of the run, for the title.
   """
   lines = _lines(run)
   steps = np.array([line["step"] for line in lines])
   names = parts(set().union(*lines))
   rows = {}
-  for quantity in _BY_TIME:
+  for quantity in QUANTITIES.values():
     found = np.array(
       [[_of_part(line, part, quantity) for line in lines] for part in names]
     )
     there = ~np.isnan(found).all(axis=1)
     if there.any():
-      labels = [_label(p) for p, t in zip(names, there, strict=True) if t]
+      labels = [_number(names[i]) for i in np.flatnonzero(there)]
       rows[quantity] = labels, found[there]
   scalars = _scalars(lines)
   figure, axes = grid(len(rows) + len(scalars) + 3)
@@ -147,13 +130,12 @@ def draw(run: run_reader.Run, name: str) -> figure_lib.Figure:
 
 def _scalars(lines):
   """Return the learned scalars of the blocks, attention's first."""
-  known = {quantity.name for quantity in _BY_TIME}
   names = {
     x.rpartition("/")[2] for line in lines for x in line if "block_" in x
   }
   split = [
     re.fullmatch("(bn_scale|[^_]+)_(.*)", name).groups()
-    for name in sorted(names - known)
+    for name in sorted(names - QUANTITIES.keys())
   ]
   return [
     Quantity(
@@ -173,12 +155,11 @@ def parts(names: Iterable[str]) -> list[str]:
 
 
 def _of_part(line, part, quantity):
-  name = f"{diagnostics.PREFIX}{part}/{quantity.name}"
-  value = line.get(name)
+  value = line.get(f"{diagnostics.PREFIX}{part}/{quantity.name}")
   return value if isinstance(value, int | float) else np.nan
 
 
-def _label(part):
+def _number(part):
   return part.removeprefix("block_").lstrip("0") or "0" if "_" in part else part
 
 
@@ -212,9 +193,7 @@ def _draw_map(figure, ax, quantity, steps, labels, values):
     norm=norm,
     rasterized=True,
   )
-  ax.set_title(quantity.title, fontsize="small")
-  ax.set_xlabel("step", fontsize="small")
-  ax.set_ylabel("block", fontsize="small")
+  label(ax, quantity.title, "step", "block")
   every = math.ceil(len(labels) / 8)
   words = {i for i, label in enumerate(labels) if not label.isdecimal()}
   numbers = [i for i, label in enumerate(labels) if label.isdecimal()]
@@ -265,14 +244,14 @@ def _norm(scale, values):
 def _draw_over_time(axes, run):
   """Draw the quantities of the whole model, in three panels."""
   style = {"color": "#0072B2", "marker": "o", "markersize": 3}
-  other = {"color": "#D55E00", "marker": "s", "markersize": 3}
+  other = {"color": "#D55E00", "marker": "s", "markersize": 3, "ls": "none"}
 
   def curve(name):
-    return run.curve(diagnostics.PREFIX + name)
+    return map(np.array, run.curve(diagnostics.PREFIX + name))
 
   ax = next(axes)
   steps, shares = curve("clipped_share")
-  ax.plot(steps, [100 * share for share in shares], **style)
+  ax.plot(steps, 100 * shares, **style)
   ax.set(ylim=(-4, 104))
   _label_axes(ax, "Clipped steps since the last point", "%")
   ax = next(axes)
@@ -281,18 +260,14 @@ def _draw_over_time(axes, run):
   ax.legend(frameon=False, fontsize="x-small")
   _label_axes(ax, "Learning rate", "learning rate")
   ax = next(axes)
-  steps, values = map(np.array, curve("sharpness"))
-  for sign, line, label in ((1, style, "> 0"), (-1, other, "< 0")):
-    of_sign = sign * values > 0
-    if of_sign.any():
-      ax.plot(
-        steps[of_sign],
-        np.abs(values[of_sign]),
-        **line,
-        linestyle="-" if sign > 0 else "none",
-        label=label,
-      )
-  if values.size and (values < 0).any():
+  steps, values = curve("sharpness")
+  for chosen, line, text in (
+    (values > 0, style, "> 0"),
+    (values < 0, other, "< 0"),
+  ):
+    if chosen.any():
+      ax.plot(steps[chosen], np.abs(values[chosen]), **line, label=text)
+  if (values < 0).any():
     ax.legend(frameon=False, fontsize="x-small")
   if values.any() and np.abs(values).max() > 10 * np.abs(values).min():
     ax.set_yscale("log")
@@ -300,11 +275,16 @@ def _draw_over_time(axes, run):
 
 
 def _label_axes(ax, title, unit):
-  ax.set_title(title, fontsize="small")
-  ax.set_xlabel("step", fontsize="small")
-  ax.set_ylabel(unit, fontsize="small")
+  label(ax, title, "step", unit)
   ax.set_xlim(left=0)
   tidy(ax)
+
+
+def label(ax: axes_lib.Axes, title: str, xlabel: str, ylabel: str) -> None:
+  """Set the texts of a panel."""
+  ax.set_title(title, fontsize="small")
+  ax.set_xlabel(xlabel, fontsize="small")
+  ax.set_ylabel(ylabel, fontsize="small")
 
 
 def tidy(ax: axes_lib.Axes) -> None:

@@ -14,11 +14,8 @@ expands to all METHODS of its file, or to every norm.
 Writes norm_curves.csv, norm_curves.png and norm_curves.svg.
 """
 
-import argparse
 from collections.abc import Mapping, Sequence
-import csv
 import dataclasses
-import io
 import logging
 import pathlib
 import sys
@@ -39,7 +36,6 @@ from rescalevit_jax.analysis import subjects
 from rescalevit_jax.augment import preprocess
 from rescalevit_jax.config import overrides
 from rescalevit_jax.models.norms import base
-from rescalevit_jax.runtime import atomic_file
 from rescalevit_jax.runtime import cli
 from rescalevit_jax.runtime import terminal
 from rescalevit_jax.training import experiment as experiment_lib
@@ -61,16 +57,12 @@ Pairs = dict[
 def main(argv: Sequence[str] | None = None) -> int:
   """Draw the curves; return the exit code."""
   terminal.log_to_stderr()
-  return cli.run(lambda: _run(sys.argv[1:] if argv is None else argv))
+  return cli.run(lambda: _run(argv))
 
 
 def _run(argv):
   rest, settings = overrides.split_argv(cli.arguments(argv))
-  parser = argparse.ArgumentParser(
-    description=__doc__,
-    formatter_class=argparse.RawDescriptionHelpFormatter,
-    allow_abbrev=False,
-  )
+  parser = cli.parser(__doc__, allow_abbrev=False)
   parser.add_argument(
     "--workdir", action="append", default=[], help="a run; repeatable"
   )
@@ -114,13 +106,7 @@ def _run(argv):
     found[f"{label} (fresh)" if label in found else label] = measure(
       experiment.model, variables, images, config.image_size
     )
-  args.output.mkdir(parents=True, exist_ok=True)
-  figure = draw(found)
-  atomic_file.write(args.output / "norm_curves.csv", _csv(found))
-  for kind in ("png", "svg"):
-    plots.save(figure, args.output / f"norm_curves.{kind}")
-  for kind in ("csv", "png", "svg"):
-    print(args.output / f"norm_curves.{kind}")
+  plots.save_with_table(draw(found), _table(found), args.output / "norm_curves")
 
 
 def _first(split):
@@ -135,15 +121,8 @@ def measure(
 ) -> dict[str, Pairs]:
   """Return random inputs of each norm with their outputs, in evaluation mode.
 
-  Args:
-    model: a `VisionTransformer`.
-    variables: its collections `params` and `batch_stats`.
-    images: of the dataset.
-    image_size: edge of the model's input.
-
-  Returns:
-    The pairs of each site, from the first block to the final norm. Scale and
-    bias of the norm are taken off the outputs.
+  The pairs are by site, from the first block to the final norm. Scale and bias
+  of the norm are taken off the outputs.
   """
   model = model.clone(config=dataclasses.replace(model.config, remat=False))
   sites: list[tuple[str, ...]] = []
@@ -207,11 +186,7 @@ def _sample(random, x, y):
 
 
 def draw(models: Mapping[str, Mapping[str, Pairs]]) -> figure_lib.Figure:
-  """Draw models below each other, at sites of increasing depth.
-
-  Args:
-    models: results of `measure` by label.
-  """
+  """Draw results of `measure` below each other, by increasing depth."""
   columns = min(_COLUMNS, max(map(len, models.values())))
   figure = figure_lib.Figure(
     figsize=(2.6 * columns + 0.6, 2.3 * len(models) + 0.6),
@@ -233,29 +208,17 @@ def draw(models: Mapping[str, Mapping[str, Pairs]]) -> figure_lib.Figure:
   figure.suptitle(
     "Norms: output before scale and bias, over input", fontsize="medium"
   )
-  figure.legend(
-    *grid[0, 0].get_legend_handles_labels(),
-    loc="outside lower center",
-    ncols=len(_TOKENS),
-    markerscale=4,
-    frameon=False,
-    fontsize="small",
-  )
+  plots.legend_below(grid[0, 0], len(_TOKENS), markerscale=4, fontsize="small")
   return figure
 
 
-def _csv(models):
-  text = io.StringIO()
-  table = csv.writer(text, lineterminator="\n")
-  table.writerow(["model", "site", "token", "input", "output"])
+def _table(models):
+  yield "model", "site", "token", "input", "output"
   for label, sites in models.items():
     for site, tokens in sites.items():
-      for token, (x, y) in tokens.items():
-        table.writerows(
-          [label, site, token, f"{a:.6g}", f"{b:.6g}"]
-          for a, b in zip(x, y, strict=True)
-        )
-  return text.getvalue()
+      for token, pairs in tokens.items():
+        for x, y in zip(*pairs, strict=True):
+          yield label, site, token, f"{x:.6g}", f"{y:.6g}"
 
 
 if __name__ == "__main__":

@@ -14,10 +14,7 @@ sparsity of the attention, averaged over the test split, and writes them to
 attention.csv.
 """
 
-import argparse
-from collections.abc import Iterable, Sequence
-import csv
-import io
+from collections.abc import Sequence
 import logging
 import pathlib
 import sys
@@ -27,10 +24,9 @@ from rescalevit_jax.analysis import attention_maps
 from rescalevit_jax.analysis import attention_plots
 from rescalevit_jax.analysis import plots
 from rescalevit_jax.analysis import subjects as subjects_lib
-from rescalevit_jax.analysis import trained_model
-from rescalevit_jax.data import image_files
 from rescalevit_jax.runtime import atomic_file
 from rescalevit_jax.runtime import cli
+from rescalevit_jax.runtime import csv_text
 from rescalevit_jax.runtime import terminal
 
 _log = logging.getLogger("rescalevit_jax.analysis.plot_attention")
@@ -44,9 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser():
-  parser = argparse.ArgumentParser(
-    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-  )
+  parser = cli.parser(__doc__)
   add = parser.add_argument
   add(
     "--workdir", action="append", default=[], help="folder of a run; repeatable"
@@ -104,20 +98,18 @@ def _run(args):
   subjects = subjects_lib.load(
     args.workdir, args.npz, args.checkpoint, args.dataset, args.tfds_data_dir
   )
-  image = args.image or _test_image(subjects[0], args.index)
   output = args.output
   if output is None:
     path = pathlib.Path(subjects[0].path)
     output = (path if path.is_dir() else path.parent) / "attention"
-  models = [subject.model for subject in subjects]
-  draw(models, image, output, args.kind or attention_plots.KINDS, args.block)
+  _draw(args, subjects, output)
   if args.no_statistics:
     return
   measured = [subject for subject in subjects if subject.test_split is not None]
   if len(measured) < len(subjects):
     _log.warning("no statistics of files without --dataset")
   if measured:
-    measure(measured, args.batch, output / "attention.csv")
+    _measure(measured, args.batch, output / "attention.csv")
 
 
 def _test_image(subject, index):
@@ -132,47 +124,23 @@ def _test_image(subject, index):
   return split.images[index]
 
 
-def draw(
-  models: Sequence[trained_model.TrainedModel],
-  image: image_files.Source,
-  output: pathlib.Path,
-  kinds: Iterable[str] = attention_plots.KINDS,
-  block: int = 0,
-) -> None:
-  """Draw pictures and write them to a folder, as PNG and SVG.
-
-  Args:
-    models: the models to draw.
-    image: a path, a Pillow image, or a uint8 array [H, W, 3].
-    output: the folder; created if missing.
-    kinds: kinds of pictures, keys of `attention_plots.KINDS`.
-    block: index of the block, for the kind 'heads'.
-
-  Raises:
-    UserError: a model has no such block, or the image cannot be read.
-  """
-  for kind in kinds:
-    figure = attention_plots.draw(kind, models, image, block)
+def _draw(args, subjects, output):
+  """Write the pictures to a folder, as PNG and SVG."""
+  image = args.image or _test_image(subjects[0], args.index)
+  models = [subject.model for subject in subjects]
+  for kind in args.kind or attention_plots.KINDS:
+    figure = attention_plots.draw(kind, models, image, args.block)
     for suffix in (".png", ".svg"):
       plots.save(figure, output / f"{kind}{suffix}")
     _log.info("%s", output / f"{kind}.png")
 
 
-def measure(
-  subjects: Sequence[subjects_lib.Subject], batch: int, path: pathlib.Path
-) -> None:
-  """Print the attention statistics of models and write them as CSV.
-
-  Args:
-    subjects: models with a test split.
-    batch: images per step.
-    path: the CSV file to write.
-  """
+def _measure(subjects, batch, path):
+  """Print the statistics of models with a test split; write them as CSV."""
   rows = []
   for subject in subjects:
-    model, split = subject.model, subject.test_split
-    assert split is not None and subject.source is not None
-    found = attention_maps.statistics(model, split.images, batch)
+    model = subject.model
+    found = attention_maps.statistics(model, subject.test_split.images, batch)
     for block in range(len(found.entropy)):
       rows.append(
         {
@@ -189,11 +157,8 @@ def measure(
           "hoyer_sparsity": found.sparsity[block],
         }
       )
-  text = io.StringIO()
-  table = csv.DictWriter(text, rows[0], lineterminator="\n")
-  table.writeheader()
-  table.writerows(rows)
-  atomic_file.write(path, text.getvalue())
+  table = [rows[0].keys(), *map(dict.values, rows)]
+  atomic_file.write(path, csv_text.table(table))
   width = max(len(subject.model.name) for subject in subjects)
   print(f"{'':{width}}  norm     block  entropy  diagonal  sparsity")
   for row in rows:

@@ -3,11 +3,11 @@
 python -m rescalevit_jax.analysis.plot_block --output=docs/images/block.svg
 """
 
-import argparse
 from collections.abc import Sequence
 import pathlib
 import sys
 import textwrap
+from typing import Any
 
 from matplotlib import figure as figure_lib
 from matplotlib import patches
@@ -23,9 +23,7 @@ _STREAM, _BRANCH = 0.0, 1.5  # Heights of the two rows of boxes.
 
 def main(argv: Sequence[str] | None = None) -> int:
   """Draw the block; return the exit code."""
-  parser = argparse.ArgumentParser(
-    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-  )
+  parser = cli.parser(__doc__)
   parser.add_argument(
     "--output",
     action="append",
@@ -48,29 +46,17 @@ def draw() -> figure_lib.Figure:
   axes = figure.subplots()
   axes.set(xlim=(-1.1, 13.9), ylim=(-2.1, 2.35), aspect="equal")
   axes.set_axis_off()
+  frame: dict[str, Any] = {"fill": False, "edgecolor": "0.6", "linestyle": "--"}
   axes.add_patch(
-    patches.FancyBboxPatch(
-      (1.15, -0.65),
-      9.3,
-      2.75,
-      boxstyle="round,pad=0.1",
-      fill=False,
-      edgecolor="0.6",
-      linestyle="--",
-    )
+    patches.FancyBboxPatch((1.15, -0.65), 9.3, 2.75, "round,pad=0.1", **frame)
   )
   axes.text(10.4, 1.95, "L blocks", ha="right", va="top", color="0.4")
 
   def box(x, y, text, color, width=1.5):
+    corner = (x - width / 2, y - 0.35)
+    look: dict[str, Any] = {"facecolor": color, "edgecolor": "0.3"}
     axes.add_patch(
-      patches.FancyBboxPatch(
-        (x - width / 2, y - 0.35),
-        width,
-        0.7,
-        boxstyle="round,pad=0.05",
-        facecolor=color,
-        edgecolor="0.3",
-      )
+      patches.FancyBboxPatch(corner, width, 0.7, "round,pad=0.05", **look)
     )
     axes.text(x, y, text, ha="center", va="center", fontsize=9)
 

@@ -4,7 +4,6 @@ python -m rescalevit_jax.analysis.plot_curves --workdir=runs/a \
     --workdir=runs/b --output=a.png
 """
 
-import argparse
 from collections.abc import Sequence
 import pathlib
 import sys
@@ -19,45 +18,19 @@ _OUTPUTS = (pathlib.Path("curves.png"), pathlib.Path("curves.svg"))
 
 def main(argv: Sequence[str] | None = None) -> int:
   """Draw curves; return the exit code."""
-  parser = argparse.ArgumentParser(
-    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-  )
-  parser.add_argument(
-    "--workdir",
-    action="append",
-    required=True,
-    help="folder of a run, or of several runs; repeatable",
-  )
-  parser.add_argument(
-    "--output",
-    action="append",
-    type=pathlib.Path,
-    help="the picture, .png or .svg; repeatable (default: curves.png and"
-    " curves.svg)",
-  )
+  parser = cli.parser(__doc__)
+  plots.add_flags(parser, "default: curves.png and curves.svg")
   args = parser.parse_args(cli.arguments(argv))
-  return cli.run(lambda: plot(args.workdir, args.output or _OUTPUTS))
+  return cli.run(lambda: _run(args.workdir, args.output or _OUTPUTS))
 
 
-def plot(
-  workdirs: Sequence[str | pathlib.Path],
-  outputs: Sequence[pathlib.Path],
-) -> None:
-  """Draw the curves of all runs in some folders and write the pictures.
-
-  Args:
-    workdirs: folders of a run, or of several.
-    outputs: paths of the pictures, .png or .svg.
-
-  Raises:
-    UserError: a file cannot be read or written, or there is no run.
-  """
+def _run(workdirs, outputs):
   for path in outputs:
     plots.check_suffix(path)
   runs = run_reader.find_each(workdirs)
   if not runs:
     raise errors.UserError(
-      f"{', '.join(map(str, workdirs))}: no readable run; give folders of runs"
+      f"{', '.join(workdirs)}: no readable run; give folders of runs"
     )
   figure = plots.curves(runs)
   for path in outputs:

@@ -9,9 +9,7 @@ A run records diagnostics with --config.diagnostics_every=100, or another
 number of steps.
 """
 
-import argparse
 from collections.abc import Sequence
-import pathlib
 import sys
 
 from rescalevit_jax import errors
@@ -25,42 +23,18 @@ _NAMES = ("diagnostics.png", "diagnostics.svg")
 
 def main(argv: Sequence[str] | None = None) -> int:
   """Draw diagnostics; return the exit code."""
-  parser = argparse.ArgumentParser(
-    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-  )
-  parser.add_argument(
-    "--workdir",
-    action="append",
-    required=True,
-    help="folder of a run, or of several runs; repeatable",
-  )
-  parser.add_argument(
-    "--output",
-    action="append",
-    type=pathlib.Path,
-    help="the picture of a single run, .png or .svg; repeatable (default:"
-    " diagnostics.png and diagnostics.svg in each run's folder)",
+  parser = cli.parser(__doc__)
+  plots.add_flags(
+    parser,
+    "of a single run; default: diagnostics.png and diagnostics.svg in each"
+    " run's folder",
   )
   args = parser.parse_args(cli.arguments(argv))
-  return cli.run(lambda: plot(args.workdir, args.output))
+  return cli.run(lambda: _run(args.workdir, args.output))
 
 
-def plot(
-  workdirs: Sequence[str | pathlib.Path],
-  outputs: Sequence[pathlib.Path] | None = None,
-) -> None:
-  """Draw the diagnostics of all runs in some folders and write the pictures.
-
-  Args:
-    workdirs: folders of a run, or of several.
-    outputs: paths of the pictures of a single run, .png or .svg; None for
-      diagnostics.png and diagnostics.svg in each run's folder.
-
-  Raises:
-    UserError: a file cannot be read or written, no run has diagnostics, or
-      `outputs` is given for several runs.
-  """
-  for path in outputs or ():
+def _run(workdirs, outputs):
+  for path in outputs:
     plots.check_suffix(path)
   runs = run_reader.find_each(workdirs)
   diagnosed = [run for run in runs if diagnostics_plots.is_diagnosed(run)]

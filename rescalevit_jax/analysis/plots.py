@@ -4,15 +4,16 @@ Figures are created without pyplot, which needs global state and perhaps a
 window.
 """
 
+import argparse
 import collections
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 import io
-import os
 import pathlib
 from typing import Any
 
 from jaxtyping import UInt8
 import matplotlib
+from matplotlib import axes as axes_lib
 from matplotlib import figure as figure_lib
 from matplotlib.backends import backend_agg
 import numpy as np
@@ -23,6 +24,7 @@ from rescalevit_jax.analysis import reference_results
 from rescalevit_jax.models import norms
 from rescalevit_jax.runs import run_reader
 from rescalevit_jax.runtime import atomic_file
+from rescalevit_jax.runtime import csv_text
 
 # Markers distinguish the norms in greyscale.
 _MARKERS = "osD^vP*X<>h"
@@ -45,67 +47,101 @@ def norm_color(norm: str) -> str:
   return norms.NORMS[norm].COLOR
 
 
-def style(norm: str, used: int) -> dict[str, Any]:
-  """Return the style of a norm's line: colour, marker, line.
-
-  Args:
-    norm: name of the norm.
-    used: number of lines of the norm already in the picture.
-  """
-  return {
-    "color": norm_color(norm),
-    "marker": _MARKERS[list(norms.NORMS).index(norm) % len(_MARKERS)],
-    "markersize": 4,
-    "linestyle": _LINES[used % len(_LINES)],
-    "linewidth": 1.5,
-  }
+def styles(names: Iterable[str]) -> list[dict[str, Any]]:
+  """Return a distinct line style for each norm: colour, marker, line."""
+  used: collections.Counter[str] = collections.Counter()
+  found = []
+  for norm in names:
+    found.append(
+      {
+        "color": norm_color(norm),
+        "marker": _MARKERS[list(norms.NORMS).index(norm) % len(_MARKERS)],
+        "markersize": 4,
+        "linestyle": _LINES[used[norm] % len(_LINES)],
+        "linewidth": 1.5,
+      }
+    )
+    used[norm] += 1
+  return found
 
 
 def plain(text: str) -> str:
-  """Return a text that matplotlib displays literally.
-
-  Escapes formulas, and undecodable bytes of file names.
-  """
+  """Escape formulas, and undecodable bytes of file names, for matplotlib."""
   text = text.encode("utf-8", "backslashreplace").decode("utf-8")
   return text.replace("$", r"\$")
 
 
-def check_suffix(path: str | os.PathLike[str]) -> None:
+def add_flags(parser: argparse.ArgumentParser, default: str) -> None:
+  """Add --workdir and --output, both repeatable."""
+  parser.add_argument(
+    "--workdir",
+    action="append",
+    required=True,
+    help="folder of a run, or of several runs; repeatable",
+  )
+  parser.add_argument(
+    "--output",
+    action="append",
+    default=[],
+    type=pathlib.Path,
+    help=f"the picture, .png or .svg; repeatable ({default})",
+  )
+
+
+def check_suffix(path: pathlib.Path) -> None:
   """Raise UserError unless the suffix is a supported picture format."""
-  if pathlib.Path(path).suffix.lower() not in _FORMATS:
+  if path.suffix.lower() not in _FORMATS:
     raise errors.UserError(
       f"{path}: is no supported picture format; use {' or '.join(_FORMATS)}"
     )
 
 
-def save(figure: figure_lib.Figure, path: pathlib.Path) -> None:
-  """Write a figure as PNG or SVG, depending on the path's suffix.
-
-  Equal figures yield equal bytes.
-
-  Raises:
-    UserError: the suffix is unknown, or the file cannot be written.
-  """
-  path = pathlib.Path(path)
-  check_suffix(path)
-  kind = path.suffix.lower().removeprefix(".")
+def render(figure: figure_lib.Figure, kind: str, dpi: int = 150) -> bytes:
+  """Return a figure as 'png' or 'svg'. Equal figures yield equal bytes."""
   metadata = {"Date": None} if kind == "svg" else {}
   picture = io.BytesIO()
   with matplotlib.rc_context({"svg.hashsalt": "rescalevit"}):
-    figure.savefig(picture, format=kind, dpi=150, metadata=metadata)
+    figure.savefig(picture, format=kind, dpi=dpi, metadata=metadata)
+  return picture.getvalue()
+
+
+def save(figure: figure_lib.Figure, path: pathlib.Path) -> None:
+  """Write a figure as PNG or SVG, depending on the path's suffix."""
+  check_suffix(path)
+  picture = render(figure, path.suffix.lower().removeprefix("."))
   try:
     path.parent.mkdir(parents=True, exist_ok=True)
-    atomic_file.write(path, picture.getvalue())
+    atomic_file.write(path, picture)
   except OSError as e:
     raise errors.UserError(f"{path}: cannot be written ({e.strerror})") from e
 
 
+def save_with_table(
+  figure: figure_lib.Figure, rows: Iterable[Iterable[Any]], stem: pathlib.Path
+) -> None:
+  """Write STEM.csv, STEM.png and STEM.svg; print their paths."""
+  for suffix in _FORMATS:
+    save(figure, stem.with_suffix(suffix))
+  atomic_file.write(stem.with_suffix(".csv"), csv_text.table(rows))
+  for suffix in (".csv", *_FORMATS):
+    print(stem.with_suffix(suffix))
+
+
 def svg(figure: figure_lib.Figure) -> str:
   """Return a figure as an <svg> element, for embedding in HTML."""
-  text = io.StringIO()
-  with matplotlib.rc_context({"svg.hashsalt": "rescalevit"}):
-    figure.savefig(text, format="svg", metadata={"Date": None})
-  return text.getvalue()[text.getvalue().index("<svg") :]
+  text = render(figure, "svg").decode("utf-8")
+  return text[text.index("<svg") :]
+
+
+def legend_below(axes: axes_lib.Axes, columns: int, **options: Any) -> None:
+  """Put the legend of axes below their figure."""
+  axes.figure.legend(
+    *axes.get_legend_handles_labels(),
+    loc="outside lower center",
+    ncols=columns,
+    frameon=False,
+    **options,
+  )
 
 
 def pixels(figure: figure_lib.Figure) -> UInt8[np.ndarray, "H W 3"]:
@@ -120,47 +156,43 @@ def curves(runs: Sequence[run_reader.Run]) -> figure_lib.Figure:
 
   Runs that differ only in the seed share colour, line and legend entry. The
   training loss is faint; the published curve of the same recipe is dotted.
-
-  Args:
-    runs: at least one run.
   """
   figure = figure_lib.Figure(figsize=(11, 4.2), layout="constrained")
   accuracy, loss = figure.subplots(1, 2)
-  used: collections.Counter[str] = collections.Counter()
-  for label, members in _labelled(run_reader.group(runs)):
-    norm = members[0].config.model.norm
-    line_style = style(norm, used[norm])
-    used[norm] += 1
+  groups = _labelled(run_reader.group(runs))
+  line_styles = styles(_norm(group[0]) for _, group in groups)
+  for (label, members), style in zip(groups, line_styles, strict=True):
+    faint = {**style, "marker": "", "linewidth": 0.8, "alpha": 0.35}
+    dotted = {"color": style["color"], "linestyle": ":", "alpha": 0.5}
     count = f", {len(members)} runs" if len(members) > 1 else ""
     for i, run in enumerate(members):
-      _draw_run(accuracy, loss, run, line_style, None if i else label + count)
-    key = reference_results.match(members[0].config)
-    if key and (published := reference_results.curves().get(key)):
-      _draw_published(accuracy, loss, published, line_style, label)
+      steps, values = run.curve("test/accuracy")
+      style["markevery"] = max(1, len(steps) // 10)
+      style["label"] = None if i else label + count
+      accuracy.plot(steps, [100 * x for x in values], **style)
+      loss.plot(*run.curve("test/loss"), **style)
+      loss.plot(*run.curve("train/loss"), **faint)
+    if published := reference_results.curve(members[0].config):
+      values = [100 * x for x in published.accuracy]
+      dotted_label = f"{label}, published"
+      accuracy.plot(published.steps, values, **dotted, label=dotted_label)
+      loss.plot(published.steps, published.loss, **dotted)
   accuracy.set(xlabel="step", ylabel="test accuracy, %")
   loss.set(xlabel="step", ylabel="test loss, training loss (faint)")
   for axes in (accuracy, loss):
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
   figure.suptitle(plain(_title(runs)), fontsize="medium")
-  figure.legend(
-    *accuracy.get_legend_handles_labels(),
-    loc="outside lower center",
-    ncols=4,
-    frameon=False,
-  )
+  legend_below(accuracy, 4)
   return figure
 
 
 def loss_and_accuracy(
   panels: Mapping[str, Sequence[run_reader.Run]],
 ) -> figure_lib.Figure:
-  """Draw test loss and accuracy over steps, a panel for each recipe.
+  """Draw test loss and accuracy over steps, a panel for each title.
 
   All panels have the same axes. Published curves are dotted.
-
-  Args:
-    panels: runs of a recipe, by title.
   """
   columns, count = min(3, len(panels)), len(panels)
   rows = -(-count // columns)
@@ -182,8 +214,7 @@ def loss_and_accuracy(
     if i + columns >= count:
       axes[i].set_xlabel("step")
       axes[i].tick_params(labelbottom=True)
-    key = reference_results.match(config)
-    published = reference_results.curves().get(key) if key else None
+    published = reference_results.curve(config)
     for ax, name, color, unit, at_edge in (
       (axes[i], "loss", "tab:green", 1, i % columns == 0),
       (twins[i], "accuracy", "tab:blue", 100, at_right),
@@ -205,36 +236,15 @@ def loss_and_accuracy(
   return figure
 
 
-def _draw_run(accuracy, loss, run, line_style, label):
-  steps, values = run.curve("test/accuracy")
-  every = max(1, len(steps) // 10)
-  accuracy.plot(
-    steps, [100 * v for v in values], **line_style, markevery=every, label=label
-  )
-  loss.plot(*run.curve("test/loss"), **line_style, markevery=every)
-  line_style = {**line_style, "marker": "", "linewidth": 0.8}
-  loss.plot(*run.curve("train/loss"), **line_style, alpha=0.35)
-
-
-def _draw_published(accuracy, loss, curve, line_style, label):
-  line_style = {"color": line_style["color"], "linestyle": ":", "alpha": 0.5}
-  accuracy.plot(
-    curve.steps,
-    [100 * a for a in curve.accuracy],
-    **line_style,
-    label=f"{label}, published",
-  )
-  loss.plot(curve.steps, curve.loss, **line_style)
-
-
 def _labelled(groups) -> list[tuple[str, tuple[run_reader.Run, ...]]]:
   """Return each group with a label of its distinctive keys, in norm order."""
   varied = run_reader.varied_keys([group[0].config for group in groups])
   varied = [key for key in varied if key != "model.norm"]
   paths = {group[0].config.pretrained_path for group in groups} - {None}
   short = len({pathlib.Path(path).name for path in paths}) == len(paths)
+  order = list(norms.NORMS)
   labelled = []
-  for group in groups:
+  for group in sorted(groups, key=lambda x: order.index(_norm(x[0]))):
     values = config_lib.flatten(group[0].config)
     parts = [values["model.norm"]]
     for key in varied:
@@ -247,17 +257,18 @@ def _labelled(groups) -> list[tuple[str, tuple[run_reader.Run, ...]]]:
       else:
         parts.append(f"{key.rpartition('.')[2]}={value}")
     labelled.append((plain(", ".join(parts)), group))
-  order = list(norms.NORMS)
-  return sorted(
-    labelled, key=lambda item: order.index(item[1][0].config.model.norm)
-  )
+  return labelled
+
+
+def _norm(run):
+  return run.config.model.norm
 
 
 def _title(runs):
   """Return the model and the dataset, if all runs share them."""
   parts = []
   for key in ("model_name", "dataset"):
-    values = {config_lib.flatten(run.config)[key] for run in runs}
+    values = {run.config[key] for run in runs}
     if len(values) == 1:
       parts += values
   return " on ".join(parts)

@@ -21,11 +21,8 @@ Prints a table; writes probe.csv, a row for each part of each model, probe.png
 and probe.svg.
 """
 
-import argparse
-from collections.abc import Mapping, Sequence
-import csv
+from collections.abc import Sequence
 import dataclasses
-import io
 import itertools
 import logging
 import math
@@ -43,7 +40,6 @@ from rescalevit_jax.analysis import probe_plots
 from rescalevit_jax.config import overrides
 from rescalevit_jax.models import norms
 from rescalevit_jax.models.norms import traits
-from rescalevit_jax.runtime import atomic_file
 from rescalevit_jax.runtime import cli
 from rescalevit_jax.runtime import markdown
 from rescalevit_jax.runtime import terminal
@@ -61,15 +57,11 @@ _MEANS = ("mean", "init_mean")
 def main(argv: Sequence[str] | None = None) -> int:
   """Measure models; return the exit code."""
   terminal.log_to_stderr()
-  return cli.run(lambda: _run(sys.argv[1:] if argv is None else argv))
+  return cli.run(lambda: _run(argv))
 
 
-def _parser():
-  parser = argparse.ArgumentParser(
-    description=__doc__,
-    formatter_class=argparse.RawDescriptionHelpFormatter,
-    allow_abbrev=False,
-  )
+def _run(argv):
+  parser = cli.parser(__doc__, allow_abbrev=False)
   parser.add_argument(
     "--config",
     action="append",
@@ -95,15 +87,24 @@ def _parser():
     default=pathlib.Path("probe"),
     help="output folder (default: probe)",
   )
-  return parser
-
-
-def _run(argv):
   rest, settings = overrides.split_argv(cli.arguments(argv))
-  args = _parser().parse_args(rest)
+  args = parser.parse_args(rest)
   points = list(itertools.product(*map(overrides.parse_axis, args.grid)))
   configs = load_configs(args.config, settings, points)
-  compare(configs, args.output, sharpness=not args.no_sharpness)
+  args.output.mkdir(parents=True, exist_ok=True)
+  found = []
+  for i, (label, config) in enumerate(configs.items(), start=1):
+    _log.info("%s: model %d of %d", label, i, len(configs))
+    found.append((label, config, measure(config, not args.no_sharpness)))
+  rows = list(map(_summary, found))
+  alignment = "ll" + "r" * (len(rows[0]) - 2)
+  print(markdown.table(alignment, rows[0], map(dict.values, rows)), end="")
+  clips = {config.grad_norm_clip for config in configs.values()}
+  figure = probe_plots.compare(
+    [(label, config.model.norm, x) for label, config, x in found],
+    clips.pop() if len(clips) == 1 else 0,
+  )
+  plots.save_with_table(figure, _table(found), args.output / "probe")
 
 
 def load_configs(
@@ -111,15 +112,12 @@ def load_configs(
   settings: Sequence[overrides.Setting],
   points: Sequence[tuple[overrides.Setting, ...]] = ((),),
 ) -> dict[str, ml_collections.ConfigDict]:
-  """Return the configs to compare, by label.
+  """Return the configs of FILE[:ARGS] to compare, by label.
 
   Args:
-    references: config files, FILE or FILE:ARGS.
+    references: config files.
     settings: overrides for all configs.
     points: points of a grid, each a tuple of overrides.
-
-  Raises:
-    UserError: a file or a value is invalid, or two configs are equal.
   """
   configs = {}
   files = {reference.partition(":")[0] for reference in references}
@@ -134,42 +132,6 @@ def load_configs(
         raise errors.UserError(f"{label} is given twice; give each model once")
       configs[label] = overrides.load_config(file, [*settings, *point])
   return configs
-
-
-def compare(
-  configs: Mapping[str, ml_collections.ConfigDict],
-  output: pathlib.Path,
-  *,
-  sharpness: bool = True,
-) -> None:
-  """Measure models, print a table and write probe.csv, probe.png and probe.svg.
-
-  Args:
-    configs: configs by label.
-    output: output folder; created if missing.
-    sharpness: True to measure the sharpness, too.
-  """
-  output.mkdir(parents=True, exist_ok=True)
-  found = []
-  for i, (label, config) in enumerate(configs.items(), start=1):
-    _log.info("%s: model %d of %d", label, i, len(configs))
-    found.append((label, config, measure(config, sharpness)))
-  rows = list(map(_summary, found))
-  alignment = "ll" + "r" * (len(rows[0]) - 2)
-  print(
-    markdown.table(alignment, list(rows[0]), [list(x.values()) for x in rows]),
-    end="",
-  )
-  atomic_file.write(output / "probe.csv", _csv(found))
-  clips = {config.grad_norm_clip for _, config, _ in found}
-  figure = probe_plots.compare(
-    [(label, config.model.norm, x) for label, config, x in found],
-    clips.pop() if len(clips) == 1 else 0,
-  )
-  for kind in ("png", "svg"):
-    plots.save(figure, output / f"probe.{kind}")
-  for kind in ("csv", "png", "svg"):
-    print(output / f"probe.{kind}")
 
 
 def _variants(reference, points):
@@ -197,22 +159,15 @@ def measure(
 ) -> dict[str, float]:
   """Return measurements of a model before its first training step.
 
-  Args:
-    config: the config of a run.
-    sharpness: True to measure the sharpness, too.
-
-  Returns:
-    The measurements of `measurements.by_name`, `grad_norm` of all parameters
-    before clipping, `clip_factor`, and `grad_share_qk`, the share of queries
-    and keys in the squared `grad_norm`.
+  These are the measurements of `measurements.by_name`, `grad_norm` of all
+  parameters before clipping, `clip_factor`, and `grad_share_qk`, the share of
+  queries and keys in the squared `grad_norm`.
   """
   experiment = experiment_lib.create(config)
   state = initial_state.create(experiment)
   programs = diagnostics.CompiledDiagnostics(experiment)
-  first = range(1, 2)
-  with experiment.train_loader.batches(
-    experiment.train_indices, first
-  ) as batches:
+  loader = experiment.train_loader
+  with loader.batches(experiment.train_indices, range(1, 2)) as batches:
     batch = next(batches)
   found, _ = programs.before_step(state, *batch)
   without, state = state, with_statistics(experiment, state)
@@ -265,12 +220,14 @@ def _summary(model):
     found = [numbers.get(f"{name}/{quantity}") for name in names]
     return [x for x in found if x is not None]
 
+  def mean(values):
+    return _number(np.mean(values) if values else None)
+
   def first_and_last(tokens):
     name = f"stream_rms_{tokens}"
     ends = (numbers.get(f"{part}/{name}") for part in ("embedding", last))
     return " → ".join(map(_number, ends))
 
-  entropies = of_blocks("attention_entropy")
   gradients = of_blocks("grad_norm")
   saturated = of_blocks("saturation_attention") + of_blocks("saturation_mlp")
   return {
@@ -285,10 +242,8 @@ def _summary(model):
     ),
     "Jacobian norm, all blocks": _number(numbers.get("embedding/jacobian")),
     "gradient share of queries and keys": _number(numbers["grad_share_qk"]),
-    "attention entropy, nats": _number(
-      np.mean(entropies) if entropies else None
-    ),
-    "saturated outputs": _number(np.mean(saturated) if saturated else None),
+    "attention entropy, nats": mean(of_blocks("attention_entropy")),
+    "saturated outputs": mean(saturated),
     "sharpness": _number(numbers.get("sharpness")),
   }
 
@@ -297,25 +252,18 @@ def _number(x):
   return markdown.NOTHING if x is None or not math.isfinite(x) else f"{x:.3g}"
 
 
-def _csv(found):
-  """Return a CSV row for each part of each model, and for each whole model."""
-  rows, columns = [], {}
+def _table(found):
+  """Return a header, and rows: each part of each model, and the whole."""
+  rows = []
   for label, config, numbers in found:
     parts = {}
     for name, value in numbers.items():
       part, _, quantity = name.rpartition("/")
       parts.setdefault(part or "all", {})[quantity] = value
-    for part, values in sorted(parts.items()):
-      columns |= dict.fromkeys(values)
-      start = {"model": label, "norm": config.model.norm}
-      rows.append({**start, "seed": config.seed, "part": part, **values})
-  text = io.StringIO()
-  table = csv.DictWriter(
-    text, ["model", "norm", "seed", "part", *columns], lineterminator="\n"
-  )
-  table.writeheader()
-  table.writerows(rows)
-  return text.getvalue()
+    start = {"model": label, "norm": config.model.norm, "seed": config.seed}
+    rows += [start | {"part": part} | x for part, x in sorted(parts.items())]
+  columns = list(dict.fromkeys(key for row in rows for key in row))
+  return [columns, *([row.get(key) for key in columns] for row in rows)]
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
 """Draw freshly initialized models side by side over depth."""
 
-import collections
 from collections.abc import Mapping, Sequence
 import math
 
@@ -11,15 +10,14 @@ from rescalevit_jax.analysis import diagnostics_plots
 from rescalevit_jax.analysis import plots
 
 _BY_DEPTH = (
-  diagnostics_plots.STREAM_CLS,
-  diagnostics_plots.STREAM,
-  diagnostics_plots.GRADIENT,
-  diagnostics_plots.Quantity(
-    "jacobian", "Jacobian, this block to the last", "|J|² / size", "log"
-  ),
-  diagnostics_plots.GRADIENT_QK,
-  diagnostics_plots.ENTROPY,
-  *diagnostics_plots.SATURATION,
+  "stream_rms_cls",
+  "stream_rms_patches",
+  "grad_norm",
+  "jacobian",
+  "grad_norm_qk",
+  "attention_entropy",
+  "saturation_attention",
+  "saturation_mlp",
 )
 
 
@@ -29,21 +27,15 @@ def compare(
   """Draw measurements of models: of each block, and of the whole model.
 
   Args:
-    models: label, norm and measurements of each model, the measurements as
-      `probe.measure` returns them.
-    clip: gradient norm at which gradients are clipped, drawn as a line; 0 for
-      no clipping.
+    models: label, norm and result of `probe.measure` of each model.
+    clip: norm at which gradients are clipped, drawn as a line; 0 for none.
   """
-  used: collections.Counter[str] = collections.Counter()
-  styles = []
-  for _, norm, _ in models:
-    styles.append(plots.style(norm, used[norm]))
-    used[norm] += 1
+  styles = plots.styles(norm for _, norm, _ in models)
   every = [numbers for _, _, numbers in models]
   quantities = [
-    quantity
-    for quantity in _BY_DEPTH
-    if any(f"block_00/{quantity.name}" in numbers for numbers in every)
+    diagnostics_plots.QUANTITIES[name]
+    for name in _BY_DEPTH
+    if any(f"block_00/{name}" in numbers for numbers in every)
   ]
   totals = [("grad_norm", "Whole gradient, before clipping", "norm")]
   if any("sharpness" in numbers for numbers in every):
@@ -59,14 +51,10 @@ def compare(
     heights = [abs(numbers.get(name, np.nan)) for numbers in every]
     positions = np.arange(len(models))
     for position, height, style in zip(positions, heights, styles, strict=True):
-      ax.plot(position, height, **{**style, "markersize": 7})
+      ax.plot(position, height, **style | {"markersize": 7})
     ax.set_yscale("log")
-    ax.set_xticks(
-      positions,
-      [plots.plain(label) for label, _, _ in models],
-      rotation=45,
-      ha="right",
-    )
+    labels = [plots.plain(label) for label, _, _ in models]
+    ax.set_xticks(positions, labels, rotation=45, ha="right")
     if name == "grad_norm" and clip:
       ax.axhline(clip, color="#555555", linestyle="--", linewidth=1)
       ax.annotate(
@@ -77,16 +65,9 @@ def compare(
         fontsize="x-small",
         color="#555555",
       )
-    ax.set_title(title, fontsize="small")
-    ax.set_ylabel(unit, fontsize="small")
+    diagnostics_plots.label(ax, title, "", unit)
     diagnostics_plots.tidy(ax)
-  figure.legend(
-    *figure.axes[0].get_legend_handles_labels(),
-    loc="outside lower center",
-    ncols=8,
-    frameon=False,
-    fontsize="small",
-  )
+  plots.legend_below(figure.axes[0], 8, fontsize="small")
   return figure
 
 
@@ -105,9 +86,7 @@ def _draw_depth(ax, quantity, models, styles):
     ax.set_yscale("log")
   if quantity.scale == "share":
     ax.set_ylim(-0.04, 1.04)
-  ax.set_title(quantity.title, fontsize="small")
-  ax.set_xlabel("block", fontsize="small")
-  ax.set_ylabel(quantity.unit, fontsize="small")
+  diagnostics_plots.label(ax, quantity.title, "block", quantity.unit)
   deepest = max(blocks)
   words = {-1: "in"}  # Short, to leave a gap to the 0 beside it.
   if min(blocks) == deepest:  # Otherwise the heads are at different depths.

@@ -4,35 +4,23 @@ import argparse
 from collections.abc import Sequence
 import dataclasses
 import functools
-import logging
-import math
-import pathlib
 from typing import Any
 
 from rescalevit_jax import errors
+from rescalevit_jax.analysis import npz_model
 from rescalevit_jax.analysis import trained_model
 from rescalevit_jax.data import dataset as dataset_lib
 from rescalevit_jax.data import resident
-from rescalevit_jax.models import norms
-from rescalevit_jax.models import vit_config
-from rescalevit_jax.pretrained import detect
 from rescalevit_jax.runs import folder as folder_lib
-
-_log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
 class Subject:
-  """A model to analyze.
-
-  Attributes:
-    model: the model.
-    path: its folder or file, as given.
-    source: name, folder and `data` keys of its dataset; None if unknown.
-  """
+  """A model to analyze."""
 
   model: trained_model.TrainedModel
-  path: str
+  path: str  # Folder or file, as given.
+  # Name, folder and `data` keys of the dataset; None if unknown.
   source: tuple[str, str | None, tuple[tuple[str, Any], ...]] | None
 
   @property
@@ -59,59 +47,40 @@ def load(
     workdirs: folders of runs.
     npz: checkpoint files, FILE or FILE:ARGS.
     checkpoint: 'best' or 'latest' checkpoint of the runs; None for 'best'.
-    dataset: dataset of the test split; None for each run's own.
+    dataset: dataset of the test split; None for each run's own, and for the
+      first run's with checkpoint files.
     tfds_data_dir: folder of datasets; None for the runs' own.
-
-  Raises:
-    UserError: a model cannot be loaded, or `checkpoint` has no effect.
   """
   if checkpoint and not workdirs:
     raise errors.UserError(
       "--checkpoint: there is no run to take it from; add --workdir, or leave"
       " --checkpoint out"
     )
-  sources = []
+  subjects = []
   for workdir in workdirs:
     config = folder_lib.require_config(workdir)
-    sources.append(
-      (
-        dataset or config.dataset,
-        tfds_data_dir or config.tfds_data_dir,
-        tuple(_data_keys(config, dataset).items()),
-      )
+    keys = dict(config.data)
+    if dataset not in (None, config.dataset):
+      for name in ("num_val", "train_split", "test_split"):
+        del keys[name]  # Of the run's own dataset.
+    source = (
+      dataset or config.dataset,
+      tfds_data_dir or config.tfds_data_dir,
+      tuple(keys.items()),
     )
-  first = (dataset, tfds_data_dir, ()) if dataset else None
-  first = sources[0] if sources else first
-  subjects = [
-    Subject(trained_model.load(workdir, checkpoint or "best"), workdir, source)
-    for workdir, source in zip(workdirs, sources, strict=True)
-  ]
+    model = trained_model.load(workdir, checkpoint or "best")
+    subjects.append(Subject(model, workdir, source))
+  first = subjects[0].source if subjects else None
+  if dataset and not subjects:
+    first = (dataset, tfds_data_dir, ())
   for reference in npz:
-    path, options = _parse_reference(reference)
-    model = trained_model.load_npz(path, **options)
-    norm, *others = detect.same_arrays(model.model.config.norm)
-    if "norm" not in options and others:
-      _log.info(
-        "%s: assuming %s; append the norm if it is %s",
-        path,
-        norm,
-        " or ".join(f":{other}" for other in others),
-      )
-    subjects.append(Subject(model, path, first))
+    path, options = npz_model.parse(reference)
+    subjects.append(Subject(npz_model.load(path, **options), path, first))
   names = [subject.model.name for subject in subjects]
   for subject, reference in zip(subjects, [*workdirs, *npz], strict=True):
     if names.count(subject.model.name) > 1:
       subject.model.name = reference
   return subjects
-
-
-def _data_keys(config, dataset):
-  """Return the run's `data` keys, without its own splits for other data."""
-  keys = dict(config.data)
-  if dataset not in (None, config.dataset):
-    for name in ("num_val", "train_split", "test_split"):
-      del keys[name]
-  return keys
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -136,59 +105,7 @@ def add_checkpoint_flag(parser: argparse.ArgumentParser) -> None:
 
 
 def load_one(args: argparse.Namespace) -> trained_model.TrainedModel:
-  """Load the model that the flags of `add_flags` select.
-
-  Raises:
-    UserError: the model cannot be loaded, or a flag has no effect.
-  """
+  """Load the model that the flags of `add_flags` select."""
   if args.npz:
     return load((), (args.npz,), args.checkpoint)[0].model
   return trained_model.load(args.workdir, args.checkpoint or "best")
-
-
-def _parse_reference(reference: str) -> tuple[str, dict[str, Any]]:
-  """Parse FILE[:ARGS] into the file and keyword arguments of `load_npz`."""
-  path, colon, words = reference.rpartition(":")
-  whole = words.endswith(".npz") or pathlib.Path(reference).is_file()
-  if not colon or whole:
-    return reference, {}
-  known = {
-    **dict.fromkeys(norms.NORMS, "norm"),
-    **dict.fromkeys(vit_config.GELUS, "gelu"),
-    **dict.fromkeys(vit_config.POOLS, "pool"),
-    "convex": "residual",
-  }
-  options: dict[str, Any] = {}
-  for word in filter(None, words.split(",")):
-    value: Any = word
-    key = known.get(word)
-    if word == "depth_scaling":
-      key, value = "norm_depth_scaling", True
-    name, equals, text = word.partition("=")
-    if equals and name in _NUMBERS:
-      key, parse = _NUMBERS[name]
-      value = _positive(text, parse)
-    if key is None or value is None or key in options:
-      raise errors.UserError(
-        f"--npz: unknown or too many: {word!r} in {reference}; at most one"
-        " norm, one GELU, one pool, convex, depth_scaling, and numbers above 0"
-        " as in c=NUMBER, eps=NUMBER, groups=NUMBER;"
-        f" {errors.nearest(word, known)}"
-      )
-    options[key] = value
-  return path, options
-
-
-_NUMBERS: dict[str, tuple[str, type]] = {
-  "c": ("residual_c", float),
-  "eps": ("norm_epsilon", float),
-  "groups": ("gn_groups", int),
-}
-
-
-def _positive(text, parse):
-  """Return a finite number above 0, or None if the text is not one."""
-  try:
-    return number if 0 < (number := parse(text)) < math.inf else None
-  except ValueError:
-    return None

@@ -1,4 +1,4 @@
-"""Load trained models from a run's folder or an `.npz`, and classify images.
+"""A trained model that classifies images, and its loading from a run.
 
 model = trained_model.load("runs/a")
 probabilities = model(["cat.png", "dog.jpeg"])
@@ -6,11 +6,9 @@ names = model.top(probabilities[0])
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-import copy
 import dataclasses
 import functools
 import json
-import math
 import os
 import pathlib
 from typing import Any
@@ -23,20 +21,15 @@ import numpy as np
 from PIL import Image
 
 from rescalevit_jax import errors
-from rescalevit_jax import models
-from rescalevit_jax.analysis import imagenet_names
 from rescalevit_jax.data import image_files
 from rescalevit_jax.models import norms
-from rescalevit_jax.models import vit_config
-from rescalevit_jax.pretrained import detect
 from rescalevit_jax.pretrained import fold as fold_lib
-from rescalevit_jax.pretrained import load as load_lib
-from rescalevit_jax.pretrained import npz
 from rescalevit_jax.runs import checkpoint
 from rescalevit_jax.runs import folder
 from rescalevit_jax.training import experiment
 
 
+@dataclasses.dataclass(eq=False)
 class TrainedModel:
   """A model with its weights.
 
@@ -50,23 +43,13 @@ class TrainedModel:
     step: training step of a run's checkpoint; None for a file.
   """
 
-  def __init__(
-    self,
-    name: str,
-    model: nn.Module,
-    variables: Mapping[str, Any],
-    image_size: int,
-    class_names: Sequence[str],
-    resize: image_files.Resize = image_files.Resize(),  # noqa: B008 - frozen.
-    step: int | None = None,
-  ):
-    self.name = name
-    self.model = model
-    self.variables = variables
-    self.image_size = image_size
-    self.class_names = tuple(class_names)
-    self.resize = resize
-    self.step = step
+  name: str
+  model: nn.Module
+  variables: Mapping[str, Any]
+  image_size: int
+  class_names: Sequence[str]
+  resize: image_files.Resize = image_files.Resize()
+  step: int | None = None
 
   def __call__(
     self, images: Iterable[image_files.Source], batch: int = 64
@@ -96,11 +79,7 @@ class TrainedModel:
   def inputs(
     self, images: Sequence[image_files.Source]
   ) -> Float32[np.ndarray, "M S S 3"]:
-    """Return images as model inputs.
-
-    Raises:
-      UserError: an image cannot be read.
-    """
+    """Return images as model inputs."""
     return np.stack(
       [
         image_files.model_input(image, self.image_size, self.resize)
@@ -111,14 +90,9 @@ class TrainedModel:
   def probabilities(
     self, inputs: Float32[np.ndarray, "M S S 3"], batch: int
   ) -> Float32[np.ndarray, "M classes"]:
-    """Return the class probabilities of a batch of model inputs.
+    """Return the class probabilities of model inputs, padded to `batch`.
 
-    Args:
-      inputs: result of `inputs`, with M <= `batch`.
-      batch: size to pad to; each size is compiled once.
-
-    Raises:
-      UserError: the model has no head.
+    Each size of batch is compiled once.
     """
     if not self.class_names:
       raise errors.UserError(
@@ -128,24 +102,23 @@ class TrainedModel:
     filled[: len(inputs)] = inputs
     return np.asarray(self._softmax(self.variables, filled))[: len(inputs)]
 
+  @functools.cached_property
+  def _softmax(self):
+    return jax.jit(
+      lambda variables, x: jax.nn.softmax(
+        self.model.apply(variables, x, train=False)
+      )
+    )
+
   def top(
     self, probabilities: Float[np.ndarray, " classes"], count: int = 5
   ) -> list[tuple[str, float]]:
-    """Return the most probable classes with their probabilities, sorted.
-
-    Args:
-      probabilities: probabilities of one image.
-      count: maximum number of classes.
-    """
+    """Return an image's most probable classes with probabilities, sorted."""
     order = np.argsort(-probabilities, kind="stable")[:count]
     return [(self.class_names[i], float(probabilities[i])) for i in order]
 
   def fold(self) -> "TrainedModel":
-    """Return the equivalent model without norms; see `pretrained.fold`.
-
-    Raises:
-      UserError: the norm does not fold.
-    """
+    """Return the equivalent model without norms; see `pretrained.fold`."""
     config = self.model.config
     if norms.NORMS[config.norm].FINAL and not self.class_names:
       raise errors.UserError(
@@ -167,17 +140,10 @@ class TrainedModel:
       alpha_init=None,
       sigma_reparam=False,
     )
-    folded = copy.copy(self)
-    folded.model = self.model.clone(config=config)
-    folded.variables = {"params": params, "batch_stats": batch_stats}
-    return folded
-
-  @functools.cached_property
-  def _softmax(self):
-    return jax.jit(
-      lambda variables, x: jax.nn.softmax(
-        self.model.apply(variables, x, train=False)
-      )
+    return dataclasses.replace(
+      self,
+      model=self.model.clone(config=config),
+      variables={"params": params, "batch_stats": batch_stats},
     )
 
 
@@ -199,9 +165,16 @@ def load(workdir: str | os.PathLike[str], which: str = "best") -> TrainedModel:
   num_classes = np.size(params.get("head", {}).get("bias", ()))
   model = experiment.create_model(config, num_classes)
   variables = {"params": params, "batch_stats": batch_stats}
-  if problem := _difference(variables, _shapes(model, config.image_size)):
+  ours, theirs = (
+    {key: x.shape for key, x in traverse_util.flatten_dict(v, sep="/").items()}
+    for v in (variables, shapes(model, config.image_size))
+  )
+  if differing := {key for key, _ in ours.items() ^ theirs.items()}:
+    key = min(differing)
     raise errors.UserError(
-      f"{workdir}: the checkpoint does not match config.json: {problem}"
+      f"{workdir}: the checkpoint does not match config.json: {key} is"
+      f" {ours.get(key, 'missing')} in the checkpoint and"
+      f" {theirs.get(key, 'missing')} in the model"
     )
   return TrainedModel(
     workdir.resolve().name,
@@ -216,102 +189,7 @@ def load(workdir: str | os.PathLike[str], which: str = "best") -> TrainedModel:
   )
 
 
-def load_npz(
-  path: str | os.PathLike[str],
-  norm: str | None = None,
-  gelu: str = "erf",
-  pool: str = "cls",
-  residual_c: float | None = None,
-  **constants: Any,
-) -> TrainedModel:
-  """Load a checkpoint file; the shapes of its arrays determine the model.
-
-  Classes have ImageNet's names if there are as many, otherwise their indices.
-  Some options cannot be inferred from the arrays.
-
-  Args:
-    path: an `.npz` in Google's format.
-    norm: norm of the model; None to infer it from the names of the arrays.
-      GN cannot be told from LN: pass 'GN'.
-    gelu: 'erf' as in RescaleViT, or 'tanh' as in Google's code.
-    pool: `model.pool` of the model.
-    residual_c: `model.residual_c` of the model.
-    **constants: other fields of `ViTConfig` that the arrays do not show:
-      `norm_epsilon`, `gn_groups`, `norm_depth_scaling`, `residual` (convex).
-
-  Raises:
-    UserError: the file cannot be read, holds no complete ViT, or holds a ViT
-      with another norm.
-  """
-  path = pathlib.Path(path)
-  arrays = npz.read(os.fspath(path)).arrays
-  sizes = detect.sizes(arrays)
-  positions = arrays.get("Transformer/posembed_input/pos_embedding")
-  patch_size = sizes["patch_size"]
-  if (
-    patch_size is None
-    or None in sizes.values()
-    or positions is None
-    or positions.ndim != 3
-  ):
-    raise errors.UserError(
-      f"{path}: does not hold a complete Vision Transformer"
-    )
-  found = detect.settings(arrays)
-  norm = norm or found["norm"]
-  if residual_c is not None and found["residual"] != "rescalenet":
-    raise errors.UserError(
-      f"{path}: has no residual with a constant c; leave c out"
-    )
-  if "gn_groups" in constants and norm != "GN":
-    raise errors.UserError(
-      f"{path}: groups are of GN; add GN, or leave them out"
-    )
-  image_size = math.isqrt(positions.shape[1]) * patch_size
-  num_classes = np.size(arrays.get("head/bias", ()))
-  pre_logits = arrays.get("pre_logits/bias")
-  try:
-    model = models.create(
-      next(iter(vit_config.VARIANTS)),
-      num_classes=num_classes or 1,
-      image_size=image_size,
-      gelu=gelu,
-      pool=pool,
-      representation_size=None if pre_logits is None else pre_logits.size,
-      residual_c=residual_c,
-      dtype="auto",
-      **found | {"norm": norm} | constants,
-      **sizes,
-    )
-  except errors.UserError as e:
-    raise errors.UserError(f"{path}: {e}") from e
-  if norm not in detect.same_arrays(found["norm"]):
-    raise errors.UserError(
-      f"{path}: holds a model with {found['norm']}, not {norm}; change the norm"
-    )
-  like = _shapes(model, image_size)
-  params, batch_stats, report = load_lib.load(
-    path, like["params"], like.get("batch_stats", {})
-  )
-  if report.initial:
-    raise errors.UserError(
-      f"{path}: lacks {report.initial[0]}; use a complete checkpoint"
-    )
-  if report.unsupported:
-    raise errors.UserError(
-      f"{path}: the model has no place for {report.unsupported[0]}; leave out"
-      f" {model.config.residual}"
-    )
-  return TrainedModel(
-    path.stem,
-    model,
-    jax.device_put({"params": params, "batch_stats": batch_stats}),
-    image_size,
-    imagenet_names.find(num_classes) or [str(i) for i in range(num_classes)],
-  )
-
-
-def _shapes(model, image_size):
+def shapes(model: nn.Module, image_size: int) -> Mapping[str, Any]:
   """Return a model's variables as shapes and dtypes."""
   return jax.eval_shape(
     functools.partial(model.init, train=False),
@@ -320,28 +198,12 @@ def _shapes(model, image_size):
   )
 
 
-def _difference(variables, like):
-  """Return a description of a variable whose shape differs, or None."""
-  ours, theirs = (
-    {key: x.shape for key, x in traverse_util.flatten_dict(v, sep="/").items()}
-    for v in (variables, like)
-  )
-  for key in sorted(ours | theirs):
-    if key not in ours:
-      return f"{key} is missing in the checkpoint"
-    if key not in theirs:
-      return f"{key} is not in the model"
-    if ours[key] != theirs[key]:
-      return f"{key} has shape {ours[key]}, not {theirs[key]}"
-  return None
-
-
 def _class_names(workdir, num_classes):
   path = workdir / folder.CLASS_NAMES
   try:
     names = json.loads(path.read_text(encoding="utf-8"))
   except FileNotFoundError:
-    return [str(i) for i in range(num_classes)]
+    return tuple(map(str, range(num_classes)))
   except (RecursionError, ValueError) as e:
     raise errors.UserError(f"{path}: damaged ({e}); delete it") from e
   if (
@@ -352,4 +214,4 @@ def _class_names(workdir, num_classes):
     raise errors.UserError(
       f"{path}: is not a list of {num_classes} names; delete it"
     )
-  return names
+  return tuple(names)

@@ -7,7 +7,6 @@ Writes report.md and report.csv (a row per recipe, over all its seeds), runs.csv
 attention maps, in one file that works offline).
 """
 
-import argparse
 from collections.abc import Sequence
 
 from rescalevit_jax.report import output
@@ -17,11 +16,7 @@ from rescalevit_jax.runtime import terminal
 
 def main(argv: Sequence[str] | None = None) -> int:
   """Write the report; return the exit code."""
-  parser = argparse.ArgumentParser(
-    prog="python -m rescalevit_jax.report",
-    description=__doc__,
-    formatter_class=argparse.RawDescriptionHelpFormatter,
-  )
+  parser = cli.parser(__doc__, prog="python -m rescalevit_jax.report")
   parser.add_argument("runs_dir", metavar="RUNS_DIR", help="folder of runs")
   parser.add_argument(
     "--output", metavar="DIR", help="output folder (default: RUNS_DIR)"

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import dataclasses
 import math
 
+import numpy as np
 from scipy import stats
 
 from rescalevit_jax.config import keys
@@ -23,38 +24,19 @@ NOTE = (
   " that both norms have, Welch's t-tests all runs. Holm's correction covers"
   " all rows of this table."
 )
-_HEADINGS = (
-  "setting",
-  "norm",
-  f"minus {REFERENCE}, points",
-  "95 % interval",
-  "test",
-  "p",
-  "p (Holm)",
-)
 
 
 @dataclasses.dataclass(frozen=True)
 class Difference:
-  """The difference of a norm's mean last accuracy from LN's.
+  """The difference of a norm's mean last accuracy from LN's."""
 
-  Attributes:
-    setting: all that both groups share and others may not.
-    norm: the norm that is compared with LN.
-    points: difference of the means in percentage points.
-    interval: its 95 % interval.
-    test: name of the test and number of runs.
-    p: two-sided p-value, nan if nothing varies between seeds.
-    adjusted_p: the same after Holm's correction.
-  """
-
-  setting: str
+  setting: str  # All that both groups share and others may not.
   norm: str
-  points: float
-  interval: tuple[float, float]
-  test: str
-  p: float
-  adjusted_p: float = math.nan
+  points: float  # Percentage points.
+  interval: tuple[float, float]  # 95 %.
+  test: str  # With the number of runs.
+  p: float  # Two-sided; nan if nothing varies between seeds.
+  adjusted_p: float = math.nan  # By Holm's correction.
 
 
 def compare(study: run_groups.Study) -> list[Difference]:
@@ -82,7 +64,10 @@ def compare(study: run_groups.Study) -> list[Difference]:
 
 
 def _difference(setting, norm, group, reference):
-  ours, theirs = map(_by_seed, (group, reference))
+  ours, theirs = (
+    {run.config.seed: _percent(run) for run in runs}
+    for runs in (group, reference)
+  )
   shared = sorted(ours.keys() & theirs.keys())
   unique = len(ours) == len(group) and len(theirs) == len(reference)
   paired = unique and len(shared) >= 2
@@ -91,7 +76,7 @@ def _difference(setting, norm, group, reference):
     samples = [[x - y for x, y in zip(a, b, strict=True)]]
     test = f"paired, {len(shared)} seeds"
   else:
-    samples = a, b = [_accuracies(x) for x in (group, reference)]
+    samples = a, b = [list(map(_percent, x)) for x in (group, reference)]
     test = f"Welch, {len(a)} and {len(b)} runs"
   points = sum(a) / len(a) - sum(b) / len(b)
   # Rounding errors do not count as variation.
@@ -107,14 +92,8 @@ def _difference(setting, norm, group, reference):
   )
 
 
-def _by_seed(group):
-  return dict(
-    zip([run.config.seed for run in group], _accuracies(group), strict=True)
-  )
-
-
-def _accuracies(group):
-  return [100 * run.result["last_accuracy"] for run in group]
+def _percent(run):
+  return 100 * run.result["last_accuracy"]
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -122,34 +101,35 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
   Values that are nan stay so and do not count.
   """
-  order = sorted(
-    (i for i, p in enumerate(p_values) if not math.isnan(p)),
-    key=lambda i: p_values[i],
-  )
-  adjusted, largest = [math.nan] * len(p_values), 0.0
-  for rank, i in enumerate(order):
-    largest = max(largest, min(1.0, (len(order) - rank) * p_values[i]))
-    adjusted[i] = largest
-  return adjusted
+  p = np.array(p_values, np.float64)
+  order = np.argsort(p)  # nan is last.
+  factors = np.count_nonzero(~np.isnan(p)) - np.arange(len(p))
+  adjusted = np.empty_like(p)
+  adjusted[order] = np.maximum.accumulate(factors * p[order])
+  return np.minimum(adjusted, 1.0).tolist()
 
 
-def headings() -> tuple[str, ...]:
-  """Return the headings of the columns of `cells`."""
-  return _HEADINGS
-
-
-def cells(difference: Difference) -> list[str]:
-  """Return the displayed row of a comparison."""
-  low, high = difference.interval
-  return [
-    difference.setting,
-    difference.norm,
-    f"{difference.points:+.2f}",
-    markdown.NOTHING if math.isnan(low) else f"{low:+.2f} to {high:+.2f}",
-    difference.test,
-    _p(difference.p),
-    _p(difference.adjusted_p),
-  ]
+def table(
+  study: run_groups.Study,
+) -> tuple[str, list[str], list[list[str]]]:
+  """Return alignment, headings and cells of the displayed comparisons."""
+  rows = []
+  for x in compare(study):
+    low, high = x.interval
+    interval = f"{low:+.2f} to {high:+.2f}"
+    rows.append(
+      {
+        "setting": x.setting,
+        "norm": x.norm,
+        f"minus {REFERENCE}, points": f"{x.points:+.2f}",
+        "95 % interval": markdown.NOTHING if math.isnan(low) else interval,
+        "test": x.test,
+        "p": _p(x.p),
+        "p (Holm)": _p(x.adjusted_p),
+      }
+    )
+  headings = list(rows[0]) if rows else []
+  return "llrrlrr", headings, [list(row.values()) for row in rows]
 
 
 def _p(value):

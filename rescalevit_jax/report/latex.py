@@ -1,6 +1,6 @@
 """Tables in LaTeX, for the package booktabs."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 _ESCAPES = {
   "\\": r"\textbackslash{}",
@@ -14,15 +14,9 @@ _ESCAPES = {
 
 
 def table(
-  alignment: str, headings: Sequence[str], rows: Iterable[Sequence[str]]
+  alignment: str, headings: Iterable[str], rows: Iterable[Iterable[str]]
 ) -> str:
-  """Return a tabular environment.
-
-  Args:
-    alignment: 'l' or 'r' for each column.
-    headings: names of the columns.
-    rows: texts of the cells.
-  """
+  """Return a tabular environment; see `markdown.table` for the arguments."""
   lines = [
     f"\\begin{{tabular}}{{{alignment}}}",
     "\\toprule",

@@ -1,17 +1,17 @@
 """Compare methods at their best learning rates: table, CSV and picture."""
 
 from collections.abc import Iterable, Mapping, Sequence
-import csv
 import dataclasses
-import io
 import pathlib
 import statistics
+from typing import Any
 
 from matplotlib import figure as figure_lib
 from scipy import stats
 
 from rescalevit_jax.analysis import plots
 from rescalevit_jax.runtime import atomic_file
+from rescalevit_jax.runtime import csv_text
 from rescalevit_jax.runtime import markdown
 
 # The method that all others are compared with.
@@ -22,23 +22,18 @@ REFERENCE = "LN"
 class Outcome:
   """The results of a method on a dataset.
 
-  The accuracy of a run that diverged, with a loss that is not finite, is None.
-
-  Attributes:
-    dataset: name of the dataset.
-    method: name of the method.
-    norm: norm of its model.
-    val_accuracy: accuracy on held-out training images, as a fraction, by
-      learning rate.
-    lr: the selected learning rate; None if all runs diverged.
-    test_accuracy: test accuracy after the last step, as a fraction, by seed.
+  Accuracies are fractions. That of a run that diverged, with a loss that is not
+  finite, is None.
   """
 
   dataset: str
   method: str
   norm: str
+  # On held-out training images, by learning rate.
   val_accuracy: Mapping[float, float | None]
+  # The selected learning rate; None if all runs diverged.
   lr: float | None
+  # After the last step, by seed.
   test_accuracy: Mapping[int, float | None] = dataclasses.field(
     default_factory=dict
   )
@@ -47,6 +42,16 @@ class Outcome:
   def percent(self) -> list[float]:
     """Test accuracies in percent, without runs that diverged."""
     return [100 * x for x in self.test_accuracy.values() if x is not None]
+
+  @property
+  def mean(self) -> float:
+    """Mean of `percent`."""
+    return statistics.fmean(self.percent)
+
+  @property
+  def deviation(self) -> float | None:
+    """Standard deviation of `percent`; None for a single run."""
+    return statistics.stdev(self.percent) if len(self.percent) > 1 else None
 
   @property
   def num_diverged(self) -> int:
@@ -67,19 +72,19 @@ def table(outcomes: Sequence[Outcome]) -> str:
       f"{lr:g}: " + ("diverged" if y is None else f"{100 * y:.1f}")
       for lr, y in sorted(x.val_accuracy.items())
     )
-    lr = markdown.NOTHING if x.lr is None else f"{x.lr:g}"
-    difference = _difference(x, outcomes)
-    rows.append([x.dataset, x.method, lr, val, _mean(x), *difference])
-  headings = [
-    "dataset",
-    "method",
-    "learning rate",
-    "held-out accuracy by learning rate, %",
-    "test accuracy, % (n)",
-    f"difference from {REFERENCE}, points",
-    "p",
-  ]
-  return markdown.table("llrlrrr", headings, rows)
+    difference, p = _difference(x, outcomes)
+    rows.append(
+      {
+        "dataset": x.dataset,
+        "method": x.method,
+        "learning rate": markdown.NOTHING if x.lr is None else f"{x.lr:g}",
+        "held-out accuracy by learning rate, %": val,
+        "test accuracy, % (n)": _mean(x),
+        f"difference from {REFERENCE}, points": difference,
+        "p": p,
+      }
+    )
+  return markdown.table("llrlrrr", rows[0], [row.values() for row in rows])
 
 
 def _mean(outcome):
@@ -87,8 +92,9 @@ def _mean(outcome):
   count = f"({len(values)}" + (f", {diverged} diverged)" if diverged else ")")
   if not values:
     return count if diverged else markdown.NOTHING
-  deviation = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
-  return f"{statistics.fmean(values):.2f}{deviation} {count}"
+  deviation = outcome.deviation
+  margin = "" if deviation is None else f" ± {deviation:.2f}"
+  return f"{outcome.mean:.2f}{margin} {count}"
 
 
 def _difference(outcome, outcomes) -> tuple[str, str]:
@@ -100,7 +106,7 @@ def _difference(outcome, outcomes) -> tuple[str, str]:
   if outcome is both[-1] or any(x.num_diverged or not x.percent for x in both):
     return nothing, nothing
   values = [x.percent for x in both]
-  text = f"{statistics.fmean(values[0]) - statistics.fmean(values[1]):+.2f}"
+  text = f"{both[0].mean - both[1].mean:+.2f}"
   if min(map(len, values)) < 2:
     return text, nothing
   error = sum(statistics.variance(x) / len(x) for x in values) ** 0.5
@@ -115,15 +121,14 @@ def write_csv(outcomes: Iterable[Outcome], path: pathlib.Path) -> None:
 
   The accuracy of a diverged run is empty.
   """
-  text = io.StringIO()
-  writer = csv.writer(text, lineterminator="\n")
-  writer.writerow(["dataset", "method", "phase", "base_lr", "seed", "accuracy"])
+  rows: list[tuple[Any, ...]] = []
+  header = ("dataset", "method", "phase", "base_lr", "seed", "accuracy")
   for x in outcomes:
     for lr, accuracy in sorted(x.val_accuracy.items()):
-      writer.writerow([x.dataset, x.method, "select", lr, 0, accuracy])
+      rows.append((x.dataset, x.method, "select", lr, 0, accuracy))
     for seed, accuracy in sorted(x.test_accuracy.items()):
-      writer.writerow([x.dataset, x.method, "final", x.lr, seed, accuracy])
-  atomic_file.write(path, text.getvalue())
+      rows.append((x.dataset, x.method, "final", x.lr, seed, accuracy))
+  atomic_file.write(path, csv_text.table([header, *rows]))
 
 
 def draw(outcomes: Sequence[Outcome]) -> figure_lib.Figure:
@@ -143,11 +148,9 @@ def draw(outcomes: Sequence[Outcome]) -> figure_lib.Figure:
       lrs = sorted(kept)
       left.plot(lrs, [100 * kept[lr] for lr in lrs], label=x.method, **style)
       if x in tested:
-        deviation = statistics.stdev(x.percent) if len(x.percent) > 1 else None
-        mean = statistics.fmean(x.percent)
-        right.errorbar(mean, tested.index(x), xerr=deviation, **style)
+        right.errorbar(x.mean, tested.index(x), xerr=x.deviation, **style)
         if x.method == REFERENCE:
-          right.axvline(mean, color="0.8", zorder=0)
+          right.axvline(x.mean, color="0.8", zorder=0)
     left.set_xscale("log", base=2)
     lrs = sorted({lr for x in shown for lr in x.val_accuracy})
     left.set_xticks(lrs, [f"{lr:g}" for lr in lrs])
@@ -160,13 +163,7 @@ def draw(outcomes: Sequence[Outcome]) -> figure_lib.Figure:
     right.invert_yaxis()
     right.set_xlabel("test accuracy, % (bars: standard deviation)")
     right.set_title(f"{dataset}: test", loc="left")
-  figure.legend(
-    *axes[0, 0].get_legend_handles_labels(),
-    loc="outside lower center",
-    fontsize="small",
-    frameon=False,
-    ncols=5,
-  )
+  plots.legend_below(axes[0, 0], 5, fontsize="small")
   return figure
 
 

@@ -19,7 +19,6 @@ python -m rescalevit_jax.report.norm_free --model=ViT-B_32 --steps=20000 \
 stopped by a signal, 1 after a failure, 130 after a second signal.
 """
 
-import argparse
 from collections.abc import Mapping, Sequence
 import dataclasses
 import logging
@@ -55,31 +54,18 @@ _OWN_KEYS = {
 def main(argv: Sequence[str] | None = None) -> int:
   """Run the study; return the exit code."""
   terminal.log_to_stderr()
-  return cli.run(lambda: _run(sys.argv[1:] if argv is None else argv))
+  return cli.run(lambda: _run(argv))
 
 
 def _parser():
-  parser = argparse.ArgumentParser(
-    description=__doc__,
-    formatter_class=argparse.RawDescriptionHelpFormatter,
-    allow_abbrev=False,
-  )
+  parser = cli.parser(__doc__, allow_abbrev=False)
 
   def names(text):
     return list(dict.fromkeys(text.split(",")))
 
-  def positive(text):
-    if (number := int(text)) < 1:
-      raise argparse.ArgumentTypeError(f"{number} is less than 1")
-    return number
-
   def add(name, default, meaning, kind=names):
-    parser.add_argument(
-      f"--{name}",
-      type=kind,
-      default=default,
-      help=f"{meaning} (default: {default})",
-    )
+    meaning += f" (default: {default})"
+    parser.add_argument(f"--{name}", type=kind, default=default, help=meaning)
 
   add("config", "configs/norm_free.py", "config file with METHODS", str)
   parser.add_argument(
@@ -93,62 +79,42 @@ def _parser():
   )
   add("rates", "0.05,0.1,0.2,0.4,0.8", "learning rates to try")
   add("seeds", "1,2,3", "seeds of the final runs")
-  add("num_val", 5000, "number of held-out training images", positive)
-  add("steps", 1500, "steps of the runs that select", positive)
-  add("final_steps", 1500, "steps of the final runs", positive)
-  add("jobs", 1, "runs at a time", positive)
+  add("num_val", 5000, "number of held-out training images", cli.positive)
+  add("steps", 1500, "steps of the runs that select", cli.positive)
+  add("final_steps", 1500, "steps of the final runs", cli.positive)
+  add("jobs", 1, "runs at a time", cli.positive)
   add("runs_dir", pathlib.Path("runs/norm_free"), "folder", pathlib.Path)
   return parser
 
 
-def _check_settings(settings, methods):
-  """Raise UserError for keys of the study."""
-  own_keys = _OWN_KEYS.union(*methods.values())
-  for setting in settings:
-    if setting.key in own_keys:
-      raise errors.UserError(
-        f"--config.{setting}: the study sets {setting.key} itself; leave it out"
-      )
+def _plan(args, settings, dataset, method, lr=None):
+  """Plan the runs of a method.
+
+  Without `lr`, these are a run for each learning rate, evaluated on held-out
+  images; else a run for each seed, evaluated once on the test images.
+  """
+  if lr is None:
+    phase, steps = "select", args.steps
+    axes, keys = {"base_lr": args.rates}, {"data.num_val": args.num_val}
+  else:
+    phase, steps = "final", args.final_steps
+    axes, keys = {"base_lr": [lr], "seed": args.seeds}, {}
+  keys |= {"eval_every": steps, "dataset": dataset, "total_steps": steps}
+  folder = args.runs_dir / f"{phase}-{steps}" / dataset / method
+  reference = f"{args.config}:{method}"
+  if args.model:
+    reference += f",{args.model}"
+  options = [f"--config={reference}", f"--runs_dir={folder}"]
+  for name, values in axes.items():
+    options += ["--grid", f"{name}={','.join(values)}"]
+  options += [f"--config.{name}={value}" for name, value in keys.items()]
+  options += [f"--config.{setting}" for setting in settings]
+  return command_line.parse(options)[1]
 
 
-class _Study:
-  """The runs of a study, planned from its arguments."""
-
-  def __init__(self, args, settings):
-    self._args, self._settings = args, settings
-
-  def select(self, dataset, method):
-    """Plan a run for each learning rate, evaluated on held-out images."""
-    args = self._args
-    keys = {"data.num_val": args.num_val, "eval_every": args.steps}
-    axes = {"base_lr": args.rates}
-    return self._plan("select", args.steps, dataset, method, axes, keys)
-
-  def final(self, dataset, method, lr):
-    """Plan a run for each seed, evaluated once on the test images."""
-    args = self._args
-    keys = {"eval_every": args.final_steps}
-    axes = {"base_lr": [lr], "seed": args.seeds}
-    return self._plan("final", args.final_steps, dataset, method, axes, keys)
-
-  def _plan(self, phase, steps, dataset, method, axes, keys):
-    args = self._args
-    folder = args.runs_dir / f"{phase}-{steps}" / dataset / method
-    reference = f"{args.config}:{method}"
-    if args.model:
-      reference += f",{args.model}"
-    options = [f"--config={reference}", f"--runs_dir={folder}"]
-    for name, values in axes.items():
-      options += ["--grid", f"{name}={','.join(values)}"]
-    keys |= {"dataset": dataset, "total_steps": steps}
-    options += [f"--config.{name}={value}" for name, value in keys.items()]
-    options += [f"--config.{setting}" for setting in self._settings]
-    return command_line.parse(options)[1]
-
-  def execute(self, plans):
-    """Execute the planned runs."""
-    planned = [run for runs in plans.values() for run in runs]
-    return execution.execute(planned, self._args.runs_dir, jobs=self._args.jobs)
+def _execute(args, plans):
+  planned = [run for runs in plans.values() for run in runs]
+  return execution.execute(planned, args.runs_dir, jobs=args.jobs)
 
 
 def _run(argv):
@@ -157,28 +123,32 @@ def _run(argv):
   if unknown:
     raise errors.UserError(f"unknown argument {unknown[0]}; see --help")
   known = overrides.methods(args.config)
-  _check_settings(settings, known)
-  methods = args.methods or list(known)
+  own_keys = _OWN_KEYS.union(*known.values())
+  for setting in settings:
+    if setting.key in own_keys:
+      raise errors.UserError(
+        f"--config.{setting}: the study sets {setting.key} itself; leave it out"
+      )
   if args.model:
     args.runs_dir /= args.model
-  study = _Study(args, settings)
   plans = {
-    (dataset, method): study.select(dataset, method)
+    (dataset, method): _plan(args, settings, dataset, method)
     for dataset in args.datasets
-    for method in methods
+    for method in args.methods or known
   }
-  study.final(*next(iter(plans)), args.rates[0])  # To report errors early.
-  outcome = study.execute(plans)
+  # To report errors early.
+  _plan(args, settings, *next(iter(plans)), args.rates[0])
+  outcome = _execute(args, plans)
   if outcome.stopped:
     return outcome.exit_code
   found = accuracies(plans)
   outcomes = {key: _select_lr(key, runs, found) for key, runs in plans.items()}
   plans = {
-    key: study.final(*key, repr(x.lr))
+    key: _plan(args, settings, *key, repr(x.lr))
     for key, x in outcomes.items()
     if x.lr is not None
   }
-  outcome = study.execute(plans)
+  outcome = _execute(args, plans)
   if outcome.stopped:
     return outcome.exit_code
   found = accuracies(plans)
@@ -192,15 +162,10 @@ def _run(argv):
 def accuracies(
   plans: Mapping[tuple[str, str], Sequence[grid.PlannedRun]],
 ) -> dict[pathlib.Path, float | None]:
-  """Return the accuracies of runs after their last step, by folder.
+  """Return the accuracies of ended runs after their last step, by folder.
 
-  The accuracy of a diverged run is None.
-
-  Args:
-    plans: runs by dataset and method; all have ended.
-
-  Raises:
-    UserError: a run failed for another reason.
+  The accuracy of a diverged run is None. A run that failed for another reason
+  is an error.
   """
   found = {}
   for run in [run for runs in plans.values() for run in runs]:

@@ -13,7 +13,6 @@ from rescalevit_jax.report import tables
 from rescalevit_jax.runtime import atomic_file
 from rescalevit_jax.runtime import markdown
 
-_ALIGNMENT = "llrrlrr"  # Of the differences.
 _log = logging.getLogger(__name__)
 
 
@@ -31,9 +30,6 @@ def write(
 
   Returns:
     The Markdown table and the paths of the files.
-
-  Raises:
-    UserError: the folder is missing or contains no run.
   """
   study = run_groups.collect(runs_dir)
   for line in study.damaged:
@@ -46,7 +42,7 @@ def write(
   cells = tables.cells(columns, rows)
   table = markdown.table(*cells) if rows else "No finished run.\n"
   notes = notes_lib.describe(study)
-  compared = list(map(differences.cells, differences.compare(study)))
+  compared = differences.table(study)
   files = {
     "report.md": lambda: _markdown(study, table, notes, compared),
     "report.csv": lambda: tables.to_csv(rows),
@@ -63,16 +59,16 @@ def write(
 
 def _latex(cells, compared):
   parts = ["% Needs the package booktabs.\n", latex.table(*cells)]
-  if compared:
-    parts.append(latex.table(_ALIGNMENT, differences.headings(), compared))
+  if compared[-1]:
+    parts.append(latex.table(*compared))
   return "\n".join(parts)
 
 
 def _markdown(study, table, notes, compared):
   lines = ["# Comparison of runs", "", *_items(notes), "", table]
-  if compared:
+  if compared[-1]:
     lines += ["## Differences of the last accuracy", "", differences.NOTE, ""]
-    lines += [markdown.table(_ALIGNMENT, differences.headings(), compared)]
+    lines += [markdown.table(*compared)]
   for title, items in tables.left_out(study):
     lines += [f"## {title}", "", *_items(items), ""]
   return "\n".join(lines).rstrip() + "\n"

@@ -3,7 +3,6 @@
 import base64
 from collections.abc import Iterable, Sequence
 import dataclasses
-import io
 import logging
 from typing import Any
 
@@ -45,21 +44,12 @@ class _Picture:
   url: str = ""
 
 
-@dataclasses.dataclass
-class _Section:
-  """Attention maps side by side, with notes on missing ones."""
-
-  title: str
-  notes: list[str] = dataclasses.field(default_factory=list)
-  pictures: list[_Picture] = dataclasses.field(default_factory=list)
-
-
 def render(
   study: run_groups.Study,
   columns: Sequence[tables.Column],
   rows: Sequence[dict[str, Any]],
   notes: Sequence[str],
-  compared: Sequence[Sequence[str]],
+  compared: tuple[str, Sequence[str], Sequence[Sequence[str]]],
   index: int | None,
 ) -> str:
   """Return the page, which needs no other file.
@@ -69,7 +59,7 @@ def render(
     columns: columns of the table.
     rows: rows of the table.
     notes: notes on the table.
-    compared: displayed rows of the differences.
+    compared: result of `differences.table`.
     index: index of the test image for the attention maps; None for no maps.
   """
   environment = jinja2.Environment(
@@ -84,8 +74,8 @@ def render(
     columns=columns,
     rows=rows,
     norm_color=plots.norm_color,
-    differences=compared,
-    difference_headings=differences.headings(),
+    difference_headings=compared[1],
+    differences=compared[2],
     difference_note=differences.NOTE,
     curves=_curves(study),
     diagnostics=_diagnostics(study),
@@ -94,34 +84,34 @@ def render(
   )
 
 
-def _group_by_recipe(
-  runs: Iterable[run_reader.Run],
-) -> dict[str, list[run_reader.Run]]:
-  """Return the runs of each model, dataset and resolution, by title."""
-  sections: dict[str, list[run_reader.Run]] = {}
-  for run in runs:
+def _by_recipe(
+  groups: Iterable[Sequence[run_reader.Run]],
+) -> dict[str, list[Sequence[run_reader.Run]]]:
+  """Return the groups of each model, dataset and resolution, by title."""
+  sections: dict[str, list[Sequence[run_reader.Run]]] = {}
+  for group in groups:
+    config = group[0].config
     title = (
-      f"{run.config.model_name} on {run.config.dataset},"
-      f" {run.config.image_size} x {run.config.image_size} pixels"
+      f"{config.model_name} on {config.dataset},"
+      f" {config.image_size} x {config.image_size} pixels"
     )
-    sections.setdefault(title, []).append(run)
+    sections.setdefault(title, []).append(group)
   return sections
 
 
 def _curves(study):
-  runs = [run for run in (*study.finished, *study.unfinished) if run.metrics]
-  return [
-    _Picture(
-      f"Test accuracy and loss over training steps, {title}",
-      svg=markupsafe.Markup(plots.svg(plots.curves(members))),
-    )
-    for title, members in _group_by_recipe(runs).items()
-  ]
+  pictures = []
+  sections = _by_recipe([run] for run in study.runs if run.metrics)
+  for title, groups in sections.items():
+    svg = plots.svg(plots.curves([run for (run,) in groups]))
+    label = f"Test accuracy and loss over training steps, {title}"
+    pictures.append(_Picture(label, svg=markupsafe.Markup(svg)))
+  return pictures
 
 
 def _diagnostics(study):
   pictures = []
-  for run in (*study.finished, *study.unfinished):
+  for run in study.runs:
     if diagnostics_plots.is_diagnosed(run):
       name = study.name(run)
       label = f"Diagnostics over depth and time, {name}"
@@ -130,40 +120,30 @@ def _diagnostics(study):
 
 
 def _attention(study, index):
-  groups = {group[0].workdir: group for group in study.groups}
-  recipes = _group_by_recipe(group[0] for group in study.groups)
+  """Return title, notes on missing maps, and pictures of each recipe."""
   sections = []
-  for title, firsts in recipes.items():
-    section = _Section(title)
-    sections.append(section)
-    models, reasons = [], {}
-    for i, first in enumerate(firsts, start=1):
-      _log.info("attention on %s: model %d of %d", title, i, len(firsts))
-      group = groups[first.workdir]
+  for title, groups in _by_recipe(study.groups).items():
+    models, reasons, pictures = [], {}, []
+    for i, group in enumerate(groups, start=1):
+      _log.info("attention on %s: model %d of %d", title, i, len(groups))
       model, reason = load_any(study, group)
       if model is None:
         reasons.setdefault(reason, []).extend(map(study.name, group))
       else:
         models.append(model)
-    section.notes = [
-      f"No map of {', '.join(runs)}: {reason}"
-      for reason, runs in reasons.items()
-    ]
-    if not models:
-      continue
+    notes = [f"No map of {', '.join(x)}: {why}" for why, x in reasons.items()]
     names = ", ".join(model.name for model in models)
     try:
-      image = test_image(firsts[0].config, index)
-      for kind, meaning in _MAPS.items():
-        _log.info("attention on %s: drawing %s", title, kind)
-        section.pictures.append(
-          _png(
-            attention_plots.draw(kind, models, image),
-            f"{meaning}; test image {index}, best weights of {names}",
-          )
-        )
+      if models:
+        image = test_image(groups[0][0].config, index)
+        for kind, meaning in _MAPS.items():
+          _log.info("attention on %s: drawing %s", title, kind)
+          label = f"{meaning}; test image {index}, best weights of {names}"
+          figure = attention_plots.draw(kind, models, image)
+          pictures.append(_png(figure, label))
     except (errors.UserError, jax.errors.JaxRuntimeError) as e:
-      section.notes.append(f"No maps: {e}")
+      notes.append(f"No maps: {e}")
+    sections.append((title, notes, pictures))
   return sections
 
 
@@ -185,11 +165,7 @@ def load_any(
 def test_image(
   config: ml_collections.ConfigDict, index: int
 ) -> UInt8[np.ndarray, "H W 3"]:
-  """Return a test image of a config's dataset, which must be prepared.
-
-  Raises:
-    UserError: the dataset is not prepared, or has no such image.
-  """
+  """Return a test image of a config's dataset, which must be prepared."""
   if not stored.is_prepared(config.dataset, config.tfds_data_dir):
     # A report must not start a download.
     raise errors.UserError(
@@ -205,7 +181,5 @@ def test_image(
 
 
 def _png(figure: figure_lib.Figure, label: str) -> _Picture:
-  png = io.BytesIO()
-  figure.savefig(png, format="png", dpi=_DPI)
-  code = base64.b64encode(png.getvalue()).decode("ascii")
+  code = base64.b64encode(plots.render(figure, "png", _DPI)).decode("ascii")
   return _Picture(label, url=f"data:image/png;base64,{code}")

@@ -10,11 +10,9 @@ held-out images by learning rate. A method's norm is its name up to the first
 hyphen.
 """
 
-import argparse
 from collections.abc import Sequence
 import csv
 import pathlib
-import statistics
 import sys
 
 from matplotlib import figure as figure_lib
@@ -28,9 +26,7 @@ from rescalevit_jax.runtime import cli
 
 def main(argv: Sequence[str] | None = None) -> int:
   """Draw the accuracies; return the exit code."""
-  parser = argparse.ArgumentParser(
-    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-  )
+  parser = cli.parser(__doc__)
   parser.add_argument("csv", type=pathlib.Path)
   parser.add_argument(
     "--output",
@@ -75,12 +71,11 @@ def read(path: pathlib.Path) -> list[lr_table.Outcome]:
 
   If a method was tested at several learning rates, the one with the best
   held-out accuracy counts.
-
-  Raises:
-    UserError: the file is not such a file.
   """
+  # Accuracies by dataset and method, then by learning rate, and by seed.
   tried: dict[tuple[str, str], dict[float, float | None]] = {}
   tested: dict[tuple[str, str], dict[float, dict[int, float | None]]] = {}
+  hint = "use an accuracies.csv of rescalevit_jax.report.norm_free"
   try:
     with open(path, encoding="utf-8", newline="") as f:
       for row in csv.DictReader(f):
@@ -88,49 +83,36 @@ def read(path: pathlib.Path) -> list[lr_table.Outcome]:
           raise ValueError(f"line {','.join(filter(None, row.values()))!r}")
         key, lr = (row["dataset"], row["method"]), float(row["base_lr"])
         accuracy = float(row["accuracy"]) if row["accuracy"] else None
-        accuracies = tried.setdefault(key, {})
+        rates = tried.setdefault(key, {})
         if row["phase"] == "select":
-          accuracies[lr] = accuracy
+          rates[lr] = accuracy
         else:
           seeds = tested.setdefault(key, {}).setdefault(lr, {})
           seeds[int(row["seed"])] = accuracy
   except (KeyError, ValueError) as e:
-    raise errors.UserError(
-      f"{path}: {e} is not as expected; use an accuracies.csv of"
-      " rescalevit_jax.report.norm_free"
-    ) from e
+    raise errors.UserError(f"{path}: {e} is not as expected; {hint}") from e
   if not tested:
-    raise errors.UserError(
-      f"{path}: has no tested run; use an accuracies.csv of"
-      " rescalevit_jax.report.norm_free"
-    )
+    raise errors.UserError(f"{path}: has no tested run; {hint}")
   outcomes = []
-  for (dataset, method), accuracies in tried.items():
+  for (dataset, method), rates in tried.items():
     norm = method.partition("-")[0]
     if norm not in norms.NORMS:
       raise errors.UserError(
         f"{path}: method {method!r}: {errors.nearest(norm, norms.NORMS)}"
       )
     finals = tested.get((dataset, method), {})
-    selected, seeds = max(
-      finals.items(),
-      key=lambda x: accuracies.get(x[0]) or 0.0,
-      default=(None, {}),
-    )
-    outcomes.append(
-      lr_table.Outcome(dataset, method, norm, accuracies, selected, seeds)
-    )
+    best = max(finals, key=lambda lr: rates.get(lr) or 0.0, default=None)
+    seeds = {} if best is None else finals[best]
+    outcomes.append(lr_table.Outcome(dataset, method, norm, rates, best, seeds))
   return outcomes
 
 
 def bars(
   outcomes: Sequence[lr_table.Outcome], labels: dict[str, str]
 ) -> figure_lib.Figure:
-  """Return a figure with a bar for each tested method, a panel per dataset.
+  """Draw a bar for each tested method, a panel per dataset.
 
-  Args:
-    outcomes: methods without a tested run are left out.
-    labels: names to draw instead of the methods' names.
+  `labels` has names to draw instead of the methods' names.
   """
   tested = [x for x in outcomes if x.percent]
   datasets = list(dict.fromkeys(x.dataset for x in tested))
@@ -144,24 +126,12 @@ def bars(
       if method not in shown:
         axes.text(0, index, "  not run", va="center", color="0.4")
     for x in shown.values():
-      mean = statistics.fmean(x.percent)
-      deviation = statistics.stdev(x.percent) if len(x.percent) > 1 else None
-      axes.barh(
-        methods.index(x.method),
-        mean,
-        height=0.7,
-        xerr=deviation,
-        color=plots.norm_color(x.norm),
-      )
-      text = f"{mean:.1f}" + (
-        " (1 seed)" if deviation is None else f" ± {deviation:.1f}"
-      )
-      axes.text(
-        mean + (deviation or 0),
-        methods.index(x.method),
-        f"  {text}",
-        va="center",
-      )
+      index, mean, deviation = methods.index(x.method), x.mean, x.deviation
+      color = plots.norm_color(x.norm)
+      axes.barh(index, mean, height=0.7, xerr=deviation, color=color)
+      count = " (1 seed)" if deviation is None else f" ± {deviation:.1f}"
+      end = mean + (deviation or 0)
+      axes.text(end, index, f"  {mean:.1f}{count}", va="center")
     axes.set_title(dataset, loc="left")
     axes.set_xlabel("test accuracy, %")
     axes.set_xlim(0, 1.4 * axes.dataLim.x1)

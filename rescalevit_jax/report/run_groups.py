@@ -34,26 +34,25 @@ _NUMBERS = (
 class Study:
   """All runs in a folder.
 
-  Attributes:
-    folder: folder of the runs.
-    groups: the finished runs; the runs of a group differ only in the seed and
-      in keys that do not affect a run's results.
-    unfinished: unfinished runs in order of their paths.
-    damaged: unreadable runs, one line each with the reason.
-    not_begun: runs that failed before writing a config, one line each.
-    varied: config keys in which the groups differ and that have no column yet.
+  The runs of a group are finished, and differ only in the seed and in keys that
+  do not affect a run's results.
   """
 
   folder: pathlib.Path
   groups: tuple[tuple[run_reader.Run, ...], ...]
-  unfinished: tuple[run_reader.Run, ...]
-  damaged: tuple[str, ...]
-  not_begun: tuple[str, ...]
-  varied: tuple[str, ...]
+  unfinished: tuple[run_reader.Run, ...]  # In order of their paths.
+  damaged: tuple[str, ...]  # Unreadable; a line each, with the reason.
+  not_begun: tuple[str, ...]  # Failed before writing a config; a line each.
+  varied: tuple[str, ...]  # Keys without a column in which groups differ.
 
   @property
   def finished(self) -> tuple[run_reader.Run, ...]:
     return tuple(run for group in self.groups for run in group)
+
+  @property
+  def runs(self) -> tuple[run_reader.Run, ...]:
+    """All readable runs, finished ones first."""
+    return (*self.finished, *self.unfinished)
 
   def name(self, run: run_reader.Run) -> str:
     """Return a run's path relative to the study's folder."""
@@ -62,17 +61,14 @@ class Study:
 
 
 def collect(folder: str | os.PathLike[str]) -> Study:
-  """Read all runs below a folder and group them.
-
-  Raises:
-    UserError: the folder is missing or contains no run.
-  """
+  """Read all runs below a folder and group them."""
   folder = pathlib.Path(folder)
   found = run_reader.find(folder)
   whole, damaged = [], list(found.damaged)
   for run in found.runs:
     try:
-      _check(run)
+      if run.is_finished:
+        _check(run)
       whole.append(run)
     except errors.UserError as e:
       damaged.append(str(e))
@@ -125,27 +121,21 @@ def varied_keys(
 
 def _check(run):
   """Raise UserError unless the result has the values of the tables."""
-  if not run.is_finished:
-    return
-  for key, is_valid in {
-    **dict.fromkeys(_NUMBERS, _is_number),
-    "devices": lambda value: isinstance(value, list),
-    "versions": lambda value: isinstance(value, dict),
-  }.items():
-    value = run.result.get(key)
-    if not is_valid(value):
+  result = run.result
+  valid = {key: _is_number(result.get(key)) for key in _NUMBERS}
+  valid["devices"] = isinstance(result.get("devices"), list)
+  valid["versions"] = isinstance(result.get("versions"), dict)
+  for key, is_valid in valid.items():
+    if not is_valid:
       raise errors.UserError(
-        f"{run.workdir / 'result.json'}: damaged ({key} is {value!r}); delete"
-        " it and resume the run, which writes it again"
+        f"{run.workdir / 'result.json'}: damaged ({key} is"
+        f" {result.get(key)!r}); delete it and resume the run, which writes it"
+        " again"
       )
 
 
 def _is_number(value):
-  return (
-    isinstance(value, int | float)
-    and not isinstance(value, bool)
-    and math.isfinite(value)
-  )
+  return type(value) in (int, float) and math.isfinite(value)
 
 
 def order(config: ml_collections.ConfigDict) -> tuple[Any, ...]:

@@ -16,7 +16,6 @@ Flags of rescalevit_jax.sweep are passed on, such as --minutes=60, --jobs=4,
 of the sweep.
 """
 
-import argparse
 from collections.abc import Sequence
 import pathlib
 import sys
@@ -39,11 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser():
-  parser = argparse.ArgumentParser(
-    prog="python -m rescalevit_jax.report.study",
-    description=__doc__,
-    formatter_class=argparse.RawDescriptionHelpFormatter,
-    allow_abbrev=False,
+  parser = cli.parser(
+    __doc__, prog="python -m rescalevit_jax.report.study", allow_abbrev=False
   )
 
   def names(text):

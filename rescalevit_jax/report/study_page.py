@@ -27,35 +27,17 @@ Test accuracy in %. Best: the highest of all evaluations, so it is selected on
 the test images. Last: after the last step. ± is the standard deviation over
 seeds. Published: RescaleViT's README and logs, one run each on an RTX 3090.
 """
-_HEADINGS = (
-  "norm",
-  "best",
-  "last",
-  "published best",
-  "published last",
-  "minutes",
-  "published minutes",
-  "state",
-)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Entry:
-  """A planned recipe with its runs, finished ones first.
+  """A planned recipe with its runs."""
 
-  Attributes:
-    config: of a planned run.
-    planned: number of planned runs.
-    settings: the keys that differ between recipes, as KEY=VALUE.
-    runs: the runs so far.
-    row: of `tables.rows`; None if no run has finished.
-  """
-
-  config: ml_collections.ConfigDict
-  planned: int
-  settings: Sequence[str]
-  runs: Sequence[run_reader.Run]
-  row: Mapping[str, Any] | None
+  config: ml_collections.ConfigDict  # Of a planned run.
+  planned: int  # Number of runs.
+  settings: Sequence[str]  # Keys that differ between recipes, KEY=VALUE.
+  runs: Sequence[run_reader.Run]  # So far, finished ones first.
+  row: Mapping[str, Any] | None  # Of `tables.rows`, if a run has finished.
 
   @property
   def label(self):
@@ -106,7 +88,8 @@ def write(
   for model, model_configs in by_model.items():
     entries = _entries(model_configs, study)
     cells = [_cells(entry, columns) for entry in entries]
-    text += [f"## {model}", "", markdown.table("lrrrrrrl", _HEADINGS, cells)]
+    values = map(dict.values, cells)
+    text += [f"## {model}", "", markdown.table("lrrrrrrl", cells[0], values)]
     missing = [f"{x.label}: {x.state}" for x in entries if not x.runs]
     attention, problems = _attention(entries, study, index)
     for name, title, figure in (
@@ -124,29 +107,30 @@ def write(
 
 def _entries(configs, study):
   """Return an entry for each recipe, in the order of the configs."""
-  runs_by_recipe = {}
-  for run in (*study.finished, *study.unfinished):
-    runs_by_recipe.setdefault(run_reader.recipe(run.config), []).append(run)
+  recipe = run_reader.recipe
+  runs: dict[Any, list[run_reader.Run]] = {}
+  for run in study.runs:
+    runs.setdefault(recipe(run.config), []).append(run)
   rows = {
-    run_reader.recipe(group[0].config): row
+    recipe(group[0].config): row
     for group, row in zip(study.groups, tables.rows(study), strict=True)
   }
   varied = run_groups.varied_keys(configs)
   if len({config.image_size for config in configs}) > 1:
     varied = ("image_size", *varied)
-  planned = collections.Counter(map(run_reader.recipe, configs))
+  planned = collections.Counter(map(recipe, configs))
   entries = []
-  for recipe, config in {run_reader.recipe(x): x for x in configs}.items():
+  for key, config in {recipe(x): x for x in configs}.items():
     values = config_lib.flatten(config)
-    settings = [f"{key}={values[key]}" for key in varied]
-    runs = runs_by_recipe.get(recipe, [])
+    settings = [f"{name}={values[name]}" for name in varied]
     entries.append(
-      _Entry(config, planned[recipe], settings, runs, rows.get(recipe))
+      _Entry(config, planned[key], settings, runs.get(key, []), rows.get(key))
     )
   return entries
 
 
 def _cells(entry, columns):
+  """Return the displayed row of a recipe, by heading."""
   shown = {column.key: column.text for column in columns}
   published = reference_results.find(entry.config)
 
@@ -157,16 +141,16 @@ def _cells(entry, columns):
     value = getattr(published, name, None)
     return markdown.NOTHING if value is None else f"{factor * value:.1f}"
 
-  return [
-    entry.label,
-    ours("best_accuracy_mean"),
-    ours("last_accuracy_mean"),
-    theirs("best_accuracy", 100),
-    theirs("last_accuracy", 100),
-    ours("minutes_mean"),
-    theirs("minutes", 1),
-    entry.state,
-  ]
+  return {
+    "norm": entry.label,
+    "best": ours("best_accuracy_mean"),
+    "last": ours("last_accuracy_mean"),
+    "published best": theirs("best_accuracy", 100),
+    "published last": theirs("last_accuracy", 100),
+    "minutes": ours("minutes_mean"),
+    "published minutes": theirs("minutes", 1),
+    "state": entry.state,
+  }
 
 
 def _curves(entries):

@@ -2,9 +2,7 @@
 
 import collections
 from collections.abc import Callable, Sequence
-import csv
 import dataclasses
-import io
 import statistics
 from typing import Any
 
@@ -13,24 +11,18 @@ from rescalevit_jax.analysis import reference_results
 from rescalevit_jax.config import keys
 from rescalevit_jax.report import run_groups
 from rescalevit_jax.runs import run_reader
+from rescalevit_jax.runtime import csv_text
 from rescalevit_jax.runtime.markdown import NOTHING
 from rescalevit_jax.training import scores
 
 
 @dataclasses.dataclass(frozen=True)
 class Column:
-  """A column of the displayed table.
-
-  Attributes:
-    heading: name and unit.
-    key: key of the row's value, used for sorting.
-    text: function from a row to the displayed text.
-    numeric: True if the values are numbers.
-  """
+  """A column of the displayed table."""
 
   heading: str
-  key: str
-  text: Callable[[dict[str, Any]], str]
+  key: str  # Of the row's value, for sorting.
+  text: Callable[[dict[str, Any]], str]  # From a row to the displayed text.
   numeric: bool = True
 
 
@@ -45,70 +37,51 @@ def rows(study: run_groups.Study) -> list[dict[str, Any]]:
 
 def run_rows(study: run_groups.Study) -> list[dict[str, Any]]:
   """Return a row for each readable run, finished runs first."""
-  runs = (*study.finished, *study.unfinished)
-  varied = run_groups.varied_keys(run.config for run in runs)
-  return [_run_row(study.name(run), run, varied) for run in runs]
+  varied = run_groups.varied_keys(run.config for run in study.runs)
+  return [_run_row(study.name(run), run, varied) for run in study.runs]
 
 
 def columns(study: run_groups.Study) -> list[Column]:
   """Return the columns of the displayed table."""
 
-  def text(heading, key):
-    return Column(heading, key, lambda row: _plain(row[key]), numeric=False)
+  def value(heading, key, form=str, numeric=True):
+    def cell(row):
+      return NOTHING if row[key] is None else form(row[key])
 
-  def number(heading, key, form):
-    return Column(
-      heading,
-      key,
-      lambda row: NOTHING if row[key] is None else form(row[key]),
-    )
+    return Column(heading, key, cell, numeric)
 
   def accuracy(heading, key):
-    return Column(
-      heading,
-      f"{key}_mean",
-      lambda row: _mean_and_sd(row[f"{key}_mean"], row[f"{key}_sd"]),
-    )
+    def cell(row):
+      return _mean_and_sd(row[f"{key}_mean"], row[f"{key}_sd"])
+
+    return Column(heading, f"{key}_mean", cell)
 
   def interval(row):
     low, high = row["last_accuracy_low"], row["last_accuracy_high"]
-    return NOTHING if low is None else f"{percent(low)} to {percent(high)}"
+    return NOTHING if low is None else f"{_percent(low)} to {_percent(high)}"
 
-  def percent(fraction):
-    return f"{100 * fraction:.1f}"
-
-  def difference(fraction):
-    text = f"{100 * fraction:+.1f}".replace("-", "−")
-    return "0.0" if text[1:] == "0.0" else text
-
-  result = [
-    text("dataset", "dataset"),
-    text("model", "model"),
-    text("norm", "norm"),
-    text("pretrained", "pretrained"),
-    number("resolution", "resolution", str),
-  ]
+  names = ("dataset", "model", "norm", "pretrained")
+  result = [value(key, key, numeric=False) for key in names]
+  result.append(value("resolution", "resolution"))
   for key in study.varied:
     kind = keys.KEYS[key].optional or type(keys.KEYS[key].default)
-    column = text(key, key)
-    numeric = kind in (int, float)
-    result.append(dataclasses.replace(column, numeric=numeric))
+    result.append(value(key, key, numeric=kind in (int, float)))
   result += [
-    number("runs (n)", "runs", str),
+    value("runs (n)", "runs"),
     accuracy("best accuracy, %", "best_accuracy"),
     accuracy("last accuracy, %", "last_accuracy"),
     Column("95 % interval", "last_accuracy_low", interval),
-    number("last test loss", "last_loss_mean", "{:.3f}".format),
-    number("minutes", "minutes_mean", _short),
-    number("images/s", "images_per_second_mean", _short),
-    number("parameters, M", "parameters", lambda x: _short(x / 1e6)),
+    value("last test loss", "last_loss_mean", "{:.3f}".format),
+    value("minutes", "minutes_mean", _short),
+    value("images/s", "images_per_second_mean", _short),
+    value("parameters, M", "parameters", lambda x: _short(x / 1e6)),
   ]
   if any(reference_results.find(group[0].config) for group in study.groups):
     result += [
-      number("published best, %", "published_best_accuracy", percent),
-      number("published last, %", "published_last_accuracy", percent),
-      number("difference, best", "best_accuracy_difference", difference),
-      number("difference, last", "last_accuracy_difference", difference),
+      value("published best, %", "published_best_accuracy", _percent),
+      value("published last, %", "published_last_accuracy", _percent),
+      value("difference, best", "best_accuracy_difference", _points),
+      value("difference, last", "last_accuracy_difference", _points),
     ]
   return result
 
@@ -126,12 +99,8 @@ def cells(
 
 def to_csv(rows: Sequence[dict[str, Any]]) -> str:
   """Return the rows as CSV with full precision; None becomes empty."""
-  text = io.StringIO()
-  if rows:
-    writer = csv.DictWriter(text, rows[0], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-  return text.getvalue()
+  header = [rows[0].keys()] if rows else []
+  return csv_text.table([*header, *(row.values() for row in rows)])
 
 
 def devices(run: run_reader.Run) -> str:
@@ -241,16 +210,21 @@ def _run_row(name, run, varied):
   }
 
 
-def _plain(value):
-  return NOTHING if value is None else str(value)
-
-
 def _short(number):
   return f"{number:.{2 if number < 10 else 1 if number < 1000 else 0}f}"
 
 
+def _percent(fraction):
+  return f"{100 * fraction:.1f}"
+
+
+def _points(fraction):
+  text = f"{100 * fraction:+.1f}".replace("-", "−")
+  return "0.0" if text[1:] == "0.0" else text
+
+
 def _mean_and_sd(mean, sd):
-  text = f"{100 * mean:.1f}"
+  text = _percent(mean)
   if sd is None:
     return text
   sd *= 100

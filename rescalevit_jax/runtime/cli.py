@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 import os
 import pathlib
 import sys
+from typing import Any
 
 import jax
 
@@ -46,6 +47,22 @@ def arguments(argv: Sequence[str] | None = None) -> list[str]:
       )
     expanded.append(flag + equals + os.path.expanduser(value))
   return expanded
+
+
+def parser(doc: str | None, **options: Any) -> argparse.ArgumentParser:
+  """Return a parser whose help is a docstring with its line breaks."""
+  return argparse.ArgumentParser(
+    description=doc,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+    **options,
+  )
+
+
+def positive(text: str) -> int:
+  """Parse the value of a flag that is a number above 0, for argparse."""
+  if not text.isdecimal() or int(text) < 1:
+    raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+  return int(text)
 
 
 def index(text: str) -> int:

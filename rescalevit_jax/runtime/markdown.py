@@ -1,6 +1,6 @@
 """Write Markdown."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 import html
 from typing import Any
 
@@ -16,7 +16,7 @@ def escape(text: str) -> str:
 
 
 def table(
-  alignment: str, headings: Sequence[str], rows: Iterable[Sequence[str]]
+  alignment: str, headings: Iterable[str], rows: Iterable[Iterable[str]]
 ) -> str:
   """Return a table.
 
@@ -38,7 +38,7 @@ def table_of(
 ) -> str:
   """Return a table of items; `columns` has a function to a cell per heading."""
   rows = [[cell(item) for cell in columns.values()] for item in items]
-  return table(alignment, list(columns), rows)
+  return table(alignment, columns, rows)
 
 
 def number(

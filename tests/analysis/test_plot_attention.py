@@ -12,6 +12,7 @@ import tiny_model
 from rescalevit_jax import errors
 from rescalevit_jax.analysis import attention_maps
 from rescalevit_jax.analysis import attention_plots
+from rescalevit_jax.analysis import npz_model
 from rescalevit_jax.analysis import plot_attention
 from rescalevit_jax.analysis import trained_model
 from rescalevit_jax.data import dataset
@@ -92,7 +93,7 @@ def test_files_of_all_norms_side_by_side(digits_dir, tmp_path):
   found = list(dict.fromkeys((r["model"], r["norm"]) for r in rows))
   assert found == [(norm, norm) for norm in names]
   images = dataset.load("digits", str(digits_dir)).test.images
-  tanh = trained_model.load_npz(tmp_path / "Rescale.npz", gelu="tanh")
+  tanh = npz_model.load(tmp_path / "Rescale.npz", gelu="tanh")
   expected = attention_maps.statistics(tanh, images).entropy
   found = [float(r["entropy_nats"]) for r in rows if r["norm"] == "Rescale"]
   np.testing.assert_allclose(found, expected, rtol=1e-6)
@@ -128,11 +129,11 @@ def test_one_file_with_different_options(digits_dir, tmp_path):
 def test_options_of_a_file_are_parsed(tmp_path, monkeypatch):
   said = []
 
-  def load_npz(path, **kwargs):
+  def load(path, **kwargs):
     said.append((path, kwargs))
     raise errors.UserError("enough")
 
-  monkeypatch.setattr(trained_model, "load_npz", load_npz)
+  monkeypatch.setattr(npz_model, "load", load)
   plot_attention.main(["--npz=a.npz:Cal,gap,c=3,tanh", "--image=a.png"])
   words = {"norm": "Cal", "gelu": "tanh", "pool": "gap", "residual_c": 3.0}
   assert said == [("a.npz", words)]

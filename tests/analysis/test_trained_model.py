@@ -11,6 +11,7 @@ import trees
 
 from rescalevit_jax import errors
 from rescalevit_jax import models
+from rescalevit_jax.analysis import npz_model
 from rescalevit_jax.analysis import trained_model
 from rescalevit_jax.augment import preprocess
 from rescalevit_jax.models import norms
@@ -198,7 +199,7 @@ def test_a_file_of_each_norm(norm, tmp_path):
   params, stats = variables(norm, image_size=12)
   npz.save(tmp_path / "some.npz", params, stats)
   said = {"norm": "GN"} if norm == "GN" else {}
-  model = trained_model.load_npz(tmp_path / "some.npz", **said)
+  model = npz_model.load(tmp_path / "some.npz", **said)
   assert model.name == "some" and model.image_size == 12
   assert model.class_names == ("0", "1", "2")
   assert model.model.config.norm == norm
@@ -224,7 +225,7 @@ def test_a_file_of_each_norm(norm, tmp_path):
 def test_options_are_inferred_from_a_file(norm, options, tmp_path):
   params, stats = trees.fresh(norm, seed=3, **options)
   npz.save(tmp_path / "a.npz", params, stats)
-  model = trained_model.load_npz(
+  model = npz_model.load(
     tmp_path / "a.npz", norm="GN" if norm == "GN" else None
   )
   want = models.create(
@@ -234,9 +235,16 @@ def test_options_are_inferred_from_a_file(norm, options, tmp_path):
   trees.same(trees.flat(**model.variables), trees.flat(params, stats))
 
 
+def test_a_model_that_has_classified_can_be_folded(tmp_path):
+  npz.save(tmp_path / "a.npz", *variables("BN"))
+  model = npz_model.load(tmp_path / "a.npz")
+  expected = model(IMAGES)
+  np.testing.assert_allclose(model.fold()(IMAGES), expected, atol=1e-5)
+
+
 def test_residual_c_and_pool_are_arguments(tmp_path):
   npz.save(tmp_path / "a.npz", *trees.fresh(residual="rescalenet"))
-  model = trained_model.load_npz(tmp_path / "a.npz", residual_c=3.0, pool="gap")
+  model = npz_model.load(tmp_path / "a.npz", residual_c=3.0, pool="gap")
   assert (model.model.config.residual_c, model.model.config.pool) == (
     3.0,
     "gap",
@@ -246,8 +254,7 @@ def test_residual_c_and_pool_are_arguments(tmp_path):
 def test_gelu(tmp_path):
   npz.save(tmp_path / "a.npz", *variables("LN"))
   found = [
-    trained_model.load_npz(tmp_path / "a.npz", gelu=gelu)
-    for gelu in ("erf", "tanh")
+    npz_model.load(tmp_path / "a.npz", gelu=gelu) for gelu in ("erf", "tanh")
   ]
   assert [model.model.config.gelu for model in found] == ["erf", "tanh"]
 
@@ -255,7 +262,7 @@ def test_gelu(tmp_path):
 def test_a_file_with_pre_logits(tmp_path):
   params, stats = variables("LN", representation_size=6)
   npz.save(tmp_path / "a.npz", params, stats)
-  model = trained_model.load_npz(tmp_path / "a.npz")
+  model = npz_model.load(tmp_path / "a.npz")
   assert model.model.config.representation_size == 6
   trees.same(trees.flat(**model.variables), trees.flat(params, stats))
   assert model(IMAGES).shape == (7, 3)
@@ -264,7 +271,7 @@ def test_a_file_with_pre_logits(tmp_path):
 def test_a_file_without_a_head_cannot_classify(tmp_path):
   arrays = trees.arrays("LN")
   kept = {k: v for k, v in arrays.items() if k not in trees.HEAD}
-  model = trained_model.load_npz(trees.write(tmp_path, kept))
+  model = npz_model.load(trees.write(tmp_path, kept))
   assert model.class_names == ()
   logits = model.model.apply(model.variables, model.inputs(IMAGES))
   assert np.isfinite(logits).all()
@@ -309,7 +316,7 @@ def without(arrays, word):
 def test_files_of_other_models_are_errors(arrays, words, kwargs, tmp_path):
   path = trees.write(tmp_path, arrays)
   with pytest.raises(errors.UserError) as caught:
-    trained_model.load_npz(path, **kwargs)
+    npz_model.load(path, **kwargs)
   message = str(caught.value)
   assert words in message and str(path) in message and "\n" not in message
 
@@ -317,7 +324,7 @@ def test_files_of_other_models_are_errors(arrays, words, kwargs, tmp_path):
 def test_an_invalid_file_is_an_error(tmp_path):
   (tmp_path / "a.npz").write_text("hello")
   with pytest.raises(errors.UserError, match=r"a\.npz: not a readable"):
-    trained_model.load_npz(tmp_path / "a.npz")
+    npz_model.load(tmp_path / "a.npz")
 
 
 def test_an_unknown_checkpoint_is_an_error(tiny_run):

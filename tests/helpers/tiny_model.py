@@ -23,6 +23,4 @@ def create(norm="LN", num_layers=3):
   variables = {"batch_stats": {}, **model.init(jax.random.key(0), x)}
   # As initialized, queries and keys are so small that attention is uniform.
   variables["params"] = jax.tree.map(lambda x: 2 * x, variables["params"])
-  return trained_model.TrainedModel(
-    "tiny", model, variables, 8, map(str, range(5))
-  )
+  return trained_model.TrainedModel("tiny", model, variables, 8, tuple("01234"))

@@ -14,7 +14,7 @@ import trees
 from rescalevit_jax import config as config_lib
 from rescalevit_jax import errors
 from rescalevit_jax import models
-from rescalevit_jax.analysis import trained_model
+from rescalevit_jax.analysis import npz_model
 from rescalevit_jax.models import norms
 from rescalevit_jax.models.norms import fade
 from rescalevit_jax.models.norms import layer_norm
@@ -449,7 +449,7 @@ def test_one_scale_folds_into_the_next_layers(tmp_path):
 
   tree, weights = folded()
   npz.save(tmp_path / "a.npz", *weights)
-  model = trained_model.load_npz(tmp_path / "a.npz")
+  model = npz_model.load(tmp_path / "a.npz")
   assert model.model.config.norm == "Identity"
   x = np.random.default_rng(0).uniform(-1, 1, (5, 8, 8, 3)).astype(np.float32)
   want = tiny().apply({"params": params, "batch_stats": tree}, x)

@@ -12,6 +12,7 @@ import trees
 
 from rescalevit_jax import errors
 from rescalevit_jax import models
+from rescalevit_jax.analysis import npz_model
 from rescalevit_jax.analysis import subjects
 from rescalevit_jax.analysis import trained_model
 from rescalevit_jax.models import norms
@@ -167,7 +168,7 @@ def test_placement_is_inferred_from_a_file(options, tmp_path):
   variables = random_variables(tiny(**options))
   params, stats = variables["params"], variables.get("batch_stats", {})
   npz.save(tmp_path / "a.npz", params, stats)
-  found = trained_model.load_npz(tmp_path / "a.npz").model.config
+  found = npz_model.load(tmp_path / "a.npz").model.config
   for key, value in options.items():
     assert getattr(found, key) == value
   if options["norm_position"] == "peri":

@@ -7,7 +7,7 @@ import trees
 
 from rescalevit_jax import errors
 from rescalevit_jax import models
-from rescalevit_jax.analysis import trained_model
+from rescalevit_jax.analysis import npz_model
 from rescalevit_jax.pretrained import fold
 from rescalevit_jax.pretrained import npz
 
@@ -56,7 +56,7 @@ def test_the_folded_model_computes_the_same(norm, residual, options, tmp_path):
   npz.save(tmp_path / "a.npz", *fold.fold(norm, params, stats))
   trees.same(trees.flat(params, stats), before)
   pool = options.get("pool", "cls")
-  folded = trained_model.load_npz(tmp_path / "a.npz", pool=pool)
+  folded = npz_model.load(tmp_path / "a.npz", pool=pool)
   assert folded.model.config.norm == "Identity"
   assert folded.model.config.residual == residual
   assert not folded.model.config.sigma_reparam

@@ -11,7 +11,7 @@ import pytest
 import trees
 
 from rescalevit_jax import errors
-from rescalevit_jax.analysis import trained_model
+from rescalevit_jax.analysis import npz_model
 from rescalevit_jax.pretrained import load
 from rescalevit_jax.pretrained import npz
 from rescalevit_jax.pretrained import untrusted_npz
@@ -239,7 +239,7 @@ def test_a_bomb_is_not_unpacked(tmp_path, monkeypatch):
   try:
     trees.refuses(tmp_path / "a.npz", "head/x exceeds the limit", "0.0 GiB")
     with pytest.raises(errors.UserError, match="head/x exceeds the limit"):
-      trained_model.load_npz(tmp_path / "a.npz")
+      npz_model.load(tmp_path / "a.npz")
     assert tracemalloc.get_traced_memory()[1] < 10e6
   finally:
     tracemalloc.stop()
@@ -294,7 +294,7 @@ def test_missing_layers_are_not_created(tmp_path):
   path = trees.write(tmp_path, arrays)
   trees.refuses(path, key)
   with pytest.raises(errors.UserError, match="complete Vision Transformer"):
-    trained_model.load_npz(path)
+    npz_model.load(path)
 
 
 # Writing.

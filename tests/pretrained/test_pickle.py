@@ -17,6 +17,7 @@ import tfrecord_frames
 import trees
 
 from rescalevit_jax import errors
+from rescalevit_jax.analysis import npz_model
 from rescalevit_jax.analysis import trained_model
 from rescalevit_jax.data import array_cache
 from rescalevit_jax.data import dataset
@@ -99,7 +100,7 @@ def test_weights(place, bomb, pickled, tmp_path):
     with zipfile.ZipFile(path, "a") as z:
       z.writestr("cls.npy", pickled)
   refused(load.load, path, *trees.fresh(seed=1))
-  refused(trained_model.load_npz, path)
+  refused(npz_model.load, path)
 
 
 @pytest.mark.parametrize("place", ["file", "object"])

@@ -268,7 +268,7 @@ def test_invalid_arguments_are_errors(argument, words, capsys):
 def test_numbers_have_a_minimum(capsys):
   with pytest.raises(SystemExit):
     norm_free.main(["--num_val=0"])
-  assert "0 is less than 1" in capsys.readouterr().err
+  assert "'0' is not a whole number above 0" in capsys.readouterr().err
 
 
 def test_the_picture_shows_the_numbers():

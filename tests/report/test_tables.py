@@ -86,7 +86,7 @@ def test_difference_from_the_published_run(three):
 
 
 def test_all_published_runs_of_rescalevit_are_beside_ours(tmp_path):
-  figures = reference_results.FIGURES
+  figures = reference_results.figures()
   for i, (dataset, model, norm, pretrained) in enumerate(figures):
     config = {"dataset": dataset, "model_name": model, "model.norm": norm}
     config["pretrained_path"] = f"{model}.npz" if pretrained else None
