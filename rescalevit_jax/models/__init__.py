@@ -11,13 +11,9 @@ from rescalevit_jax.models import vit_config
 def create(name: str, **settings: Any) -> vit.VisionTransformer:
   """Return a Vision Transformer as a flax.linen module.
 
-  Args:
-    name: a key of `vit_config.VARIANTS`, such as 'ViT-B_16'.
-    **settings: fields of `vit_config.ViTConfig`. `num_classes` is required. A
-      size replaces the variant's unless it is None.
-
-  Raises:
-    UserError: an unknown name, or sizes that do not fit together.
+  The name is a key of `vit_config.VARIANTS`. Settings are fields of
+  `vit_config.ViTConfig`, and `num_classes` is required. A size replaces the
+  variant's unless it is None.
   """
   variants = vit_config.VARIANTS
   if name not in variants:

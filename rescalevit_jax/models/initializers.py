@@ -19,14 +19,10 @@ Initializer = Callable[..., Any]
 
 @dataclasses.dataclass(frozen=True)
 class Scheme:
-  """Initializers of each kind of parameter.
-
-  `patch_bias`, `attention_bias` and `head_bias` map a layer's fan-in to an
-  initializer.
-  """
+  """Initializers of each kind of parameter."""
 
   patch_kernel: Initializer
-  patch_bias: Callable[[int], Initializer]
+  patch_bias: Callable[[int], Initializer]  # Of the fan-in, like the next ones.
   position: Initializer
   attention_kernel: Initializer
   attention_bias: Callable[[int], Initializer]

@@ -17,23 +17,16 @@ class Linear(nn.Module):
   before the product. Otherwise a bias of shape [h, d] is broadcast to a whole
   activation in memory, and XLA transposes the activations for the kernel's
   gradient.
-
-  Attributes:
-    features: size of the output's last axis, or of its last two axes.
-    input_axes: number of contracted axes of the input.
-    kernel_init: initializer of the kernel as a matrix [inputs, outputs].
-    bias_init: initializer of the bias.
-    dtype: of the computation.
-    bias_in_product: whether cuBLAS adds the bias, in `dtype`. This is fastest
-      if the result is the operand of another product. Otherwise the kernel that
-      reads the result adds the bias without another array in memory.
   """
 
-  features: int | tuple[int, ...]
-  input_axes: int = 1
-  kernel_init: Any = nn.initializers.lecun_normal()
+  features: int | tuple[int, ...]  # The output's last axis, or its last two.
+  input_axes: int = 1  # Number of contracted axes.
+  kernel_init: Any = nn.initializers.lecun_normal()  # Of [inputs, outputs].
   bias_init: Any = nn.initializers.zeros
   dtype: Any = jnp.float32
+  # Whether cuBLAS adds the bias, in `dtype`. This is fastest if the result is
+  # the operand of another product. Otherwise the kernel that reads the result
+  # adds the bias without another array in memory.
   bias_in_product: bool = False
 
   @nn.compact
@@ -44,16 +37,15 @@ class Linear(nn.Module):
     outputs = self.features
     if isinstance(outputs, int):
       outputs = (outputs,)
-    *batch, inputs = (
-      *x.shape[: x.ndim - self.input_axes],
-      math.prod(x.shape[x.ndim - self.input_axes :]),
-    )
+    first = x.ndim - self.input_axes
+    batch, contracted = x.shape[:first], x.shape[first:]
+    inputs = math.prod(contracted)
 
     def kernel_init(key, shape):
       matrix = (inputs, math.prod(outputs))
       return self.kernel_init(key, matrix).reshape(shape)
 
-    shape = (*x.shape[x.ndim - self.input_axes :], *outputs)
+    shape = (*contracted, *outputs)
     kernel = self.param("kernel", kernel_init, shape).reshape(inputs, -1)
     bias = self.param("bias", self.bias_init, outputs).reshape(-1)
     kernel = self.reparametrize(kernel, train)

@@ -12,23 +12,14 @@ from jaxtyping import Array, Float
 
 
 class Residual(nn.Module):
-  """The residual stream plus the branch.
+  """The residual stream plus the branch."""
 
-  Attributes:
-    features: number of channels D.
-    branch: number k of the branch, from 1; even branches are MLPs.
-    num_blocks: number of encoder blocks L.
-    c: of `RescaleNet`; None: 2L.
-    layerscale_init: initial scale of `LayerScale`; None: by depth.
-    dtype: of the output.
-  """
-
-  features: int
-  branch: int
-  num_blocks: int
-  c: float | None = None
-  layerscale_init: float | None = None
-  dtype: Any = jnp.float32
+  features: int  # Number of channels D.
+  branch: int  # Number k of the branch, from 1; even branches are MLPs.
+  num_blocks: int  # Number of encoder blocks L.
+  c: float | None = None  # Of `RescaleNet`; None: 2L.
+  layerscale_init: float | None = None  # Of `LayerScale`; None: by depth.
+  dtype: Any = jnp.float32  # Of the output.
 
   # The parameter is named SLOT_0/scale after attention and SLOT_2/scale after
   # the MLP, like the preceding norm's; None: no parameter.

@@ -40,9 +40,7 @@ def singular_vector(
 ) -> Float[Array | np.ndarray, " outputs"]:
   """Return v after some steps of power iteration, with length 1.
 
-  Args:
-    kernel: of a layer, with any number of axes of inputs and outputs.
-    v: initial vector.
+  The kernel may have several axes of inputs and of outputs.
   """
   matrix = kernel.reshape(-1, v.size)
   for _ in range(_INITIAL_ITERATIONS):
@@ -56,11 +54,7 @@ def largest(
 ) -> Float[Array | np.ndarray, ""]:
   """Return the largest singular value sigma(W) = |W v| / |v|.
 
-  v has length 1, unless it is an average over steps (EMA).
-
-  Args:
-    kernel: see `singular_vector`.
-    v: the singular vector.
+  The singular vector v has length 1, unless it is an average over steps (EMA).
   """
   product = kernel.reshape(-1, v.size) @ v
   return ((product**2).sum() / (v**2).sum()) ** 0.5

@@ -118,15 +118,10 @@ class MultiHeadAttention(nn.Module):
 
 
 class Mlp(nn.Module):
-  """Two linear layers with a GELU between them.
-
-  Attributes:
-    config: of the model.
-    dropout_index: index of the first of the two dropouts.
-  """
+  """Two linear layers with a GELU between them."""
 
   config: ViTConfig
-  dropout_index: int
+  dropout_index: int  # Of the first of the two dropouts.
 
   @nn.compact
   def __call__(self, x: Tokens, train: bool, key: DropoutKey) -> Tokens:
@@ -151,9 +146,7 @@ class Mlp(nn.Module):
 def gelu(x: Float[Array, "..."], kind: str) -> Float[Array, "..."]:
   """Return the GELU (Hendrycks & Gimpel 2016), computed in float32.
 
-  Args:
-    x: any array.
-    kind: 'erf', or 'tanh' for Google's approximation.
+  The kind is 'erf', or 'tanh' for Google's approximation.
   """
   y = x.astype(jnp.float32)
   if kind == "tanh":
@@ -182,14 +175,10 @@ class EncoderBlock(nn.Module):
   If the head sees only the class token, the last block computes the other
   tokens up to their keys and values and returns one token. This requires a norm
   that maps each token independently of the others.
-
-  Attributes:
-    config: of the model.
-    block: number of the block, from 1.
   """
 
   config: ViTConfig
-  block: int
+  block: int  # From 1.
 
   @nn.compact
   def __call__(self, x: Tokens, train: bool, key: DropoutKey) -> Tokens:
@@ -298,15 +287,10 @@ class VisionTransformer(nn.Module):
   def __call__(
     self, images: Images, train: bool = False
   ) -> Float[Array, "B classes"]:
-    """Classify images.
+    """Return the float32 logits of images in [-1, 1].
 
-    Args:
-      images: float32 in [-1, 1].
-      train: whether dropout is on, which needs the rng `dropout`, and norms use
-        batch statistics and update the collection `batch_stats`.
-
-    Returns:
-      Logits, float32.
+    In training, dropout is on, which needs the rng `dropout`, and norms use
+    batch statistics and update the collection `batch_stats`.
     """
     c = self.config
     x = PatchEmbedding(c, name="embedding")(images)

@@ -42,80 +42,41 @@ VARIANTS = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ViTConfig:
-  """The definition of a Vision Transformer.
-
-  Attributes:
-    num_classes: width of the head.
-    patch_size: edge of a square patch, in pixels.
-    hidden_size: width D of a token.
-    mlp_dim: width of the hidden layer of the MLP.
-    num_heads: number of attention heads.
-    num_layers: number of encoder blocks.
-    image_size: edge of the square images, in pixels.
-    norm: a key of `norms.NORMS`.
-    alpha_init: initial alpha of a pointwise norm; see `pointwise.parse_alphas`.
-    norm_position: 'pre', 'post' or 'peri'; see `vit.EncoderBlock`.
-    norm_depth_scaling: whether the norms before the branches of block l are
-      multiplied by l^(-1/2); see `vit.EncoderBlock`.
-    embedding_norm: whether a norm follows the position embedding.
-    norm_epsilon: added to variances and mean squares.
-    bn_momentum: of the running statistics of BN, BN2 and PRepBN.
-    gn_groups: number of groups of GN.
-    norm_schedule: of a norm that changes during training; see `norms.traits`.
-    residual: a key of `residuals.RESIDUALS`, or 'auto' for the norm's default.
-    residual_c: c of the residual `rescalenet`; None: twice `num_layers`.
-    layerscale_init: initial scale of the residual `layerscale`; None: by depth.
-    qk_norm: whether queries and keys are normalized; see `vit`.
-    sigma_reparam: whether the linear layers of the blocks learn their largest
-      singular value; see `sigma`.
-    dropout_rate: after the embedding and twice in each MLP; attention has none.
-    stochastic_depth: probability that an image skips a branch of the last block
-      in training; see `vit.EncoderBlock`.
-    pool: input of the head: the class token ('cls') or the mean of the patches
-      ('gap'). Both have the same parameters.
-    gelu: 'erf' as in RescaleViT or 'tanh' as in Google's code.
-    attention: 'xla', 'cudnn', or 'auto'; see `ops.attention.choose`.
-    remat: whether the backward pass recomputes each block's activations, which
-      saves memory.
-    init: a key of `initializers.SCHEMES`.
-    representation_size: width of Google's `pre_logits` layer; None: no layer.
-    dtype: of the computation: 'float32', 'bfloat16', 'float16', or 'auto'; see
-      `choose_dtype`. Parameters, norm statistics, softmax and logits are
-      float32.
-
-  Raises:
-    UserError: an unknown name, or sizes that do not fit together.
-  """
+  """The definition of a Vision Transformer."""
 
   num_classes: int
-  patch_size: int
-  hidden_size: int
-  mlp_dim: int
+  patch_size: int  # Edge of a square patch, in pixels.
+  hidden_size: int  # Width D of a token.
+  mlp_dim: int  # Width of the hidden layer of the MLP.
   num_heads: int
-  num_layers: int
-  image_size: int = 224
-  norm: str = "LN"
-  alpha_init: str | None = None
-  norm_position: str = "pre"
+  num_layers: int  # Encoder blocks.
+  image_size: int = 224  # Edge of the square images, in pixels.
+  norm: str = "LN"  # A key of `norms.NORMS`.
+  alpha_init: str | None = None  # See `pointwise.parse_alphas`.
+  norm_position: str = "pre"  # See `vit.EncoderBlock`, also for the next one.
   norm_depth_scaling: bool = False
-  embedding_norm: bool = False
+  embedding_norm: bool = False  # Whether a norm follows the position embedding.
   norm_epsilon: float = base.Options.epsilon
   bn_momentum: float = base.Options.momentum
   gn_groups: int = base.Options.groups
-  norm_schedule: Any = None
-  residual: str = "auto"
-  residual_c: float | None = None
-  layerscale_init: float | None = None
-  qk_norm: bool = False
-  sigma_reparam: bool = False
-  dropout_rate: float = 0.1
-  stochastic_depth: float = 0.0
+  norm_schedule: Any = None  # See `norms.schedule.Gradual`.
+  residual: str = "auto"  # A key of `residuals.RESIDUALS`; auto: the norm's.
+  residual_c: float | None = None  # c of `rescalenet`; None: twice num_layers.
+  layerscale_init: float | None = None  # Of `layerscale`; None: by depth.
+  qk_norm: bool = False  # See `vit.MultiHeadAttention`.
+  sigma_reparam: bool = False  # See `sigma`; in the blocks' linear layers.
+  dropout_rate: float = 0.1  # After the embedding and twice in each MLP.
+  stochastic_depth: float = 0.0  # Of the last block; see `vit.EncoderBlock`.
+  # Input of the head: the class token (cls) or the mean of the patches (gap).
+  # Both have the same parameters.
   pool: str = "cls"
-  gelu: str = "erf"
-  attention: str = "auto"
-  remat: bool = False
-  init: str = "torch"
-  representation_size: int | None = None
+  gelu: str = "erf"  # As in RescaleViT, or tanh as in Google's code.
+  attention: str = "auto"  # xla or cudnn; auto: cudnn if it can run here.
+  remat: bool = False  # Recompute activations to save memory.
+  init: str = "torch"  # A key of `initializers.SCHEMES`.
+  representation_size: int | None = None  # Of Google's `pre_logits` layer.
+  # Of the computation; auto: see `choose_dtype`. Parameters, norm statistics,
+  # softmax and logits are float32.
   dtype: str = "float32"
 
   def __post_init__(self):
@@ -198,23 +159,19 @@ class ViTConfig:
     )
 
   def resolve(self) -> "ViTConfig":
-    """Return the config with each 'auto' replaced by its choice here.
-
-    Raises:
-      UserError: cuDNN's attention cannot run here.
-    """
+    """Return the config with each 'auto' replaced by its choice here."""
     residual, dtype, attention = self.residual, self.dtype, self.attention
     if residual == "auto":
       residual = norms.NORMS[self.norm].RESIDUAL
     if dtype == "auto":
       dtype = choose_dtype()
-    shape = jnp.dtype(dtype), self.head_dim
-    if attention == "auto":
-      attention = attention_lib.choose(*shape).implementation
-    elif attention == "cudnn" and (
-      problem := attention_lib.cudnn_problem(*shape)
-    ):
-      raise errors.UserError(f"model.attention: {problem}; choose auto or xla")
+    if attention != "xla":
+      problem = attention_lib.cudnn_problem(jnp.dtype(dtype), self.head_dim)
+      if problem and attention == "cudnn":
+        raise errors.UserError(
+          f"model.attention: {problem}; choose auto or xla"
+        )
+      attention = "xla" if problem else "cudnn"
     return dataclasses.replace(
       self, residual=residual, dtype=dtype, attention=attention
     )

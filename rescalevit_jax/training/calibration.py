@@ -31,42 +31,24 @@ def calibrate(
   batches: Iterable[tuple[jax.Array, jax.Array]],
   seed: int | np.integer | jax.Array,
   *,
-  model: nn.Module,
-  augment: preprocess.Augment,
-  mixing: mixing_lib.Mixing,
-  image_size: int,
   shardings: train_state.TrainState,
+  model: nn.Module,
+  image_size: int,
+  **options: Any,
 ) -> train_state.TrainState:
-  """Return the state with calibrated norms.
+  """Return the state with norms calibrated on these batches.
 
-  Args:
-    state: at step 0.
-    batches: images and labels of steps 1, 2, …; see `train_step.train_step`.
-    seed: of the run.
-    model: a `VisionTransformer`.
-    augment: augmentation of single images.
-    mixing: augmentation of pairs of images.
-    image_size: edge of the model's input, in pixels.
-    shardings: of the state.
+  They are those of steps 1, 2, …; `options` are of `measure`.
   """
   params, batch_stats = state.params, state.batch_stats
-  replicated = shardings.step
   passes = jax.jit(
-    functools.partial(
-      measure,
-      model=model,
-      augment=augment,
-      mixing=mixing,
-      image_size=image_size,
-    ),
-    out_shardings=(shardings.params, shardings.batch_stats, replicated),
+    functools.partial(measure, model=model, image_size=image_size, **options),
+    out_shardings=(shardings.params, shardings.batch_stats, shardings.step),
   )
-  measured = None
-  for i, (images, labels) in enumerate(batches):
-    if measured is None:
-      measured = _initial(model, params, batch_stats, image_size)
+  measured = _initial(model, params, batch_stats, image_size)
+  for step, (images, labels) in enumerate(batches, start=1):
     params, batch_stats, measured = passes(
-      params, batch_stats, measured, images, labels, seed, i + 1
+      params, batch_stats, measured, images, labels, seed, step
     )
   return state.replace(params=params, batch_stats=batch_stats)
 
@@ -85,23 +67,9 @@ def measure(
   mixing: mixing_lib.Mixing,
   image_size: int,
 ) -> tuple[Any, Any, Any]:
-  """Update a calibration with one batch: a forward pass of each micro-batch.
+  """Update the first three arguments by forward passes of a step's batch.
 
-  Args:
-    params: the parameters.
-    batch_stats: the running statistics.
-    measured: the collection `traits.CALIBRATION` of earlier batches.
-    images: A micro-batches.
-    labels: of the images.
-    seed: of the run.
-    step: of the batch.
-    model: a `VisionTransformer`.
-    augment: augmentation of single images.
-    mixing: augmentation of pairs of images.
-    image_size: edge of the model's input, in pixels.
-
-  Returns:
-    The updated `params`, `batch_stats` and `measured`.
+  `measured` is the collection `traits.CALIBRATION` of earlier batches.
   """
   crop_keys, dropout_keys, mixing_keys = train_step.random_keys(
     seed, step, images.shape[:2]

@@ -17,8 +17,6 @@ Stream and sharpness are measured on the probe images: the first images of the
 evaluation split, prepared as in evaluation.
 """
 
-from collections.abc import Callable
-import functools
 import math
 from typing import Any
 
@@ -41,11 +39,7 @@ SHARPNESS_EVERY = 10  # Measurements.
 
 
 class CompiledDiagnostics:
-  """The compiled measurements of an experiment.
-
-  Args:
-    experiment: data, model and devices.
-  """
+  """The compiled measurements of an experiment."""
 
   def __init__(self, experiment: experiment_lib.Experiment):
     config, model = experiment.config, experiment.model
@@ -60,38 +54,35 @@ class CompiledDiagnostics:
       # The step donates the state.
       return found, jax.tree.map(jnp.copy, state.params)
 
-    def sharpness(state, seed, probe, labels):
-      return sharpness_lib.sharpness(
-        options.get("gather", lambda params: params)(state.params),
+    def inputs(state, probe):
+      gather = options.get("gather", lambda params: params)
+      return (
+        gather(state.params),
         state.batch_stats,
         preprocess.prepare(probe, config.image_size),
-        labels,
-        seed,
-        model=model,
+      )
+
+    def sharpness(state, seed, probe, labels):
+      return sharpness_lib.sharpness(
+        *inputs(state, probe), labels, seed, model=model
       )
 
     def jacobian(state, seed, probe):
-      return jacobian_lib.norms(
-        options.get("gather", lambda params: params)(state.params),
-        state.batch_stats,
-        preprocess.prepare(probe, config.image_size),
-        seed,
-        model=model,
-      )
+      return jacobian_lib.norms(*inputs(state, probe), seed, model=model)
 
-    self._jacobian = jax.jit(jacobian, out_shardings=replicated)
-    self._jitted = (
-      jax.jit(before_step, out_shardings=(replicated, shardings.params)),
-      jax.jit(measurements.after_step, out_shardings=replicated),
-      jax.jit(sharpness, out_shardings=replicated),
+    # `compile` replaces the first three by compiled programs.
+    self._before_step: Any = jax.jit(
+      before_step, out_shardings=(replicated, shardings.params)
     )
-    self._before_step: Callable[..., Any]
-    self._after_step: Callable[..., Any]
-    self._sharpness: Callable[..., Any]
-    self._before_step, self._after_step, self._sharpness = self._jitted
-    with experiment.test_loader.batches(
-      functools.partial(_probe_indices, experiment), range(1)
-    ) as batches:
+    self.after_step: Any = jax.jit(
+      measurements.after_step, out_shardings=replicated
+    )
+    self._sharpness: Any = jax.jit(sharpness, out_shardings=replicated)
+    self._jacobian = jax.jit(jacobian, out_shardings=replicated)
+    images = -(-PROBE_IMAGES // experiment.mesh.size) * experiment.mesh.size
+    # A small split is repeated.
+    probe = np.arange(images, dtype=np.int32) % len(experiment.test_loader)
+    with experiment.test_loader.batches(lambda _: probe, range(1)) as batches:
       self._probe, self._labels = next(batches)
     self._seed = np.uint32(config.seed)
 
@@ -99,13 +90,14 @@ class CompiledDiagnostics:
     self, state: train_state.TrainState, images: jax.Array, labels: jax.Array
   ) -> None:
     """Compile all measurements for the arguments of a step."""
-    before_step, after_step, sharpness = self._jitted
     seed, probe = self._seed, self._probe
-    self._before_step = before_step.lower(
+    self._before_step = self._before_step.lower(
       state, images, labels, seed, probe
     ).compile()
-    self._after_step = after_step.lower(state.params, state.params).compile()
-    self._sharpness = sharpness.lower(
+    self.after_step = self.after_step.lower(
+      state.params, state.params
+    ).compile()
+    self._sharpness = self._sharpness.lower(
       state, seed, probe, self._labels
     ).compile()
 
@@ -114,10 +106,6 @@ class CompiledDiagnostics:
   ) -> tuple[dict[str, jax.Array], Any]:
     """Return `measurements.before_step` and a copy of the parameters."""
     return self._before_step(state, images, labels, self._seed, self._probe)
-
-  def after_step(self, before: Any, after: Any) -> dict[str, jax.Array]:
-    """Return `measurements.after_step`."""
-    return self._after_step(before, after)
 
   def jacobian(self, state: train_state.TrainState) -> dict[str, jax.Array]:
     """Return `jacobian.norms` on the probe images."""
@@ -128,20 +116,10 @@ class CompiledDiagnostics:
     return self._sharpness(state, self._seed, self._probe, self._labels)
 
 
-def _probe_indices(experiment, number):
-  """Return the indices of the probe images; a small split is repeated."""
-  del number
-  devices = experiment.mesh.size
-  images = -(-PROBE_IMAGES // devices) * devices
-  return np.arange(images, dtype=np.int32) % len(experiment.test_loader)
-
-
 class Diagnostics:
   """Measures the diagnostics of a run, if its config enables them.
 
-  Args:
-    experiment: data, model and optimizer.
-    progress: of the run; stores the sums since the last line.
+  The run's progress stores the sums since the last line.
   """
 
   def __init__(
@@ -173,12 +151,6 @@ class Diagnostics:
   ) -> tuple[train_state.TrainState, dict[str, Any]]:
     """Dispatch `train_step.train_step` and the measurements around it.
 
-    Args:
-      step: index of this step, from 1.
-      state: before the step; donated.
-      images: see `train_step.train_step`.
-      labels: see `train_step.train_step`.
-
     Returns:
       The state and the metrics for `finish_step`, with `diagnostics` if this
       step is measured.
@@ -201,14 +173,9 @@ class Diagnostics:
   def finish_step(
     self, step: int, metrics: dict[str, Any]
   ) -> dict[str, float] | None:
-    """Add a finished step to the sums; call it for each step, in order.
+    """Add a finished step to the sums; return the line to write, or None.
 
-    Args:
-      step: its index.
-      metrics: of `train_step`, as numpy arrays.
-
-    Returns:
-      The line to write, or None.
+    Call it for each step, in order, with the metrics as numpy arrays.
     """
     if not self._config.diagnostics_every:
       return None
@@ -238,14 +205,9 @@ class Diagnostics:
 def clip_factor(grad_norm: float, clip: float) -> float:
   """Return the factor by which clipping scales a gradient.
 
-  A lower bound with `agc`, which comes first and may reduce the norm.
-
-  Args:
-    grad_norm: before any clipping.
-    clip: `grad_norm_clip`; 0: no clipping.
-
-  Returns:
-    The factor; 0 for a non-finite gradient, whose step is skipped.
+  `clip` is `grad_norm_clip`. The factor is a lower bound with `agc`, which
+  comes first and may reduce the norm. It is 0 for a gradient that is not
+  finite, whose step is skipped.
   """
   if not math.isfinite(grad_norm):
     return 0.0

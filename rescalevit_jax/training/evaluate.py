@@ -27,16 +27,10 @@ _SECONDS_BETWEEN_LINES = 10.0
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-  """Result of one evaluation.
+  """Result of one evaluation."""
 
-  Attributes:
-    loss: mean cross-entropy.
-    accuracy: top-1 accuracy in [0, 1].
-    examples: number of examples.
-  """
-
-  loss: float
-  accuracy: float
+  loss: float  # Mean cross-entropy.
+  accuracy: float  # In [0, 1].
   examples: int
 
 
@@ -59,13 +53,8 @@ def compiled_step(
 class Evaluator:
   """Evaluates a model on a split.
 
-  Args:
-    model: a `VisionTransformer`.
-    images: the split.
-    image_size: edge of the model's input, in pixels.
-    batch: images per step. Batches are padded to a multiple of the number of
-      devices; a mask excludes the padding.
-    mesh: the devices.
+  Batches are padded to a multiple of the number of devices; a mask excludes the
+  padding.
   """
 
   def __init__(

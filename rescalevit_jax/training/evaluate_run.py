@@ -27,19 +27,10 @@ _log = logging.getLogger(__name__)
 def evaluate_run(
   config: ml_collections.ConfigDict, workdir: str | pathlib.Path
 ) -> dict[str, Any]:
-  """Evaluate a run's checkpoint, or an .npz file.
+  """Evaluate a run's checkpoint, or an .npz file; return the eval.json.
 
-  Args:
-    config: of the run; `eval_weights` selects the weights, `eval_dataset` and
-      `eval_split` the images.
-    workdir: the run's folder.
-
-  Returns:
-    The content of eval.json.
-
-  Raises:
-    UserError: the weights are missing or do not fit the config's model, the
-      dataset has other classes, or a logit is not finite.
+  In the config, `eval_weights` selects the weights, and `eval_dataset` and
+  `eval_split` the images.
   """
   workdir = pathlib.Path(workdir)
   names = _datasets(config)
@@ -65,10 +56,15 @@ def evaluate_run(
       split=split,
       skipped_images=skipped,
     )
-  found = scores.Suite(results) if len(results) > 1 else results[name]
-  if jax.process_index() == 0:
-    found.write(_output(config, workdir), config.save_predictions)
-  return found.summary
+  is_first = jax.process_index() == 0
+  if len(results) == 1:
+    if is_first:
+      results[name].write(_output(config, workdir), config.save_predictions)
+    return results[name].summary
+  found = scores.of_suite({k: x.summary for k, x in results.items()})
+  if is_first:
+    scores.write_json(_output(config, workdir) / folder.EVALUATION, found)
+  return found
 
 
 def probe_run(
@@ -76,17 +72,11 @@ def probe_run(
 ) -> dict[str, Any]:
   """Judge a run's representation by classifiers on its frozen features.
 
-  Args:
-    config: of the run; `eval_weights` selects the weights, `eval_dataset` and
-      `eval_split` the images to classify.
-    workdir: the run's folder.
+  The config selects weights and images, as in `evaluate_run`.
 
   Returns:
     The content of probe.json: accuracy and interval of k nearest neighbours and
     of a linear probe.
-
-  Raises:
-    UserError: the weights are missing or do not fit the config's model.
   """
   from rescalevit_jax.training import frozen_features
 
@@ -126,11 +116,7 @@ def probe_run(
 
 
 def _load(config, workdir):
-  """Load the weights of `eval_weights`.
-
-  Returns:
-    Experiment, model, its variables and {"weights": ..., "step": ...}.
-  """
+  """Return experiment, model, variables and {"weights": ..., "step": ...}."""
   result_lib.read_same_run(config, workdir)
   experiment = experiment_lib.create(config, training=False)
   if config.eval_weights == "pretrained":

@@ -24,6 +24,7 @@ from rescalevit_jax.data import loader
 from rescalevit_jax.distributed import sharding
 from rescalevit_jax.models import norms
 from rescalevit_jax.models import vit
+from rescalevit_jax.models.norms import schedule as norm_schedule
 from rescalevit_jax.models.norms import traits
 from rescalevit_jax.models.ops import attention
 from rescalevit_jax.optim import optimizers
@@ -39,22 +40,13 @@ _log = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class Experiment:
-  """The parts of a run.
-
-  Attributes:
-    config: the validated config.
-    mesh: the devices.
-    loaded_dataset: the dataset; None to compile only.
-    model: a `VisionTransformer`.
-    lr_schedule: learning rate as a function of the number of steps done.
-    optimizer: of the parameters.
-  """
+  """The parts of a run."""
 
   config: ml_collections.ConfigDict
   mesh: Mesh
-  loaded_dataset: dataset_lib.Dataset | None
+  loaded_dataset: dataset_lib.Dataset | None  # None to compile only.
   model: nn.Module
-  lr_schedule: optax.Schedule
+  lr_schedule: optax.Schedule  # Of the number of steps done.
   optimizer: optax.GradientTransformation
 
   @property
@@ -100,15 +92,12 @@ class Experiment:
     return indices.reshape(config.accum_steps, -1)
 
   def train_step(self, step: int, skipped: int = 0) -> jax.stages.Wrapped:
-    """Return `train_step.train_step`, jitted.
+    """Return `train_step.train_step`, jitted, for a step from 1.
 
     Its arguments are the state, which is donated, images, labels and seed. The
     seed is an argument because runs with other seeds then share the program.
-
-    Args:
-      step: index of the step, from 1. Norms that do less after their first
-        passes have a second program from step `settled_from` on.
-      skipped: earlier steps that were skipped in float16.
+    Norms that do less after their first passes have a second program from step
+    `settled_from` on, not counting steps that were skipped in float16.
     """
     first = self.settled_from
     return self._train_steps[first is not None and step - skipped >= first]
@@ -129,19 +118,21 @@ class Experiment:
   @functools.cached_property
   def _train_steps(self):
     """The training step, before and after norms have settled."""
-
-    def compiled(settled):
-      step = functools.partial(
-        train_step_lib.train_step,
-        optimizer=self.optimizer,
-        ema_decay=self.config.ema_decay,
-        settled=settled,
-        **self.gradient_options(),
+    step = functools.partial(
+      train_step_lib.train_step,
+      optimizer=self.optimizer,
+      ema_decay=self.config.ema_decay,
+      **self.gradient_options(),
+    )
+    shardings = (self.shardings(), sharding.replicated(self.mesh))
+    return {
+      settled: jax.jit(
+        functools.partial(step, settled=settled),
+        out_shardings=shardings,
+        donate_argnums=0,
       )
-      shardings = (self.shardings(), sharding.replicated(self.mesh))
-      return jax.jit(step, out_shardings=shardings, donate_argnums=0)
-
-    return {settled: compiled(settled) for settled in (False, True)}
+      for settled in (False, True)
+    }
 
   def gradient_options(self) -> dict[str, Any]:
     """Return the arguments of `train_step.gradient` given by the config."""
@@ -204,12 +195,7 @@ def create(
 ) -> Experiment:
   """Build the parts of a run from its config.
 
-  Args:
-    config: of the run.
-    training: False to evaluate only; the training batch need not fit.
-
-  Raises:
-    UserError: a value of the config is invalid, or the data are missing.
+  Without `training`, the training batch need not fit the devices.
   """
   config_lib.validate(config)
   mesh = sharding.create_mesh()
@@ -231,8 +217,10 @@ def _log_attention(config, model):
   elif config.model.attention != "auto":
     reason = "model.attention"
   else:
-    dtype = jnp.dtype(model.config.dtype)
-    reason = attention.choose(dtype, model.config.head_dim).reason
+    problem = attention.cudnn_problem(
+      jnp.dtype(model.config.dtype), model.config.head_dim
+    )
+    reason = problem or "fused, stores no probabilities"
   _log.info("attention by %s: %s", model.config.attention, reason)
 
 
@@ -242,13 +230,9 @@ def build(
   num_classes: int,
   dataset: dataset_lib.Dataset | None = None,
 ) -> Experiment:
-  """Build the parts of a run.
+  """Build the parts of a run from a valid config.
 
-  Args:
-    config: the validated config.
-    mesh: the devices; they need not exist to compile only.
-    num_classes: width of the head.
-    dataset: None to compile only.
+  To compile only, the devices need not exist, and there is no dataset.
   """
   lr_schedule = schedule.create(
     config.base_lr,
@@ -289,11 +273,7 @@ def load_dataset(config: ml_collections.ConfigDict) -> dataset_lib.Dataset:
 def create_model(
   config: ml_collections.ConfigDict, num_classes: int
 ) -> vit.VisionTransformer:
-  """Build the model of a config.
-
-  Raises:
-    UserError: the sizes are inconsistent.
-  """
+  """Build the model of a config."""
   keys = dict(config.model)
   if config.deterministic:  # cuDNN's gradient adds up in any order.
     if keys["attention"] == "cudnn":
@@ -303,7 +283,7 @@ def create_model(
       )
     keys["attention"] = "xla"
   Norm = norms.NORMS[config.model.norm]
-  if issubclass(Norm, traits.Scheduled):
+  if issubclass(Norm, norm_schedule.Gradual):
     passes = config.total_steps * config.accum_steps
     keys["norm_schedule"] = Norm.create_schedule(config, passes)
   return models.create(

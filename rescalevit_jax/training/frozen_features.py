@@ -18,6 +18,7 @@ TEMPERATURE = 0.07
 # Ridge penalties, relative to the number of training examples; the features
 # have unit variance.
 PENALTIES = tuple(10.0**n for n in range(-7, 2))
+_matmul = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
 _CHUNK = 1024  # Test examples compared with all training examples at a time.
 _VALIDATION = 0.1  # Fraction of the training examples that choose the penalty.
 
@@ -42,9 +43,7 @@ def knn_logits(
 
   @jax.jit
   def vote(queries):
-    similarity = jnp.matmul(
-      _normalize(queries), keys.T, precision=jax.lax.Precision.HIGHEST
-    )
+    similarity = _matmul(_normalize(queries), keys.T)
     nearest, indices = jax.lax.top_k(similarity, k)
     weights = jax.nn.one_hot(classes[indices], num_classes)
     # Of the largest similarity 1, to stay in float32's range.
@@ -86,9 +85,7 @@ def linear_probe_logits(
     accuracy = float((predicted == labels[held_out]).mean())
     best = max(best, (accuracy, penalty))
   weights, bias = _ridge(train, targets, best[1])
-  apply = jax.jit(
-    lambda x: jnp.matmul(x, weights, precision=jax.lax.Precision.HIGHEST) + bias
-  )
+  apply = jax.jit(lambda x: _matmul(x, weights) + bias)
   return _in_chunks(apply, test), best[1]
 
 
@@ -97,24 +94,16 @@ def _gram(features, targets):
   """Compute means and centred products of features and targets."""
   mean, target_mean = features.mean(0), targets.mean(0)
   centered = features - mean
-  multiply = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
-  return (
-    mean,
-    target_mean,
-    multiply(centered.T, centered),
-    multiply(centered.T, targets - target_mean),
-  )
+  products = _matmul(centered.T, targets - target_mean)
+  return mean, target_mean, _matmul(centered.T, centered), products
 
 
 def _ridge(features, targets, penalty):
   mean, target_mean, gram, products = _gram(
     jnp.asarray(features, jnp.float32), jnp.asarray(targets)
   )
-  size = len(gram)
-  scale = penalty * len(features)
-  weights = jax.scipy.linalg.solve(
-    gram + scale * jnp.eye(size), products, assume_a="pos"
-  )
+  ridge = penalty * len(features) * jnp.eye(len(gram))
+  weights = jax.scipy.linalg.solve(gram + ridge, products, assume_a="pos")
   return np.asarray(weights), np.asarray(target_mean - mean @ weights)
 
 

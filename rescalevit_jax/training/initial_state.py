@@ -7,6 +7,7 @@ import jax
 from rescalevit_jax import errors
 from rescalevit_jax.distributed import sharding
 from rescalevit_jax.models import norms
+from rescalevit_jax.models.norms import schedule as norm_schedule
 from rescalevit_jax.models.norms import traits
 from rescalevit_jax.pretrained import load
 from rescalevit_jax.pretrained import published
@@ -17,15 +18,10 @@ from rescalevit_jax.training import train_state
 _log = logging.getLogger(__name__)
 
 
-def create(
-  experiment: experiment_lib.Experiment,
-) -> train_state.TrainState:
+def create(experiment: experiment_lib.Experiment) -> train_state.TrainState:
   """Return the state at step 0, from `pretrained_path` or from scratch.
 
   Norms are calibrated if the config says so and the file has no state of them.
-
-  Raises:
-    UserError: the file is invalid, or `augment.pad_crop` is too large.
   """
   config, state = experiment.config, experiment.init_state()
   _check_shift(config.augment.pad_crop, experiment.dataset)
@@ -64,7 +60,7 @@ def load_pretrained(
   )
   _log.info("weights of %s\n%s", config.pretrained_path, report.summary())
   Norm = norms.NORMS[config.model.norm]
-  if issubclass(Norm, traits.Scheduled):
+  if issubclass(Norm, norm_schedule.Gradual):
     batch_stats = Norm.reset_counters(batch_stats)
   shardings = experiment.shardings()
   params, batch_stats = jax.tree.map(

@@ -31,14 +31,7 @@ def norms(
   gradient grows from the last block back to depth l. At depth L it is 1.
 
   |J^T v|^2 has the mean |J|_F^2 for a vector v of independent standard normal
-  numbers. Each image has one v.
-
-  Args:
-    params: the parameters.
-    batch_stats: the running statistics.
-    images: in [-1, 1].
-    seed: of the random vectors.
-    model: a `VisionTransformer`.
+  numbers. Each image has one v. Images are in [-1, 1].
 
   Returns:
     `jacobian` [L + 1], at the input of the first block and after each block.

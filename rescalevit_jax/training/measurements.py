@@ -25,8 +25,6 @@ from rescalevit_jax.optim import groups
 from rescalevit_jax.training import train_state
 from rescalevit_jax.training import train_step
 
-EMBEDDING, HEAD = "embedding", "head"
-
 _SITES = {"0": "attention", "2": "mlp"}  # By the numbers of modules.
 _RESIDUAL_SLOTS = {R.SLOT for R in residuals.RESIDUALS.values() if R.SLOT}
 _ATTENTION = "MultiHeadDotProductAttention_1"
@@ -39,35 +37,24 @@ def block_name(number: int) -> str:
 
 def parts(num_layers: int) -> list[str]:
   """Return the names of the L + 2 parts, from input to output."""
-  return [EMBEDDING, *map(block_name, range(num_layers)), HEAD]
-
-
-def names(quantity: str, size: int, num_layers: int) -> list[str]:
-  """Return the names of a vector's entries, such as 'block_03/grad_norm'."""
-  first = 1 if size == num_layers else 0
-  return [
-    f"{part}/{quantity}" for part in parts(num_layers)[first : first + size]
-  ]
+  return ["embedding", *map(block_name, range(num_layers)), "head"]
 
 
 def by_name(
   found: Mapping[str, np.ndarray], num_layers: int
 ) -> dict[str, float]:
-  """Return measured quantities as floats, by name.
+  """Return measurements as floats, by names such as 'block_03/grad_norm'.
 
   Non-finite values are omitted: JSON cannot represent them.
-
-  Args:
-    found: result of `before_step`, `after_step` or `sharpness.sharpness`.
-    num_layers: L.
   """
   numbers = {}
   for quantity, values in found.items():
     if np.ndim(values) == 0:
       numbers[quantity] = float(values)
       continue
-    keys = names(quantity, len(values), num_layers)
-    numbers.update(zip(keys, map(float, values), strict=True))
+    first = 1 if len(values) == num_layers else 0
+    for part, value in zip(parts(num_layers)[first:], values, strict=False):
+      numbers[f"{part}/{quantity}"] = float(value)
   return {key: x for key, x in numbers.items() if np.isfinite(x)}
 
 
@@ -82,17 +69,11 @@ def before_step(
 ) -> dict[str, jax.Array]:
   """Measure the gradient of the next step and the residual stream before it.
 
-  Args:
-    state: before the step; its weights, not their averages, are measured.
-    images: of the step; see `train_step.train_step`.
-    labels: of the images.
-    seed: of the run.
-    probe: other images, prepared as in evaluation.
-    gradient_options: see `Experiment.gradient_options`.
+  The state's weights, not their averages, are measured. The gradient of the
+  step is computed a second time, and the stream of the images `probe`.
 
   Returns:
-    The results of `gradient_norms`, `scalars` and `forward`. The step's
-    gradient is computed a second time.
+    The results of `gradient_norms`, `scalars` and `forward`.
   """
   _, grads, _, _ = train_step.gradient(
     state, images, labels, seed, **gradient_options
@@ -110,11 +91,7 @@ def before_step(
 
 
 def after_step(before: Any, after: Any) -> dict[str, jax.Array]:
-  """Measure the update of a step.
-
-  Args:
-    before: the parameters before the step.
-    after: the parameters after the step.
+  """Measure the update of a step from the parameters before and after it.
 
   Returns:
     `update_ratio` [L + 2]: |w_after - w_before| / |w_before| for the vector w
@@ -127,9 +104,6 @@ def after_step(before: Any, after: Any) -> dict[str, jax.Array]:
 
 def gradient_norms(grads: Any) -> dict[str, jax.Array]:
   """Compute the gradient norm of each part, before clipping.
-
-  Args:
-    grads: gradients of the parameters.
 
   Returns:
     `grad_norm` [L + 2] of all parameters of a part; its squares add up to the
@@ -153,9 +127,7 @@ def sums_of_squares(
 ) -> Float32[Array, " parts"]:
   """Compute the sum of squares of each of the L + 2 parts.
 
-  Args:
-    tree: of parameters, gradients or updates.
-    wanted: selects leaves by their path.
+  Only the leaves of the tree count whose path is `wanted`.
   """
   num_layers = groups.num_layers(tree)
   sums = [jnp.zeros(())] * (num_layers + 2)
@@ -168,9 +140,6 @@ def sums_of_squares(
 
 def scalars(params: Any) -> dict[str, jax.Array]:
   """Return the learned scalars of norms, residuals and sigmaReparam.
-
-  Args:
-    params: the parameters.
 
   Returns:
     The value of each one-element parameter, and the root mean square of each
@@ -190,7 +159,7 @@ def scalars(params: Any) -> dict[str, jax.Array]:
     for path, x in blocks[0].items()
     if _is_scalar(path[-1], x)
   } | {
-    f"{HEAD}/{name}": _magnitude(x)
+    f"head/{name}": _magnitude(x)
     for name, x in final.items()
     if _is_scalar(name, x)
   }
@@ -220,12 +189,7 @@ def forward(
   variables: Mapping[str, Any],
   images: Float32[Array, "B S S 3"],
 ) -> dict[str, jax.Array]:
-  """Measure a forward pass in evaluation mode.
-
-  Args:
-    model: a `VisionTransformer`.
-    variables: its collections `params` and `batch_stats`.
-    images: in [-1, 1].
+  """Measure a forward pass of images in [-1, 1] in evaluation mode.
 
   Returns:
     Quantities of the residual stream [L + 1], at the input of the first block

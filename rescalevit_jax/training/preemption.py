@@ -17,9 +17,6 @@ class StopSignal:
   checkpoint. The first signal sets `requested`; the second one has its default
   effect. Several processes of one run stop after the same step: JAX handles
   SIGTERM and synchronizes them.
-
-  Attributes:
-    requested: whether a signal has arrived.
   """
 
   # SIGHUP: the terminal was closed.

@@ -10,14 +10,9 @@ _log = logging.getLogger(__name__)
 
 
 class Profile:
-  """A trace of some steps, for TensorBoard or Perfetto.
+  """A trace of `steps` steps, for TensorBoard or Perfetto; 0: no trace.
 
   Own code, since `clu.periodic_actions.Profile` imports TensorFlow.
-
-  Args:
-    folder: of the trace.
-    first_step: first step of the trace; earlier ones compile and warm up.
-    steps: number of steps; 0: no trace.
   """
 
   def __init__(self, folder: pathlib.Path, first_step: int, steps: int):
@@ -28,12 +23,7 @@ class Profile:
     self._running = False
 
   def before(self, step: int, state: Any) -> None:
-    """Start or end the trace before a step.
-
-    Args:
-      step: the next step.
-      state: the arrays that the devices compute.
-    """
+    """Start or end the trace before a step; wait for the arrays of `state`."""
     if step in self._steps and not self._running:
       jax.block_until_ready(state)
       jax.profiler.start_trace(self._folder, create_perfetto_trace=True)

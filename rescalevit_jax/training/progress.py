@@ -21,13 +21,7 @@ _SLOW_DEVICE = 1e10  # FLOP/s, less than any device in use.
 
 
 class Timer:
-  """Measures training time without compilation and evaluation.
-
-  Args:
-    total_steps: of the run.
-    batch: images per step.
-    step: steps done before this process started.
-  """
+  """Measures training time without compilation and evaluation."""
 
   def __init__(self, total_steps: int, batch: int, step: int):
     self._total_steps, self._batch = total_steps, batch
@@ -88,13 +82,7 @@ def warn_of_idle_gpu() -> None:
 
 
 def warn_of_unfinished_norms(schedule: Any, passes: int, skipped: int) -> None:
-  """Warn if norms have not faded by the end because of skipped steps.
-
-  Args:
-    schedule: of the model's norms, or None.
-    passes: training passes that were not skipped.
-    skipped: number of steps skipped in float16.
-  """
+  """Warn if norms have not faded after `passes` because of skipped steps."""
   if schedule is not None and skipped and schedule.end > passes:
     _log.warning(
       "fade.end: norms have not faded, as float16 skipped %d steps; lower"

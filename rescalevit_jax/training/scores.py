@@ -59,16 +59,9 @@ def scores(
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-  """An evaluation on one dataset.
+  """An evaluation on one dataset."""
 
-  Attributes:
-    summary: the content of eval.json.
-    class_names: class names by label.
-    logits: of all examples.
-    labels: of all examples.
-  """
-
-  summary: dict[str, Any]
+  summary: dict[str, Any]  # The content of eval.json.
   class_names: Sequence[str]
   logits: Float[np.ndarray, "N C"]
   labels: Int[np.ndarray, " N"]
@@ -98,39 +91,23 @@ class Evaluation:
     atomic_file.write(path, table.getvalue())
 
 
-@dataclasses.dataclass(frozen=True)
-class Suite:
-  """Evaluations on several datasets, such as corruptions of one.
+def of_suite(summaries: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
+  """Return the eval.json of several datasets, such as corruptions of one.
 
-  Attributes:
-    evaluations: by dataset.
+  The mean corruption error averages first over the severities of a corruption
+  (names that end in _1, _2, ...), then over corruptions.
   """
-
-  evaluations: Mapping[str, Evaluation]
-
-  @property
-  def summary(self) -> dict[str, Any]:
-    """The content of eval.json: means, and the scores of each dataset.
-
-    The mean corruption error averages first over the severities of a
-    corruption (names that end in _1, _2, ...), then over corruptions.
-    """
-    found = {name: x.summary for name, x in self.evaluations.items()}
-    by_corruption: dict[str, list[float]] = {}
-    for name, one in found.items():
-      corruption = re.sub(r"_\d+$", "", name)
-      by_corruption.setdefault(corruption, []).append(1 - one["accuracy"])
-    means = [sum(x) / len(x) for x in by_corruption.values()]
-    return {
-      "mean_corruption_error": sum(means) / len(means),
-      "mean_accuracy": sum(x["accuracy"] for x in found.values()) / len(found),
-      "datasets": found,
-    }
-
-  def write(self, workdir: pathlib.Path, save_predictions: bool) -> None:
-    """Write eval.json; predictions are not saved."""
-    del save_predictions
-    write_json(workdir / folder.EVALUATION, self.summary)
+  by_corruption: dict[str, list[float]] = {}
+  for name, one in summaries.items():
+    corruption = re.sub(r"_\d+$", "", name)
+    by_corruption.setdefault(corruption, []).append(1 - one["accuracy"])
+  means = [sum(x) / len(x) for x in by_corruption.values()]
+  accuracies = [x["accuracy"] for x in summaries.values()]
+  return {
+    "mean_corruption_error": sum(means) / len(means),
+    "mean_accuracy": sum(accuracies) / len(accuracies),
+    "datasets": dict(summaries),
+  }
 
 
 def evaluation(
@@ -139,17 +116,7 @@ def evaluation(
   class_names: Sequence[str],
   **info: Any,
 ) -> Evaluation:
-  """Score the logits of a dataset.
-
-  Args:
-    logits: of all examples.
-    labels: of all examples.
-    class_names: class names by label.
-    **info: weights, dataset and split, for eval.json.
-
-  Raises:
-    UserError: a logit is not finite.
-  """
+  """Score the logits of a dataset; eval.json starts with `info`."""
   if not np.isfinite(logits).all():
     raise errors.UserError(
       f"{info.get('weights', 'weights')}: the logits of"
@@ -223,10 +190,7 @@ def confusion_matrix(
 def wilson_interval(successes: float, trials: int) -> list[float]:
   """Compute the 95 % score interval of a proportion (Wilson 1927).
 
-  Args:
-    successes: number of successes; of several runs on the same trials, their
-      mean.
-    trials: number of trials.
+  With several runs on the same trials, `successes` is their mean.
   """
   if not trials:
     return [0.0, 1.0]

@@ -37,14 +37,7 @@ def sharpness(
   largest magnitude, which may be negative early in training; some eigenvalue
   lies within residual * |sharpness| of it.
 
-  Args:
-    params: the parameters.
-    batch_stats: the running statistics.
-    images: in [-1, 1].
-    labels: of the images.
-    seed: of the random vector.
-    model: a `VisionTransformer`.
-    iterations: number of Hessian-vector products.
+  Images are in [-1, 1].
 
   Returns:
     The scalars `sharpness` and `sharpness_residual`.

@@ -37,17 +37,8 @@ def train_and_evaluate(
 ) -> dict[str, Any] | None:
   """Train and evaluate a model; resume the run if its folder has checkpoints.
 
-  Args:
-    config: of the run; see `config.keys.KEYS`.
-    workdir: the run's folder, created if missing.
-    draw_attention: draws the images of `log_attention`.
-
   Returns:
     The content of result.json, or None if a signal stopped the run.
-
-  Raises:
-    UserError: the config, the data, the weights or the folder are invalid,
-      training diverged, or another process works on this run.
   """
   workdir = pathlib.Path(workdir)
   config_lib.validate(config)
@@ -113,13 +104,7 @@ def _train_and_evaluate(config, workdir, folder, draw_attention):
       folder, config, keep, progress.step + 1
     ) as writer:
       trainer = trainer_lib.Trainer(
-        experiment,
-        state,
-        progress,
-        checkpoints,
-        writer,
-        folder,
-        draw_attention,
+        experiment, state, progress, checkpoints, writer, folder, draw_attention
       )
       del state  # Its buffers are donated to the next step.
       try:

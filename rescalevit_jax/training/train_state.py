@@ -14,23 +14,15 @@ from rescalevit_jax.optim import loss_scale as loss_scale_lib
 
 
 class TrainState(flax.struct.PyTreeNode):
-  """The state that a training step updates.
+  """The state that a training step updates."""
 
-  Attributes:
-    step: steps done.
-    params: the model's parameters, float32.
-    batch_stats: running statistics of norms and layers; may be empty.
-    opt_state: the optimizer's state.
-    ema: exponential moving averages of `params` and `batch_stats`, or None.
-    loss_scale: None except in float16.
-  """
-
-  step: Int32[Array, ""]
-  params: Any
-  batch_stats: Any
+  step: Int32[Array, ""]  # Steps done.
+  params: Any  # Float32.
+  batch_stats: Any  # Running statistics of norms and layers; may be empty.
   opt_state: Any
+  # Exponential moving averages of `params` and `batch_stats`.
   ema: dict[str, Any] | None = None
-  loss_scale: loss_scale_lib.LossScale | None = None
+  loss_scale: loss_scale_lib.LossScale | None = None  # In float16.
 
   @property
   def evaluated(self) -> dict[str, Any]:

@@ -26,39 +26,15 @@ def train_step(
   labels: Int32[Array, "A B"],
   seed: int | jax.Array,
   *,
-  model: nn.Module,
   optimizer: optax.GradientTransformation,
-  augment: preprocess.Augment,
-  image_size: int,
-  mixing: mixing_lib.Mixing = mixing_lib.NOTHING,
   ema_decay: float = 0.0,
-  settled: bool = False,
-  sam_rho: float = 0.0,
-  gather: Callable[[Any], Any] = lambda params: params,
-  scatter: Callable[[Any], Any] = lambda grads: grads,
+  **options: Any,
 ) -> tuple[train_state.TrainState, dict[str, jax.Array]]:
-  """Update the state with one batch.
+  """Update the state with the mean gradient of A micro-batches.
 
   All randomness is a function of (seed, step): a resumed run is the same run.
-  Crops depend on the index in the batch, not on `accum_steps`.
-
-  Args:
-    state: before the update.
-    images: A micro-batches, whose gradients are averaged.
-    labels: of the images.
-    seed: of the run.
-    model: a `VisionTransformer`.
-    optimizer: of the parameters.
-    augment: augmentation of single images.
-    image_size: edge of the model's input, in pixels.
-    mixing: label smoothing, and augmentation of pairs of images of a
-      micro-batch.
-    ema_decay: decay of the EMA, if the state has one.
-    settled: whether the first `Settling.SETTLES_AFTER` forward passes are over.
-      If so, the program omits calibration.
-    sam_rho: distance of SAM; 0: the usual gradient.
-    gather: replicates sharded parameters.
-    scatter: shards a gradient.
+  Crops depend on the index in the batch, not on `accum_steps`. `options` are of
+  `gradient`. `ema_decay` applies if the state has an EMA.
 
   Returns:
     The updated state and scalars: `loss` (batch mean before the update),
@@ -66,26 +42,9 @@ def train_step(
     `skipped_steps` after the step. In float16, a step with a non-finite
     `grad_norm` is skipped: it updates only the step and the loss scale.
   """
-  loss, grads, batch_stats, loss_scale = gradient(
-    state,
-    images,
-    labels,
-    seed,
-    model=model,
-    augment=augment,
-    image_size=image_size,
-    mixing=mixing,
-    settled=settled,
-    sam_rho=sam_rho,
-    gather=gather,
-    scatter=scatter,
-  )
   return update(
     state,
-    loss,
-    grads,
-    batch_stats,
-    loss_scale,
+    *gradient(state, images, labels, seed, **options),
     optimizer=optimizer,
     ema_decay=ema_decay,
   )
@@ -101,16 +60,15 @@ def gradient(
   augment: preprocess.Augment,
   image_size: int,
   mixing: mixing_lib.Mixing = mixing_lib.NOTHING,
-  settled: bool = False,
-  sam_rho: float = 0.0,
-  gather: Callable[[Any], Any] = lambda params: params,
-  scatter: Callable[[Any], Any] = lambda grads: grads,
+  settled: bool = False,  # Omit the work that `traits.Settling` describes.
+  sam_rho: float = 0.0,  # Distance of SAM; 0: the usual gradient.
+  gather: Callable[[Any], Any] = lambda params: params,  # Replicates shards.
+  scatter: Callable[[Any], Any] = lambda grads: grads,  # Shards again.
 ) -> tuple[jax.Array, Any, Any, loss_scale_lib.LossScale | None]:
   """Compute loss, gradient, running statistics and loss scale of a batch.
 
   With SAM, loss and statistics are those of the first of its two gradients,
-  which share the batch, its augmentation and dropout. See `train_step` for the
-  arguments.
+  which share the batch, its augmentation and dropout.
   """
   crop_keys, dropout_keys, mixing_keys = random_keys(
     seed, state.step + 1, labels.shape
@@ -169,13 +127,7 @@ def gradient(
 def random_keys(
   seed: int | jax.Array, step: int | jax.Array, shape: tuple[int, ...]
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """Return a step's keys: of crops [A, B], dropout [A] and mixing [A, B].
-
-  Args:
-    seed: of the run.
-    step: the step.
-    shape: (A, B).
-  """
+  """Return a step's keys: of crops [A, B], dropout [A] and mixing [A, B]."""
   key = jax.random.fold_in(jax.random.key(seed), step)
   crop_key, dropout_key = jax.random.split(key)
   # jax.random.split folds in 0 and 1, so 2 gives an independent key.
@@ -199,26 +151,19 @@ def loss_fn(
 ) -> tuple[Float32[Array, ""], Any]:
   """Compute the mean cross-entropy in training mode, with terms of norms.
 
-  Args:
-    params: the parameters.
-    batch_stats: running statistics before the forward pass.
-    images: in [-1, 1].
-    labels: class indices, or target probabilities.
-    dropout_key: a PRNG key.
-    model: a `VisionTransformer`.
-    settled: see `train_step`.
+  Images are in [-1, 1]. Labels are class indices, or target probabilities.
 
   Returns:
     The loss and the running statistics after the forward pass.
   """
+  mutable = ["batch_stats", traits.LOSSES]
+  if settled:
+    mutable.append(traits.SETTLED)
   logits, new = model.apply(
     {"params": params, "batch_stats": batch_stats},
     images,
     train=True,
-    mutable=[
-      *("batch_stats", traits.LOSSES),
-      *([traits.SETTLED] if settled else []),
-    ],
+    mutable=mutable,
     rngs={"dropout": dropout_key},
   )
   if jnp.issubdtype(labels.dtype, jnp.integer):
@@ -286,20 +231,11 @@ def eval_step(
   model: nn.Module,
   image_size: int,
 ) -> dict[str, jax.Array]:
-  """Compute sums over one batch of a split.
-
-  Args:
-    params: the parameters.
-    batch_stats: the running statistics.
-    images: of the batch.
-    labels: of the images.
-    mask: False for padding.
-    model: a `VisionTransformer`.
-    image_size: edge of the model's input, in pixels.
+  """Compute sums over one batch of a split; `mask` is False for padding.
 
   Returns:
     `loss` (float32) and `correct` (int32), summed over the examples; `logits`
-    [B, C] and `labels` [B] of all of them.
+    [B, C] and `labels` [B], padding included.
   """
   x = preprocess.prepare(images, image_size)
   variables = {"params": params, "batch_stats": batch_stats}

@@ -41,16 +41,9 @@ class DivergedError(errors.UserError):
 
 
 class Trainer:
-  """The training loop.
+  """The training loop: steps, evaluations, checkpoints and metrics.
 
-  Args:
-    experiment: data, model and optimizer.
-    state: initial state; donated.
-    progress: of the run; updated in place.
-    checkpoints: of the run.
-    writer: of metrics.
-    folder: for other files of the run.
-    draw_attention: draws the images of `log_attention`; None: no images.
+  It donates the initial state and updates the run's progress in place.
   """
 
   def __init__(
@@ -66,25 +59,23 @@ class Trainer:
     config = experiment.config
     self._config = config
     self._experiment = experiment
-    self._lr_schedule = experiment.lr_schedule
     self._draw_attention = draw_attention
     self._state = state
     self._progress = progress
     self._checkpoints = checkpoints
     self._writer = writer
 
-    dataset = experiment.dataset
     self._train = experiment.train_loader
-    self._train_indices = experiment.train_indices
     self._evaluator = evaluate.create_evaluator(experiment)
     self._diagnostics = diagnostics.Diagnostics(experiment, progress)
+    steps = config.total_steps - progress.step
     progress_lib.warn_of_long_run(
       experiment.model,
       batch=config.batch,
-      steps=config.total_steps - progress.step,
+      steps=steps,
       gradients=2 if config.sam_rho else 1,
-      eval_images=len(dataset.test),
-      evaluations=-(-(config.total_steps - progress.step) // config.eval_every),
+      eval_images=len(experiment.dataset.test),
+      evaluations=-(-steps // config.eval_every),
     )
     self._metrics = None  # Of the step that the device computes.
     self._first_step = progress.step + 1
@@ -108,34 +99,28 @@ class Trainer:
     if progress.step < config.total_steps:
       _log.info("compiling the training step")
     steps = range(progress.step + 1, config.total_steps + 1)
-    with self._train.batches(self._train_indices, steps) as batches:
-      return self._loop(stop, batches)
-
-  def _loop(self, stop, batches):
-    config, progress = self._config, self._progress
-    while True:
-      stop.poll(progress.step)
-      if self._evaluation_is_due():
-        self._evaluate(stop)
-      at_end = progress.step == config.total_steps
-      due = progress.step > 0 and progress.step % config.checkpoint_every == 0
-      if stop.requested or at_end or due:
-        self._save()
-      if stop.requested or at_end:
-        self._profile.end(self._state)
-        self._checkpoints.wait()
-        if at_end:
-          self._warn_of_unfinished_norms()
-        return progress.last_step == config.total_steps
-      self._step(*next(batches))
-
-  def _warn_of_unfinished_norms(self):
-    skipped, config = self._progress.skipped_steps, self._config
-    progress_lib.warn_of_unfinished_norms(
-      self._experiment.model.config.norm_schedule,
-      (config.total_steps - skipped) * config.accum_steps,
-      skipped,
-    )
+    with self._train.batches(self._experiment.train_indices, steps) as batches:
+      while True:
+        stop.poll(progress.step)
+        if self._evaluation_is_due():
+          self._evaluate(stop)
+        at_end = progress.step == config.total_steps
+        due = progress.step > 0 and progress.step % config.checkpoint_every == 0
+        if stop.requested or at_end or due:
+          self._save()
+        if stop.requested or at_end:
+          break
+        self._step(*next(batches))
+    self._profile.end(self._state)
+    self._checkpoints.wait()
+    if at_end:
+      skipped = progress.skipped_steps
+      progress_lib.warn_of_unfinished_norms(
+        self._experiment.model.config.norm_schedule,
+        (config.total_steps - skipped) * config.accum_steps,
+        skipped,
+      )
+    return progress.last_step == config.total_steps
 
   def _step(self, images, labels):
     """Dispatch a step, then log the metrics of the previous one."""
@@ -198,7 +183,7 @@ class Trainer:
       return
     # The optimizer does not count skipped steps.
     count = max(0, step - 1 - self._progress.skipped_steps)
-    lr = float(self._lr_schedule(count))
+    lr = float(self._experiment.lr_schedule(count))
     steps, seconds = self._lap(step)
     self._timer.log(metrics["loss"], lr, steps, seconds)
     if due:
@@ -207,15 +192,8 @@ class Trainer:
         for name, value in {**metrics, "lr": lr}.items()
         if math.isfinite(value)  # JSON cannot represent others.
       }
-      self._writer.write(
-        step,
-        line,
-        {
-          "train/images_per_second": progress_lib.images_per_second(
-            steps, seconds, self._config.batch
-          )
-        },
-      )
+      speed = progress_lib.images_per_second(steps, seconds, self._config.batch)
+      self._writer.write(step, line, {"train/images_per_second": speed})
 
   def _fail(self, values):
     self._checkpoints.wait()
@@ -290,11 +268,9 @@ class Trainer:
     evaluated = self._state.evaluated
     variables = evaluated["params"], evaluated["batch_stats"]
     # Not the first ones, which may be of one class. No run has this seed.
+    images = len(dataset.train)
     chosen = dataset_lib.batch_indices(
-      2**32,
-      1,
-      min(len(dataset.test), len(dataset.train)),
-      len(dataset.train),
+      2**32, 1, min(len(dataset.test), images), images
     )
     train_images = loader.Loader(
       dataset.train.subset(np.sort(chosen)), self._experiment.mesh

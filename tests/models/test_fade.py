@@ -193,7 +193,7 @@ def passes(schedule, batches, start):
 @pytest.mark.parametrize("separate_cls", [True, False])
 def test_running_statistics_by_hand(separate_cls):
   """Test the mean of the first 100 passes, then a momentum of 0.99."""
-  schedule = fade.SiteSchedule(1000, 2000, separate_cls)
+  schedule = fade.Schedule(1000, 2000, 1.0, separate_cls)
   batches = [X, 3 * X - 1, X**2]
   found = passes(schedule, batches, variables())
   logs = [np.log(sigma(x.astype(np.float64))) for x in batches]
@@ -210,7 +210,7 @@ def test_running_statistics_by_hand(separate_cls):
 
 
 def test_statistics_freeze_when_a_site_has_faded():
-  schedule = fade.SiteSchedule(1, 3, True)
+  schedule = fade.Schedule(1, 3, 1.0, True)
   half, full = variables(0.5, count=2), variables(1.0, count=3)
   moved = passes(schedule, [X], half)
   assert moved["faded"] == fade.FULL
@@ -219,14 +219,14 @@ def test_statistics_freeze_when_a_site_has_faded():
   np.testing.assert_array_equal(stays["log_sigma"], LOG_SIGMA)
   assert stays["faded"] == fade.FULL
   # A later schedule does not undo it.
-  stays = passes(fade.SiteSchedule(90, 99, True), [X], full)
+  stays = passes(fade.Schedule(90, 99, 1.0, True), [X], full)
   assert stays["faded"] == fade.FULL
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.5])
 def test_the_schedules_alpha_replaces_a_files(alpha):
   """Evaluation uses it, too, after a training pass has stored it."""
-  module = fade.Fade(D, schedule=fade.SiteSchedule(1, 2, True, alpha))
+  module = fade.Fade(D, schedule=fade.Schedule(1, 2, 1.0, True, alpha))
   found = variables(1.0, count=9, alpha=0.25)
   np.testing.assert_array_equal(
     module.apply(found, X, False), apply(1.0, alpha=alpha)
@@ -299,11 +299,9 @@ def test_schedule_by_hand():
     [1, 1, 1],
   ]
   together = fade.Schedule(100, 140, 1.0, True)
-  assert {together.at_site(site, 3) for site in range(3)} == {
-    fade.SiteSchedule(100, 140, True)
-  }
+  assert {together.at_site(site, 3) for site in range(3)} == {together}
   for begin in (100, 99.6):  # Done after pass 100, however short.
-    short = fade.SiteSchedule(begin, 100, True)
+    short = fade.Schedule(begin, 100, 1.0, True)
     found = [int(short.faded(jnp.int32(n))) for n in (99, 100)]
     assert found == [0, fade.FULL]
 

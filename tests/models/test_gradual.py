@@ -61,7 +61,7 @@ def test_starts_as_the_norm_without_a_schedule(Norm, Before):
 
 @pytest.mark.parametrize("Norm", [taper.TaperLN, taper.TaperRMS])
 def test_tapers_statistics_by_hand(Norm):
-  module = Norm(D, schedule=taper.SiteSchedule(2, 4))
+  module = Norm(D, schedule=taper.Schedule(2, 4, 1.0))
   found, batches = start(module), [X, 2 * X - 1]
   stats = passes(module, found, *batches)
   dividends, divisors, sigmas = [], [], []
@@ -101,9 +101,9 @@ def test_tapers_statistics_by_hand(Norm):
 def test_anchor_loss_by_hand(tokens):
   """Only the tokens that the head sees count."""
   schedules = taper.Schedule(0, 4, 1.0, True, 0.25, tokens)
-  assert schedules.at_site(1, 3) == taper.SiteSchedule(0, 4, 0.0)
+  assert schedules.at_site(1, 3) == taper.Schedule(0, 4, 1.0)
   final = schedules.at_site(2, 3)
-  assert final == taper.SiteSchedule(0, 4, 0.25, tokens)
+  assert final == schedules
   kept = dataclasses.replace(schedules, final=False).at_site(2, 3)
   assert kept.anchor == 0 and kept.faded(jnp.int32(10**9)) == 0
   module = taper.TaperLN(D, schedule=final)
@@ -164,7 +164,7 @@ def test_prepbn_by_hand():
   module = prepbn.PRepBN(
     D,
     options=base.Options(momentum=0.0),
-    schedule=schedule.SiteSchedule(0, 4),
+    schedule=schedule.Schedule(0, 4, 1.0),
   )
   found = start(module)
   params = found["params"]
@@ -190,6 +190,5 @@ def test_prepbn_by_hand():
 
 
 def test_all_sites_fade_together():
-  for site in range(5):
-    found = schedule.Schedule(10, 20, 1.0).at_site(site, 5)
-    assert found == schedule.SiteSchedule(10, 20)
+  together = schedule.Schedule(10, 20, 1.0)
+  assert {together.at_site(site, 5) for site in range(5)} == {together}

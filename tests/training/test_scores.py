@@ -80,12 +80,11 @@ def test_severities_of_a_corruption_are_averaged_first():
   """Names that end in a number are severities, others corruptions."""
   logits = np.eye(2, dtype=np.float32)
   right, wrong = (
-    scores.evaluation(logits, np.array(labels), "ab")
-    for labels in ([0, 1], [1, 0])
+    scores.scores(logits, np.array(labels), "ab") for labels in ([0, 1], [1, 0])
   )
   suite = {"fog_1": wrong, "fog_2": wrong, "gaussian_blur": right}
   suite |= {"gaussian_noise": right}
-  found = scores.Suite(suite).summary["mean_corruption_error"]
+  found = scores.of_suite(suite)["mean_corruption_error"]
   assert found == pytest.approx(1 / 3)
 
 

@@ -16,33 +16,21 @@ CALIBRATED = "calibrated"
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-  """Constants of a norm at one site.
+  """Constants of a norm at one site."""
 
-  Attributes:
-    alpha: initial alpha of a pointwise function; `CALIBRATED`: from a
-      calibration; None: the norm's own.
-    epsilon: added to variances and mean squares.
-    momentum: of running means and variances.
-    groups: of GroupNorm.
-  """
-
+  # Initial alpha of a pointwise function; `CALIBRATED`: from a calibration;
+  # None: the norm's own.
   alpha: float | str | None = None
-  epsilon: float = normalization.EPSILON
-  momentum: float = 0.9
-  groups: int = 4
+  epsilon: float = normalization.EPSILON  # Added to variances, mean squares.
+  momentum: float = 0.9  # Of running means and variances.
+  groups: int = 4  # Of GroupNorm.
 
 
 class Norm(nn.Module):
-  """A norm at one site: before a branch of a block, or before the head.
+  """A norm at one site: before a branch of a block, or before the head."""
 
-  Attributes:
-    features: number of channels D.
-    dtype: of the output; statistics are float32.
-    options: constants.
-  """
-
-  features: int
-  dtype: Any = jnp.float32
+  features: int  # Number of channels D.
+  dtype: Any = jnp.float32  # Of the output; statistics are float32.
   options: Options = Options()
 
   # The module is named SLOT_0 before attention and SLOT_2 before the MLP, the
@@ -74,12 +62,7 @@ class Norm(nn.Module):
 
   @classmethod
   def check(cls, features: int, options: Options) -> None:
-    """Raise a UserError if the norm does not support these channels or options.
-
-    Args:
-      features: number of channels.
-      options: at any site.
-    """
+    """Raise a UserError if the norm cannot have these channels or options."""
     del features
     if options.alpha is not None:
       raise errors.UserError(

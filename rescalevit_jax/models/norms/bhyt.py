@@ -34,9 +34,5 @@ class BHyT(traits.Saturating):
     own = jax.lax.rsqrt(square + self.options.epsilon)
     return (self.function(lam / _KAPPA * own * x) * scale).astype(self.dtype)
 
-  def function(self, x):
-    """Return tanh(x); see `traits.Saturating`."""
-    return self.FUNCTION.apply(x)
-
   def is_per_token(self, train):
     return True

@@ -27,29 +27,11 @@ FULL = schedule_lib.FULL
 
 
 @dataclasses.dataclass(frozen=True)
-class SiteSchedule(schedule_lib.SiteSchedule):
-  """The schedule of one site.
-
-  Attributes:
-    separate_cls: whether class token and patches have separate scales.
-    alpha: of the final tanh; 0: a linear map.
-  """
-
-  separate_cls: bool
-  alpha: float = 0.0
-
-
-@dataclasses.dataclass(frozen=True)
 class Schedule(schedule_lib.Schedule):
-  """The schedule of all sites; see `SiteSchedule`."""
+  """The schedule, and the function at its end."""
 
-  separate_cls: bool
-  alpha: float = 0.0
-
-  def at_site(self, site: int, num_sites: int) -> SiteSchedule:
-    """Return the schedule of a site, numbered from 0."""
-    span = self.span(site, num_sites)
-    return SiteSchedule(*span, self.separate_cls, self.alpha)
+  separate_cls: bool  # Whether class token and patches have separate scales.
+  alpha: float = 0.0  # Of the final tanh; 0: a linear map.
 
 
 class Fade(
@@ -71,7 +53,7 @@ class Fade(
   LayerNorm checkpoint loads. Only training passes change t.
   """
 
-  schedule: SiteSchedule | None = None
+  schedule: Schedule | None = None
 
   COLOR: ClassVar[str] = "#777777"
   CENTERED: ClassVar[bool] = True
@@ -107,10 +89,6 @@ class Fade(
     """Return tanh(alpha * y) / alpha, or y where alpha is 0."""
     curved = self.function(alpha * y) / jnp.where(alpha > 0, alpha, 1.0)
     return jnp.where(alpha > 0, curved, y)
-
-  def function(self, x):
-    """Return tanh(x); see `traits.Saturating`."""
-    return self.FUNCTION.apply(x)
 
   @staticmethod
   def as_linear(params, batch_stats, epsilon=normalization.EPSILON):
@@ -148,12 +126,6 @@ def normalize(
   The result is LayerNorm's if share is 0. If share is 1, only the mean, a
   linear function, depends on the token. No gradient flows through `log_frozen`,
   `share` and the returned log sigma, which are statistics.
-
-  Args:
-    x: tokens.
-    log_frozen: logarithm of the frozen sigma.
-    share: in [0, 1].
-    epsilon: added to the variance.
   """
   return _forward(x, log_frozen, share, epsilon)[0]
 
@@ -201,15 +173,9 @@ def update_running_mean(
   passes: Int[Array, ""],
   separate_cls: bool,
 ) -> Float[Array, " 2"]:
-  """Return the running means of class token and patches after a batch.
+  """Return the running means of class token and patches after a pass.
 
-  Args:
-    log_frozen: the means before the batch.
-    log_own: of the batch's tokens.
-    passes: number of batches including this one; the mean of up to 100 batches
-      is their average.
-    separate_cls: whether the two differ; otherwise both are the mean over all
-      tokens.
+  Unless `separate_cls`, both are the mean over all tokens.
   """
   if separate_cls:
     mean = jnp.stack([log_own[:, 0].mean(), log_own[:, 1:].mean()])

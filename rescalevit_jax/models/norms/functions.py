@@ -12,14 +12,10 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class Function:
-  """A function with values in [-1, 1].
-
-  Attributes:
-    apply: the function.
-    saturated: |f| above which the slope is below a tenth of its maximum.
-  """
+  """A function with values in [-1, 1]."""
 
   apply: Callable[[Float[Array, "..."]], Float[Array, "..."]]
+  # |f| above which the slope is below a tenth of its maximum.
   saturated: float
 
 

@@ -17,12 +17,8 @@ from rescalevit_jax.models.ops import normalization
 def parse_alphas(text: str | None) -> tuple[float | str | None, ...]:
   """Return the initial alphas of attention, MLP and final norm.
 
-  Args:
-    text: one value for all, or three with commas. A value is a number above 0
-      or 'calibrated'. None: the norm's own.
-
-  Raises:
-    UserError: the text has another form.
+  The text is one value for all, or three with commas. A value is a number above
+  0 or 'calibrated'. None stands for the norm's own.
   """
   if text is None:
     return (None,) * len(base.SITES)

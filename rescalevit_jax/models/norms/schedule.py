@@ -1,13 +1,14 @@
 """Norms that change gradually during training, and their schedules."""
 
 import dataclasses
-from typing import Any
+from typing import Any, Self
 
 from flax import traverse_util
 import jax.numpy as jnp
 from jaxtyping import Array, Int
+import ml_collections
 
-from rescalevit_jax.models.norms import traits
+from rescalevit_jax.models.norms import base
 
 # `faded` counts from 0 to FULL. An average of the weights leaves integers
 # unchanged, so it ends at exactly FULL.
@@ -16,16 +17,22 @@ _MEMORY = 100  # Length of the running means, in passes.
 
 
 @dataclasses.dataclass(frozen=True)
-class SiteSchedule:
-  """The schedule of one site, in training passes (micro-batches).
+class Schedule:
+  """The schedule of one site or of all, in training passes (micro-batches)."""
 
-  Attributes:
-    begin: number of passes before it starts to fade.
-    end: number of passes before it has faded.
-  """
+  begin: float  # Passes before the first site starts to fade.
+  end: float  # Passes before the last site has faded.
+  # Fraction of the time from begin to end that each site takes, in (0, 1].
+  site_fraction: float
 
-  begin: float
-  end: float
+  def at_site(self, site: int, num_sites: int) -> Self:
+    """Return the schedule of a site, from 0 to `num_sites - 1`, the last."""
+    length = self.site_fraction * (self.end - self.begin)
+    delay = (self.end - self.begin - length) * site / max(1, num_sites - 1)
+    begin = self.begin + delay
+    return dataclasses.replace(
+      self, begin=begin, end=begin + length, site_fraction=1.0
+    )
 
   def faded(self, passes: Int[Array, ""]) -> Int[Array, ""]:
     """Return the progress after this many passes, from 0 to FULL."""
@@ -34,40 +41,14 @@ class SiteSchedule:
     return jnp.round(FULL * share).astype(jnp.int32)
 
 
-@dataclasses.dataclass(frozen=True)
-class Schedule:
-  """The schedule of all sites, from the first one to the final norm.
-
-  Attributes:
-    begin: number of passes before the first site starts to fade.
-    end: number of passes before the last site has faded.
-    site_fraction: fraction of the time from begin to end that each site takes,
-      in (0, 1]; 1: all sites fade together.
-  """
-
-  begin: float
-  end: float
-  site_fraction: float
-
-  def at_site(self, site: int, num_sites: int) -> SiteSchedule:
-    """Return the schedule of a site, numbered from 0."""
-    return SiteSchedule(*self.span(site, num_sites))
-
-  def span(self, site: int, num_sites: int) -> tuple[float, float]:
-    """Return begin and end of a site."""
-    length = self.site_fraction * (self.end - self.begin)
-    delay = (self.end - self.begin - length) * site / max(1, num_sites - 1)
-    begin = self.begin + delay
-    return begin, begin + length
-
-
-class Gradual(traits.Scheduled):
+class Gradual(base.Norm):
   """A norm with the statistics `count` (of passes) and `faded` (progress).
 
-  Without a schedule and in evaluation they do not change.
+  The model sets `schedule` to `config.norm_schedule.at_site(site, num_sites)`.
+  Without a schedule and in evaluation, `faded` does not change.
   """
 
-  schedule: SiteSchedule | None = None
+  schedule: Schedule | None = None
 
   def setup(self):
     super().setup()
@@ -87,7 +68,10 @@ class Gradual(traits.Scheduled):
     return not train
 
   @staticmethod
-  def create_schedule(config, passes):
+  def create_schedule(
+    config: ml_collections.ConfigDict, passes: int
+  ) -> Schedule:
+    """Return the schedule of all sites in a run of `passes` micro-batches."""
     # All sites together.
     return Schedule(config.fade.begin * passes, config.fade.end * passes, 1.0)
 
@@ -105,13 +89,9 @@ class Gradual(traits.Scheduled):
 
 
 def update_mean(mean: Array, value: Array, passes: Int[Array, ""]) -> Array:
-  """Return a running mean after a pass.
+  """Return a running mean after a pass with this value.
 
-  Args:
-    mean: before the pass.
-    value: of the pass.
-    passes: number of passes including this one; the mean of up to 100 passes is
-      their average.
+  `passes` includes this one. The mean of up to 100 passes is their average.
   """
   momentum = jnp.maximum(1 / passes, 1 / _MEMORY)
   return mean + momentum * (value - mean)

@@ -14,39 +14,22 @@ from rescalevit_jax.models.ops import normalization
 
 
 @dataclasses.dataclass(frozen=True)
-class SiteSchedule(schedule_lib.SiteSchedule):
-  """The schedule of one site.
+class Schedule(schedule_lib.Schedule):
+  """The schedule, and the anchor loss of the final norm."""
 
-  Attributes:
-    anchor: weight of its anchor loss.
-    tokens: start and stop of the tokens that statistics and anchor loss use.
-  """
-
-  anchor: float = 0.0
+  final: bool = True  # Whether the final norm tapers, too.
+  anchor: float = 0.0  # Weight of the anchor loss.
+  # Start and stop of the tokens that statistics and anchor loss use: at the
+  # final norm those that the head sees, at other sites all.
   tokens: tuple[int, int | None] = (0, None)
 
-
-@dataclasses.dataclass(frozen=True)
-class Schedule(schedule_lib.Schedule):
-  """The schedule of all sites.
-
-  Attributes:
-    final: whether the final norm tapers, too.
-    anchor: weight of the anchor loss at the final norm.
-    head_tokens: start and stop of the tokens that the head sees.
-  """
-
-  final: bool = True
-  anchor: float = 0.0
-  head_tokens: tuple[int, int | None] = (0, None)
-
   def at_site(self, site, num_sites):
+    own = super().at_site(site, num_sites)
     if site < num_sites - 1:
-      return SiteSchedule(*self.span(site, num_sites))
+      return dataclasses.replace(own, anchor=0.0, tokens=(0, None))
     if not self.final:
-      return SiteSchedule(2.0**31, 2.0**31)  # Never.
-    span = self.span(site, num_sites)
-    return SiteSchedule(*span, self.anchor, self.head_tokens)
+      return Schedule(2.0**31, 2.0**31, 1.0)  # Never.
+    return own
 
 
 class TaperLN(schedule_lib.Gradual, traits.Foldable):

@@ -1,13 +1,13 @@
 """Optional abilities of norms, for training, diagnostics and export.
 
+See `schedule` for norms that change gradually.
+
 A norm inherits from the classes below that apply to it. Callers ask with
 `issubclass`.
 """
 
-from collections.abc import Hashable
-from typing import Any, ClassVar
+from typing import ClassVar
 
-import ml_collections
 import numpy as np
 
 from rescalevit_jax.models.norms import base
@@ -68,9 +68,13 @@ class Settling(base.Norm):
 
 
 class Saturating(base.Norm):
-  """A norm with a bounded function, computed by its method `function`."""
+  """A norm with a bounded function; its outputs are measured."""
 
   FUNCTION: ClassVar[functions.Function]
+
+  def function(self, x):
+    """Return the bounded function of x."""
+    return self.FUNCTION.apply(x)
 
 
 class Foldable(base.Norm):
@@ -88,40 +92,9 @@ class Foldable(base.Norm):
     batch_stats: dict[str, np.ndarray],
     epsilon: float = normalization.EPSILON,
   ) -> tuple[np.ndarray, np.ndarray]:
-    """Return the factor and the shift of each channel.
-
-    Args:
-      params: parameters of one site, by name.
-      batch_stats: statistics of the same site.
-      epsilon: of the norm.
+    """Return the factor and the shift of each channel at one site.
 
     Raises:
       ValueError: the norm at this site is not linear.
     """
-    raise NotImplementedError
-
-
-class Scheduled(base.Norm):
-  """A norm that changes during training.
-
-  The norm has a field `schedule`. The model sets it at each site to
-  `config.norm_schedule.at_site(site, num_sites)`. Without a schedule the field
-  is None, and the norm does not change.
-  """
-
-  @staticmethod
-  def create_schedule(
-    config: ml_collections.ConfigDict, passes: int
-  ) -> Hashable:
-    """Return the schedule of all sites.
-
-    Args:
-      config: of the run.
-      passes: number of training passes (micro-batches) of the run.
-    """
-    raise NotImplementedError
-
-  @staticmethod
-  def reset_counters(batch_stats: Any) -> Any:
-    """Return a model's statistics with the counters of passes set to 0."""
     raise NotImplementedError

@@ -6,8 +6,6 @@ differentiation of its gradient (`jax.jvp` of `jax.grad`), but not of its value.
 Axes: B images, M queries, N tokens, h heads of d channels.
 """
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -18,33 +16,11 @@ from rescalevit_jax.runtime import accelerator
 IMPLEMENTATIONS = ("auto", "xla", "cudnn")
 
 
-@dataclasses.dataclass(frozen=True)
-class Choice:
-  """An implementation of attention and the reason for it."""
-
-  implementation: str
-  reason: str
-
-
-def choose(dtype: jnp.dtype, head_dim: int) -> Choice:
-  """Return the fastest implementation on this machine: 'cudnn' or 'xla'.
-
-  cuDNN supports any number of tokens, because there is no bias.
-
-  Args:
-    dtype: of queries, keys and values.
-    head_dim: number of channels of a head.
-  """
-  problem = cudnn_problem(dtype, head_dim)
-  if problem:
-    return Choice("xla", problem)
-  return Choice("cudnn", "fused, stores no probabilities")
-
-
 def cudnn_problem(dtype: jnp.dtype, head_dim: int) -> str | None:
   """Return the reason why cuDNN's attention cannot run here, or None.
 
-  The device is checked last, because the check initializes JAX's devices.
+  Any number of tokens is supported, because there is no bias. The device is
+  checked last, because the check initializes JAX's devices.
   """
   if dtype not in (jnp.bfloat16, jnp.float16):
     return f"cuDNN needs bfloat16 or float16, not {dtype.name}"
@@ -73,11 +49,7 @@ def attend(
 ) -> Float[Array, "B M h d"]:
   """Return softmax(query key^T / sqrt(d)) value.
 
-  Args:
-    query: queries.
-    key: keys.
-    value: values.
-    implementation: 'xla', or 'cudnn' if `cudnn_problem` returns None.
+  The implementation is 'xla', or 'cudnn' if `cudnn_problem` returns None.
   """
   if implementation == "cudnn" and query.shape == key.shape:
     return cudnn.attend(query, key, value)

@@ -62,8 +62,7 @@ attend.defvjp(_attend_forward, _attend_backward)
 def _per_device(rule):
   """Return a decorator that runs a function on each device's own images.
 
-  Args:
-    rule: names of the axes of arguments and results; b is sharded.
+  The rule names the axes of arguments and results; b is sharded.
   """
 
   def partition(function, mesh, arguments, results):

@@ -36,12 +36,9 @@ def drop(
 ) -> Float[Array, "B ... D"]:
   """Return x with a fraction of its elements set to 0 and the rest scaled up.
 
-  Args:
-    x: the input.
-    key: of the step; see `step_key`. None: return x.
-    index: number of this dropout in the model, below 2^12.
-    rate: the fraction, in [0, 1); rounded to a multiple of 2^-16.
-    whole: whether to drop whole images instead of elements.
+  Without a key of the step, return x. `index` is the number of this dropout in
+  the model, below 2^12. The rate in [0, 1) is rounded to a multiple of 2^-16.
+  If `whole`, drop whole images instead of elements.
   """
   kept = max(1, _LEVELS - round(rate * _LEVELS))
   if key is None or kept == _LEVELS:
@@ -62,13 +59,9 @@ def random_mask(
   """Return a random mask; each element depends only on its index and the key.
 
   The four parts of the mask along its last axis are the four quarters of the
-  blocks with the counters (image and token, mask and column in the part).
-
-  Args:
-    key: see `step_key`.
-    index: number of the mask among the masks of this key.
-    shape: of the mask, [B, ..., D]: up to 2^18 images of 2^14 tokens.
-    kept: an element is True with probability kept / 2^16.
+  blocks with the counters (image and token, mask and column in the part). An
+  element is True with probability kept / 2^16. The shape is [B, ..., D], with
+  up to 2^18 images of 2^14 tokens.
   """
   *rows, features = shape
   words = -(-features // (4 * _BLOCKS))

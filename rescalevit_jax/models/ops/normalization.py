@@ -21,14 +21,8 @@ def normalize(
   """Return x with mean 0 and variance 1 over axes, its mean and its variance.
 
   The returned mean and biased variance are statistics: no gradient flows
-  through them.
-
-  Args:
-    x: float32.
-    axes: to normalize over.
-    centered: whether to subtract the mean. Otherwise the mean counts as 0, and
-      the variance is the mean square.
-    epsilon: added to the variance.
+  through them. Unless `centered`, the mean counts as 0, and the variance is the
+  mean square.
   """
   return _forward(x, axes, centered, epsilon)[0]
 
