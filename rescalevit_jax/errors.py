@@ -8,7 +8,7 @@ _TENSORSTORES_NOTES = re.compile(
   r"\s*\[(tensorstore_spec|source locations)='.*?'\]"
 )
 
-# What reading a damaged JSON file raises, and using its values.
+# Raised by parsing a damaged JSON file or using its values.
 DAMAGED_JSON = (
   ArithmeticError,
   AttributeError,

@@ -127,6 +127,8 @@ def _run(config):
       )
     message = " ".join(str(e).split())[:300]
     raise errors.UserError(f"{message}{advice}") from e
+  except BrokenPipeError as e:  # Not of stdout: nothing is printed above.
+    raise errors.UserError(str(e)) from e
   if result is None or jax.process_index() > 0:
     return
   if _MODE.value == "train":

@@ -19,7 +19,7 @@ _OUTPUTS = (pathlib.Path("curves.png"), pathlib.Path("curves.svg"))
 def main(argv: Sequence[str] | None = None) -> int:
   """Draw curves; return the exit code."""
   parser = cli.parser(__doc__)
-  plots.add_flags(parser, "default: curves.png and curves.svg")
+  plots.add_flags(parser, "curves.png and curves.svg")
   args = parser.parse_args(cli.arguments(argv))
   return cli.run(lambda: _run(args.workdir, args.output or _OUTPUTS))
 

@@ -26,8 +26,8 @@ def main(argv: Sequence[str] | None = None) -> int:
   parser = cli.parser(__doc__)
   plots.add_flags(
     parser,
-    "of a single run; default: diagnostics.png and diagnostics.svg in each"
-    " run's folder",
+    "diagnostics.png and diagnostics.svg in each run's folder",
+    scope=" of a single run",
   )
   args = parser.parse_args(cli.arguments(argv))
   return cli.run(lambda: _run(args.workdir, args.output))

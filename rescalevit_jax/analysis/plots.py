@@ -71,7 +71,9 @@ def plain(text: str) -> str:
   return text.replace("$", r"\$")
 
 
-def add_flags(parser: argparse.ArgumentParser, default: str) -> None:
+def add_flags(
+  parser: argparse.ArgumentParser, default: str, scope: str = ""
+) -> None:
   """Add --workdir and --output, both repeatable."""
   parser.add_argument(
     "--workdir",
@@ -84,7 +86,7 @@ def add_flags(parser: argparse.ArgumentParser, default: str) -> None:
     action="append",
     default=[],
     type=pathlib.Path,
-    help=f"the picture, .png or .svg; repeatable ({default})",
+    help=f"the picture{scope}, .png or .svg; repeatable (default: {default})",
   )
 
 

@@ -57,8 +57,9 @@ def load(
       " --checkpoint out"
     )
   subjects = []
-  for workdir in workdirs:
-    config = folder_lib.require_config(workdir)
+  # All of them first: loading a model takes long.
+  configs = [folder_lib.require_config(workdir) for workdir in workdirs]
+  for workdir, config in zip(workdirs, configs, strict=True):
     keys = dict(config.data)
     if dataset not in (None, config.dataset):
       for name in ("num_val", "train_split", "test_split"):

@@ -222,8 +222,8 @@ def markdown(report: dict[str, Any]) -> str:
     "- Compiled, not executed. Lower bound: each kernel takes the longer of its"
     " bytes at memory bandwidth and its products at peak speed. Launch"
     " overhead, caches and communication are not counted.",
-    "- Launches: what the host starts per step. XLA puts most kernels into CUDA"
-    " graphs, each of which is one launch.",
+    "- Launches: CUDA graphs, and kernels outside of them. The loop over"
+    " micro-batches counts once.",
     f"- Fits: the step needs at most {100 * share:g} % of the GPU's memory, the"
     " share that JAX allocates (XLA_CLIENT_MEM_FRACTION). A dataset on the GPU"
     " needs additional memory: 0.2 GB for CIFAR.",
@@ -266,7 +266,7 @@ _COLUMNS = {
   "memory, GB": lambda row: _format(row["memory_bytes"] / 1e9),
   "fits": _fits,
   "kernels (products)": lambda row: f"{row['kernels']} ({row['gemms']})",
-  "launches": lambda row: str(row["launches"]),
+  "launches": lambda row: str(row.get("launches") or ""),
   "traffic, GB": lambda row: _format(row["traffic_bytes"] / 1e9),
   "TFLOP": lambda row: _format(row["flops"] / 1e12),
   "lower bound, ms": lambda row: _format(1e3 * row["step_seconds"]),

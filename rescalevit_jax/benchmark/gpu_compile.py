@@ -7,6 +7,7 @@ algorithms of cuBLAS and cuDNN and the tiling of Triton's kernels.
 from collections.abc import Iterator
 import contextlib
 import pathlib
+import re
 import tempfile
 from typing import Any, NamedTuple
 
@@ -40,7 +41,7 @@ class Program(NamedTuple):
   """A compiled program."""
 
   compiled: jax.stages.Compiled
-  launches: int  # By the host: CUDA graphs, and kernels in none of them.
+  launches: int | None  # None if XLA has not listed its thunks.
 
 
 def inputs_of(config: ml_collections.ConfigDict) -> Inputs:
@@ -140,10 +141,24 @@ def _compile(step: Any, *arguments: Any) -> Program:
     options = {**_OPTIONS, **cuda_plugin.compiler_options()}
     options["xla_dump_to"] = folder
     compiled = step.lower(*arguments).compile(compiler_options=options)
-    # Kernels of a CUDA graph are indented.
-    (path,) = pathlib.Path(folder).glob("*.thunk_sequence_after_*.txt")
-    lines = path.read_text(encoding="utf-8").splitlines()
-  return Program(compiled, sum(line[0].isdigit() for line in lines))
+    paths = list(pathlib.Path(folder).glob("*.thunk_sequence_after_*.txt"))
+    launches = count_launches(paths[0].read_text("utf-8")) if paths else None
+  return Program(compiled, launches)
+
+
+def count_launches(thunks: str) -> int:
+  """Count CUDA graphs, and kernels outside of them, in XLA's list of thunks.
+
+  The body of a loop counts once.
+  """
+  count, graph = 0, None
+  for line in thunks.splitlines():
+    match = re.match(r"( *)\d+: (\w+)", line)
+    if match is None or (graph is not None and len(match[1]) > graph):
+      continue  # Kernels of a graph are indented.
+    graph = len(match[1]) if match[2] == "kCommandBuffer" else None
+    count += match[2] not in ("kWhile", "kAsyncDone")
+  return count
 
 
 def _batch(batch, shape, by_device):

@@ -239,7 +239,7 @@ def check_recipe(config: Any) -> None:
       )
 
 
-PEERS = {"flax": FlaxPeer, "timm": TimmPeer}  # By package.
+PEERS = {"flax": FlaxPeer, "timm": TimmPeer}  # By name of the package.
 
 
 def is_installed(subject: str) -> bool:

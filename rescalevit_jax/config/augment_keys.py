@@ -10,7 +10,7 @@ KEYS = {
     0.0, "alpha of CutMix; with mixup, each image draws one of the two; 0: none"
   ),
   "augment.crop": key.Key(True, "random crop in training (RandomResizedCrop)"),
-  "augment.min_area": key.share(
+  "augment.min_area": key.positive_up_to_one(
     0.05, "minimum area of a crop as a fraction of the image"
   ),
   "augment.min_aspect": key.Key(
@@ -20,7 +20,7 @@ KEYS = {
     lambda x: 0.01 <= x <= 1,
   ),
   "augment.flip": key.Key(
-    False, "flip images horizontally with probability 0.5"
+    False, "flip training images horizontally with probability 0.5"
   ),
   "augment.pad_crop": key.nonnegative(
     0,

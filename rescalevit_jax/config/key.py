@@ -65,7 +65,7 @@ def up_to_one(default: float, meaning: str) -> Key:
   return Key(default, meaning, "in [0, 1]", lambda x: 0 <= x <= 1)
 
 
-def share(default: float, meaning: str) -> Key:
+def positive_up_to_one(default: float, meaning: str) -> Key:
   """Return the key of a fraction in (0, 1]; see `Key`."""
   return Key(default, meaning, "in (0, 1]", lambda x: 0 < x <= 1)
 

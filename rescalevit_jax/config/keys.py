@@ -46,7 +46,7 @@ KEYS = {
     " the short side and take the center (`crop`)",
     image_files.RESIZE_METHODS,
   ),
-  "data.crop_ratio": key.share(
+  "data.crop_ratio": key.positive_up_to_one(
     0.875,
     "with `data.resize=crop`: `data.image_size` / short side before the crop",
   ),
@@ -96,7 +96,8 @@ KEYS = {
   ),
   "log_attention": key.Key(
     False,
-    "write attention maps of a test image to TensorBoard at each evaluation",
+    "write attention maps of the first test image to TensorBoard at each"
+    " evaluation",
     resumable=True,
   ),
   "diagnostics_every": key.nonnegative(

@@ -124,7 +124,7 @@ KEYS = {
   "fade.end": key.up_to_one(
     0.7, "fraction of the run at which the last site, the final norm, has faded"
   ),
-  "fade.site_fraction": key.share(
+  "fade.site_fraction": key.positive_up_to_one(
     0.5,
     "duration of the fade of one site of Fade as a fraction of the time from"
     " begin to end; 1: all sites fade together, as with the other norms",

@@ -36,7 +36,7 @@ KEYS = {
     " (AdamW, Muon)",
   ),
   "grad_norm_clip": key.nonnegative(
-    1.0, "maximum global gradient norm; 0: none"
+    1.0, "maximum global gradient norm; 0: no clipping"
   ),
   "spectral_cap": key.nonnegative(
     0.0,
@@ -64,7 +64,7 @@ KEYS = {
     groups.is_table,
     optional=str,
   ),
-  "layer_decay": key.share(
+  "layer_decay": key.positive_up_to_one(
     1.0,
     "learning-rate multiplier for each block between a parameter and the head",
   ),

@@ -16,7 +16,7 @@ _READ_AT_ONCE = 1000  # Records.
 
 
 class ArrayRecordFiles:
-  """The records of consecutive array_record files; `counts` are their sizes.
+  """The records of array_record files; `counts` are their numbers of records.
 
   Reading is thread-safe. A file is opened and its index is read on first
   access, which takes about 0.1 ms and 8 KB for 1,000 records.

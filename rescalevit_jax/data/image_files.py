@@ -74,7 +74,7 @@ class Resize:
 
 
 def decode(content: bytes, resize: Resize) -> UInt8[np.ndarray, "H W 3"]:
-  """Decode a file's content; raise any exception if it is refused."""
+  """Decode a file's content; damaged content may raise any exception."""
   with untrusted_image.open_image(content) as image:
     return np.asarray(resize(_rgb(image)))
 
@@ -112,7 +112,7 @@ def find(folder: str | os.PathLike[str]) -> list[pathlib.Path]:
 
 
 def read(image: Source) -> Image.Image:
-  """Read an image as 8-bit RGB, as described at the top.
+  """Read an image as 8-bit RGB; see the module's docstring.
 
   Args:
     image: a path, a Pillow image, which is not changed, or a uint8 array

@@ -85,7 +85,7 @@ def prepare(
 ) -> None:
   """Download a dataset and write its files (array_record), if necessary.
 
-  Downloads go to `download_dir`; files of `manual_dir` take their place. If it
+  Downloads go to `download_dir`; files of `manual_dir` replace them. If it
   fails, nothing half prepared is left.
   """
   if is_prepared(builder):

@@ -26,7 +26,7 @@ _ARRAYS = ("cls", param_keys.POSITION_EMBEDDING, _SCALE_1, _SCALE_2)
 
 
 def _table(names: dict[str, str]) -> dict[str, str]:
-  """Return their tensors' names by ours, from modules and `_ARRAYS`."""
+  """Return a table from names of our arrays to names of their tensors."""
   table = {}
   for ours, theirs in names.items():
     if ours in _ARRAYS:
@@ -161,7 +161,7 @@ def read(
   """Convert a family's tensors, named without prefix, to Google's names."""
   keys = {theirs: ours for ours, theirs in TABLES[family].items()}
   converted: Arrays = {}
-  for name, x in _split_qkv(tensors).items():
+  for name, x in _split_qkv(tensors, path).items():
     block = re.search(r"\.(\d+)\.", name)
     template = name.replace(block[0], ".{i}.", 1) if block else name
     if template not in keys:
@@ -218,6 +218,8 @@ def _to_flax(key, x, heads):
   if key == "embedding/kernel":
     return x.transpose(2, 3, 1, 0)
   if re.search("/(query|key|value)/", key):
+    if x.ndim != (2 if key.endswith("/kernel") else 1):
+      raise ValueError(f"{x.ndim} axes")
     return x.T.reshape(*x.shape[1:], heads, -1)
   if key.endswith("/out/kernel"):
     return x.T.reshape(heads, -1, x.shape[0])
@@ -235,12 +237,17 @@ def _to_torch(key, x):
   return x.T if key.endswith("/kernel") else x
 
 
-def _split_qkv(tensors):
+def _split_qkv(tensors, path):
   """Split timm's joint tensors of query, key and value."""
   split = {}
   for name, x in tensors.items():
     if match := re.fullmatch(r"(blocks\.\d+\.attn\.)qkv\.(weight|bias)", name):
-      for part, value in zip("qkv", np.array_split(x, 3), strict=True):
+      if not x.ndim or len(x) % 3:
+        raise errors.UserError(
+          f"{path}: {name} has the shape {list(x.shape)}, which is not"
+          " divisible by 3; get the whole file"
+        )
+      for part, value in zip("qkv", np.split(x, 3), strict=True):
         split[f"{match[1]}{part}.{match[2]}"] = value
     else:
       split[name] = x

@@ -36,7 +36,7 @@ def fold(
   `norm_epsilon`.
 
   Raises:
-    UserError: the norm is not `traits.Foldable`.
+    UserError: the norm, or its position, does not fold.
   """
   Norm = norms.NORMS[name]
   if not issubclass(Norm, traits.Foldable):

@@ -48,7 +48,7 @@ def renamed_affine(
 def differences(
   file: Mapping[str, Any], model: Mapping[str, Any], affine_only: bool
 ) -> Iterator[tuple[set[str], set[str], str]]:
-  """Yield keys that are not copied between file and model, with a note.
+  """Yield (model keys, file keys, note) of each difference.
 
   The model's keys stay at their initial values, the file's are ignored. The
   note is empty if the difference is harmless. The file's norms already have the

@@ -48,7 +48,7 @@ class Progress:
 
 
 class Checkpoints:
-  """The checkpoints of a run, saved asynchronously; `keep` last ones stay."""
+  """The checkpoints of a run, saved asynchronously; keeps the last `keep`."""
 
   def __init__(self, workdir: pathlib.Path, keep: int = 1):
     self._workdir = pathlib.Path(workdir)

@@ -32,9 +32,8 @@ class MetricWriter:
   TensorBoard's files cannot be written, one warning is logged and training
   continues.
 
-  A resumed run writes the lines after its checkpoint again. Of the lines of an
-  earlier process, those for which `keep` is true stay; TensorBoard drops them
-  from `first_step` on.
+  A resumed run writes the lines after its checkpoint again. Earlier lines stay
+  if `keep` returns True; TensorBoard's events from `first_step` on are deleted.
   """
 
   def __init__(

@@ -93,6 +93,8 @@ def read(workdir: str | pathlib.Path) -> dict[str, Any] | None:
       "status": FINISHED,  # Earlier versions wrote none.
       **json.loads(path.read_text(encoding="utf-8")),
     }
+    if result["status"] not in list(_NUMBERS):
+      raise ValueError(f"status is {result['status']!r}")
     for name in _NUMBERS[result["status"]]:
       value = result[name]
       if not isinstance(value, int | float) or not math.isfinite(value):

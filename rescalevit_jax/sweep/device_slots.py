@@ -35,7 +35,7 @@ def find(jobs: int | None) -> list[dict[str, str]]:
 def split(
   backend: str, count: int, jobs: int | None, environment: Mapping[str, str]
 ) -> list[dict[str, str]]:
-  """Return the result of `find` for `count` devices of a backend of JAX."""
+  """Return the result of `find` for a known backend and device count."""
   if backend == "cpu":
     return [{} for _ in range(jobs or 1)]
   if backend != "gpu":

@@ -48,7 +48,7 @@ def execute(
     runs: the planned runs.
     runs_dir: parent of their folders.
     jobs: runs at a time; None for one per GPU, or one.
-    minutes: time limit, with which `time_limit.Chooser` orders the runs.
+    minutes: time limit; if finite, `time_limit.Chooser` orders the runs.
   """
   limit = time_limit.TimeLimit(time.monotonic() + 60 * minutes)
   outcome, left = _unfinished(runs, runs_dir)

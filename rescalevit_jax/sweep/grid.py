@@ -14,7 +14,6 @@ from rescalevit_jax import errors
 from rescalevit_jax.config import overrides
 from rescalevit_jax.models import flops
 from rescalevit_jax.runs import folder
-from rescalevit_jax.training import experiment
 
 # Keys in the name of every run's folder; see `folder.default_workdir`.
 _NAMED = ("dataset", "model_name", "model.norm", "seed")
@@ -44,6 +43,9 @@ class PlannedRun:
   @functools.cached_property
   def step_flops(self) -> float:
     """FLOPs of one step's forward passes, to compare runs."""
+    # Slow to import, and not needed by tasks of Slurm.
+    from rescalevit_jax.training import experiment
+
     config = self.config.copy_and_resolve_references()
     config.dtype = "float32"  # "auto" would initialize the devices.
     try:

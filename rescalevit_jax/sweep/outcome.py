@@ -89,7 +89,7 @@ def why_not_finished(
 ) -> str | None:
   """Return why a run is not finished, as one line; None if it is finished.
 
-  The return code of its process may be unknown.
+  The return code of its process is None if unknown.
   """
   try:
     result = result_lib.read(workdir)

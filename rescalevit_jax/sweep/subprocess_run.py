@@ -17,7 +17,7 @@ def start(
   workdir: pathlib.Path,
   environment: Mapping[str, str],
 ) -> subprocess.Popen:
-  """Start a run with more environment variables; append its output to log.txt.
+  """Start a run with additional environment variables; log to WORKDIR/log.txt.
 
   The process has its own session, since Ctrl-C must reach it only through its
   parent. It dies with the parent; see `die_with_parent`.

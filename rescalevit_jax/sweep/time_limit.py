@@ -25,7 +25,7 @@ _T = TypeVar("_T")
 
 @dataclasses.dataclass(frozen=True)
 class TimeLimit:
-  """A limit for several runs, which end at a time of `time.monotonic`."""
+  """A time limit for several runs, on the clock of `time.monotonic`."""
 
   end: float
 

@@ -92,7 +92,7 @@ class Experiment:
     return indices.reshape(config.accum_steps, -1)
 
   def train_step(self, step: int, skipped: int = 0) -> jax.stages.Wrapped:
-    """Return `train_step.train_step`, jitted, for a step from 1.
+    """Return the jitted training step with this number, from 1.
 
     Its arguments are the state, which is donated, images, labels and seed. The
     seed is an argument because runs with other seeds then share the program.

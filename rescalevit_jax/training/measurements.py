@@ -70,7 +70,7 @@ def before_step(
   """Measure the gradient of the next step and the residual stream before it.
 
   The state's weights, not their averages, are measured. The gradient of the
-  step is computed a second time, and the stream of the images `probe`.
+  step is computed a second time. The residual stream is that of `probe`.
 
   Returns:
     The results of `gradient_norms`, `scalars` and `forward`.
@@ -127,7 +127,7 @@ def sums_of_squares(
 ) -> Float32[Array, " parts"]:
   """Compute the sum of squares of each of the L + 2 parts.
 
-  Only the leaves of the tree count whose path is `wanted`.
+  Only leaves whose path satisfies `wanted` count.
   """
   num_layers = groups.num_layers(tree)
   sums = [jnp.zeros(())] * (num_layers + 2)

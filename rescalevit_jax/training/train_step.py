@@ -60,7 +60,7 @@ def gradient(
   augment: preprocess.Augment,
   image_size: int,
   mixing: mixing_lib.Mixing = mixing_lib.NOTHING,
-  settled: bool = False,  # Omit the work that `traits.Settling` describes.
+  settled: bool = False,  # True omits calibration; see `traits.Settling`.
   sam_rho: float = 0.0,  # Distance of SAM; 0: the usual gradient.
   gather: Callable[[Any], Any] = lambda params: params,  # Replicates shards.
   scatter: Callable[[Any], Any] = lambda grads: grads,  # Shards again.

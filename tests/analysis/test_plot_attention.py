@@ -14,6 +14,7 @@ from rescalevit_jax.analysis import attention_maps
 from rescalevit_jax.analysis import attention_plots
 from rescalevit_jax.analysis import npz_model
 from rescalevit_jax.analysis import plot_attention
+from rescalevit_jax.analysis import subjects
 from rescalevit_jax.analysis import trained_model
 from rescalevit_jax.data import dataset
 from rescalevit_jax.pretrained import npz
@@ -137,6 +138,14 @@ def test_options_of_a_file_are_parsed(tmp_path, monkeypatch):
   plot_attention.main(["--npz=a.npz:Cal,gap,c=3,tanh", "--image=a.png"])
   words = {"norm": "Cal", "gelu": "tanh", "pool": "gap", "residual_c": 3.0}
   assert said == [("a.npz", words)]
+
+
+def test_a_missing_run_is_reported_before_models_are_loaded(
+  tiny_run, tmp_path, monkeypatch
+):
+  monkeypatch.delattr(trained_model, "load")
+  with pytest.raises(errors.UserError, match="nowhere"):
+    subjects.load([str(tiny_run), str(tmp_path / "nowhere")])
 
 
 def test_runs_with_equal_names_are_distinguished(tiny_run, tmp_path):

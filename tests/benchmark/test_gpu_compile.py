@@ -9,6 +9,7 @@ import pytest
 from tiny_gpu import tiny_config
 
 from rescalevit_jax import errors
+from rescalevit_jax.benchmark import gpu_compile
 from rescalevit_jax.benchmark import gpus
 from rescalevit_jax.benchmark import hlo
 from rescalevit_jax.models import vit_config
@@ -51,6 +52,24 @@ def test_the_batch_is_not_the_minor_axis_of_activations(compile_tiny, norm):
   # [tokens, channels, images]: XLA would transpose them around each product.
   keys = {"batch": 64, "model.hidden_size": 128, "model.norm": norm}
   assert "65,128,64]" not in compile_tiny("train", **keys).text
+
+
+def test_launches_are_graphs_and_kernels_outside_of_them():
+  thunks = """
+000: kCommandBuffer [source]
+    001: kCopy
+    002: kCublasLtMatmul
+003: kAllReduce
+004: kWhile
+condition:
+    005: kCustomKernel
+  body:
+    006: kCommandBuffer
+        007: kCustomKernel
+    008: kCustomKernel
+009: kAsyncDone
+"""
+  assert gpu_compile.count_launches(thunks) == 5
 
 
 @pytest.mark.parametrize("norm", EVERY_NORM)
@@ -152,6 +171,8 @@ def test_accumulation_repeats_the_forward_pass(compile_tiny):
   double = compile_tiny("train", dtype="float32", accum_steps=2, batch=32)
   # The optimizer alone runs once.
   assert double.flops == pytest.approx(2 * single.flops, rel=1e-3)
+  # Graphs before, in and after the loop, and its condition.
+  assert double.launches == 4
 
 
 @pytest.mark.slow

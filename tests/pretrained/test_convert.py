@@ -423,10 +423,12 @@ def test_other_odd_models_are_refused(key, words, tmp_path):
     convert.convert(path, heads=HEADS, normalization=IMAGENET)
 
 
-def test_a_tensor_of_another_size_is_refused(tmp_path):
+@pytest.mark.parametrize("shape", [(3 * 48 - 1, 48), (3 * 48,), ()])
+def test_a_tensor_of_another_shape_is_refused(tmp_path, shape):
   state = timm_model().state_dict()
-  state["blocks.0.attn.qkv.weight"] = torch.zeros(3 * 48 - 1, 48)
+  state["blocks.0.attn.qkv.weight"] = torch.zeros(shape)
   path = tmp_path / "a.safetensors"
   safetensors.save_file(state, path)
-  with pytest.raises(errors.UserError, match="has the shape"):
-    convert.convert(path, heads=HEADS, normalization=IMAGENET)
+  for heads in (HEADS, 1):
+    with pytest.raises(errors.UserError, match="has the shape"):
+      convert.convert(path, heads=heads, normalization=IMAGENET)

@@ -180,6 +180,14 @@ def test_groups_differ_in_more_than_the_seed(tmp_path):
   assert keys == ["base_lr", "pretrained_path"]
 
 
+@pytest.mark.parametrize("status", ["paused", ["finished"], None])
+def test_an_unknown_status_is_damage(tmp_path, status):
+  write(tmp_path / "a")
+  (tmp_path / "a" / "result.json").write_text(json.dumps({"status": status}))
+  with pytest.raises(errors.UserError, match="damaged .status is "):
+    run_reader.read(tmp_path / "a")
+
+
 @pytest.mark.parametrize("line", ['"step"', "[1]", "7", '{"step"', "{}"])
 def test_a_line_of_metrics_without_a_step_is_left_out(line):
   assert run_reader.parse_metrics([line, '{"step": 1}']) == [{"step": 1}]
