@@ -2,6 +2,8 @@
 
 python -m rescalevit_jax.data.prepare --dataset=cifar10
 python -m rescalevit_jax.data.prepare --archive=cifar-10-binary.tar.gz
+
+An interrupted command leaves no half-prepared dataset.
 """
 
 import argparse
