@@ -145,7 +145,7 @@ def test_a_missing_run_is_reported_before_models_are_loaded(
 ):
   monkeypatch.delattr(trained_model, "load")
   with pytest.raises(errors.UserError, match="nowhere"):
-    subjects.load([str(tiny_run), str(tmp_path / "nowhere")])
+    subjects.load([str(tiny_run), str(tmp_path / "nowhere")], [])
 
 
 def test_runs_with_equal_names_are_distinguished(tiny_run, tmp_path):
