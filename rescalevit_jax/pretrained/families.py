@@ -217,9 +217,9 @@ def _to_flax(key, x, heads):
   """Convert a tensor of torch to the array of flax with this key."""
   if key == "embedding/kernel":
     return x.transpose(2, 3, 1, 0)
+  if key not in _ARRAYS and x.ndim != (2 if key.endswith("/kernel") else 1):
+    raise ValueError(f"{x.ndim} axes")
   if re.search("/(query|key|value)/", key):
-    if x.ndim != (2 if key.endswith("/kernel") else 1):
-      raise ValueError(f"{x.ndim} axes")
     return x.T.reshape(*x.shape[1:], heads, -1)
   if key.endswith("/out/kernel"):
     return x.T.reshape(heads, -1, x.shape[0])

@@ -38,7 +38,7 @@ class Plan:
 
   @property
   def sigma_to_plain(self) -> bool:
-    """Whether the file's layers with sigma_reparam become plain."""
+    """True if layers with sigma_reparam in the file become plain layers."""
     return any(map(_is_sigma, self.ignored))
 
 

@@ -423,10 +423,20 @@ def test_other_odd_models_are_refused(key, words, tmp_path):
     convert.convert(path, heads=HEADS, normalization=IMAGENET)
 
 
-@pytest.mark.parametrize("shape", [(3 * 48 - 1, 48), (3 * 48,), ()])
-def test_a_tensor_of_another_shape_is_refused(tmp_path, shape):
+@pytest.mark.parametrize(
+  "name, shape",
+  [
+    ("attn.qkv.weight", (3 * 48 - 1, 48)),
+    ("attn.qkv.weight", (3 * 48,)),
+    ("attn.qkv.weight", ()),
+    ("attn.proj.weight", (48,)),
+    ("mlp.fc1.weight", (96,)),
+    ("norm1.weight", (1, 48)),
+  ],
+)
+def test_a_tensor_of_another_shape_is_refused(tmp_path, name, shape):
   state = timm_model().state_dict()
-  state["blocks.0.attn.qkv.weight"] = torch.zeros(shape)
+  state[f"blocks.0.{name}"] = torch.zeros(shape)
   path = tmp_path / "a.safetensors"
   safetensors.save_file(state, path)
   for heads in (HEADS, 1):
