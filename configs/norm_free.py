@@ -55,6 +55,11 @@ METHODS = {
   "Cal-rescalenet-unit": {"model.norm": "Cal", **_BOTH},
   "Cal-rescalenet-unit-slow": {"model.norm": "Cal", **_BOTH, **_SLOW},
 }
+for _norm in ("LN", "Cal"):
+  METHODS[f"{_norm}-rescalenet-unit-slow-qk"] = {
+    **METHODS[f"{_norm}-rescalenet-unit-slow"],
+    "model.qk_norm": True,
+  }
 for _norm in _POINTWISE:
   _own = {"model.norm": _norm}
   METHODS[_norm] = _own
