@@ -33,9 +33,9 @@ class Difference:
   setting: str  # All that both groups share and others may not.
   norm: str
   points: float  # Percentage points.
-  interval: tuple[float, float]  # 95 %.
+  interval: tuple[float, float]  # 95 %; nan if nothing varies between seeds.
+  p: float  # Two-sided, of a t-test; nan likewise.
   test: str  # With the number of runs.
-  p: float  # Two-sided; nan if nothing varies between seeds.
   adjusted_p: float = math.nan  # By Holm's correction.
 
 
@@ -73,27 +73,36 @@ def _difference(setting, norm, group, reference):
   paired = unique and len(shared) >= 2
   if paired:
     a, b = ([x[seed] for seed in shared] for x in (ours, theirs))
-    samples = [[x - y for x, y in zip(a, b, strict=True)]]
     test = f"paired, {len(shared)} seeds"
   else:
-    samples = a, b = [list(map(_percent, x)) for x in (group, reference)]
+    a, b = (list(map(_percent, x)) for x in (group, reference))
     test = f"Welch, {len(a)} and {len(b)} runs"
   points = sum(a) / len(a) - sum(b) / len(b)
+  return Difference(setting, norm, points, *interval_and_p(a, b, paired), test)
+
+
+def _percent(run):
+  return 100 * run.result["last_accuracy"]
+
+
+def interval_and_p(
+  a: Sequence[float], b: Sequence[float], paired: bool = False
+) -> tuple[tuple[float, float], float]:
+  """Return a 95 % interval of the means' difference, and the t-test's p-value.
+
+  Both are nan if nothing varies. The test is Welch's unless the samples are
+  paired.
+  """
+  samples = [np.subtract(a, b)] if paired else [a, b]
   # Rounding errors do not count as variation.
   if all(math.isclose(min(x), max(x), abs_tol=1e-9) for x in samples):
-    return Difference(setting, norm, points, (math.nan,) * 2, test, math.nan)
+    return (math.nan, math.nan), math.nan
   if paired:
     result = stats.ttest_rel(a, b)
   else:
     result = stats.ttest_ind(a, b, equal_var=False)
   low, high = map(float, result.confidence_interval())
-  return Difference(
-    setting, norm, points, (low, high), test, float(result.pvalue)
-  )
-
-
-def _percent(run):
-  return 100 * run.result["last_accuracy"]
+  return (low, high), float(result.pvalue)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -115,24 +124,29 @@ def table(
   """Return alignment, headings and cells of the displayed comparisons."""
   rows = []
   for x in compare(study):
-    low, high = x.interval
-    interval = f"{low:+.2f} to {high:+.2f}"
     rows.append(
       {
         "setting": x.setting,
         "norm": x.norm,
         f"minus {REFERENCE}, points": f"{x.points:+.2f}",
-        "95 % interval": markdown.NOTHING if math.isnan(low) else interval,
+        "95 % interval": interval_text(x.interval),
         "test": x.test,
-        "p": _p(x.p),
-        "p (Holm)": _p(x.adjusted_p),
+        "p": p_text(x.p),
+        "p (Holm)": p_text(x.adjusted_p),
       }
     )
   headings = list(rows[0]) if rows else []
   return "llrrlrr", headings, [list(row.values()) for row in rows]
 
 
-def _p(value):
+def interval_text(interval: tuple[float, float]) -> str:
+  """Return a displayed interval of percentage points."""
+  low, high = interval
+  return markdown.NOTHING if math.isnan(low) else f"{low:+.2f} to {high:+.2f}"
+
+
+def p_text(value: float) -> str:
+  """Return a displayed p-value."""
   if math.isnan(value):
     return markdown.NOTHING
   return f"{value:.3f}" if value >= 0.001 else f"{value:.0e}"

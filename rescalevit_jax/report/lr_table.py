@@ -2,19 +2,19 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 import dataclasses
+import math
 import pathlib
 import statistics
 from typing import Any
 
 from matplotlib import figure as figure_lib
-from scipy import stats
 
 from rescalevit_jax.analysis import plots
+from rescalevit_jax.report import differences
 from rescalevit_jax.runtime import atomic_file
 from rescalevit_jax.runtime import csv_text
 from rescalevit_jax.runtime import markdown
 
-# The method that all others are compared with.
 REFERENCE = "LN"
 
 
@@ -59,32 +59,39 @@ class Outcome:
     return len(self.test_accuracy) - len(self.percent)
 
 
-def table(outcomes: Sequence[Outcome]) -> str:
+def table(outcomes: Sequence[Outcome], reference: str = REFERENCE) -> str:
   """Return the results as a Markdown table.
 
-  The difference from LN is the difference of the means. Its standard error is
-  sqrt(s1^2 / n1 + s2^2 / n2), and p is the two-sided p-value of Welch's t-test.
-  A method with a diverged run has no difference.
+  Each method's mean is compared with the reference's on the same dataset, if
+  both have two runs or more and none diverged: by Welch's t-test, with Holm's
+  correction over all rows. The standard error of the difference is sqrt(s1^2 /
+  n1 + s2^2 / n2).
   """
+  means = {x.dataset: x for x in outcomes if x.method == reference}
+  compared = [_compare(x, means.get(x.dataset)) for x in outcomes]
+  adjusted = differences.holm([p for *_, p in compared])
   rows = []
-  for x in outcomes:
+  for x, (points, interval, p), holm in zip(
+    outcomes, compared, adjusted, strict=True
+  ):
     val = ", ".join(
       f"{lr:g}: " + ("diverged" if y is None else f"{100 * y:.1f}")
       for lr, y in sorted(x.val_accuracy.items())
     )
-    difference, p = _difference(x, outcomes)
     rows.append(
       {
         "dataset": x.dataset,
         "method": x.method,
         "learning rate": markdown.NOTHING if x.lr is None else f"{x.lr:g}",
-        "held-out accuracy by learning rate, %": val,
+        "held-out accuracy by learning rate, %": val or markdown.NOTHING,
         "test accuracy, % (n)": _mean(x),
-        f"difference from {REFERENCE}, points": difference,
-        "p": p,
+        f"minus {reference}, points": points,
+        "95 % interval": differences.interval_text(interval),
+        "p": differences.p_text(p),
+        "p (Holm)": differences.p_text(holm),
       }
     )
-  return markdown.table("llrlrrr", rows[0], [row.values() for row in rows])
+  return markdown.table("llrlrrrrr", rows[0], [row.values() for row in rows])
 
 
 def _mean(outcome):
@@ -97,23 +104,20 @@ def _mean(outcome):
   return f"{outcome.mean:.2f}{margin} {count}"
 
 
-def _difference(outcome, outcomes) -> tuple[str, str]:
-  """Return the difference from the reference method, and its p-value."""
-  nothing = markdown.NOTHING
-  both = [outcome] + [
-    x for x in outcomes if (x.dataset, x.method) == (outcome.dataset, REFERENCE)
-  ]
-  if outcome is both[-1] or any(x.num_diverged or not x.percent for x in both):
-    return nothing, nothing
-  values = [x.percent for x in both]
-  text = f"{both[0].mean - both[1].mean:+.2f}"
-  if min(map(len, values)) < 2:
-    return text, nothing
-  error = sum(statistics.variance(x) / len(x) for x in values) ** 0.5
-  if not error:
-    return f"{text} ± 0", nothing
-  p = stats.ttest_ind(*values, equal_var=False).pvalue
-  return f"{text} ± {error:.2f}", f"{p:.2g}"
+def _compare(outcome, reference):
+  """Return difference with standard error, interval and p-value, if known."""
+  points, unknown = markdown.NOTHING, ((math.nan, math.nan), math.nan)
+  if reference is None or outcome is reference:
+    return points, *unknown
+  both = outcome, reference
+  if any(x.num_diverged or not x.percent for x in both):
+    return points, *unknown
+  points = f"{outcome.mean - reference.mean:+.2f}"
+  a, b = (x.percent for x in both)
+  if min(len(a), len(b)) < 2:
+    return points, *unknown
+  error = math.sqrt(sum(statistics.variance(x) / len(x) for x in (a, b)))
+  return f"{points} ± {error:.2f}", *differences.interval_and_p(a, b)
 
 
 def write_csv(outcomes: Iterable[Outcome], path: pathlib.Path) -> None:

@@ -1,17 +1,21 @@
-r"""Draw the accuracies of the norm-free study from its CSV file.
+r"""Draw or tabulate the accuracies of the norm-free study from its CSV file.
 
 python -m rescalevit_jax.report.plot_accuracies \
     docs/results/norm_free/accuracies_6000.csv --output=docs/images/accuracy.svg
 python -m rescalevit_jax.report.plot_accuracies --rates \
     docs/results/norm_free/accuracies.csv --output=accuracies.png
+python -m rescalevit_jax.report.plot_accuracies --output=control.md \
+    docs/results/norm_free/accuracies_6000.csv \
+    --reference=LN-rescalenet-unit-slow
 
-Draws the test accuracy of each method; with --rates also the accuracies on
-held-out images by learning rate. A method's norm is its name up to the first
-hyphen.
+A picture shows the test accuracy of each method, with --rates also the
+accuracies on held-out images by learning rate. A table compares each method
+with the reference. A method's norm is its name up to the first hyphen.
 """
 
 from collections.abc import Sequence
 import csv
+import dataclasses
 import pathlib
 import sys
 
@@ -21,6 +25,7 @@ from rescalevit_jax import errors
 from rescalevit_jax.analysis import plots
 from rescalevit_jax.models import norms
 from rescalevit_jax.report import lr_table
+from rescalevit_jax.runtime import atomic_file
 from rescalevit_jax.runtime import cli
 
 
@@ -33,17 +38,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     action="append",
     type=pathlib.Path,
     required=True,
-    help="picture, .png or .svg; repeatable",
+    help="picture (.png or .svg) or table (.md); repeatable",
   )
   parser.add_argument(
     "--rates", action="store_true", help="draw held-out accuracies too"
+  )
+  parser.add_argument(
+    "--reference",
+    default=lr_table.REFERENCE,
+    metavar="METHOD",
+    help="method that a table compares with (default: %(default)s)",
   )
   parser.add_argument(
     "--label",
     action="append",
     default=[],
     metavar="METHOD=TEXT",
-    help="draw this method under another name; repeatable. If given, methods"
+    help="show this method under another name; repeatable. If given, methods"
     " without a label are left out",
   )
   args = parser.parse_args(cli.arguments(argv))
@@ -61,9 +72,26 @@ def _run(args):
     raise errors.UserError("--label: no '='; write METHOD=TEXT")
   if labels:
     outcomes = [x for x in outcomes if x.method in labels]
-  figure = lr_table.draw(outcomes) if args.rates else bars(outcomes, labels)
+  if any(path.suffix == ".md" for path in args.output) and not any(
+    x.method == args.reference for x in outcomes
+  ):
+    methods = {x.method for x in outcomes}
+    raise errors.UserError(
+      f"--reference: {args.csv}: method {args.reference!r}:"
+      f" {errors.nearest(args.reference, methods)}"
+    )
   for path in args.output:
-    plots.save(figure, path)
+    if path.suffix == ".md":
+      named = [
+        dataclasses.replace(x, method=labels.get(x.method, x.method))
+        for x in outcomes
+        if x.test_accuracy
+      ]
+      reference = labels.get(args.reference, args.reference)
+      atomic_file.write(path, lr_table.table(named, reference))
+    else:
+      figure = lr_table.draw(outcomes) if args.rates else bars(outcomes, labels)
+      plots.save(figure, path)
 
 
 def read(path: pathlib.Path) -> list[lr_table.Outcome]:

@@ -99,12 +99,13 @@ def test_the_best_learning_rate_is_trained_and_compared(
   )
   first, second = (tmp_path / FINAL / "table.md").read_text().splitlines()[2:]
   assert first == (
-    "| cifar10 | LN | 0.2 | 0.1: 30.0, 0.2: 31.0 | 33.00 ± 1.00 (3) | – | – |"
+    "| cifar10 | LN | 0.2 | 0.1: 30.0, 0.2: 31.0 | 33.00 ± 1.00 (3) | – |"
+    " – | – | – |"
   )
-  # sqrt(1/3 + 1/3); t = 9 / 0.8165 with 4 degrees of freedom.
+  # sqrt(1/3 + 1/3); 9 ± 2.776 * 0.8165 with 4 degrees of freedom.
   assert second == (
     "| cifar10 | Cal | 0.1 | 0.1: 40.0, 0.2: 20.0 | 42.00 ± 1.00 (3) |"
-    " +9.00 ± 0.82 | 0.00039 |"
+    " +9.00 ± 0.82 | +6.73 to +11.27 | 4e-04 | 4e-04 |"
   )
   assert second in out
   with open(tmp_path / FINAL / "accuracies.csv", newline="") as f:
@@ -149,10 +150,10 @@ def test_diverged_runs_are_counted(study, tmp_path, capsys):
   table = (tmp_path / FINAL / "table.md").read_text().splitlines()[2:]
   assert table == [
     "| cifar10 | LN | 0.1 | 0.1: 30.0, 9: diverged | 33.00 ± 1.41 (2, 1"
-    " diverged) | – | – |",
+    " diverged) | – | – | – | – |",
     # No difference: it would compare the surviving runs only.
     "| cifar10 | Cal | 0.1 | 0.1: 40.0, 9: diverged | 41.50 ± 0.71 (2, 1"
-    " diverged) | – | – |",
+    " diverged) | – | – | – | – |",
   ]
   with open(tmp_path / FINAL / "accuracies.csv", newline="") as f:
     rows = [(r["base_lr"], r["seed"], r["accuracy"]) for r in csv.DictReader(f)]
@@ -160,7 +161,7 @@ def test_diverged_runs_are_counted(study, tmp_path, capsys):
   planned.clear()
   assert module.main([*flags, "--rates=9"]) == 0
   table = (tmp_path / FINAL / "table.md").read_text().splitlines()[2:]
-  assert table[0] == "| cifar10 | LN | – | 9: diverged | – | – | – |"
+  assert table[0] == "| cifar10 | LN | – | 9: diverged | – | – | – | – | – |"
   assert not planned  # It would diverge again.
   assert module.main([*flags, "--rates=9", "--config.batch=64"]) == 0
   assert [run.config.batch for run in planned] == [64, 64]

@@ -61,11 +61,38 @@ def test_command_writes_a_picture(table, tmp_path, flags):
   assert output.stat().st_size > 3000
 
 
-@pytest.mark.parametrize("label", ["LayerNorm", "DyT=tanh"])
-def test_wrong_labels_are_named(table, tmp_path, label, capsys):
-  argv = [str(table), f"--output={tmp_path / 'a.svg'}", f"--label={label}"]
+def test_command_writes_a_table(tmp_path):
+  outcomes = [
+    lr_table.Outcome("a", method, "LN", {}, 0.1, dict(enumerate(accuracies)))
+    for method, accuracies in (
+      ("LN", [0.1, 0.2]),
+      ("LN-x", [0.50, 0.52, 0.51]),
+      ("LN-y", [0.55, 0.53, 0.54]),
+      ("LN-z", [0.51, 0.50, 0.49]),
+    )
+  ]
+  source, output = tmp_path / "accuracies.csv", tmp_path / "table.md"
+  lr_table.write_csv(outcomes, source)
+  argv = [str(source), f"--output={output}", "--reference=LN-x"]
+  argv += [f"--label=LN-{x}={x}" for x in "xyz"]
+  assert plot_accuracies.main(argv) == 0
+  head, _, x, y, z = output.read_text().splitlines()
+  assert "minus x, points" in head
+  assert x.startswith("| a | x | 0.1 |") and x.endswith("| – | – | – | – |")
+  # 3 and -1 ± 2.776 * 0.8165 with 4 degrees of freedom. The smaller p of the
+  # two is doubled.
+  assert y.endswith("+3.00 ± 0.82 | +0.73 to +5.27 | 0.021 | 0.043 |")
+  assert z.endswith("-1.00 ± 0.82 | -3.27 to +1.27 | 0.288 | 0.288 |")
+
+
+@pytest.mark.parametrize(
+  "flag",
+  ["--label=LayerNorm", "--label=DyT=tanh", "--reference=Cal"],
+)
+def test_wrong_methods_are_named(table, tmp_path, flag, capsys):
+  argv = [str(table), f"--output={tmp_path / 'a.md'}", flag]
   assert plot_accuracies.main(argv) == 1
-  assert "--label" in capsys.readouterr().err
+  assert flag.partition("=")[0] in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
