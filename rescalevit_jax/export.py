@@ -225,6 +225,8 @@ def _not_in_arrays(config: vit_config.ViTConfig) -> list[str]:
     options.append("convex")
   if config.norm_depth_scaling:
     options.append("depth_scaling")
+  if config.logit_cap is not None:
+    options.append(f"logit_cap={config.logit_cap!r}")
   if config.norm_epsilon != base.Options.epsilon:
     options.append(f"eps={config.norm_epsilon!r}")
   if config.norm == "GN" and config.gn_groups != base.Options.groups:

@@ -101,6 +101,7 @@ def test_fold(default_run, test_digits, tmp_path, capsys):
     ({"norm": "LN"}, None),
     ({"norm": "GN", "hidden_size": 64, "gelu": "tanh"}, "GN,tanh"),
     ({"residual": "rescalenet", "residual_c": 3.0, "pool": "gap"}, "gap,c=3.0"),
+    ({"logit_cap": 5.0}, "logit_cap=5.0"),
     ({"norm": "LN", "residual_c": 3.0}, None),
   ],
 )

@@ -34,6 +34,7 @@ _NUMBERS: dict[str, tuple[str, type]] = {
   "c": ("residual_c", float),
   "eps": ("norm_epsilon", float),
   "groups": ("gn_groups", int),
+  "logit_cap": ("logit_cap", float),
 }
 
 
@@ -55,7 +56,7 @@ def parse(reference: str) -> tuple[str, dict[str, Any]]:
       raise errors.UserError(
         f"--npz: unknown or too many: {word!r} in {reference}; at most one"
         " norm, one GELU, one pool, convex, depth_scaling, and numbers above 0"
-        " as in c=NUMBER, eps=NUMBER, groups=NUMBER;"
+        " as in c=NUMBER, eps=NUMBER, groups=NUMBER, logit_cap=NUMBER;"
         f" {errors.nearest(word, _WORDS)}"
       )
     options[key] = value
@@ -83,7 +84,7 @@ def load(
       GN cannot be told from LN: pass 'GN'.
     **options: other fields of `ViTConfig` that the arrays do not show: `gelu`
       ('tanh' for Google's files), `pool`, `residual_c`, `norm_epsilon`,
-      `gn_groups`, `norm_depth_scaling`, `residual` (convex).
+      `gn_groups`, `logit_cap`, `norm_depth_scaling`, `residual` (convex).
 
   Raises:
     UserError: the file cannot be read, holds no complete ViT, or holds a ViT

@@ -53,8 +53,8 @@ def _parser():
     help="a checkpoint file; repeatable. Some options cannot be inferred from"
     " the file; append them, separated by commas: the norm GN, which has the"
     " arrays of LN; tanh for Google's files, whose GELU is not erf; gap,"
-    " convex, depth_scaling, c=NUMBER, eps=NUMBER and groups=NUMBER for other"
-    " model keys. Example: a.npz:GN,tanh",
+    " convex, depth_scaling, c=NUMBER, eps=NUMBER, groups=NUMBER and"
+    " logit_cap=NUMBER for other model keys. Example: a.npz:GN,tanh",
   )
   subjects_lib.add_checkpoint_flag(parser)
   picture = parser.add_mutually_exclusive_group()

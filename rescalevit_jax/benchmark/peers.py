@@ -27,6 +27,7 @@ _NOT_IN_PEERS = (
   *("optimizer", "agc", "ema_decay", "sam_rho", "spectral_cap", "accum_steps"),
   *("mixup", "cutmix", "model.pool", "model.stochastic_depth", "model.remat"),
   *("model.residual", "model.qk_norm", "model.sigma_reparam"),
+  "model.logit_cap",
   *("model.norm_position", "model.norm_depth_scaling", "model.embedding_norm"),
   "model.representation_size",
 )

@@ -61,6 +61,12 @@ KEYS = {
     optional=float,
   ),
   "model.qk_norm": key.Key(False, "RMSNorm of queries and keys in each head"),
+  "model.logit_cap": key.positive(
+    None,
+    "bound of the attention logits s: c * tanh(s / c); excludes cuDNN's"
+    " attention; None: no bound",
+    optional=float,
+  ),
   "model.sigma_reparam": key.Key(
     False,
     "sigmaReparam: linear layers of blocks learn their largest singular value",

@@ -78,7 +78,8 @@ class MultiHeadAttention(nn.Module):
 
   With `qk_norm`, RMSNorms normalize each head's queries and keys. The heads
   share its scale, as in ViT-22B (Dehghani et al. 2023, arXiv:2302.05442,
-  section 2: LayerNorm without bias and centering).
+  section 2: LayerNorm without bias and centering). `logit_cap` bounds the
+  attention logits; see `attention.probabilities`.
   """
 
   config: ViTConfig
@@ -111,9 +112,9 @@ class MultiHeadAttention(nn.Module):
       query = RMSNorm(name="query_norm")(query, train)
       key = RMSNorm(name="key_norm")(key, train)
     if self.is_mutable_collection("intermediates"):
-      maps = attention.probabilities(query, key)
+      maps = attention.probabilities(query, key, c.logit_cap)
       self.sow("intermediates", "attention", maps)
-    y = attention.attend(query, key, value, c.attention)
+    y = attention.attend(query, key, value, c.attention, c.logit_cap)
     return Linear(c.hidden_size, input_axes=2, name="out")(y, train)
 
 

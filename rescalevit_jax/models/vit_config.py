@@ -21,7 +21,10 @@ NORM_POSITIONS = ("pre", "post", "peri")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 SIZES = ("patch_size", "hidden_size", "mlp_dim", "num_heads", "num_layers")
-_CONSTANTS = ("residual_c", "layerscale_init", "gn_groups", "norm_epsilon")
+_CONSTANTS = (
+  *("residual_c", "layerscale_init", "gn_groups", "norm_epsilon"),
+  "logit_cap",
+)
 # Ti to H: Dosovitskiy et al. 2021 (arXiv:2010.11929), Table 1, and Steiner et
 # al. 2022 (arXiv:2106.10270), Table 2. XS is ours, for small images on a CPU.
 VARIANTS = {
@@ -64,6 +67,7 @@ class ViTConfig:
   residual_c: float | None = None  # c of `rescalenet`; None: twice num_layers.
   layerscale_init: float | None = None  # Of `layerscale`; None: by depth.
   qk_norm: bool = False  # See `vit.MultiHeadAttention`.
+  logit_cap: float | None = None  # See `ops.attention.probabilities`.
   sigma_reparam: bool = False  # See `sigma`; in the blocks' linear layers.
   dropout_rate: float = 0.1  # After the embedding and twice in each MLP.
   stochastic_depth: float = 0.0  # Of the last block; see `vit.EncoderBlock`.
@@ -166,7 +170,9 @@ class ViTConfig:
     if dtype == "auto":
       dtype = choose_dtype()
     if attention != "xla":
-      problem = attention_lib.cudnn_problem(jnp.dtype(dtype), self.head_dim)
+      problem = attention_lib.cudnn_problem(
+        jnp.dtype(dtype), self.head_dim, self.logit_cap
+      )
       if problem and attention == "cudnn":
         raise errors.UserError(
           f"model.attention: {problem}; choose auto or xla"

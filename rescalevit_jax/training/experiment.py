@@ -217,8 +217,9 @@ def _log_attention(config, model):
   elif config.model.attention != "auto":
     reason = "model.attention"
   else:
+    c = model.config
     problem = attention.cudnn_problem(
-      jnp.dtype(model.config.dtype), model.config.head_dim
+      jnp.dtype(c.dtype), c.head_dim, c.logit_cap
     )
     reason = problem or "fused, stores no probabilities"
   _log.info("attention by %s: %s", model.config.attention, reason)

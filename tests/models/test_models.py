@@ -644,8 +644,9 @@ def test_batch_norm_in_the_mlp_is_before_the_gelu():
     np.testing.assert_allclose(found, want, rtol=1e-4, atol=1e-4)
 
 
-def test_queries_and_keys_are_normalized_head_by_head():
-  model = tiny(qk_norm=True)
+@pytest.mark.parametrize("cap", [None, 0.3])
+def test_queries_and_keys_are_normalized_head_by_head(cap):
+  model = tiny(qk_norm=True, logit_cap=cap)
   variables = random_variables(model)
   _, seen = model.apply(variables, images(), capture_intermediates=True)
   name = "MultiHeadDotProductAttention_1"
@@ -659,8 +660,13 @@ def test_queries_and_keys_are_normalized_head_by_head():
     assert scale.shape == (8,)
     found.append(x * scale)
   scores = np.einsum("bqhd,bkhd->bhqk", *found) / 8**0.5
-  want = jax.nn.softmax(scores)
+  want = jax.nn.softmax(cap * np.tanh(scores / cap) if cap else scores)
   np.testing.assert_allclose(part["attention"][0], want, atol=1e-5)
+  value = part["value"]["__call__"][0]
+  y = np.einsum("bhqk,bkhd->bqhd", want, value)
+  y = np.einsum("bqhd,hdf->bqf", y, params["out"]["kernel"])
+  y += params["out"]["bias"]
+  np.testing.assert_allclose(part["out"]["__call__"][0], y, atol=1e-5)
 
 
 def test_unit_initialization_has_variance_1():

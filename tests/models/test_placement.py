@@ -179,10 +179,11 @@ def test_placement_is_inferred_from_a_file(options, tmp_path):
 def test_constants_are_words_after_a_file(tmp_path):
   variables = random_variables(tiny(norm="GN", gn_groups=2))
   npz.save(tmp_path / "a.npz", variables["params"], {})
-  words = "GN,groups=2,eps=1e-05,depth_scaling,convex"
+  words = "GN,groups=2,eps=1e-05,depth_scaling,convex,logit_cap=50"
   (subject,) = subjects.load([], [f"{tmp_path}/a.npz:{words}"])
   found = subject.model.model.config
-  assert (found.gn_groups, found.norm_epsilon) == (2, 1e-5)
+  constants = found.gn_groups, found.norm_epsilon, found.logit_cap
+  assert constants == (2, 1e-5, 50.0)
   assert found.norm_depth_scaling and found.residual == "convex"
   with pytest.raises(errors.UserError, match="unknown or too many: 'groups=x'"):
     subjects.load([], [f"{tmp_path}/a.npz:groups=x"])

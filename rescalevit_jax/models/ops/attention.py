@@ -16,12 +16,16 @@ from rescalevit_jax.runtime import accelerator
 IMPLEMENTATIONS = ("auto", "xla", "cudnn")
 
 
-def cudnn_problem(dtype: jnp.dtype, head_dim: int) -> str | None:
+def cudnn_problem(
+  dtype: jnp.dtype, head_dim: int, logit_cap: float | None = None
+) -> str | None:
   """Return the reason why cuDNN's attention cannot run here, or None.
 
   Any number of tokens is supported, because there is no bias. The device is
   checked last, because the check initializes JAX's devices.
   """
+  if logit_cap is not None:
+    return "cuDNN cannot bound the logits (model.logit_cap)"
   if dtype not in (jnp.bfloat16, jnp.float16):
     return f"cuDNN needs bfloat16 or float16, not {dtype.name}"
   if head_dim > 128 or head_dim % 8:
@@ -46,22 +50,36 @@ def attend(
   key: Float[Array, "B N h d"],
   value: Float[Array, "B N h d"],
   implementation: str,
+  logit_cap: float | None = None,
 ) -> Float[Array, "B M h d"]:
   """Return softmax(query key^T / sqrt(d)) value.
 
-  The implementation is 'xla', or 'cudnn' if `cudnn_problem` returns None.
+  The implementation is 'xla', or 'cudnn' if `cudnn_problem` returns None. For
+  the logit cap, see `probabilities`.
   """
+  if logit_cap is not None:
+    weights = probabilities(query, key, logit_cap).astype(value.dtype)
+    return _product("bhqk,bkhd->bqhd", weights, value, value.dtype)
   if implementation == "cudnn" and query.shape == key.shape:
     return cudnn.attend(query, key, value)
   return _attend(query, key, value)
 
 
 def probabilities(
-  query: Float[Array, "B M h d"], key: Float[Array, "B N h d"]
+  query: Float[Array, "B M h d"],
+  key: Float[Array, "B N h d"],
+  logit_cap: float | None = None,
 ) -> Float[Array, "B h M N"]:
-  """Return softmax(query key^T / sqrt(d)) in float32."""
+  """Return softmax(query key^T / sqrt(d)) in float32.
+
+  With a cap c, each logit s becomes c tanh(s / c) (Gemma 2, arXiv:2408.00118,
+  section 2).
+  """
   query = query * query.shape[-1] ** -0.5
-  return jax.nn.softmax(_product("bqhd,bkhd->bhqk", query, key, jnp.float32))
+  logits = _product("bqhd,bkhd->bhqk", query, key, jnp.float32)
+  if logit_cap is not None:
+    logits = logit_cap * jnp.tanh(logits / logit_cap)
+  return jax.nn.softmax(logits)
 
 
 def _product(subscripts, x, y, dtype):

@@ -1,5 +1,6 @@
 """Attention, dropout and GELU as the models compute them."""
 
+import functools
 import json
 import re
 
@@ -25,17 +26,19 @@ def draw(shape, seed, dtype=np.float32):
   return jax.random.normal(jax.random.key(seed), shape, dtype)
 
 
-def plain_attention(query, key, value):
+def plain_attention(query, key, value, cap=None):
   """Return attention by its equation, in float32."""
   query, key, value = (x.astype(jnp.float32) for x in (query, key, value))
   with jax.default_matmul_precision("highest"):
     scores = jnp.einsum("bqhd,bkhd->bhqk", query, key) / query.shape[-1] ** 0.5
+    if cap:
+      scores = cap * jnp.tanh(scores / cap)
     return jnp.einsum("bhqk,bkhd->bqhd", jax.nn.softmax(scores), value)
 
 
 @pytest.mark.parametrize("dtype, atol", [("float32", 3e-6), ("bfloat16", 0.05)])
-@pytest.mark.parametrize("scale", [1.0, 30.0])
-def test_attention_and_its_gradient(dtype, atol, scale):
+@pytest.mark.parametrize("scale, cap", [(1.0, None), (30.0, None), (30.0, 2.0)])
+def test_attention_and_its_gradient(dtype, atol, scale, cap):
   arrays = [draw((2, 7, 3, 4), i, dtype) for i in range(3)]
   arrays[0] *= scale
   weights = draw((2, 7, 3, 4), 4)
@@ -44,14 +47,16 @@ def test_attention_and_its_gradient(dtype, atol, scale):
     return (attend(query, key, value).astype(jnp.float32) * weights).sum()
 
   def ours(*arrays):
-    return attention.attend(*arrays, "xla")
+    return attention.attend(*arrays, "xla", cap)
+
+  def plain(*arrays):
+    return plain_attention(*arrays, cap)
 
   np.testing.assert_allclose(
-    ours(*arrays).astype(np.float32), plain_attention(*arrays), atol=atol
+    ours(*arrays).astype(np.float32), plain(*arrays), atol=atol
   )
   found, expected = (
-    jax.grad(loss, (1, 2, 3))(attend, *arrays)
-    for attend in (ours, plain_attention)
+    jax.grad(loss, (1, 2, 3))(attend, *arrays) for attend in (ours, plain)
   )
   for x, y in zip(found, expected, strict=True):
     assert x.dtype == dtype
@@ -173,6 +178,17 @@ def test_auto_selects_xla_elsewhere(platform, head_dim, reason):
   with on(platform, (9, 0)):
     problem = attention.cudnn_problem(jnp.dtype("bfloat16"), head_dim)
     assert auto("bfloat16", head_dim) == "xla" and reason in problem
+
+
+def test_a_cap_of_the_logits_excludes_cudnn():
+  sizes = {"hidden_size": 128, "num_heads": 2, "logit_cap": 5.0}
+  create = functools.partial(
+    models.create, "ViT-B_16", num_classes=2, dtype="bfloat16", **sizes
+  )
+  with on("gpu", GPUS["Hopper"]):
+    assert create().config.attention == "xla"
+    with pytest.raises(errors.UserError, match="model.logit_cap"):
+      create(attention="cudnn")
 
 
 def lowered_cudnn(tokens, head_dim, dtype, attend):
