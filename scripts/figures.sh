@@ -41,5 +41,5 @@ runs=runs/figures
   --config.total_steps=1000 --config.eval_every=100
 "$python" -m rescalevit_jax.report $runs
 "$(command -v chromium || command -v google-chrome)" --headless --no-sandbox \
-  --hide-scrollbars --window-size=1100,1200 \
+  --hide-scrollbars --window-size=1100,1250 \
   --screenshot=$images/report.png "file://$PWD/$runs/report.html"
