@@ -1,4 +1,4 @@
-"""Datasets prepared by name and from archives."""
+"""The command that prepares datasets by name or from archives."""
 
 import os
 import pathlib
@@ -17,7 +17,7 @@ from rescalevit_jax.runtime import tensorflow_cpu
 
 @pytest.fixture
 def small(monkeypatch, tmp_path):
-  """Make prepare accept small archives; return one of CIFAR-10."""
+  """Make `prepare` accept small archives; return one of CIFAR-10."""
   monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
   monkeypatch.setattr(untrusted_archive, "LAYOUTS", cifar.SMALL)
   return cifar.write(tmp_path / "small", cifar.members(cifar.SMALL10))
@@ -45,7 +45,7 @@ def check_data(layout, data_dir):
 
 
 class TestMain:
-  def test_prepares_both_then_says_so(self, small, tmp_path, capsys):
+  def test_archives_are_prepared_once(self, small, tmp_path, capsys):
     try:
       tensorflow_cpu.load()
     except errors.UserError as e:
@@ -69,11 +69,11 @@ class TestMain:
     assert prepare.main(args) == 0
     lines = capsys.readouterr().out.splitlines()
     assert ["prepared already" in line for line in lines] == [True, True]
-    # Afterwards, the process expects the published files.
+    # The expected checksums are restored.
     url_infos = tfds.builder("cifar10").url_infos
     assert [x.size for x in url_infos.values()] == [170_052_171]
 
-  def test_published_file_needs_no_note(
+  def test_published_archive_is_accepted_without_a_note(
     self, small, tmp_path, capsys, monkeypatch
   ):
     builder = tfds.builder("cifar10")
@@ -85,7 +85,7 @@ class TestMain:
     assert prepare.main([f"--archive={small}", f"--data_dir={tmp_path}"]) == 0
     assert capsys.readouterr() == ("", "")
 
-  def test_one_bad_archive_stops_all(self, small, tmp_path, capsys):
+  def test_one_invalid_archive_stops_all(self, small, tmp_path, capsys):
     bad = tmp_path / "bad"
     bad.write_bytes(b"hello")
     out = tmp_path / "out"
