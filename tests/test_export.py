@@ -85,9 +85,7 @@ def test_a_norm_that_does_not_fold_is_an_error(
   assert not (tmp_path / "a.npz").exists()
 
 
-def test_folded_model_gives_the_same_logits(
-  default_run, test_digits, tmp_path, capsys
-):
+def test_folding_keeps_the_logits(default_run, test_digits, tmp_path, capsys):
   path = tmp_path / "a.npz"
   flags = [f"--workdir={default_run}", f"--output={path}", "--fold"]
   assert export.main(flags) == 0
@@ -108,7 +106,7 @@ def test_folded_model_gives_the_same_logits(
     ({"norm": "LN", "residual_c": 3.0}, None),
   ],
 )
-def test_options_that_a_file_does_not_store_are_printed(
+def test_options_not_stored_in_a_file_are_printed(
   keys, words, write_run, call, tmp_path, capsys
 ):
   write_run(**keys)

@@ -255,7 +255,7 @@ def test_command_line_errors(args, call, capsys):
   assert "error: " in capsys.readouterr().err.splitlines()[-1]
 
 
-def test_out_of_device_memory_suggests_a_smaller_batch(
+def test_out_of_memory_suggests_a_smaller_batch(
   call, picture, colors, monkeypatch
 ):
   def full(*args):
@@ -477,7 +477,6 @@ def test_imagenet_class_names(tmp_path):
 
 
 def test_npz_gives_the_predictions_of_its_run(tiny_run, tmp_path, capsys):
-  """An exported file gives the same probabilities as its run."""
   weights = tmp_path / "a.npz"
   flags = [f"--workdir={tiny_run}", f"--output={weights}"]
   assert export.main(flags) == 0

@@ -85,9 +85,7 @@ def test_checkpoint_flag_requires_a_run(capsys):
   assert "add --workdir" in capsys.readouterr().err
 
 
-def test_a_run_and_a_config_with_equal_names_are_both_drawn(
-  tmp_path, monkeypatch
-):
+def test_run_and_config_of_equal_name_are_both_drawn(tmp_path, monkeypatch):
   model = types.SimpleNamespace(
     name="LN", model=None, variables=None, image_size=8
   )

@@ -59,9 +59,7 @@ def write_config(tmp_path):
   return write
 
 
-def test_table_csv_and_plot_are_written(
-  write_config, measured, tmp_path, capsys
-):
+def test_table_csv_and_plot(write_config, measured, tmp_path, capsys):
   config = write_config('METHODS = {"LN": 1, "DyT": 2}')
   out = tmp_path / "out"
   flags = [f"--config={config}", "--config.seed=3", f"--output={out}"]
@@ -100,9 +98,7 @@ def test_methods_of_a_config_are_measured(
   assert [config.model.norm for config in measured] == norms
 
 
-def test_equal_methods_of_two_configs_are_distinguished(
-  measured, tmp_path, capsys
-):
+def test_methods_of_two_configs_are_distinguished(measured, tmp_path, capsys):
   folder = paths.ROOT / "configs"
   flags = [
     f"--config={folder / name}.py:LN" for name in ("norm_free", "remove_norm")
@@ -150,9 +146,7 @@ def test_running_statistics_are_gathered(norm, tiny_config):
   assert found["grad_norm"] != none["grad_norm"]
 
 
-def test_running_statistics_missing_from_a_file_are_gathered(
-  tiny_config, tmp_path
-):
+def test_statistics_missing_from_a_file_are_gathered(tiny_config, tmp_path):
   """Gathering does not advance the schedule of PRepBN."""
   tiny_config.total_steps = 20
   start = initial_state.create(experiment.create(tiny_config))

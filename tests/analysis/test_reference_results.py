@@ -134,9 +134,7 @@ def google_config(*args):
     (("cifar100,10000",), 0.9206, 132),
   ],
 )
-def test_googles_recipes_have_googles_published_accuracy(
-  args, accuracy, minutes
-):
+def test_googles_recipes_have_published_accuracy(args, accuracy, minutes):
   found = reference_results.find(google_config(*args))
   expected = reference_results.Figures(None, accuracy, minutes, "Google")
   assert found == expected

@@ -139,9 +139,7 @@ def test_the_requested_checkpoint_is_loaded(copied):
     ('"image_size": 12', '"image_size": 24', "pos_embedding"),
   ],
 )
-def test_a_checkpoint_that_does_not_fit_the_config_is_an_error(
-  old, new, words, copied
-):
+def test_checkpoint_of_another_model_is_an_error(old, new, words, copied):
   path = copied / "config.json"
   text = path.read_text()
   assert old in text

@@ -113,7 +113,7 @@ def test_a_streamed_split_is_indexed_like_an_array(resident, streamed):
     pytest.param("Cal", 0, marks=pytest.mark.slow),
   ],
 )
-def test_streaming_a_large_dataset_gives_an_equal_run(
+def test_streaming_a_large_dataset_gives_equal_runs(
   tiny_config, tmp_path, norm, num_val
 ):
   tiny_config.model.norm = norm

@@ -81,9 +81,7 @@ def test_length_of_the_vector_has_no_effect():
 
 
 @pytest.mark.parametrize("file_has_it", [False, True])
-def test_converting_to_or_from_sigma_layers_keeps_the_logits(
-  file_has_it, tmp_path
-):
+def test_loading_other_linear_layers_keeps_logits(file_has_it, tmp_path):
   def logits(variables, sigma_reparam):
     model = models.create(
       "ViT-B_16",

@@ -264,7 +264,6 @@ def test_scalars_have_their_own_learning_rate(name):
 
 
 def test_lr_mult_of_zero_freezes_scalars(tiny_config):
-  """Only alphas and multipliers are frozen."""
   tiny_config.model.update({"norm": "DyT", "residual": "rescalenet"})
   tiny_config.lr_mult = "scalars:0"
   made = experiment.create(tiny_config)

@@ -47,9 +47,7 @@ def test_warmup_over_all_steps_ends_at_base_lr(decay_type):
 
 @pytest.mark.parametrize("decay_type", ["cosine", "linear"])
 @pytest.mark.parametrize("warmup_steps", [0, 1, 7])
-def test_first_learning_rate_is_positive_and_last_is_zero(
-  warmup_steps, decay_type
-):
+def test_first_rate_is_positive_and_last_is_zero(warmup_steps, decay_type):
   got = rates(0.05, warmup_steps, 20, decay_type, steps=25)
   assert got[0] > 0
   assert got[18] > 0

@@ -205,9 +205,7 @@ def test_outputs_with_pre_logits_equal_the_reference(gelu, ref, source):
 @pytest.mark.parametrize(
   "gelu, ref", [("tanh", "google"), ("erf", "google_erf")]
 )
-def test_outputs_without_the_files_pre_logits_equal_the_reference(
-  gelu, ref, source
-):
+def test_outputs_without_pre_logits_equal_the_reference(gelu, ref, source):
   stored = parity.arrays("google_prelogits_ref.npz", source)
   probe = stored["probe_head_kernel"], stored["probe_head_bias"]
   run = functools.partial(

@@ -128,9 +128,7 @@ def test_errors_name_the_url_and_the_path(server, monkeypatch, tmp_path):
   assert "http://localhost:9/imagenet21k/ViT-L_16.npz" in str(caught.value)
 
 
-def test_paths_and_existing_files_are_not_downloaded(
-  server, tmp_path, monkeypatch
-):
+def test_existing_files_are_not_downloaded(server, tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
   assert published.find("a/ViT-B_16.npz") == "a/ViT-B_16.npz"
   (tmp_path / "ViT-B_16").touch()

@@ -272,7 +272,7 @@ def test_numbers_must_be_positive(capsys):
 
 
 def test_plot_shows_the_accuracies():
-  """A method with test runs, and one without."""
+  """The plot has one method with test runs and one without."""
   outcomes = [
     lr_table.Outcome(
       "a", "LN", "LN", {0.1: 0.3, 0.2: None}, 0.1, {1: 0.4, 2: 0.5}

@@ -209,9 +209,7 @@ def test_runs_without_a_map_are_listed(digits_runs, tiny_config, tmp_path):
   assert page.count("<img") == 0 and page.count("<svg") == 1
 
 
-def test_map_of_another_seed_replaces_a_missing_checkpoint(
-  digits_runs, tmp_path
-):
+def test_missing_checkpoint_is_replaced_by_another_seed(digits_runs, tmp_path):
   runs = tmp_path / "runs"
   shutil.copytree(digits_runs, runs)
   run = next(p for p in runs.iterdir() if p.name.startswith("LN"))

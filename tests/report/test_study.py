@@ -100,7 +100,7 @@ def test_missing_runs_have_a_row_with_published_results(planned, tmp_path):
   )
 
 
-def test_attention_maps_of_each_norm_with_weights(
+def test_attention_maps_of_norms_with_weights(
   tiny_config, tmp_path, monkeypatch
 ):
   drawn, draw = [], attention_plots.draw
@@ -136,7 +136,7 @@ def test_attention_maps_of_each_norm_with_weights(
 def test_runs_of_a_grid_are_distinguished(
   key, values, tiny_config, tmp_path, monkeypatch
 ):
-  """Settings distinguish runs; the state column shows missing seeds."""
+  """Labels contain the setting; the state column shows missing seeds."""
   names, configs = [], []
   monkeypatch.setattr(
     attention_plots,

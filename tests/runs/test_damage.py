@@ -93,7 +93,6 @@ def assert_finishes_like_uninterrupted(config, killed, whole):
 
 
 def test_damage_to_any_file_is_detected(killed, caplog, tmp_path):
-  """Damage to any file makes the run skip the checkpoint."""
   newest = killed / "checkpoints" / "last" / "8"
   spare = shutil.copytree(newest, tmp_path / "spare")
   unnoticed = set()
@@ -142,9 +141,7 @@ def test_a_file_in_place_of_a_checkpoint_is_skipped(tiny_config, whole, killed):
   assert_finishes_like_uninterrupted(tiny_config, killed, whole)
 
 
-def test_unfinished_checkpoint_is_ignored_and_deleted(
-  tiny_config, whole, killed
-):
+def test_unfinished_checkpoint_is_deleted(tiny_config, whole, killed):
   folder = killed / "checkpoints" / "last"
   unfinished = folder / "12.orbax-checkpoint-tmp"
   shutil.copytree(folder / "8", unfinished)
@@ -165,9 +162,7 @@ def test_damaged_checkpoints_are_kept_under_unique_names(
   assert names == {"last-8", "last-8-2"}
 
 
-def test_run_does_not_restart_if_all_checkpoints_are_damaged(
-  tiny_config, killed
-):
+def test_damage_to_all_checkpoints_is_an_error(tiny_config, killed):
   for step in ("4", "8"):
     _flip(files_of(killed / "checkpoints" / "last" / step / "optimizer")[0])
   before = {p: p.read_bytes() for p in files_of(killed)}

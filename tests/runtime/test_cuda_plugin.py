@@ -63,7 +63,7 @@ def test_a_hidden_plugin_still_compiles():
 @pytest.mark.parametrize("name", gpus.NAMES)
 @tiny_gpu.needs_compiler
 def test_xla_accepts_every_gpu_description(name):
-  """Compile a program twice to test that the disk cache is not used."""
+  """A second compilation does not use the disk cache."""
   gpu = gpus.get(name)
   (device,) = cuda_plugin.compile_only_devices(gpu.description, 1)
   assert device.compute_capability == ".".join(map(str, gpu.capability))

@@ -163,9 +163,7 @@ def test_rate_is_read_from_a_saved_checkpoint(
   assert time_limit.pace(run) > 0
 
 
-def test_time_limit_stops_runs_and_starts_no_more(
-  tmp_path, digits_dir, monkeypatch
-):
+def test_time_limit_stops_runs(tmp_path, digits_dir, monkeypatch):
   options, runs = command_line.parse(
     [
       f"--config={paths.ROOT}/configs/quickstart.py",

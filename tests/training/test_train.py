@@ -476,7 +476,7 @@ def test_eval_mode_gives_the_accuracy_of_training(
   assert json.loads((tmp_path / "eval.json").read_text()) == result
 
 
-def test_run_without_tensorflow_lacks_only_tensorboard(
+def test_run_without_tensorflow_has_no_event_files(
   tiny_config, tmp_path, monkeypatch, caplog
 ):
   def missing():
@@ -524,7 +524,7 @@ def test_attention_images_are_written_to_tensorboard(
     assert len(set(images)) == 3
 
 
-def test_failing_attention_image_does_not_stop_the_run(
+def test_failing_attention_image_does_not_stop_a_run(
   tiny_config, tmp_path, caplog
 ):
   def fail(*args):
