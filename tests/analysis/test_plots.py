@@ -110,7 +110,7 @@ def test_equal_figures_yield_equal_bytes(tmp_path, suffix):
   assert first.stat().st_size > 5000
 
 
-def test_svg_is_an_element():
+def test_svg_is_one_element():
   text = plots.svg(plots.curves([run("LN", [0.1])]))
   assert text.startswith("<svg") and text.rstrip().endswith("</svg>")
 

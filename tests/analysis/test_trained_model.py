@@ -235,7 +235,7 @@ def test_options_are_inferred_from_a_file(norm, options, tmp_path):
   trees.same(trees.flat(**model.variables), trees.flat(params, stats))
 
 
-def test_a_model_that_has_classified_can_be_folded(tmp_path):
+def test_a_model_can_be_folded_after_use(tmp_path):
   npz.save(tmp_path / "a.npz", *variables("BN"))
   model = npz_model.load(tmp_path / "a.npz")
   expected = model(IMAGES)

@@ -20,7 +20,7 @@ def source(tmp_path):
   return path
 
 
-def test_loads_what_was_saved(tmp_path):
+def test_saved_arrays_are_loaded(tmp_path):
   path = tmp_path / "new" / "x.npz"
   array_cache.save(path, ARRAYS)
   loaded = array_cache.load(path)
@@ -74,7 +74,7 @@ def test_an_unwritable_folder_is_not_an_error(tmp_path):
   assert array_cache.load(tmp_path / "file" / "x.npz") is None
 
 
-def test_a_full_disk_leaves_only_the_old_file(tmp_path, monkeypatch):
+def test_full_disk_keeps_the_old_file(tmp_path, monkeypatch):
   path = tmp_path / "x.npz"
   array_cache.save(path, ARRAYS)
   before = path.read_bytes()

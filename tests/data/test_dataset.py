@@ -263,7 +263,7 @@ class TestRefuses:
   def test_an_image_of_another_size(self, prepared):
     refuses("fake_wrong_size", prepared, ": record ", "[1, 1, 3]")
 
-  def test_fewer_examples_than_the_description_says(self, own):
+  def test_fewer_examples_than_described(self, own):
     data_dir, folder = own
     path = folder / "dataset_info.json"
     info = json.loads(path.read_text())

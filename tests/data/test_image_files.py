@@ -69,7 +69,7 @@ def test_colors_are_kept(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["a.jpg", "a.webp", "a.gif"])
-def test_lossy_files_are_close(name, tmp_path):
+def test_lossy_files_give_similar_pixels(name, tmp_path):
   smooth = np.zeros((16, 24, 3), np.uint8) + np.array([200, 120, 40], np.uint8)
   smooth[:, 12:] = 90
   found = pixels(saved(tmp_path, smooth, name)).astype(int)
@@ -243,7 +243,7 @@ def test_paths_images_and_arrays_are_equal(tmp_path):
     np.testing.assert_array_equal(pixels(source), rgb(GREY))
 
 
-def test_a_given_image_is_not_changed():
+def test_input_image_is_not_changed():
   exif = Image.Exif()
   exif[ORIENTATION] = 6
   file = io.BytesIO()

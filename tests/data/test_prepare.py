@@ -105,7 +105,7 @@ class TestMain:
       (OSError(28, "No space left on device"), 1),
     ],
   )
-  def test_failure_leaves_nothing(
+  def test_failure_leaves_no_files(
     self, small, tmp_path, capsys, monkeypatch, failure, code
   ):
     out = tmp_path / "out"
@@ -119,7 +119,7 @@ class TestMain:
 
     monkeypatch.setattr(tfds_builders, "prepare", fail)
     assert prepare.main([f"--archive={small}", f"--data_dir={out}"]) == code
-    assert seen == [str(out)]  # In the file system that has the space.
+    assert seen == [str(out)]  # On the file system of the output.
     assert os.listdir(out) == []
     assert capsys.readouterr().err.count("\n") == 1
 
@@ -129,7 +129,7 @@ class TestMain:
     assert prepare.main([f"--archive={small}", f"--data_dir={out}"]) == 1
     assert str(out) in capsys.readouterr().err
 
-  def test_by_name(self, tmp_path, capsys, monkeypatch):
+  def test_dataset_is_prepared_by_name(self, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     args = ["--dataset=digits", f"--data_dir={tmp_path}"]
     assert prepare.main(args) == 0
@@ -141,13 +141,13 @@ class TestMain:
   @pytest.mark.parametrize(
     "name", ["digit", "", "imdb_reviews", "cats_vs_dogs"]
   )
-  def test_unsuitable_data_sets(self, tmp_path, capsys, name):
+  def test_unsupported_datasets_are_errors(self, tmp_path, capsys, name):
     assert prepare.main([f"--dataset={name}", f"--data_dir={tmp_path}"]) == 1
     assert capsys.readouterr().err.splitlines()[-1].startswith("error: ")
     assert os.listdir(tmp_path) == []
 
   @pytest.mark.parametrize("args", [[], ["--dataset=digits", "--archive=x"]])
-  def test_exactly_one_source(self, args, capsys):
+  def test_exactly_one_source_is_required(self, args, capsys):
     with pytest.raises(SystemExit) as raised:
       prepare.main(args)
     assert raised.value.code == 2

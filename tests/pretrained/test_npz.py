@@ -309,7 +309,7 @@ def test_saved_names_match_the_published_files(tmp_path):
     }
 
 
-def test_save_replaces_the_file_and_leaves_no_other(tmp_path):
+def test_save_replaces_the_file(tmp_path):
   path = tmp_path / "weights"  # No suffix is added.
   for seed in (0, 1):
     npz.save(path, *trees.fresh(seed=seed))

@@ -223,7 +223,7 @@ def test_only_the_table_scrolls_horizontally(width, page):
     assert table > box
 
 
-def test_the_print_style(page):
+def test_print_style(page):
   page.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "print"})
   styles = page.execute_script(
     """

@@ -195,7 +195,7 @@ def test_remat_does_not_change_calibration(tiny_config):
     np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6)
 
 
-def test_the_collection_is_not_part_of_a_model(tiny_config):
+def test_init_creates_no_calibration_collection(tiny_config):
   tiny_config.model.norm = "Cal"
   model = experiment.create_model(tiny_config, 10)
   found = model.init(jax.random.key(0), np.zeros((1, 8, 8, 3)))

@@ -179,5 +179,5 @@ def test_probe_equals_diagnostics_of_step_1(runs):
     (math.inf, 0.0, 0),
   ],
 )
-def test_clip_factor(norm, clip, factor):
+def test_clip_factor_by_hand(norm, clip, factor):
   assert diagnostics.clip_factor(norm, clip) == factor
