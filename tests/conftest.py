@@ -1,4 +1,4 @@
-"""What several test modules share: the digits, prepared once, and tiny runs."""
+"""Fixtures shared by test modules: the prepared digits and tiny runs."""
 
 import fcntl
 import logging
@@ -16,8 +16,8 @@ from rescalevit_jax.data import dataset
 from rescalevit_jax.data import resident
 from rescalevit_jax.training import train
 
-# A shell that starts the tests in the background makes them ignore signals that
-# some of them send.
+# A shell that starts pytest in the background makes it ignore these signals,
+# but some tests send them.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
@@ -32,7 +32,7 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-  """Runs before anything is compiled, in each worker."""
+  """Configure XLA in each worker before anything is compiled."""
   if os.environ.get("JAX_PLATFORMS") == "cpu" and not config.option.slow:
     fast_xla.switch_on()
 
@@ -47,25 +47,25 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.fixture(scope="session")
 def shared_dir(tmp_path_factory, worker_id) -> pathlib.Path:
-  """A folder that the workers of one test session share."""
+  """Return a folder that all workers of a test session share."""
   base = tmp_path_factory.getbasetemp()
   return base if worker_id == "master" else base.parent
 
 
 @pytest.fixture(scope="session", autouse=True)
 def compile_cache(shared_dir):
-  """Compiles a step once for all tests: most of their time is XLA's."""
+  """Share compiled programs among all tests and workers."""
   if os.environ.get("JAX_PLATFORMS") == "cpu":
-    jax.devices()  # Before a program hides the plugin that compiles for GPUs.
+    jax.devices()  # Before a test hides the CUDA plugin.
   jax.config.update("jax_compilation_cache_dir", str(shared_dir / "jax"))
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.05)
 
 
 @pytest.fixture(autouse=True)
 def package_log():
-  """Undoes what a program that a test calls does to the log of the package.
+  """Restore the package logger after a test.
 
-  It goes to stderr, which after the test is a closed file, and past caplog.
+  Commands send it to stderr, which caplog does not see and pytest closes.
   """
   log = logging.getLogger("rescalevit_jax")
   handlers, level, propagate = log.handlers, log.level, log.propagate
@@ -76,9 +76,9 @@ def package_log():
 
 @pytest.fixture(scope="session")
 def digits_dir(shared_dir) -> pathlib.Path:
-  """A tfds data_dir in which `digits` is prepared."""
+  """Return a tfds data_dir that contains the prepared `digits`."""
   path = shared_dir / "tfds"
-  # Inherited by the processes that tests start.
+  # Subprocesses inherit it.
   os.environ["XDG_CACHE_HOME"] = str(shared_dir / "cache")
   with open(shared_dir / "tfds.lock", "w") as lock:
     fcntl.flock(lock, fcntl.LOCK_EX)
@@ -88,9 +88,9 @@ def digits_dir(shared_dir) -> pathlib.Path:
 
 @pytest.fixture(scope="session")
 def tiny_run(digits_dir, shared_dir) -> pathlib.Path:
-  """A finished run, trained once for all tests, which must not change it.
+  """Return the folder of a finished run; tests must not change it.
 
-  Its images are resized, from 8 to 12 pixels.
+  Its images are resized from 8 to 12 pixels.
   """
   with open(shared_dir / "tiny_run.lock", "w") as lock:
     fcntl.flock(lock, fcntl.LOCK_EX)
@@ -103,7 +103,7 @@ def tiny_run(digits_dir, shared_dir) -> pathlib.Path:
 
 @pytest.fixture(scope="session")
 def default_run(digits_dir, shared_dir) -> pathlib.Path:
-  """A finished run of `tiny_config`, shared like `tiny_run`."""
+  """Return the folder of a finished run of `tiny_config`; do not change it."""
   with open(shared_dir / "default_run.lock", "w") as lock:
     fcntl.flock(lock, fcntl.LOCK_EX)
     workdir = shared_dir / "default_run"
@@ -113,24 +113,24 @@ def default_run(digits_dir, shared_dir) -> pathlib.Path:
 
 @pytest.fixture(scope="session")
 def test_digits(digits_dir) -> resident.Split:
-  """The test split of the digits."""
+  """Return the test split of the digits."""
   return dataset.load("digits", str(digits_dir)).test
 
 
 @pytest.fixture
 def shared_programs():
-  """Makes the runs of a test share their compiled programs."""
+  """Share compiled programs among the runs of a test."""
   with program_cache.shared():
     yield
 
 
 @pytest.fixture
 def tiny_config(digits_dir):
-  """The config of a run on the digits that takes a second."""
+  """Return the config of a run on the digits that takes one second."""
   return small_run.config(digits_dir)
 
 
 @pytest.fixture(scope="module")
 def module_config(digits_dir):
-  """The same, for runs that the tests of a module share."""
+  """Return `tiny_config` for fixtures with module scope."""
   return small_run.config(digits_dir)

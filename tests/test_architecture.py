@@ -1,4 +1,4 @@
-"""Imports between packages run one way, and files are where one looks."""
+"""Import order of packages, layout of tests and length of scripts."""
 
 import ast
 from collections.abc import Iterator
@@ -7,7 +7,7 @@ import pathlib
 import paths
 
 PACKAGE = paths.ROOT / "rescalevit_jax"
-# From top to bottom: each imports only from those after it.
+# Each package imports only from those after it.
 ORDER = (
   "main",
   "predict",
@@ -31,7 +31,7 @@ ORDER = (
 
 
 def imported(path: pathlib.Path) -> Iterator[str]:
-  """Yields the full names that a module imports from this package."""
+  """Yield the full names that a module imports from this package."""
   for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
     if isinstance(node, ast.ImportFrom) and node.module:
       for alias in node.names:
@@ -58,7 +58,7 @@ def test_imports_between_packages_run_one_way():
   assert not upward
 
 
-def test_the_order_lists_every_package():
+def test_order_lists_every_package():
   found = {
     path.name.removesuffix(".py")
     for path in PACKAGE.iterdir()

@@ -1,4 +1,4 @@
-"""What errors say of other libraries' exceptions."""
+"""Short messages for exceptions of other libraries."""
 
 import pytest
 import tensorstore
@@ -6,7 +6,7 @@ import tensorstore
 from rescalevit_jax import errors
 
 
-def test_the_cause_of_a_long_message_is_kept():
+def test_brief_keeps_the_cause_of_a_long_message():
   spec = {
     "driver": "zarr",
     "kvstore": {"driver": "file", "path": "/proc/nowhere/x/"},

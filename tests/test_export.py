@@ -1,4 +1,4 @@
-"""Exported models, loaded again in the programs that they are for."""
+"""Exported models give equal logits in the libraries that load them."""
 
 import importlib.util
 import json
@@ -61,7 +61,9 @@ def call(tmp_path):
 
 
 @pytest.mark.parametrize("which", ["best", "latest"])
-def test_npz(which, write_run, call, tmp_path, capsys):
+def test_npz_has_the_requested_checkpoint(
+  which, write_run, call, tmp_path, capsys
+):
   write_run()
   flags = () if which == "best" else ("--checkpoint=latest",)
   assert call(*flags) == 0
@@ -83,7 +85,7 @@ def test_a_norm_that_does_not_fold_is_an_error(
   assert not (tmp_path / "a.npz").exists()
 
 
-def test_fold(default_run, test_digits, tmp_path, capsys):
+def test_folding_keeps_the_logits(default_run, test_digits, tmp_path, capsys):
   path = tmp_path / "a.npz"
   flags = [f"--workdir={default_run}", f"--output={path}", "--fold"]
   assert export.main(flags) == 0
@@ -105,7 +107,7 @@ def test_fold(default_run, test_digits, tmp_path, capsys):
     ({"norm": "LN", "residual_c": 3.0}, None),
   ],
 )
-def test_options_missing_in_the_arrays_are_printed(
+def test_options_not_stored_in_a_file_are_printed(
   keys, words, write_run, call, tmp_path, capsys
 ):
   write_run(**keys)
@@ -117,7 +119,7 @@ def test_options_missing_in_the_arrays_are_printed(
     assert "the best weights" in last
 
 
-def test_a_first_resizing_is_told(write_run, call, capsys):
+def test_input_resizing_is_printed(write_run, call, capsys):
   workdir = write_run()
   config = json.loads((workdir / "config.json").read_text())
   config["data"] |= {"image_size": 9, "resize": "crop"}
@@ -149,7 +151,9 @@ def test_export_keeps_an_existing_file(write_run, call, tmp_path, capsys):
     (["--npz=none.npz", "--output=a.npz", "--checkpoint=best"], "--workdir"),
   ],
 )
-def test_mistakes(flags, word, tmp_path, monkeypatch, capsys):
+def test_invalid_arguments_are_one_line_errors(
+  flags, word, tmp_path, monkeypatch, capsys
+):
   monkeypatch.chdir(tmp_path)
   assert export.main(flags) == 1
   captured = capsys.readouterr()
@@ -167,7 +171,7 @@ def bn_file(tmp_path):
 
 
 def run_program(folder, program):
-  """Run a program in a process of its own; return the words it prints."""
+  """Run a program in a subprocess; return the words that it prints."""
   done = subprocess.run(
     [sys.executable, "-c", program],
     cwd=folder,
@@ -178,7 +182,7 @@ def run_program(folder, program):
   return done.stdout.split()
 
 
-def test_stablehlo_in_a_process_without_this_package(bn_file, tmp_path):
+def test_stablehlo_runs_without_this_package(bn_file, tmp_path):
   path, expected = bn_file
   for name, flags in (("plain", ()), ("folded", ("--fold",))):
     output = tmp_path / f"{name}.stablehlo"
@@ -205,9 +209,9 @@ print(*exported.platforms)
       assert [len(x) for x in found.values()] == [3, 1]
 
 
-@pytest.mark.slow  # Importing jax2onnx takes ten seconds.
+@pytest.mark.slow  # Importing jax2onnx takes 10 s.
 @pytest.mark.parametrize("flags", [(), ("--fold",)])
-def test_onnx_in_its_runtime(bn_file, tmp_path, flags):
+def test_onnx_runs_in_onnxruntime(bn_file, tmp_path, flags):
   pytest.importorskip("jax2onnx", reason="needs the extra onnx-export")
   runtime = pytest.importorskip("onnxruntime")
   path, expected = bn_file
@@ -219,7 +223,7 @@ def test_onnx_in_its_runtime(bn_file, tmp_path, flags):
     np.testing.assert_allclose(found, expected[:count], rtol=1e-4, atol=1e-4)
 
 
-def test_a_model_without_a_head(tmp_path, capsys):
+def test_only_unfolded_weights_are_exported_without_a_head(tmp_path, capsys):
   arrays = trees.arrays("BN")
   path = trees.write(
     tmp_path, {k: x for k, x in arrays.items() if not k.startswith("head/")}
@@ -240,7 +244,7 @@ SIZES = dict(patch_size=4, hidden_size=48, mlp_dim=96, num_heads=3)
 
 @pytest.fixture
 def ln_run(tmp_path, monkeypatch):
-  """The folder of a run with LN whose weights are random; its parameters."""
+  """Return the folder and the random parameters of a run with LN."""
   sizes = SIZES | {"num_layers": 2}
   params, _ = trees.fresh(num_classes=5, image_size=16, **sizes)
   monkeypatch.setattr(
@@ -254,8 +258,8 @@ def ln_run(tmp_path, monkeypatch):
 @pytest.mark.skipif(
   importlib.util.find_spec("timm") is None, reason="needs the extra timm"
 )
-def test_timm_loads_the_weights_and_gives_the_same_logits(ln_run):
-  """In a process of its own: torch crashes beside TensorFlow."""
+def test_timm_gives_the_same_logits(ln_run):
+  """Run timm in a subprocess because torch crashes beside TensorFlow."""
   workdir, params = ln_run
   assert export.main([f"--workdir={workdir}", "--format=timm"]) == 0
   x = np.random.default_rng(0).uniform(-1, 1, (3, 16, 16, 3))
@@ -284,7 +288,7 @@ with torch.no_grad():
   np.testing.assert_allclose(found, expected, atol=1e-4)
 
 
-def test_the_files_of_families_convert_back(ln_run, tmp_path):
+def test_timm_and_huggingface_files_convert_back(ln_run, tmp_path):
   workdir, params = ln_run
   pytest.importorskip("safetensors")
   for family in ("timm", "huggingface"):
@@ -297,7 +301,7 @@ def test_the_files_of_families_convert_back(ln_run, tmp_path):
       np.testing.assert_allclose(found[key], x, rtol=1e-6, err_msg=key)
 
 
-def test_families_have_no_other_norms(write_run, call, tmp_path, capsys):
+def test_timm_export_refuses_other_norms(write_run, call, tmp_path, capsys):
   pytest.importorskip("safetensors")
   write_run()
   assert call("--format=timm") == 1

@@ -37,7 +37,7 @@ class Colors:
 
 @pytest.fixture
 def colors(monkeypatch):
-  """Lets the command line find this model."""
+  """Make the command line load this model."""
   model = trained_model.TrainedModel("colors", Colors(), {}, 4, NAMES)
 
   def load(workdir, which):
@@ -52,7 +52,7 @@ def colors(monkeypatch):
 
 @pytest.fixture
 def call(colors, tmp_path, monkeypatch, capsys):
-  """Runs the command; returns its code and the lines of stdout and stderr."""
+  """Return a function that runs the command and returns its output by line."""
   monkeypatch.chdir(tmp_path)
 
   def call(*args):
@@ -65,7 +65,7 @@ def call(colors, tmp_path, monkeypatch, capsys):
 
 @pytest.fixture
 def picture(tmp_path):
-  """Writes a picture of one color."""
+  """Return a function that writes an image of one color."""
 
   def picture(name, color):
     path = tmp_path / name
@@ -75,15 +75,15 @@ def picture(tmp_path):
   return picture
 
 
-# What is printed and written.
+# Output.
 
 
-def test_lines_on_the_terminal(call, picture):
+def test_one_line_per_image_is_printed(call, picture):
   picture("a.png", "red")
   picture("folder/longer.png", "blue")
-  picture("folder/blue", "blue")  # No image by its name.
+  picture("folder/blue", "blue")  # Has no image suffix.
   code, out, err = call("a.png", "folder")
-  # Channels of 1 and -1, so that the logits are 2 and -2.
+  # Channels are 1 and -1, so logits are 2 and -2.
   first, other = 100 * np.exp([2, -2]) / (np.exp(2) + 2 * np.exp(-2))
   first, other = f" {first:.1f} %", f"  {other:.1f} %"
   assert code == 0 and err == []
@@ -95,13 +95,13 @@ def test_lines_on_the_terminal(call, picture):
   ]
 
 
-def test_a_named_file_is_tried_whatever_its_name(call, picture):
+def test_a_file_argument_may_have_any_suffix(call, picture):
   picture("photo", "red")
   code, out, _ = call("photo", "--top=1")
   assert code == 0 and out == ["photo  red           96.5 %"]
 
 
-def test_csv(call, picture):
+def test_csv_output(call, picture):
   picture("a,b.png", (0, 255, 0))
   picture("c.png", "red")
   code, out, err = call("a,b.png", "c.png", "--output=o.csv", "--top=2")
@@ -116,7 +116,7 @@ def test_csv(call, picture):
   assert float(rows[0][4]) == pytest.approx(0.0177, abs=1e-4)
 
 
-def test_json(call, picture):
+def test_json_output(call, picture):
   picture("ä.png", "blue")
   code, _, _ = call("ä.png", "--output=o.JSON")
   assert code == 0
@@ -127,7 +127,7 @@ def test_json(call, picture):
   assert total == pytest.approx(1, abs=1e-5)
 
 
-def test_more_classes_than_there_are(call, picture):
+def test_top_is_limited_to_the_number_of_classes(call, picture):
   picture("a.png", "red")
   assert call("a.png", "--top=99", "--output=o.csv")[0] == 0
   header = pathlib.Path("o.csv").read_text().splitlines()[0]
@@ -135,7 +135,7 @@ def test_more_classes_than_there_are(call, picture):
 
 
 @pytest.mark.parametrize("name", ["o.csv", "o.json", None])
-def test_names_that_are_hard_to_write(name, call, picture):
+def test_newlines_and_invalid_bytes_in_names_are_escaped(name, call, picture):
   bad = os.fsdecode(b"\xff.png")
   picture(bad, "red")
   picture("two\nlines.png", "red")
@@ -148,18 +148,18 @@ def test_names_that_are_hard_to_write(name, call, picture):
     assert r"\udcff.png" in pathlib.Path(name).read_text().replace("\\\\", "\\")
 
 
-def test_the_checkpoint_asked_for(call, colors, picture):
+def test_checkpoint_flag_selects_the_checkpoint(call, colors, picture):
   picture("a.png", "red")
   assert call("a.png")[0] == 0 and colors.checkpoint == "best"
   assert call("a.png", "--checkpoint=latest")[0] == 0
   assert colors.checkpoint == "latest"
 
 
-# Bad files.
+# Invalid files.
 
 
 @pytest.mark.parametrize("output", [None, "o.json"])
-def test_bad_files_are_named_and_skipped(output, call, picture):
+def test_invalid_files_are_named_and_skipped(output, call, picture):
   for i in range(5):
     picture(f"in/{i}.png", "red")
   pathlib.Path("in/1.png").write_text("no image")
@@ -182,7 +182,7 @@ def test_bad_files_are_named_and_skipped(output, call, picture):
   assert files == ["in/0.png", "in/2.png", "in/4.png"]
 
 
-def test_only_bad_files(call):
+def test_only_invalid_files_is_an_error(call):
   pathlib.Path("a.png").write_text("no image")
   code, out, err = call("a.png")
   assert code == 1 and out == [] and len(err) == 2
@@ -197,7 +197,7 @@ def test_warnings_of_pillow_are_not_shown(call, picture, monkeypatch, recwarn):
   assert not recwarn.list
 
 
-def test_an_empty_folder_is_named_and_the_rest_classified(call, picture):
+def test_an_empty_folder_is_named_and_skipped(call, picture):
   picture("in/a.png", "red")
   pathlib.Path("none").mkdir()
   code, out, err = call("none", "in")
@@ -212,7 +212,7 @@ def test_an_empty_folder_is_named_and_the_rest_classified(call, picture):
   )
 
 
-# Mistakes.
+# Invalid arguments.
 
 
 @pytest.mark.parametrize(
@@ -223,7 +223,7 @@ def test_an_empty_folder_is_named_and_the_rest_classified(call, picture):
     (["in", "--output=folder.csv"], ("folder.csv", "folder")),
   ],
 )
-def test_mistakes_are_found_before_the_work(
+def test_invalid_arguments_are_reported_before_loading(
   args, words, call, picture, monkeypatch
 ):
   picture("in/a.png", "red")
@@ -238,7 +238,7 @@ def test_mistakes_are_found_before_the_work(
   assert set(pathlib.Path().rglob("*")) == before
 
 
-def test_no_run(call, picture):
+def test_a_missing_run_is_a_one_line_error(call, picture):
   picture("a.png", "red")
   code, out, err = call("a.png", "--workdir=other")
   assert (code, out, err) == (1, [], ["error: other: no run there"])
@@ -248,14 +248,16 @@ def test_no_run(call, picture):
   "args",
   [["--top=0", "a"], ["--batch=-1", "a"], ["--top=x", "a"], [], ["--x", "a"]],
 )
-def test_mistakes_on_the_command_line(args, call, capsys):
+def test_command_line_errors(args, call, capsys):
   with pytest.raises(SystemExit) as caught:
     call(*args)
   assert caught.value.code == 2
   assert "error: " in capsys.readouterr().err.splitlines()[-1]
 
 
-def test_a_full_device(call, picture, colors, monkeypatch):
+def test_out_of_memory_suggests_a_smaller_batch(
+  call, picture, colors, monkeypatch
+):
   def full(*args):
     raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of\nmemory")
 
@@ -266,7 +268,7 @@ def test_a_full_device(call, picture, colors, monkeypatch):
   assert err[0].startswith("error: RESOURCE") and "smaller --batch" in err[0]
 
 
-def test_interrupted(call, picture, monkeypatch):
+def test_keyboard_interrupt_is_one_line(call, picture, monkeypatch):
   picture("a.png", "red")
 
   def interrupt(*args):
@@ -277,7 +279,7 @@ def test_interrupted(call, picture, monkeypatch):
   assert not pathlib.Path("o.csv").exists()
 
 
-# Long work.
+# Many images.
 
 
 def test_at_most_two_batches_are_in_memory(colors, tmp_path, monkeypatch):
@@ -327,7 +329,7 @@ def test_the_next_batch_is_read_while_the_device_computes(
 
 
 @pytest.mark.parametrize("count", [1, 4, 5, 8])
-def test_every_file_comes_once_in_order(count, colors, tmp_path):
+def test_every_file_is_classified_once_in_order(count, colors, tmp_path):
   for i in range(count):
     Image.new("RGB", (2, 2), (0, 0, 50 * i)).save(tmp_path / f"{i}.png")
   files = sorted(tmp_path.iterdir())
@@ -337,7 +339,7 @@ def test_every_file_comes_once_in_order(count, colors, tmp_path):
   np.testing.assert_allclose([row for _, row in found], expected, atol=1e-6)
 
 
-def test_progress(call, picture, monkeypatch):
+def test_progress_is_printed(call, picture, monkeypatch):
   for i in range(5):
     picture(f"in/{i}.png", "red")
   assert call("in", "--batch=2")[2] == []
@@ -348,12 +350,12 @@ def test_progress(call, picture, monkeypatch):
   assert all("images/s  ETA" in line for line in err)
 
 
-# With a real run, in real processes.
+# A real run in subprocesses.
 
 
 @pytest.fixture
 def digits(test_digits, tmp_path):
-  """Writes the test split as files; returns their labels, too."""
+  """Write the test split as files; return their folder and labels."""
   folder = tmp_path / "digits"
   folder.mkdir()
   for i, image in enumerate(test_digits.images):
@@ -363,7 +365,7 @@ def digits(test_digits, tmp_path):
 
 def process(run, *args, **kwargs):
   env = {**os.environ, "JAX_PLATFORMS": "cpu"}
-  env.pop("PYTHONUNBUFFERED", None)  # It would hide what is left to flush.
+  env.pop("PYTHONUNBUFFERED", None)  # It would hide missing flushes.
   return subprocess.Popen(
     [sys.executable, "-m", "rescalevit_jax.predict", "--workdir", run, *args],
     cwd=paths.ROOT,
@@ -387,7 +389,7 @@ def test_predictions_are_as_accurate_as_the_evaluation(
   best = json.loads((tiny_run / "result.json").read_text())["best_accuracy"]
   right = [int(x["top"][0]["class"]) for x in found] == labels
   assert np.mean(right) == pytest.approx(best, abs=1e-9)
-  # Three lines of Python say the same.
+  # The Python API gives the same accuracy.
   model = predict.load(tiny_run)
   probabilities = model(sorted(folder.iterdir()))
   right = probabilities.argmax(axis=1) == labels
@@ -397,7 +399,7 @@ def test_predictions_are_as_accurate_as_the_evaluation(
 @pytest.mark.parametrize(
   "output", [False, pytest.param(True, marks=pytest.mark.slow)]
 )
-def test_nobody_reads_on(output, tiny_run, digits, tmp_path):
+def test_closed_stdout_ends_the_command(output, tiny_run, digits, tmp_path):
   read, write = os.pipe()
   os.close(read)
   args = [f"--output={tmp_path / 'o.csv'}"] if output else []
@@ -407,7 +409,7 @@ def test_nobody_reads_on(output, tiny_run, digits, tmp_path):
   assert err == "" and child.returncode == 1
 
 
-def test_control_c(tiny_run, digits, tmp_path):
+def test_sigint_ends_the_command(tiny_run, digits, tmp_path):
   many = [str(digits[0])] * 200
   child = process(tiny_run, *many, "--batch=8", stdout=subprocess.PIPE)
   child.stdout.readline()
@@ -425,7 +427,7 @@ def test_importing_needs_no_tensorflow():
   subprocess.run([sys.executable, "-c", code], cwd=paths.ROOT, check=True)
 
 
-def test_a_terminal_without_the_letters(tiny_run, tmp_path):
+def test_letters_that_the_terminal_lacks_are_escaped(tiny_run, tmp_path):
   path = tmp_path / "ünï.png"
   Image.new("RGB", (8, 8), "red").save(path)
   child = subprocess.run(
@@ -444,8 +446,8 @@ def test_a_terminal_without_the_letters(tiny_run, tmp_path):
   assert child.returncode == 0 and rb"\xfcn\xef.png" in child.stdout
 
 
-def test_weights_with_a_head_of_zeros(tmp_path, capsys):
-  """As in Google's ImageNet-21k files."""
+def test_head_of_zeros_is_an_error(tmp_path, capsys):
+  """Google's ImageNet-21k files have a head of zeros."""
   arrays = trees.arrays()
   arrays["head/kernel"] *= 0
   path = trees.write(tmp_path, arrays)
@@ -458,8 +460,8 @@ def test_weights_with_a_head_of_zeros(tmp_path, capsys):
 @pytest.mark.skipif(
   importlib.util.find_spec("timm") is None, reason="needs the extra timm"
 )
-def test_names_of_imagenet(tmp_path):
-  """The first and last class of each version, by WordNet."""
+def test_imagenet_class_names(tmp_path):
+  """The first and last class of each version have WordNet's names."""
   for classes, first, last in (
     (1000, "tench, Tinca tinca", "toilet tissue"),
     (11821, "benthos", "knothole"),
@@ -474,8 +476,7 @@ def test_names_of_imagenet(tmp_path):
   assert npz_model.load(path).class_names[999].startswith("toilet")
 
 
-def test_weights_without_a_run(tiny_run, tmp_path, capsys):
-  """An exported file gives the probabilities of its run."""
+def test_npz_gives_the_predictions_of_its_run(tiny_run, tmp_path, capsys):
   weights = tmp_path / "a.npz"
   flags = [f"--workdir={tiny_run}", f"--output={weights}"]
   assert export.main(flags) == 0

@@ -1,4 +1,4 @@
-"""Pictures of attention and their panels."""
+"""Plots of attention and their panels."""
 
 import itertools
 
@@ -31,7 +31,7 @@ def maps_of(model, image):
   )[:, 0]
 
 
-def test_tokens_shows_head_0_of_the_original_blocks(image):
+def test_tokens_plot_shows_head_0_of_three_blocks(image):
   model = tiny_model.create(num_layers=8)
   figure = attention_plots.draw("tokens", [model], image)
   panels = axes(figure)
@@ -42,7 +42,7 @@ def test_tokens_shows_head_0_of_the_original_blocks(image):
     )
 
 
-def test_heads_shows_every_head_of_the_block(image):
+def test_heads_plot_shows_every_head_of_a_block(image):
   model = tiny_model.create()
   panels = axes(attention_plots.draw("heads", [model], image, block=2))
   assert [ax.get_title() for ax in panels] == ["head 0", "head 1"]
@@ -88,7 +88,7 @@ def test_all_norms_share_one_scale(kind, image):
   assert len(maps) >= len(models)
   assert len({(i.norm.vmin, i.norm.vmax) for i in maps}) == 1
   titles = [f.get_suptitle() for f in figure.subfigs[0].subfigs]
-  titles = list(filter(None, titles))  # The last row may have room left.
+  titles = list(filter(None, titles))  # The last row may have empty panels.
   assert titles == [f"{norm}\ntiny" for norm in norm_sets.DIFFERENT]
 
 
@@ -116,7 +116,7 @@ def test_long_and_odd_names_fit(name, image):
   assert boxes[0].x0 > 0
 
 
-def test_draws_all_kinds_as_pixels(image):
+def test_all_kinds_are_drawn(image):
   pictures = attention_plots.draw_all(tiny_model.create(), image)
   assert set(pictures) == {f"attention/{k}" for k in attention_plots.KINDS}
   for picture in pictures.values():

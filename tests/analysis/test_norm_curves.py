@@ -1,4 +1,4 @@
-"""The command that draws a norm's output over its input."""
+"""The command that plots the output of norms over their input."""
 
 import csv
 import types
@@ -19,7 +19,7 @@ SITES = [
 ]
 
 
-def test_a_pointwise_function_is_seen_without_scale_and_bias():
+def test_curves_exclude_scale_and_bias():
   tiny = tiny_model.create("DyT", num_layers=2)
   rng = np.random.default_rng(0)
   params = jax.tree.map(
@@ -36,23 +36,21 @@ def test_a_pointwise_function_is_seen_without_scale_and_bias():
     alpha = transformer[block][name]["alpha"]
     for x, y in found[site].values():
       np.testing.assert_allclose(y, np.tanh(alpha * x), atol=1e-4)
-  # All channels of the images' class tokens, and of their 4 patches.
+  # Three images, 16 channels, 4 patches.
   sizes = {token: x.size for token, (x, _) in found[SITES[1]].items()}
   assert sizes == {"class token": 3 * 16, "patches": 3 * 4 * 16}
 
 
-def test_layer_norms_outputs_are_normalized():
+def test_layer_norm_outputs_are_normalized():
   tiny = tiny_model.create("LN", num_layers=2)  # Scales are 2.
   found = norm_curves.measure(tiny.model, tiny.variables, IMAGES, 8)
   _, y = found["final norm"]["patches"]
   assert np.square(y).mean() == pytest.approx(1, rel=0.01)
 
 
-def test_the_picture_and_the_table_of_a_run(
-  tiny_run, tmp_path, monkeypatch, capsys
-):
+def test_plot_and_table_of_a_run(tiny_run, tmp_path, monkeypatch, capsys):
   monkeypatch.setattr(terminal, "log_to_stderr", lambda: None)
-  monkeypatch.setattr(norm_curves, "_IMAGES", 10**6)  # More than there are.
+  monkeypatch.setattr(norm_curves, "_IMAGES", 10**6)  # Exceeds the split.
   drawn = []
   draw = norm_curves.draw
   monkeypatch.setattr(norm_curves, "draw", lambda x: drawn.append(x) or draw(x))
@@ -75,19 +73,19 @@ def test_the_picture_and_the_table_of_a_run(
   np.testing.assert_allclose(of_site, np.stack([x, y], 1), rtol=1e-4)
 
 
-def test_without_models_it_is_an_error(capsys):
+def test_no_models_is_an_error(capsys):
   with pytest.raises(SystemExit):
     norm_curves.main([])
   assert "--workdir or --config" in capsys.readouterr().err
 
 
-def test_without_runs_there_is_no_checkpoint(capsys):
+def test_checkpoint_flag_requires_a_run(capsys):
   args = ["--config=configs/quickstart.py", "--checkpoint=best"]
   assert norm_curves.main(args) == 1
   assert "add --workdir" in capsys.readouterr().err
 
 
-def test_a_run_and_a_config_of_one_name_are_both_drawn(tmp_path, monkeypatch):
+def test_run_and_config_of_equal_name_are_both_drawn(tmp_path, monkeypatch):
   model = types.SimpleNamespace(
     name="LN", model=None, variables=None, image_size=8
   )

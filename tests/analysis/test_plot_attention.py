@@ -78,7 +78,7 @@ def test_an_image_file_may_have_any_size(tiny_run, tmp_path):
   ]
 
 
-def test_files_of_all_norms_side_by_side(digits_dir, tmp_path):
+def test_files_of_all_norms_are_drawn(digits_dir, tmp_path):
   names = norm_sets.DIFFERENT
   for norm in names:
     variables = tiny_model.create(norm).variables
@@ -100,7 +100,7 @@ def test_files_of_all_norms_side_by_side(digits_dir, tmp_path):
   np.testing.assert_allclose(found, expected, rtol=1e-6)
 
 
-def test_files_without_a_data_set_are_only_drawn(tmp_path, capsys):
+def test_files_without_a_dataset_are_only_drawn(tmp_path, capsys):
   npz.save(tmp_path / "a.npz", **tiny_model.create().variables)
   Image.new("RGB", (9, 9), "red").save(tmp_path / "a.png")
   flags = [f"--npz={tmp_path / 'a.npz'}", f"--image={tmp_path / 'a.png'}"]
@@ -111,7 +111,7 @@ def test_files_without_a_data_set_are_only_drawn(tmp_path, capsys):
 
 
 def test_one_file_with_different_options(digits_dir, tmp_path):
-  """The file's name contains a colon."""
+  """File names may contain a colon."""
   path = tmp_path / "a:b.npz"
   npz.save(path, **tiny_model.create().variables)
   flags = [f"--npz={path}", f"--npz={path}:tanh", f"--npz={path}:LN,erf"]

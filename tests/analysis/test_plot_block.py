@@ -1,11 +1,11 @@
-"""The picture of an encoder block."""
+"""The diagram of an encoder block."""
 
 from rescalevit_jax.analysis import plot_block
 from rescalevit_jax.models import norms
 from rescalevit_jax.models import vit_config
 
 
-def test_names_every_norm_and_residual(tmp_path):
+def test_diagram_names_every_norm_and_residual(tmp_path):
   assert plot_block.main([f"--output={tmp_path / 'block.svg'}"]) == 0
   assert (tmp_path / "block.svg").stat().st_size > 5000
   texts = plot_block.draw().axes[0].texts

@@ -1,4 +1,4 @@
-"""The command that draws curves."""
+"""The command that plots training curves."""
 
 import pytest
 
@@ -25,7 +25,7 @@ def test_nothing_is_drawn_if_an_output_is_invalid(tiny_run, tmp_path):
   assert not any(tmp_path.iterdir())
 
 
-def test_control_c_is_one_line(tiny_run, monkeypatch, capsys):
+def test_keyboard_interrupt_is_one_line(tiny_run, monkeypatch, capsys):
   def interrupt(*args):
     raise KeyboardInterrupt
 

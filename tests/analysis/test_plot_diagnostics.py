@@ -1,4 +1,4 @@
-"""Pictures of diagnostics, and the command that draws them."""
+"""Plots of diagnostics and their command."""
 
 import json
 
@@ -89,7 +89,7 @@ def test_maps_have_depth_upwards_and_time_to_the_right(workdir):
   assert figure.get_suptitle() == (r"a \$x\$: LN, ViT-B_16 on cifar10, seed 3")
 
 
-def test_models_are_compared():
+def test_models_are_compared_in_one_plot():
   numbers = {key.removeprefix("diagnostics/"): x for key, x in line(1).items()}
   models = [
     ("a", "LN", numbers | {"grad_norm": 2.0}),
@@ -108,7 +108,7 @@ def test_models_are_compared():
   assert words == {"in": -1, "0": 0, "1": 1, "head": 2}
 
 
-def test_each_run_has_its_pictures(workdir, capsys):
+def test_each_run_has_plots(workdir, capsys):
   assert plot_diagnostics.main([f"--workdir={workdir.parent}"]) == 0
   paths = [workdir / f"diagnostics.{kind}" for kind in ("png", "svg")]
   assert all(path.stat().st_size > 5000 for path in paths)
@@ -124,7 +124,7 @@ def test_the_report_contains_diagnostics(
   assert command_line.main([str(workdir.parent), *flags]) == 0
   page = (tmp_path / "report.html").read_text()
   assert page.count("<h2>Diagnostics</h2>") == 1
-  assert page.count("over depth and time, a $x$") == 2  # alt, and below it.
+  assert page.count("over depth and time, a $x$") == 2  # Alt text and caption.
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Curves, colours and files."""
+"""Curves, colors and files of plots."""
 
 import pathlib
 
@@ -56,7 +56,7 @@ def test_seeds_share_a_colour_and_a_legend_entry():
   assert figure.get_suptitle() == "ViT-B_16 on cifar10"
 
 
-def test_different_keys_are_in_label_and_line_style():
+def test_differing_keys_determine_label_and_line_style():
   figure = plots.curves([run("LN", [0.1]), run("LN", [0.2], base_lr=0.1)])
   first, second = figure.axes[0].lines
   assert first.get_color() == second.get_color()
@@ -110,7 +110,7 @@ def test_equal_figures_yield_equal_bytes(tmp_path, suffix):
   assert first.stat().st_size > 5000
 
 
-def test_svg_is_an_element():
+def test_svg_is_one_element():
   text = plots.svg(plots.curves([run("LN", [0.1])]))
   assert text.startswith("<svg") and text.rstrip().endswith("</svg>")
 

@@ -27,7 +27,7 @@ def get_config(method=None):
 
 @pytest.fixture
 def measured(monkeypatch):
-  """Collect the configs and return fake measurements of two blocks."""
+  """Record measured configs and return fake measurements of two blocks."""
   configs = []
 
   def measure(config, sharpness):
@@ -59,7 +59,7 @@ def write_config(tmp_path):
   return write
 
 
-def test_table_csv_and_picture(write_config, measured, tmp_path, capsys):
+def test_table_csv_and_plot(write_config, measured, tmp_path, capsys):
   config = write_config('METHODS = {"LN": 1, "DyT": 2}')
   out = tmp_path / "out"
   flags = [f"--config={config}", "--config.seed=3", f"--output={out}"]
@@ -90,7 +90,7 @@ def test_table_csv_and_picture(write_config, measured, tmp_path, capsys):
     ('METHODS = ("GN", "BN")', ["--grid=model.norm=RMS,LN"], ["RMS", "LN"]),
   ],
 )
-def test_a_config_expands_to(
+def test_methods_of_a_config_are_measured(
   methods, flags, norms, write_config, measured, tmp_path
 ):
   flags = [f"--config={write_config(methods)}", "--no_sharpness", *flags]
@@ -98,7 +98,7 @@ def test_a_config_expands_to(
   assert [config.model.norm for config in measured] == norms
 
 
-def test_models_of_two_files_are_distinguished(measured, tmp_path, capsys):
+def test_methods_of_two_configs_are_distinguished(measured, tmp_path, capsys):
   folder = paths.ROOT / "configs"
   flags = [
     f"--config={folder / name}.py:LN" for name in ("norm_free", "remove_norm")
@@ -115,15 +115,15 @@ def test_models_of_two_files_are_distinguished(measured, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("norm", ["BN", "Rescale"])
-def test_norms_with_running_statistics_gather_them(norm, tiny_config):
-  """Without statistics the norm acts as the identity."""
+def test_running_statistics_are_gathered(norm, tiny_config):
+  """Without running statistics the norm acts as the identity."""
   tiny_config.model.update({"norm": norm, "residual": "plain"})
   tiny_config.model.dropout_rate = 0.0
   tiny_config.augment.crop = False
   found = probe.measure(tiny_config, False)
   parts = experiment.create(tiny_config)
   state = parts.init_state()
-  # Those of the probe itself, as in training mode.
+  # Expected statistics are of the probe's images in training mode.
   model, x = parts.model, parts.dataset.test.images[:64]
   x = preprocess.prepare(x, tiny_config.image_size)
   variables = {"params": state.params, "batch_stats": state.batch_stats}
@@ -146,8 +146,8 @@ def test_norms_with_running_statistics_gather_them(norm, tiny_config):
   assert found["grad_norm"] != none["grad_norm"]
 
 
-def test_statistics_that_a_file_lacks_are_gathered(tiny_config, tmp_path):
-  """And the schedule of PRepBN does not begin."""
+def test_statistics_missing_from_a_file_are_gathered(tiny_config, tmp_path):
+  """Gathering does not advance the schedule of PRepBN."""
   tiny_config.total_steps = 20
   start = initial_state.create(experiment.create(tiny_config))
   npz.save(tmp_path / "a.npz", start.params, start.batch_stats)

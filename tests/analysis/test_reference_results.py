@@ -1,4 +1,4 @@
-"""Published figures, their configs and their curves."""
+"""Published results, their configs and their curves."""
 
 import runpy
 
@@ -16,7 +16,7 @@ def config(**changes):
   return result
 
 
-def test_figures():
+def test_published_figures_match_their_configs():
   figures = reference_results.figures()
   assert len(figures) == 40
   assert figures["cifar100", "ViT-B_16", "Rescale", False] == (
@@ -36,7 +36,7 @@ def test_figures():
 
 
 @pytest.mark.parametrize("name", ["table.csv", "curves.csv"])
-def test_the_packaged_files_are_the_published_ones(name):
+def test_packaged_files_equal_the_published_files(name):
   path = paths.SHARED / "seed_results" / name
   if not path.exists():
     pytest.skip(f"needs {path}")
@@ -81,7 +81,7 @@ def test_other_weights_do_not_match():
     {"tfds_data_dir": "/data", "batch_eval": 1000, "checkpoint_every": 7},
   ],
 )
-def test_keys_without_effect_do_not_matter(changes):
+def test_keys_without_effect_are_ignored(changes):
   assert reference_results.match(config(**changes)) == (
     "cifar10",
     "ViT-B_16",
@@ -114,7 +114,7 @@ def test_pretrained_and_scratch_are_distinguished():
     {"model__gelu": "tanh"},
     {"model__hidden_size": 96},
     {"augment__flip": True},
-    {"eval_every": 50},  # More evaluations, a higher best.
+    {"eval_every": 50},  # More evaluations increase the best accuracy.
   ],
 )
 def test_other_recipes_do_not_match(changes):
@@ -134,7 +134,7 @@ def google_config(*args):
     (("cifar100,10000",), 0.9206, 132),
   ],
 )
-def test_googles_recipe_has_googles_accuracy(args, accuracy, minutes):
+def test_googles_recipes_have_published_accuracy(args, accuracy, minutes):
   found = reference_results.find(google_config(*args))
   expected = reference_results.Figures(None, accuracy, minutes, "Google")
   assert found == expected
@@ -163,18 +163,18 @@ def test_other_fine_tuning_has_no_published_accuracy(key, value, accuracy):
   assert (found and found.last_accuracy) == accuracy
 
 
-def test_dropout_that_google_does_not_use_does_not_match():
+def test_other_dropout_than_googles_does_not_match():
   changed = google_config()
   changed.model.dropout_rate = 0.5
   assert reference_results.find(changed) is None
 
 
-def test_all_rows_of_google_are_read():
+def test_all_rows_of_googles_table_are_read():
   results = reference_results.google()
   assert len(results) == 20
   assert results["cifar10", "ViT-L_16", 10_000, 500, "0.1"].minutes == 1482
 
 
-def test_rescalevits_recipe_has_its_figures():
+def test_rescalevits_recipe_has_rescalevits_published_accuracy():
   key = "cifar10", "ViT-B_16", "LN", False
   assert reference_results.find(config()) == reference_results.figures()[key]

@@ -1,4 +1,4 @@
-"""Trained models: loading from runs and files, classifying images."""
+"""Loading trained models from runs and files, and classifying images."""
 
 import json
 import shutil
@@ -49,7 +49,7 @@ def colors():
 # Calling.
 
 
-def test_probabilities_are_those_of_each_image(colors):
+def test_probabilities_of_each_image(colors):
   found = colors(list(IMAGES), batch=3)
   assert found.shape == (7, 3) and found.dtype == np.float32
   means = preprocess.prepare(IMAGES, 4).mean((1, 2))
@@ -57,13 +57,13 @@ def test_probabilities_are_those_of_each_image(colors):
 
 
 @pytest.mark.parametrize("batch", [1, 3, 7, 64])
-def test_any_batch_compiles_once(batch, colors):
+def test_batches_of_any_size_compile_once(batch, colors):
   found = colors(IMAGES, batch=batch)
   assert colors.model.traces == 1
   np.testing.assert_allclose(found[2:3], colors([IMAGES[2]]), atol=1e-6)
 
 
-def test_images_from_all_sources(colors, tmp_path):
+def test_images_are_arrays_pillow_images_or_paths(colors, tmp_path):
   for i, image in enumerate(IMAGES):
     Image.fromarray(image).save(tmp_path / f"{i}.png")
   expected = colors(IMAGES)
@@ -74,7 +74,7 @@ def test_images_from_all_sources(colors, tmp_path):
   np.testing.assert_array_equal(colors(opened), expected)
 
 
-def test_no_images(colors):
+def test_no_images_give_an_empty_array(colors):
   assert colors([]).shape == (0, 3)
 
 
@@ -91,13 +91,13 @@ def test_an_unreadable_image_is_an_error(colors, tmp_path):
     colors([IMAGES[0], tmp_path / "none.png"])
 
 
-def test_top(colors):
+def test_top_returns_the_most_probable_classes(colors):
   row = np.array([0.2, 0.5, 0.3], np.float32)
   found = colors.top(row)
   assert [name for name, _ in found] == ["green", "blue", "red"]
   assert found[0][1] == 0.5 and type(found[0][1]) is float
   assert colors.top(row, 2) == found[:2]
-  # Of equals, the first one, as argmax has it.
+  # As in argmax, the first of equal values.
   assert colors.top(np.array([0.2, 0.4, 0.4]), 1) == [("green", 0.4)]
 
 
@@ -139,7 +139,7 @@ def test_the_requested_checkpoint_is_loaded(copied):
     ('"image_size": 12', '"image_size": 24', "pos_embedding"),
   ],
 )
-def test_a_config_of_another_model_is_an_error(old, new, words, copied):
+def test_checkpoint_of_another_model_is_an_error(old, new, words, copied):
   path = copied / "config.json"
   text = path.read_text()
   assert old in text
@@ -149,14 +149,14 @@ def test_a_config_of_another_model_is_an_error(old, new, words, copied):
   assert words in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_a_config_of_another_version_is_one_line(copied):
+def test_an_unknown_norm_in_the_config_is_an_error(copied):
   text = (copied / "config.json").read_text()
   (copied / "config.json").write_text(text.replace('"Rescale"', '"NewNorm"'))
   with pytest.raises(errors.UserError, match="of another version.*NewNorm"):
     trained_model.load(copied)
 
 
-def test_a_run_of_another_device_loads(copied):
+def test_a_run_from_another_device_loads(copied):
   path = copied / "config.json"
   text = path.read_text()
   assert '"attention": "auto"' in text
@@ -164,12 +164,12 @@ def test_a_run_of_another_device_loads(copied):
   assert trained_model.load(copied).model.config.attention == "xla"
 
 
-def test_class_names(copied):
+def test_class_names_of_a_run(copied):
   path = copied / "class_names.json"
   names = [f"class, {i}" for i in range(10)]
   path.write_text(json.dumps(names))
   assert trained_model.load(copied).class_names == tuple(names)
-  path.unlink()  # Of an older run.
+  path.unlink()  # Older runs do not store class names.
   assert trained_model.load(copied).class_names == tuple("0123456789")
   for text in ("[", "3", json.dumps(list(range(10))), json.dumps(["a"] * 9)):
     path.write_text(text)
@@ -195,7 +195,7 @@ def variables(norm, **kwargs):
 
 
 @pytest.mark.parametrize("norm", ["LN", "BN", "GN", "Rescale"])
-def test_a_file_of_each_norm(norm, tmp_path):
+def test_a_file_of_each_norm_loads(norm, tmp_path):
   params, stats = variables(norm, image_size=12)
   npz.save(tmp_path / "some.npz", params, stats)
   said = {"norm": "GN"} if norm == "GN" else {}
@@ -207,7 +207,7 @@ def test_a_file_of_each_norm(norm, tmp_path):
     "ViT-B_16", num_classes=3, norm=norm, image_size=12, **trees.TINY
   ).apply({"params": params, "batch_stats": stats}, model.inputs(IMAGES))
   expected = np.asarray(jax.nn.softmax(expected))
-  assert np.ptp(expected, axis=0).min() > 0.005  # Images tell them apart.
+  assert np.ptp(expected, axis=0).min() > 0.005  # Outputs depend on the image.
   np.testing.assert_allclose(model(IMAGES), expected, atol=1e-5)
 
 
@@ -235,7 +235,7 @@ def test_options_are_inferred_from_a_file(norm, options, tmp_path):
   trees.same(trees.flat(**model.variables), trees.flat(params, stats))
 
 
-def test_a_model_that_has_classified_can_be_folded(tmp_path):
+def test_a_model_can_be_folded_after_use(tmp_path):
   npz.save(tmp_path / "a.npz", *variables("BN"))
   model = npz_model.load(tmp_path / "a.npz")
   expected = model(IMAGES)
@@ -251,7 +251,7 @@ def test_residual_c_and_pool_are_arguments(tmp_path):
   )
 
 
-def test_gelu(tmp_path):
+def test_gelu_variant_of_a_file(tmp_path):
   npz.save(tmp_path / "a.npz", *variables("LN"))
   found = [
     npz_model.load(tmp_path / "a.npz", gelu=gelu) for gelu in ("erf", "tanh")
@@ -259,7 +259,7 @@ def test_gelu(tmp_path):
   assert [model.model.config.gelu for model in found] == ["erf", "tanh"]
 
 
-def test_a_file_with_pre_logits(tmp_path):
+def test_a_file_with_pre_logits_loads(tmp_path):
   params, stats = variables("LN", representation_size=6)
   npz.save(tmp_path / "a.npz", params, stats)
   model = npz_model.load(tmp_path / "a.npz")

@@ -77,7 +77,7 @@ def test_image_and_label_are_mixed_with_the_previous_ones(settings):
 
 
 @pytest.mark.parametrize("alpha", [0.4, 1.0])
-def test_mixup_has_one_beta_weight_an_image(alpha):
+def test_mixup_draws_one_beta_weight_per_image(alpha):
   weights = weights_of(mixing.Mixing(mixup=alpha))
   assert (weights == weights[:, :1, :1]).all()
   shares = weights[:, 0, 0]
@@ -102,7 +102,7 @@ def test_cutmix_boxes_have_the_papers_sizes(alpha):
   for cut in 1 - weights[:200]:
     rows, columns = cut.max(1), cut.max(0)
     np.testing.assert_array_equal(cut, rows[:, None] * columns)
-    for axis in (rows, columns):  # In one piece.
+    for axis in (rows, columns):  # The box is contiguous.
       assert (np.diff(axis) > 0).sum() + (np.diff(axis) < 0).sum() <= 2
   want = box_shares(alpha, 5000, 64)
   assert stats.ks_2samp(weights.mean((1, 2)), want).statistic < 0.06
@@ -111,7 +111,7 @@ def test_cutmix_boxes_have_the_papers_sizes(alpha):
   np.testing.assert_allclose(cut, cut.T, atol=0.06)
 
 
-def test_with_both_half_of_the_images_draw_each():
+def test_mixup_and_cutmix_each_apply_to_half_of_the_images():
   weights = weights_of(mixing.Mixing(mixup=1.0, cutmix=1.0))
   flat = (weights == weights[:, :1, :1]).all((1, 2)) & (weights.max((1, 2)) < 1)
   assert 0.45 < flat.mean() < 0.55

@@ -37,24 +37,24 @@ def keys_of(number, seed=0):
   return jax.random.split(jax.random.key(seed), number)
 
 
-# One axis.
+# Resizing along one axis.
 
 
 @pytest.mark.parametrize(
   "start, length, old, new",
   [
-    (0, 32, 32, 224),  # Upscaling of a whole axis.
+    (0, 32, 32, 224),  # Upscale the whole axis.
     (0, 32, 32, 48),
-    (3, 7, 32, 224),  # Of a crop.
-    (25, 7, 32, 64),  # At the edge.
-    (5, 1, 32, 16),  # Of one pixel.
-    (0, 48, 48, 12),  # Downscaling by an integer.
-    (4, 41, 48, 13),  # Of a crop by another factor.
+    (3, 7, 32, 224),  # Upscale a crop.
+    (25, 7, 32, 64),  # Crop at the edge.
+    (5, 1, 32, 16),  # Crop of one pixel.
+    (0, 48, 48, 12),  # Downscale by an integer.
+    (4, 41, 48, 13),  # Downscale a crop by another factor.
     (0, 300, 300, 32),
-    (2, 20, 32, 19),  # By a factor near 1.
+    (2, 20, 32, 19),  # Factor near 1.
   ],
 )
-def test_resize_matrix_is_pillows_bilinear_resize(start, length, old, new):
+def test_resize_matrix_equals_pillows_bilinear_resize(start, length, old, new):
   axis = np.random.default_rng(0).uniform(0, 255, old).astype(np.float32)
   crop = Image.fromarray(axis[None, start : start + length])
   want = np.asarray(crop.resize((new, 1), BILINEAR))[0]
@@ -85,7 +85,7 @@ def test_rows_of_resize_matrix_sum_to_one_within_the_crop(length, new):
 @pytest.mark.parametrize(
   "height, width, size", [(32, 32, 48), (32, 32, 20), (24, 40, 32)]
 )
-def test_prepare_is_pillows_resize(height, width, size):
+def test_prepare_equals_pillows_resize(height, width, size):
   images = noise(2, height, width)
   got = preprocess.prepare(images, size)
   assert (got.shape, got.dtype) == ((2, size, size, 3), jnp.float32)
@@ -94,7 +94,7 @@ def test_prepare_is_pillows_resize(height, width, size):
     np.testing.assert_allclose(ours, want, atol=2e-5)
 
 
-def test_prepare_at_the_same_size_only_scales():
+def test_prepare_at_the_same_size_only_scales_values():
   images = noise(2, 16, 16)
   want = images.astype(np.float32) / np.float32(127.5) - 1
   np.testing.assert_allclose(preprocess.prepare(images, 16), want, atol=1e-7)
@@ -138,7 +138,7 @@ def center_box(height, width, min_aspect):
 
 
 def plain_boxes(number, height, width, min_area, min_aspect, seed=0):
-  """Draw boxes by the rule in plain Python."""
+  """Draw boxes with a plain Python implementation."""
   rng = np.random.default_rng(seed)
   boxes = []
   for _ in range(number):
@@ -161,12 +161,12 @@ SETTINGS = [
   (32, 32, 0.05, 3 / 4),
   (24, 40, 0.05, 3 / 4),
   (40, 24, 0.2, 1 / 2),
-  (32, 96, 0.22, 3 / 4),  # About one in six takes the centre.
+  (32, 96, 0.22, 3 / 4),  # About one in six falls back to the centre.
 ]
 
 
 @pytest.mark.parametrize("height, width, min_area, min_aspect", SETTINGS)
-def test_random_box_has_the_distribution_of_the_plain_rule(
+def test_random_box_has_the_distribution_of_plain_boxes(
   height, width, min_area, min_aspect
 ):
   setting = height, width, min_area, min_aspect
@@ -225,13 +225,13 @@ def test_random_box_lies_inside_with_allowed_area_and_aspect(
   assert (w >= 1).all()
   assert (top + h <= height).all()
   assert (left + w <= width).all()
-  # Edges are rounded to pixels, by at most one half.
+  # Rounding moves edges by at most half a pixel.
   drawn = ~(boxes == center_box(height, width, min_aspect)).all(1)
   assert drawn.mean() > 0.5
   assert (((h + 0.5) * (w + 0.5))[drawn] >= min_area * height * width).all()
   assert (((w + 0.5) / (h - 0.5))[drawn] >= min_aspect).all()
   assert (((w - 0.5) / (h + 0.5))[drawn] <= 1 / min_aspect).all()
-  # Both ranges are used completely.
+  # Draws cover both ranges.
   assert (h * w)[drawn].min() < 1.3 * min_area * height * width
   assert top.min() == left.min() == 0
   assert (top + h).max() == height
@@ -242,7 +242,7 @@ def test_random_box_lies_inside_with_allowed_area_and_aspect(
   "height, width, expected",
   [(4, 400, (0, 197, 4, 5)), (400, 4, (197, 0, 5, 4))],
 )
-def test_box_is_the_centre_where_no_draw_fits(height, width, expected):
+def test_box_is_the_centre_if_no_draw_fits(height, width, expected):
   boxes = boxes_of(20, height, width, 0.9, 3 / 4)
   assert (boxes == expected).all()
 
@@ -277,7 +277,7 @@ def box_seen_in(pixels):
 
 
 @pytest.mark.parametrize("height, width", [(32, 32), (24, 60), (60, 24)])
-def test_random_crop_is_pillows_resize_of_a_box(height, width):
+def test_random_crop_equals_pillows_resize_of_a_box(height, width):
   image = ramp(height, width)
   image[:, :, 2] = noise(1, height, width)[0, :, :, 2]
   images = np.stack([image] * 24)
@@ -294,9 +294,9 @@ def test_random_crop_is_pillows_resize_of_a_box(height, width):
   assert len(boxes) > 16
 
 
-def test_crops_settings_are_used():
+def test_crop_settings_limit_area_and_aspect():
   images = np.stack([ramp(40, 40)] * 200)
-  # Within 2 % of a square area, which allows for rounding.
+  # Aspect within 2 % of square; the tolerances allow for rounding.
   settings = preprocess.Augment(min_area=0.7, min_aspect=0.98)
   got = prepare_random(keys_of(200), images, 48, settings)
   boxes = np.array([box_seen_in(x) for x in got])
@@ -350,7 +350,7 @@ def test_flip_mirrors_half_of_the_images_left_to_right(crop):
   assert 70 < mirrored.sum() < 130
 
 
-def test_without_crop_and_flip_training_images_are_evaluation_images():
+def test_without_crop_and_flip_training_images_equal_evaluation_images():
   images = noise(3, 12, 20)
   settings = preprocess.Augment(crop=False)
   got = prepare_random(keys_of(3), images, 16, settings)
@@ -381,7 +381,7 @@ def test_pad_crop_shifts_images_with_black_padding():
   assert len(set(seen)) == 25
 
 
-def test_pad_crop_at_the_same_size_only_moves_pixels():
+def test_pad_crop_at_the_same_size_only_shifts_pixels():
   images = noise(16, 8, 8)
   settings = preprocess.Augment(crop=False, pad_crop=1)
   got = prepare_random(keys_of(16), images, 8, settings)
@@ -431,7 +431,7 @@ def test_erased_boxes_have_the_papers_sizes():
   assert 0.65 < hit.mean() < 0.75
   rows, columns = erased.any(2), erased.any(1)
   assert (erased == rows[:, :, None] & columns[:, None]).all()
-  for axis in (rows, columns):  # In one piece.
+  for axis in (rows, columns):  # The box is contiguous.
     assert (np.diff(axis, axis=1).sum(1) <= 2).all()
   h, w = rows.sum(1)[hit], columns.sum(1)[hit]
   areas = h * w / 1600

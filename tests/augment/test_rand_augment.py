@@ -1,4 +1,4 @@
-"""RandAugment against timm's, color jitter against torchvision's."""
+"""RandAugment against timm and color jitter against torchvision."""
 
 import functools
 import itertools
@@ -45,14 +45,14 @@ def operate(image, operation, level, sign):
   return rand_augment.operate(image, operation, level, sign)
 
 
-def test_the_operations_are_timms():
+def test_operations_have_timms_order():
   timms = auto_augment._RAND_INCREASING_TRANSFORMS
   assert [TIMM[name] for name in OPERATIONS] == timms
 
 
 @pytest.mark.parametrize("magnitude", [0.0, 3.3, 9.0, 10.0])
 @pytest.mark.parametrize("name", OPERATIONS)
-def test_operation_is_timms(name, magnitude, monkeypatch):
+def test_operation_equals_timms(name, magnitude, monkeypatch):
   image = photos.photo(32, 40)
   for sign in (-1.0, 1.0):
     coin = types.SimpleNamespace(random=lambda sign=sign: sign < 0)
@@ -66,7 +66,7 @@ def test_operation_is_timms(name, magnitude, monkeypatch):
         "interpolation": Image.Resampling.BILINEAR,
       },
     )
-    if (name, magnitude) == ("posterize", 10.0):  # An error of timm's.
+    if (name, magnitude) == ("posterize", 10.0):  # timm has a bug here.
       want = ImageOps.posterize(Image.fromarray(image), 1)
     else:
       want = timms(Image.fromarray(image))
@@ -74,7 +74,7 @@ def test_operation_is_timms(name, magnitude, monkeypatch):
     got = operate(image, OPERATIONS.index(name), magnitude / 10, sign)
     difference = np.abs(np.asarray(got) - want).max()
     exact = ("equalize", "invert", "posterize", "solarize", "solarize_add")
-    # Pillow truncates, the image that it blends with, too.
+    # Pillow truncates twice: the result and the image that it blends.
     assert difference <= (0 if name in exact else 1.5)
     assert magnitude == 0 or name == "autocontrast" or (want != image).any()
 
@@ -96,7 +96,7 @@ def test_two_operations_in_a_row_with_probability_one_half():
   assert 0.7 < changed.mean() < 0.8  # 1 - 1 / 4.
 
 
-def test_the_magnitude_is_normal_and_limited(monkeypatch):
+def test_magnitude_is_normal_and_clipped(monkeypatch):
   def show(x, operation, level, sign):
     return jnp.full_like(x, 1000 * level)
 
@@ -118,7 +118,7 @@ def jittered():
   return image, keys, np.asarray(jitter(keys, image, 0.4))
 
 
-def test_jitter_is_torchvisions_for_its_factors_and_some_order():
+def test_jitter_equals_torchvisions_in_some_order():
   image, keys, got = jittered()
   adjust = (
     functional.adjust_brightness,

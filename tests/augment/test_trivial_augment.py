@@ -1,4 +1,4 @@
-"""TrivialAugment's operations against Pillow's."""
+"""TrivialAugment's operations against Pillow."""
 
 import functools
 import math
@@ -62,7 +62,7 @@ def pillow(name, image, strength, sign):
 @pytest.mark.parametrize("sign", [-1.0, 1.0])
 @pytest.mark.parametrize("strength", [0.0, 7 / 30, 0.8, 1.0])
 @pytest.mark.parametrize("name", OPERATIONS)
-def test_operation_is_pillows(name, strength, sign):
+def test_operation_equals_pillows(name, strength, sign):
   image = photos.photo(32, 40)
   want = pillow(name, image, strength, sign)
   got = operate(image, OPERATIONS.index(name), strength, sign)
@@ -70,14 +70,14 @@ def test_operation_is_pillows(name, strength, sign):
   difference = np.abs(got - want)
   if name in ("identity", "posterize", "solarize", "equalize"):
     assert (difference == 0).all()
-  else:  # Pillow rounds, the poorer image of an enhancement, too.
-    # The position of the image's edge depends on rounding.
+  else:  # Pillow rounds twice: the result and the degenerate image.
+    # The edge of the image depends on rounding.
     assert np.mean(difference > 2.5) < 0.005, difference.max()
   if name != "identity" and strength > 0:
     assert np.abs(got - image).mean() > 0.4
 
 
-def test_enhanced_and_stretched_channels_match_the_image():
+def test_constant_channels_do_not_change():
   flat = np.full((8, 8, 3), 77, np.uint8)
   flat[..., 1] = 50
   for name in ("autocontrast", "equalize"):

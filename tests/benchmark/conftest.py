@@ -1,4 +1,4 @@
-"""Programs compiled for absent GPUs, once for all tests."""
+"""Fixture that compiles programs for absent GPUs once for all tests."""
 
 import fcntl
 import json
@@ -13,8 +13,8 @@ from rescalevit_jax.benchmark import hlo
 def compile_tiny(shared_dir):
   """Return a function from (program, GPU, devices, keys) to an `hlo.Program`.
 
-  It has more attributes: `text`, `launches` and `needed`, the memory in bytes.
-  The workers of a test session share compiled programs.
+  The program also has `text`, `launches` and `needed`, the memory in bytes. All
+  workers share compiled programs.
   """
   if not tiny_gpu.CAN_COMPILE:
     pytest.skip(tiny_gpu.REASON)

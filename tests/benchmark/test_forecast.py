@@ -122,7 +122,7 @@ def affine(a, b):
 def test_largest_batch(a, b, batch, divisor, limit, expected):
   needed, asked = affine(a, b)
   assert forecast.largest_batch(needed, batch, divisor, limit) == expected
-  assert expected is None or expected in asked  # It was compiled.
+  assert expected is None or expected in asked  # The result was compiled.
   assert len(asked) <= 3 and max(asked, default=0) < batch
 
 

@@ -17,16 +17,16 @@ from rescalevit_jax.training import experiment
 
 ATTEND = "__cudnn$fmhaSoftmax"
 ATTEND_BACK = "__cudnn$fmhaSoftmaxBackward"
-# The resize of the images, and the head.
+# Image resizing and the head.
 FLOAT32_PRODUCTS = re.compile(r"bsh,bhwc->bswc|btw,bswc->bstc|/head/")
 
-# Others differ little from these, and a compilation takes long.
+# Other norms compile to similar programs.
 EVERY_NORM = norm_sets.most_slow("LN", "BN", "GN", "Rescale", "Cal")
 HALF_DTYPES = [x for x in ("bfloat16", "float16") if x in vit_config.DTYPES]
 
 
 def assert_lean(program):
-  """Assert that nothing waits for the host and most products use 16 bits."""
+  """Assert that there are no host transfers and most products are 16-bit."""
   assert not program.conditionals and not program.host_transfers
   single = [k.op_name for k in program.kernels if k.dtype == "f32"]
   assert single
@@ -35,11 +35,11 @@ def assert_lean(program):
 
 
 @pytest.mark.parametrize("norm", EVERY_NORM)
-def test_every_norm_trains(compile_tiny, norm):
+def test_every_norm_compiles_for_training(compile_tiny, norm):
   program = compile_tiny("train", **{"model.norm": norm})
   assert_lean(program)
   kinds = hlo.count_kinds(program.kernels)
-  # The last block may need the class token only, for which cuDNN is too much.
+  # For the class token alone, the last block does not use cuDNN.
   assert kinds[ATTEND] == kinds[ATTEND_BACK] in (1, 2)
   assert not program.collectives
   assert program.launches == 1  # A CUDA graph.
@@ -48,13 +48,13 @@ def test_every_norm_trains(compile_tiny, norm):
 @pytest.mark.parametrize(
   "norm", [pytest.param("LN", marks=pytest.mark.slow), "BN"]
 )
-def test_the_batch_is_not_the_minor_axis_of_activations(compile_tiny, norm):
+def test_batch_is_not_the_minor_axis_of_activations(compile_tiny, norm):
   # [tokens, channels, images]: XLA would transpose them around each product.
   keys = {"batch": 64, "model.hidden_size": 128, "model.norm": norm}
   assert "65,128,64]" not in compile_tiny("train", **keys).text
 
 
-def test_launches_are_graphs_and_kernels_outside_of_them():
+def test_launches_count_graphs_and_other_kernels():
   thunks = """
 000: kCommandBuffer [source]
     001: kCopy
@@ -73,7 +73,7 @@ condition:
 
 
 @pytest.mark.parametrize("norm", EVERY_NORM)
-def test_every_norm_evaluates(compile_tiny, norm):
+def test_every_norm_compiles_for_evaluation(compile_tiny, norm):
   program = compile_tiny("eval", **{"model.norm": norm})
   assert_lean(program)
   kinds = hlo.count_kinds(program.kernels)
@@ -89,7 +89,7 @@ def test_first_step_of_rescale_calibrates(compile_tiny):
 
 @pytest.mark.parametrize("dtype", HALF_DTYPES)
 @pytest.mark.parametrize("attention", ["cudnn", "xla"])
-def test_attention_is_the_requested_one(compile_tiny, dtype, attention):
+def test_requested_attention_is_compiled(compile_tiny, dtype, attention):
   keys = {"dtype": dtype, "model.attention": attention}
   program = compile_tiny("eval", **keys)
   assert_lean(program)
@@ -103,7 +103,7 @@ def test_attention_is_the_requested_one(compile_tiny, dtype, attention):
 @pytest.mark.parametrize(
   "dtype", ["float16", pytest.param("float32", marks=pytest.mark.slow)]
 )
-def test_other_types_train(compile_tiny, dtype):
+def test_other_dtypes_compile_for_training(compile_tiny, dtype):
   program = compile_tiny("train", dtype=dtype)
   kinds = hlo.count_kinds(program.kernels)
   if dtype == "float32":
@@ -116,14 +116,14 @@ def test_other_types_train(compile_tiny, dtype):
 
 
 @pytest.mark.parametrize("gpu, fused", [("a100-40", 1), ("t4", 0)])
-def test_other_gpus(compile_tiny, gpu, fused):
+def test_evaluation_on_other_gpus(compile_tiny, gpu, fused):
   kinds = hlo.count_kinds(compile_tiny("eval", gpu).kernels)
   assert kinds[ATTEND] == fused
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("gpu", ["a100-40", "v100", "b200"])
-def test_other_gpus_train(compile_tiny, gpu):
+def test_training_on_other_gpus(compile_tiny, gpu):
   kinds = hlo.count_kinds(compile_tiny("train", gpu).kernels)
   assert kinds[ATTEND_BACK] == (gpu != "v100")
 
@@ -160,7 +160,7 @@ def test_eight_gpus_exchange_gradients_once(compile_tiny, norm):
 def test_eight_gpus_evaluate(compile_tiny):
   program = compile_tiny("eval", devices=8)
   assert {c.kind for c in program.collectives} == {"all-reduce"}
-  # The two sums.
+  # Sums of loss and of correct predictions.
   shapes = [s for c in program.collectives for s in c.shapes]
   assert [shape.size for shape in shapes] == [1, 1]
 
@@ -169,7 +169,7 @@ def test_eight_gpus_evaluate(compile_tiny):
 def test_accumulation_repeats_the_forward_pass(compile_tiny):
   single = compile_tiny("train", dtype="float32")
   double = compile_tiny("train", dtype="float32", accum_steps=2, batch=32)
-  # The optimizer alone runs once.
+  # Only the optimizer runs once.
   assert double.flops == pytest.approx(2 * single.flops, rel=1e-3)
   # Graphs before, in and after the loop, and its condition.
   assert double.launches == 4
@@ -188,15 +188,15 @@ def test_flops_equal_the_model_flops(compile_tiny):
   program = compile_tiny("eval", **{"model.attention": "cudnn"})
   width, mlp, tokens, images = 64, 128, 65, 16
   block = tokens * (8 * width**2 + 4 * width * mlp) + 4 * tokens**2 * width
-  # Keys and values of all tokens, the rest of the class token, whose attention
-  # XLA does not compute as matrix products.
+  # Keys and values of all tokens, but other products of the class token only.
+  # XLA does not compute its attention as matrix products.
   last = 4 * tokens * width**2 + 4 * width**2 + 4 * width * mlp
   resize = 2 * 3 * (32 * 24 * 24 + 32 * 32 * 24)
   expected = block + last + 2 * 64 * 48 * width + 2 * width * 10 + resize
   assert program.flops == images * expected
 
 
-def test_flax_peer(compile_tiny):
+def test_flax_peer_compiles(compile_tiny):
   program = compile_tiny("flax")
   kinds = hlo.count_kinds(program.kernels)
   assert kinds["__cudnn$convBackwardFilter"] == 1 and kinds[ATTEND] == 0
@@ -206,13 +206,13 @@ def test_flax_peer(compile_tiny):
 
 
 @pytest.mark.parametrize("name", gpus.NAMES)
-def test_gpus(name):
+def test_gpu_data_is_plausible(name):
   gpu = gpus.get(name)
   assert 7 <= gpu.capability[0] <= 10
   assert 15e9 < gpu.memory_bytes < 200e9 and 3e11 <= gpu.bandwidth < 8e12
   half, single = gpu.flops_per_second("f16"), gpu.flops_per_second("f32")
   assert half >= 1.9 * single >= 1.9 * gpu.flops_per_second("f32", exact=True)
-  assert gpu.description.startswith("# ")  # Where the figures are from.
+  assert gpu.description.startswith("# ")  # Source of the values.
 
 
 def test_an_unknown_gpu_suggests_the_nearest():

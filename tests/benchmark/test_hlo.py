@@ -107,7 +107,7 @@ def test_slices_count_their_size_and_all_results_count():
   assert kernel.written == BYTES / 4 + BYTES / 2
 
 
-def test_updates_in_place_write_the_update():
+def test_in_place_updates_write_only_the_update():
   kernel = only(
     "%i = s32[] constant(3)",
     "%u = f32[2,16]{1,0} bitcast(%v)",
@@ -118,7 +118,7 @@ def test_updates_in_place_write_the_update():
   assert kernel.written == BYTES / 4
 
 
-def test_library_product_without_its_workspace():
+def test_bytes_of_a_cublas_product_exclude_its_workspace():
   kernel = only(
     "%a = bf16[4,8]{1,0} bitcast(%x)",
     "%b = bf16[8,2]{1,0} bitcast(%x)",
@@ -133,7 +133,7 @@ def test_library_product_without_its_workspace():
   assert (kernel.dtype, kernel.exact, kernel.is_gemm) == ("bf16", False, True)
 
 
-def test_product_in_a_fusion():
+def test_product_in_a_fusion_is_counted():
   kernel = only(
     "%a = bf16[4,8]{1,0} bitcast(%x)",
     "%b = bf16[8,2]{1,0} bitcast(%x)",
@@ -142,16 +142,16 @@ def test_product_in_a_fusion():
   assert kernel.flops == 2 * 4 * 8 * 2 and kernel.dtype == "bf16"
 
 
-def test_exact_products():
+def test_highest_precision_products_are_exact():
   kernel = only(
     "ROOT %d = f32[8,8]{1,0} dot(%x, %x), lhs_contracting_dims={1},"
     " rhs_contracting_dims={1}, operand_precision={highest,highest}"
   )
   assert kernel.flops == 2 * 8 * 8 * 16 and kernel.exact
-  assert kernel.read == BYTES  # An operand that is given twice is one array.
+  assert kernel.read == BYTES  # A repeated operand is read once.
 
 
-def test_loops_count_their_trips():
+def test_loops_are_multiplied_by_their_trip_count():
   program = read(
     "%zero = s32[] constant(0)",
     "%s = (s32[], f32[8,16]{1,0}) tuple(%zero, %x)",
@@ -164,7 +164,7 @@ def test_loops_count_their_trips():
   assert not program.conditionals
 
 
-def test_conditionals_count_their_cheapest_branch():
+def test_conditionals_count_the_cheapest_branch():
   program = read(
     "%p = pred[] constant(true)",
     "ROOT %c = f32[8,16]{1,0} conditional(%p, %x, %x), true_computation=%dear,"
@@ -179,7 +179,7 @@ def test_conditionals_count_their_cheapest_branch():
   assert program.conditionals == ["c"] and program.bytes == 2 * BYTES
 
 
-def test_collectives():
+def test_collectives_are_counted():
   program = read(
     "%s = f32[8,16]{1,0} all-reduce-start(%x), channel_id=1,"
     ' to_apply=%fused_add, metadata={op_name="sum"}',
@@ -203,12 +203,12 @@ def test_collectives():
     "%h = (f32[16]{0}, u32[], token[]) send(%v, %v), channel_id=1",
   ],
 )
-def test_host_transfers(line):
+def test_host_transfers_are_counted(line):
   program = read(line, "ROOT %r = f32[8,16]{1,0} copy(%x)")
   assert program.host_transfers == ([] if "after-all" in line else ["h"])
 
 
-def test_attention_and_convolution():
+def test_flops_of_attention_and_convolution():
   attention = only(
     "%q = bf16[2,5,4,8]{3,2,1,0} bitcast(%x)",
     "ROOT %a = (bf16[2,4,5,8]{3,1,2,0}, u8[0]{0}) custom-call(%q, %q, %q),"

@@ -1,4 +1,4 @@
-"""A rehearsal of the GPU measurements, killed, stopped and resumed."""
+"""The GPU measurements, rehearsed on a CPU."""
 
 import json
 import os
@@ -26,7 +26,7 @@ from rescalevit_jax.sweep import outcome as outcome_lib
 from rescalevit_jax.sweep import schedule
 
 SCRIPT = paths.ROOT / "scripts" / "measure_gpu.sh"
-# Hides these packages and the network from every Python process.
+# Hides optional packages and the network from Python processes.
 BLOCK = """
 import importlib.machinery, socket, sys
 finder = importlib.machinery.PathFinder
@@ -88,7 +88,7 @@ def rehearsal(tmp_path_factory, digits_dir, shared_dir):
     BLOCK.format(log=str(folder / "network.txt"))
   )
   output = folder / "output"
-  data = folder / "data"  # A path in the arguments of all processes.
+  data = folder / "data"  # All processes have this path in their arguments.
   data.symlink_to(digits_dir)
   bound = {
     "gpu_title": "cpu of this machine",
@@ -113,7 +113,7 @@ def rehearsal(tmp_path_factory, digits_dir, shared_dir):
     "PYTHON": sys.executable,
     "PYTHONPATH": str(hidden),
   }
-  # The first run is in progress at the SIGTERM.
+  # SIGTERM arrives during the first run.
   workdir = output / "runs" / "digits-ViT-XS_4-Rescale-scratch-seed0"
   stderr, snapshots = [], []
   for number, condition in (
@@ -125,7 +125,7 @@ def rehearsal(tmp_path_factory, digits_dir, shared_dir):
     process.send_signal(number)
     stderr.append(process.communicate(timeout=300)[1])
     assert process.returncode == (-number if number == signal.SIGKILL else 0)
-    # The processes of a killed parent die.
+    # Children of a killed parent die.
     deadline = time.monotonic() + 60
     while tiny_sweep.processes_of(folder):
       assert time.monotonic() < deadline
@@ -145,7 +145,7 @@ def rehearsal(tmp_path_factory, digits_dir, shared_dir):
   )
 
 
-def test_nothing_is_lost_or_repeated(rehearsal):
+def test_resumed_rehearsal_keeps_finished_measurements(rehearsal):
   plan = measure_plan.rehearsal(rehearsal.output, rehearsal.output, "data")
   names = (plan.norms, plan.speed, plan.training)
   for stage, expected in zip(measure_results.STAGES, names, strict=True):
@@ -167,14 +167,14 @@ def test_nothing_is_lost_or_repeated(rehearsal):
   assert len(done(rehearsal.snapshots[1])["training"]) <= 1
 
 
-def test_runs_without_network_and_optional_packages(rehearsal):
+def test_rehearsal_needs_no_network_or_optional_packages(rehearsal):
   assert not (rehearsal.folder / "network.txt").exists()
   speed = rehearsal.results["speed"]
   left_out = {x["left_out"] for x in speed.values() if "left_out" in x}
   assert left_out == {"timm is not installed"}
 
 
-def test_summary(rehearsal):
+def test_summary_of_a_rehearsal(rehearsal):
   text = (rehearsal.output / "summary.md").read_text()
   norms, speed = rehearsal.results["norms"], rehearsal.results["speed"]
   check = norms["check LN bfloat16 auto"]
@@ -232,7 +232,7 @@ def session(tmp_path, monkeypatch):
   (tmp_path / "reference.json").write_text(json.dumps(reference))
   (tmp_path / "machine.json").write_text(json.dumps(machine))
   monkeypatch.setattr(measure_session.machine_lib, "describe", lambda: machine)
-  # A step takes a second, a run 40 s plus its start.
+  # A step takes 1 s, a run 40 s plus startup.
   speed = {
     "step_seconds": 1.0,
     "eval_images_per_second": 1e9,
@@ -267,19 +267,19 @@ def start_runs(session, seconds, monkeypatch):
   return started
 
 
-def test_runs_that_end_in_time_come_first(session, tmp_path, monkeypatch):
+def test_runs_that_finish_in_time_come_first(session, tmp_path, monkeypatch):
   rescale, ln, cal = (
     f"digits-ViT-XS_4-{norm}-scratch-seed0" for norm in ("Rescale", "LN", "Cal")
   )
   assert start_runs(session, 1000, monkeypatch) == [rescale, ln, cal]
-  # 40 steps of a second do not fit; the speed of the last run is unknown.
+  # 40 steps of 1 s do not fit; the speed of the last run is unknown.
   assert start_runs(session, 90, monkeypatch) == [rescale, ln, cal]
   assert start_runs(session, 50, monkeypatch) == []
   (tmp_path / "runs" / ln / "checkpoints" / "last" / "39").mkdir(parents=True)
   assert start_runs(session, 90, monkeypatch) == [ln, rescale, cal]
 
 
-def test_stages_share_the_time(session, monkeypatch):
+def test_stages_divide_the_time_limit(session, monkeypatch):
   limits = {}
 
   def record(config, items, seconds, most_seconds, record):
@@ -300,7 +300,7 @@ def test_stages_share_the_time(session, monkeypatch):
   assert limits["_train"] == pytest.approx(1000, 0.1)
 
 
-def test_failed_items_come_last(session, tmp_path, monkeypatch):
+def test_failed_items_are_retried_last(session, tmp_path, monkeypatch):
   plan = measure_plan.rehearsal(tmp_path, tmp_path, None)
   first, second, *_ = plan.norms
   failed = {first: {"error": "it broke"}, second: {"loss": 1.0}}
@@ -316,7 +316,7 @@ def test_failed_items_come_last(session, tmp_path, monkeypatch):
   assert f"- {first}: it broke" in (tmp_path / "summary.md").read_text()
 
 
-def test_another_machine_does_not_continue(session, tmp_path):
+def test_continuing_on_another_machine_is_an_error(session, tmp_path):
   machine = json.loads((tmp_path / "machine.json").read_text())
   machine["devices"] = "1 x NVIDIA H100"
   (tmp_path / "machine.json").write_text(json.dumps(machine))
@@ -324,8 +324,8 @@ def test_another_machine_does_not_continue(session, tmp_path):
     session(1000).run([], needs_gpu=False)
 
 
-def test_the_item_that_ends_the_process_is_found(monkeypatch, tmp_path):
-  """Though others compile at the same time."""
+def test_the_item_that_crashes_the_process_is_identified(monkeypatch, tmp_path):
+  """Other items compile at the same time."""
   (tmp_path / "child.py").write_text(
     "import json, os, sys\n"
     "items, threads = json.loads(sys.argv[2]), int(sys.argv[4])\n"
@@ -347,7 +347,7 @@ def test_the_item_that_ends_the_process_is_found(monkeypatch, tmp_path):
   assert found.keys() == items.keys()
 
 
-def test_bounds_are_of_one_gpu(tmp_path):
+def test_bounds_for_several_gpus_are_refused(tmp_path):
   path = tmp_path / "compiled.json"
   path.write_text(json.dumps({"devices": 8, "rows": []}))
   with pytest.raises(errors.UserError, match="is of 8 GPUs"):
@@ -405,7 +405,7 @@ def test_losses_are_compared_with_the_reference():
     assert result["within"] is within, (key, factor)
 
 
-def test_a_run_without_a_published_last_accuracy_has_a_row(tmp_path):
+def test_a_run_without_published_last_accuracy_has_a_row(tmp_path):
   plan = measure_plan.real(tmp_path, tmp_path, None)
   (name,) = [x for x in plan.training if x.startswith("cifar10-ViT-B_16-LN")]
   found = {"step": 100, "finished": False}
@@ -414,7 +414,7 @@ def test_a_run_without_a_published_last_accuracy_has_a_row(tmp_path):
   assert f"| {name} | 100 of 20000 | 25.00 | 25.00 |  |" in text
 
 
-def test_the_reference_is_of_the_model_that_is_measured(tmp_path):
+def test_reference_losses_match_the_measured_config(tmp_path):
   plan = measure_plan.real(tmp_path, tmp_path, None)
   reference = json.loads(plan.reference.read_text())
   assert reference["model_name"] == plan.config.model_name == "ViT-B_16"
@@ -425,7 +425,7 @@ def test_the_reference_is_of_the_model_that_is_measured(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_reference_is_what_the_model_computes(tmp_path):
+def test_reference_losses_equal_the_models(tmp_path):
   plan = measure_plan.real(tmp_path, tmp_path, None)
   reference = json.loads(plan.reference.read_text())["norms"]["LN"]
   item = {**plan.norms["check LN float32 auto"]}
@@ -477,7 +477,7 @@ assert subprocess_run.saved_step(run.workdir) > 20
   ],
 )
 def test_errors_are_one_line(flags, words, session, tmp_path, capsys):
-  del session  # Writes a reference and a machine; the last case has no machine.
+  del session  # It has written a reference and machine.json.
   if not flags:
     (tmp_path / "machine.json").unlink()
   (tmp_path / "bounds.json").write_text("[]")
@@ -491,7 +491,7 @@ def test_errors_are_one_line(flags, words, session, tmp_path, capsys):
   assert line.startswith("error: ") and words in line
 
 
-def test_script_helps_and_installs_wheels(tmp_path):
+def test_script_prints_help_and_installs_wheels(tmp_path):
   wheels = tmp_path / "wheels"
   wheels.mkdir()
   with zipfile.ZipFile(wheels / "tiny-1.0-py3-none-any.whl", "w") as wheel:

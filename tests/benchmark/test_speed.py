@@ -28,7 +28,7 @@ def run(*args, env=None):
   "full", [False, pytest.param(True, marks=pytest.mark.slow)]
 )
 def test_all_programs_are_measured(digits_dir, shared_dir, tmp_path, full):
-  """Diagnostics, starts and the compilation of timm's model take longest."""
+  """Most time goes to diagnostics, startup and compiling timm's model."""
   done = run(
     "--config=configs/quickstart.py",
     "--grid=model.norm=LN,Rescale",
@@ -91,7 +91,7 @@ def test_all_programs_are_measured(digits_dir, shared_dir, tmp_path, full):
 @pytest.mark.parametrize(
   "key, value", [("optimizer", "muon"), ("accum_steps", 2), ("sam_rho", 0.1)]
 )
-def test_peers_of_another_recipe_are_refused(key, value):
+def test_recipes_that_peers_lack_are_refused(key, value):
   config = config_lib.default()
   peers.check_recipe(config)
   config[key] = value
@@ -100,7 +100,7 @@ def test_peers_of_another_recipe_are_refused(key, value):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-def test_timm_computes_in_our_dtype(dtype, tiny_config):
+def test_timm_uses_our_dtype(dtype, tiny_config):
   torch = pytest.importorskip("torch")
   pytest.importorskip("timm")
   tiny_config.dtype = dtype
@@ -110,8 +110,8 @@ def test_timm_computes_in_our_dtype(dtype, tiny_config):
   assert product.dtype == getattr(torch, dtype)
 
 
-def test_the_resident_step_is_the_steady_one(tiny_config, monkeypatch):
-  """Without Rescale's first batches, as with real data."""
+def test_resident_step_is_the_calibrated_step(tiny_config, monkeypatch):
+  """The benchmark uses the step after Rescale's first batches."""
   settled = []
   loss_fn = train_step.loss_fn
 

@@ -8,7 +8,7 @@ from rescalevit_jax import errors
 from rescalevit_jax.config import __main__ as page_lib
 
 
-def test_default_is_valid_and_rescalevits_recipe():
+def test_default_is_valid_and_equals_rescalevits_recipe():
   config = config_lib.default()
   config_lib.validate(config)
   assert (config.base_lr, config.warmup_steps) == (0.05, 500)
@@ -97,7 +97,7 @@ def test_default_is_valid_and_rescalevits_recipe():
     ("warmup_steps", 30_000, "total_steps"),
   ],
 )
-def test_bad_values_name_the_key_and_what_is_valid(key, value, words):
+def test_invalid_values_name_the_key_and_valid_values(key, value, words):
   config = config_lib.default()
   config.update_from_flattened_dict({key: value})
   with pytest.raises(errors.UserError) as e:
@@ -106,7 +106,7 @@ def test_bad_values_name_the_key_and_what_is_valid(key, value, words):
   assert "\n" not in str(e.value)
 
 
-def test_sigma_reparam_would_undo_a_spectral_cap():
+def test_sigma_reparam_with_spectral_cap_is_an_error():
   config = config_lib.default()
   config.spectral_cap, config.model.sigma_reparam = 1.0, True
   with pytest.raises(errors.UserError, match="spectral_cap .1.0. has no eff"):
@@ -114,7 +114,7 @@ def test_sigma_reparam_would_undo_a_spectral_cap():
 
 
 @pytest.mark.parametrize("key", ["mixup", "cutmix"])
-def test_one_image_cannot_be_mixed(key):
+def test_mixing_requires_two_images(key):
   config = config_lib.default()
   config.update({key: 0.5, "batch": 8, "accum_steps": 4})
   config_lib.validate(config)
@@ -148,7 +148,7 @@ def test_json_keeps_every_key():
   config_lib.validate(again)
 
 
-def test_only_keys_that_change_the_numbers_differ():
+def test_differences_exclude_keys_without_effect_on_results():
   a, b = config_lib.default(), config_lib.default()
   b.keep_checkpoints = 7
   b.tfds_data_dir = "elsewhere"
@@ -161,7 +161,7 @@ def test_only_keys_that_change_the_numbers_differ():
   ]
 
 
-def test_page_of_keys_is_current():
+def test_documented_keys_are_current():
   page = paths.ROOT / "docs" / "configuration.md"
   text = page.read_text(encoding="utf-8")
   assert page_lib.fill(text) == text, (
@@ -172,7 +172,7 @@ def test_page_of_keys_is_current():
 @pytest.mark.parametrize(
   "patterns, count", [("data* [!d]*", 0), ("* seed", 2)], ids=["none", "twice"]
 )
-def test_page_of_keys_shows_each_once(patterns, count):
+def test_documented_keys_appear_once(patterns, count):
   tables = [f"<!-- keys: {x} -->\n<!-- end -->" for x in patterns.split()]
   with pytest.raises(errors.UserError, match=f"is in {count} tables"):
     page_lib.fill("\n".join(tables))

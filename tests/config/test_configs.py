@@ -24,7 +24,7 @@ def load(name):
 @pytest.mark.parametrize(
   "name", sorted(path.stem for path in FOLDER.glob("*.py"))
 )
-def test_is_valid(name):
+def test_config_file_is_valid(name):
   config = load(name).get_config()
   config_lib.validate(config)
   experiment.create_model(config, 10)
@@ -41,7 +41,7 @@ def test_methods_of_the_study_differ():
     module.get_config("Cal-rescal")
 
 
-def test_the_strong_recipe_has_no_norm_and_a_moderate_size():
+def test_strong_recipe_has_no_norm_and_moderate_size():
   config = load("cifar_strong").get_config()
   model = experiment.create_model(config, 10)
   images = jnp.zeros((1, config.image_size, config.image_size, 3))

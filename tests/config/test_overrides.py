@@ -1,4 +1,4 @@
-"""Command lines with config overrides, and config files."""
+"""Config files and config overrides on the command line."""
 
 import paths
 import pytest
@@ -40,7 +40,7 @@ def test_overrides_are_split_from_other_arguments(argv, rest, settings):
     (["--config.model", "3"], ["unknown key 'model'"]),
   ],
 )
-def test_mistakes_in_overrides_are_one_line(argv, words):
+def test_invalid_overrides_are_one_line_errors(argv, words):
   with pytest.raises(errors.UserError) as error:
     overrides.split_argv(argv)
   message = str(error.value)
@@ -49,7 +49,7 @@ def test_mistakes_in_overrides_are_one_line(argv, words):
     assert word in message
 
 
-def test_the_last_override_of_a_key_counts():
+def test_the_last_override_of_a_key_wins():
   settings = [
     overrides.Setting("seed", "3"),
     overrides.Setting("data.image_size", "None"),
@@ -63,6 +63,6 @@ def test_the_last_override_of_a_key_counts():
   assert config.pretrained_path is None
 
 
-def test_a_value_of_another_type_names_file_and_key():
+def test_a_type_error_names_file_and_key():
   with pytest.raises(errors.UserError, match=r"quickstart.py.*batch"):
     overrides.load_config(QUICKSTART, [overrides.Setting("batch", "many")])

@@ -1,4 +1,4 @@
-"""Old keys and values: config.json files load, command lines get an error."""
+"""Old keys and values load from config.json but are errors as overrides."""
 
 import json
 
@@ -75,7 +75,7 @@ def test_an_old_key_on_a_command_line_is_an_error_with_the_new_name(old):
 
 @pytest.mark.parametrize("old", ["scalar_lr", "scalar_lr_mult"])
 @pytest.mark.parametrize("factor, new", [(1.0, None), (0.02, "scalars:0.02")])
-def test_a_multiplier_of_scalars_becomes_a_table(old, factor, new):
+def test_scalar_lr_mult_becomes_an_lr_mult_table(old, factor, new):
   values = config_lib.default().to_dict()
   del values["lr_mult"]
   loaded = config_lib.from_json(json.dumps({**values, old: factor}))

@@ -20,7 +20,7 @@ def source(tmp_path):
   return path
 
 
-def test_loads_what_was_saved(tmp_path):
+def test_saved_arrays_are_loaded(tmp_path):
   path = tmp_path / "new" / "x.npz"
   array_cache.save(path, ARRAYS)
   loaded = array_cache.load(path)
@@ -31,11 +31,11 @@ def test_loads_what_was_saved(tmp_path):
   assert os.listdir(path.parent) == ["x.npz"]
 
 
-def test_a_missing_file_gives_none(tmp_path):
+def test_loading_a_missing_file_returns_none(tmp_path):
   assert array_cache.load(tmp_path / "x.npz") is None
 
 
-def test_damage_never_gives_other_arrays(tmp_path):
+def test_a_damaged_file_never_loads_wrong_arrays(tmp_path):
   path = tmp_path / "x.npz"
   array_cache.save(path, ARRAYS)
   good = path.read_bytes()
@@ -52,7 +52,7 @@ def test_damage_never_gives_other_arrays(tmp_path):
     found.add(loaded is None)
     for key, array in (loaded or {}).items():
       np.testing.assert_array_equal(array, ARRAYS[key])
-  assert found == {True, False}  # Some bytes, such as dates, do not matter.
+  assert found == {True, False}  # Some bytes, such as dates, have no effect.
 
 
 @pytest.mark.parametrize("content", ["npy", "pickle", "text", "empty"])
@@ -74,7 +74,7 @@ def test_an_unwritable_folder_is_not_an_error(tmp_path):
   assert array_cache.load(tmp_path / "file" / "x.npz") is None
 
 
-def test_a_full_disk_leaves_only_the_old_file(tmp_path, monkeypatch):
+def test_full_disk_keeps_the_old_file(tmp_path, monkeypatch):
   path = tmp_path / "x.npz"
   array_cache.save(path, ARRAYS)
   before = path.read_bytes()
@@ -90,7 +90,7 @@ def test_a_full_disk_leaves_only_the_old_file(tmp_path, monkeypatch):
   assert os.listdir(tmp_path) == ["x.npz"]
 
 
-def test_folder_is_in_the_users_cache(source, monkeypatch, tmp_path):
+def test_folder_is_in_the_user_cache(source, monkeypatch, tmp_path):
   monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
   folder = array_cache.folder("digits-1.0.0", source)
   assert folder.parent == tmp_path / "xdg" / "rescalevit_jax"

@@ -38,8 +38,8 @@ def test_records_are_read_in_any_order(paths):
     found[1206]
 
 
-def test_no_list_of_positions_is_read(paths, monkeypatch):
-  """The cost of a list would grow with the file."""
+def test_list_of_positions_is_not_read(paths, monkeypatch):
+  """Reading the list of positions would take time proportional to the file."""
   calls = []
 
   class Reader:
@@ -57,7 +57,7 @@ def test_no_list_of_positions_is_read(paths, monkeypatch):
   assert calls == [(3, 4)]
 
 
-def test_a_file_that_cannot_be_opened_says_why(paths, tmp_path):
+def test_an_unreadable_file_reports_the_reason(paths, tmp_path):
   missing = str(tmp_path / "missing")
   found = array_record_files.ArrayRecordFiles([paths[0], missing], [3, 1])
   assert found[2] == b"0 2"
@@ -66,7 +66,7 @@ def test_a_file_that_cannot_be_opened_says_why(paths, tmp_path):
       found[3]
 
 
-def test_more_files_than_may_be_open_at_first(tmp_path):
+def test_more_files_than_the_soft_limit_are_opened(tmp_path):
   used = len(os.listdir("/proc/self/fd"))
   limits = resource.getrlimit(resource.RLIMIT_NOFILE)
   paths = write(tmp_path, [1] * 50)

@@ -50,7 +50,7 @@ class TestIndices:
         stream(3, batch, 20, steps), whole[: steps * batch]
       )
 
-  def test_depends_on_its_arguments_only(self):
+  def test_indices_depend_only_on_arguments(self):
     steps = [9, 1, 40, 2, 9]
     first = [dataset_lib.batch_indices(5, s, 8, 21) for s in steps]
     dataset_lib.batch_indices(6, 3, 8, 21)
@@ -65,7 +65,7 @@ class TestIndices:
     assert len({tuple(order) for order in orders}) == 10
 
   @pytest.mark.parametrize("seed,step,batch,num_examples,expected", GOLDEN)
-  def test_orders_are_the_same_everywhere(
+  def test_orders_match_recorded_values(
     self, seed, step, batch, num_examples, expected
   ):
     found = dataset_lib.batch_indices(seed, step, batch, num_examples)
@@ -82,7 +82,7 @@ def cache(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="session")
 def prepared(tmp_path_factory):
-  """Return a data_dir of datasets that tests do not change."""
+  """Return a data_dir of prepared datasets; do not change it."""
   path = tmp_path_factory.mktemp("prepared")
   for name in (
     "fake",
@@ -99,7 +99,7 @@ def prepared(tmp_path_factory):
 
 @pytest.fixture
 def own(prepared, tmp_path):
-  """Return a copy of it for damage, and the folder of `fake` in it."""
+  """Return a copy of `prepared` to damage, and its folder of `fake`."""
   shutil.copytree(prepared, tmp_path / "own")
   return str(tmp_path / "own"), tmp_path / "own" / "fake" / "1.2.3"
 
@@ -150,19 +150,19 @@ class TestLoad:
     dataset = dataset_lib.load("fake_validation", prepared)
     check_split(dataset.test, "validation", 12)
 
-  def test_prepares_on_first_use(self, tmp_path):
+  def test_dataset_is_prepared_on_first_use(self, tmp_path):
     first = dataset_lib.load("fake", str(tmp_path / "new"))
     check_split(first.train, "train", 30)
     files = os.listdir(tmp_path / "new" / "fake" / "1.2.3")
     assert any("array_record" in name for name in files)
 
-  def test_file_format_makes_no_difference(self, prepared, tmp_path):
+  def test_file_format_does_not_change_images(self, prepared, tmp_path):
     try:
       tensorflow_cpu.load()
     except errors.UserError as e:
       pytest.skip(str(e))
     builder = tfds_builders.open_builder("fake", str(tmp_path))
-    # Several shards: tf.data would read them in turns.
+    # tf.data would interleave several shards.
     builder.download_and_prepare(
       file_format="tfrecord",
       download_config=tfds.download.DownloadConfig(num_shards=3),
@@ -174,7 +174,7 @@ class TestLoad:
       dataset_lib.load("fake", prepared),
     )
 
-  def test_reads_without_tensorflow(self, prepared):
+  def test_images_are_read_without_tensorflow(self, prepared):
     program = (
       "import sys, fake_data\nfrom rescalevit_jax.data import dataset\n"
       f"dataset.load('fake', {prepared!r})\n"
@@ -192,11 +192,11 @@ class TestCache:
   @pytest.fixture
   def no_records(self, monkeypatch):
     def fail(self):
-      yield next(iter(()))  # An error of reading, not of the test.
+      yield next(iter(()))  # A reading error, not a test failure.
 
     return lambda: monkeypatch.setattr(records.TfdsExamples, "__iter__", fail)
 
-  def test_second_start_reads_no_records(self, prepared, no_records):
+  def test_second_start_uses_the_cache(self, prepared, no_records):
     first = dataset_lib.load("fake", prepared)
     no_records()
     assert_equal(dataset_lib.load("fake", prepared), first)
@@ -242,7 +242,7 @@ class TestCache:
 class TestRefuses:
   def test_images_of_several_sizes(self, tmp_path):
     refuses("fake_variable", str(tmp_path), "differ in size", "data.image_size")
-    assert os.listdir(tmp_path) == []  # Said before anything is prepared.
+    assert os.listdir(tmp_path) == []  # Reported before preparation.
 
   def test_no_class_label(self, tmp_path):
     words = ("class label", "image (Image)", "id (Text)")
@@ -263,7 +263,7 @@ class TestRefuses:
   def test_an_image_of_another_size(self, prepared):
     refuses("fake_wrong_size", prepared, ": record ", "[1, 1, 3]")
 
-  def test_fewer_examples_than_the_description_says(self, own):
+  def test_fewer_examples_than_described(self, own):
     data_dir, folder = own
     path = folder / "dataset_info.json"
     info = json.loads(path.read_text())

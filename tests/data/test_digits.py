@@ -9,7 +9,7 @@ from rescalevit_jax.data import dataset as dataset_lib
 from rescalevit_jax.data import digits
 
 
-def test_has_every_image_of_scikit_learn_once(digits_dir):
+def test_digits_contain_every_image_of_scikit_learn_once(digits_dir):
   dataset = dataset_lib.load("digits", str(digits_dir))
   images, labels = datasets.load_digits(return_X_y=True)
   found = []
@@ -20,7 +20,7 @@ def test_has_every_image_of_scikit_learn_once(digits_dir):
         split.images[..., channel].reshape(-1, 64), grey
       )
     found += zip(map(bytes, grey), split.labels.tolist(), strict=True)
-  # From the 17 grey levels to bytes and back.
+  # Convert bytes back to the 17 grey levels.
   expected = zip(
     map(bytes, (images * 255 / 16).round().astype(np.uint8)),
     labels.tolist(),
@@ -42,7 +42,7 @@ def test_splits_have_the_documented_sizes(digits_dir):
   assert (abs(share - 0.2) * totals < 1).all()
 
 
-def test_test_split_never_changes():
+def test_test_split_matches_recorded_values():
   labels = datasets.load_digits().target
   mask = digits.test_mask(labels)
   assert np.flatnonzero(mask)[:12].tolist() == [
@@ -62,14 +62,14 @@ def test_test_split_never_changes():
   assert np.flatnonzero(mask).sum() == 313941
 
 
-def test_test_split_is_mixed():
-  # scikit-learn's order is by writer; no stretch of it is spared.
+def test_test_split_covers_all_writers():
+  # scikit-learn sorts digits by writer; test images come from all parts.
   mask = digits.test_mask(datasets.load_digits().target)
   for part in np.array_split(mask, 12):
     assert 0.1 < part.mean() < 0.3
 
 
-def test_needs_no_tensorflow(tmp_path):
+def test_digits_need_no_tensorflow(tmp_path):
   (tmp_path / "tensorflow.py").write_text("raise ImportError('not there')")
   program = (
     "from rescalevit_jax.data import dataset\n"

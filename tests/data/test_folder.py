@@ -17,7 +17,7 @@ def cache(tmp_path, monkeypatch):
 
 
 def write(root, counts, size=(6, 5)):
-  """Write images of one color each: red is the number, green the class."""
+  """Write single-color images: red is the number, green the class."""
   for i, (name, count) in enumerate(counts.items()):
     (root / name).mkdir(parents=True)
     for j in range(count):
@@ -43,7 +43,7 @@ def test_split_folders(tmp_path, source, test):
   assert found.test.read(range(3))[1].tolist() == [0, 0, 1]
 
 
-def test_class_folders_alone_are_training_images(tmp_path):
+def test_class_folders_without_splits_are_training_images(tmp_path):
   write(tmp_path / "d", {"cat": 10, "dog": 10})
   with pytest.raises(errors.UserError, match=r"data\.num_val"):
     load(tmp_path / "d")
@@ -53,7 +53,7 @@ def test_class_folders_alone_are_training_images(tmp_path):
   assert first.test_split == "train (5 held out)"
 
 
-def test_any_part_of_a_split(tmp_path):
+def test_slices_of_a_split(tmp_path):
   write(tmp_path / "d", {"cat": 10, "dog": 10})
   found = load(
     tmp_path / "d", train_split="train[:25%]", test_split="train[-2:]"
@@ -91,7 +91,7 @@ def test_invalid_splits_are_one_line(notation):
   assert len(str(caught.value).splitlines()) == 1
 
 
-def test_images_of_several_sizes(tmp_path):
+def test_images_of_several_sizes_must_be_resized(tmp_path):
   write(tmp_path / "d", {"cat": 3, "dog": 3})
   Image.new("RGB", (9, 9)).save(tmp_path / "d" / "dog" / "big.png")
   with pytest.raises(errors.UserError, match=r"big\.png.*data\.image_size"):
@@ -110,24 +110,24 @@ def test_a_damaged_file_is_named_and_can_be_skipped(tmp_path):
   found = load(tmp_path / "d", num_val=1, skip_damaged=True)
   assert found.num_skipped == 1
   assert len(found.train) + len(found.test) == 5
-  again = load(tmp_path / "d", num_val=1, skip_damaged=True)  # From the cache.
+  again = load(tmp_path / "d", num_val=1, skip_damaged=True)  # Uses the cache.
   assert again.num_skipped == 1
   np.testing.assert_array_equal(again.train.images, found.train.images)
   with pytest.raises(errors.UserError, match="data.skip_damaged needs"):
     load(tmp_path / "d", num_val=1, skip_damaged=True, source="streaming")
 
 
-def test_damaged_test_images_of_another_dataset_are_counted(tmp_path):
+def test_damaged_test_images_of_eval_dataset_are_counted(tmp_path):
   write(tmp_path / "d", {"test/cat": 3, "test/dog": 3})
   (tmp_path / "d" / "test" / "cat" / "001.png").write_bytes(b"not an image")
-  for _ in range(2):  # The second time from the cache.
+  for _ in range(2):  # The second load uses the cache.
     test, *_, skipped = dataset_lib.load_test(
       f"folder:{tmp_path / 'd'}", None, skip_damaged=True
     )
     assert (len(test), skipped) == (5, 1)
 
 
-def test_a_file_that_cannot_be_read_is_not_to_be_prepared(
+def test_an_unreadable_file_is_not_reported_as_unprepared(
   tmp_path, monkeypatch
 ):
   write(tmp_path / "d", {"cat": 3, "dog": 3})
@@ -163,7 +163,7 @@ def test_a_changed_file_is_read_again(tmp_path):
     ({"images/cat": 1, "test/cat": 1, "val/cat": 1}, "has images beside"),
   ],
 )
-def test_other_folders_are_refused(tmp_path, layout, words):
+def test_invalid_folder_layouts_are_refused(tmp_path, layout, words):
   (tmp_path / "d").mkdir()
   write(tmp_path / "d", layout)
   with pytest.raises(errors.UserError, match=words) as caught:
@@ -177,7 +177,7 @@ def test_a_missing_folder_is_named(tmp_path):
 
 
 @pytest.mark.parametrize("source", ["resident", "streaming"])
-def test_a_subset_leaves_out_held_out_images(tmp_path, source):
+def test_a_subset_excludes_validation_images(tmp_path, source):
   write(tmp_path / "d", {"cat": 10, "dog": 10})
   found = load(tmp_path / "d", source=source, num_val=8)
   held_out = {tuple(x) for x in found.test.images[:][:, 0, 0, :2]}
@@ -186,7 +186,7 @@ def test_a_subset_leaves_out_held_out_images(tmp_path, source):
   assert not held_out & {tuple(x) for x in first.images[:][:, 0, 0, :2]}
 
 
-def test_new_files_behind_links_are_read(tmp_path):
+def test_changed_files_behind_links_are_read_again(tmp_path):
   write(tmp_path / "files", {"cat": 3, "dog": 3})
   (tmp_path / "d").mkdir()
   for name in ("cat", "dog"):
@@ -199,7 +199,7 @@ def test_new_files_behind_links_are_read(tmp_path):
   assert found.train.images[:, 0, 0, 0].tolist() == [99, 1, 2, 0, 1, 2]
 
 
-def test_an_added_class_changes_the_labels(tmp_path):
+def test_an_added_class_invalidates_cached_labels(tmp_path):
   write(tmp_path / "d", {"cat": 2, "dog": 2})
   load(tmp_path / "d", test_split="train")
   (tmp_path / "d" / "ant").mkdir()
@@ -215,7 +215,7 @@ def test_two_folders_of_a_split_are_refused(tmp_path):
     load(tmp_path / "d", num_val=1)
 
 
-def test_splits_are_not_taken_for_classes(tmp_path):
+def test_other_folders_beside_splits_are_refused(tmp_path):
   for name in ("train", "test"):
     write(tmp_path / "d" / name, {"cat": 1, "dog": 1})
   (tmp_path / "d" / "annotations").mkdir()

@@ -1,4 +1,4 @@
-"""Valid and invalid image files of all kinds, as model input."""
+"""Reading valid and invalid image files as model input."""
 
 import io
 import os
@@ -60,7 +60,7 @@ def refused(image, *words):
   return message
 
 
-# The pixels of each kind.
+# Pixel formats.
 
 
 @pytest.mark.parametrize("name", ["a.png", "a.bmp", "a.tiff", "a.ppm", "A.PNG"])
@@ -69,7 +69,7 @@ def test_colors_are_kept(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["a.jpg", "a.webp", "a.gif"])
-def test_lossy_files_are_close(name, tmp_path):
+def test_lossy_files_give_similar_pixels(name, tmp_path):
   smooth = np.zeros((16, 24, 3), np.uint8) + np.array([200, 120, 40], np.uint8)
   smooth[:, 12:] = 90
   found = pixels(saved(tmp_path, smooth, name)).astype(int)
@@ -81,7 +81,7 @@ def test_greys_have_three_equal_channels(tmp_path):
   np.testing.assert_array_equal(found, rgb(GREY))
 
 
-def test_one_bit_is_black_and_white(tmp_path):
+def test_one_bit_images_are_black_and_white(tmp_path):
   bits = Image.fromarray(GREY > 100)
   assert bits.mode == "1"
   found = pixels(saved(tmp_path, bits, "a.png"))
@@ -98,7 +98,7 @@ def test_sixteen_bits_are_rounded_to_eight(name, tmp_path):
   np.testing.assert_array_equal(pixels(path), rgb(expected))
 
 
-def test_other_sixteen_bits():
+def test_other_sixteen_bit_modes_are_rounded_to_eight():
   ramp = np.arange(0, 65536, 257, dtype=np.uint16).reshape(16, 16)
   big = Image.frombytes("I;16B", (16, 16), ramp.astype(">u2").tobytes())
   wide = Image.fromarray(ramp.astype(np.int32))
@@ -129,7 +129,7 @@ def test_transparent_parts_become_white(mode, tmp_path):
     ("a.gif", 1),
   ],
 )
-def test_palettes(name, transparency, tmp_path):
+def test_palette_images(name, transparency, tmp_path):
   image = Image.new("P", (2, 1))
   image.putpalette([10, 20, 30, 40, 50, 60])
   image.putpixel((1, 0), 1)
@@ -153,7 +153,7 @@ def test_a_transparent_color_becomes_white(
   assert pixels(path).tolist() == [[expected, [255, 255, 255]]]
 
 
-def test_cmyk(tmp_path):
+def test_cmyk_images_become_rgb(tmp_path):
   image = Image.new("CMYK", (16, 16), (255, 0, 0, 0))
   path = saved(tmp_path, image, "a.jpg")
   assert Image.open(path).mode == "CMYK"
@@ -171,7 +171,7 @@ def test_exif_orientation_is_applied(orientation, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["a.jpg", "a.webp", "a.tiff"])
-def test_exif_of_other_files(name, tmp_path):
+def test_exif_orientation_of_other_formats(name, tmp_path):
   image = np.zeros((32, 48, 3), np.uint8)
   image[:16, :16] = 255
   exif = Image.Exif()
@@ -189,7 +189,7 @@ def test_exif_orientation_of_sixteen_bits(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["a.gif", "a.png", "a.webp"])
-def test_the_first_image_of_an_animation(name, tmp_path):
+def test_the_first_frame_of_an_animation_is_read(name, tmp_path):
   first, second = (Image.new("RGB", (8, 8), c) for c in ("red", "blue"))
   kwargs = {"lossless": True} if name == "a.webp" else {}
   path = saved(
@@ -200,14 +200,14 @@ def test_the_first_image_of_an_animation(name, tmp_path):
 
 
 @pytest.mark.parametrize("size", [(1, 1), (4000, 3000), (1, 500)])
-def test_any_size(size, tmp_path):
+def test_images_of_any_size_are_resized(size, tmp_path):
   path = saved(tmp_path, Image.new("RGB", size, (0, 255, 51)), "a.png")
   x = image_files.model_input(path, 6)
   assert x.shape == (6, 6, 3) and x.dtype == np.float32
   np.testing.assert_allclose(x[3, 4], [-1, 1, -0.6], atol=1e-6)
 
 
-# Comparison with evaluation.
+# Consistency with evaluation.
 
 
 @pytest.mark.parametrize(
@@ -228,11 +228,11 @@ def test_pixels_equal_the_input_of_evaluation(shape, size):
   image = RNG.integers(0, 256, (*shape, 3), dtype=np.uint8)
   expected = np.asarray(preprocess.prepare(image[None], size))[0]
   found = image_files.model_input(image, size)
-  # An 80th of a grey level: the weights of `prepare` are float32.
+  # Tolerance of 1/80 grey level, because `prepare` uses float32.
   np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4)
 
 
-# From Python.
+# Python API.
 
 
 def test_paths_images_and_arrays_are_equal(tmp_path):
@@ -243,7 +243,7 @@ def test_paths_images_and_arrays_are_equal(tmp_path):
     np.testing.assert_array_equal(pixels(source), rgb(GREY))
 
 
-def test_a_given_image_is_not_changed():
+def test_input_image_is_not_changed():
   exif = Image.Exif()
   exif[ORIENTATION] = 6
   file = io.BytesIO()
@@ -279,22 +279,22 @@ def test_invalid_image_arrays(array, words):
     GREY.astype(np.float32),
   ],
 )
-def test_greys_without_a_known_white_are_refused(array, tmp_path):
+def test_grey_images_of_unknown_range_are_refused(array, tmp_path):
   refused(Image.fromarray(array), "16 bits")
   refused(saved(tmp_path, array, "a.tiff"), "a.tiff", "16 bits")
 
 
-def test_a_damaged_pillow_image(tmp_path):
+def test_a_damaged_pillow_image_is_refused(tmp_path):
   path = saved(tmp_path, np.tile(COLOR, (20, 20, 1)), "a.jpg")
   path.write_bytes(path.read_bytes()[:-500])
   refused(Image.open(path), "truncated")
 
 
-# Bad files.
+# Invalid files.
 
 
 def png(width, height):
-  """Return the start of a PNG file that declares this size."""
+  """Return the start of a PNG file with this size in its header."""
 
   def chunk(name, data):
     check = zlib.crc32(name + data)
@@ -305,7 +305,7 @@ def png(width, height):
   return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", data)
 
 
-def test_files_without_an_image(tmp_path):
+def test_paths_without_an_image_are_refused(tmp_path):
   def path(name, content):
     (tmp_path / name).write_bytes(content)
     return tmp_path / name
@@ -321,13 +321,13 @@ def test_files_without_an_image(tmp_path):
   refused(tmp_path / ("x" * 300), "too long")
 
 
-def test_truncated_files(tmp_path):
+def test_truncated_files_are_refused(tmp_path):
   path = saved(tmp_path, np.tile(COLOR, (20, 20, 1)), "a.jpg")
   path.write_bytes(path.read_bytes()[:-500])
   refused(path, "a.jpg", "truncated")
 
 
-def test_no_permission(tmp_path, monkeypatch):
+def test_permission_error_is_one_line(tmp_path, monkeypatch):
   path = saved(tmp_path, COLOR, "a.png")
 
   def refuse(path, formats):
@@ -339,12 +339,12 @@ def test_no_permission(tmp_path, monkeypatch):
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 @pytest.mark.parametrize("edge", [8_950, 12_000, 60_000])
-def test_bombs_are_not_unpacked(edge, tmp_path):
+def test_decompression_bombs_are_refused(edge, tmp_path):
   (tmp_path / "bomb.png").write_bytes(png(edge, edge))
   refused(tmp_path / "bomb.png", "bomb.png", "pixels")
 
 
-def test_a_picture_drawn_over_and_over(tmp_path):
+def test_number_of_jpeg_scans_is_limited(tmp_path):
   path = saved(tmp_path, COLOR, "a.jpg", progressive=True)
   content = path.read_bytes()
   scan = content[content.rindex(b"\xff\xda") : -2]
@@ -354,14 +354,14 @@ def test_a_picture_drawn_over_and_over(tmp_path):
   refused(path, "a.jpg", "more than 2000 scans")
 
 
-def test_the_limit_of_bytes(tmp_path):
-  # Pillow would read all of this file.
+def test_file_size_is_limited(tmp_path):
+  # Pillow would read the whole file.
   path = saved(tmp_path, COLOR, "a.webp")
   os.truncate(path, untrusted_image.MAX_BYTES + 1)
   refused(path, "a.webp", "larger than 1 GB")
 
 
-def test_a_chunk_longer_than_its_file(tmp_path):
+def test_memory_for_a_chunk_longer_than_its_file_is_bounded(tmp_path):
   path = saved(tmp_path, COLOR, "a.png")
   content = path.read_bytes()
   where = content.index(b"IDAT") - 4
@@ -374,8 +374,8 @@ def test_a_chunk_longer_than_its_file(tmp_path):
     tracemalloc.stop()
 
 
-def test_strips_of_the_same_bytes(tmp_path):
-  # Pillow would read 64 kB for each.
+def test_overlapping_tiff_strips_are_refused(tmp_path):
+  # Pillow would read 64 kB for each strip.
   count, start = 20_000, 8
   pixels = bytes(1 << 16)
   offsets = np.full(count, start, np.uint32).tobytes()
@@ -391,7 +391,7 @@ def test_strips_of_the_same_bytes(tmp_path):
 
 
 @pytest.mark.parametrize("edge", [9_000, 60_000])
-def test_bombs_in_the_tiles_of_a_small_image(edge, tmp_path):
+def test_decompression_bombs_in_tiles_are_refused(edge, tmp_path):
   path = tmp_path / "bomb.tiff"
   pixels = zlib.compress(bytes(10_000_000))
   path.write_bytes(fuzzed.tiled(edge, 8, pixels))
@@ -402,8 +402,8 @@ def test_bombs_in_the_tiles_of_a_small_image(edge, tmp_path):
   assert pixels_of_tile(path) == [0, 15]
 
 
-def test_a_tile_size_that_is_not_a_number(tmp_path):
-  # In Python, bytes times a number are many bytes.
+def test_nonnumeric_tile_size_is_refused(tmp_path):
+  # In Python, multiplying bytes by a number repeats them.
   content = fuzzed.tiled(16, 8, zlib.compress(bytes(256)))
   width = struct.pack("<HHLL", 322, 4, 1, 16)
   assert width in content
@@ -425,10 +425,10 @@ def test_other_formats_are_refused(tmp_path, monkeypatch):
   monkeypatch.setattr(subprocess, "check_call", called.append)
   for path in sorted(tmp_path.iterdir()):
     refused(path.rename(path.with_suffix(".png")), "format is not supported")
-  assert not called  # Pillow has Ghostscript draw an .eps.
+  assert not called  # Pillow would run Ghostscript on .eps.
 
 
-def test_the_limit_of_pixels(tmp_path, monkeypatch):
+def test_number_of_pixels_is_limited(tmp_path, monkeypatch):
   path = saved(tmp_path, COLOR, "a.png")
   monkeypatch.setattr(untrusted_image, "MAX_PIXELS", 35)
   assert pixels(path).shape == (5, 7, 3)
@@ -440,7 +440,7 @@ def test_the_limit_of_pixels(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
   "name", ["a.png", "a.jpg", "a.gif", "a.webp", "a.bmp", "a.tiff"]
 )
-def test_any_damage_is_one_line(name, tmp_path):
+def test_any_damage_is_a_one_line_error(name, tmp_path):
   whole = saved(tmp_path, COLOR, name).read_bytes()
   rng = np.random.default_rng(1)
   path = tmp_path / f"bad{name}"
@@ -461,7 +461,7 @@ def test_any_damage_is_one_line(name, tmp_path):
 # Folders.
 
 
-def test_find(tmp_path):
+def test_find_returns_image_files(tmp_path):
   names = [
     "b.JPG",
     "a.png",
@@ -488,7 +488,7 @@ def test_find(tmp_path):
   assert image_files.find(str(tmp_path / ".git")) == [tmp_path / ".git/e.png"]
 
 
-def test_find_in_a_folder_that_cannot_be_listed(tmp_path):
+def test_find_in_an_unreadable_folder(tmp_path):
   with pytest.raises(errors.UserError, match="none: cannot be listed"):
     image_files.find(tmp_path / "none")
 
@@ -572,8 +572,8 @@ def test_linear_greys_become_srgb(mode):
 @pytest.mark.parametrize(
   "damage",
   [
-    (b"rTRC", b"xTRC"),  # It lacks a curve.
-    (b"RGB ", b"\xffGB "),  # Its color space is no text.
+    (b"rTRC", b"xTRC"),  # Missing curve.
+    (b"RGB ", b"\xffGB "),  # Invalid text.
   ],
 )
 def test_damaged_profiles_are_ignored(damage):
@@ -582,7 +582,7 @@ def test_damaged_profiles_are_ignored(damage):
   assert first_pixel(content).tolist() == [200, 30, 30]
 
 
-def test_the_center_of_a_narrow_strip(monkeypatch):
+def test_only_the_center_of_a_narrow_strip_is_resized(monkeypatch):
   image = Image.fromarray(
     np.linspace(0, 255, 3 * 600).reshape(600, 1, 3).astype(np.uint8)
   )

@@ -24,7 +24,7 @@ def test_every_index_occurs_once(sizes):
     np.testing.assert_array_equal(np.sort(found), np.arange(size))
 
 
-def test_an_entry_depends_on_its_index_only():
+def test_an_index_is_shuffled_without_the_others():
   whole = order(1437, 2**32 - 1, 10**6)
   for i in (0, 700, 1436):
     found = index_shuffle.shuffle(np.array([i]), 1437, 2**32 - 1, 10**6)
@@ -32,7 +32,7 @@ def test_an_entry_depends_on_its_index_only():
 
 
 @pytest.mark.parametrize("size", [1, 10, 1437, 50_000, 2**31 - 1, 2**31])
-def test_equals_python_integers(size):
+def test_shuffle_equals_python_integer_arithmetic(size):
   rows = math.isqrt(size - 1) + 1
   sides = (rows, (size + rows - 1) // rows)
   bits = hashlib.shake_128(b"4294967296,12").digest(96)
@@ -74,7 +74,7 @@ def test_neighbours_epochs_and_seeds_are_uncorrelated():
   x = order(size)
   others = [np.roll(x, 1), np.arange(size), order(size, 0, 1), order(size, 1)]
   for y in others:
-    # With no correlation, 0 with a deviation of 1 / sqrt(size).
+    # Uncorrelated orders give 0 with standard deviation 1 / sqrt(size).
     assert abs(np.corrcoef(x, y)[0, 1]) < 4 / math.sqrt(size)
 
 
@@ -83,7 +83,7 @@ def test_seeds_and_epochs_do_not_collide():
   assert len({tuple(order(50, *key).tolist()) for key in keys}) == len(keys)
 
 
-def test_memory_does_not_grow_with_the_size():
+def test_memory_is_independent_of_size():
   tracemalloc.start()
   try:
     index_shuffle.shuffle(np.arange(128), 2**31, 0, 0)

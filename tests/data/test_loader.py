@@ -1,4 +1,4 @@
-"""A streamed split gives the batches of a resident one without its memory."""
+"""Streamed and resident splits give equal batches."""
 
 import threading
 
@@ -73,7 +73,7 @@ def test_a_streamed_batch_is_read_without_previous_batches(
   assert sorted(wanted) == sorted(sorted(plan(i).ravel()) for i in numbers)
 
 
-def test_early_exit_ends_the_threads(streamed):
+def test_early_exit_stops_the_threads(streamed):
   before = threading.active_count()
   mesh = sharding.create_mesh()
   with loader.Loader(streamed, mesh).batches(plan, range(1, 10**6)) as found:
@@ -85,7 +85,7 @@ def test_early_exit_ends_the_threads(streamed):
   assert threading.active_count() <= before
 
 
-def test_a_record_that_cannot_be_read_is_one_line(streamed, monkeypatch):
+def test_an_unreadable_record_is_a_one_line_error(streamed, monkeypatch):
   def fail(content, resize):
     raise ValueError("first line\nsecond line")
 
@@ -95,7 +95,7 @@ def test_a_record_that_cannot_be_read_is_one_line(streamed, monkeypatch):
     batches(streamed, range(1, 3))
 
 
-def test_a_streamed_split_looks_like_an_array_of_images(resident, streamed):
+def test_a_streamed_split_is_indexed_like_an_array(resident, streamed):
   assert len(streamed) == len(resident) == len(streamed.images)
   assert streamed.shape == resident.images.shape[1:]
   np.testing.assert_array_equal(streamed.images[7], resident.images[7])
@@ -113,7 +113,7 @@ def test_a_streamed_split_looks_like_an_array_of_images(resident, streamed):
     pytest.param("Cal", 0, marks=pytest.mark.slow),
   ],
 )
-def test_a_data_set_too_large_for_memory_trains_the_same(
+def test_streaming_a_large_dataset_gives_equal_runs(
   tiny_config, tmp_path, norm, num_val
 ):
   tiny_config.model.norm = norm
@@ -136,7 +136,7 @@ def test_a_data_set_too_large_for_memory_trains_the_same(
     np.testing.assert_array_equal(x, y)
 
 
-def test_images_of_the_validation_split_leave_training(digits_dir):
+def test_validation_images_are_removed_from_training(digits_dir):
   whole = dataset_lib.load("digits", str(digits_dir)).train
 
   def pixels(images):
@@ -152,7 +152,7 @@ def test_images_of_the_validation_split_leave_training(digits_dir):
     labels = dataset.test.read(range(400))[1]
     if source == "resident":
       first = dataset.test
-      # Drawn at random: every digit occurs about 40 times.
+      # Random images: each digit occurs about 40 times.
       assert np.bincount(labels, minlength=10).min() > 20
   np.testing.assert_array_equal(dataset.test.images[:], first.images)
   np.testing.assert_array_equal(labels, first.labels)
@@ -165,7 +165,7 @@ def test_a_validation_split_of_all_training_images_is_an_error(digits_dir):
     dataset_lib.load("digits", str(digits_dir), num_val=1437)
 
 
-def test_the_limit_selects_the_source(digits_dir):
+def test_memory_limit_selects_resident_or_streaming(digits_dir):
   kinds = [
     type(dataset_lib.load("digits", str(digits_dir), max_gb=max_gb).test)
     for max_gb in (3.4e-4, 3.5e-4)  # 1797 images of 8 x 8 x 3 bytes.
@@ -173,13 +173,13 @@ def test_the_limit_selects_the_source(digits_dir):
   assert kinds == [streamed_lib.StreamedSplit, resident_lib.Split]
 
 
-def test_images_of_any_size_are_resized_as_they_are_read(tmp_path, monkeypatch):
+def test_images_are_resized_during_reading(tmp_path, monkeypatch):
   monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
   read = [
     dataset_lib.load(
       "fake_variable", str(tmp_path), source=source, image_size=6
     )
-    for source in ("streaming", "resident", "resident")  # Read, then kept.
+    for source in ("streaming", "resident", "resident")  # Last: cached.
   ]
   for split in ("train", "test"):
     first, *others = (getattr(dataset, split) for dataset in read)
@@ -196,7 +196,7 @@ def test_images_of_any_size_are_resized_as_they_are_read(tmp_path, monkeypatch):
   assert (found == want).all(axis=(1, 2, 3)).sum() == 1
 
 
-def test_tfrecord_files_are_refused_to_streaming(tmp_path):
+def test_streaming_refuses_tfrecord_files(tmp_path):
   builder = tfds_builders.open_builder("fake", str(tmp_path))
   builder.download_and_prepare(file_format="tfrecord")
   with pytest.raises(errors.UserError, match="tfrecord.*data.max_gb"):
@@ -221,7 +221,7 @@ def test_a_process_reads_the_examples_of_its_devices():
   np.testing.assert_array_equal(sharding.local_shard(x, Half()), x[:, half:])
 
 
-def test_all_readers_of_a_runs_images_use_its_data_keys(tiny_config):
+def test_all_commands_use_the_data_keys_of_a_run(tiny_config):
   tiny_config.data.image_size = 6
   assert experiment.load_dataset(tiny_config).test.images[3].shape == (6, 6, 3)
   assert page.test_image(tiny_config, 3).shape == (6, 6, 3)

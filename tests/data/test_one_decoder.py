@@ -1,4 +1,4 @@
-"""Every command sees the same pixels of a file."""
+"""Training, evaluation and prediction decode files identically."""
 
 import io
 
@@ -26,7 +26,7 @@ SUFFIX = {
 MODES = (
   "1 L LA La P PA RGB RGBA RGBa RGBX CMYK YCbCr LAB HSV I I;16 I;16B F".split()
 )
-# What Pillow writes; a version that writes more must not be worse.
+# Lower bound on the formats and modes that Pillow writes.
 LEAST_WRITTEN = 45
 
 
@@ -48,14 +48,14 @@ def picture(mode, edge=16):
   if mode in ("La", "RGBa"):
     return image.convert({"La": "LA", "RGBa": "RGBA"}[mode]).convert(mode)
   if mode in ("LAB",):
-    return None  # Needs a color profile to convert to.
+    return None  # Needs a color profile.
   return image.convert("RGB").convert(mode) if mode in (
     "CMYK", "YCbCr", "HSV", "RGBX"
   ) else image.convert("P" if mode == "PA" else mode).convert(mode)  # fmt: skip
 
 
 def written():
-  """Yield format, mode and file content of every pair that Pillow writes."""
+  """Yield format, mode and content of every file type that Pillow writes."""
   for kind in untrusted_image.supported_formats():
     for mode in MODES:
       image = picture(mode)
@@ -63,14 +63,14 @@ def written():
       try:
         image.save(file, kind)
       except Exception:
-        continue  # Pillow does not write it.
+        continue  # Pillow does not write this pair.
       yield kind, mode, file.getvalue()
 
 
 WRITTEN = list(written())
 
 
-def test_enough_pairs_are_written():
+def test_pillow_writes_enough_formats():
   assert len(WRITTEN) >= LEAST_WRITTEN, len(WRITTEN)
   assert {kind for kind, _, _ in WRITTEN} >= {"BMP", "GIF", "JPEG", "PNG"}
 
@@ -83,7 +83,7 @@ def cache(tmp_path_factory):
 
 
 def in_folder(content, suffix, root):
-  """Make a folder dataset of a file, in two classes."""
+  """Create a folder dataset with a file in two classes."""
   for name in ("a", "b"):
     (root / name).mkdir(parents=True)
     (root / name / f"x{suffix}").write_bytes(content)
@@ -102,7 +102,7 @@ def test_training_evaluation_and_prediction_agree(
   try:
     expected = image_files.Resize(**resize)(image_files.read(path))
   except errors.UserError:
-    # Refused by prediction: training and evaluation refuse it, too.
+    # Training and evaluation must refuse it, too.
     with pytest.raises(errors.UserError, match=path.name):
       dataset_lib.load(name, None, num_val=1, source="resident", **resize)
     return
@@ -117,7 +117,7 @@ def test_training_evaluation_and_prediction_agree(
 
 
 class FakeEncoded(fake_data.Fake):
-  """Files as they are, in records of tfds."""
+  """Stores encoded files in tfds records."""
 
   SHAPE = (None, None, 3)
   COUNTS = {"train": len(WRITTEN), "test": len(WRITTEN)}
@@ -126,7 +126,7 @@ class FakeEncoded(fake_data.Fake):
     return {"image": io.BytesIO(WRITTEN[i][2]), "label": i % 4, "id": str(i)}
 
 
-def test_records_of_tfds_are_decoded_as_files_are(tmp_path):
+def test_tfds_records_are_decoded_like_files(tmp_path):
   readable = []
   for _, _, content in WRITTEN:
     try:
@@ -138,13 +138,13 @@ def test_records_of_tfds_are_decoded_as_files_are(tmp_path):
   )
   assert len(found.train) == len(readable)
   assert found.num_skipped == 2 * (len(WRITTEN) - len(readable))
-  # tfds stores examples in an order of its own.
+  # tfds shuffles examples.
   expected = sorted(image.tobytes() for image in readable)
   assert sorted(image.tobytes() for image in found.train.images) == expected
 
 
 def test_sixteen_bit_greys_keep_their_levels(tmp_path):
-  """A bare conversion would clip everything above 255 of 65535 to white."""
+  """A plain conversion would clip values above 255 of 65535 to white."""
   (content,) = (c for k, m, c in WRITTEN if (k, m) == ("PNG", "I;16"))
   name = in_folder(content, ".png", tmp_path / "set")
   image = dataset_lib.load(name, None, num_val=1).train.images[0]
@@ -166,15 +166,15 @@ def test_a_color_profile_is_applied(tmp_path):
   image = Image.new("RGB", (4, 4), (200, 10, 10))
   path = tmp_path / "a.png"
   image.save(path, icc_profile=wide)
-  # Of another color space than the pixels: ignored.
+  # A profile of another color space is ignored.
   assert np.asarray(image_files.read(path))[0, 0].tolist() == [200, 10, 10]
   image.save(path, icc_profile=b"damaged")
   assert np.asarray(image_files.read(path))[0, 0].tolist() == [200, 10, 10]
 
 
 @pytest.mark.parametrize("size", [(40, 20), (20, 40), (33, 57)])
-def test_the_center_crop_is_torchvisions(size):
-  """Resize the short side to 16 / 0.8, then take the center."""
+def test_center_crop_equals_torchvisions(size):
+  """Evaluation resizes the short side to 16 / 0.8, then takes the center."""
   rng = np.random.default_rng(0)
   image = Image.fromarray(rng.integers(0, 256, (*size[::-1], 3), np.uint8))
   found = image_files.Resize(16, "crop", 0.8)(image)

@@ -1,4 +1,4 @@
-"""Datasets prepared by name and from archives."""
+"""The command that prepares datasets by name or from archives."""
 
 import os
 import pathlib
@@ -17,7 +17,7 @@ from rescalevit_jax.runtime import tensorflow_cpu
 
 @pytest.fixture
 def small(monkeypatch, tmp_path):
-  """Make prepare accept small archives; return one of CIFAR-10."""
+  """Make `prepare` accept small archives; return one of CIFAR-10."""
   monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
   monkeypatch.setattr(untrusted_archive, "LAYOUTS", cifar.SMALL)
   return cifar.write(tmp_path / "small", cifar.members(cifar.SMALL10))
@@ -45,7 +45,7 @@ def check_data(layout, data_dir):
 
 
 class TestMain:
-  def test_prepares_both_then_says_so(self, small, tmp_path, capsys):
+  def test_archives_are_prepared_once(self, small, tmp_path, capsys):
     try:
       tensorflow_cpu.load()
     except errors.UserError as e:
@@ -69,11 +69,11 @@ class TestMain:
     assert prepare.main(args) == 0
     lines = capsys.readouterr().out.splitlines()
     assert ["prepared already" in line for line in lines] == [True, True]
-    # Afterwards, the process expects the published files.
+    # The expected checksums are restored.
     url_infos = tfds.builder("cifar10").url_infos
     assert [x.size for x in url_infos.values()] == [170_052_171]
 
-  def test_published_file_needs_no_note(
+  def test_published_archive_is_accepted_without_a_note(
     self, small, tmp_path, capsys, monkeypatch
   ):
     builder = tfds.builder("cifar10")
@@ -85,7 +85,7 @@ class TestMain:
     assert prepare.main([f"--archive={small}", f"--data_dir={tmp_path}"]) == 0
     assert capsys.readouterr() == ("", "")
 
-  def test_one_bad_archive_stops_all(self, small, tmp_path, capsys):
+  def test_one_invalid_archive_stops_all(self, small, tmp_path, capsys):
     bad = tmp_path / "bad"
     bad.write_bytes(b"hello")
     out = tmp_path / "out"
@@ -105,7 +105,7 @@ class TestMain:
       (OSError(28, "No space left on device"), 1),
     ],
   )
-  def test_failure_leaves_nothing(
+  def test_failure_leaves_no_files(
     self, small, tmp_path, capsys, monkeypatch, failure, code
   ):
     out = tmp_path / "out"
@@ -119,7 +119,7 @@ class TestMain:
 
     monkeypatch.setattr(tfds_builders, "prepare", fail)
     assert prepare.main([f"--archive={small}", f"--data_dir={out}"]) == code
-    assert seen == [str(out)]  # In the file system that has the space.
+    assert seen == [str(out)]  # On the file system of the output.
     assert os.listdir(out) == []
     assert capsys.readouterr().err.count("\n") == 1
 
@@ -129,7 +129,7 @@ class TestMain:
     assert prepare.main([f"--archive={small}", f"--data_dir={out}"]) == 1
     assert str(out) in capsys.readouterr().err
 
-  def test_by_name(self, tmp_path, capsys, monkeypatch):
+  def test_dataset_is_prepared_by_name(self, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     args = ["--dataset=digits", f"--data_dir={tmp_path}"]
     assert prepare.main(args) == 0
@@ -141,13 +141,13 @@ class TestMain:
   @pytest.mark.parametrize(
     "name", ["digit", "", "imdb_reviews", "cats_vs_dogs"]
   )
-  def test_unsuitable_data_sets(self, tmp_path, capsys, name):
+  def test_unsupported_datasets_are_errors(self, tmp_path, capsys, name):
     assert prepare.main([f"--dataset={name}", f"--data_dir={tmp_path}"]) == 1
     assert capsys.readouterr().err.splitlines()[-1].startswith("error: ")
     assert os.listdir(tmp_path) == []
 
   @pytest.mark.parametrize("args", [[], ["--dataset=digits", "--archive=x"]])
-  def test_exactly_one_source(self, args, capsys):
+  def test_exactly_one_source_is_required(self, args, capsys):
     with pytest.raises(SystemExit) as raised:
       prepare.main(args)
     assert raised.value.code == 2

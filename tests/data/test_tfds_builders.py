@@ -36,16 +36,16 @@ class TestOpen:
     assert "did you mean cifar10" in message
     assert len(message) < 300
 
-  def test_hints_include_all_data_sets_of_tfds(self):
+  def test_hints_include_all_tfds_datasets(self):
     assert "did you mean mnist" in open_error("MNIST3")
 
   @pytest.mark.parametrize("name", ["", "../x", "no such", "a:b", "zzz/1"])
-  def test_impossible_name(self, name):
+  def test_invalid_name_is_an_error(self, name):
     message = open_error(name)
     assert f"unknown dataset {name!r}" in message
     assert "cifar10, cifar100, digits" in message
 
-  def test_unknown_version_or_config(self):
+  def test_unknown_version_or_config_is_an_error(self):
     assert "9.9.9" in open_error("digits:9.9.9")
     assert "no_config" in open_error("mnist/no_config")
 
@@ -62,7 +62,7 @@ class TestOpen:
     assert "remove this folder" in message
 
   @pytest.mark.parametrize("content", ["", "{", "hello"])
-  def test_a_damaged_description(self, tmp_path, content):
+  def test_a_damaged_description_is_an_error(self, tmp_path, content):
     folder = tmp_path / "digits" / "1.0.0"
     folder.mkdir(parents=True)
     (folder / "dataset_info.json").write_text(content)
@@ -80,12 +80,12 @@ class TestPrepare:
     tfds_builders.prepare(builder)
     assert capsys.readouterr() == ("", "")
 
-  def test_failure_midway_leaves_nothing(self, tmp_path):
+  def test_failure_leaves_no_files(self, tmp_path):
     builder = tfds_builders.open_builder("fake_broken", str(tmp_path))
     assert "first line second line" in prepare_error(builder)
     assert os.listdir(tmp_path) == []
 
-  def test_interruption_leaves_nothing(self, tmp_path, monkeypatch):
+  def test_interruption_leaves_no_files(self, tmp_path, monkeypatch):
     def example(self, split, i):
       raise KeyboardInterrupt
 
@@ -95,14 +95,14 @@ class TestPrepare:
       tfds_builders.prepare(builder)
     assert os.listdir(tmp_path) == []
 
-  def test_unwritable_folder(self, tmp_path):
+  def test_unwritable_folder_is_an_error(self, tmp_path):
     (tmp_path / "file").touch()
     path = str(tmp_path / "file" / "x")
     message = prepare_error(tfds_builders.open_builder("fake", path))
     assert path in message
     assert "Not a directory" in message
 
-  def test_another_process_may_be_faster(self, tmp_path, monkeypatch):
+  def test_another_process_may_finish_first(self, tmp_path, monkeypatch):
     original = fake_data.Fake.example
 
     def example(self, split, i):
@@ -117,7 +117,7 @@ class TestPrepare:
     assert tfds_builders.is_prepared(builder)
     assert sorted(os.listdir(tmp_path / "fake")) == ["1.2.3"]
 
-  def test_missing_tensorflow(self, tmp_path, monkeypatch):
+  def test_missing_tensorflow_is_an_error(self, tmp_path, monkeypatch):
     def load():
       raise errors.UserError("pip install tensorflow-cpu")
 
@@ -142,7 +142,7 @@ class FakeDownload(fake_data.Fake):
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
-  """Sends a file, or only its first part, or an error."""
+  """Sends a file, a part of it, or an error."""
 
   SIZE = 300_000
   answer = "whole"
@@ -175,9 +175,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server(monkeypatch):
-  """Serves FakeDownload."""
+  """Serve the files of FakeDownload."""
   try:
-    tensorflow_cpu.load()  # tfds' downloads need it.
+    tensorflow_cpu.load()  # Downloads of tfds need it.
   except errors.UserError as e:
     pytest.skip(str(e))
   monkeypatch.setenv("NO_PROXY", "127.0.0.1")
@@ -194,7 +194,7 @@ def server(monkeypatch):
 
 class TestDownload:
   @pytest.mark.parametrize("answer", ["half", "error"])
-  def test_failure_midway_then_success(
+  def test_failed_download_can_be_repeated(
     self, server, tmp_path, monkeypatch, answer
   ):
     monkeypatch.setattr(Handler, "answer", answer)
@@ -208,10 +208,10 @@ class TestDownload:
     tfds_builders.prepare(builder)
     assert tfds_builders.is_prepared(builder)
 
-  def test_other_downloads_end_with_the_first_failure(
+  def test_first_failure_stops_other_downloads(
     self, server, tmp_path, monkeypatch
   ):
-    # Python waits for their threads before it ends.
+    # Otherwise Python waits for their threads at exit.
     monkeypatch.setattr(Handler, "answer", "error")
     monkeypatch.setattr(FakeDownload, "MORE", [f"{FakeDownload.URL}.endless"])
     prepare_error(tfds_builders.open_builder("fake_download", str(tmp_path)))

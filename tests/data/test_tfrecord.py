@@ -24,7 +24,7 @@ def test_reads_all_records_in_order(tmp_path):
   assert [bytes(r) for r in tfrecord.read(tmp_path / "a")] == records
 
 
-def test_reads_what_tensorflow_writes(tmp_path):
+def test_reads_files_written_by_tensorflow(tmp_path):
   try:
     tf = tensorflow_cpu.load()
   except errors.UserError as e:

@@ -1,4 +1,4 @@
-"""Which archives from untrusted sources are accepted."""
+"""Validation of untrusted archives."""
 
 import gzip
 import os
@@ -68,7 +68,7 @@ def test_accepts_a_whole_archive(tmp_path):
     untrusted_archive.check(path, untrusted_archive.LAYOUTS) == cifar.CIFAR10
   )
   refuses(path, "30730000 bytes")
-  # Damage a member by an invalid block.
+  # Damage a member with an invalid block.
   packer = zlib.compressobj(1, wbits=31)
   half = packer.compress(cifar.tar_bytes(contents)[:40_000_000])
   half += packer.flush(zlib.Z_FULL_FLUSH) + b"\xff"
@@ -78,7 +78,7 @@ def test_accepts_a_whole_archive(tmp_path):
 
 
 @pytest.mark.parametrize("name", list(cifar.members(cifar.SMALL10)))
-def test_missing_member(tmp_path, name):
+def test_missing_member_is_refused(tmp_path, name):
   contents = cifar.members(cifar.SMALL10)
   del contents[name]
   refuses(cifar.write(tmp_path / "a", contents), "lacks", name.split("/")[1])
@@ -98,14 +98,14 @@ def test_missing_member(tmp_path, name):
     "cifar-100-binary/test.bin",
   ],
 )
-def test_unexpected_member(tmp_path, name):
+def test_unexpected_member_is_refused(tmp_path, name):
   contents = {**cifar.members(cifar.SMALL10), name: b"x"}
   refuses(cifar.write(tmp_path / "a", contents), repr(name), "is not in")
   contents = {name: b"x", **cifar.members(cifar.SMALL10)}
   refuses(cifar.write(tmp_path / "b", contents))
 
 
-def test_python_version_of_the_archive(tmp_path):
+def test_python_version_of_the_archive_is_refused(tmp_path):
   path = cifar.write(tmp_path / "a", {"cifar-10-batches-py/data_batch_1": b"x"})
   refuses(path, "cifar-10-binary.tar.gz")
 
@@ -113,7 +113,7 @@ def test_python_version_of_the_archive(tmp_path):
 @pytest.mark.parametrize(
   "kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE]
 )
-def test_links_and_devices(tmp_path, kind):
+def test_links_and_devices_are_refused(tmp_path, kind):
   contents = cifar.members(cifar.SMALL10)
   name = "cifar-10-batches-bin/test_batch.bin"
   del contents[name]
@@ -125,12 +125,12 @@ def test_links_and_devices(tmp_path, kind):
   )
 
 
-def test_the_folder_as_a_link(tmp_path):
+def test_link_in_place_of_the_folder_is_refused(tmp_path):
   extra = [cifar.info("cifar-10-batches-bin", tarfile.SYMTYPE, "/etc")]
   refuses(cifar.write(tmp_path / "a", {}, extra), "cifar-10-batches-bin")
 
 
-def test_a_member_twice(tmp_path):
+def test_duplicate_member_is_refused(tmp_path):
   tar = cifar.tar_bytes(cifar.members(cifar.SMALL10))[:-1024].rstrip(b"\0")
   tar += bytes(-len(tar) % 512)
   path = tmp_path / "a"
@@ -141,7 +141,7 @@ def test_a_member_twice(tmp_path):
 
 
 @pytest.mark.parametrize("change", [-1, 1, -3073, 3073])
-def test_another_size(tmp_path, change):
+def test_wrong_member_size_is_refused(tmp_path, change):
   contents = cifar.members(cifar.SMALL10)
   name = "cifar-10-batches-bin/data_batch_3.bin"
   content = contents[name] + bytes(3073)
@@ -157,7 +157,7 @@ def test_another_size(tmp_path, change):
     (cifar.SMALL100, "test.bin", 3074 * 5 + 1, 100),
   ],
 )
-def test_label_out_of_range(tmp_path, layout, name, byte, value):
+def test_label_out_of_range_is_refused(tmp_path, layout, name, byte, value):
   contents = cifar.members(layout)
   content = bytearray(contents[f"{layout.folder}/{name}"])
   content[byte] = value - 1
@@ -172,13 +172,13 @@ def test_label_out_of_range(tmp_path, layout, name, byte, value):
 
 
 @pytest.mark.parametrize("text", [b"", b"a\nb\n", b"x\n" * 10])
-def test_wrong_class_names(tmp_path, text):
+def test_wrong_class_names_are_refused(tmp_path, text):
   name = "cifar-10-batches-bin/batches.meta.txt"
   contents = {**cifar.members(cifar.SMALL10), name: text}
   refuses(cifar.write(tmp_path / "a", contents), name, "class names, not 10")
 
 
-def test_a_huge_text(tmp_path):
+def test_huge_text_member_is_refused(tmp_path):
   name = "cifar-10-batches-bin/readme.html"
   contents = {
     **cifar.members(cifar.SMALL10),
@@ -188,7 +188,7 @@ def test_a_huge_text(tmp_path):
 
 
 @pytest.mark.parametrize("keep", [0, 5, 100, 0.5, 0.999, -1])
-def test_truncated_archive(tmp_path, keep):
+def test_truncated_archive_is_refused(tmp_path, keep):
   path = tmp_path / "a"
   cifar.write(path, cifar.members(cifar.SMALL10))
   size = path.stat().st_size
@@ -198,9 +198,9 @@ def test_truncated_archive(tmp_path, keep):
 
 @pytest.mark.parametrize(
   "where,word",
-  [(-6, "CRC"), (10, "invalid")],  # gzip's own checksum; the first block.
+  [(-6, "CRC"), (10, "invalid")],  # gzip's checksum and the first block.
 )
-def test_changed_inside(tmp_path, where, word):
+def test_bit_flip_in_compressed_data_is_refused(tmp_path, where, word):
   path = tmp_path / "a"
   cifar.write(path, cifar.members(cifar.SMALL10))
   content = bytearray(path.read_bytes())
@@ -209,11 +209,11 @@ def test_changed_inside(tmp_path, where, word):
   refuses(path, word)
 
 
-def test_data_after_the_end(tmp_path):
+def test_data_after_the_end_is_refused(tmp_path):
   path = tmp_path / "a"
   tar = cifar.tar_bytes(cifar.members(cifar.SMALL10)) + bytes(
     20_000
-  )  # As tar pads.
+  )  # tar's padding.
   path.write_bytes(gzip.compress(tar))
   assert untrusted_archive.check(str(path), cifar.SMALL) == cifar.SMALL10
   for more in (b"x", bytes(100_000)):
@@ -221,7 +221,7 @@ def test_data_after_the_end(tmp_path):
     refuses(path, "data follow")
 
 
-def test_endless_zeros(tmp_path):
+def test_endless_zeros_are_refused(tmp_path):
   path = tmp_path / "a"
   packer = zlib.compressobj(9, wbits=31)
   content = packer.compress(cifar.tar_bytes({}))
@@ -232,14 +232,14 @@ def test_endless_zeros(tmp_path):
 
 
 @pytest.mark.parametrize("kind", [b"x", b"g", b"L", b"K"])
-def test_a_header_of_any_size(tmp_path, kind):
-  # A record of five bytes becomes an object of many.
+def test_huge_extended_header_is_refused(tmp_path, kind):
+  # tarfile would parse each five-byte record into a large object.
   content = b"5 a=\n" * 10_000_000
   extra = cifar.info("x", kind)
   extra.size = len(content)
   path = tmp_path / "a"
   path.write_bytes(gzip.compress(extra.tobuf() + content, 1))
-  path.write_bytes(path.read_bytes()[:70_000])  # Within the size allowed.
+  path.write_bytes(path.read_bytes()[:70_000])  # Within the allowed size.
   tracemalloc.start()
   try:
     refuses(path, "larger than expected")
@@ -248,8 +248,8 @@ def test_a_header_of_any_size(tmp_path, kind):
     tracemalloc.stop()
 
 
-def test_a_sparse_file(tmp_path):
-  # Of which tarfile makes up all but two bytes.
+def test_sparse_member_is_refused(tmp_path):
+  # tarfile would fill in all but two bytes.
   name = "cifar-10-batches-bin/test_batch.bin"
   size = 4 * 3073
   sparse = tarfile.TarInfo(name)
@@ -265,13 +265,13 @@ def test_a_sparse_file(tmp_path):
   refuses(path, name, "not a plain file")
 
 
-def test_one_folder_many_times(tmp_path):
+def test_duplicate_folder_is_refused(tmp_path):
   folder = cifar.info("cifar-10-batches-bin", tarfile.DIRTYPE)
   refuses(cifar.write(tmp_path / "a", {}, [folder] * 3), "twice")
 
 
-def test_a_file_larger_than_any(tmp_path):
-  # As of a name in gzip's header, of any length.
+def test_archive_larger_than_any_dataset_is_refused(tmp_path):
+  # The gzip header starts a file name of unlimited length.
   path = tmp_path / "a"
   path.write_bytes(b"\x1f\x8b\x08\x08\0\0\0\0\0\3")
   os.truncate(path, 1 << 30)
@@ -285,7 +285,7 @@ def test_a_long_name_is_truncated(tmp_path):
   assert len(str(raised.value)) < 1000
 
 
-def test_other_kinds_of_files(tmp_path):
+def test_other_file_types_are_refused(tmp_path):
   path = tmp_path / "a"
   path.write_bytes(cifar.tar_bytes(cifar.members(cifar.SMALL10)))
   refuses(path, "gzip")

@@ -1,4 +1,4 @@
-"""One run by several processes, here as on several machines."""
+"""Runs with several processes."""
 
 import fcntl
 import json
@@ -24,12 +24,12 @@ from rescalevit_jax.distributed import processes as processes_lib
 from rescalevit_jax.runs import checkpoint
 from rescalevit_jax.runs import run_reader
 
-DEVICES = 4  # Of all processes together.
+DEVICES = 4  # Total over all processes.
 
 
 @pytest.fixture(scope="module")
 def setting(digits_dir, shared_dir):
-  """Environment and config of runs on all devices."""
+  """Return the environment and config keys of the runs."""
   keys = [
     *tiny_sweep.KEYS,
     f"tfds_data_dir={digits_dir}",
@@ -43,19 +43,19 @@ def setting(digits_dir, shared_dir):
 
 @pytest.fixture(scope="module")
 def alone(setting, shared_dir):
-  """What one process makes of it, in a step of one task of a larger job."""
+  """Return a run of one process, in a one-task step of a larger Slurm job."""
   workdir = shared_dir / "alone"
   env, keys = setting
   env = {**env, "SLURM_NTASKS": "2", "SLURM_STEP_NUM_TASKS": "1"}
   with open(shared_dir / "alone.lock", "w") as f:
-    fcntl.flock(f, fcntl.LOCK_EX)  # The workers share one.
+    fcntl.flock(f, fcntl.LOCK_EX)  # Test workers share it.
     if not (workdir / "result.json").exists():
       run(workdir, (env, keys), 1)
   return workdir
 
 
 @pytest.fixture(autouse=True)
-def none_is_left():
+def kill_remaining_processes():
   yield
   many_processes.kill_all()
 
@@ -72,8 +72,8 @@ def launch(workdir, setting, count, extra=(), **kwargs):
   )
 
 
-def stop_on_the_way(workdir, setting, count, steps, **kwargs):
-  """Starts processes, and stops them when they have done some steps more."""
+def stop_midway(workdir, setting, count, steps, **kwargs):
+  """Start a run and stop it with SIGTERM after a number of steps."""
 
   def lines():
     path = workdir / "metrics.jsonl"
@@ -82,7 +82,7 @@ def stop_on_the_way(workdir, setting, count, steps, **kwargs):
   before = lines()
   processes = launch(workdir, setting, count, **kwargs)
   tiny_sweep.wait_for(lambda: lines() >= before + steps, processes[0])
-  processes[-1].send_signal(signal.SIGTERM)  # One of them is enough.
+  processes[-1].send_signal(signal.SIGTERM)  # One is enough.
   logs = many_processes.finish(processes)
   assert all("stopped at step" in log for log in logs), logs
   if before:
@@ -110,9 +110,9 @@ def assert_same_numbers(a, b):
     np.testing.assert_allclose(x, y, rtol=1e-3, atol=1e-5)
 
 
-def test_what_two_processes_began_one_goes_on_with(setting, alone, tmp_path):
-  """The two are started by Slurm."""
-  stop_on_the_way(tmp_path, setting, 2, steps=8, slurm=True)
+def test_one_process_resumes_a_run_of_two(setting, alone, tmp_path):
+  """Slurm starts the first two processes."""
+  stop_midway(tmp_path, setting, 2, steps=8, slurm=True)
   run(tmp_path, setting, 1)
   assert sorted(p.name for p in tmp_path.iterdir()) == [
     "checkpoints",
@@ -128,11 +128,11 @@ def test_what_two_processes_began_one_goes_on_with(setting, alone, tmp_path):
 
 
 @pytest.mark.slow
-def test_any_number_of_processes_goes_on(setting, alone, tmp_path):
-  """Each count goes on from the checkpoint of the one before it."""
+def test_any_number_of_processes_resumes_a_run(setting, alone, tmp_path):
+  """A run resumes with 4, 1, 2 and 4 processes in turn."""
   for count in (4, 1, 2):
-    stop_on_the_way(tmp_path, setting, count, steps=8)
-  # The last ones read the images from disk, each its own.
+    stop_midway(tmp_path, setting, count, steps=8)
+  # Finally, each process streams its own images.
   run(tmp_path, setting, 4, ["data.source=streaming"])
   assert_same_numbers(alone, tmp_path)
 
@@ -153,8 +153,8 @@ def test_two_processes_evaluate_together(setting, alone, tmp_path):
 
 
 @pytest.mark.slow
-def test_processes_on_hosts_of_their_own(setting, alone, tmp_path):
-  """Each reads its images from disk."""
+def test_processes_on_separate_hosts_train_as_one(setting, alone, tmp_path):
+  """Each process streams its own images."""
   try:
     with networks.hosts(2) as commands:
       run(
@@ -167,7 +167,7 @@ def test_processes_on_hosts_of_their_own(setting, alone, tmp_path):
       )
   except PermissionError as e:
     pytest.skip(f"network namespaces cannot be made here: {e}")
-  # Each process has half of them.
+  # Each process has half of the devices.
   assert len(run_reader.read(tmp_path).result["devices"]) == DEVICES
   assert_same_numbers(alone, tmp_path)
 
@@ -181,7 +181,7 @@ def test_processes_on_hosts_of_their_own(setting, alone, tmp_path):
     pytest.param(4, 2, marks=pytest.mark.slow),
   ],
 )
-def test_the_others_stop_when_one_is_killed(
+def test_other_processes_stop_when_one_is_killed(
   setting, alone, tmp_path, count, victim
 ):
   processes = launch(tmp_path, setting, count, ["checkpoint_every=4"])
@@ -196,7 +196,7 @@ def test_the_others_stop_when_one_is_killed(
       assert process.returncode != 0
       if victim:
         assert f"process {victim} of " in log.splitlines()[-1], log
-      else:  # JAX's own words.
+      else:  # JAX's message.
         assert "leader task" in log, log
   if victim:
     run(tmp_path, setting, count)
@@ -249,12 +249,12 @@ def test_processes_started_together_are_joined(
     (("no-such-host.invalid:1", 2, 1), "cannot be used"),
   ],
 )
-def test_mistakes_in_joining_are_one_line(args, words):
+def test_invalid_coordinator_flags_are_one_line_errors(args, words):
   with pytest.raises(errors.UserError, match=words):
     processes_lib.join(*args)
 
 
-def test_a_port_that_is_taken_is_one_line():
+def test_port_in_use_is_a_one_line_error():
   with socket.socket() as s:
     s.bind(("", 0))
     s.listen()
@@ -263,7 +263,7 @@ def test_a_port_that_is_taken_is_one_line():
       processes_lib.join(address, 2, 0)
 
 
-def test_a_watch_that_never_rests_does_not_abort_the_end():
+def test_continuous_heartbeats_do_not_abort_shutdown():
   program = """
 import sys
 import jax
@@ -273,7 +273,7 @@ processes.join(sys.argv[1], 2, int(sys.argv[2]))
 processes.wait_for_all("both are there")
 assert jax.config.values["jax_cuda_visible_devices"] == "all"
 """
-  # In a batch job of Slurm, where JAX's default is one GPU.
+  # In a Slurm batch job, JAX would use one GPU.
   names = ("JOB_ID", "STEP_NODELIST", "NTASKS", "PROCID", "LOCALID")
   slurm = {f"SLURM_{name}": "0" for name in names}
   with socket.socket() as s:
@@ -294,7 +294,7 @@ assert jax.config.values["jax_cuda_visible_devices"] == "all"
 
 
 class FakeClient:
-  """Keeps keys as JAX's service does, for processes that never beat again."""
+  """Fakes JAX's key-value store; heartbeats never change."""
 
   def __init__(self, beats):
     self._values = {f"{processes_lib._BEATS}/{i}": b for i, b in beats.items()}
@@ -312,7 +312,7 @@ class FakeClient:
   "beats, missing",
   [({1: "7"}, "1"), ({1: processes_lib._END}, None), ({}, "1")],
 )
-def test_only_those_that_did_not_end_are_missing(
+def test_only_unfinished_silent_processes_are_reported(
   monkeypatch, capsys, beats, missing
 ):
   class Exit(BaseException):

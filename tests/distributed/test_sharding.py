@@ -1,4 +1,4 @@
-"""Many devices give the numbers of one."""
+"""Training on many devices gives the results of one device."""
 
 import functools
 import itertools
@@ -28,7 +28,7 @@ from rescalevit_jax.distributed import sharding
     pytest.param("BN", "float16", marks=pytest.mark.slow),
   ],
 )
-def test_eight_devices_train_as_one(norm, recipe, digits_dir, tmp_path):
+def test_eight_devices_train_like_one(norm, recipe, digits_dir, tmp_path):
   script = paths.HELPERS / "eight_devices.py"
   done = run_on_eight_devices(script, norm, recipe, tmp_path, digits_dir)
   assert done.returncode == 0, done.stderr[-3000:]
@@ -36,7 +36,7 @@ def test_eight_devices_train_as_one(norm, recipe, digits_dir, tmp_path):
 
 
 @pytest.mark.slow
-def test_eight_devices_measure_as_one(digits_dir):
+def test_eight_devices_measure_diagnostics_like_one(digits_dir):
   script = paths.HELPERS / "diagnostics_on_eight.py"
   done = run_on_eight_devices(script, digits_dir)
   assert done.returncode == 0, done.stderr[-3000:]
@@ -67,12 +67,12 @@ def collectives(fsdp, digits_dir):
   return json.loads(done.stdout.splitlines()[-1])
 
 
-def test_a_step_sums_the_gradients_once_and_moves_nothing_else(digits_dir):
+def test_step_only_all_reduces_gradients(digits_dir):
   found = dict(collectives("0", digits_dir))
   (shapes,) = found.pop("all-reduce")
   sizes = [math.prod(map(int, filter(None, s.split(",")))) for s in shapes]
-  # The gradient of every parameter but the class token, which is that of its
-  # position, and the loss.
+  # All gradients and the loss; the class token shares its gradient with its
+  # position.
   cls = found.pop("cls")
   assert sum(sizes) == found.pop("parameters") - cls + 1
   del found["held"], found["sizes"]
@@ -86,7 +86,7 @@ def test_fsdp_gathers_parameters_and_no_activations(digits_dir):
     assert math.prod(map(int, shape.split(","))) in found["sizes"]
   assert not found["all-to-all"] and not found["collective-permute"]
   whole = collectives("0", digits_dir)["held"]
-  assert found["held"] < 0.2 * whole  # Of parameters and momenta.
+  assert found["held"] < 0.2 * whole  # Parameters and momenta.
 
 
 @pytest.mark.parametrize(
@@ -96,18 +96,18 @@ def test_fsdp_gathers_parameters_and_no_activations(digits_dir):
     ((4096, 1024), True, ("data",)),
     ((1023, 64), True, (None, "data")),
     ((1023, 65), True, ()),
-    ((4096,), True, ()),  # Too small to be worth it.
+    ((4096,), True, ()),  # Too small to shard.
     ((), True, ()),
     ((1024, 4096), False, ()),
   ],
 )
-def test_place(shape, fsdp, expected):
+def test_fsdp_shards_large_arrays(shape, fsdp, expected):
   mesh = jax.sharding.AbstractMesh((8,), ("data",))
   array = jax.ShapeDtypeStruct(shape, np.float32)
   assert sharding.create(array, mesh, fsdp).spec == jax.P(*expected)
 
 
-def test_put_places_whole_arrays_and_parts():
+def test_put_replicates_or_splits_arrays():
   mesh = sharding.create_mesh()
   x = np.arange(6, dtype=np.int32).reshape(2, 3)
   tree = sharding.put({"a": x}, sharding.replicated(mesh))
@@ -119,7 +119,7 @@ def test_put_places_whole_arrays_and_parts():
 
 
 @pytest.mark.skipif(jax.device_count() != 1, reason="needs one device")
-def test_any_batch_suits_one_device():
+def test_one_device_accepts_any_batch():
   sharding.check_batch(7, 7, sharding.create_mesh())
 
 

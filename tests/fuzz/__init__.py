@@ -1,10 +1,10 @@
-"""Inputs that mean harm, for everything that reads files from elsewhere.
+"""Fuzz tests for all code that reads untrusted files.
 
-A target is a module with
+A target is a module with two functions:
 
-  build(choices) -> bytes: a file, good as long as `choices` has nothing to say;
-    each choice changes something of it, such as a size in a header.
-  run(path): reads the file, by the code under test.
+  build(choices) -> bytes: return a file, valid if `choices` is empty; each
+    choice changes one detail, such as a size in a header.
+  run(path): read the file with the code under test.
 
-`judge` says what may come of it: success, or a UserError of one line.
+`judge` accepts two outcomes: success, or a one-line UserError.
 """

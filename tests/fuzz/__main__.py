@@ -1,11 +1,11 @@
-r"""Tries millions of hostile inputs; the tests try a few hundred.
+r"""Try millions of hostile inputs; the test suite tries a few hundred.
 
   python tests/fuzz --inputs=1000000
   python tests/fuzz --again=npz-finding
 
-Guided by what of the code an input reaches where atheris is installed (the
-extra `fuzz`), by the messages that it leads to otherwise. What may come of an
-input is said in judge.py. Exit code: 1 if one did more; its file is kept.
+With atheris (the extra `fuzz`), code coverage guides the search; otherwise,
+error messages do. judge.py defines the allowed outcomes. After any other
+outcome, the input is kept in a file and the exit code is 1.
 """
 
 import argparse
@@ -31,12 +31,12 @@ except ImportError:
   atheris = None
 
 _TARGETS = ("npz", "archive", "image", "flags")
-_LONGEST = 256  # Bytes of an input's choices.
-_SLOW = 1.0  # Seconds from which an input is kept.
-_HANGS = 300.0  # Seconds until one of 100 inputs is said never to end.
-_BYTES = 256 << 20  # Of memory, in use, more than after the first inputs.
+_LONGEST = 256  # Maximum bytes of choices.
+_SLOW = 1.0  # Keep an input that takes more seconds.
+_HANGS = 300.0  # Timeout in seconds for 100 inputs.
+_BYTES = 256 << 20  # Allowed growth of memory.
 _WARM_UP = 200
-# Whose branches guide atheris.
+# Modules whose coverage guides atheris.
 _GUIDES = (
   *("rescalevit_jax", "prepare_data", "numpy.lib", "zipfile", "tarfile"),
   *("gzip", "PIL", "absl.flags", "ml_collections", "json"),
@@ -44,7 +44,7 @@ _GUIDES = (
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-  """Fuzzes all targets; returns the exit code."""
+  """Fuzz all targets; return the exit code."""
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
@@ -80,13 +80,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _start(target: str, options: Sequence[str]) -> dict | None:
-  """Fuzzes a target in a process of its own; returns None after a finding."""
+  """Fuzz a target in a subprocess; return None after a finding."""
   memory = "/dev/shm" if os.path.isdir("/dev/shm") else None
   with tempfile.TemporaryDirectory(dir=memory) as folder:
     command = [sys.executable, os.path.dirname(__file__), "--worker", folder]
     command += [f"--target={target}", *options]
     environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
-    # libtiff and libFuzzer have a lot to say.
+    # libtiff and libFuzzer print a lot.
     with open(f"{folder}/stderr", "wb") as log:
       done = subprocess.run(command, stderr=log, env=environment, check=False)
     if done.returncode == 0:
@@ -95,7 +95,7 @@ def _start(target: str, options: Sequence[str]) -> dict | None:
         shutil.copy(f"{folder}/slowest", f"{target}-slowest")
       return result
     kept = f"{target}-finding"
-    with contextlib.suppress(FileNotFoundError):  # It failed before the first.
+    with contextlib.suppress(FileNotFoundError):  # No input yet.
       shutil.copy(f"{folder}/input", kept)
     said = pathlib.Path(folder, "stderr").read_text(errors="replace")
     print(f"{target}: exit code {done.returncode}, see {kept}\n{said[-3000:]}")
@@ -119,7 +119,7 @@ def _modules(target):
 def _work(
   name: str, inputs: int, seed: int, folder: pathlib.Path, guided: bool
 ) -> None:
-  """Fuzzes a target and leaves `result` in the folder; ends the process."""
+  """Fuzz a target, write `result` to the folder and exit."""
   watched = contextlib.nullcontext()
   if guided:
     watched = atheris.instrument_imports(include=_GUIDES)
@@ -132,10 +132,10 @@ def _work(
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
 
   def check(data: bytes) -> bool:
-    """Judges an input; returns whether its outcome is a new one."""
+    """Judge an input; return True if its outcome is new."""
     nonlocal count, longest, first_bytes, shown
     if count % 100 == 0:
-      signal.setitimer(signal.ITIMER_REAL, _HANGS)  # Which ends the process.
+      signal.setitimer(signal.ITIMER_REAL, _HANGS)  # Kills the process.
     start = time.monotonic()
     try:
       outcome = judge.judge(target, target.build(choices.Choices(data)), folder)
@@ -178,7 +178,7 @@ def _work(
 def _guided(check: Callable[[bytes], bool], seed: int) -> None:
   options = (f"-max_len={_LONGEST}", f"-seed={seed}", "-len_control=10")
   quiet = ("-verbosity=0", "-timeout=0", "-rss_limit_mb=0")
-  # atheris sees to it that no input returns anything.
+  # atheris requires that the callback returns no value.
   atheris.Setup([sys.argv[0], *options, *quiet], lambda data: check(data) and 0)
   atheris.Fuzz()
 

@@ -13,7 +13,7 @@ _LAYOUTS = tuple(
   dataclasses.replace(layout, records=dict.fromkeys(layout.records, 1))
   for layout in untrusted_archive.LAYOUTS
 )
-# First byte and end of each field of a tar header.
+# Start and end of each field of a tar header.
 _FIELDS = {
   "name": (0, 100),
   "mode": (100, 108),
@@ -104,7 +104,7 @@ def build(choices: choices_lib.Choices) -> bytes:
   packed = gzip.compress(tar, 1 if len(tar) > 1 << 17 else 0, mtime=0)
   while choices:
     kind = choices.below(4)
-    if kind == 0:  # A name of the file, or more that gzip's header can have.
+    if kind == 0:  # A file name or other optional fields of gzip's header.
       packed = bytearray(packed.ljust(10, b"\0"))
       packed[3] = choices.below(64)
       packed[10:10] = choices.word()

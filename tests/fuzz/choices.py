@@ -1,10 +1,10 @@
-"""What bytes decide: both hypothesis and atheris invent and shrink bytes."""
+"""Decode bytes from hypothesis or atheris into decisions."""
 
 from collections.abc import Sequence
 import struct
 from typing import Any
 
-# Where sizes and counts overflow, wrap around or mean something else.
+# Sizes and counts that overflow, wrap around or have special meanings.
 NUMBERS = (
   *(0, 1, 2, 3, 7, 8, 16, 255, 256, 4096, 32_767, 65_535, 65_536, 100_000),
   *(2**24, 2**31 - 1, 2**31, 2**32 - 1, 2**32, 2**40, 2**62, 2**63, 2**64 - 1),
@@ -12,7 +12,7 @@ NUMBERS = (
 
 
 class Choices:
-  """Reads decisions from bytes; when they are used up, all are 0."""
+  """Reads decisions from bytes; all are 0 after the last byte."""
 
   def __init__(self, data: bytes):
     self._data = data
@@ -22,7 +22,7 @@ class Choices:
     return self._at < len(self._data)
 
   def below(self, count: int) -> int:
-    """Returns a whole number of at least 0 and below `count`."""
+    """Return an integer from 0 to `count` - 1."""
     size = (max(count - 1, 1).bit_length() + 7) // 8
     return int.from_bytes(self.blob(size), "little") % count
 
@@ -30,7 +30,7 @@ class Choices:
     return options[self.below(len(options))]
 
   def number(self) -> int:
-    """Returns a number that is likely to be too large, or anything."""
+    """Return an edge case or any 32-bit number."""
     return self.pick(NUMBERS) if self.below(3) else self.below(2**32)
 
   def blob(self, size: int) -> bytes:
@@ -43,7 +43,7 @@ class Choices:
 
 
 def edit(content: bytes, choices: Choices) -> bytes:
-  """Returns content with a change anywhere, as of any file."""
+  """Change, insert or delete bytes at any position."""
   content = bytearray(content)
   where = choices.below(len(content) + 1)
   kind = choices.below(7)

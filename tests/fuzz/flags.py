@@ -1,6 +1,6 @@
 """Command lines of the main program, and the config.json of a run.
 
-A config file is a program, which may do anything: it is always the same here.
+A config file may run any code, so it is not fuzzed.
 """
 
 import contextlib
@@ -74,7 +74,7 @@ _FLAGS = (
 
 
 def build(choices: choices_lib.Choices) -> bytes:
-  """Returns a config.json and the arguments, with zeros between them."""
+  """Return a config.json and the arguments, separated by zero bytes."""
   args = [choices.pick((_CONFIG, _CONFIG, _CONFIG, _RUN, b"--mode=train"))]
   text = _JSON
   while choices:
@@ -118,7 +118,7 @@ def run(path: pathlib.Path) -> None:
   args = [
     os.fsdecode(arg.replace(b"RUN", bytes(folder)) if arg == _RUN else arg)
     for arg in args
-    if not arg.lstrip(b"-").startswith(b"flagfile")  # It may never end.
+    if not arg.lstrip(b"-").startswith(b"flagfile")  # It may not terminate.
   ]
   argv, fail = sys.argv, cli.fail
   sys.argv, cli.fail = ["main.py", *args], _fail
@@ -143,5 +143,5 @@ def run(path: pathlib.Path) -> None:
 
 def _fail(message, code):
   assert code == 2
-  # As it is printed; it may quote what was typed, however long.
+  # The message may quote arguments of any length.
   raise errors.UserError(" ".join(message.split())[:1000])

@@ -14,15 +14,15 @@ from fuzz import choices as choices_lib
 from rescalevit_jax.data import image_files
 from rescalevit_jax.data import untrusted_image
 
-_PIXELS = 1_000_000  # Instead of images.MAX_PIXELS.
+_PIXELS = 1_000_000  # Replaces untrusted_image.MAX_PIXELS.
 
 
 def tiff(tags: dict[int, tuple[int, int]], pixels: bytes = b"") -> bytes:
-  """Returns a TIFF file.
+  """Return a TIFF file.
 
   Args:
-    tags: type and value by number; 8 is where the pixels begin.
-    pixels: as they lie in the file.
+    tags: type and value by tag number; pixels start at offset 8.
+    pixels: encoded pixels.
   """
   directory = b"".join(
     struct.pack("<HHLL", tag, kind, 1, value)

@@ -1,6 +1,6 @@
-"""What may come of an input: success, or one line for the person.
+"""Check that an input is read or refused with a one-line error.
 
-And in time, within bounded memory, nothing written elsewhere, no process begun.
+Time and memory are limited. Writing elsewhere and new processes are errors.
 """
 
 from collections.abc import Iterator
@@ -15,9 +15,9 @@ import types
 
 from rescalevit_jax import errors
 
-SECONDS = 20.0  # Others may be busy on the machine, too.
-# Address space beyond what the process has. The limits of the code under test
-# that are larger are made smaller by the targets.
+SECONDS = 20.0  # Generous, for a busy machine.
+# Address space beyond the current use. Targets reduce larger limits of the code
+# under test.
 BYTES = 1 << 30
 
 _WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
@@ -26,17 +26,17 @@ _FORBIDDEN = re.compile(
   r"|link|symlink|truncate|chmod|chown)|subprocess\.|shutil\.|socket\.connect"
   r"|pickle\."
 )
-_watched: pathlib.Path | None = None  # The one folder for writing.
+_watched: pathlib.Path | None = None  # The only writable folder.
 _forbidden: list[str] = []
 
 
 class Guilty(AssertionError):
-  """An input has done what none may."""
+  """An input caused a forbidden outcome."""
 
 
 @contextlib.contextmanager
 def limited() -> Iterator[None]:
-  """Lets the process have no more than `BYTES` in addition."""
+  """Limit the process to `BYTES` of additional address space."""
   soft, hard = resource.getrlimit(resource.RLIMIT_AS)
   pages = int(pathlib.Path("/proc/self/statm").read_text().split()[0])
   limit = pages * resource.getpagesize() + BYTES
@@ -50,18 +50,18 @@ def limited() -> Iterator[None]:
 def judge(
   target: types.ModuleType, content: bytes, folder: pathlib.Path
 ) -> str:
-  """Lets a target read a file, within `limited`.
+  """Run a target on a file; call it within `limited`.
 
   Args:
-    target: a module as the package's docstring says.
-    content: of the file.
-    folder: for it, under the name `input`.
+    target: module with `build` and `run`.
+    content: content of the file.
+    folder: folder for the file `input`.
 
   Returns:
-    'read', or the message's words without names and numbers.
+    'read', or the error message without names and numbers.
 
   Raises:
-    Guilty: saying of what.
+    Guilty: the outcome is not allowed.
   """
   global _watched
   path = folder / "input"
@@ -111,5 +111,5 @@ def _audit(event, args):
       _forbidden.append(f"{event}{args!r}")
 
 
-sys.dont_write_bytecode = True  # What is imported late would be compiled.
+sys.dont_write_bytecode = True  # Late imports would write .pyc files.
 sys.addaudithook(_audit)

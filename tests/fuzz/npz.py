@@ -15,7 +15,7 @@ from rescalevit_jax.pretrained import untrusted_npz
 
 _SIZES = dict(num_layers=1, hidden_size=4, mlp_dim=4)
 _MODEL = trees.fresh("BN", **_SIZES)
-_SLACK = 1 << 24  # Instead of untrusted_npz.SLACK.
+_SLACK = 1 << 24  # Replaces untrusted_npz.SLACK.
 _FIELDS = dict(
   version=2, flags=2, method=2, time=4, crc=4, packed=4, size=4, extra=2
 )
@@ -40,7 +40,7 @@ class Member:
 
   name: bytes
   content: bytes
-  # False values by field, for the local and the central header.
+  # Wrong values by field, in the local and the central header.
   lies: tuple[dict[str, int], dict[str, int]]
   offset: int | None = None
 
@@ -84,7 +84,7 @@ def build(choices: choices_lib.Choices) -> bytes:
     elif kind == 2:
       lies = choices.pick(member.lies)
       lies[choices.pick(list(_FIELDS))] = choices.number()
-    elif kind == 3:  # Packed, in a way that there is or is not.
+    elif kind == 3:  # A valid or invalid compression method.
       for lies in member.lies:
         lies["method"] = choices.pick((8, 12, 14, 93, 1))
     elif kind == 4:
@@ -97,7 +97,7 @@ def build(choices: choices_lib.Choices) -> bytes:
       members.append(dataclasses.replace(member))
     elif kind == 8:
       member.content = choices_lib.edit(member.content, choices)
-    elif kind == 9:  # A bomb.
+    elif kind == 9:  # A decompression bomb.
       member.content += bytes(choices.below(1 << 18))
       for lies in member.lies:
         lies["method"] = 8

@@ -1,4 +1,4 @@
-"""Small archives with the layout of CIFAR's official ones."""
+"""Small archives with the layout of CIFAR's official archives."""
 
 import dataclasses
 import gzip

@@ -1,10 +1,9 @@
-"""Counts what eight devices tell each other in a step; for test_sharding.py.
+"""Count the collectives of a step on eight devices, for test_sharding.py.
 
 Usage: python collectives.py FSDP DATA_DIR, FSDP 0 or 1, with
-XLA_FLAGS=--xla_force_host_platform_device_count=8. Prints JSON: the shapes of
-each kind of operation in the compiled step; how many parameters there are, how
-many numbers a device holds of parameters and momenta, and the parameters'
-shapes, each sorted.
+XLA_FLAGS=--xla_force_host_platform_device_count=8. Print JSON: the
+shapes of each kind of collective, the number of parameters, the number of
+parameters and momenta on one device, and the parameters' sizes.
 """
 
 import json

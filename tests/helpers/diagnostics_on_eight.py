@@ -1,4 +1,4 @@
-"""Measures on one device and on eight; started by test_sharding.py.
+"""Compare diagnostics on one and eight devices, for test_sharding.py.
 
 Usage: python diagnostics_on_eight.py DATA_DIR, with
 XLA_FLAGS=--xla_force_host_platform_device_count=8.

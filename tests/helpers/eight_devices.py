@@ -1,7 +1,7 @@
-"""Trains on one device and on eight; started by test_sharding.py.
+"""Train on one and on eight devices, for test_sharding.py.
 
-Usage: python eight_devices.py NORM RECIPE FOLDER DATA_DIR, with RECIPE out of
-recipes.py, or the default one if that is empty, and
+Usage: python eight_devices.py NORM RECIPE FOLDER DATA_DIR, with RECIPE from
+recipes.py, or empty for the default recipe, and
 XLA_FLAGS=--xla_force_host_platform_device_count=8.
 """
 
@@ -38,7 +38,7 @@ def main(norm, recipe, folder, data_dir):
       "image_size": 8,
       "batch": 48,
       "accum_steps": 2,
-      "batch_eval": 100,  # 360 images: neither 100 nor 8 divide the last batch.
+      "batch_eval": 100,  # The last of 360 images do not fill a batch.
       "total_steps": 10,
       "warmup_steps": 3,
       "eval_every": 10,
@@ -56,7 +56,7 @@ def main(norm, recipe, folder, data_dir):
     }
   )
   config.update_from_flattened_dict(recipes.RECIPES.get(recipe, {}))
-  metric_writers.tensorflow_cpu.load = _missing  # It would only take time.
+  metric_writers.tensorflow_cpu.load = _missing  # Saves time.
   found = {}
   sharding._MIN_SPLIT = 100  # Elements; the model is small.
   for kind in ("one", "eight", "fsdp"):
@@ -71,7 +71,7 @@ def main(norm, recipe, folder, data_dir):
     params, batch_stats, _ = checkpoint.load_variables(workdir, "latest")
     params = flax.traverse_util.flatten_dict(params, sep="/")
     if config.optimizer != "sgd":
-      # Softmax leaves no gradient to the keys' biases but rounding errors,
+      # Softmax cancels the gradient of key biases up to rounding errors,
       # which Adam makes as large as any other.
       params = {k: v for k, v in params.items() if not k.endswith("key/bias")}
     found[kind] = lines, jax.tree.leaves((params, batch_stats))

@@ -1,4 +1,4 @@
-"""Small tfds builders for the tests of data and builders."""
+"""Small tfds builders."""
 
 import io
 
@@ -22,7 +22,7 @@ def label(i):
 
 
 class Fake(tfds.core.GeneratorBasedBuilder):
-  """Four classes of random images; subclasses change one thing each."""
+  """Random images of four classes; each subclass changes one property."""
 
   VERSION = tfds.core.Version("1.2.3")
   NEEDS_TENSORFLOW = False
@@ -93,13 +93,13 @@ class FakeUnpaired(Fake):
 
 
 class FakeImageToText(Fake):
-  """Its supervised keys are not a label, but it has one."""
+  """Has a label that is not among its supervised keys."""
 
   KEYS = ("image", "id")
 
 
 class FakeUnlabeledText(Fake):
-  """Images with texts, without classes."""
+  """Has texts but no classes."""
 
   def _info(self):
     return tfds.core.DatasetInfo(
@@ -114,7 +114,7 @@ class FakeUnlabeledText(Fake):
 
 
 class FakeDeep(Fake):
-  """Images of 16 bits."""
+  """Has 16-bit images."""
 
   def _info(self):
     return tfds.core.DatasetInfo(
@@ -157,7 +157,7 @@ class FakeNamedLate(Fake):
 
 
 class FakeUnlabelled(Fake):
-  """Has the label -1 for missing ones, as many tfds test splits."""
+  """Marks a missing label with -1, as many tfds test splits do."""
 
   def example(self, split, i):
     hidden = split == "test" and i == 3
@@ -165,7 +165,7 @@ class FakeUnlabelled(Fake):
 
 
 class FakeWrongSize(Fake):
-  """Has one image of a wrong size, passed as an encoded file."""
+  """Has one encoded image of a wrong size."""
 
   def example(self, split, i):
     shape = (1, 1, 3) if i == 7 else self.SHAPE
@@ -176,7 +176,7 @@ class FakeWrongSize(Fake):
 
 
 class FakeBroken(Fake):
-  """Fails while its test split is written."""
+  """Fails while tfds writes its test split."""
 
   def example(self, split, i):
     if split == "test" and i == 5:

@@ -1,4 +1,4 @@
-"""Folders of runs that nobody trained."""
+"""Folders of untrained runs."""
 
 import json
 import pathlib
@@ -30,13 +30,13 @@ def write(
   result: dict | None = None,
   steps: int = 3,
 ) -> pathlib.Path:
-  """Writes a run's folder.
+  """Write a run's folder.
 
   Args:
-    workdir: made if it is not there.
-    config: what differs from the default one, by dotted names.
-    result: overrides of `RESULT`; None: the run is not finished.
-    steps: lines of metrics, at steps 100, 200, …
+    workdir: folder to create.
+    config: overrides of the default config, by dotted key.
+    result: overrides of `RESULT`; None for an unfinished run.
+    steps: number of lines of metrics, at steps 100, 200, …
   """
   workdir.mkdir(parents=True)
   whole = config_lib.default()
@@ -58,7 +58,7 @@ def write(
 def write_with_checkpoint(
   workdir: pathlib.Path, config: ml_collections.ConfigDict
 ) -> pathlib.Path:
-  """Writes a finished run whose best weights are those before training."""
+  """Write a finished run whose best checkpoint has the initial weights."""
   state = experiment.create(config).init_state()
   write(workdir, config_lib.flatten(config), {})
   with checkpoint.Checkpoints(workdir) as checkpoints:

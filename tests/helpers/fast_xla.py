@@ -1,7 +1,6 @@
-"""Lets XLA compile for the CPU fast rather than well.
+"""Reduce XLA's optimizations for the CPU to compile faster.
 
-Most of the tests' time would be XLA's. The numbers are the same but for
-rounding errors.
+Results differ only by rounding errors.
 """
 
 import functools
@@ -22,9 +21,9 @@ _FLAGS = (
 
 @functools.cache
 def flags() -> str:
-  """Returns what to put into XLA_FLAGS.
+  """Return flags for XLA_FLAGS.
 
-  XLA aborts at a flag that it does not know, so each one is looked for.
+  XLA aborts at an unknown flag, so search the library for each flag.
   """
   known = []
   for library in pathlib.Path(jaxlib.__file__).parent.glob("libjax_common.*"):
@@ -35,7 +34,7 @@ def flags() -> str:
 
 
 def switch_on() -> None:
-  """Sets XLA_FLAGS for this process and those that it starts."""
+  """Set XLA_FLAGS for this process and its children."""
   given = os.environ.get("XLA_FLAGS", "")
   if flags() not in given:
     os.environ["XLA_FLAGS"] = f"{given} {flags()}".strip()

@@ -1,7 +1,7 @@
-"""Run commands of the package in processes that need not import its libraries.
+"""Fork commands from a process that has imported the package's libraries.
 
-They are forked from a process that has imported them, which saves two seconds
-of processor time each. JAX has not started its threads there.
+Each fork saves two seconds of CPU time. The forked process has not started
+JAX's threads.
 """
 
 from collections.abc import Mapping, Sequence
@@ -27,13 +27,13 @@ _CONTEXT.set_forkserver_preload(
 
 
 class Popen:
-  """A command, with the methods of `subprocess.Popen` that tests need.
+  """A forked command with the interface of `subprocess.Popen`.
 
   Args:
-    args: what would follow `python -m`.
-    env: its environment.
-    stderr: a file for its stderr.
-    stdout: a file for its stdout.
+    args: arguments after `python -m`.
+    env: environment variables.
+    stderr: file for stderr.
+    stdout: file for stdout.
   """
 
   def __init__(
@@ -44,7 +44,7 @@ class Popen:
     stdout: str | os.PathLike = os.devnull,
   ):
     self.args = list(args)
-    pathlib.Path(stderr).write_bytes(b"")  # Tests read it from the start.
+    pathlib.Path(stderr).write_bytes(b"")  # Tests read it early.
     self._process = _CONTEXT.Process(
       target=_run, args=(self.args, dict(env), str(stdout), str(stderr))
     )
@@ -74,7 +74,7 @@ class Popen:
 def run(
   args: Sequence[str], env: Mapping[str, str], timeout: float = 300
 ) -> subprocess.CompletedProcess[str]:
-  """Run a command to its end; like `subprocess.run`, with its output."""
+  """Run a command and capture its output, like `subprocess.run`."""
   with tempfile.TemporaryDirectory() as folder:
     out, err = (pathlib.Path(folder, name) for name in ("out", "err"))
     process = Popen(args, env, err, out)
@@ -96,7 +96,7 @@ def _run(args, env, stdout, stderr):
   for number, path in ((1, stdout), (2, stderr)):
     os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
   sys.path[:0] = [str(paths.ROOT), *env.get("PYTHONPATH", "").split(":")]
-  # JAX has read those of the process that it was forked from.
+  # JAX has read the variables of the parent process.
   for name, kind in (
     ("jax_platforms", str),
     ("jax_compilation_cache_dir", str),

@@ -1,4 +1,4 @@
-"""One run by several processes, each with devices of its own."""
+"""Start one run in several processes with separate devices."""
 
 from collections.abc import Mapping, Sequence
 import os
@@ -13,7 +13,7 @@ _STARTED = []
 
 
 def kill_all() -> None:
-  """Ends what a test has left running."""
+  """Kill all processes that a test has left."""
   for process in _STARTED:
     process.kill()
     process.communicate()
@@ -31,24 +31,23 @@ def start(
   address: str = "127.0.0.1",
   slurm: bool = False,
 ) -> list[subprocess.Popen]:
-  """Starts the processes of a run.
+  """Start the processes of a run.
 
   Args:
-    workdir: of the run.
-    env: of all of them.
-    keys: of the config, KEY=VALUE.
-    count: of the processes.
-    *args: of the command line, beside the usual ones.
-    devices: of each.
-    commands: what to put before each one's command.
-    address: of the first; one alone needs none.
-    slurm: whether the environment tells them who they are, as in a step of
-      Slurm on this machine, instead of flags.
+    workdir: folder of the run.
+    env: environment variables of all processes.
+    keys: config overrides, KEY=VALUE.
+    count: number of processes.
+    *args: more command-line arguments.
+    devices: number of devices per process.
+    commands: prefix of each process's command.
+    address: address of the first process.
+    slurm: set Slurm's environment variables instead of passing flags.
   """
 
   def step(i):
     return {
-      "SLURM_JOB_ID": str(os.getpid()),  # The port follows from it.
+      "SLURM_JOB_ID": str(os.getpid()),  # Determines the port.
       "SLURM_STEP_NODELIST": "localhost",
       "SLURM_NTASKS": str(count),
       "SLURM_STEP_NUM_TASKS": str(count),
@@ -97,11 +96,11 @@ def start(
 def finish(
   processes: Sequence[subprocess.Popen], well: bool = True
 ) -> list[str]:
-  """Waits for the processes' ends; returns what they wrote to stderr.
+  """Wait for all processes; return their stderr.
 
   Args:
-    processes: of a run.
-    well: whether all of them must end without an error.
+    processes: processes of a run.
+    well: require exit code 0 of each.
   """
   logs = [p.communicate(timeout=600)[1] for p in processes]
   if well:

@@ -1,7 +1,7 @@
-"""Hosts of their own for the processes of one run, on this machine.
+"""Simulate several hosts on this machine.
 
-Each is a network namespace of Linux with an address and a name, at one bridge;
-making them takes root's rights.
+Each host is a Linux network namespace with an address and a name, connected to
+a bridge. Creating it requires root.
 """
 
 from collections.abc import Iterator
@@ -15,13 +15,13 @@ _SUBNET = "10.213.7"
 
 @contextlib.contextmanager
 def hosts(count: int) -> Iterator[list[list[str]]]:
-  """Makes hosts, reachable as `address(i)`, and removes them afterwards.
+  """Create hosts, reachable as `address(i)`, and remove them afterwards.
 
   Yields:
-    For each host, what to put before a command to run it there.
+    For each host, a command prefix that runs a command there.
 
   Raises:
-    PermissionError: this user may not.
+    PermissionError: the user is not root.
   """
   prefix = f"rv{os.getpid() % 10_000}"
   names = [f"{prefix}-{i}" for i in range(count)]
@@ -40,7 +40,7 @@ def hosts(count: int) -> Iterator[list[list[str]]]:
       _ip(*inside, "addr", "add", f"{address(i)}/24", "dev", "eth0")
       _ip(*inside, "link", "set", "eth0", "up")
       _ip(*inside, "link", "set", "lo", "up")
-      # Laid over /etc/hosts by `ip netns exec`: gloo looks its own name up.
+      # `ip netns exec` mounts it over /etc/hosts, which gloo reads.
       table = pathlib.Path("/etc/netns", name, "hosts")
       for folder in (table.parents[1], table.parent):
         if not folder.exists():
@@ -59,7 +59,7 @@ def hosts(count: int) -> Iterator[list[list[str]]]:
 
 
 def address(host: int) -> str:
-  """Returns a host's address."""
+  """Return a host's address."""
   return f"{_SUBNET}.{host + 1}"
 
 

@@ -1,9 +1,8 @@
 """Reference numbers of the original PyTorch code and of Google's code.
 
-The full set is beside the checkout, in `../shared/parity`. Its README describes
-each array. Every clone has a part of it in `tests/data`, written by
-`tests/data/reduce.py` with the same names and keys. Tests whose numbers are in
-neither are skipped.
+The full set is in `../shared/parity` beside the checkout; its README describes
+each array. `tests/data/reference` has a reduced set with the same names and
+keys, written by `reduce.py`. Tests without reference numbers are skipped.
 """
 
 import atexit

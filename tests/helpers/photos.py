@@ -1,4 +1,4 @@
-"""An image for operations on pixels."""
+"""A synthetic image for tests of augmentation."""
 
 import numpy as np
 from PIL import Image

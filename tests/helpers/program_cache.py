@@ -1,6 +1,6 @@
-"""Let several runs of one config in a process share their compiled programs.
+"""Share compiled programs among runs of one config in a process.
 
-Tracing and lowering are most of a tiny run's time.
+Tracing and lowering take most of a tiny run's time.
 """
 
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ from rescalevit_jax.training import train_step
 
 @contextlib.contextmanager
 def shared() -> Iterator[None]:
-  """Create one `Experiment` per config; it has no state but its programs."""
+  """Create one `Experiment` per config; its only state is its programs."""
   create, made = experiment.create, {}
 
   def create_once(config, **kwargs):

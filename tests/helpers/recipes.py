@@ -1,4 +1,4 @@
-"""Settings that switch on everything that is off by default, by dotted key."""
+"""Config overrides that enable all optional features, by dotted key."""
 
 _EVERYTHING = {
   "ema_decay": 0.9,

@@ -1,6 +1,6 @@
-"""A Slurm of one controller and two nodes, all on this machine.
+"""A Slurm cluster with one controller and two nodes on this machine.
 
-It needs no root rights and leaves other installations of Slurm alone.
+It needs no root and does not affect other installations of Slurm.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,9 +17,8 @@ import pytest
 
 _PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun")
 _PORTS = ("controller", "first", "second")
-# Names that resolve everywhere. JobRequeue=0: a job is requeued only if it
-# allows it. cred_expire: a requeued job waits so
-# many seconds, at least 5.
+# These names resolve everywhere. JobRequeue=0: requeue only jobs that allow it.
+# cred_expire: seconds that a requeued job waits, at least 5.
 _CONFIG = """
 ClusterName=test
 SlurmctldHost={host}(127.0.0.1)
@@ -49,7 +48,7 @@ Port=[{first},{second}] CPUs=2 Gres=gpu:4
 PartitionName=main Nodes=ALL Default=YES GraceTime=60
 PartitionName=urgent Nodes=ALL PriorityTier=2
 """
-# Slurm hands out the GPUs without using them.
+# Slurm assigns the GPUs but does not use them.
 _GPUS = "NodeName=127.0.0.[1-2] Name=gpu File=/dev/tty[0-3]\n"
 
 
@@ -58,7 +57,7 @@ def start(folder: pathlib.Path) -> Iterator[dict[str, str]]:
   """Start Slurm and stop it afterwards; skip the test if it is not installed.
 
   Args:
-    folder: for its files; its path must be short, since sockets are in it.
+    folder: folder for Slurm's files; its path must be short for sockets.
 
   Yields:
     The environment variables of Slurm's programs.
@@ -107,7 +106,7 @@ def start(folder: pathlib.Path) -> Iterator[dict[str, str]]:
 
 
 def call(command: Sequence[str], env: Mapping[str, str]) -> str:
-  """Run one of Slurm's programs; return its output."""
+  """Run a Slurm command; return its output."""
   done = subprocess.run(
     command, env={**os.environ, **env}, capture_output=True, text=True
   )
@@ -116,7 +115,7 @@ def call(command: Sequence[str], env: Mapping[str, str]) -> str:
 
 
 def _says(command, env):
-  """Return a program's output, or None if it fails."""
+  """Return a command's output, or None if it fails."""
   with contextlib.suppress(AssertionError):
     return call(command.split(), env).strip()
   return None

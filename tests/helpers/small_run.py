@@ -1,4 +1,4 @@
-"""The config of a run on the digits that takes a second."""
+"""The config of a run on the digits that takes one second."""
 
 from rescalevit_jax import config as config_lib
 

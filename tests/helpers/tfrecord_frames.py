@@ -1,4 +1,4 @@
-"""Records as TFRecord files frame them."""
+"""Framing of records in TFRecord files."""
 
 import struct
 

@@ -16,7 +16,7 @@ CAN_COMPILE = (
 REASON = "needs the extra gpu-compile, and JAX_PLATFORMS=cpu"
 needs_compiler = pytest.mark.skipif(not CAN_COMPILE, reason=REASON)
 
-# Images are resized: the program has a product for it.
+# Resizing images adds a matrix product.
 INPUTS = gpu_compile.Inputs((24, 24, 3), 10)
 SIZES = {
   "model_name": "ViT-XS_4",
@@ -28,7 +28,7 @@ SIZES = {
   "model.mlp_dim": 128,
   "model.num_heads": 2,
   "model.num_layers": 2,
-  # Masks of random bits are half of the compilation.
+  # Random masks would double the compile time.
   "model.dropout_rate": 0.0,
 }
 

@@ -21,6 +21,6 @@ def create(norm="LN", num_layers=3):
   )
   x = np.zeros((1, 8, 8, 3))
   variables = {"batch_stats": {}, **model.init(jax.random.key(0), x)}
-  # As initialized, queries and keys are so small that attention is uniform.
+  # Initial queries and keys are too small for nonuniform attention.
   variables["params"] = jax.tree.map(lambda x: 2 * x, variables["params"])
   return trained_model.TrainedModel("tiny", model, variables, 8, tuple("01234"))

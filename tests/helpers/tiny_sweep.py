@@ -1,4 +1,4 @@
-"""Start sweeps of tiny runs on the digits, as processes."""
+"""Start sweeps of tiny runs on the digits in subprocesses."""
 
 from collections.abc import Mapping, Sequence
 import os
@@ -79,7 +79,7 @@ def run(runs_dir: pathlib.Path, *args: str, **kwargs):
 
 
 def wait_for(condition, process: subprocess.Popen | None = None):
-  """Wait until a condition holds; fail if the process ends before."""
+  """Wait until a condition holds; fail if the process ends first."""
   deadline = time.monotonic() + 300
   while not condition():
     assert time.monotonic() < deadline
@@ -102,5 +102,5 @@ def processes_of(folder: pathlib.Path) -> list[int]:
       if os.fsencode(folder) in path.read_bytes():
         found.append(int(path.parent.name))
     except OSError:
-      continue  # Ended just now.
+      continue  # The process has just ended.
   return found

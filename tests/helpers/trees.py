@@ -89,7 +89,7 @@ def refuses(path, *parts, target=None, **kwargs):
   message = str(caught.value)
   assert "\n" not in message
   assert str(path) in message
-  # The path of a temporary folder may contain any of the parts.
+  # The temporary path may contain a part by chance.
   for part in parts:
     assert part in message.replace(str(path), "")
   return message

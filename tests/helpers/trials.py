@@ -1,4 +1,4 @@
-"""Training as a process of its own, and what must hold of its folder."""
+"""Start training in subprocesses and check the run's folder."""
 
 from collections.abc import Callable, Mapping
 import contextlib
@@ -23,7 +23,7 @@ from rescalevit_jax.runs import folder as folder_lib
 
 TOTAL_STEPS = 24
 EVAL_EVERY = 3
-# A line a step; evaluations and checkpoints take most of the time.
+# Writes metrics at each step.
 KEYS = (
   *tiny_sweep.KEYS,
   f"total_steps={TOTAL_STEPS}",
@@ -32,19 +32,19 @@ KEYS = (
   "checkpoint_every=2",
   "batch_eval=5",
 )
-# All else in result.json repeats.
+# Keys of result.json that differ between equal runs.
 _TIMES = ("seconds", "images_per_second")
 
 
 @dataclasses.dataclass(frozen=True)
 class Trial:
-  """A run that is started again and again.
+  """A run that is started repeatedly.
 
   Attributes:
-    workdir: its folder.
-    log: a file for what its last process says.
-    keys: of its config.
-    env: the environment of its processes.
+    workdir: folder of the run.
+    log: file for stderr of the latest process.
+    keys: config overrides, KEY=VALUE.
+    env: environment variables of its processes.
   """
 
   workdir: pathlib.Path
@@ -53,7 +53,7 @@ class Trial:
   env: Mapping[str, str]
 
   def start(self, **env: str) -> subprocess.Popen:
-    """Starts it as a user does."""
+    """Start the run as a user does."""
     with open(self.log, "wb") as log:
       return subprocess.Popen(
         [sys.executable, "-m", *self._command()],
@@ -63,7 +63,7 @@ class Trial:
       )
 
   def fork(self) -> forked.Popen:
-    """Starts it in less time."""
+    """Start the run faster, in a forked process."""
     return forked.Popen(self._command(), self.env, self.log)
 
   def _command(self):
@@ -75,16 +75,16 @@ class Trial:
     ]
 
   def finish(self) -> None:
-    """Starts it and lets it come to its end."""
+    """Run to the end."""
     code = self.fork().wait(timeout=300)
     assert code == 0, (code, self.said())
 
   def fail(self) -> str:
-    """Starts it, and returns the one line by which it says what is wrong."""
+    """Run until it fails; return its error line."""
     return self.error(self.fork())
 
   def error(self, process: subprocess.Popen | forked.Popen) -> str:
-    """Returns the line in which a process says why it ends."""
+    """Wait for a process to fail; return its only error line."""
     code, log = process.wait(timeout=300), self.said()
     errors = [x for x in log.splitlines() if x.startswith("error: ")]
     assert code == 1, (code, log)
@@ -93,11 +93,11 @@ class Trial:
     return errors[0]
 
   def said(self) -> str:
-    """Returns what the last process has said so far."""
+    """Return stderr of the latest process so far."""
     return self.log.read_text()
 
   def metrics(self) -> bytes:
-    """Returns what is in metrics.jsonl; nothing if it is not there."""
+    """Return the content of metrics.jsonl, or b"" if it does not exist."""
     try:
       return (self.workdir / "metrics.jsonl").read_bytes()
     except FileNotFoundError:
@@ -106,14 +106,14 @@ class Trial:
   def wait_for_lines(
     self, number: int, process: subprocess.Popen | forked.Popen
   ) -> None:
-    """Waits until a process has written so many lines of metrics."""
+    """Wait until metrics.jsonl has `number` lines."""
     wait_for(lambda: self.metrics().count(b"\n") >= number, process)
 
 
 def wait_for(
   condition: Callable[[], bool], process: subprocess.Popen | forked.Popen
 ) -> bool:
-  """Waits until a condition holds; False if the process ended before that."""
+  """Wait until a condition holds; return False if the process ends first."""
   deadline = time.monotonic() + 120
   while not condition():
     assert time.monotonic() < deadline
@@ -124,29 +124,29 @@ def wait_for(
 
 
 def freeze(process: subprocess.Popen | forked.Popen) -> bool:
-  """Stops a process; False if it has ended."""
+  """Stop a process; return False if it has ended."""
   process.send_signal(signal.SIGSTOP)
   stat = pathlib.Path(f"/proc/{process.pid}/stat")
 
   def stopped():
-    with contextlib.suppress(OSError):  # Ended just now.
+    with contextlib.suppress(OSError):  # The process has just ended.
       return stat.read_text().rpartition(")")[2].split()[0] == "T"
 
   return wait_for(stopped, process)
 
 
 def check_sane(trial: Trial, whole: Trial) -> None:
-  """Checks what lies in a run's folder at a moment of its life.
+  """Check the folder of an interrupted run.
 
   Args:
-    trial: the run; no process works on it.
-    whole: the same, finished without a fault.
+    trial: the run, without a live process.
+    whole: the same run, uninterrupted.
   """
   for name in ("config.json", "class_names.json", "result.json"):
     path = trial.workdir / name
     assert not path.exists() or json.loads(path.read_text())
-  # So no step is missing, or there twice, and only the last line can be torn.
-  # Zeros are what a disk that went away had not written yet.
+  # No step is missing or repeated; only the last line may be incomplete.
+  # A removed disk leaves zeros for unwritten bytes.
   metrics = trial.metrics().rstrip(b"\0")
   assert whole.metrics().startswith(metrics), metrics
   for kind in ("last", "best"):
@@ -155,7 +155,7 @@ def check_sane(trial: Trial, whole: Trial) -> None:
 
 
 def check_same(trial: Trial, whole: Trial) -> None:
-  """Checks that a finished run is the same as another, bit for bit."""
+  """Check that two finished runs are equal, bit for bit."""
   names = [
     sorted(p.name for p in x.workdir.iterdir() if "tfevents" not in p.name)
     for x in (trial, whole)

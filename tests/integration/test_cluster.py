@@ -22,14 +22,14 @@ MPIRUN = MPIRUN.split()
 
 @pytest.fixture(scope="module")
 def slurm(tmp_path_factory):
-  """The environment variables of Slurm's programs."""
+  """Return the environment variables for Slurm commands."""
   with slurm_cluster.start(tmp_path_factory.mktemp("slurm")) as env:
     yield env
 
 
 @pytest.fixture(scope="module")
 def setting(digits_dir, shared_dir):
-  """Environment and config keys of a run."""
+  """Return the environment and config keys of a run."""
   keys = dict(key.split("=") for key in tiny_sweep.KEYS)
   keys["tfds_data_dir"] = str(digits_dir)
   return tiny_sweep.environment(shared_dir), keys
@@ -37,7 +37,7 @@ def setting(digits_dir, shared_dir):
 
 @pytest.fixture(scope="module")
 def sweep(setting, slurm):
-  """A function that submits a sweep; it returns folders by job ID."""
+  """Return a function that submits a sweep and returns folders by job ID."""
   pytest.importorskip("submitit")
   env, keys = setting
   keys = {k: v for k, v in keys.items() if k != "checkpoint_every"}
@@ -45,7 +45,7 @@ def sweep(setting, slurm):
 
   def submit(runs_dir, *args):
     args = (*args, "--cluster=slurm", "--slurm_args=timeout_min=10")
-    # Two CPUs: a task takes a node.
+    # Two CPUs fill a node.
     args = (*args, "--slurm_args=cpus_per_task=2")
     done = tiny_sweep.run(runs_dir, *args, keys=keys, env={**env, **slurm})
     assert done.returncode == 0, done.stderr
@@ -57,7 +57,7 @@ def sweep(setting, slurm):
 
 @pytest.fixture(scope="module")
 def whole(setting, tmp_path_factory):
-  """A run by two processes of mpirun that nothing interrupts."""
+  """Return an uninterrupted run of two processes under mpirun."""
   if not shutil.which("mpirun"):
     pytest.skip("mpirun not installed: apt-get install openmpi-bin")
   workdir = tmp_path_factory.mktemp("whole")
@@ -67,7 +67,7 @@ def whole(setting, tmp_path_factory):
 
 
 def start(workdir, setting, launcher):
-  """Start a run of several processes, with its output in `log`."""
+  """Start a run of several processes; write its output to `log`."""
   env, keys = setting
   command = [
     *launcher,
@@ -91,14 +91,14 @@ def metrics(workdir):
 
 
 def freeze(workdir):
-  """Stop a run on its way; its processes go on at SIGCONT."""
+  """Stop a run during training; SIGCONT resumes it."""
   tiny_sweep.wait_for(lambda: tiny_sweep.is_under_way(workdir))
   for pid in tiny_sweep.processes_of(workdir):
     os.kill(pid, signal.SIGSTOP)
 
 
-def go_on_after_warning(workdir, job):
-  """Let a frozen run go on when submitit has noticed Slurm's warning."""
+def resume_after_warning(workdir, job):
+  """Resume a frozen run after submitit has received Slurm's warning."""
   output = workdir.parent / ".submitit" / f"{job}_0_log.out"
   tiny_sweep.wait_for(lambda: "Caught signal SIGUSR2" in output.read_text())
   for pid in tiny_sweep.processes_of(workdir):
@@ -120,7 +120,7 @@ def check_starts(workdir, starts):
 
 @pytest.mark.slow
 def test_tasks_of_a_sweep_survive_signals(sweep, slurm, tmp_path):
-  """Two runs each have the same seed, and so the same numbers."""
+  """Runs with equal seeds have equal metrics."""
   args = ("--grid=seed=0,1", "--grid=checkpoint_every=3000,4000")
   submitted = sweep(tmp_path, *args, "--jobs=2")
   tasks, folders = list(submitted), list(submitted.values())
@@ -129,8 +129,8 @@ def test_tasks_of_a_sweep_survive_signals(sweep, slurm, tmp_path):
 
   freeze(folders[0])
   slurm_cluster.call(["scancel", "--signal=USR2", tasks[0]], slurm)
-  go_on_after_warning(folders[0], tasks[0])
-  # Both, before one can end.
+  resume_after_warning(folders[0], tasks[0])
+  # Freeze both before either can end.
   freeze(folders[2])
   freeze(folders[3])
   # An urgent job preempts a task. Slurm sends SIGCONT before SIGTERM.
@@ -144,7 +144,7 @@ def test_tasks_of_a_sweep_survive_signals(sweep, slurm, tmp_path):
 
   finished = [(x / "result.json").exists() for x in folders]
   assert finished == [True, True, True, False]
-  # Only what is missing is submitted again.
+  # Only unfinished runs are submitted again.
   assert list(sweep(tmp_path, *args).values()) == [folders[3]]
   wait_for_the_end(slurm)
   for i, starts in enumerate((2, 1, 2, 2)):
@@ -160,7 +160,7 @@ def test_a_task_that_times_out_resumes(sweep, slurm, tmp_path):
   freeze(workdir)
   shorter = ["scontrol", "update", f"JobId={job}", "TimeLimit=1"]
   slurm_cluster.call(shorter, slurm)
-  go_on_after_warning(workdir, job)
+  resume_after_warning(workdir, job)
   wait_for_the_end(slurm)
   check_starts(workdir, 2)
   assert metrics(workdir) == metrics(other)

@@ -1,4 +1,4 @@
-"""The documentation: its notebook runs, its links and commands exist."""
+"""The documentation's notebook runs; its links and commands are valid."""
 
 import importlib.util
 import os
@@ -20,7 +20,7 @@ PAGES = [
 
 @pytest.fixture(scope="module")
 def folder(request, tmp_path_factory, digits_dir, shared_dir):
-  """Run the notebook; without --slow for fewer steps and one seed."""
+  """Run the notebook, with fewer steps and one seed unless --slow is set."""
   nbclient = pytest.importorskip("nbclient")
   nbformat = pytest.importorskip("nbformat")
   folder = tmp_path_factory.mktemp("walkthrough")
@@ -46,7 +46,7 @@ def folder(request, tmp_path_factory, digits_dir, shared_dir):
   return folder / "runs" / "walkthrough"
 
 
-def test_notebook_leaves_its_files(folder, request):
+def test_notebook_writes_its_files(folder, request):
   assert (folder / "one" / "result.json").exists()
   runs = list(folder.glob("norms/*/result.json"))
   assert len(runs) == (4 if request.config.option.slow else 2)
@@ -68,7 +68,7 @@ def test_notebook_is_small_and_has_no_outputs():
 @pytest.mark.parametrize(
   "page", PAGES, ids=lambda x: str(x.relative_to(paths.ROOT))
 )
-def test_links_lead_somewhere(page):
+def test_links_are_valid(page):
   targets = re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text())
   for target in targets:
     if not target.startswith("https://"):

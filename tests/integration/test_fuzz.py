@@ -1,4 +1,4 @@
-"""Hostile input, a little of it; `python tests/fuzz` tries millions."""
+"""Hostile inputs; `python tests/fuzz` tries millions."""
 
 import sys
 
@@ -30,5 +30,5 @@ def test_any_input_is_read_or_refused_in_one_line(target, tmp_path):
 
   with judge.limited():
     check()
-  # It has come past the first checks, by many ways.
+  # Inputs pass the first checks along many paths.
   assert "read" in outcomes and len(outcomes) > 15, outcomes

@@ -1,4 +1,4 @@
-"""The command line, as a person meets it: real processes, real signals."""
+"""The command line with real processes and signals."""
 
 import json
 import os
@@ -37,7 +37,7 @@ TINY = (
 
 @pytest.fixture(scope="module", autouse=True)
 def environment(shared_dir):
-  """Of the processes: they start fast."""
+  """Set environment variables for processes that start fast."""
   with pytest.MonkeyPatch.context() as patch:
     for name, value in tiny_sweep.environment(shared_dir).items():
       patch.setenv(name, value)
@@ -51,13 +51,13 @@ def command(*args, config="configs/quickstart.py", keys=()):
 
 
 def run(*args, env=None, **kwargs):
-  """Run a command as it is run most quickly."""
+  """Run a command in a forked process."""
   environment = {**os.environ, **(env or {})}
   return forked.run(command(*args, **kwargs)[2:], environment)
 
 
 def run_anew(*args, env=None, preexec_fn=None, **kwargs):
-  """Run a command as users do."""
+  """Run a command in a new process, as users do."""
   return subprocess.run(
     command(*args, **kwargs),
     cwd=paths.ROOT,
@@ -71,7 +71,7 @@ def run_anew(*args, env=None, preexec_fn=None, **kwargs):
 
 
 def assert_one_line_error(done, *words):
-  """Checks that a process failed as a person can understand."""
+  """Check that a process failed with a one-line error."""
   assert done.returncode not in (0, None)
   assert "Traceback" not in done.stderr
   errors = [x for x in done.stderr.splitlines() if x.startswith("error: ")]
@@ -125,7 +125,7 @@ def test_help_names_every_flag_and_key():
     (("stray",), [], ["stray"]),
   ],
 )
-def test_mistakes_in_flags(args, keys, words, tiny, tmp_path):
+def test_invalid_flags_are_one_line_errors(args, keys, words, tiny, tmp_path):
   workdir = tmp_path / "run"
   done = run(f"--workdir={workdir}", *args, keys=[*tiny, *keys])
   assert_one_line_error(done, *words)
@@ -148,20 +148,20 @@ def test_mistakes_in_flags(args, keys, words, tiny, tmp_path):
     ),
   ],
 )
-def test_mistakes_in_a_config_file(text, words, tmp_path):
+def test_errors_in_a_config_file_are_one_line(text, words, tmp_path):
   path = tmp_path / "config.py"
   if text is not None:
     path.write_text(text)
   assert_one_line_error(run(config=path), *words)
 
 
-def test_no_config_and_no_run(tmp_path):
+def test_a_config_or_an_existing_run_is_required(tmp_path):
   assert_one_line_error(run(config=None), "--config")
   done = run(f"--workdir={tmp_path}", config=None)
   assert_one_line_error(done, str(tmp_path), "--config")
 
 
-def test_a_batch_that_the_devices_cannot_share(tiny, tmp_path):
+def test_indivisible_batch_is_a_one_line_error(tiny, tmp_path):
   done = run(
     f"--workdir={tmp_path / 'run'}",
     keys=[*tiny, "batch=12"],
@@ -171,7 +171,7 @@ def test_a_batch_that_the_devices_cannot_share(tiny, tmp_path):
   assert not (tmp_path / "run").exists()
 
 
-def test_an_unwritable_workdir(tiny, tmp_path):
+def test_unwritable_workdir_is_a_one_line_error(tiny, tmp_path):
   (tmp_path / "file").write_text("")
   done = run(f"--workdir={tmp_path / 'file' / 'run'}", keys=tiny)
   assert_one_line_error(done, str(tmp_path / "file"))
@@ -179,7 +179,7 @@ def test_an_unwritable_workdir(tiny, tmp_path):
 
 @pytest.fixture(scope="module")
 def finished(digits_dir, tmp_path_factory):
-  """The folder of a finished run, with TensorFlow as users have it."""
+  """Return the folder of a finished run with TensorBoard files."""
   workdir = tmp_path_factory.mktemp("finished") / "run"
   done = run_anew(
     f"--workdir={workdir}",
@@ -191,14 +191,14 @@ def finished(digits_dir, tmp_path_factory):
   return workdir
 
 
-def test_a_finished_run_says_so(finished, tiny):
+def test_finished_run_is_reported_and_unchanged(finished, tiny):
   before = snapshot(finished)
   done = run(f"--workdir={finished}", keys=tiny)
   assert done.returncode == 0 and "already finished" in done.stderr
   assert snapshot(finished) == before
 
 
-def test_workdir_alone_is_enough(finished):
+def test_config_flag_is_optional_with_an_existing_workdir(finished):
   done = run(f"--workdir={finished}", config=None)
   assert done.returncode == 0 and "already finished" in done.stderr
 
@@ -214,7 +214,7 @@ def test_eval_mode_prints_and_writes_the_result(finished):
   assert written == printed
 
 
-def test_keys_go_with_workdir_alone(finished, tmp_path):
+def test_keys_override_the_config_of_an_existing_run(finished, tmp_path):
   workdir = tmp_path / "run"
   shutil.copytree(finished, workdir)
   keys = ("eval_weights=latest",)
@@ -225,7 +225,7 @@ def test_keys_go_with_workdir_alone(finished, tmp_path):
   assert_one_line_error(done, "model.norm")
 
 
-def test_none_is_a_value(finished, digits_dir):
+def test_none_is_a_valid_value(finished, digits_dir):
   keys = [*TINY, f"tfds_data_dir={digits_dir}", "pretrained_path=None"]
   done = run(f"--workdir={finished}", keys=keys)
   assert done.returncode == 0 and "already finished" in done.stderr
@@ -235,7 +235,7 @@ def test_none_is_a_value(finished, digits_dir):
 
 
 def test_ctrl_c_at_the_start_is_one_line(tmp_path):
-  """In a callback, where Python prints and drops a KeyboardInterrupt."""
+  """Python drops a KeyboardInterrupt that is raised in a weakref callback."""
   (tmp_path / "ml_collections.py").write_text(
     "import os, signal, weakref\n"
     "class Watched: pass\n"
@@ -251,17 +251,17 @@ def test_ctrl_c_at_the_start_is_one_line(tmp_path):
   assert not (tmp_path / "run").exists()
 
 
-def test_too_little_memory(tiny, tmp_path):
+def test_out_of_memory_is_a_one_line_error(tiny, tmp_path):
   done = run(f"--workdir={tmp_path}", keys=[*tiny, "model.hidden_size=4000000"])
   assert_one_line_error(done, "emory", "smaller batch")
 
 
-def test_eval_mode_without_a_checkpoint(tiny, tmp_path):
+def test_eval_mode_requires_a_checkpoint(tiny, tmp_path):
   done = run(f"--workdir={tmp_path}", "--mode=eval", keys=tiny)
   assert_one_line_error(done, "checkpoint")
 
 
-def test_eval_mode_of_an_npz_with_another_head(tiny, finished, tmp_path):
+def test_eval_mode_refuses_an_npz_with_another_head(tiny, finished, tmp_path):
   npz = tmp_path / "other.npz"
   export = ["rescalevit_jax.export", f"--workdir={finished}"]
   forked.run([*export, f"--output={npz}"], os.environ).check_returncode()
@@ -275,7 +275,7 @@ def test_eval_mode_of_an_npz_with_another_head(tiny, finished, tmp_path):
   assert_one_line_error(done, "head")
 
 
-def test_a_run_of_another_config_is_left_alone(finished, tiny):
+def test_changed_config_of_a_run_is_refused(finished, tiny):
   before = snapshot(finished)
   done = run(f"--workdir={finished}", keys=[*tiny, "model.norm=LN"])
   assert_one_line_error(done, "model.norm", "Rescale", "LN")
@@ -290,7 +290,7 @@ def test_a_run_of_another_config_is_left_alone(finished, tiny):
     ("result.json", "{}"),
   ],
 )
-def test_damaged_json(finished, tiny, tmp_path, name, text):
+def test_damaged_json_is_a_one_line_error(finished, tiny, tmp_path, name, text):
   workdir = tmp_path / "run"
   shutil.copytree(finished, workdir)
   (workdir / name).write_text(text)
@@ -303,7 +303,7 @@ def damage(checkpoint):
       path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
-def test_damaged_checkpoints(finished, tiny, tmp_path):
+def test_damaged_checkpoints_are_skipped(finished, tiny, tmp_path):
   workdir = tmp_path / "run"
   shutil.copytree(finished, workdir)
   (workdir / "result.json").unlink()
@@ -325,11 +325,11 @@ def test_damaged_checkpoints(finished, tiny, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("norm", ["Rescale", "LN", "BN", "GN", "Cal"])
-def test_a_seed_gives_the_same_bits_in_new_processes(tiny, tmp_path, norm):
+def test_equal_seeds_give_bitwise_equal_runs(tiny, tmp_path, norm):
   found = []
   for name in ("a", "b"):
     keys = [*tiny, f"model.norm={norm}", "total_steps=6", "seed=3"]
-    # Compiled as users have it, not as fast as can be.
+    # Default optimizations, as for users.
     env = {"XLA_FLAGS": ""}
     done = run_anew(f"--workdir={tmp_path / name}", keys=keys, env=env)
     assert done.returncode == 0, done.stderr
@@ -340,8 +340,8 @@ def test_a_seed_gives_the_same_bits_in_new_processes(tiny, tmp_path, norm):
 
 
 @pytest.mark.slow
-def test_a_full_disk(finished, tiny, tmp_path):
-  """A limit on the size of files stands for the disk: the same errors."""
+def test_run_resumes_after_a_full_disk(finished, tiny, tmp_path):
+  """A limit on file sizes causes the errors of a full disk."""
   workdir = tmp_path / "run"
 
   def limit():
@@ -360,7 +360,7 @@ def test_a_full_disk(finished, tiny, tmp_path):
 @pytest.mark.parametrize(
   "number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT]
 )
-def test_a_run_goes_on_after_a_signal(finished, tiny, tmp_path, number):
+def test_run_resumes_after_a_signal(finished, tiny, tmp_path, number):
   workdir = tmp_path / "run"
   process = subprocess.Popen(
     command(f"--workdir={workdir}", keys=tiny),

@@ -1,4 +1,4 @@
-"""A start does before the first step what the first step needs, and no more."""
+"""Startup does no unnecessary work before the first step."""
 
 import subprocess
 import sys
@@ -27,7 +27,7 @@ metric_writers.MetricWriter.open = at_first_step
 train.train_and_evaluate(config.from_json(sys.argv[1]), sys.argv[2])
 """
 
-# Each takes from 0.1 s to 5 s.
+# Each import takes 0.1 s to 5 s.
 NOT_NEEDED = {
   "array_record",
   "clu",
@@ -42,7 +42,7 @@ NOT_NEEDED = {
 }
 
 
-def test_the_first_step_needs_few_modules_and_one_trace_of_init(
+def test_startup_imports_few_modules_and_traces_init_once(
   tiny_config, tmp_path
 ):
   result = subprocess.run(

@@ -1,4 +1,4 @@
-"""Fade: LayerNorm at first, a linear map or DyT at the end."""
+"""Fade: LayerNorm at the start, a linear map or DyT at the end."""
 
 import functools
 import runpy
@@ -68,7 +68,7 @@ def sigma(x):
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.5])
-def test_equals_layer_norm_bitwise_at_the_start(alpha):
+def test_fade_equals_layer_norm_bitwise_at_the_start(alpha):
   weights = np.random.default_rng(1).normal(size=X.shape)
 
   def total(module, found, x):
@@ -99,7 +99,7 @@ def test_sigma_is_a_geometric_mean_with_the_frozen_sigma(share):
 
 
 @pytest.mark.parametrize("share", [0.25, 1.0])
-def test_becomes_dyt_with_alpha(share):
+def test_fade_with_alpha_becomes_dyt(share):
   """The end is DyT of x - mean, with alpha divided by the scale."""
   x = X.astype(np.float64)
   frozen = np.exp(LOG_SIGMA)[[0, 1, 1, 1]]
@@ -126,12 +126,12 @@ def test_becomes_dyt_with_alpha(share):
       )
 
 
-def test_ends_as_a_linear_map_for_each_kind_of_token():
-  """The map is exactly homogeneous: it ignores a token's own size."""
+def test_fade_ends_as_a_linear_map_for_each_kind_of_token():
+  """The map is exactly homogeneous in each token."""
   start = apply(1.0, 0 * X)
   np.testing.assert_array_equal(start - PARAMS["bias"], 0)
   linear = apply(1.0) - start
-  for factor in (2.0, 1024.0, 2.0**-30):  # The smallest is below epsilon.
+  for factor in (2.0, 1024.0, 2.0**-30):  # The last is below epsilon.
     grown = X.copy()
     grown[0, 1] *= factor
     found = apply(1.0, grown) - start
@@ -224,8 +224,8 @@ def test_statistics_freeze_when_a_site_has_faded():
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.5])
-def test_the_schedules_alpha_replaces_a_files(alpha):
-  """Evaluation uses it, too, after a training pass has stored it."""
+def test_alpha_of_the_schedule_overrides_a_files_alpha(alpha):
+  """A training pass stores the schedule's alpha for evaluation."""
   module = fade.Fade(D, schedule=fade.Schedule(1, 2, 1.0, True, alpha))
   found = variables(1.0, count=9, alpha=0.25)
   np.testing.assert_array_equal(
@@ -235,8 +235,8 @@ def test_the_schedules_alpha_replaces_a_files(alpha):
   assert new["batch_stats"]["alpha"] == alpha
 
 
-def test_a_file_keeps_its_progress_but_not_its_passes(tiny_config, tmp_path):
-  """Otherwise the schedule of a new run would end before its first step."""
+def test_loading_a_file_keeps_faded_but_resets_count(tiny_config, tmp_path):
+  """A new run restarts its schedule."""
   tiny_config.model.norm = "Fade"
   parts = experiment.create(tiny_config)
   state = parts.init_state()
@@ -300,7 +300,7 @@ def test_schedule_by_hand():
   ]
   together = fade.Schedule(100, 140, 1.0, True)
   assert {together.at_site(site, 3) for site in range(3)} == {together}
-  for begin in (100, 99.6):  # Done after pass 100, however short.
+  for begin in (100, 99.6):  # A short schedule also ends after pass 100.
     short = fade.Schedule(begin, 100, 1.0, True)
     found = [int(short.faded(jnp.int32(n))) for n in (99, 100)]
     assert found == [0, fade.FULL]
@@ -354,7 +354,7 @@ def test_first_blocks_fade_first_and_the_final_norm_last():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("alpha", [0.0, 0.5])
-def test_resumes_in_the_middle_of_a_fade(
+def test_a_run_resumes_in_the_middle_of_a_fade(
   alpha, tiny_config, tmp_path, monkeypatch, shared_programs
 ):
   """Test bitwise equality; the final evaluation has no norm."""
@@ -410,7 +410,7 @@ def test_resumes_in_the_middle_of_a_fade(
     found = evaluate_run.evaluate_run(config, tmp_path / "c")
     last = run_reader.read(tmp_path / "a").result["last_loss"]
     assert found["loss"] == pytest.approx(last, rel=1e-6)
-  else:  # Averaged, they still are the same for all tokens.
+  else:  # Averages stay equal for all tokens.
     fold.fold("Fade", weights, end)
 
 
@@ -431,7 +431,7 @@ def test_an_ln_file_loads_strictly_and_starts_as_ln(tmp_path):
   np.testing.assert_array_equal(found, want)
 
 
-def test_one_scale_folds_into_the_next_layers(tmp_path):
+def test_fade_with_one_scale_folds_into_the_next_layers(tmp_path):
   params, statistics = jax.tree.map(
     lambda x: x if x.dtype == np.int32 else 0.5 * x, trees.fresh("Fade", seed=9)
   )
@@ -466,10 +466,10 @@ def test_one_scale_folds_into_the_next_layers(tmp_path):
     folded()
 
 
-def test_without_a_schedule_it_stays_layer_norm():
+def test_fade_without_a_schedule_stays_layer_norm():
   model = tiny()
   x = np.random.default_rng(0).uniform(-1, 1, (5, 8, 8, 3)).astype(np.float32)
-  start = model.init(jax.random.key(0), x, train=True)  # No pass of training.
+  start = model.init(jax.random.key(0), x, train=True)  # Not a training pass.
   _, new = model.apply(start, x, train=True, mutable=["batch_stats"])
   assert {int(n) for n in stats(new["batch_stats"], "faded")} == {0}
   assert {int(n) for n in stats(new["batch_stats"], "count")} == {1}
@@ -485,7 +485,7 @@ def test_without_a_schedule_it_stays_layer_norm():
   ],
 )
 def test_config_of_the_experiment(run, norm, model_name):
-  """The methods differ only in the norm: the comparison is fair."""
+  """The methods of the experiment differ only in the norm."""
   path = paths.ROOT / "configs" / "remove_norm.py"
   get_config = runpy.run_path(str(path))["get_config"]
   config = get_config(run)

@@ -1,4 +1,4 @@
-"""TaperNorm and PRepBN: a norm at first, a linear map at the end."""
+"""TaperNorm and PRepBN: a norm at the start, a linear map at the end."""
 
 import dataclasses
 
@@ -47,7 +47,7 @@ def passes(module, found, *batches):
     (prepbn.PRepBN, layer_norm.LayerNorm),
   ],
 )
-def test_starts_as_the_norm_without_a_schedule(Norm, Before):
+def test_without_a_schedule_the_norm_is_unchanged(Norm, Before):
   found = start(Norm(D))
   names = ("scale", "bias") if Before is layer_norm.LayerNorm else ("scale",)
   params = {name: found["params"][name] for name in names}
@@ -60,7 +60,7 @@ def test_starts_as_the_norm_without_a_schedule(Norm, Before):
 
 
 @pytest.mark.parametrize("Norm", [taper.TaperLN, taper.TaperRMS])
-def test_tapers_statistics_by_hand(Norm):
+def test_taper_statistics_by_hand(Norm):
   module = Norm(D, schedule=taper.Schedule(2, 4, 1.0))
   found, batches = start(module), [X, 2 * X - 1]
   stats = passes(module, found, *batches)
@@ -82,7 +82,7 @@ def test_tapers_statistics_by_hand(Norm):
     np.testing.assert_allclose(stats[name], np.mean(want), rtol=1e-5)
   np.testing.assert_array_equal(stats["gain"], SCALE)
   assert stats["faded"] == 0
-  # From here the gain no longer follows the scale.
+  # From here the gain is independent of the scale.
   moved = {**found, "params": found["params"] | {"scale": 3 * SCALE}}
   half = passes(module, {**moved, "batch_stats": stats}, X)
   assert half["faded"] == schedule.FULL / 2
@@ -99,7 +99,7 @@ def test_tapers_statistics_by_hand(Norm):
 
 @pytest.mark.parametrize("tokens", [(0, 1), (1, None), (0, None)])
 def test_anchor_loss_by_hand(tokens):
-  """Only the tokens that the head sees count."""
+  """The loss covers only tokens that the head uses."""
   schedules = taper.Schedule(0, 4, 1.0, True, 0.25, tokens)
   assert schedules.at_site(1, 3) == taper.Schedule(0, 4, 1.0)
   final = schedules.at_site(2, 3)

@@ -1,4 +1,4 @@
-"""The last block computes only the class token if that is enough."""
+"""The last block computes only the class token if that is sufficient."""
 
 import functools
 
@@ -127,7 +127,7 @@ def rows_of_the_last_mlp(norm, train, pool="cls", collections=()):
     ("BN", True, (), False),  # The statistics need all tokens.
     ("BN", False, (), True),
     ("GN", False, (), False),
-    ("Rescale", True, (), False),  # It may be calibrating.
+    ("Rescale", True, (), False),  # It may still calibrate.
     ("Rescale", True, (traits.SETTLED,), True),
     ("Cal", True, (), True),
     ("Cal", True, ("calibration", "params"), False),
@@ -155,7 +155,7 @@ def test_a_pass_with_all_collections_mutable_calibrates():
   assert block["Rescale_0"]["count"] == 1
 
 
-def test_a_settled_rescale_keeps_its_statistics_and_adds_no_collection():
+def test_settled_rescale_keeps_its_statistics():
   model = tiny(norm="Rescale", num_layers=1)
   variables = trained(model)
   (_, statistics), _ = loss_and_gradient(model, variables, traits.SETTLED)

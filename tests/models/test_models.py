@@ -1,4 +1,4 @@
-"""Models: names, errors, precision, modes, and norms as a table."""
+"""Models: names, errors, precision, modes and norms."""
 
 import functools
 import itertools
@@ -116,7 +116,7 @@ def test_size_of_none_keeps_the_variants_value():
   assert model.config.hidden_size == want
 
 
-def test_example_of_the_documentation():
+def test_documentation_example_works():
   images = jnp.zeros((2, 24, 24, 3))
   key = jax.random.key(1)
   model = models.create(
@@ -303,7 +303,7 @@ def test_every_variant_has_the_parameters_of_its_sizes(name, norm):
     ("ViT-H_14", 14, 1280, 5120, 16, 32),
   ],
 )
-def test_sizes_equal_the_papers(name, patch, width, mlp, heads, layers):
+def test_sizes_equal_the_paper(name, patch, width, mlp, heads, layers):
   found = vit_config.VARIANTS[name]
   assert found == {
     "patch_size": patch,
@@ -346,7 +346,7 @@ def test_half_precision_keeps_variables_and_logits_float32(norm, dtype):
 
 @pytest.mark.parametrize("norm", ["BN", "Rescale"])
 def test_bfloat16_statistics_are_float32_means(norm):
-  # Means of values that are equal in bfloat16.
+  # These values are equal in bfloat16.
   module = norms.NORMS[norm](features=2, dtype=jnp.bfloat16)
   x = jnp.array([[[1.0, 256.0], [1.0, 258.0], [1.0078125, 258.0]]])
   x = x.astype(jnp.bfloat16)
@@ -363,7 +363,7 @@ def test_bfloat16_statistics_are_float32_means(norm):
   [
     (accelerator.Accelerator("cpu"), "float32"),
     (accelerator.Accelerator("tpu"), "bfloat16"),
-    (accelerator.Accelerator("gpu"), "bfloat16"),  # Not NVIDIA's.
+    (accelerator.Accelerator("gpu"), "bfloat16"),  # AMD GPU.
     (accelerator.Accelerator("gpu", (7, 0)), "float16"),
     (accelerator.Accelerator("gpu", (7, 5)), "float16"),
     (accelerator.Accelerator("gpu", (8, 0)), "bfloat16"),
@@ -406,7 +406,7 @@ def test_dropout_sites_exclude_attention(monkeypatch):
 
   def spy(x, key, index, rate, whole=False):
     y = drop(x, key, index, rate, whole)
-    assert index not in zeros  # Or two would drop the same elements.
+    assert index not in zeros  # Equal indices would give equal masks.
     zeros[index] = np.mean(np.asarray((y == 0) & (x != 0)))
     return y
 
@@ -418,8 +418,8 @@ def test_dropout_sites_exclude_attention(monkeypatch):
     rngs={"dropout": jax.random.key(0)},
     capture_intermediates=True,
   )
-  # After the positions, the GELUs and the MLPs. A block's other two dropouts
-  # are stochastic depth.
+  # Dropout after the positions, GELUs and MLPs. The other indices are for
+  # stochastic depth.
   elements = {0, 6, 7, 10, 11}
   assert set(zeros) == elements | {4, 5, 8, 9}
   for index, share in zeros.items():
@@ -600,7 +600,7 @@ def test_every_parameter_has_a_gradient_that_remat_does_not_change(norm):
 
   grad = jax.jit(jax.grad(loss, argnums=1, has_aux=True), static_argnums=0)
   found = grad(again, variables["params"])
-  if norm in ("LN", "BN", "Rescale"):  # With and without statistics.
+  if norm in ("LN", "BN", "Rescale"):  # Norms with and without statistics.
     jax.tree.map(
       functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5),
       found,
@@ -802,7 +802,7 @@ class TanhNorm(base.Norm):
     return jnp.tanh(alpha * x).astype(self.dtype)
 
 
-def test_new_norm_is_one_class_and_one_entry(monkeypatch):
+def test_new_norm_needs_one_class_and_one_entry(monkeypatch):
   monkeypatch.setitem(norms.NORMS, "Tanh", TanhNorm)
   model = tiny(norm="Tanh")
   sgd = optimizers.sgd(

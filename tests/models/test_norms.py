@@ -84,7 +84,7 @@ def centered(x):
   return x - x.mean(-1, keepdims=True)
 
 
-# In float64, from the papers' formulas.
+# Formulas of the papers in float64.
 BY_HAND = {
   "RMS": lambda x: SCALE * x / rms(x),
   "TaperLN": lambda x: taper(centered(x)) + BIAS,
@@ -105,7 +105,7 @@ BY_HAND = {
 
 @pytest.mark.parametrize("norm", BY_HAND)
 @pytest.mark.parametrize("train", [False, True])
-def test_formula(norm, train):
+def test_formula_by_hand(norm, train):
   module = norms.NORMS[norm](D)
   y, _ = module.apply(variables(norm), X, train, mutable=["batch_stats"])
   want = BY_HAND[norm](X.astype(np.float64))
@@ -139,7 +139,7 @@ def test_gradient_equals_finite_differences(norm):
         )
         for h in (1e-3, -1e-3)
       ]
-      # Norms compute in float32.
+      # Norms use float32.
       want = (ends[0] - ends[1]) / 2e-3
       np.testing.assert_allclose(
         (slope * way).sum(), want, rtol=2e-2, atol=2e-2
@@ -147,7 +147,7 @@ def test_gradient_equals_finite_differences(norm):
 
 
 @pytest.mark.parametrize("name", functions.FUNCTIONS)
-def test_functions_are_bounded_and_saturate_at_a_tenth_of_the_slope(name):
+def test_functions_are_bounded_and_their_saturation_threshold_is_correct(name):
   function = functions.FUNCTIONS[name]
   at = np.linspace(-30, 30, 60_001, dtype=np.float32)
   y = np.asarray(function.apply(at))
@@ -157,7 +157,7 @@ def test_functions_are_bounded_and_saturate_at_a_tenth_of_the_slope(name):
   assert (np.diff(y) >= -1e-6).all()
   flat = slope < 0.1 * slope.max()
   differs = flat != (np.abs(y) > function.saturated)
-  assert flat.any() and differs.sum() <= 2  # Up to rounding.
+  assert flat.any() and differs.sum() <= 2  # Rounding at both bounds.
 
 
 @pytest.mark.parametrize("centered", [True, False])
@@ -175,8 +175,8 @@ def test_gradient_of_normalize_equals_autodiff(centered):
   np.testing.assert_allclose(found, want, rtol=1e-4, atol=1e-5)
 
 
-def test_initial_alpha():
-  """Without a calibration DyT and Derf have 0.5, and Cal is the identity."""
+def test_initial_alpha_of_each_norm():
+  """Without calibration, DyT and Derf have 0.5 and Cal is the identity."""
   for norm, alpha in (("DyT", 0.5), ("Derf", 0.5), ("Cal", 1.0)):
     found = norms.NORMS[norm](D).init(jax.random.key(0), X, True)
     assert found["params"]["alpha"] == alpha
@@ -198,7 +198,7 @@ def calibrate(module, start, *batches):
 @pytest.mark.parametrize(
   "norm, name", [("DyT", "alpha"), ("Derf", "alpha"), ("DyISRU", "beta")]
 )
-def test_a_calibrated_alpha_is_one_over_rms(norm, name):
+def test_calibrated_alpha_is_one_over_rms(norm, name):
   y, found = calibrate(norms.NORMS[norm](D), variables(norm), X)
   square = (X**2).mean()
   want = D * square if name == "beta" else 1 / np.sqrt(square)
@@ -221,11 +221,11 @@ def test_only_a_calibration_replaces_the_initial_alpha(norm, alpha):
   _, found = calibrate(module, start, X)
   kept = found["params"]["alpha"] == start["params"]["alpha"]
   assert kept == (alpha == 0.25)
-  if norm == "Cal":  # Its mean is calibrated in both cases.
+  if norm == "Cal":  # The mean is always calibrated.
     assert np.any(found["batch_stats"]["init_mean"])
 
 
-def test_alphas_of_attention_mlp_and_final_norm():
+def test_alpha_init_of_attention_mlp_and_final_norm():
   parse = pointwise.parse_alphas
   assert parse(None) == (None, None, None)
   assert parse("0.5") == (0.5, 0.5, 0.5)
@@ -277,12 +277,12 @@ def test_calibrated_cal_has_mean_0_and_variance_1():
   np.testing.assert_allclose(found["params"]["alpha"], [alpha], rtol=1e-5)
 
 
-def test_a_calibration_averages_over_its_batches():
+def test_calibration_averages_over_batches():
   start = pointwise.Cal(D).init(jax.random.key(0), X, False)
   _, found = calibrate(pointwise.Cal(D), start, X, X + 3, X - 6)
   mean = X.mean((0, 1)) - 1
   np.testing.assert_allclose(found["batch_stats"]["init_mean"], mean, atol=1e-5)
-  # About the means known at each of the batches.
+  # Deviations from the running mean at each batch.
   about = [X.mean((0, 1)) + shift for shift in (0, 1.5, -1)]
   squares = [
     np.square(X + s - m).mean() for s, m in zip((0, 3, -6), about, strict=True)
@@ -351,7 +351,7 @@ def test_as_linear_equals_the_norm_in_evaluation(norm, numbers):
   np.testing.assert_allclose(factor * x + shift, y, rtol=1e-5, atol=1e-5)
 
 
-def test_norms_that_fold():
+def test_foldable_norms():
   foldable = {
     name
     for name, Norm in norms.NORMS.items()

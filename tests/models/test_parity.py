@@ -1,7 +1,7 @@
-"""Parity with numbers recorded from the original and from Google's code.
+"""Parity with numbers recorded from the original code and from Google's code.
 
-Every check runs on the full reference numbers and on the reduced ones, which
-hold fewer training batches and the leading parts of some arrays.
+Every check runs on the full and on the reduced reference numbers. The reduced
+set has fewer training batches and only leading parts of some arrays.
 """
 
 import functools
@@ -187,8 +187,8 @@ def passes(norm, variables, batches):
   """Return the logits and the statistics of passes in training mode.
 
   Args:
-    norm: of the model.
-    variables: at the start.
+    norm: norm of the model.
+    variables: initial variables.
     batches: list of [B, H, W, 3].
 
   Returns:
@@ -331,7 +331,7 @@ def test_embedded_tokens(norm, source):
   check(blocks["posembed_input"]["__call__"][0], want, "embed", norm)
 
 
-def test_tokens_of_each_block(norm, source):
+def test_tokens_after_each_block(norm, source):
   want = reference(norm, source)["ref/eval/tokens"]
   blocks = evaluation(norm, source)[1]["intermediates"]["Transformer"]
   got = [blocks[f"encoderblock_{i}"]["__call__"][0] for i in range(4)]
@@ -422,7 +422,7 @@ def test_eval_logits_after_training(norm, source, run):
 # Statistics.
 
 
-def test_three_passes_of_batch_norm(source):
+def test_statistics_of_three_passes_of_batch_norm(source):
   data = reference("BN", source)
   logits, statistics, variables = passes(
     "BN", variables_of("BN", source), data["ref/train/images"][:3]
@@ -435,8 +435,8 @@ def test_three_passes_of_batch_norm(source):
   check(got, want, "logits", "BN")
 
 
-# The original also recorded sequences in evaluation mode. Here they run in
-# training mode, because evaluation never calibrates.
+# The original also recorded sequences in evaluation mode. They run in training
+# mode here, because our evaluation never calibrates.
 @pytest.mark.parametrize("sequence", ["train", "eval", "mixed", "resume5"])
 def test_calibration_of_rescale(source, sequence):
   data = reference("Rescale", source)
@@ -474,14 +474,14 @@ def test_calibration_of_rescale(source, sequence):
 
 @pytest.mark.parametrize("setting", ["", "alt_", "alt2_"])
 @pytest.mark.parametrize("decay_type", ["cosine", "linear"])
-def test_schedule(source, setting, decay_type):
+def test_learning_rate_schedule(source, setting, decay_type):
   data = parity.arrays("lr_schedule.npz", source)
   want = data[f"{setting}{decay_type}"]
   base, warmup, total = data[f"{setting}base_warmup_total"]
   assert len(want) == total
   rate = schedule.create(base, int(warmup), int(total), decay_type)
   got = np.asarray(jax.vmap(rate)(jnp.arange(len(want))))
-  kept = ~np.isnan(want)  # The reduced set has holes.
+  kept = ~np.isnan(want)  # The reduced set has NaN gaps.
   assert kept.all() or (source == "reduced" and kept.sum() >= 100)
   np.testing.assert_allclose(got[kept], want[kept], rtol=0, atol=LR_ATOL)
 
@@ -534,7 +534,7 @@ def parameter_count(name, norm, classes):
     ("google", "google_flax", "LN"),
   ],
 )
-def test_initialization(scheme, recorded, norm, source):
+def test_distribution_of_initial_parameters(scheme, recorded, norm, source):
   want = parity.table("init_stats.json", source)[recorded][norm]
   got = initial_statistics(scheme, norm)
   assert set(got) == set(want)
@@ -546,7 +546,7 @@ def test_initialization(scheme, recorded, norm, source):
       continue
     size = np.prod(shape)
     assert abs(mean) < 6 * theirs["std"] / np.sqrt(size), name
-    if size < 768:  # Two short samples tell little about each other.
+    if size < 768:  # Small samples are too noisy to compare.
       bound = 768**-0.5
       assert -bound <= low < high <= bound, name
       continue
@@ -565,7 +565,7 @@ def test_initialization(scheme, recorded, norm, source):
 def initial_statistics(scheme, norm):
   """Return shape, mean, std, min and max of each variable of a ViT-B_32."""
   model = models.create("ViT-B_32", num_classes=10, norm=norm, init=scheme)
-  # Without jit, layers of one shape share their small compiled programs.
+  # Without jit, layers of equal shape share small compiled programs.
   variables = model.init(
     jax.random.key(0), jnp.zeros((1, 224, 224, 3)), train=False
   )

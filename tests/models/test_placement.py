@@ -1,4 +1,4 @@
-"""Placement of norms, scaling by depth, and the constants of norms."""
+"""Position of norms, depth scaling, and constants of norms."""
 
 import functools
 
@@ -97,8 +97,8 @@ def test_block_by_hand(position, scaling):
     ),
   ],
 )
-def test_names(options, added, removed):
-  """Test that the names of other parameters stay the same."""
+def test_position_changes_only_names_of_norms(options, added, removed):
+  """Names of other parameters do not change."""
 
   def modules(tree):
     flat = traverse_util.flatten_dict(tree["params"], sep="/")
@@ -123,7 +123,7 @@ def test_embedding_norm_comes_before_the_first_block():
 
 
 @pytest.mark.parametrize("position", ["post", "peri"])
-def test_one_token_in_the_last_block_is_enough(position):
+def test_last_block_may_compute_only_the_class_token(position):
   model = tiny(norm_position=position)
   variables = random_variables(model)
   found = model.apply(variables, IMAGES)
@@ -151,7 +151,7 @@ def test_saturation_is_measured_at_every_position(position):
     ({"norm_epsilon": 0.0}, "norm_epsilon: 0.0 is not > 0"),
   ],
 )
-def test_refused_combinations(options, message):
+def test_invalid_combinations_are_refused(options, message):
   with pytest.raises(errors.UserError, match=message):
     tiny(**options)
 
@@ -176,7 +176,7 @@ def test_placement_is_inferred_from_a_file(options, tmp_path):
       fold.fold("Cal", params, stats)
 
 
-def test_constants_are_words_after_a_file(tmp_path):
+def test_constants_are_options_after_a_file_name(tmp_path):
   variables = random_variables(tiny(norm="GN", gn_groups=2))
   npz.save(tmp_path / "a.npz", variables["params"], {})
   words = "GN,groups=2,eps=1e-05,depth_scaling,convex,logit_cap=50"
@@ -189,8 +189,8 @@ def test_constants_are_words_after_a_file(tmp_path):
     subjects.load([], [f"{tmp_path}/a.npz:groups=x"])
 
 
-def test_a_schedule_counts_the_sites_that_there_are():
-  """With post, the last block's second norm is the last site."""
+def test_a_schedule_counts_only_existing_sites():
+  """With post-norm, the last site is the second norm of the last block."""
   ends = {}
   for position in ("pre", "post"):
     plan = taper.Schedule(0.0, 8.0, 0.5, anchor=1.0)
@@ -208,7 +208,7 @@ def test_a_schedule_counts_the_sites_that_there_are():
   assert ends == {"pre": 1.0, "post": 1.0}
 
 
-def test_folding_includes_the_scaling_by_depth_and_epsilon():
+def test_folding_includes_depth_scaling_and_epsilon():
   model = tiny(norm="BN", norm_depth_scaling=True, norm_epsilon=0.5)
   variables = jax.tree.map(np.abs, random_variables(model))
   whole = trained_model.TrainedModel("a", model, variables, 8, "abc")
@@ -226,7 +226,7 @@ X = np.random.default_rng(3).normal(0.5, 0.1, (3, 4, 8)).astype(np.float32)
   "norm, axes, center",
   [("LN", 2, 1), ("RMS", 2, 0), ("BN", (0, 1), 1), ("Fade", 2, 1)],
 )
-def test_epsilon(norm, axes, center):
+def test_epsilon_by_hand(norm, axes, center):
   module = norms.NORMS[norm](8, options=base.Options(epsilon=0.5))
   start = module.init(jax.random.key(0), X, True)
   found, _ = module.apply(start, X, True, mutable=["batch_stats"])
@@ -250,12 +250,12 @@ def test_batch_norms_momentum_and_epsilon_in_evaluation():
 
 
 @pytest.mark.parametrize("momentum, batches", [(0.9, 48), (0.99, 503), (0, 1)])
-def test_batches_that_determine_running_statistics(momentum, batches):
+def test_momentum_determines_the_number_of_stats_batches(momentum, batches):
   options = base.Options(momentum=momentum)
   assert batch_norm.BatchNorm.num_stats_batches(options) == batches
 
 
-def test_groups():
+def test_group_norm_with_two_groups_by_hand():
   module = norms.NORMS["GN"](8, options=base.Options(groups=2))
   found = module.apply(module.init(jax.random.key(0), X, True), X, True)
   groups = X.reshape(3, 4, 2, 4)
@@ -264,7 +264,7 @@ def test_groups():
   np.testing.assert_allclose(found, want.reshape(X.shape), rtol=1e-4, atol=1e-4)
 
 
-def test_constants_reach_their_modules():
+def test_constants_are_passed_to_modules():
   options = {"qk_norm": True, "norm": "BN2", "residual": "layerscale"}
   constants = {"norm_epsilon": 0.5, "bn_momentum": 0.25}
   model = tiny(**options, **constants, layerscale_init=0.3)

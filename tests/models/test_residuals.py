@@ -1,4 +1,4 @@
-"""Residuals: formulas, and combinations with every norm."""
+"""Formulas of residuals, and combinations with every norm."""
 
 import functools
 
@@ -28,7 +28,7 @@ def close(found, want):
   np.testing.assert_allclose(found, want, rtol=1e-5, atol=1e-6)
 
 
-def test_plain_adds():
+def test_plain_residual_adds():
   close(joined("plain", branch=3, num_blocks=9), X + Y)
 
 
@@ -49,7 +49,7 @@ def test_rescalevit_scales_only_the_residual_of_the_mlp():
   ],
 )
 def test_rescalenet_follows_the_paper_on_every_branch(branch, c, skip, weight):
-  assert skip + weight == pytest.approx(1)  # Of the variance.
+  assert skip + weight == pytest.approx(1)  # The variance is preserved.
   kwargs = dict(branch=branch, num_blocks=9, c=c)
   close(joined("rescalenet", **kwargs), skip**0.5 * X + weight**0.5 * Y)
   found = joined("rescalenet", [3.0], **kwargs)
@@ -59,7 +59,7 @@ def test_rescalenet_follows_the_paper_on_every_branch(branch, c, skip, weight):
 @pytest.mark.parametrize(
   "kind", ["rescalevit", "rescalenet", "skipinit", "layerscale", "weighted"]
 )
-def test_gradients(kind):
+def test_gradients_equal_finite_differences(kind):
   module = residuals.RESIDUALS[kind](4, branch=2, num_blocks=9)
   variables = module.init(jax.random.key(0), X, Y)
   params = jax.tree.map(lambda x: 0.7 + 0 * x, variables["params"])
@@ -72,7 +72,7 @@ def test_gradients(kind):
   assert np.abs(y_gradient).min() > 0
 
 
-def test_skipinit_starts_without_the_branch():
+def test_skipinit_initially_ignores_the_branch():
   close(joined("skipinit", branch=1, num_blocks=2), X)
   close(joined("skipinit", [0.3], branch=1, num_blocks=2), X + 0.3 * Y)
 
@@ -133,7 +133,7 @@ def shapes(norm, residual):
 @pytest.mark.parametrize("norm", norms.NORMS)
 @pytest.mark.parametrize("kind", ["auto", *residuals.RESIDUALS])
 def test_every_norm_works_with_every_residual(norm, kind):
-  """Test the parameter names, which are a contract."""
+  """Parameter names are part of the public interface."""
   found, without = shapes(norm, kind), shapes(norm, "plain")
   want = {
     "plain": {},
@@ -151,8 +151,8 @@ def test_every_norm_works_with_every_residual(norm, kind):
   assert without.keys() <= found.keys()
 
 
-def test_each_branch_has_its_number():
-  """Test a model whose branches return 1: only residuals make the output."""
+def test_branches_are_numbered_from_1():
+  """With branches that return 1, the logits depend only on the residuals."""
   model = models.create(
     "ViT-XS_4",
     num_classes=64,

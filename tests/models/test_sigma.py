@@ -1,4 +1,4 @@
-"""Linear layers that learn their largest singular value."""
+"""Linear layers with a learned spectral norm (sigma reparametrization)."""
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ X = np.random.default_rng(0).normal(size=(4, 3, 2, 6)).astype(np.float32)
 
 
 @pytest.mark.parametrize("features, axes", [((2, 5), 1), (7, 2)])
-def test_formula(features, axes):
+def test_formula_by_hand(features, axes):
   layer = sigma.SigmaLinear(features, axes)
   variables = layer.init(jax.random.key(0), X)
   for _ in range(100):
@@ -72,7 +72,7 @@ def test_only_training_updates_the_vector():
   assert np.linalg.norm(kernel @ v) == pytest.approx(largest, rel=0.02)
 
 
-def test_an_average_of_vectors_gives_the_same_value():
+def test_length_of_the_vector_has_no_effect():
   variables = sigma.SigmaLinear(5).init(jax.random.key(0), X)
   want = sigma.SigmaLinear(5).apply(variables, X)
   shorter = jax.tree.map(lambda v: 0.7 * v, variables["batch_stats"])
@@ -81,7 +81,7 @@ def test_an_average_of_vectors_gives_the_same_value():
 
 
 @pytest.mark.parametrize("file_has_it", [False, True])
-def test_a_file_of_the_other_layers_computes_the_same(file_has_it, tmp_path):
+def test_loading_other_linear_layers_keeps_logits(file_has_it, tmp_path):
   def logits(variables, sigma_reparam):
     model = models.create(
       "ViT-B_16",
@@ -129,7 +129,7 @@ def test_a_file_without_a_singular_vector_is_rejected(tmp_path):
   ],
 )
 def test_a_file_with_other_shapes_is_rejected(leaf, change, tmp_path):
-  """Test the shapes before a product, which might need any amount of memory."""
+  """Shapes are checked before a product that might exhaust memory."""
   arrays = trees.arrays(sigma_reparam=True)
   for key in [key for key in arrays if key.endswith(f"query/{leaf}")]:
     arrays[key] = change(arrays[key])

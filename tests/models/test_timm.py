@@ -26,7 +26,7 @@ vision_transformer = pytest.importorskip(
     (32, 5, dict(patch_size=16, hidden_size=96, num_heads=8, num_layers=1)),
   ],
 )
-def test_logits_are_equal(image_size, classes, sizes, tmp_path):
+def test_logits_equal_timms(image_size, classes, sizes, tmp_path):
   sizes = {**sizes, "mlp_dim": 80}
   model = models.create(
     "ViT-B_16",

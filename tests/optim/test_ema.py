@@ -11,7 +11,7 @@ from rescalevit_jax.optim import ema
 @pytest.mark.parametrize("decay", [0.5, 0.9, 0.9999])
 def test_average_is_the_weighted_mean_of_all_steps(decay):
   values = np.random.default_rng(0).standard_normal((20, 3)).astype(np.float32)
-  average = {"x": jnp.full(3, 7.0), "count": jnp.int32(0)}  # Has no weight.
+  average = {"x": jnp.full(3, 7.0), "count": jnp.int32(0)}  # Weight 0.
   update = jax.jit(ema.update, static_argnames="decay")
   for t, value in enumerate(values, start=1):
     latest = {"x": jnp.asarray(value), "count": jnp.int32(t)}

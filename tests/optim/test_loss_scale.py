@@ -1,4 +1,4 @@
-"""Training in float16 is as in float32, and overflows are skipped."""
+"""Dynamic loss scaling for training in float16."""
 
 import functools
 import json
@@ -146,7 +146,7 @@ def test_an_overflow_changes_only_the_scale(accum_steps):
 
 @pytest.mark.parametrize("accum_steps", [1, 2])
 def test_an_overflow_of_sams_first_gradient_counts_once(accum_steps):
-  """Its second gradient is at weights that are not finite."""
+  """The overflow makes the weights of the second gradient nonfinite."""
   step = functools.partial(
     train_step_lib.gradient,
     model=model_of("float16"),
@@ -192,7 +192,7 @@ def test_a_finite_gradient_is_applied_and_counted(accum_steps):
     np.testing.assert_allclose(x, y, atol=2e-4)
 
 
-def test_the_scale_grows_after_2000_finite_gradients():
+def test_scale_grows_after_2000_finite_gradients():
   before = with_scale(started("float16"), fin_steps=jnp.int32(2000))
   after, _ = train_once(before)
   assert after.loss_scale.scale == 2 * before.loss_scale.scale
@@ -210,7 +210,7 @@ def test_small_gradients_vanish_without_the_scale():
   assert error(2**-14) > 10 * error(2**10)
 
 
-def test_averages_do_not_count_skipped_steps():
+def test_averages_exclude_skipped_steps():
   scratch = scratch_of("float16")
   state, _ = train_once(with_scale(scratch, scale=jnp.float32(ABSURD)))
   assert state.loss_scale.skipped_steps == 1
@@ -276,8 +276,8 @@ def saved(workdir, config):
 def test_each_loss_of_200_steps_is_within_a_percent_of_float32s(
   norm, tiny_config
 ):
-  # For each step, not the mean. With larger learning rates, rounding errors
-  # grow from step to step, in bfloat16 more than in float16.
+  # Compare each step. With larger learning rates, rounding errors accumulate,
+  # more in bfloat16 than in float16.
   tiny_config.update({"total_steps": 2000, "warmup_steps": 100})
   tiny_config.base_lr = 0.02
   tiny_config.model.update({"norm": norm, "hidden_size": 32, "mlp_dim": 64})
@@ -326,7 +326,7 @@ def test_a_run_reports_skipped_steps_and_resumes_bit_for_bit(
     assert ("train/grad_norm" in found[n]) == (not was_skipped)
     if not was_skipped:
       rates.append(found[n]["train/lr"])
-  # The schedule counts only the other steps: here, three of warm-up.
+  # The schedule excludes skipped steps: three warm-up steps here.
   np.testing.assert_allclose(rates[:3], [0.05 / 3, 0.1 / 3, 0.05], rtol=1e-6)
 
   for number in (3, 7):
@@ -345,7 +345,7 @@ def test_a_run_reports_skipped_steps_and_resumes_bit_for_bit(
   assert state_a.loss_scale.fin_steps > 0
   counted = [x for x in jax.tree.leaves(state_a.opt_state) if x.ndim == 0]
   assert counted == [12 - skipped]
-  # Rescale is calibrated by eight steps that were not skipped.
+  # Eight steps that were not skipped calibrate Rescale.
   block = state_a.batch_stats["Transformer"]["encoderblock_0"]
   assert block["Rescale_0"]["count"] == 8
 
@@ -356,13 +356,13 @@ def test_a_run_reports_skipped_steps_and_resumes_bit_for_bit(
   assert probabilities.sum() == pytest.approx(1, abs=1e-5)
 
 
-def test_a_run_resumes_with_another_dtype_of_auto(
+def test_a_run_resumes_if_auto_selects_another_dtype(
   tiny_config, tmp_path, start_at, stop_at, monkeypatch
 ):
   start_at(2.0**30)
   tiny_config.dtype = "auto"
   for dtype, number, scale in (
-    ("float16", 5, 2.0**26),  # Four steps skipped, then saved.
+    ("float16", 5, 2.0**26),  # Skips four steps, then saves.
     ("float32", 9, None),
     ("float16", 12, 2.0**30),
   ):

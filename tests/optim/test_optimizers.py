@@ -50,7 +50,7 @@ def steps_by_hand(gradients, momentum, weight_decay, grad_norm_clip):
     (0.0, 0.0, 0),
     (0.9, 0.0, 0),
     (0.9, 0.1, 0),
-    (0.9, 0.0, 1.0),  # Clips the first and third gradient, not the second.
+    (0.9, 0.0, 1.0),  # Clips the first and third gradient.
     (0.9, 0.1, 1.0),
   ],
 )
@@ -88,7 +88,7 @@ def test_clip_of_zero_disables_clipping():
     np.testing.assert_allclose(got[k], v - 1e5, rtol=1e-6)
 
 
-# AdamW, Muon and adaptive clipping, on parameters named as the model's.
+# AdamW, Muon and adaptive clipping; parameters have the model's names.
 
 BLOCK = "Transformer/encoderblock_0"
 ATTENTION = f"{BLOCK}/MultiHeadDotProductAttention_1"
@@ -196,7 +196,7 @@ def test_adamw_and_muon_by_hand(name, grad_norm_clip):
   check_all(got, want)
 
 
-def test_muon_moves_all_directions_of_a_matrix_equally():
+def test_muon_updates_have_similar_singular_values():
   tall, wide = np.random.default_rng(0).standard_normal((2, 6, 4))
   for g in (tall, wide.T):
     (direction,) = muon_by_hand([g], 0.9)
@@ -264,7 +264,6 @@ def test_scalars_have_their_own_learning_rate(name):
 
 
 def test_lr_mult_of_zero_freezes_scalars(tiny_config):
-  """Only alphas and multipliers do not change."""
   tiny_config.model.update({"norm": "DyT", "residual": "rescalenet"})
   tiny_config.lr_mult = "scalars:0"
   made = experiment.create(tiny_config)
@@ -304,7 +303,7 @@ def test_singular_values_are_capped_after_the_step(name):
   assert True in changed
 
 
-def test_without_adaptive_clipping_sgd_is_rescalevits():
+def test_without_adaptive_clipping_sgd_equals_rescalevits():
   made = optimizers.create(
     "sgd",
     lambda count: 0.1,
@@ -318,7 +317,7 @@ def test_without_adaptive_clipping_sgd_is_rescalevits():
     lambda count: 0.1, momentum=0.9, weight_decay=0.1, grad_norm_clip=1.0
   )
   states = [jax.tree.structure(x.init(PARAMS)) for x in (made, sgd)]
-  assert states[0] == states[1]  # Or old checkpoints would not load.
+  assert states[0] == states[1]  # Required to load old checkpoints.
 
 
 @pytest.mark.parametrize("name", ["sgd", "adamw", "muon"])
@@ -348,7 +347,7 @@ def test_wd_mult_takes_precedence_over_the_optimizers_choice(name):
 
 def test_layer_decay_by_hand():
   params, grads = random_tree(0), random_tree(1)
-  for k in list(params):  # A second block.
+  for k in list(params):  # Add a second block.
     if BLOCK in k:
       name = k.replace("encoderblock_0", "encoderblock_1")
       params[name], grads[name] = params[k], grads[k]
@@ -382,7 +381,7 @@ def test_a_pattern_without_parameters_is_an_error(key):
 
 @pytest.mark.parametrize("name", optimizers.OPTIMIZERS[:2])
 def test_without_weight_decay_updates_do_not_depend_on_the_parameters(name):
-  params = {"kernel": jnp.full((2, 2), jnp.inf)}  # 0 * inf is not a number.
+  params = {"kernel": jnp.full((2, 2), jnp.inf)}  # 0 * inf would be NaN.
   optimizer = optimizers.create(
     name,
     0.1,

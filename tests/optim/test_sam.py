@@ -6,7 +6,7 @@ import numpy as np
 from rescalevit_jax.optim import sam
 
 
-def test_the_ascent_has_length_rho_along_the_whole_gradient():
+def test_ascent_has_length_rho_along_the_global_gradient():
   params = {"a": jnp.array([1.0, 2.0]), "b": jnp.array([[3.0]])}
   grads = {"a": jnp.array([2.0, -1.0]), "b": jnp.array([[2.0]])}  # Norm 3.
   got = sam.ascend(params, grads, 0.6)

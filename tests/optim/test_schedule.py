@@ -8,7 +8,7 @@ from rescalevit_jax.optim import schedule
 
 
 def rates(base_lr, warmup_steps, total_steps, decay_type, steps=None, **kwargs):
-  """Return the learning rates of steps 1, 2, ... as optax counts them."""
+  """Return the learning rates of steps 1, 2, ... (optax counts from 0)."""
   lr_schedule = schedule.create(
     base_lr, warmup_steps, total_steps, decay_type, **kwargs
   )
@@ -29,7 +29,7 @@ def test_cosine_schedule_by_hand():
 
 
 @pytest.mark.parametrize("decay_type", ["cosine", "linear"])
-def test_without_warmup_the_first_step_has_decayed(decay_type):
+def test_without_warmup_the_first_step_is_decayed(decay_type):
   got = rates(1.0, 0, 4, decay_type)
   quarter = 0.5**0.5 / 2
   want = {
@@ -40,14 +40,14 @@ def test_without_warmup_the_first_step_has_decayed(decay_type):
 
 
 @pytest.mark.parametrize("decay_type", ["cosine", "linear"])
-def test_warmup_of_all_steps_ends_at_the_base_rate(decay_type):
+def test_warmup_over_all_steps_ends_at_base_lr(decay_type):
   got = rates(3.0, 3, 3, decay_type)
   np.testing.assert_allclose(got, [1, 2, 3], atol=1e-6)
 
 
 @pytest.mark.parametrize("decay_type", ["cosine", "linear"])
 @pytest.mark.parametrize("warmup_steps", [0, 1, 7])
-def test_first_step_moves_and_last_does_not(warmup_steps, decay_type):
+def test_first_rate_is_positive_and_last_is_zero(warmup_steps, decay_type):
   got = rates(0.05, warmup_steps, 20, decay_type, steps=25)
   assert got[0] > 0
   assert got[18] > 0

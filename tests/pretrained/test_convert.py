@@ -1,4 +1,4 @@
-"""Checkpoints of other libraries give the same logits here."""
+"""Converted checkpoints of other libraries give the same logits."""
 
 import functools
 import json
@@ -29,7 +29,7 @@ IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
 def randomize(module):
-  """Draw every tensor at random: none is zero or one."""
+  """Set every tensor to random values."""
   generator = torch.Generator().manual_seed(0)
   with torch.no_grad():
     for x in module.state_dict().values():
@@ -64,7 +64,7 @@ def save(module, path):
 
 
 def theirs(module, normalization, output=lambda x: x):
-  """Compute their output for images in [0, 1], normalized."""
+  """Compute the library's output for normalized images in [0, 1]."""
   mean, std = map(np.asarray, normalization)
   x = ((IMAGES - mean) / std).transpose(0, 3, 1, 2).astype(np.float32)
   with torch.no_grad():
@@ -74,7 +74,7 @@ def theirs(module, normalization, output=lambda x: x):
 def ours(arrays, tmp_path, residual="plain"):
   """Compute our output for the same images in [-1, 1].
 
-  Without a head, the features of the class token.
+  Without a head, return the features of the class token.
   """
   classes = arrays["head/bias"].size if "head/bias" in arrays else 48
   if "head/bias" not in arrays:
@@ -106,7 +106,7 @@ def ours(arrays, tmp_path, residual="plain"):
 
 
 def assert_equal(found, expected):
-  assert np.ptp(expected, axis=0).min() > 1e-4  # Images can be told apart.
+  assert np.ptp(expected, axis=0).min() > 1e-4  # Outputs depend on the image.
   np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
 
 
@@ -120,7 +120,7 @@ def assert_equal(found, expected):
     ({"no_embed_class": True}, "plain"),
   ],
 )
-def test_timm(kwargs, residual, suffix, tmp_path):
+def test_timm_gives_the_same_logits(kwargs, residual, suffix, tmp_path):
   module = timm_model(**kwargs)
   arrays = convert.convert(
     save(module, tmp_path / f"a{suffix}"),
@@ -132,7 +132,7 @@ def test_timm(kwargs, residual, suffix, tmp_path):
   assert_equal(ours(arrays, tmp_path, residual), expected)
 
 
-def test_folded_layer_scale(tmp_path):
+def test_folded_layer_scale_gives_the_same_logits(tmp_path):
   module = timm_model(init_values=0.1)
   arrays = convert.convert(
     save(module, tmp_path / "a.pth"),
@@ -158,7 +158,7 @@ class TestHuggingFace:
   )
 
   def saved(self, kind, tmp_path, **kwargs):
-    """Save a random model as Hugging Face does, with its two configs."""
+    """Save a random model with the two configs of Hugging Face."""
     t = self.transformers
     config = getattr(t, f"{kind}Config")(**self.CONFIG, **kwargs)
     head = "Model" if kind == "Dinov2" else "ForImageClassification"
@@ -170,7 +170,7 @@ class TestHuggingFace:
     return module, tmp_path / "model.safetensors"
 
   @pytest.mark.parametrize("epsilon", [1e-12, 1e-6])
-  def test_vit(self, epsilon, tmp_path):
+  def test_vit_gives_the_same_logits(self, epsilon, tmp_path):
     module, path = self.saved(
       "ViT", tmp_path, num_labels=5, layer_norm_eps=epsilon
     )
@@ -180,7 +180,7 @@ class TestHuggingFace:
     assert np.ptp(expected, axis=0).min() > 1e-3
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
 
-  def test_dinov2(self, tmp_path):
+  def test_dinov2_gives_the_same_features(self, tmp_path):
     module, path = self.saved(
       "Dinov2", tmp_path, mlp_ratio=2, layer_norm_eps=1e-6
     )
@@ -211,7 +211,7 @@ class TestHuggingFace:
     ({"pre_norm": True}, "a norm before the blocks"),
   ],
 )
-def test_models_that_are_not_plain_are_refused(kwargs, words, tmp_path):
+def test_variants_of_the_architecture_are_refused(kwargs, words, tmp_path):
   path = save(timm_model(**kwargs), tmp_path / "a.safetensors")
   with pytest.raises(errors.UserError, match=words):
     convert.convert(path, heads=HEADS, normalization=IMAGENET)
@@ -245,13 +245,13 @@ def test_a_pickle_is_refused(tmp_path):
     convert.convert(tmp_path / "a.pth")
 
 
-def test_the_normalization_must_be_known(tmp_path):
+def test_unknown_normalization_is_refused(tmp_path):
   path = save(timm_model(), tmp_path / "a.safetensors")
   with pytest.raises(errors.UserError, match="give --mean and --std"):
     convert.convert(path, heads=HEADS)
 
 
-def test_the_command(tmp_path, capsys):
+def test_command_converts_and_does_not_overwrite(tmp_path, capsys):
   module = timm_model()
   path = save(module, tmp_path / "a.safetensors")
   flags = [str(path), f"--heads={HEADS}", "--mean=0.5", "--std=0.5"]
@@ -265,8 +265,8 @@ def test_the_command(tmp_path, capsys):
   assert "exists already" in capsys.readouterr().err
 
 
-def test_big_vision(tmp_path):
-  """Blocks in one array, other numbers, no position of the class token."""
+def test_big_vision_gives_the_same_logits(tmp_path):
+  """big_vision stacks blocks and has no position for the class token."""
   params, _ = trees.fresh(
     num_classes=5, image_size=32, num_heads=HEADS, **SIZES
   )
@@ -302,13 +302,13 @@ def test_big_vision(tmp_path):
 
 
 @pytest.mark.parametrize("name", families.TABLES)
-def test_tables_are_invertible(name):
+def test_writing_and_reading_are_inverse(name):
   params, _ = trees.fresh(
     num_classes=5,
     image_size=32,
     num_heads=HEADS,
     residual="layerscale" if name != "huggingface" else "plain",
-    **SIZES | {"num_layers": 12},  # Two digits.
+    **SIZES | {"num_layers": 12},  # Indices with two digits.
   )
   arrays = {k: np.asarray(v) for k, v in param_keys.flatten(params, {}).items()}
   if name == "huggingface-dinov2":
@@ -320,7 +320,7 @@ def test_tables_are_invertible(name):
     np.testing.assert_array_equal(back[key], x, err_msg=key)
 
 
-def test_timm_takes_what_is_written(tmp_path):
+def test_written_tensors_equal_timms(tmp_path):
   module = timm_model(init_values=0.1)
   arrays = convert.convert(
     save(module, tmp_path / "a.pth"),
@@ -334,8 +334,8 @@ def test_timm_takes_what_is_written(tmp_path):
     np.testing.assert_allclose(x, expected[key].numpy(), rtol=1e-6, atol=1e-7)
 
 
-def test_mean_pooling_is_told(tmp_path, capsys):
-  """The files of timm differ only in config.json."""
+def test_pooling_of_the_config_is_printed(tmp_path, capsys):
+  """Only config.json of timm tells the pooling."""
   path = tmp_path / "a.safetensors"
   save(timm_model(global_pool="avg", fc_norm=False), path)
   config = {
@@ -350,7 +350,7 @@ def test_mean_pooling_is_told(tmp_path, capsys):
 @pytest.mark.parametrize(
   "name, expected", [("gelu", ""), ("gelu_new", "--config.model.gelu=tanh")]
 )
-def test_the_kind_of_gelu_is_told(name, expected, tmp_path, capsys):
+def test_gelu_of_the_config_is_printed(name, expected, tmp_path, capsys):
   path = save(timm_model(), tmp_path / "a.safetensors")
   (tmp_path / "config.json").write_text(json.dumps({"hidden_act": name}))
   flags = [str(path), f"--heads={HEADS}", "--mean=0.5", "--std=0.5"]
@@ -363,7 +363,7 @@ def test_the_kind_of_gelu_is_told(name, expected, tmp_path, capsys):
 
 
 def test_wide_models_have_no_default_heads():
-  """ViT-H has 16 heads of 80 channels."""
+  """The number of heads is ambiguous: ViT-H has 16 heads of 80 channels."""
   assert convert._default_heads(1024, "a") == 16
   with pytest.raises(errors.UserError, match="give --heads"):
     convert._default_heads(1280, "a")
@@ -372,7 +372,7 @@ def test_wide_models_have_no_default_heads():
 @pytest.mark.parametrize(
   "mean, std", [("imagenet", "0.5"), ("0.5", "imagenet"), (None, "imagenet")]
 )
-def test_half_of_imagenets_normalization_is_refused(mean, std):
+def test_mean_or_std_alone_is_refused(mean, std):
   with pytest.raises(errors.UserError, match="without --std"):
     input_stats.parse(mean, std)
 
@@ -386,14 +386,14 @@ def test_half_of_imagenets_normalization_is_refused(mean, std):
     {"pretrained_cfg": {"mean": [0.5, 0.5], "std": [0.5, 0.5]}},
   ],
 )
-def test_a_normalization_that_is_none_is_refused(config, tmp_path):
+def test_null_normalization_is_refused(config, tmp_path):
   save(timm_model(), tmp_path / "a.safetensors")
   (tmp_path / "config.json").write_text(json.dumps(config))
   with pytest.raises(errors.UserError, match="give --mean"):
     convert.convert(tmp_path / "a.safetensors", heads=HEADS)
 
 
-def test_inputs_that_are_not_normalized(tmp_path):
+def test_do_normalize_false_is_honored(tmp_path):
   path = tmp_path / "a.safetensors"
   save(timm_model(), path)
   file = tmp_path / "preprocessor_config.json"
@@ -413,7 +413,7 @@ def test_inputs_that_are_not_normalized(tmp_path):
 @pytest.mark.parametrize(
   "key, words", [("norm.weight", "no norm"), ("in_chans", "takes 1 channels")]
 )
-def test_other_odd_models_are_refused(key, words, tmp_path):
+def test_unsupported_models_are_refused(key, words, tmp_path):
   module = timm_model(**({"in_chans": 1} if key == "in_chans" else {}))
   state = module.state_dict()
   state.pop(key, None)

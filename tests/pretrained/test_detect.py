@@ -1,4 +1,4 @@
-"""A checkpoint of another model is reported as such."""
+"""Detection of the model that a checkpoint belongs to."""
 
 import re
 
@@ -9,7 +9,7 @@ import trees
 from rescalevit_jax.pretrained import detect
 
 
-def test_another_model_of_the_table_is_named(tmp_path):
+def test_another_known_model_is_named(tmp_path):
   sizes = dict.fromkeys(trees.TINY)
   theirs = trees.fresh(name="ViT-XS_2", **sizes)
   ours = trees.fresh(name="ViT-XS_4", norm="Rescale", **sizes)
@@ -23,7 +23,7 @@ def test_another_model_of_the_table_is_named(tmp_path):
   assert "embedding/kernel" not in message
 
 
-def test_the_message_for_b32_into_b16():
+def test_message_for_loading_b32_into_b16():
   theirs, ours = (
     trees.flat(*trees.shapes(name, 224, (("num_classes", 10),)))
     for name in ("ViT-B_32", "ViT-B_16")
@@ -69,7 +69,7 @@ def test_unknown_sizes_are_described_by_numbers(
     ),
   ],
 )
-def test_one_misshapen_array_does_not_make_another_model(key, shapes, tmp_path):
+def test_one_misshapen_array_is_not_another_model(key, shapes, tmp_path):
   for shape in shapes:
     arrays = trees.arrays() | {key: np.ones(shape, np.float32)}
     message = trees.refuses(

@@ -34,11 +34,11 @@ def small(path, x):
     ("Center", "weighted", {}),
   ],
 )
-def test_the_folded_model_computes_the_same(norm, residual, options, tmp_path):
+def test_folded_model_gives_the_same_logits(norm, residual, options, tmp_path):
   params, stats = jax.tree_util.tree_map_with_path(
     small, trees.fresh(norm, residual=residual, seed=9, **options)
   )
-  if "pre_logits" in params:  # Or its tanh would be saturated.
+  if "pre_logits" in params:  # Avoids saturated tanh.
     params["pre_logits"]["kernel"] *= 0.1
   x = np.random.default_rng(0).uniform(-1, 1, (5, 8, 8, 3)).astype(np.float32)
   model = models.create(
@@ -61,7 +61,7 @@ def test_the_folded_model_computes_the_same(norm, residual, options, tmp_path):
   assert folded.model.config.residual == residual
   assert not folded.model.config.sigma_reparam
   found = folded.model.apply(folded.variables, x)
-  # Logits of different images differ far more.
+  # Differences between images are larger.
   error = np.abs(found - want).max()
   assert error < 1e-4 * np.abs(want).max()
   assert error < 0.03 * np.ptp(want, axis=0).min()
@@ -70,7 +70,7 @@ def test_the_folded_model_computes_the_same(norm, residual, options, tmp_path):
 
 
 @pytest.mark.parametrize("norm", ["LN", "GN", "RMS", "DyT", "Derf"])
-def test_norms_that_do_not_fold(norm):
+def test_folding_other_norms_is_an_error(norm):
   words = "does not fold.*BN, Rescale, Cal"
   with pytest.raises(errors.UserError, match=words):
     fold.fold(norm, *trees.fresh(norm))

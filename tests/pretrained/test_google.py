@@ -1,6 +1,6 @@
-"""Loading agrees with the loaders and models of Google and RescaleViT.
+"""Loading agrees with the code of Google and RescaleViT.
 
-Every check runs on the full reference numbers and on the reduced ones.
+Every check runs on the full and on the reduced reference numbers.
 """
 
 import functools
@@ -30,7 +30,7 @@ def close(got, expected, atol=1e-5):
 
 
 @pytest.mark.parametrize("grid", ["4x4", "12x12", "14x14", "5x5"])
-def test_resized_position_embedding(grid, source):
+def test_resized_position_embedding_equals_googles(grid, source):
   stored = parity.arrays("posembed_resize.npz", source)
   google = stored[f"google/{grid}"]
   got = positions.resize(stored["in"], google.shape[1])
@@ -77,7 +77,7 @@ def test_report_agrees_with_googles_loader(file, note, sizes, source):
   )
 
 
-def test_googles_own_new_names_load(tmp_path, source):
+def test_googles_linen_names_load(tmp_path, source):
   log = parity.table("google_load.json", source)
   rename = log["renaming done by checkpoint.load (pre-linen -> linen)"]
   saved = parity.arrays("google.npz", source)
@@ -96,9 +96,7 @@ def test_googles_own_new_names_load(tmp_path, source):
 
 
 @pytest.mark.parametrize("norm", ["LN", "BN", "GN", "Rescale"])
-def test_the_originals_weights_and_statistics_load_whole(
-  norm, tmp_path, source
-):
+def test_all_weights_and_statistics_of_rescalevit_load(norm, tmp_path, source):
   saved = {
     k: v
     for k, v in parity.arrays(f"{norm}.npz", source).items()
@@ -111,7 +109,7 @@ def test_the_originals_weights_and_statistics_load_whole(
 
 
 @pytest.mark.parametrize("norm", ["LN", "BN", "GN", "Rescale"])
-def test_nothing_that_the_original_loads_is_lost(norm, source):
+def test_all_weights_that_rescalevit_loads_are_loaded(norm, source):
   original = parity.table("torch_load_from.json", source)[norm]
   target = trees.fresh(
     norm, num_classes=10, image_size=32, seed=1, **trees.SMALL
@@ -122,7 +120,7 @@ def test_nothing_that_the_original_loads_is_lost(norm, source):
   loaded, initial = grouped(report.loaded), grouped(report.initial)
   assert grouped(report.reinitialized) == set(original["zeroed"])
   assert loaded >= set(original["loaded"])
-  # The original left more at its initial value, without a word.
+  # The original silently leaves more at the initial value.
   assert loaded | initial == (
     set(original["loaded"]) | set(original["left_at_init"])
   )
@@ -136,7 +134,7 @@ def test_nothing_that_the_original_loads_is_lost(norm, source):
 def outputs(
   file, source, images, num_classes, head=None, gelu="tanh", **settings
 ):
-  """Loads a file as a run does; returns features, head inputs, logits."""
+  """Load a file like a run; return features, head inputs, logits."""
   settings = dict(
     trees.SMALL,
     num_classes=num_classes,
@@ -164,7 +162,7 @@ def outputs(
 @pytest.mark.parametrize(
   "gelu, ref", [("tanh", "google"), ("erf", "google_erf")]
 )
-def test_outputs(gelu, ref, source):
+def test_outputs_equal_the_reference(gelu, ref, source):
   stored = parity.arrays("google_ref.npz", source)
   probe = stored["probe_head_kernel"], stored["probe_head_bias"]
   run = functools.partial(outputs, "google.npz", source, gelu=gelu)
@@ -176,7 +174,7 @@ def test_outputs(gelu, ref, source):
   close(logits, stored[f"{ref}/resized_probe_logits"])
 
 
-def test_position_embedding_of_larger_images(source):
+def test_outputs_for_larger_images_equal_the_reference(source):
   target = trees.fresh(num_classes=5, image_size=48, **trees.SMALL)
   params, _, _ = load.load(parity.path("google.npz", source), *target)
   close(
@@ -189,7 +187,7 @@ def test_position_embedding_of_larger_images(source):
 @pytest.mark.parametrize(
   "gelu, ref", [("tanh", "google"), ("erf", "google_erf")]
 )
-def test_outputs_with_pre_logits(gelu, ref, source):
+def test_outputs_with_pre_logits_equal_the_reference(gelu, ref, source):
   stored = parity.arrays("google_prelogits_ref.npz", source)
   probe = stored["probe_head_kernel"], stored["probe_head_bias"]
   run = functools.partial(
@@ -207,7 +205,7 @@ def test_outputs_with_pre_logits(gelu, ref, source):
 @pytest.mark.parametrize(
   "gelu, ref", [("tanh", "google"), ("erf", "google_erf")]
 )
-def test_outputs_without_the_files_pre_logits(gelu, ref, source):
+def test_outputs_without_pre_logits_equal_the_reference(gelu, ref, source):
   stored = parity.arrays("google_prelogits_ref.npz", source)
   probe = stored["probe_head_kernel"], stored["probe_head_bias"]
   run = functools.partial(
@@ -216,8 +214,8 @@ def test_outputs_without_the_files_pre_logits(gelu, ref, source):
   _, inputs, logits = run(5, probe)
   close(inputs, stored[f"{ref}/drop_head_input"])
   close(logits, stored[f"{ref}/drop_probe_logits"])
-  # With as many classes as the file: its head, fed with features that it was
-  # not trained on, would give logits that are off by up to 4.5.
+  # With equal numbers of classes, the file's head on features that it was not
+  # trained on would change logits by up to 4.5.
   _, inputs, logits = run(50)
   close(inputs, stored[f"{ref}/features"])
   assert not logits.any()

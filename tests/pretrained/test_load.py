@@ -1,4 +1,4 @@
-"""Loading a checkpoint: strictness, conversions, values."""
+"""Loading checkpoints: strictness, conversions and values."""
 
 import re
 
@@ -35,7 +35,7 @@ def test_round_trip_is_exact(norm, tmp_path):
   assert bool(stats) == (norm in WITH_STATISTICS)
 
 
-def test_the_given_trees_are_not_changed(tmp_path):
+def test_input_trees_are_not_changed(tmp_path):
   given, before = trees.fresh(seed=1), trees.fresh(seed=1)
   load.load(trees.write(tmp_path, trees.arrays()), *given)
   trees.same(trees.flat(*given), trees.flat(*before))
@@ -85,7 +85,7 @@ def test_head_starts_at_zeros(case, tmp_path):
 def test_pre_logits_missing_from_the_model_are_dropped_with_the_head(
   classes, tmp_path
 ):
-  # The head was trained on tanh(pre_logits) and fits no other input.
+  # The head was trained on tanh(pre_logits).
   saved = trees.arrays(num_classes=classes, representation_size=6)
   params, _, report = load.load(
     trees.write(tmp_path, saved), *trees.fresh(seed=1)
@@ -308,7 +308,7 @@ def test_scale_and_bias_are_copied_to_another_norm(source, norm, tmp_path):
   assert set(report.dropped) == {
     k for k in norm_keys(saved) if not k.endswith(("/scale", "/bias"))
   }
-  assert len(report.carried) == 8  # The final norm's have one name.
+  assert len(report.carried) == 8  # Final norms have equal names.
   assert {*report.carried} <= affine and not {*report.carried} & {
     *report.loaded
   }
@@ -333,7 +333,7 @@ def test_scale_and_bias_are_copied_to_another_norm(source, norm, tmp_path):
 def test_only_scale_and_bias_of_another_norm_load(
   source, norm, options, tmp_path
 ):
-  """Also where both have equal names of other arrays, as final norms do."""
+  """Final norms may have other arrays with equal names."""
   path = trees.write(tmp_path, trees.arrays(source, **options))
   target = trees.arrays(norm, seed=1, **options)
   params, stats, _ = load.load(path, *trees.fresh(norm, seed=1, **options))
@@ -356,7 +356,7 @@ def test_post_norms_load_into_post_norms_only(source, model, tmp_path):
   )
 
 
-def test_two_norms_at_one_site_are_dropped(tmp_path):
+def test_a_second_norm_at_one_site_drops_all_norms(tmp_path):
   saved = trees.arrays("LN")
   stray = "Transformer/encoderblock_0/Foo_0/scale"
   saved[stray] = np.full(8, 7, np.float32)
@@ -366,7 +366,7 @@ def test_two_norms_at_one_site_are_dropped(tmp_path):
   assert not report.carried and {*report.dropped} == norm_keys(saved) | {stray}
 
 
-def test_another_norms_scale_that_is_missing_is_named(tmp_path):
+def test_a_missing_scale_of_another_norm_is_named(tmp_path):
   saved = trees.arrays("LN")
   del saved["Transformer/encoderblock_1/LayerNorm_2/scale"]
   trees.refuses(
@@ -377,7 +377,7 @@ def test_another_norms_scale_that_is_missing_is_named(tmp_path):
   )
 
 
-def test_initial_values_are_the_given_ones(tmp_path):
+def test_missing_parameters_keep_the_given_initial_values(tmp_path):
   target = trees.fresh("Rescale", seed=1)
   params, stats, _ = load.load(
     trees.write(tmp_path, trees.arrays("LN")), *target
@@ -403,7 +403,7 @@ def test_statistics_missing_from_the_model_are_dropped(norm, tmp_path):
 
 
 @pytest.mark.parametrize("norm", ["BN", "Rescale"])
-def test_a_part_of_the_statistics_is_an_error(norm, tmp_path):
+def test_incomplete_statistics_are_an_error(norm, tmp_path):
   saved = trees.arrays(norm)
   key = sorted(trees.stats_keys(saved))[3]
   shape = str(saved.pop(key).shape)
@@ -417,7 +417,7 @@ def test_a_part_of_the_statistics_is_an_error(norm, tmp_path):
 
 
 @pytest.mark.parametrize("norm", ["LN", "BN"])
-def test_a_part_of_the_norms_is_an_error(norm, tmp_path):
+def test_incomplete_norms_are_an_error(norm, tmp_path):
   saved = trees.arrays(norm)
   for part in ("LayerNorm_0", "LayerNorm_2", "encoder_norm"):
     rest = {k: v for k, v in saved.items() if part not in k}
@@ -437,7 +437,7 @@ def test_a_part_of_the_norms_is_an_error(norm, tmp_path):
   )
 
 
-def test_an_unknown_norm_is_loaded(tmp_path):
+def test_scale_and_bias_of_an_unknown_norm_load(tmp_path):
   params, _ = trees.fresh("LN", seed=1)
   blocks = params["Transformer"]
   final = dict(blocks["encoder_norm"], alpha=np.ones(1, np.float32))
@@ -498,7 +498,7 @@ def test_plain_weights_load_into_any_model_and_back(
     assert all("Norm" in k or "norm" in k for k in report.initial)
 
 
-def test_another_residual_stays_initial(tmp_path):
+def test_parameters_of_another_residual_stay_initial(tmp_path):
   path = trees.write(tmp_path, trees.arrays("Cal", residual="layerscale"))
   target = trees.fresh("Cal", residual="rescalenet", seed=1)
   *_, report = load.load(path, *target)
@@ -509,7 +509,7 @@ def test_another_residual_stays_initial(tmp_path):
   assert "the file's arrays of residual are dropped" in " ".join(report.notes)
 
 
-def test_a_part_of_a_residual_is_an_error(tmp_path):
+def test_an_incomplete_residual_is_an_error(tmp_path):
   saved = trees.arrays(residual="skipinit")
   key = trees.BLOCK + "SkipInit_2/scale"
   del saved[key]

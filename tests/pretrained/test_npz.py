@@ -1,4 +1,4 @@
-"""Checkpoint files: names, types, damage, writing."""
+"""Checkpoint files: names, types, damage and writing."""
 
 import io
 import tracemalloc
@@ -22,7 +22,7 @@ from rescalevit_jax.pretrained import untrusted_npz
   "prefix",
   ["", "params/", "opt/target/", "optimizer/target/", "a/b/"],
 )
-def test_prefixes_and_numberings(numbering, prefix, tmp_path):
+def test_prefixes_and_numberings_are_normalized(numbering, prefix, tmp_path):
   saved = trees.arrays()
 
   def rename(key):
@@ -108,11 +108,11 @@ def corrupt(path):
   path.write_bytes(data)
 
 
-def test_missing_file(tmp_path):
+def test_missing_file_is_refused(tmp_path):
   trees.refuses(tmp_path / "no.npz", "no such file", "give the path")
 
 
-def test_folder(tmp_path):
+def test_folder_is_refused(tmp_path):
   trees.refuses(tmp_path, "folder")
 
 
@@ -126,28 +126,28 @@ def test_folder(tmp_path):
     (b"PK\x05\x06" + bytes(18), "not"),
   ],
 )
-def test_other_content(content, part, tmp_path):
+def test_other_content_is_refused(content, part, tmp_path):
   path = tmp_path / "a.npz"
   path.write_bytes(content)
   trees.refuses(path, part)
 
 
 @pytest.mark.parametrize("kept", [0.1, 0.5, 0.99])
-def test_truncated_file(kept, tmp_path):
+def test_truncated_file_is_refused(kept, tmp_path):
   path = trees.write(tmp_path, trees.arrays())
   data = path.read_bytes()
   path.write_bytes(data[: int(len(data) * kept)])
   trees.refuses(path, "truncated")
 
 
-def test_missing_bytes(tmp_path):
+def test_missing_bytes_are_detected(tmp_path):
   path = trees.write(tmp_path, trees.arrays())
   data = path.read_bytes()
   path.write_bytes(data[:3000] + data[4000:])
   trees.refuses(path)
 
 
-def test_single_array_renamed(tmp_path):
+def test_npy_file_named_npz_is_refused(tmp_path):
   with open(tmp_path / "a.npz", "wb") as f:
     np.save(f, np.ones(3))
   trees.refuses(tmp_path / "a.npz", ".npy")
@@ -158,13 +158,13 @@ def test_pickled_arrays_are_not_loaded(tmp_path):
   trees.refuses(trees.write(tmp_path, arrays), "cls", "cannot be read")
 
 
-def test_damaged_array(tmp_path):
+def test_damaged_array_is_named(tmp_path):
   path = trees.write(tmp_path, trees.arrays())
   corrupt(path)
   trees.refuses(path, "cls", "cannot be read")
 
 
-def test_member_that_is_not_an_array(tmp_path):
+def test_member_that_is_not_an_array_is_named(tmp_path):
   path = trees.write(tmp_path, trees.arrays())
   with zipfile.ZipFile(path, "a") as z:
     z.writestr("note.npy", b"hello")
@@ -172,14 +172,14 @@ def test_member_that_is_not_an_array(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:Duplicate name")
-def test_array_stored_twice(tmp_path):
+def test_duplicate_array_is_refused(tmp_path):
   path = trees.write(tmp_path, trees.arrays())
   with zipfile.ZipFile(path, "a") as z:
     z.writestr("cls.npy", z.read("cls.npy"))
   trees.refuses(path, "several arrays have the name cls")
 
 
-def test_foreign_archives(tmp_path):
+def test_other_archives_are_refused(tmp_path):
   trees.refuses(
     trees.write(tmp_path, {"x": np.ones(3)}), "not a ViT checkpoint", "x"
   )
@@ -217,10 +217,10 @@ def add(path, content, name="cls.npy", method=zipfile.ZIP_DEFLATED):
     ((2**32, 2**32), "<f4"),
     ((-1,), "<f4"),
     ((1,), "<f2147483647"),
-    ((1,), "<f4"),  # More follows.
+    ((1,), "<f4"),  # Extra bytes.
   ],
 )
-def test_a_false_size(shape, dtype, tmp_path):
+def test_false_array_size_does_not_allocate_memory(shape, dtype, tmp_path):
   content = claim(shape, dtype) + bytes(32)
   add(tmp_path / "a.npz", content)
   tracemalloc.start()
@@ -231,7 +231,7 @@ def test_a_false_size(shape, dtype, tmp_path):
     tracemalloc.stop()
 
 
-def test_a_bomb_is_not_unpacked(tmp_path, monkeypatch):
+def test_decompression_bomb_is_refused(tmp_path, monkeypatch):
   monkeypatch.setattr(untrusted_npz, "SLACK", 1 << 20)
   add(tmp_path / "a.npz", claim((1 << 24,)) + bytes(1 << 26), "head/x.npy")
   assert (tmp_path / "a.npz").stat().st_size < 1 << 17
@@ -245,17 +245,17 @@ def test_a_bomb_is_not_unpacked(tmp_path, monkeypatch):
     tracemalloc.stop()
 
 
-def test_many_small_arrays_count_together(tmp_path, monkeypatch):
+def test_total_size_of_small_arrays_is_limited(tmp_path, monkeypatch):
   monkeypatch.setattr(untrusted_npz, "SLACK", 1 << 16)
   arrays = trees.arrays()
   arrays |= {f"head/{i}": np.zeros(1 << 10, "f4") for i in range(100)}
   trees.refuses(trees.write(tmp_path, arrays), "exceeds the limit")
-  # Each byte of this one becomes four.
+  # Conversion multiplies its size by four.
   arrays = trees.arrays() | {"head/x": np.zeros(1 << 15, "f2")}
   trees.refuses(trees.write(tmp_path, arrays), "exceeds the limit")
 
 
-def test_a_much_larger_head_fits(tmp_path):
+def test_a_larger_head_is_within_the_limit(tmp_path):
   saved = trees.arrays(num_classes=21_843)
   saved = {k: v.astype("f8") for k, v in saved.items()}
   *_, report = load.load(trees.write(tmp_path, saved), *trees.fresh(seed=1))
@@ -268,7 +268,7 @@ def test_other_compression_methods_are_refused(method, tmp_path):
   trees.refuses(tmp_path / "a.npz", "cls", "compression method")
 
 
-def test_a_long_header_is_not_read(tmp_path):
+def test_long_array_header_is_refused(tmp_path):
   header = b"\x93NUMPY\2\0\xff\xff\xff\x7f" + bytes(100)
   add(tmp_path / "a.npz", header)
   trees.refuses(tmp_path / "a.npz", "cls", "version (2, 0)")
@@ -280,14 +280,14 @@ def test_invalid_array_names(name, tmp_path):
   assert len(trees.refuses(tmp_path / "a.npz", "not a valid array name")) < 400
 
 
-def test_a_million_members_are_not_listed(tmp_path, monkeypatch):
+def test_size_of_the_member_list_is_limited(tmp_path, monkeypatch):
   monkeypatch.setattr(untrusted_npz, "_MAX_READ", 1 << 16)
   arrays = {f"opt/{i}": np.zeros(1) for i in range(2000)}
   path = trees.write(tmp_path, trees.arrays() | arrays)
   trees.refuses(path, "list of members")
 
 
-def test_missing_layers_are_not_created(tmp_path):
+def test_huge_layer_index_does_not_create_layers(tmp_path):
   arrays = trees.arrays()
   key = "Transformer/encoderblock_1/MlpBlock_3/Dense_0/bias"
   arrays[key.replace("_1/", "_999999999/")] = arrays.pop(key)
@@ -309,7 +309,7 @@ def test_saved_names_match_the_published_files(tmp_path):
     }
 
 
-def test_save_replaces_the_file_and_leaves_no_other(tmp_path):
+def test_save_replaces_the_file(tmp_path):
   path = tmp_path / "weights"  # No suffix is added.
   for seed in (0, 1):
     npz.save(path, *trees.fresh(seed=seed))
@@ -335,7 +335,7 @@ def test_failed_save_keeps_the_old_file(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("path", ["", "no/such/folder/a.npz"])
-def test_save_to_an_invalid_path(path, tmp_path):
+def test_save_to_an_invalid_path_is_an_error(path, tmp_path):
   with pytest.raises(errors.UserError, match="cannot be written") as caught:
     npz.save(tmp_path / path, *trees.fresh())
   assert "\n" not in str(caught.value)

@@ -1,4 +1,4 @@
-"""Weights in an ONNX file, which has lost the names of the matrices."""
+"""Weights of an ONNX file, where matrices have no names."""
 
 import numpy as np
 import pytest
@@ -12,7 +12,7 @@ WIDTH, MLP, LAYERS, PATCH, EDGE = 128, 32, 2, 2, 2
 
 @pytest.fixture
 def tensors():
-  """Random tensors by Hugging Face's names."""
+  """Return random tensors by Hugging Face's names."""
   rng = np.random.default_rng(0)
   shapes = {
     "embeddings.cls_token": (1, 1, WIDTH),
@@ -45,7 +45,7 @@ def tensors():
 
 
 def write(tensors, path):
-  """Write what torch's exporter makes of a Dinov2Model."""
+  """Write the graph that torch's exporter creates from a Dinov2Model."""
   arrays, nodes = [], []
 
   def add(name, x):
@@ -74,14 +74,14 @@ def write(tensors, path):
   return path
 
 
-def test_all_tensors_come_back(tensors, tmp_path):
+def test_all_tensors_are_recovered(tensors, tmp_path):
   found = onnx_weights.read(write(tensors, tmp_path / "a.onnx"))
   assert found.keys() == tensors.keys()
   for name, x in tensors.items():
     np.testing.assert_array_equal(found[name], x, err_msg=name)
 
 
-def test_converts_as_the_same_tensors_in_another_file(tensors, tmp_path):
+def test_conversion_equals_that_of_safetensors(tensors, tmp_path):
   safetensors = pytest.importorskip("safetensors.numpy")
   path = write(tensors, tmp_path / "a.onnx")
   safetensors.save_file(tensors, tmp_path / "a.safetensors")
@@ -95,7 +95,7 @@ def test_converts_as_the_same_tensors_in_another_file(tensors, tmp_path):
     np.testing.assert_array_equal(found[name], x, err_msg=name)
 
 
-def test_other_files_are_one_line(tmp_path, capsys):
+def test_other_files_are_one_line_errors(tmp_path, capsys):
   file = tmp_path / "a.onnx"
   file.write_bytes(b"not protobuf")
   assert convert.main([str(file)]) == 1

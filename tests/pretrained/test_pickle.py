@@ -1,4 +1,4 @@
-"""Pickles, which may run any code, are never loaded from any file."""
+"""No command ever unpickles a file, because pickles can run code."""
 
 import ast
 import contextlib
@@ -32,7 +32,7 @@ from rescalevit_jax.runs import metric_writers
 from rescalevit_jax.runs import run_reader
 from rescalevit_jax.sweep import subprocess_run
 
-PROTOCOLS = (0, pickle.HIGHEST_PROTOCOL)  # Text, and binary.
+PROTOCOLS = (0, pickle.HIGHEST_PROTOCOL)  # Text and binary protocols.
 
 
 class Bomb:
@@ -72,7 +72,7 @@ def refused(function, *args):
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
-def test_the_bomb_works(protocol, tmp_path):
+def test_bomb_creates_its_file_if_unpickled(protocol, tmp_path):
   pickle.loads(pickle.dumps(Bomb(tmp_path / "marker"), protocol)).close()
   assert (tmp_path / "marker").exists()
 
@@ -81,7 +81,7 @@ def test_the_bomb_works(protocol, tmp_path):
 
 
 @pytest.mark.parametrize("place", ["file", "member", "object", "npy", "fields"])
-def test_weights(place, bomb, pickled, tmp_path):
+def test_pickles_in_weights_are_refused(place, bomb, pickled, tmp_path):
   path = tmp_path / "a.npz"
   arrays = trees.arrays()
   if place == "object":
@@ -104,7 +104,7 @@ def test_weights(place, bomb, pickled, tmp_path):
 
 
 @pytest.mark.parametrize("place", ["file", "object"])
-def test_cache_of_arrays(place, bomb, pickled, tmp_path):
+def test_pickles_in_the_array_cache_are_ignored(place, bomb, pickled, tmp_path):
   path = tmp_path / "a.npz"
   np.savez(path, images=np.array([bomb], object), labels=np.zeros(1))
   if place == "file":
@@ -118,7 +118,7 @@ def test_cache_of_arrays(place, bomb, pickled, tmp_path):
 @pytest.mark.parametrize(
   "name", ["config.json", "metrics.jsonl", "result.json", "class_names.json"]
 )
-def test_files_of_a_run(name, pickled, tiny_run, tmp_path):
+def test_pickles_in_a_run_are_not_loaded(name, pickled, tiny_run, tmp_path):
   run = shutil.copytree(tiny_run, tmp_path / "run")
   assert (run / name).exists()
   (run / name).write_bytes(pickled)
@@ -138,7 +138,9 @@ def test_files_of_a_run(name, pickled, tiny_run, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["best", "last"])
-def test_checkpoints(kind, pickled, tiny_run, tmp_path):
+def test_pickles_in_checkpoints_are_not_loaded(
+  kind, pickled, tiny_run, tmp_path
+):
   step = folder_lib.saved_steps(tiny_run, kind)[-1]
   place = pathlib.Path("checkpoints", kind, str(step))
   names = [
@@ -152,7 +154,7 @@ def test_checkpoints(kind, pickled, tiny_run, tmp_path):
     content = (run / name).read_bytes()
     (run / name).write_bytes(pickled)
     if name.name != checksums.NAME:
-      checksums.write(run / place)  # As an attacker would.
+      checksums.write(run / place)  # Make the checksum match.
     with refused_or_ignored():
       trained_model.load(run, {"best": "best", "last": "latest"}[kind])
     (run / name).write_bytes(content)
@@ -163,7 +165,7 @@ def test_checkpoints(kind, pickled, tiny_run, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["a.png", "a.jpg", "a.tiff", "a.pkl"])
-def test_images(name, pickled, tmp_path):
+def test_pickles_as_images_are_refused(name, pickled, tmp_path):
   (tmp_path / name).write_bytes(pickled)
   refused(image_files.read, tmp_path / name)
 
@@ -177,7 +179,7 @@ def archive(folder, members):
   return str(folder / "a.tar.gz")
 
 
-def test_archives(pickled, tmp_path, capsys):
+def test_pickles_in_archives_are_refused(pickled, tmp_path, capsys):
   path = tmp_path / "cifar-10-binary.tar.gz"
   layout = untrusted_archive.LAYOUTS[0]
   size = layout.records["test_batch.bin"] * layout.record_bytes
@@ -185,7 +187,7 @@ def test_archives(pickled, tmp_path, capsys):
     path.write_bytes(content)
     refused(untrusted_archive.check, str(path), untrusted_archive.LAYOUTS)
   for name, content in (
-    # The python version of the dataset consists of pickles.
+    # CIFAR's Python version consists of pickles.
     ("cifar-10-batches-py/data_batch_1", pickled),
     ("cifar-10-batches-bin/data_batch_1", pickled),
     ("cifar-10-batches-bin/test_batch.bin", pickled.ljust(size, b"\0")),
@@ -198,7 +200,9 @@ def test_archives(pickled, tmp_path, capsys):
     assert not out.exists()
 
 
-def test_prepared_data_sets(pickled, digits_dir, tmp_path, monkeypatch):
+def test_pickles_in_prepared_datasets_are_not_loaded(
+  pickled, digits_dir, tmp_path, monkeypatch
+):
   monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
   good = dataset.load("digits", str(digits_dir))
   files = [p for p in (digits_dir / "digits").rglob("*") if p.is_file()]
@@ -217,7 +221,7 @@ def test_prepared_data_sets(pickled, digits_dir, tmp_path, monkeypatch):
   np.testing.assert_array_equal(found.test.images, good.test.images)
 
 
-def test_records(pickled, tmp_path):
+def test_pickles_in_records_are_plain_bytes(pickled, tmp_path):
   path = tmp_path / "a.tfrecord"
   path.write_bytes(pickled)
   with pytest.raises(ValueError):
@@ -248,7 +252,7 @@ LOADERS = {
 
 
 def faults(node):
-  """Return whether a node of a syntax tree could run code from a file."""
+  """Return True if a syntax-tree node could run code from a file."""
   if isinstance(node, ast.Import):
     return {alias.name.partition(".")[0] for alias in node.names} & LOADERS
   if isinstance(node, ast.ImportFrom):
@@ -276,5 +280,5 @@ def faults(node):
     "np.compat.pickle.load(f)",
   ],
 )
-def test_the_check_finds_such_modules(text):
+def test_the_check_detects_unsafe_code(text):
   assert any(map(faults, ast.walk(ast.parse(text))))

@@ -1,4 +1,4 @@
-"""Published checkpoints are downloaded once, completely, and checked."""
+"""Published checkpoints are downloaded once, resumed and verified."""
 
 import base64
 import hashlib
@@ -14,9 +14,9 @@ CONTENT = bytes(range(256)) * 8192  # 2 MiB.
 
 
 class Server(http.server.BaseHTTPRequestHandler):
-  """Serves one file with ranges; class attributes choose the faults."""
+  """Serves one file with ranges; class attributes select faults."""
 
-  cut_after = None  # Bytes, once.
+  cut_after = None  # Bytes before the first connection breaks.
   checksum = base64.b64encode(hashlib.md5(CONTENT).digest()).decode()
   ranges = states_size = True
   requests: list = []
@@ -64,7 +64,7 @@ def content(path):
     return f.read()
 
 
-def test_a_name_is_downloaded_once(server):
+def test_a_published_checkpoint_is_downloaded_once(server):
   first = published.find("ViT-B_16")
   assert first.endswith("weights/ViT-B_16.npz")
   assert content(first) == CONTENT
@@ -72,7 +72,7 @@ def test_a_name_is_downloaded_once(server):
   assert server.requests == [("/imagenet21k/ViT-B_16.npz", None)]
 
 
-def test_a_file_of_the_augreg_table(server):
+def test_a_checkpoint_of_the_augreg_table_is_downloaded(server):
   path = published.find("augreg/B_16-i21k-300ep-lr_0.001-aug_medium1")
   assert content(path) == CONTENT
   ((url, _),) = server.requests
@@ -117,7 +117,7 @@ def test_a_server_that_does_not_state_the_size_is_an_error(server):
     published.find("ViT-B_16")
 
 
-def test_errors_name_the_address_and_the_place(server, monkeypatch, tmp_path):
+def test_errors_name_the_url_and_the_path(server, monkeypatch, tmp_path):
   with pytest.raises(errors.UserError, match="HTTP 404") as caught:
     published.find("augreg/unknown")
   place = tmp_path / "cache/rescalevit_jax/weights/augreg/unknown.npz"
@@ -128,7 +128,7 @@ def test_errors_name_the_address_and_the_place(server, monkeypatch, tmp_path):
   assert "http://localhost:9/imagenet21k/ViT-L_16.npz" in str(caught.value)
 
 
-def test_files_are_left_alone(server, tmp_path, monkeypatch):
+def test_existing_files_are_not_downloaded(server, tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
   assert published.find("a/ViT-B_16.npz") == "a/ViT-B_16.npz"
   (tmp_path / "ViT-B_16").touch()

@@ -1,4 +1,4 @@
-"""A real DINOv2-derived backbone gives its own features here."""
+"""A real backbone derived from DINOv2 gives the same features."""
 
 import functools
 import importlib.util
@@ -29,9 +29,9 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def run_graph(path, images, tmp_path):
-  """Run the graph on images in [0, 1].
+  """Run the ONNX graph on images in [0, 1].
 
-  Returns the backbone's features [B, N, D] and the position embeddings, resized
+  Return the backbone's features [B, N, D] and the position embeddings, resized
   to the images, [1, N, D].
   """
   model = onnx.load(path)
@@ -50,7 +50,7 @@ def run_graph(path, images, tmp_path):
   return session.run([features, add.input[1]], {source.name: x})
 
 
-def test_features_of_photographs(tmp_path):
+def test_features_of_photographs_equal_the_graphs(tmp_path):
   folder = pathlib.Path(SPEC.submodule_search_locations[0])
   (path,) = folder.rglob("vit_s*.onnx")
   images = np.stack(

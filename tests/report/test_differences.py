@@ -1,4 +1,4 @@
-"""Tests of differences between norms, against scipy and hand computations."""
+"""Significance of differences between norms, against scipy and by hand."""
 
 import math
 
@@ -39,7 +39,7 @@ def test_shared_seeds_are_paired(tmp_path):
   assert found.interval == pytest.approx(tuple(expected.confidence_interval()))
 
 
-def test_other_seeds_are_compared_by_welch(tmp_path):
+def test_different_seeds_use_welchs_test(tmp_path):
   write(tmp_path, "LN", LN, range(3))
   write(tmp_path, "BN", BN[:2], (7, 8))
   (found,) = compare(tmp_path)
@@ -55,7 +55,7 @@ def test_single_runs_are_not_compared(tmp_path):
   assert compare(tmp_path) == []
 
 
-def test_other_settings_are_not_mixed(tmp_path):
+def test_runs_with_other_settings_are_not_compared(tmp_path):
   write(tmp_path, "LN", LN, range(3))
   for seed in range(2):
     changes = {"model.norm": "BN", "seed": seed, "dataset": "cifar10"}
@@ -63,7 +63,7 @@ def test_other_settings_are_not_mixed(tmp_path):
   assert compare(tmp_path) == []
 
 
-def test_resolutions_are_not_mixed(tmp_path):
+def test_resolutions_are_not_compared(tmp_path):
   for size, theirs, ours in ((32, LN, BN), (64, BN, LN)):
     write(tmp_path, "LN", theirs, range(3), size)
     write(tmp_path, "BN", ours, range(3), size)
@@ -73,8 +73,8 @@ def test_resolutions_are_not_mixed(tmp_path):
 
 
 @pytest.mark.parametrize("seeds", [(0, 1), (7, 8)])
-def test_nothing_that_varies_has_no_p(seeds, tmp_path):
-  """Differences of 1/360 differ by rounding."""
+def test_differences_without_variance_have_no_p_value(seeds, tmp_path):
+  """Equal differences of 1/360 vary only by rounding."""
   write(tmp_path, "LN", [300 / 360] * 2, (0, 1))
   write(tmp_path, "BN", [299 / 360] * 2, seeds)
   write(tmp_path, "GN", [299 / 360, 290 / 360], (0, 1))
@@ -84,15 +84,15 @@ def test_nothing_that_varies_has_no_p(seeds, tmp_path):
   assert other.adjusted_p == other.p > 0.01
 
 
-def test_holm_by_hand():
-  """0.01 * 4, 0.02 * 3, then never less than before; nan does not count."""
+def test_holm_correction_by_hand():
+  """Sorted p-values are multiplied by 4, 3, ...; nan is ignored."""
   found = differences.holm([0.02, 0.01, 0.9, math.nan, 0.03])
   np.testing.assert_allclose(found, [0.06, 0.04, 0.9, math.nan, 0.06])
   assert differences.holm([0.6, 0.7]) == [1.0, 1.0]
   assert differences.holm([]) == []
 
 
-def test_the_report_shows_them(tmp_path):
+def test_report_shows_differences(tmp_path):
   write(tmp_path, "LN", LN, range(3))
   write(tmp_path, "BN", BN, range(3))
   assert command_line.main([str(tmp_path), "--no_attention"]) == 0

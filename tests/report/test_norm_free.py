@@ -1,4 +1,4 @@
-"""The norm-free study: its runs and its arithmetic."""
+"""The norm-free study: runs, selection and statistics."""
 
 import csv
 import re
@@ -14,7 +14,7 @@ from rescalevit_jax.runs import result as result_lib
 from rescalevit_jax.sweep import outcome as outcome_lib
 
 FINAL = "final-1500"
-# Accuracies of the runs: held-out by method and learning rate, test by seed.
+# Validation accuracy by method and learning rate, test accuracy by seed.
 HELD_OUT = {("LN", 0.1): 0.30, ("LN", 0.2): 0.31, ("Cal", 0.1): 0.4}
 TEST = {
   ("LN", 1): 0.32,
@@ -78,14 +78,14 @@ def test_the_best_learning_rate_is_trained_and_compared(
     f"--runs_dir={tmp_path}",
     "--config.batch_eval=500",
   ]
-  for _ in range(2):  # The second time all runs are finished.
+  for _ in range(2):  # All runs are finished the second time.
     assert module.main(command) == 0
   configs = [run.config for run in planned[: len(planned) // 2]]
   choosing, final = configs[:4], configs[4:]
   assert {c.batch_eval for c in configs} == {500}
   for config in choosing:
     assert (config.data.num_val, config.total_steps) == (5000, 1500)
-    assert config.eval_every == 1500  # Only the last accuracy counts.
+    assert config.eval_every == 1500  # Uses only the last accuracy.
   assert [(c.base_lr, c.seed) for c in final] == [
     (rate, seed) for rate in (0.2, 0.1) for seed in (1, 2, 3)
   ]
@@ -115,8 +115,8 @@ def test_the_best_learning_rate_is_trained_and_compared(
   assert (tmp_path / FINAL / "accuracies.png").stat().st_size > 5000
 
 
-def test_a_large_model_has_the_original_recipe(study, tmp_path):
-  """And a folder of its own."""
+def test_a_large_model_uses_the_original_recipe(study, tmp_path):
+  """Large models use a separate folder."""
   module, planned = study
   command = ["--methods=LN", "--datasets=cifar100", "--rates=0.2"]
   command += ["--model=ViT-B_32", "--steps=20000", "--final_steps=30000"]
@@ -129,7 +129,7 @@ def test_a_large_model_has_the_original_recipe(study, tmp_path):
   assert (tmp_path / "ViT-B_32" / "final-30000" / "table.md").is_file()
 
 
-def test_only_requested_runs_count(study, tmp_path):
+def test_only_requested_runs_are_used(study, tmp_path):
   module, _ = study
   flags = ["--datasets=cifar10", f"--runs_dir={tmp_path}"]
   assert module.main([*flags, "--methods=LN", "--rates=0.1,0.2"]) == 0
@@ -151,7 +151,7 @@ def test_diverged_runs_are_counted(study, tmp_path, capsys):
   assert table == [
     "| cifar10 | LN | 0.1 | 0.1: 30.0, 9: diverged | 33.00 ± 1.41 (2, 1"
     " diverged) | – | – | – | – |",
-    # No difference: it would compare the surviving runs only.
+    # No difference, because it would compare only the surviving runs.
     "| cifar10 | Cal | 0.1 | 0.1: 40.0, 9: diverged | 41.50 ± 0.71 (2, 1"
     " diverged) | – | – | – | – |",
   ]
@@ -193,7 +193,7 @@ def test_a_learning_rate_is_not_rounded(study, tmp_path):
 def test_unfinished_runs_write_no_table(
   end, code, phase, study, tmp_path, monkeypatch, capsys
 ):
-  """A failed run is no result, and no run starts after a signal."""
+  """A failed run has no result, and no run starts after a signal."""
   module, _ = study
   whole = module.execution.execute
 
@@ -219,7 +219,7 @@ def test_unfinished_runs_write_no_table(
 
 @pytest.mark.slow
 def test_a_study_with_real_runs(tmp_path):
-  """Run real runs on the digits; a huge learning rate diverges."""
+  """On the digits, a huge learning rate diverges."""
   flags = ["--datasets=digits", "--methods=Cal", "--rates=0.1,1e38"]
   flags += ["--steps=4", "--final_steps=3", "--num_val=200", "--seeds=1"]
   flags += ["--jobs=2", f"--runs_dir={tmp_path}"]
@@ -244,7 +244,7 @@ def test_a_study_with_real_runs(tmp_path):
 @pytest.mark.parametrize(
   "wrong", ["--methods=LN,Caal", "--seeds=a", "--rates=x"]
 )
-def test_invalid_values_are_errors_before_any_run(wrong, study, tmp_path):
+def test_invalid_values_are_errors_before_the_first_run(wrong, study, tmp_path):
   module, planned = study
   flags = ["--methods=LN", "--datasets=cifar10", f"--runs_dir={tmp_path}"]
   assert module.main([*flags, wrong]) == 1
@@ -266,14 +266,14 @@ def test_invalid_arguments_are_errors(argument, words, capsys):
   assert words in capsys.readouterr().err
 
 
-def test_numbers_have_a_minimum(capsys):
+def test_numbers_must_be_positive(capsys):
   with pytest.raises(SystemExit):
     norm_free.main(["--num_val=0"])
   assert "'0' is not a whole number above 0" in capsys.readouterr().err
 
 
-def test_the_picture_shows_the_numbers():
-  """A method with test runs, and one without."""
+def test_plot_shows_the_accuracies():
+  """The plot has one method with test runs and one without."""
   outcomes = [
     lr_table.Outcome(
       "a", "LN", "LN", {0.1: 0.3, 0.2: None}, 0.1, {1: 0.4, 2: 0.5}
@@ -291,7 +291,7 @@ def test_the_picture_shows_the_numbers():
     "s",
     "s",
     "o",
-  ]  # The same on each dataset.
+  ]  # Equal on each dataset.
   drawn = [list(zip(*x.get_data(), strict=True)) for x in left.get_lines()]
   assert drawn == [[(0.1, 30.0)], [(0.1, 25.0), (0.2, 35.0)]]
   assert [x.get_text() for x in right.get_yticklabels()] == ["LN (0.1)"]

@@ -27,7 +27,7 @@ def browser(tmp_path_factory):
   options.binary_location = BROWSER
   for flag in (
     "--headless=new",
-    "--no-sandbox",  # A container may have no user namespaces.
+    "--no-sandbox",  # Containers may lack user namespaces.
     "--disable-dev-shm-usage",
     "--window-size=1280,900",
     f"--user-data-dir={tmp_path_factory.mktemp('profile')}",
@@ -108,7 +108,7 @@ def sort_marks(page):
   return {text: mark for text, mark in marks.items() if mark != "none"}
 
 
-def test_it_opens_without_errors_or_network(page):
+def test_page_opens_without_errors_or_network(page):
   assert page.get_log("browser") == []
   requests = [
     entry["message"]
@@ -180,7 +180,7 @@ def test_text_sorts_as_text_from_the_keyboard(page):
   assert column(page, "norm")[0] == "Rescale"
 
 
-def test_pictures_have_sizes_and_descriptions(page):
+def test_images_have_sizes_and_alt_texts(page):
   svgs = page.find_elements("css selector", "figure [role=img] svg")
   images = page.find_elements("css selector", "figure img")
   assert len(svgs) == 3 and len(images) == 2
@@ -196,7 +196,7 @@ def test_pictures_have_sizes_and_descriptions(page):
   assert len(captions) == len(figures) == 5
 
 
-def test_norms_keep_their_colour(page):
+def test_norms_have_their_plot_color_in_the_table(page):
   swatches = page.find_elements("css selector", "td .swatch")
   for swatch, norm in zip(swatches, column(page, "norm"), strict=True):
     red, green, blue = bytes.fromhex(plots.norm_color(norm)[1:])
@@ -205,7 +205,7 @@ def test_norms_keep_their_colour(page):
 
 
 @pytest.mark.parametrize("width", [1280, 700])
-def test_only_the_table_scrolls_sideways(width, page):
+def test_only_the_table_scrolls_horizontally(width, page):
   page.execute_cdp_cmd(
     "Emulation.setDeviceMetricsOverride",
     {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False},
@@ -223,7 +223,7 @@ def test_only_the_table_scrolls_sideways(width, page):
     assert table > box
 
 
-def test_the_print_style(page):
+def test_print_style(page):
   page.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "print"})
   styles = page.execute_script(
     """

@@ -1,4 +1,4 @@
-"""Pictures of a study's accuracies, from its CSV file."""
+"""Plots of a study's accuracies from its CSV file."""
 
 import pytest
 
@@ -19,11 +19,11 @@ def table(tmp_path):
   return path
 
 
-def test_reads_the_file_that_the_study_writes(table):
+def test_csv_of_the_study_is_read(table):
   assert plot_accuracies.read(table) == [LN, CAL, OTHER]
 
 
-def test_best_held_out_lr_counts_among_those_tested(tmp_path):
+def test_best_validation_lr_is_chosen_among_tested_lrs(tmp_path):
   path = tmp_path / "accuracies.csv"
   row = "a,LN,{},{},{},{}\n".format
   path.write_text(
@@ -48,7 +48,7 @@ def test_bars_show_means_and_missing_methods():
   assert "not run" in [x.get_text().strip() for x in right.texts]
 
 
-def test_equal_seeds_are_not_one_seed():
+def test_equal_accuracies_have_a_deviation_of_zero():
   same = lr_table.Outcome("a", "LN", "LN", {}, 0.1, {1: 0.8, 2: 0.8})
   (axes,) = plot_accuracies.bars([same], {}).axes
   assert axes.texts[0].get_text().strip() == "80.0 ± 0.0"

@@ -52,7 +52,7 @@ def digits_runs(saved_runs, tiny_config):
   return saved_runs
 
 
-def test_files_and_output(runs, tmp_path, capsys):
+def test_report_writes_files_and_prints_the_table(runs, tmp_path, capsys):
   out = tmp_path / "new" / "out"
   assert (
     command_line.main([str(runs), f"--output={out}", "--no_attention"]) == 0
@@ -111,7 +111,7 @@ def test_runs_outside_the_means_are_listed_and_escaped(runs, capsys):
     assert "<i>" not in text and "<b>" not in text
 
 
-def test_a_run_that_has_not_begun_is_not_damaged(runs, capsys):
+def test_a_run_that_has_not_started_is_not_damaged(runs, capsys):
   (runs / "new").mkdir()
   (runs / "new" / "log.txt").write_text("--- start\nerror: no weights\n")
   command_line.main([str(runs), "--no_attention"])
@@ -136,7 +136,7 @@ def test_published_curves_are_beside_runs_of_the_recipe(runs):
   assert "BN, published" in (runs / "report.html").read_text()
 
 
-def test_no_finished_run(tmp_path, capsys):
+def test_report_without_finished_runs(tmp_path, capsys):
   fake_runs.write(tmp_path / "a", {}, None)
   assert command_line.main([str(tmp_path)]) == 0
   assert "No finished run." in capsys.readouterr().out
@@ -209,11 +209,11 @@ def test_runs_without_a_map_are_listed(digits_runs, tiny_config, tmp_path):
   assert page.count("<img") == 0 and page.count("<svg") == 1
 
 
-def test_another_seed_replaces_a_missing_checkpoint(digits_runs, tmp_path):
+def test_missing_checkpoint_is_replaced_by_another_seed(digits_runs, tmp_path):
   runs = tmp_path / "runs"
   shutil.copytree(digits_runs, runs)
   run = next(p for p in runs.iterdir() if p.name.startswith("LN"))
-  # The first run of the recipe in order, without a checkpoint.
+  # This run sorts first and has no checkpoint.
   shutil.copytree(run, runs / "A", ignore=lambda *_: {"checkpoints"})
   page = html.unescape(_page(runs, tmp_path / "out", 0))
   assert "best weights of LN $x$ & <co>, Rescale" in page
@@ -221,7 +221,7 @@ def test_another_seed_replaces_a_missing_checkpoint(digits_runs, tmp_path):
 
 
 @pytest.mark.parametrize("where", ["", "nowhere"])
-def test_maps_need_the_test_image(where, digits_runs, tmp_path):
+def test_maps_require_the_test_image(where, digits_runs, tmp_path):
   runs = tmp_path / "runs"
   shutil.copytree(digits_runs, runs)
   for run in runs.iterdir():
@@ -238,7 +238,7 @@ def test_maps_need_the_test_image(where, digits_runs, tmp_path):
   assert page.count("<img") == 0 and page.count("<svg") == 1
 
 
-def test_the_module_runs(runs, tmp_path):
+def test_module_runs_as_a_command(runs, tmp_path):
   done = subprocess.run(
     [sys.executable, "-m", "rescalevit_jax.report", runs, "--no_attention"],
     capture_output=True,

@@ -31,7 +31,7 @@ def test_groups_are_sorted_by_recipe(tmp_path):
           for size in (96, 224):
             expected.append((dataset, model, norm, path, size))
   keys = ("dataset", "model_name", "model.norm", "pretrained_path")
-  # Paths sort in the opposite order.
+  # Paths have the opposite order.
   for i, values in enumerate(expected):
     config = dict(zip((*keys, "image_size"), values, strict=True))
     fake_runs.write(tmp_path / f"{999 - i}", config, {})
@@ -97,7 +97,7 @@ def test_a_folder_without_runs_is_an_error(tmp_path):
 
 
 @pytest.mark.parametrize("key", ["devices", "versions"])
-def test_a_result_without_its_hardware_is_damaged(key, tmp_path):
+def test_a_result_without_hardware_is_damaged(key, tmp_path):
   fake_runs.write(tmp_path / "a", {}, {key: None})
   study = run_groups.collect(tmp_path)
   assert not study.finished and key in study.damaged[0]

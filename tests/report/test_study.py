@@ -1,4 +1,4 @@
-"""RescaleViT's study: its runs, tables and figures."""
+"""RescaleViT's study: runs, tables and plots."""
 
 import json
 import os
@@ -66,7 +66,7 @@ def planned():
   return configs
 
 
-def test_missing_runs_have_a_line_and_published_figures(planned, tmp_path):
+def test_missing_runs_have_a_row_with_published_results(planned, tmp_path):
   rescale, bn = planned[4], planned[2]
   for seed, accuracy in enumerate((0.62, 0.66)):
     fake_runs.write(
@@ -100,7 +100,7 @@ def test_missing_runs_have_a_line_and_published_figures(planned, tmp_path):
   )
 
 
-def test_attention_is_of_each_norm_that_has_weights(
+def test_attention_maps_of_norms_with_weights(
   tiny_config, tmp_path, monkeypatch
 ):
   drawn, draw = [], attention_plots.draw
@@ -133,10 +133,10 @@ def test_attention_is_of_each_norm_that_has_weights(
 @pytest.mark.parametrize(
   "key, values", [("base_lr", (0.1, 0.2)), ("image_size", (8, 16))]
 )
-def test_runs_of_a_grid_are_told_apart(
+def test_runs_of_a_grid_are_distinguished(
   key, values, tiny_config, tmp_path, monkeypatch
 ):
-  """By their settings; a missing seed shows in the state."""
+  """Labels contain the setting; the state column shows missing seeds."""
   names, configs = [], []
   monkeypatch.setattr(
     attention_plots,

@@ -1,4 +1,4 @@
-"""The arithmetic and the format of the tables."""
+"""Statistics and format of the tables."""
 
 import csv
 import io
@@ -17,7 +17,7 @@ from rescalevit_jax.report import tables
 from rescalevit_jax.runs import result as result_lib
 from rescalevit_jax.runtime import markdown
 
-# Repeats the published ViT-B_32 with LN on cifar10: best 67.56, last 67.47.
+# Published ViT-B_32 with LN on cifar10: best 67.56, last 67.47.
 PUBLISHED = {"model_name": "ViT-B_32"}
 
 
@@ -36,7 +36,7 @@ def three(tmp_path):
   """Write three finished runs of one recipe, and an unfinished one."""
   values = [
     (0.60, 0.50, 1.0, 600, 100.0),
-    (0.64, 0.56, 1.3, 660, 0.0),  # Too short to measure the speed.
+    (0.64, 0.56, 1.3, 660, 0.0),  # Too short to measure speed.
     (0.65, 0.50, 1.6, 720, 400.0),
   ]
   for seed, (best, last, loss, seconds, speed) in enumerate(values):
@@ -48,7 +48,7 @@ def three(tmp_path):
   return run_groups.collect(tmp_path)
 
 
-def test_means_and_deviations(three):
+def test_means_and_standard_deviations(three):
   (row,) = tables.rows(three)
   assert row["runs"] == 3
   assert row["best_accuracy_mean"] == pytest.approx(0.63)
@@ -62,7 +62,7 @@ def test_means_and_deviations(three):
   assert row["parameters"] == 85_800_000
 
 
-def test_intervals_of_the_test_images(three, tmp_path):
+def test_confidence_intervals_over_test_images(three, tmp_path):
   expected = stats.binomtest(5200, 10_000).proportion_ci(method="wilson")
   (row,) = tables.rows(three)
   ends = row["last_accuracy_low"], row["last_accuracy_high"]
@@ -85,7 +85,7 @@ def test_difference_from_the_published_run(three):
   assert row["last_accuracy_difference"] == pytest.approx(0.52 - 0.6747)
 
 
-def test_all_published_runs_of_rescalevit_are_beside_ours(tmp_path):
+def test_all_published_runs_of_rescalevit_are_matched(tmp_path):
   figures = reference_results.figures()
   for i, (dataset, model, norm, pretrained) in enumerate(figures):
     config = {"dataset": dataset, "model_name": model, "model.norm": norm}
@@ -108,7 +108,7 @@ def test_all_published_runs_of_rescalevit_are_beside_ours(tmp_path):
     )
 
 
-def test_googles_recipe_has_no_published_best(tmp_path):
+def test_googles_recipe_has_only_a_published_last_accuracy(tmp_path):
   path = paths.ROOT / "configs" / "vit_b16_finetune_google.py"
   config = runpy.run_path(str(path))["get_config"]()
   fake_runs.write(tmp_path / "a", config_lib.flatten(config), {})
@@ -121,7 +121,7 @@ def test_googles_recipe_has_no_published_best(tmp_path):
   assert "Google's README" in text and "RescaleViT" not in text
 
 
-def test_a_held_out_split_has_a_column(tmp_path):
+def test_a_validation_split_has_a_column(tmp_path):
   num_val = PUBLISHED | {"data.num_val": 5000}
   fake_runs.write(tmp_path / "one", num_val, {})
   (row,) = shown(run_groups.collect(tmp_path))
@@ -129,7 +129,7 @@ def test_a_held_out_split_has_a_column(tmp_path):
   assert "published best, %" not in row
 
 
-def test_displayed_text(three):
+def test_table_text(three):
   assert shown(three) == [
     {
       "dataset": "cifar10",
@@ -189,7 +189,7 @@ def test_published_columns_only_beside_a_published_recipe(tmp_path):
   assert same["difference, best"] == "0.0"
 
 
-def test_a_key_in_which_groups_differ_has_a_column(tmp_path):
+def test_a_key_that_differs_between_groups_has_a_column(tmp_path):
   for i, (rate, size) in enumerate([(0.05, None), (0.5, 96)]):
     config = {"base_lr": rate, "model.hidden_size": size}
     fake_runs.write(tmp_path / f"{i}", config, {})
@@ -215,7 +215,7 @@ def test_csv_has_full_precision(tmp_path):
   assert float(row["best_accuracy"]) == best
 
 
-def test_run_rows(three):
+def test_table_of_individual_runs(three):
   rows = read(tables.to_csv(tables.run_rows(three)))
   assert [row["run"] for row in rows] == ["0", "1", "2", "open"]
   first, unfinished = rows[0], rows[-1]
@@ -229,7 +229,7 @@ def test_run_rows(three):
   assert unfinished["best_accuracy"] == unfinished["minutes"] == ""
 
 
-def test_unfinished_and_damaged_runs_are_left_out(three, tmp_path):
+def test_unfinished_and_damaged_runs_are_omitted(three, tmp_path):
   (tmp_path / "bad").mkdir()
   (tmp_path / "bad" / "config.json").write_text("?")
   sections = dict(tables.left_out(run_groups.collect(tmp_path)))
@@ -254,7 +254,7 @@ def test_the_error_of_a_diverged_run_is_listed(three, tmp_path):
   assert states == ["finished"] * 3 + ["diverged"]
 
 
-def test_markdown_table(three):
+def test_markdown_table_by_hand(three):
   columns, rows = tables.columns(three), tables.rows(three)
   head, line, row = markdown.table(*tables.cells(columns, rows)).splitlines()
   assert head.startswith("| dataset | model |")

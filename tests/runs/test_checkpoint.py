@@ -1,4 +1,4 @@
-"""Checkpoints come back as they were, and damage is noticed."""
+"""Saving, restoring and verifying checkpoints."""
 
 import shutil
 
@@ -44,7 +44,7 @@ def restore(checkpoints, state):
   return state.from_checkpoint(items, progress.skipped_steps), progress
 
 
-def test_state_and_progress_come_back(tmp_path):
+def test_state_and_progress_are_restored(tmp_path):
   progress = checkpoint.Progress(step=7, best_accuracy=0.3, best_step=5)
   with checkpoint.Checkpoints(tmp_path, 2) as saved:
     assert saved.latest_step() is None
@@ -60,7 +60,7 @@ def test_state_and_progress_come_back(tmp_path):
     np.testing.assert_array_equal(x, y)
 
 
-def test_averages_are_what_is_read_and_training_goes_on_with_the_rest(tmp_path):
+def test_load_variables_returns_averages_and_restore_returns_both(tmp_path):
   averaging = state(0.1).replace(ema=state(0.7).evaluated)
   with checkpoint.Checkpoints(tmp_path, 2) as saved:
     save_best(saved, averaging, checkpoint.Progress(step=7, best_step=7))
@@ -75,8 +75,8 @@ def test_averages_are_what_is_read_and_training_goes_on_with_the_rest(tmp_path):
     assert (params["head"]["kernel"] == np.float32(0.7)).all()
 
 
-def test_a_saved_state_does_not_change_with_the_next_step(tmp_path):
-  """Saving goes on while the step that owns the state's memory runs."""
+def test_the_next_step_does_not_change_a_saved_state(tmp_path):
+  """Saving is asynchronous, and the next step donates the state's buffers."""
   s = state(1.0, width=200_000)
   step = jax.jit(lambda s: jax.tree.map(lambda x: x + 1, s), donate_argnums=0)
   with checkpoint.Checkpoints(tmp_path, 2) as saved:
@@ -87,7 +87,7 @@ def test_a_saved_state_does_not_change_with_the_next_step(tmp_path):
   assert (params["head"]["kernel"] == 1.0).all()
 
 
-def test_a_best_one_of_a_future_that_was_cut_off_is_forgotten(tmp_path):
+def test_best_checkpoint_after_the_resumed_step_is_discarded(tmp_path):
   with checkpoint.Checkpoints(tmp_path, 1) as saved:
     save_best(saved, state(0.5), checkpoint.Progress(step=5))
     save(
@@ -98,10 +98,10 @@ def test_a_best_one_of_a_future_that_was_cut_off_is_forgotten(tmp_path):
     save_best(saved, state(1.0), checkpoint.Progress(step=10))
   with checkpoint.Checkpoints(tmp_path, 1) as saved:
     _, progress = restore(saved, state(0))
-    # The one of step 5 has been replaced, so that the next one is the best.
+    # The best checkpoint of step 5 was overwritten, so the next becomes best.
     assert (progress.best_accuracy, progress.best_step) == (-1, 0)
   with checkpoint.Checkpoints(tmp_path, 1) as saved:
-    # Killed again before there was one.
+    # Killed again before the next best checkpoint.
     _, progress = restore(saved, state(0))
     assert (progress.best_accuracy, progress.best_step) == (-1, 0)
     save_best(saved, state(0.9), checkpoint.Progress(step=9))
@@ -117,7 +117,7 @@ def test_a_best_one_of_a_future_that_was_cut_off_is_forgotten(tmp_path):
 @pytest.mark.parametrize(
   "name", ["variables/_METADATA", "variables", "progress"]
 )
-def test_damage_is_noticed_in_reading_weights_too(tmp_path, name):
+def test_load_variables_detects_damage(tmp_path, name):
   with checkpoint.Checkpoints(tmp_path, 1) as saved:
     save_best(saved, state(0.1), checkpoint.Progress(step=7))
   path = tmp_path / "checkpoints" / "best" / "7" / name
@@ -129,8 +129,8 @@ def test_damage_is_noticed_in_reading_weights_too(tmp_path, name):
     checkpoint.load_variables(tmp_path, "best")
 
 
-def test_a_best_one_is_forgotten_at_once(tmp_path, monkeypatch):
-  """A process that is killed while it deletes leaves no damaged one."""
+def test_a_stale_best_checkpoint_is_removed_atomically(tmp_path, monkeypatch):
+  """A kill during deletion leaves no damaged checkpoint."""
 
   def killed(path, **kwargs):
     if path.exists():
@@ -155,7 +155,7 @@ def test_a_best_one_is_forgotten_at_once(tmp_path, monkeypatch):
   assert not list((tmp_path / "checkpoints" / "best").iterdir())
 
 
-def test_another_model_is_refused(tmp_path):
+def test_checkpoint_of_another_model_is_refused(tmp_path):
   with checkpoint.Checkpoints(tmp_path, 1) as saved:
     save(saved, state(0.1), checkpoint.Progress(step=7))
     saved.wait()
@@ -163,7 +163,7 @@ def test_another_model_is_refused(tmp_path):
       restore(saved, state(0, width=4))
 
 
-def test_every_flipped_bit_is_noticed(tmp_path):
+def test_checksums_detect_damage_of_every_file(tmp_path):
   with checkpoint.Checkpoints(tmp_path, 1) as saved:
     save(saved, state(0.1), checkpoint.Progress(step=7))
   folder = tmp_path / "checkpoints" / "last" / "7"
@@ -178,7 +178,7 @@ def test_every_flipped_bit_is_noticed(tmp_path):
     )
     with pytest.raises(errors.UserError, match="SHA-256 differs"):
       checksums.verify(folder)
-    if path.parent.name == "progress":  # Orbax would not even look at it.
+    if path.parent.name == "progress":  # Orbax does not read this file.
       with pytest.raises(errors.UserError, match="SHA-256 differs"):
         checkpoint.load_variables(tmp_path, "latest")
     path.unlink()
@@ -192,7 +192,7 @@ def test_every_flipped_bit_is_noticed(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["/dev/zero", "../b", "link"])
-def test_sums_of_files_elsewhere_are_not_computed(name, tmp_path):
+def test_checksums_of_files_outside_the_folder_are_refused(name, tmp_path):
   folder = tmp_path / "a"
   folder.mkdir()
   (folder / "link").symlink_to("/dev/zero")
@@ -201,12 +201,12 @@ def test_sums_of_files_elsewhere_are_not_computed(name, tmp_path):
     checksums.verify(folder)
 
 
-def test_no_checkpoint_is_an_error_that_says_so(tmp_path):
+def test_missing_checkpoint_is_reported(tmp_path):
   with pytest.raises(errors.UserError, match="no best checkpoint"):
     checkpoint.load_variables(tmp_path, "best")
 
 
-def test_a_step_is_not_taken_for_a_longer_one(tmp_path):
+def test_damaged_step_5_is_distinguished_from_step_50(tmp_path):
   (tmp_path / "checkpoints" / "damaged" / "best-50").mkdir(parents=True)
   assert checkpoint_folders.was_damaged(tmp_path, "best", 50)
   assert not checkpoint_folders.was_damaged(tmp_path, "best", 5)

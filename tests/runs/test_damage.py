@@ -1,4 +1,4 @@
-"""A run goes on from its newest checkpoint that is whole, and says so."""
+"""A run resumes from its newest undamaged checkpoint and logs skipped ones."""
 
 import itertools
 import json
@@ -37,9 +37,9 @@ DAMAGES = (os.unlink, _truncate, _halve, _flip)
 
 @pytest.fixture(scope="module")
 def whole(digits_dir, default_run, tmp_path_factory):
-  """A finished run, and one that was killed after step 11 of 12.
+  """Return a folder with a finished run and one killed after step 11 of 12.
 
-  The second one has the checkpoints of steps 4 and 8, and the best one.
+  The killed run has checkpoints of steps 4 and 8, and a best checkpoint.
   """
   import small_run
 
@@ -63,7 +63,7 @@ def whole(digits_dir, default_run, tmp_path_factory):
 
 @pytest.fixture
 def killed(whole, tmp_path):
-  """A copy of the second one, to be damaged."""
+  """Return a copy of the killed run, to be damaged."""
   return shutil.copytree(whole / "killed", tmp_path / "killed")
 
 
@@ -71,7 +71,7 @@ def files_of(folder):
   return sorted(p for p in folder.rglob("*") if p.is_file())
 
 
-def assert_finishes_as_ever(config, killed, whole):
+def assert_finishes_like_uninterrupted(config, killed, whole):
   train.train_and_evaluate(config, killed)
   finished = whole / "finished"
   for name in ("metrics.jsonl", "config.json"):
@@ -92,8 +92,7 @@ def assert_finishes_as_ever(config, killed, whole):
       np.testing.assert_array_equal(x, y)
 
 
-def test_every_file_is_missed(killed, caplog, tmp_path):
-  """Whichever file is damaged, and however, the checkpoint is skipped."""
+def test_damage_to_any_file_is_detected(killed, caplog, tmp_path):
   newest = killed / "checkpoints" / "last" / "8"
   spare = shutil.copytree(newest, tmp_path / "spare")
   unnoticed = set()
@@ -113,7 +112,7 @@ def test_every_file_is_missed(killed, caplog, tmp_path):
       assert folder_lib.saved_steps(killed, "last") == [4]
       assert str(newest) in caplog.text and "skipped" in caplog.text
     shutil.copytree(spare, newest)
-  # They have times and versions, which nothing reads.
+  # These files have only times and versions.
   assert unnoticed <= {"_CHECKPOINT_METADATA", "commit_success.txt"}
 
 
@@ -127,31 +126,31 @@ def test_every_file_is_missed(killed, caplog, tmp_path):
     pytest.param("progress/metadata", _truncate, marks=pytest.mark.slow),
   ],
 )
-def test_the_run_is_the_same_in_the_end(
+def test_a_damaged_file_does_not_change_the_final_run(
   tiny_config, whole, killed, name, damage
 ):
   newest = killed / "checkpoints" / "last" / "8"
   damage(newest / name)
-  assert_finishes_as_ever(tiny_config, killed, whole)
+  assert_finishes_like_uninterrupted(tiny_config, killed, whole)
 
 
-def test_a_folder_that_is_a_file_is_passed_over(tiny_config, whole, killed):
+def test_a_file_in_place_of_a_checkpoint_is_skipped(tiny_config, whole, killed):
   newest = killed / "checkpoints" / "last" / "8"
   shutil.rmtree(newest)
   newest.write_text("")
-  assert_finishes_as_ever(tiny_config, killed, whole)
+  assert_finishes_like_uninterrupted(tiny_config, killed, whole)
 
 
-def test_an_unfinished_save_is_no_checkpoint(tiny_config, whole, killed):
+def test_unfinished_checkpoint_is_deleted(tiny_config, whole, killed):
   folder = killed / "checkpoints" / "last"
   unfinished = folder / "12.orbax-checkpoint-tmp"
   shutil.copytree(folder / "8", unfinished)
   (unfinished / "SHA256SUMS").unlink()
-  assert_finishes_as_ever(tiny_config, killed, whole)
+  assert_finishes_like_uninterrupted(tiny_config, killed, whole)
   assert not unfinished.exists()
 
 
-def test_damaged_ones_are_kept_aside_under_names_of_their_own(
+def test_damaged_checkpoints_are_kept_under_unique_names(
   tiny_config, whole, killed
 ):
   for _ in range(2):
@@ -163,7 +162,7 @@ def test_damaged_ones_are_kept_aside_under_names_of_their_own(
   assert names == {"last-8", "last-8-2"}
 
 
-def test_without_a_whole_one_the_run_does_not_begin_again(tiny_config, killed):
+def test_damage_to_all_checkpoints_is_an_error(tiny_config, killed):
   for step in ("4", "8"):
     _flip(files_of(killed / "checkpoints" / "last" / step / "optimizer")[0])
   before = {p: p.read_bytes() for p in files_of(killed)}
@@ -174,9 +173,7 @@ def test_without_a_whole_one_the_run_does_not_begin_again(tiny_config, killed):
   assert {p: p.read_bytes() for p in files_of(killed)} == before
 
 
-def test_a_damaged_best_one_is_passed_over_too(
-  tiny_config, whole, killed, caplog
-):
+def test_damaged_best_checkpoint_is_skipped(tiny_config, whole, killed, caplog):
   (best,) = (killed / "checkpoints" / "best").iterdir()
   _flip(files_of(best / "variables")[0])
   with caplog.at_level(logging.WARNING):

@@ -1,4 +1,4 @@
-"""Two processes never work on one run."""
+"""The lock of a run's folder."""
 
 import errno
 import fcntl
@@ -15,7 +15,7 @@ from rescalevit_jax.runs import lock
 from rescalevit_jax.training import train
 from rescalevit_jax.training import trainer
 
-# Holds the lock until its standard input ends, in a folder.
+# Holds the lock of a folder until stdin is closed.
 HOLDER = """
 import subprocess, sys
 from rescalevit_jax.runs import lock
@@ -29,7 +29,7 @@ with lock.hold(sys.argv[1]):
 
 @pytest.fixture
 def holder(tmp_path):
-  """Starts processes that hold the lock of tmp_path / 'run'."""
+  """Start processes that hold the lock of tmp_path / 'run'."""
   started = []
 
   def start(*args):
@@ -55,7 +55,7 @@ def holder(tmp_path):
     process.stdout.close()
 
 
-def test_another_process_is_named(holder, tmp_path):
+def test_the_process_that_holds_the_lock_is_named(holder, tmp_path):
   process = holder()
   with pytest.raises(errors.UserError) as e:
     with lock.hold(tmp_path / "run"):
@@ -64,14 +64,14 @@ def test_another_process_is_named(holder, tmp_path):
   assert "another process works on this run" in message
   assert str(tmp_path / "run") in message and f" {process.pid})" in message
   assert "\n" not in message
-  assert (tmp_path / "run" / ".lock").exists()  # Still the other's.
+  assert (tmp_path / "run" / ".lock").exists()  # Still held.
   process.stdin.close()
   process.wait()
   with lock.hold(tmp_path / "run"):
     pass
 
 
-def test_training_takes_the_lock(holder, tiny_config, tmp_path):
+def test_training_refuses_a_locked_folder(holder, tiny_config, tmp_path):
   holder()
   with pytest.raises(errors.UserError, match="another process works on"):
     train.train_and_evaluate(tiny_config, tmp_path / "run")
@@ -95,7 +95,7 @@ def test_training_holds_the_lock(tiny_config, tmp_path, monkeypatch):
   assert not (tmp_path / "run" / ".lock").exists()
 
 
-def test_a_killed_process_holds_nothing(holder, tmp_path):
+def test_a_killed_process_releases_the_lock(holder, tmp_path):
   process = holder("with a child")
   process.kill()
   process.wait()
@@ -104,7 +104,7 @@ def test_a_killed_process_holds_nothing(holder, tmp_path):
     pass
 
 
-def test_a_folder_without_a_run_does_not_stay(tmp_path):
+def test_a_folder_created_for_the_lock_is_removed(tmp_path):
   with pytest.raises(ZeroDivisionError):
     with lock.hold(tmp_path / "runs" / "new"):
       raise ZeroDivisionError
@@ -117,8 +117,8 @@ def test_a_folder_without_a_run_does_not_stay(tmp_path):
   )
 
 
-def test_the_lock_of_a_deleted_file_counts_for_nothing(tmp_path, monkeypatch):
-  """The last holder deletes the file between our opening and locking it."""
+def test_the_lock_of_a_deleted_file_is_retaken(tmp_path, monkeypatch):
+  """Another process deletes the file after we open it and before we lock it."""
   real, times = fcntl.flock, []
 
   def flock(descriptor, operation):
@@ -135,7 +135,7 @@ def test_the_lock_of_a_deleted_file_counts_for_nothing(tmp_path, monkeypatch):
         pass
 
 
-def test_a_file_system_without_locks(tmp_path, monkeypatch):
+def test_a_file_system_without_locks_is_not_an_error(tmp_path, monkeypatch):
   def flock(descriptor, operation):
     raise OSError(37, "No locks available")
 
@@ -150,7 +150,7 @@ def test_a_file_system_without_locks(tmp_path, monkeypatch):
   assert not list(tmp_path.rglob(".lock"))
 
 
-def test_a_full_disk_is_locked_too(tmp_path, monkeypatch):
+def test_lock_is_held_on_a_full_disk(tmp_path, monkeypatch):
   def write_text(path, text):
     raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -162,9 +162,7 @@ def test_a_full_disk_is_locked_too(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", ["no such place", "deleted folder", "link"])
-def test_a_folder_that_cannot_be_made_does_not_hang(
-  kind, tmp_path, monkeypatch
-):
+def test_an_unusable_folder_does_not_hang(kind, tmp_path, monkeypatch):
   workdir = {
     "no such place": "/proc/nothing",
     "deleted folder": "runs/a",
@@ -177,5 +175,5 @@ def test_a_folder_that_cannot_be_made_does_not_hang(
   if kind == "link":
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / ".lock").symlink_to(tmp_path / "missing" / "file")
-  with lock.hold(workdir):  # There is no lock; the run says what is wrong.
+  with lock.hold(workdir):  # No lock is taken; the run reports the error.
     pass

@@ -1,4 +1,4 @@
-"""metrics.jsonl, TensorBoard's files, and files that are never half-written."""
+"""metrics.jsonl, TensorBoard's event files and atomic writes."""
 
 import json
 import os
@@ -13,7 +13,7 @@ from rescalevit_jax.runs import metric_writers
 from rescalevit_jax.runtime import atomic_file
 
 
-def test_write_file_replaces_all_or_nothing(tmp_path, monkeypatch):
+def test_failed_atomic_write_keeps_the_old_file(tmp_path, monkeypatch):
   path = tmp_path / "a.json"
   atomic_file.write(path, "old")
 
@@ -27,7 +27,7 @@ def test_write_file_replaces_all_or_nothing(tmp_path, monkeypatch):
   assert os.listdir(tmp_path) == ["a.json"]
 
 
-def test_lines_of_the_future_are_dropped(tmp_path):
+def test_lines_after_the_resumed_step_are_dropped(tmp_path):
   path = tmp_path / "metrics.jsonl"
   path.write_text(
     '{"step": 1, "train/loss": 3.0}\n'
@@ -79,9 +79,9 @@ def test_an_unwritable_event_file_is_one_warning(tmp_path, monkeypatch, caplog):
 
 
 def test_tensorboard_shows_repeated_steps_once(tmp_path):
-  """A killed process wrote steps that the resumed one writes again."""
+  """A resumed run repeats steps that the killed process has written."""
   pytest.importorskip("tensorflow")
-  for i in range(3):  # As other runs in this process: file names count them.
+  for i in range(3):  # File names count the writers of a process.
     event_file_writer.EventFileWriter(str(tmp_path / f"other{i}")).close()
 
   def write(steps, value):

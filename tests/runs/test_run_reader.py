@@ -1,4 +1,4 @@
-"""Runs read back from their folders."""
+"""Reading runs from their folders."""
 
 import json
 import math
@@ -25,7 +25,7 @@ def test_reads_config_curves_and_result(tmp_path):
     '{"step": 2, "train/loss": 3.0}\n',
     '{"step": 2, "test/accuracy": 0.6}\n',
     '{"step": 4, "train/loss": 2.0}\n',
-    '{"step": 4, "te',  # Cut off by a kill.
+    '{"step": 4, "te',  # Truncated by a kill.
   ]
   write(tmp_path / "a", lines, result)
   run = run_reader.read(tmp_path / "a")
@@ -37,7 +37,7 @@ def test_reads_config_curves_and_result(tmp_path):
   assert run.curve("nothing") == ([], [])
 
 
-def test_a_run_that_has_only_begun(tmp_path):
+def test_an_unfinished_run_without_metrics_is_read(tmp_path):
   write(tmp_path / "a")
   (tmp_path / "a" / "metrics.jsonl").unlink()
   run = run_reader.read(tmp_path / "a")
@@ -45,7 +45,7 @@ def test_a_run_that_has_only_begun(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["config.json", "result.json"])
-def test_thousands_of_brackets_are_damage(name, tmp_path):
+def test_deeply_nested_json_is_damage(name, tmp_path):
   write(tmp_path / "a", ['{"step": 1}\n', "[" * 100_000, '\n{"step": 2}\n'])
   assert run_reader.read(tmp_path / "a").step == 2
   (tmp_path / "a" / name).write_text("[" * 100_000)
@@ -54,16 +54,14 @@ def test_thousands_of_brackets_are_damage(name, tmp_path):
 
 
 @pytest.mark.parametrize("value", [None, "0.5", math.nan, 10**400])
-def test_a_result_that_is_no_number_is_damage(value, tmp_path):
+def test_a_result_that_is_not_a_number_is_damage(value, tmp_path):
   result = {"last_accuracy": 0.1, "best_accuracy": value, "best_step": 1}
   write(tmp_path / "a", result=result)
   (line,) = run_reader.find(tmp_path).damaged
   assert line.startswith(f"{tmp_path}/a/result.json: damaged")
 
 
-def test_runs_of_several_folders_are_read_once_and_the_rest_is_named(
-  tmp_path, capsys
-):
+def test_runs_of_several_folders_are_read_once(tmp_path, capsys):
   write(tmp_path / "a" / "good")
   write(tmp_path / "b" / "too")
   write(tmp_path / "b" / "bad")
@@ -74,7 +72,7 @@ def test_runs_of_several_folders_are_read_once_and_the_rest_is_named(
   assert line.startswith("left out: ") and "bad" in line
 
 
-def test_finds_runs_below_and_names_the_damaged(tmp_path):
+def test_nested_runs_are_found_and_damaged_ones_named(tmp_path):
   write(tmp_path / "b")
   write(tmp_path / "deep" / "a")
   write(tmp_path / "bad")
@@ -100,14 +98,14 @@ def test_config_files_of_other_programs_are_named(tmp_path, text):
   assert str(tmp_path / "other" / "config.json") in found.damaged[0]
 
 
-def test_a_norm_of_another_version_is_named(tmp_path):
+def test_an_unknown_norm_is_named(tmp_path):
   write(tmp_path / "a")
   path = tmp_path / "a" / "config.json"
   path.write_text(path.read_text().replace('"LN"', '"InstanceNorm"'))
   assert "InstanceNorm" in run_reader.find(tmp_path).damaged[0]
 
 
-def test_a_run_that_failed_before_it_began_is_named(tmp_path):
+def test_a_run_that_failed_at_startup_is_named(tmp_path):
   write(tmp_path / "a")
   for name, text in {
     ".": "--- of another program",
@@ -139,7 +137,7 @@ def test_links_are_followed_and_runs_read_once(tmp_path):
   assert not found.damaged
 
 
-def test_a_run_keeps_its_own_name(tmp_path):
+def test_a_linked_run_keeps_its_real_path(tmp_path):
   write(tmp_path / "deep" / "run")
   (tmp_path / "alias").symlink_to(tmp_path / "deep" / "run")
   (run,) = run_reader.find(tmp_path).runs
@@ -147,19 +145,19 @@ def test_a_run_keeps_its_own_name(tmp_path):
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root can list every folder")
-def test_a_folder_that_cannot_be_listed_is_named(tmp_path):
+def test_an_unreadable_folder_is_named(tmp_path):
   write(tmp_path / "a")
   (tmp_path / "closed").mkdir(mode=0)
   (line,) = run_reader.find(tmp_path).damaged
   assert line.startswith(f"{tmp_path / 'closed'}: cannot be listed")
 
 
-def test_a_value_that_is_no_number_is_left_out_of_a_curve(tmp_path):
+def test_curves_omit_values_that_are_not_numbers(tmp_path):
   write(tmp_path / "a", ['{"step": 1, "x": null}\n', '{"step": 2, "x": 3}\n'])
   assert run_reader.read(tmp_path / "a").curve("x") == ([2], [3])
 
 
-def test_groups_differ_in_more_than_the_seed(tmp_path):
+def test_runs_that_differ_only_in_seed_share_a_group(tmp_path):
   changes = [
     {"seed": 1},
     {"base_lr": 0.1},
@@ -189,11 +187,11 @@ def test_an_unknown_status_is_damage(tmp_path, status):
 
 
 @pytest.mark.parametrize("line", ['"step"', "[1]", "7", '{"step"', "{}"])
-def test_a_line_of_metrics_without_a_step_is_left_out(line):
+def test_a_line_of_metrics_without_a_step_is_skipped(line):
   assert run_reader.parse_metrics([line, '{"step": 1}']) == [{"step": 1}]
 
 
-def test_a_line_of_metrics_that_is_no_text_is_left_out(tmp_path):
+def test_a_line_of_metrics_with_invalid_utf8_is_skipped(tmp_path):
   write(tmp_path / "a")
   (tmp_path / "a" / "metrics.jsonl").write_bytes(
     b'{"step": 1, "x": 1}\n\xff\xfe\n{"step": 2, "x": 3}\n'
@@ -202,7 +200,7 @@ def test_a_line_of_metrics_that_is_no_text_is_left_out(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["", "nowhere"])
-def test_no_runs(tmp_path, name):
+def test_a_folder_without_runs_is_an_error(tmp_path, name):
   with pytest.raises(errors.UserError, match="no "):
     run_reader.find(tmp_path / name)
   with pytest.raises(errors.UserError, match="no run there"):

@@ -1,4 +1,4 @@
-"""Compiled programs are kept for the next start."""
+"""The compilation cache."""
 
 import os
 import pathlib
@@ -42,7 +42,7 @@ def programs(folder):
   }
 
 
-def test_a_second_process_compiles_nothing(tmp_path):
+def test_a_second_process_uses_the_cache(tmp_path):
   first = run(tmp_path)
   kept = programs(tmp_path)
   assert kept
@@ -54,18 +54,18 @@ def test_a_second_process_compiles_nothing(tmp_path):
   assert first.stdout == second.stdout
 
 
-def test_a_folder_that_cannot_be_written_is_no_error(tmp_path):
+def test_an_unwritable_folder_is_not_an_error(tmp_path):
   (tmp_path / "file").write_text("")
   done = run(tmp_path / "file")
   assert "[" in done.stdout and "Traceback" not in done.stderr
 
 
-def test_the_users_own_folder_is_left(tmp_path):
+def test_jaxs_environment_variable_takes_precedence(tmp_path):
   run(tmp_path / "a", JAX_COMPILATION_CACHE_DIR=str(tmp_path / "b"))
   assert not (tmp_path / "a").exists()
 
 
-def test_each_kind_of_processor_has_its_own(monkeypatch):
+def test_each_type_of_cpu_has_a_separate_cache(monkeypatch):
   name = cache._machine()
   assert name == cache._machine()
   read = pathlib.Path.read_text
@@ -81,8 +81,8 @@ def test_each_kind_of_processor_has_its_own(monkeypatch):
   assert cache._machine() != name
 
 
-def test_an_enabled_cache_stays(monkeypatch):
+def test_an_enabled_cache_is_not_replaced(monkeypatch):
   before = jax.config.jax_compilation_cache_dir
-  assert before  # That of the tests.
+  assert before  # Set by conftest.py.
   cache.enable_compilation_cache()
   assert jax.config.jax_compilation_cache_dir == before

@@ -1,4 +1,4 @@
-"""Arguments and the process of every command."""
+"""Arguments and process setup shared by all commands."""
 
 import os
 import subprocess
@@ -36,7 +36,7 @@ def test_the_home_folder_is_expanded(monkeypatch):
   ],
 )
 @pytest.mark.parametrize("parse", [cli.arguments, main.parse])
-def test_a_url_is_refused_at_once(argv, parse, capsys):
+def test_a_url_is_refused_in_one_line(argv, parse, capsys):
   with pytest.raises(SystemExit) as caught:
     parse(["main", *argv])
   assert caught.value.code == 2
@@ -53,7 +53,7 @@ COMMANDS = {
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_a_missing_device_is_one_line(name, tiny_run, tmp_path):
-  """JAX raises an AssertionError without a message."""
+  """JAX raises an AssertionError without a message for a missing device."""
   Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
   flags = [x.format(tmp=tmp_path, run=tiny_run) for x in COMMANDS[name]]
   done = subprocess.run(
@@ -69,7 +69,7 @@ def test_a_missing_device_is_one_line(name, tiny_run, tmp_path):
   assert "Traceback" not in done.stderr
 
 
-def test_pictures_do_not_need_a_notebooks_backend(tiny_run, tmp_path):
+def test_plots_ignore_the_matplotlib_backend_of_the_user(tiny_run, tmp_path):
   path = tmp_path / "curves.png"
   done = subprocess.run(
     [

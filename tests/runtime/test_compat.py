@@ -1,4 +1,4 @@
-"""The private names of libraries that compat uses exist and have an effect."""
+"""The private names of libraries that compat uses exist and work."""
 
 import asyncio
 import inspect

@@ -1,4 +1,4 @@
-"""The CUDA plugin compiles, and is out of the way of all else."""
+"""The CUDA plugin compiles without a GPU and leaves other programs alone."""
 
 import os
 import subprocess
@@ -34,7 +34,7 @@ def run(code, **environment):
   os.path.exists("/dev/nvidiactl"), reason="there is a GPU to be found"
 )
 @pytest.mark.parametrize("platforms", ["", "cpu"])
-def test_programs_run_on_the_cpu_without_a_word(platforms):
+def test_programs_run_on_the_cpu_without_warnings(platforms):
   done = run(
     "from rescalevit_jax.runtime import cli\n"
     "import jax\n"
@@ -45,7 +45,7 @@ def test_programs_run_on_the_cpu_without_a_word(platforms):
 
 
 @tiny_gpu.needs_compiler
-def test_a_program_compiles_though_the_plugin_was_hidden():
+def test_a_hidden_plugin_still_compiles():
   done = run(
     "from rescalevit_jax.runtime import cuda_plugin\n"
     "from rescalevit_jax.benchmark import gpus\n"
@@ -62,8 +62,8 @@ def test_a_program_compiles_though_the_plugin_was_hidden():
 
 @pytest.mark.parametrize("name", gpus.NAMES)
 @tiny_gpu.needs_compiler
-def test_xla_takes_every_description(name):
-  """The same program twice: JAX's cache on disk is not asked."""
+def test_xla_accepts_every_gpu_description(name):
+  """A second compilation does not use the disk cache."""
   gpu = gpus.get(name)
   (device,) = cuda_plugin.compile_only_devices(gpu.description, 1)
   assert device.compute_capability == ".".join(map(str, gpu.capability))

@@ -1,4 +1,4 @@
-"""A training program asks glibc for huge pages, by starting once more."""
+"""Training restarts its process once to enable glibc's huge pages."""
 
 import os
 import subprocess
@@ -28,13 +28,13 @@ print("running")
     ("glibc.malloc.hugetlb=0", "glibc.malloc.hugetlb=0"),
   ],
 )
-def test_what_the_user_has_set_stays(given, wanted):
+def test_tunables_of_the_user_are_kept(given, wanted):
   found = huge_pages.environment({"A": "b", "GLIBC_TUNABLES": given})
   assert found == {"A": "b", "GLIBC_TUNABLES": wanted}
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc is Linux")
-def test_a_program_starts_once_more_in_the_same_process():
+def test_a_program_restarts_once_with_the_same_pid():
   environment = {k: v for k, v in os.environ.items() if k != "GLIBC_TUNABLES"}
   done = subprocess.run(
     [sys.executable, "-c", SCRIPT, "--x=1 2"],
@@ -51,7 +51,7 @@ def test_a_program_starts_once_more_in_the_same_process():
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc is Linux")
-def test_the_training_command_does(tmp_path):
+def test_the_training_command_enables_huge_pages(tmp_path):
   environment = {k: v for k, v in os.environ.items() if k != "GLIBC_TUNABLES"}
   (tmp_path / "config.py").write_text(
     "import os; print(os.environ['GLIBC_TUNABLES']); raise SystemExit"

@@ -32,12 +32,12 @@ def run(program, **environ):
 @pytest.mark.skipif(
   importlib.util.find_spec("tensorflow") is None, reason="no TensorFlow"
 )
-def test_load_is_quiet_and_leaves_no_trace():
+def test_load_prints_nothing_and_restores_the_process():
   result = run(PROGRAM)
   assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
 
 
-def test_a_missing_tensorflow_is_the_users_error(tmp_path):
+def test_missing_tensorflow_is_a_user_error(tmp_path):
   (tmp_path / "tensorflow.py").write_text("raise ImportError('not\\nthere')")
   result = run(
     "from rescalevit_jax import errors\n"

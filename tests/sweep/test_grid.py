@@ -1,4 +1,4 @@
-"""Planning runs from flags: names, values, errors."""
+"""Planning runs from flags."""
 
 import pathlib
 import shlex
@@ -32,7 +32,7 @@ def names(runs):
   return [run.workdir.name for run in runs]
 
 
-def test_every_combination_for_every_config():
+def test_grid_combines_all_values_and_configs():
   runs = plan(
     "model.norm=LN,Rescale",
     "seed=0,1,2",
@@ -46,7 +46,7 @@ def test_every_combination_for_every_config():
   assert {r.config.model_name for r in runs[6:]} == {"ViT-B_32"}
   assert {r.config.base_lr for r in runs} == {0.25}
   assert runs[0].reference == QUICKSTART
-  # The same name as in main.
+  # main uses the same name.
   for run in runs:
     assert run.workdir == folder.default_workdir(run.config)
 
@@ -104,8 +104,8 @@ def test_values_have_the_type_of_their_key():
   assert values["model.representation_size"] is None
 
 
-def test_the_command_yields_the_same_config():
-  """Parse the command with main, without training."""
+def test_command_of_a_run_gives_its_config():
+  """main parses the planned command to the config of the run."""
   settings = ("augment.flip=True", "pretrained_path=None", "base_lr=1")
   (run,) = plan("model.norm=BN", settings=settings, runs_dir="a folder")
   assert run.command[:3] == [sys.executable, "-m", "rescalevit_jax.main"]
@@ -201,7 +201,7 @@ def test_an_invalid_config_file_is_an_error(text, words, tmp_path, capsys):
     ("ViT-B_16,ln", ["LN"]),
   ],
 )
-def test_invalid_arguments_of_original_py_are_errors(reference, words):
+def test_invalid_arguments_of_original_config_are_errors(reference, words):
   with pytest.raises(errors.UserError) as e:
     plan(configs=(f"{ORIGINAL}:{reference}",))
   for word in words:

@@ -1,6 +1,6 @@
-"""Jobs of submitit, with stand-ins for Slurm's programs.
+"""Jobs of submitit with fake Slurm commands.
 
-tests/integration/test_cluster.py has a real Slurm.
+tests/integration/test_cluster.py uses a real Slurm.
 """
 
 import json
@@ -26,7 +26,7 @@ NAME = "digits-ViT-XS_2-Rescale-scratch-seed"
 
 @pytest.fixture
 def cluster(tmp_path, monkeypatch):
-  """Put stand-ins for Slurm's programs on PATH that log their arguments."""
+  """Put fake Slurm commands on PATH that log their arguments."""
   folder = tmp_path / "bin"
   folder.mkdir()
   for name in ("sbatch", "srun", "squeue", "sacct", "scontrol"):
@@ -173,7 +173,7 @@ def test_a_missing_submitit_is_an_error(tmp_path, monkeypatch):
     slurm.create_executor(tmp_path, {}, None)
 
 
-def test_parameters_are_python_values_or_text():
+def test_slurm_parameters_are_python_values_or_text():
   texts = ["a=1", "b=x", "c=True", "d=['m load', 'n']", "e=1:00:00", "f=a=b"]
   assert slurm.parse_parameters(texts) == {
     "a": 1,

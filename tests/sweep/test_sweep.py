@@ -45,7 +45,7 @@ def finished(tiny, shared_dir):
   """Return the folder of a finished sweep of GRID, run two at a time."""
   runs_dir = shared_dir / "finished_sweep"
   with open(shared_dir / "finished_sweep.lock", "w") as f:
-    fcntl.flock(f, fcntl.LOCK_EX)  # Shared by the workers.
+    fcntl.flock(f, fcntl.LOCK_EX)  # Test workers share it.
     if not (runs_dir / "stderr").exists():
       done = tiny_sweep.run(runs_dir, *GRID, "--jobs=2", **tiny)
       assert done.returncode == 0, done.stderr
@@ -79,13 +79,13 @@ def assert_same_runs(a, b):
       assert results[0][key] == results[1][key]
     metrics = [(x / name / "metrics.jsonl").read_bytes() for x in (a, b)]
     assert metrics[0] == metrics[1]
-    assert metrics[0].count(b"\n") == 24  # 20 of training, 4 of tests.
+    assert metrics[0].count(b"\n") == 24  # 20 for training, 4 for evaluation.
 
 
-def test_progress_counts_done_and_left_runs(finished):
+def test_progress_counts_finished_and_remaining_runs(finished):
   stderr = (finished / "stderr").read_text()
   assert "4 runs in" in stderr and "0 finished" in stderr
-  assert "0 of 4 done, 0 failed, 2 running, 2 left" in stderr  # At once.
+  assert "0 of 4 done, 0 failed, 2 running, 2 left" in stderr  # At startup.
   assert re.search(r"[23] of 4 done, .* left, ETA \d+ ", stderr)
   assert re.search(rf"  {NAMES[0]}: ", stderr)
   assert stderr.splitlines()[-1].endswith(" 4 done, 0 failed")
@@ -136,7 +136,7 @@ def test_a_sweep_killed_twice_resumes(finished, tiny, tmp_path):
   assert done.returncode == 0, done.stderr
   assert_same_runs(runs_dir, finished)
   log = (runs_dir / NAMES[0] / "log.txt").read_text()
-  assert log.count("\n---") + 1 >= 2  # A line for each start.
+  assert log.count("\n---") + 1 >= 2  # One line per start.
 
 
 def test_a_signal_saves_and_stops(finished, tiny, tmp_path):
@@ -168,13 +168,13 @@ def test_a_second_signal_kills_and_nohup_is_respected(tiny, tmp_path):
   runs_dir = tmp_path / "runs"
   keys = (*tiny["keys"], "total_steps=100000", "checkpoint_every=100000")
   keys = [k for k in keys if k not in ("total_steps=40", "checkpoint_every=8")]
-  previous = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # As nohup does.
+  previous = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # nohup sets this.
   process = tiny_sweep.start(runs_dir, keys=keys, env=tiny["env"])
   signal.signal(signal.SIGHUP, previous)
   (name,) = [NAMES[2]]
   tiny_sweep.wait_for(lambda: tiny_sweep.is_under_way(runs_dir / name), process)
   (run,) = tiny_sweep.processes_of(runs_dir / name)
-  os.kill(run, signal.SIGSTOP)  # A run that hangs.
+  os.kill(run, signal.SIGSTOP)  # Makes a run hang.
   process.send_signal(signal.SIGHUP)
   with pytest.raises(subprocess.TimeoutExpired):
     process.wait(timeout=1.5)
@@ -190,7 +190,7 @@ def test_a_second_signal_kills_and_nohup_is_respected(tiny, tmp_path):
   assert not tiny_sweep.processes_of(runs_dir)
 
 
-def test_a_failing_run_is_reported_and_stops_no_other(tiny, tmp_path):
+def test_a_failing_run_is_reported_and_does_not_stop_others(tiny, tmp_path):
   done = tiny_sweep.run(
     tmp_path, "--grid", "base_lr=1e30,0.1", "--config.seed", "5", **tiny
   )
@@ -305,7 +305,7 @@ def test_a_folder_with_another_run_is_an_error(finished, tiny, capsys):
 
 
 def test_planning_does_not_initialize_devices(tmp_path, tiny):
-  """A sweep that initializes a GPU takes the memory that its runs need."""
+  """Initializing a GPU would occupy the memory that runs need."""
   code = (
     "import sys; from rescalevit_jax.sweep import command_line, outcome;"
     "_, runs = command_line.parse(sys.argv[1:]);"
@@ -352,7 +352,7 @@ def test_cpus_and_tpus_are_split_among_jobs():
 
 
 def test_runs_use_the_gpus_of_their_slot(tmp_path, monkeypatch):
-  """Each process gets its slot's variables; a slot has one run at a time."""
+  """A process gets the variables of its slot; a slot has one run at a time."""
   _, runs = command_line.parse(
     [CONFIG, f"--runs_dir={tmp_path}"] + ["--grid=seed=0,1,2,3"]
   )
@@ -398,7 +398,7 @@ def test_a_signal_is_recorded_even_if_all_runs_finish(tmp_path, monkeypatch):
   assert outcome.stopped and not outcome.killed and outcome.exit_code == 0
 
 
-def test_eta_is_remaining_flops_over_speed(tmp_path, monkeypatch):
+def test_eta_is_remaining_flops_divided_by_speed(tmp_path, monkeypatch):
   _, runs = command_line.parse(
     [CONFIG, f"--runs_dir={tmp_path}"]
     + ["--grid=batch=64,128", "--config.total_steps=100"]
@@ -417,9 +417,9 @@ def test_eta_is_remaining_flops_over_speed(tmp_path, monkeypatch):
   lines = [json.dumps({"step": step}) for step in (20, 40)]
   (workdir / "metrics.jsonl").write_text("\n".join(lines) + '\n{"ste')
   now[0] = 10.0
-  # 20 steps in 10 s; 60 are left, and 100 of twice the FLOPs.
+  # 20 steps took 10 s; 60 are left, and 100 with twice the FLOPs.
   assert plan._eta() == pytest.approx(130.0)
-  running.started = 4e9  # The file is from an earlier start.
+  running.started = 4e9  # The file is from a previous start.
   assert plan._eta() is None
 
 
@@ -427,7 +427,7 @@ def test_eta_is_remaining_flops_over_speed(tmp_path, monkeypatch):
   "dataset", ["cifar10", pytest.param("cifar100", marks=pytest.mark.slow)]
 )
 def test_the_study_scripts_plan_the_original_runs(dataset, tmp_path):
-  """Run the real scripts in a root with a ready environment."""
+  """The scripts run in a root folder with a prepared environment."""
   for name in ("configs", "rescalevit_jax"):
     (tmp_path / name).symlink_to(paths.ROOT / name)
   (tmp_path / "scripts").mkdir()

@@ -44,7 +44,7 @@ def order(runs, minutes=1e9):
 
 
 def finish(run, seconds, examples_evaluated=0):
-  """Write the result of a finished run, which took some time to train."""
+  """Write the result of a run that took `seconds` to train."""
   speed = run.config.total_steps * run.config.batch / seconds
   result = {"images_per_second": speed}
   result |= {"examples_evaluated": examples_evaluated}
@@ -52,7 +52,7 @@ def finish(run, seconds, examples_evaluated=0):
 
 
 def save(run, step, seconds):
-  """Write the progress of a run's checkpoint, and its config."""
+  """Write the config and the progress of a run's checkpoint."""
   if not run.workdir.exists():
     fake_runs.write(run.workdir, config_lib.flatten(run.config))
   path = run.workdir / "checkpoints" / "last" / str(step) / "progress"
@@ -71,18 +71,18 @@ def find(runs, model, norm):
   return run
 
 
-def test_the_norms_of_a_cheap_model_are_first(tmp_path):
+def test_norms_of_a_cheap_model_come_first(tmp_path):
   expected = [(model, norm, 0) for model in MODELS[::-1] for norm in NORMS]
   runs = plan(tmp_path)
   assert order(runs) == expected
-  # Before any measurement, all are started in this order, whatever the limit.
+  # Without measurements, runs start in this order for any limit.
   assert order(runs, minutes=2) == expected
-  assert order(runs, minutes=0.9) == []  # Too late to start and to save.
+  assert order(runs, minutes=0.9) == []  # Too late to start and save.
 
 
-def test_a_second_seed_counts_half(tmp_path):
+def test_a_second_seed_has_half_the_priority(tmp_path):
   names = order(plan(tmp_path, "--grid=seed=0,1,2"))
-  # B_16 costs 4.1 times as much as B_32, per step of as many images.
+  # A step of B_16 costs 4.1 times as much as one of B_32.
   expected = [("ViT-B_32", norm, seed) for seed in (0, 1, 2) for norm in NORMS]
   assert names[:12] == expected
   assert names.index(("ViT-B_16", "LN", 2)) > names.index(("ViT-L_16", "GN", 0))
@@ -93,14 +93,14 @@ def test_measured_rates_replace_flops(tmp_path):
   finish(find(runs, "ViT-B_16", "GN"), 200.0)
   finish(find(runs, "ViT-B_32", "BN"), 600.0)
   names = order(runs)
-  # A step of L_16 has 1.8 times the FLOPs of B_16's: it takes 350 s.
+  # A step of L_16 has 1.8 times the FLOPs of B_16, so the run takes 350 s.
   expected = [("ViT-B_16", norm, 0) for norm in ("LN", "BN", "Rescale")]
   expected += [("ViT-L_16", norm, 0) for norm in NORMS]
   expected += [("ViT-B_32", norm, 0) for norm in ("LN", "GN", "Rescale")]
   assert names == expected
 
 
-def test_a_started_run_has_its_own_rate_and_fewer_steps_left(tmp_path):
+def test_a_started_run_uses_its_own_rate_and_remaining_steps(tmp_path):
   runs = plan(tmp_path)
   finish(find(runs, "ViT-B_32", "LN"), 600.0)
   save(find(runs, "ViT-B_32", "Rescale"), 100, 2.0)  # 398 s are left.
@@ -117,19 +117,19 @@ def test_a_started_run_has_its_own_rate_and_fewer_steps_left(tmp_path):
 @pytest.mark.parametrize(
   "minutes, first", [(200, "ViT-B_16"), (80, "ViT-B_32"), (61, "ViT-B_16")]
 )
-def test_runs_that_end_in_time_are_first(minutes, first, tmp_path):
+def test_runs_that_finish_in_time_come_first(minutes, first, tmp_path):
   runs = plan(tmp_path, "--grid=seed=0,1", norms=["LN"])
   finished = {("ViT-B_32", 0): 60, ("ViT-B_16", 1): 100}
   for run in runs:
     if took := finished.get((run.config.model_name, run.config.seed)):
       finish(run, 60.0 * took)
-  # The second seed of B_32 counts as if it took 120 minutes.
+  # The second seed of B_32 is ordered as if it took 120 minutes.
   assert order(runs, minutes)[0][0] == first
 
 
-def test_evaluations_count_by_their_flops(tmp_path):
+def test_evaluations_are_weighted_by_flops(tmp_path):
   run = find(plan(tmp_path), "ViT-B_32", "LN")
-  # 100 images a step, a third of the FLOPs of 128.
+  # 100 images per step, a third of the FLOPs of 128 training images.
   finish(run, 600.0, examples_evaluated=10_000)
   assert time_limit.pace(run) == pytest.approx(0.03 * (1 + 100 / (3 * 128)))
 
@@ -152,8 +152,10 @@ def test_a_damaged_or_early_checkpoint_counts_as_unmeasured(text, tmp_path):
   assert time_limit.pace(run) is None
 
 
-def test_the_rate_of_a_saved_checkpoint(default_run, tmp_path, monkeypatch):
-  """Orbax may change its files."""
+def test_rate_is_read_from_a_saved_checkpoint(
+  default_run, tmp_path, monkeypatch
+):
+  """Detects changes of orbax's file format."""
   monkeypatch.setattr(time_limit, "_MIN_TIMED_STEPS", 1)
   shutil.copytree(default_run / "checkpoints", tmp_path / "checkpoints")
   config = folder.require_config(default_run)
@@ -161,9 +163,7 @@ def test_the_rate_of_a_saved_checkpoint(default_run, tmp_path, monkeypatch):
   assert time_limit.pace(run) > 0
 
 
-def test_the_limit_stops_the_runs_and_leaves_the_rest(
-  tmp_path, digits_dir, monkeypatch
-):
+def test_time_limit_stops_runs(tmp_path, digits_dir, monkeypatch):
   options, runs = command_line.parse(
     [
       f"--config={paths.ROOT}/configs/quickstart.py",

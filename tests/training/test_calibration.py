@@ -1,4 +1,4 @@
-"""Calibration: what it measures, and of which batches."""
+"""Calibration of norms on the first batches."""
 
 import jax
 import numpy as np
@@ -34,7 +34,7 @@ def at(tree, *path):
 
 
 def different(a, b):
-  """Names the leaves in which two trees differ."""
+  """Return the paths of leaves that differ between two trees."""
   pairs = zip(
     jax.tree_util.tree_leaves_with_path(a), jax.tree.leaves(b), strict=True
   )
@@ -45,7 +45,7 @@ def different(a, b):
   }
 
 
-def test_only_alpha_and_the_means_are_set(tiny_config):
+def test_calibration_sets_only_alpha_and_means(tiny_config):
   tiny_config.model.norm = "Cal"
   state = calibrated_state(tiny_config)
   scratch = experiment.create(tiny_config).init_state()
@@ -59,7 +59,7 @@ def test_only_alpha_and_the_means_are_set(tiny_config):
 
 
 @pytest.mark.parametrize("accum_steps, mixup", [(1, 0.0), (3, 0.0), (3, 0.8)])
-def test_the_batches_are_the_first_eight_as_training_sees_them(
+def test_calibration_uses_the_first_eight_training_batches(
   tiny_config, accum_steps, mixup
 ):
   tiny_config.model.norm = "Cal"
@@ -72,7 +72,7 @@ def test_the_batches_are_the_first_eight_as_training_sees_them(
 
   @jax.jit
   def embed(x):
-    """Return the input of the first place, which needs no calibration."""
+    """Return the input of the first norm, which needs no calibration."""
     _, found = parts.model.apply(
       {"params": state.params, "batch_stats": state.batch_stats},
       x,
@@ -123,7 +123,9 @@ def test_the_batches_are_the_first_eight_as_training_sees_them(
     ("LN", "all", False),
   ],
 )
-def test_the_key_says_which_norms(tiny_config, norm, calibration, calibrated):
+def test_calibration_key_selects_norms(
+  tiny_config, norm, calibration, calibrated
+):
   tiny_config.model.norm = norm
   tiny_config.calibration = calibration
   state = calibrated_state(tiny_config)
@@ -147,7 +149,7 @@ def test_alpha_init_selects_the_calibrated_sites(tiny_config):
     experiment.create(tiny_config)
 
 
-def test_a_file_is_calibrated_but_for_what_it_brought(tiny_config, tmp_path):
+def test_calibration_keeps_values_of_a_loaded_file(tiny_config, tmp_path):
   tiny_config.model.norm = "Cal"
   brought = calibrated_state(tiny_config)
   npz.save(tmp_path / "a.npz", brought.params, brought.batch_stats)
@@ -171,7 +173,7 @@ def test_a_file_is_calibrated_but_for_what_it_brought(tiny_config, tmp_path):
   )
 
 
-def test_a_new_site_leaves_the_files_sites_alone(tiny_config, tmp_path):
+def test_calibrating_a_new_site_keeps_loaded_sites(tiny_config, tmp_path):
   tiny_config.model.norm = "Cal"
   brought = calibrated_state(tiny_config)
   npz.save(tmp_path / "a.npz", brought.params, brought.batch_stats)
@@ -183,7 +185,7 @@ def test_a_new_site_leaves_the_files_sites_alone(tiny_config, tmp_path):
   )
 
 
-def test_recomputing_changes_nothing(tiny_config):
+def test_remat_does_not_change_calibration(tiny_config):
   tiny_config.model.norm = "Cal"
   tiny_config.model.sigma_reparam = True
   state = calibrated_state(tiny_config)
@@ -193,7 +195,7 @@ def test_recomputing_changes_nothing(tiny_config):
     np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6)
 
 
-def test_the_collection_is_not_part_of_a_model(tiny_config):
+def test_init_creates_no_calibration_collection(tiny_config):
   tiny_config.model.norm = "Cal"
   model = experiment.create_model(tiny_config, 10)
   found = model.init(jax.random.key(0), np.zeros((1, 8, 8, 3)))

@@ -1,4 +1,4 @@
-"""Diagnostics of runs: they change nothing, and come out the same again."""
+"""Diagnostics do not change a run and are equal after a resume."""
 
 import json
 import math
@@ -21,7 +21,7 @@ from rescalevit_jax.training import trainer
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, module_config):
-  """Three runs: without, with, and with, killed on the way, diagnostics."""
+  """Return runs without diagnostics, with them, and with them and a kill."""
   folder = tmp_path_factory.mktemp("runs")
   config = module_config
   config.model.norm = "Derf"
@@ -37,7 +37,7 @@ def runs(tmp_path_factory, module_config):
 
   def killed(self, *batch):
     real(self, *batch)
-    if self._progress.step == 7:  # The checkpoint is that of step 4.
+    if self._progress.step == 7:  # The last checkpoint is of step 4.
       raise InterruptedError
 
   def missing():
@@ -57,7 +57,7 @@ def runs(tmp_path_factory, module_config):
 
 
 def lines(workdir, diagnosed):
-  """Returns the lines of metrics.jsonl that are diagnostics, or the others."""
+  """Return the lines of metrics.jsonl with or without diagnostics."""
   with open(workdir / "metrics.jsonl", encoding="utf-8") as f:
     found = [(json.loads(line), line) for line in f]
   return [
@@ -67,7 +67,7 @@ def lines(workdir, diagnosed):
   ]
 
 
-def test_the_run_is_the_same_with_them(runs):
+def test_diagnostics_do_not_change_a_run(runs):
   folder, _ = runs
   assert lines(folder / "with", False) == lines(folder / "without", False)
   for which in ("latest", "best"):
@@ -79,13 +79,13 @@ def test_the_run_is_the_same_with_them(runs):
       np.testing.assert_array_equal(x, y)
 
 
-def test_a_killed_run_writes_the_same(runs):
+def test_a_resumed_run_writes_equal_diagnostics(runs):
   folder, _ = runs
   a, b = (folder / name / "metrics.jsonl" for name in ("with", "killed"))
   assert a.read_bytes() == b.read_bytes()
 
 
-def test_lines_and_names(runs):
+def test_diagnostics_have_the_documented_names(runs):
   folder, _ = runs
   found = {x["step"]: x for x, _ in lines(folder / "with", True)}
   assert list(found) == [1, 3, 6, 9]
@@ -106,7 +106,7 @@ def test_lines_and_names(runs):
   assert found[1].keys() == want | sharpness
 
 
-def test_the_gradient_is_that_of_the_step(runs):
+def test_gradient_norm_equals_the_one_of_training(runs):
   folder, _ = runs
   norms = {
     x["step"]: x["train/grad_norm"]
@@ -119,7 +119,7 @@ def test_the_gradient_is_that_of_the_step(runs):
     assert math.hypot(*parts) == pytest.approx(norms[line["step"]], rel=1e-4)
 
 
-def test_clipping_is_counted_since_the_line_before(runs):
+def test_clipped_share_covers_steps_since_the_previous_line(runs):
   folder, config = runs
   trained = [x for x, _ in lines(folder / "with", False) if "train/loss" in x]
   shares = set()
@@ -137,7 +137,7 @@ def test_clipping_is_counted_since_the_line_before(runs):
   assert len(shares) > 1
 
 
-def test_updates_are_those_of_the_optimizer(runs):
+def test_update_ratio_at_step_1_by_hand(runs):
   folder, config = runs
   (line, _), *_ = lines(folder / "with", True)
   params = experiment.create(config).init_state().params
@@ -145,12 +145,12 @@ def test_updates_are_those_of_the_optimizer(runs):
   rate = line["diagnostics/effective_lr"]
   for part, weight in zip(measurements.parts(1), weights, strict=True):
     of_part = f"diagnostics/{part}/"
-    update = rate * line[f"{of_part}grad_norm"]  # No momentum at step 1.
+    update = rate * line[f"{of_part}grad_norm"]  # Momentum is 0.
     ratio = line[f"{of_part}update_ratio"]
     assert ratio == pytest.approx(update / weight, rel=1e-4)
 
 
-def test_the_probe_measures_what_a_run_does_at_step_1(runs):
+def test_probe_equals_diagnostics_of_step_1(runs):
   folder, config = runs
   (line, _), *_ = lines(folder / "with", True)
   found = probe.measure(config)
@@ -175,9 +175,9 @@ def test_the_probe_measures_what_a_run_does_at_step_1(runs):
     (2.0, 1.0, 0.5),
     (0.5, 1.0, 1),
     (2.0, 0.0, 1),
-    (math.nan, 1.0, 0),  # In float16, a skipped step.
+    (math.nan, 1.0, 0),  # A skipped step in float16.
     (math.inf, 0.0, 0),
   ],
 )
-def test_clip_factor(norm, clip, factor):
+def test_clip_factor_by_hand(norm, clip, factor):
   assert diagnostics.clip_factor(norm, clip) == factor

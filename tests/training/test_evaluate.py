@@ -1,4 +1,4 @@
-"""Every example counts once."""
+"""Evaluation counts every example once."""
 
 import csv
 import json
@@ -74,7 +74,7 @@ def test_any_batch_counts_every_example_once(setting, batch):
   np.testing.assert_allclose(result.loss, losses.mean(), rtol=1e-6)
 
 
-def test_it_stops_when_asked(setting):
+def test_evaluation_stops_on_request(setting):
   model, variables, images, labels, _ = setting
   evaluator = create_evaluator(model, images, labels)
   asked = iter([False, False, True])
@@ -87,7 +87,7 @@ def test_it_stops_when_asked(setting):
 
 
 def write_set(root, names, counts=(6, 4)):
-  """Write a folder dataset of squares, one brightness a class."""
+  """Write a folder dataset of gray squares, one brightness per class."""
   for split, count in zip(("train", "test"), counts, strict=True):
     for i, name in enumerate(names):
       (root / split / name).mkdir(parents=True)
@@ -99,7 +99,7 @@ def write_set(root, names, counts=(6, 4)):
 
 @pytest.fixture(scope="module")
 def finished(module_config, tmp_path_factory):
-  """A run on a folder, its config and its result."""
+  """Return config, folder and result of a run on a folder dataset."""
   root = tmp_path_factory.mktemp("sets")
   config = module_config.copy_and_resolve_references()
   config.dataset = write_set(root / "own", ("a", "b", "c"))
@@ -130,7 +130,7 @@ def test_a_finished_run_has_all_scores(finished):
   assert correct.mean() == result["last_accuracy"]
 
 
-def test_other_images_with_the_runs_classes(finished, tmp_path):
+def test_eval_dataset_with_the_runs_classes(finished, tmp_path):
   config, workdir, _ = finished
   config = config.copy_and_resolve_references()
   config.eval_dataset = write_set(tmp_path / "other", ("a", "b", "c"), (1, 7))
@@ -141,7 +141,7 @@ def test_other_images_with_the_runs_classes(finished, tmp_path):
     evaluate_run.evaluate_run(config, workdir)
 
 
-def test_another_split_of_the_runs_dataset(finished):
+def test_eval_split_of_the_runs_dataset(finished):
   config, workdir, _ = finished
   config = config.copy_and_resolve_references()
   own = (workdir / "eval.json").read_bytes()
@@ -175,8 +175,8 @@ def test_results_of_different_images_are_in_different_folders(tmp_path):
   assert {x.parent for x in found - {tmp_path}} == {tmp_path / "evaluations"}
 
 
-def test_all_corruptions_of_a_data_set(finished, monkeypatch):
-  """By the form of their names: three severities of one, one of another."""
+def test_all_corruptions_of_a_dataset_are_evaluated(finished, monkeypatch):
+  """Names determine corruptions and severities."""
   config, workdir, _ = finished
   config = config.copy_and_resolve_references()
   config.eval_dataset = "corrupted/*"
@@ -213,8 +213,10 @@ def test_all_corruptions_of_a_data_set(finished, monkeypatch):
     evaluate_run.probe_run(config, workdir)
 
 
-def test_a_dataset_may_not_name_its_classes(finished, monkeypatch, caplog):
-  """As cifar10_1 and cifar10_corrupted of tfds."""
+def test_a_dataset_without_class_names_is_evaluated(
+  finished, monkeypatch, caplog
+):
+  """cifar10_1 and cifar10_corrupted of tfds have no class names."""
   config, workdir, _ = finished
   config = config.copy_and_resolve_references()
   config.eval_dataset = f"{config.dataset}_1"
@@ -234,7 +236,7 @@ def test_a_dataset_may_not_name_its_classes(finished, monkeypatch, caplog):
     evaluate_run.evaluate_run(config, workdir)
 
 
-def test_weights_that_are_not_finite_are_an_error(setting):
+def test_nonfinite_weights_are_an_error(setting):
   *_, labels, logits = setting
   broken = np.asarray(logits).copy()
   broken[3, 1] = np.nan
@@ -242,7 +244,7 @@ def test_weights_that_are_not_finite_are_an_error(setting):
     scores.evaluation(broken, labels, "abcd", weights="best checkpoint")
 
 
-def test_features_that_are_not_finite_are_an_error(finished, monkeypatch):
+def test_nonfinite_features_are_an_error(finished, monkeypatch):
   config, workdir, _ = finished
   features = evaluate.Evaluator.features
 
@@ -255,8 +257,8 @@ def test_features_that_are_not_finite_are_an_error(finished, monkeypatch):
     evaluate_run.probe_run(config, workdir)
 
 
-def test_the_training_batch_does_not_matter(finished, monkeypatch):
-  """On three devices a batch of 64 is refused for training, not here."""
+def test_evaluation_ignores_the_training_batch_size(finished, monkeypatch):
+  """Evaluation does not require that devices divide the training batch."""
   config, workdir, _ = finished
 
   def refuse(*args):
@@ -278,7 +280,7 @@ def test_frozen_features_are_the_heads_inputs(setting):
   np.testing.assert_allclose(expected, logits, rtol=1e-5, atol=1e-5)
 
 
-def test_a_probe_of_a_run(finished):
+def test_linear_probe_and_knn_of_a_run(finished):
   config, workdir, _ = finished
   found = evaluate_run.probe_run(config, workdir)
   assert found == json.loads((workdir / "probe.json").read_text())
@@ -288,10 +290,8 @@ def test_a_probe_of_a_run(finished):
     assert 0 <= low <= found[kind]["accuracy"] <= high <= 1
 
 
-def test_the_training_accuracy_is_of_all_classes(
-  finished, monkeypatch, tmp_path
-):
-  """Files of a folder are in the order of their classes."""
+def test_training_accuracy_covers_all_classes(finished, monkeypatch, tmp_path):
+  """A folder dataset is sorted by class."""
   config, _, _ = finished
   config = config.copy_and_resolve_references()
   config.dataset = write_set(tmp_path / "set", ("a", "b", "c"), (12, 4))
@@ -308,7 +308,7 @@ def test_the_training_accuracy_is_of_all_classes(
   assert set(splits[-1].labels.tolist()) == {0, 1, 2}
 
 
-def test_a_run_does_not_resume_with_other_images(finished, tmp_path):
+def test_a_run_does_not_resume_with_other_data(finished, tmp_path):
   config, workdir, _ = finished
   config = config.copy_and_resolve_references()
   config.dataset = write_set(tmp_path / "set", ("a", "b", "c"), (7, 4))
@@ -320,7 +320,7 @@ def test_a_run_does_not_resume_with_other_images(finished, tmp_path):
     train.train_and_evaluate(config, tmp_path / "run")
 
 
-def test_other_classes_than_the_runs_are_an_error(finished, tmp_path):
+def test_classes_that_the_run_does_not_have_are_an_error(finished, tmp_path):
   config, workdir, _ = finished
   config = config.copy_and_resolve_references()
   config.dataset = write_set(tmp_path / "set", ("a", "b", "c"))

@@ -1,4 +1,4 @@
-"""Keys of the config reach what they change."""
+"""Config keys take effect in the experiment."""
 
 import flax
 import jax
@@ -39,7 +39,7 @@ OTHERS = {
 
 
 def two_updates(made, params):
-  """Returns the second of two updates by random gradients, as one vector."""
+  """Apply two random gradients; return the second update as a vector."""
   rng = np.random.default_rng(0)
   state = made.init(params)
   for _ in range(2):
@@ -51,7 +51,7 @@ def two_updates(made, params):
 
 
 @pytest.mark.parametrize("name", optimizers.OPTIMIZERS)
-def test_the_optimizer_is_the_configs(name, tiny_config):
+def test_optimizer_keys_take_effect(name, tiny_config):
   tiny_config.update({"optimizer": name, "decay_type": "linear"})
   tiny_config.update({"base_lr": 0.3, **OPTIMIZER})
   tiny_config.update({"decay_steps": 4, "min_lr": 0.01})
@@ -74,17 +74,17 @@ def test_the_optimizer_is_the_configs(name, tiny_config):
   got = two_updates(found.optimizer, params)
   want = two_updates(optimizers.create(name, rate, **OPTIMIZER), params)
   np.testing.assert_allclose(got, want, rtol=1e-6)
-  # The numbers above would not be these without each of the keys.
+  # Changing any of the keys changes the updates.
   for key, other in OTHERS.items():
     changed = {**OPTIMIZER, key: other}
     different = two_updates(optimizers.create(name, rate, **changed), params)
     same = np.allclose(got, different, rtol=1e-3, atol=0)
-    # What follows Adam's direction hardly depends on a gradient's size.
+    # Adam's and Muon's updates hardly depend on the gradient's scale.
     scale = key in ("grad_norm_clip", "agc") and name != "sgd"
     assert scale or same == ((name, key) == ("sgd", "adam_b2")), key
 
 
-def test_images_and_labels_are_changed_as_the_config_says(tiny_config):
+def test_augmentation_keys_take_effect(tiny_config):
   keys = {"label_smoothing": 0.1, "mixup": 0.8, "cutmix": 0.7}
   tiny_config.update(keys)
   tiny_config.augment.update({"crop": False, "pad_crop": 2, "auto": "trivial"})
@@ -105,7 +105,7 @@ def test_images_and_labels_are_changed_as_the_config_says(tiny_config):
   )
 
 
-def test_weights_are_averaged_as_the_config_says(tiny_config):
+def test_ema_keys_take_effect(tiny_config):
   tiny_config.ema_decay = 0.75
   found = experiment.create(tiny_config)
   state, step, params = found.init_state(), found.train_step(1), []
@@ -139,7 +139,7 @@ def test_a_shift_beyond_the_image_is_refused(tiny_config):
     ((9, 0), {"model.attention": "xla"}, "attention by xla: model.attention"),
   ],
 )
-def test_the_log_says_which_attention_and_why(
+def test_attention_choice_and_reason_are_logged(
   tiny_config, caplog, capability, keys, line
 ):
   tiny_config.update_from_flattened_dict({"dtype": "bfloat16", **keys})

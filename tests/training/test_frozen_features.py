@@ -11,13 +11,13 @@ from rescalevit_jax.training import frozen_features
 
 @pytest.fixture(scope="module")
 def digits():
-  """Raw pixels as features: 1400 to train, 397 to test."""
+  """Return raw pixels as features: 1400 for training, 397 for testing."""
   x, y = datasets.load_digits(return_X_y=True)
   x = x.astype(np.float32)
   return x[:1400], y[:1400], x[1400:], y[1400:]
 
 
-def test_neighbours_vote_as_in_scikit_learn(digits):
+def test_knn_equals_scikit_learn(digits):
   train, labels, test, _ = digits
   found = frozen_features.knn_logits(train, labels, test, 10)
   peer = neighbors.KNeighborsClassifier(
@@ -33,13 +33,13 @@ def test_neighbours_vote_as_in_scikit_learn(digits):
 
 
 @pytest.mark.parametrize("count", [1, 3])
-def test_fewer_training_examples_than_neighbours(digits, count):
+def test_knn_with_fewer_examples_than_neighbours(digits, count):
   train, labels, test, _ = digits
   found = frozen_features.knn_logits(train[:count], labels[:count], test, 10)
   assert set(found.argmax(-1)) <= set(labels[:count])
 
 
-def test_the_linear_probe_is_a_ridge_regression(digits):
+def test_linear_probe_equals_ridge_regression(digits):
   train, labels, test, _ = digits
   found, penalty = frozen_features.linear_probe_logits(train, labels, test, 10)
   assert penalty in frozen_features.PENALTIES
@@ -51,7 +51,7 @@ def test_the_linear_probe_is_a_ridge_regression(digits):
   np.testing.assert_allclose(found, expected, atol=1e-3)
 
 
-def test_both_classify_digits(digits):
+def test_knn_and_linear_probe_classify_digits(digits):
   train, labels, test, expected = digits
   knn = frozen_features.knn_logits(train, labels, test, 10)
   probe, _ = frozen_features.linear_probe_logits(train, labels, test, 10)
@@ -59,14 +59,14 @@ def test_both_classify_digits(digits):
   assert (probe.argmax(-1) == expected).mean() > 0.85
 
 
-def test_constant_features_do_no_harm(digits):
+def test_constant_features_give_finite_logits(digits):
   train, labels, test, _ = digits
   train, test = np.zeros_like(train), np.zeros_like(test)
   found, _ = frozen_features.linear_probe_logits(train, labels, test, 10)
   assert np.isfinite(found).all()
 
 
-def test_the_probe_of_examples_in_the_order_of_their_classes(digits):
+def test_linear_probe_of_examples_sorted_by_class(digits):
   train, labels, test, expected = digits
   order = np.argsort(labels, kind="stable")
   probe, penalty = frozen_features.linear_probe_logits(
@@ -77,7 +77,7 @@ def test_the_probe_of_examples_in_the_order_of_their_classes(digits):
 
 
 def test_a_singular_matrix_is_not_chosen():
-  """Each image twice, labels of noise: always class 0 is the best guess."""
+  """With duplicate images and random labels, predicting class 0 is best."""
   rng = np.random.default_rng(0)
   features = rng.normal(size=(50, 768)).astype(np.float32).repeat(2, 0)
   labels = (rng.random(100) < 0.3).astype(np.int32)

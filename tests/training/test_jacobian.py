@@ -10,7 +10,7 @@ from rescalevit_jax.training import jacobian
 
 IMAGES = np.random.default_rng(0).uniform(-1, 1, (1, 8, 8, 3))
 IMAGES = IMAGES.astype(np.float32)
-COUNT = 2000  # Copies of the image, each with a random vector of its own.
+COUNT = 2000  # Copies of the image, each with a separate random vector.
 
 
 def measured(tiny):
@@ -22,14 +22,14 @@ def measured(tiny):
 
 
 @pytest.mark.parametrize("norm", ["LN", "DyT"])
-def test_the_norm_is_that_of_the_whole_jacobian(norm):
+def test_norm_equals_the_norm_of_the_full_jacobian(norm):
   tiny = tiny_model.create(norm, num_layers=2)
   config = tiny.model.config
 
   def block(i, x):
     module = vit.EncoderBlock(config, block=i + 1)
     params = tiny.variables["params"]["Transformer"][f"encoderblock_{i}"]
-    # All tokens: the last block returns one unless it is observed.
+    # Observing the last block makes it return all tokens.
     y, _ = module.apply(
       {"params": params}, x[None], False, None, mutable=["intermediates"]
     )
@@ -54,7 +54,7 @@ def test_the_norm_is_that_of_the_whole_jacobian(norm):
   assert want[0] > 1.1 * want[1] > 1.2
 
 
-def test_branches_that_are_zero_keep_the_gradient():
+def test_zero_branches_keep_the_gradient():
   tiny = tiny_model.create("LN", num_layers=2)
   tiny.variables["params"] = jax.tree.map(
     np.zeros_like, tiny.variables["params"]

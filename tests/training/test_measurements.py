@@ -1,4 +1,4 @@
-"""What is measured of a state, against values known by hand."""
+"""Diagnostic measurements against values computed by hand."""
 
 import functools
 import math
@@ -16,7 +16,7 @@ from rescalevit_jax.training import measurements
 
 IMAGES = np.random.default_rng(0).uniform(-1, 1, (3, 8, 8, 3))
 IMAGES = IMAGES.astype(np.float32)
-# Of the tiny model: 16 channels, 4 patches of 4x4 pixels, MLP 32, 5 classes.
+# The tiny model has 16 channels, 4 patches of 4x4 pixels, MLP 32, 5 classes.
 ATTENTION = 4 * (16 * 16 + 16)
 BLOCK = ATTENTION + 16 * 32 + 32 + 32 * 16 + 16 + 2 * 2 * 16
 EMBEDDING = 4 * 4 * 3 * 16 + 16 + 16 + 5 * 16
@@ -29,15 +29,15 @@ def tiny():
 
 
 def measure(model, variables, images=IMAGES):
-  # Without jax.jit, whose compilation takes longer than the tiny models do.
+  # Compilation would take longer than eager execution.
   return jax.device_get(measurements.forward(model, variables, images))
 
 
 def known_stream(model, variables):
-  """Makes all branches constant, and the stream's start, too.
+  """Make the residual stream constant.
 
-  Class token 2, patches 1 in half of the channels and -3 in the others; each
-  block adds 0.5.
+  The class token is 2. Patches are 1 in half of the channels and -3 in the
+  others. Each block adds 0.5.
   """
   flat = traverse_util.flatten_dict(variables["params"], sep="/")
   flat = {
@@ -53,7 +53,7 @@ def known_stream(model, variables):
   return {**variables, "params": traverse_util.unflatten_dict(flat, sep="/")}
 
 
-def test_the_stream_is_that_before_and_after_each_block(tiny):
+def test_stream_statistics_before_and_after_each_block(tiny):
   found = measure(tiny.model, known_stream(tiny.model, tiny.variables))
   cls, low, high = (np.array([x, x + 0.5, x + 1]) for x in (2, -3, 1))
   close = functools.partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-6)
@@ -65,7 +65,7 @@ def test_the_stream_is_that_before_and_after_each_block(tiny):
   assert not any("saturation" in name for name in found)
 
 
-def test_entropy_is_that_of_the_attention_maps(tiny):
+def test_entropy_equals_the_entropy_of_attention_maps(tiny):
   images = np.random.default_rng(1).integers(0, 256, (3, 8, 8, 3), np.uint8)
   want = attention_maps.statistics(tiny, images).entropy
   found = measure(tiny.model, tiny.variables, tiny.inputs(images))
@@ -73,19 +73,19 @@ def test_entropy_is_that_of_the_attention_maps(tiny):
   assert (np.abs(want - math.log(5)) > 1e-3).all()
 
 
-# The slope is a tenth where 1 - tanh^2 u, or exp(-u^2), is.
+# Inputs u where the slope, 1 - tanh^2 u or exp(-u^2), is a tenth.
 @pytest.mark.parametrize(
   "norm, bound",
   [("DyT", math.atanh(0.9**0.5)), ("Derf", math.log(10) ** 0.5)],
 )
-def test_saturation_is_the_share_with_a_slope_below_a_tenth(norm, bound):
+def test_saturation_is_the_share_of_slopes_below_a_tenth(norm, bound):
   tiny = tiny_model.create(norm, num_layers=1)
   params = known_stream(tiny.model, tiny.variables)["params"]
-  alpha = bound / 2  # |alpha x| is bound for the class token.
+  alpha = bound / 2  # |alpha x| equals bound at the class token.
   transformer = params["Transformer"]
   block = transformer["encoderblock_0"]
   for place, factor in (
-    (block[f"{norm}_0"], 0.999),  # Class token inside, and the patches' 1.
+    (block[f"{norm}_0"], 0.999),  # Only the patches' -3 exceeds the bound.
     (block[f"{norm}_2"], 1.001),  # 2.3; 1.3 and -2.7.
     (transformer["encoder_norm"], 1.001 * 2 / 1.5),  # 2.5; 1.5 and -2.5.
   ):
@@ -97,7 +97,7 @@ def test_saturation_is_the_share_with_a_slope_below_a_tenth(norm, bound):
 
 
 def scaled(tree, factors):
-  """Multiplies each part of a tree: embedding, two blocks, head."""
+  """Multiply each part of a tree: embedding, two blocks, head."""
   flat = traverse_util.flatten_dict(tree, sep="/")
 
   def factor(key):
@@ -110,7 +110,7 @@ def scaled(tree, factors):
   return traverse_util.unflatten_dict(flat, sep="/")
 
 
-def test_gradient_norms_of_the_parts(tiny):
+def test_gradient_norms_of_parts(tiny):
   ones = jax.tree.map(np.ones_like, tiny.variables["params"])
   found = measurements.gradient_norms(scaled(ones, [1, 2, 3, 4]))
   sizes = np.array([EMBEDDING, BLOCK, BLOCK, HEAD])
@@ -121,7 +121,7 @@ def test_gradient_norms_of_the_parts(tiny):
   assert sizes.sum() == sum(x.size for x in jax.tree.leaves(ones))
 
 
-def test_update_ratio_of_the_parts(tiny):
+def test_update_ratios_of_parts(tiny):
   before = tiny.variables["params"]
   after = scaled(before, [1, 1.25, 0.5, 2])
   found = measurements.after_step(before, after)
@@ -178,7 +178,7 @@ def test_norms_before_and_after_a_branch_are_distinguished():
   ("norm", "names"),
   [("TaperLN", {"scale", "change"}), ("PRepBN", {"scale", "bn_scale", "eta"})],
 )
-def test_multipliers_with_names_of_their_own(norm, names):
+def test_names_of_other_learned_scalars(norm, names):
   tiny = tiny_model.create(norm, num_layers=1)  # Its parameters doubled.
   found = measurements.scalars(tiny.variables["params"])
   sites = ("attention", "mlp")
@@ -196,7 +196,7 @@ def test_rescalevits_scale_is_the_multiplier_of_the_mlps_branch():
   "norm, remat",
   [("DyT", True), *((norm, False) for norm in norm_sets.DIFFERENT)],
 )
-def test_every_model_is_measured(norm, remat):
+def test_every_norm_and_residual_is_measured(norm, remat):
   model = models.create(
     "ViT-XS_2",
     num_classes=5,
@@ -211,7 +211,7 @@ def test_every_model_is_measured(norm, remat):
     **{"patch_size": 4, "hidden_size": 8, "num_layers": 1},
   )
 
-  def found():  # Of which only the shapes are looked at.
+  def found():  # Only shapes are evaluated.
     variables = model.init(jax.random.key(0), IMAGES)
     params = variables["params"]
     return measurements.forward(model, variables, IMAGES) | (
@@ -231,7 +231,7 @@ def test_every_model_is_measured(norm, remat):
   assert shapes == want
 
 
-def test_names_and_what_is_not_finite():
+def test_by_name_drops_nonfinite_values():
   found = {
     "grad_norm": np.arange(4.0),
     "stream_rms_cls": np.array([5.0, np.inf, 6.0]),

@@ -1,4 +1,4 @@
-"""The first signal is noted, the second one has its usual effect."""
+"""The first signal requests a stop; the second has its default effect."""
 
 import os
 import signal
@@ -10,7 +10,7 @@ from rescalevit_jax.training import preemption
 
 
 @pytest.mark.parametrize("number", preemption.StopSignal.SIGNALS)
-def test_the_first_signal_is_noted(number):
+def test_the_first_signal_requests_a_stop(number):
   before = signal.getsignal(number)
   with preemption.StopSignal() as stop:
     assert not stop.requested
@@ -20,13 +20,13 @@ def test_the_first_signal_is_noted(number):
   assert signal.getsignal(number) == before
 
 
-def test_the_second_signal_has_its_usual_effect():
+def test_the_second_signal_has_its_default_effect():
   with pytest.raises(KeyboardInterrupt), preemption.StopSignal():
     os.kill(os.getpid(), signal.SIGINT)
     os.kill(os.getpid(), signal.SIGINT)
 
 
-def test_another_thread_has_no_signals():
+def test_other_threads_install_no_signal_handlers():
   found = []
 
   def work():
@@ -39,7 +39,7 @@ def test_another_thread_has_no_signals():
   assert found == [False]
 
 
-def test_a_closed_terminal_is_ignored_under_nohup(monkeypatch):
+def test_sighup_is_ignored_under_nohup(monkeypatch):
   before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
   try:
     with preemption.StopSignal() as stop:

@@ -1,4 +1,4 @@
-"""Profiles of some steps."""
+"""Profiles of training steps."""
 
 import gzip
 import json
@@ -12,7 +12,7 @@ def files(folder):
   return sorted(p.name for p in folder.rglob("*") if p.is_file())
 
 
-def test_a_profile_shows_the_steps_and_changes_nothing(
+def test_profile_shows_the_steps_and_does_not_change_the_run(
   tiny_config, default_run, tmp_path
 ):
   plain = json.loads((default_run / "result.json").read_text())
@@ -29,7 +29,7 @@ def test_a_profile_shows_the_steps_and_changes_nothing(
   assert calls
 
 
-def test_a_folder_that_cannot_be_made_is_told_at_once(tiny_config, tmp_path):
+def test_unusable_profile_folder_is_reported_at_once(tiny_config, tmp_path):
   (tmp_path / "profile").write_text("")
   tiny_config.profile_steps = 2
   with pytest.raises(OSError, match="profile"):
@@ -40,6 +40,6 @@ def test_a_folder_that_cannot_be_made_is_told_at_once(tiny_config, tmp_path):
 @pytest.mark.slow
 def test_a_profile_longer_than_the_run_ends_with_it(tiny_config, tmp_path):
   tiny_config.profile_steps = 10**6
-  for _ in range(2):  # The second start finds the run finished.
+  for _ in range(2):  # The second run is already finished.
     train.train_and_evaluate(tiny_config, tmp_path)
   assert any(n.endswith(".xplane.pb") for n in files(tmp_path / "profile"))

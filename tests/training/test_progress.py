@@ -1,4 +1,4 @@
-"""What a run says on the terminal."""
+"""Progress, timing and warnings of a run."""
 
 import logging
 
@@ -23,7 +23,7 @@ from rescalevit_jax.training import progress
     (100 * 3600, "4 d 4 h"),
   ],
 )
-def test_durations_are_short(seconds, text):
+def test_format_of_durations(seconds, text):
   assert terminal.duration(seconds) == text
 
 
@@ -34,7 +34,7 @@ class Clock:
     return self.now
 
 
-def test_the_timer_leaves_out_compilation_and_evaluation(monkeypatch, caplog):
+def test_timer_excludes_compilation_and_evaluation(monkeypatch, caplog):
   clock = Clock()
   monkeypatch.setattr(progress.time, "monotonic", clock)
   caplog.set_level(logging.INFO)
@@ -77,11 +77,11 @@ def test_unfinished_norms_are_one_warning(caplog):
   assert "fade.end: " in record.message and "skipped 2" in record.message
 
 
-def test_a_long_run_is_estimated(monkeypatch, caplog):
+def test_duration_of_a_long_run_is_estimated(monkeypatch, caplog):
   monkeypatch.setattr(progress, "_matmul_flops_per_second", lambda dtype: 1e11)
   monkeypatch.setattr(jax, "device_count", lambda: 1)
   model = models.create("ViT-B_16", num_classes=10)
-  # 35.1 GFLOP an image, published as 17.6 G multiply-adds.
+  # 35.1 GFLOP per image, published as 17.6 G multiply-adds.
   assert flops.forward_flops(model.config) == pytest.approx(35.1e9, rel=0.01)
   run = dict(batch=128, gradients=1, eval_images=10_000)
   progress.warn_of_long_run(model, steps=3, evaluations=0, **run)
@@ -92,7 +92,7 @@ def test_a_long_run_is_estimated(monkeypatch, caplog):
   assert "98 d 9 h on" in caplog.text
 
 
-def test_a_run_that_is_short_on_any_device_is_not_estimated(monkeypatch):
+def test_duration_of_a_short_run_is_not_estimated(monkeypatch):
   monkeypatch.setattr(progress, "_matmul_flops_per_second", None)
   model = models.create("ViT-B_16", num_classes=10)
   run = dict(batch=8, gradients=1, eval_images=100, evaluations=1)

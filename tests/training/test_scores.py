@@ -13,7 +13,7 @@ LABELS = RNG.integers(0, 7, 200).astype(np.int32)
 NAMES = [f"class {i}" for i in range(7)]
 
 
-def test_against_scikit_learn():
+def test_scores_equal_scikit_learn():
   found = scores.scores(LOGITS, LABELS, NAMES)
   probabilities = scipy.special.softmax(LOGITS.astype(float), axis=1)
   assert found["examples"] == 200
@@ -42,7 +42,7 @@ def test_wilson_interval_against_scipy():
 
 
 def test_calibration_error_by_hand():
-  """Confidences 0.9 (right), 0.9 (wrong), 0.6 (right): two bins."""
+  """Two bins: confidences 0.9 (right), 0.9 (wrong) and 0.6 (right)."""
   logits = np.log(np.array([[0.9, 0.1], [0.9, 0.1], [0.4, 0.6]]))
   labels = np.array([0, 1, 1])
   by_hand = (abs(1 - 2 * 0.9) + abs(1 - 0.6)) / 3
@@ -63,12 +63,12 @@ def test_a_class_without_examples_has_no_accuracy():
   assert found["per_class"]["class 3"]["interval"] == [0, 1]
 
 
-def test_equal_logits_count_as_argmax_does():
+def test_equal_logits_count_as_in_argmax():
   logits = np.zeros((2, 8))
   assert scores.top_accuracy(logits, np.array([0, 5]), 5) == 0.5
 
 
-def test_predictions_are_of_the_evaluation_beside_them(tmp_path):
+def test_stale_predictions_are_deleted(tmp_path):
   found = scores.evaluation(np.eye(3, dtype=np.float32), np.arange(3), "abc")
   found.write(tmp_path, save_predictions=True)
   assert (tmp_path / "predictions.npz").exists()
@@ -77,7 +77,7 @@ def test_predictions_are_of_the_evaluation_beside_them(tmp_path):
 
 
 def test_severities_of_a_corruption_are_averaged_first():
-  """Names that end in a number are severities, others corruptions."""
+  """A name that ends in a number is one severity of a corruption."""
   logits = np.eye(2, dtype=np.float32)
   right, wrong = (
     scores.scores(logits, np.array(labels), "ab") for labels in ([0, 1], [1, 0])
@@ -89,7 +89,7 @@ def test_severities_of_a_corruption_are_averaged_first():
 
 
 def test_a_confusion_matrix_has_a_limit(monkeypatch, tmp_path):
-  """Of 21841 classes it would take 3.8 GB."""
+  """A confusion matrix of 21841 classes would take 3.8 GB."""
   labels = np.array([0, 1, 1, 2])
   logits = np.eye(3, dtype=np.float32)[[0, 1, 0, 2]]
   found = scores.evaluation(logits, labels, "abc")

@@ -1,4 +1,4 @@
-"""Sharpness, against all eigenvalues of a Hessian."""
+"""Sharpness against all eigenvalues of a Hessian."""
 
 import dataclasses
 import functools
@@ -24,7 +24,7 @@ class Config:
 
 
 class Network(nn.Module):
-  """What is asked of a model, with 17 parameters."""
+  """A model with 17 parameters."""
 
   config: Config = Config()
 
@@ -37,7 +37,7 @@ class Network(nn.Module):
 
 @pytest.fixture(scope="module")
 def problem():
-  """Measures the sharpness of a tiny model; its Hessian's eigenvalues."""
+  """Return a function to measure sharpness, and the Hessian's eigenvalues."""
   model = Network(Config("float32", "xla"))
   params = model.init(jax.random.key(0), IMAGES)["params"]
   rng = np.random.default_rng(1)
@@ -61,7 +61,7 @@ def problem():
   return measure, np.linalg.eigvalsh(np.float64(hessian))
 
 
-def test_it_is_the_largest_eigenvalue(problem):
+def test_sharpness_is_the_largest_eigenvalue(problem):
   measure, eigenvalues = problem
   value, residual = measure(60)
   assert abs(eigenvalues[-1]) > 1.1 * abs(eigenvalues[0])
@@ -69,7 +69,7 @@ def test_it_is_the_largest_eigenvalue(problem):
   assert residual < 0.01
 
 
-def test_unconverged_it_is_between_the_eigenvalues(problem):
+def test_unconverged_sharpness_is_between_the_eigenvalues(problem):
   measure, eigenvalues = problem
   value, residual = measure(1)
   assert eigenvalues[0] < value < 0.99 * eigenvalues[-1]
@@ -79,6 +79,6 @@ def test_unconverged_it_is_between_the_eigenvalues(problem):
   assert better < residual
 
 
-def test_another_seed_begins_elsewhere(problem):
+def test_seed_determines_the_initial_vector(problem):
   measure, _ = problem
   assert measure(1) == measure(1) != measure(1, seed=1)

@@ -1,4 +1,4 @@
-"""The loop: what a run writes, and that stopping it changes nothing."""
+"""The training loop: files, timing, and equal results after a resume."""
 
 import dataclasses
 import json
@@ -56,7 +56,7 @@ def programs():
 
 @pytest.fixture
 def stop_at(monkeypatch):
-  """Makes runs behave as if a signal had come during a certain step."""
+  """Return a function that simulates a signal during a given step."""
 
   def arrange(step_number, times=1):
     real = trainer.Trainer._step
@@ -73,13 +73,13 @@ def stop_at(monkeypatch):
   return arrange
 
 
-def test_a_run_writes_what_the_design_says(default_run):
+def test_run_writes_the_documented_files(default_run):
   result = json.loads((default_run / "result.json").read_text())
   found = lines(default_run)
   trained = [x["step"] for x in found if "train/loss" in x]
   tested = [x["step"] for x in found if "test/loss" in x]
   assert trained == [2, 4, 6, 8, 10, 12]
-  assert tested == [5, 10, 12]  # And the last step.
+  assert tested == [5, 10, 12]  # The last step is also written.
   rates = {x["step"]: x["train/lr"] for x in found if "train/lr" in x}
   assert rates[2] == pytest.approx(0.05 * 2 / 3)
   assert rates[4] == pytest.approx(0.05 * (1 + math.cos(math.pi / 9)) / 2)
@@ -108,7 +108,7 @@ def test_a_run_writes_what_the_design_says(default_run):
   assert best[2] == result["best_step"]
 
 
-def test_what_the_timing_leaves_out_is_no_time_of_a_step(
+def test_step_time_excludes_startup_evaluation_and_diagnostics(
   tiny_config, tmp_path, monkeypatch
 ):
   calls, under_way = [], []
@@ -134,18 +134,18 @@ def test_what_the_timing_leaves_out_is_no_time_of_a_step(
   of_steps = [call for call in calls if call[0] == "_step"]
   assert of_steps == [
     ("_step",),
-    ("_step", "open"),  # Takes seconds, and is over when the time begins.
+    ("_step", "open"),  # Takes seconds, but ends before timing starts.
     ("_step", "first_step_done"),
     *[("_step",)] * 8,
-    # Rescale is calibrated after 8 steps and has another program from then on.
+    # Rescale is calibrated after 8 steps, then uses another program.
     ("_step", "first_step_done"),
     *[("_step",)] * 3,
   ]
   assert ("restart",) in calls  # After evaluations and checkpoints.
 
 
-# Where a run stops has nothing to do with its norm: 3 is before the first
-# checkpoint, 7 between two, 11 behind the last but one.
+# Stops at steps before the first checkpoint (3), between two (7), and after the
+# second last (11).
 @pytest.mark.parametrize(
   "norm, options, stops",
   [
@@ -168,7 +168,7 @@ def test_what_the_timing_leaves_out_is_no_time_of_a_step(
     ),
   ],
 )
-def test_a_resumed_run_is_the_same_run(
+def test_resumed_run_equals_an_uninterrupted_run(
   tiny_config, tmp_path, stop_at, norm, options, stops
 ):
   tiny_config.model.norm = norm
@@ -193,7 +193,7 @@ def test_a_resumed_run_is_the_same_run(
     pytest.param("muon", marks=pytest.mark.slow),
   ],
 )
-def test_a_resumed_run_of_any_recipe_is_the_same_run(
+def test_resumed_run_of_any_recipe_equals_an_uninterrupted_run(
   tiny_config, tmp_path, stop_at, recipe
 ):
   tiny_config.model.num_layers = 1
@@ -204,7 +204,7 @@ def test_a_resumed_run_of_any_recipe_is_the_same_run(
     train.train_and_evaluate(tiny_config, tmp_path / "b")
   train.train_and_evaluate(tiny_config, tmp_path / "b")
   assert_same_run(tmp_path / "a", tmp_path / "b")
-  # What was measured is what the best checkpoint holds: the averages.
+  # The best checkpoint holds the evaluated averages.
   tiny_config.eval_weights = "best"
   result = evaluate_run.evaluate_run(tiny_config, tmp_path / "a")
   found = lines(tmp_path / "a")
@@ -214,7 +214,7 @@ def test_a_resumed_run_of_any_recipe_is_the_same_run(
   assert all(np.isfinite(list(x.values())).all() for x in found)
 
 
-def test_a_torn_line_of_metrics_is_written_again(
+def test_incomplete_line_of_metrics_is_rewritten(
   tiny_config, default_run, tmp_path, stop_at
 ):
   stop_at(9)
@@ -245,7 +245,7 @@ def test_a_signal_during_evaluation_saves_and_evaluates_later(
   assert_same_run(default_run, tmp_path / "b")
 
 
-def test_an_evaluation_made_up_for_is_written_once(
+def test_postponed_evaluation_is_written_once(
   tiny_config, default_run, tmp_path, monkeypatch, stop_at
 ):
   with monkeypatch.context() as patch:
@@ -257,7 +257,7 @@ def test_an_evaluation_made_up_for_is_written_once(
 
     patch.setattr(train.preemption, "StopSignal", lambda: stop)
     train.train_and_evaluate(tiny_config, tmp_path / "b")
-  # Saved at step 5, unevaluated; evaluated now, and again after a crash.
+  # Saved at step 5 without evaluation; evaluated now and again after a crash.
   stop_at(7)
   with pytest.raises(InterruptedError):
     train.train_and_evaluate(tiny_config, tmp_path / "b")
@@ -266,7 +266,7 @@ def test_an_evaluation_made_up_for_is_written_once(
   assert_same_run(default_run, tmp_path / "b")
 
 
-def test_a_finished_run_does_nothing_again(
+def test_finished_run_is_not_trained_again(
   tiny_config, default_run, tmp_path, monkeypatch
 ):
   shutil.copytree(default_run, tmp_path, dirs_exist_ok=True)
@@ -275,7 +275,7 @@ def test_a_finished_run_does_nothing_again(
   assert train.train_and_evaluate(tiny_config, tmp_path) == result
 
 
-def test_a_lost_result_is_written_from_the_last_checkpoint(
+def test_missing_result_is_rewritten_from_the_last_checkpoint(
   tiny_config, default_run, tmp_path
 ):
   shutil.copytree(default_run, tmp_path, dirs_exist_ok=True)
@@ -286,9 +286,7 @@ def test_a_lost_result_is_written_from_the_last_checkpoint(
   assert (tmp_path / "metrics.jsonl").read_bytes() == before
 
 
-def test_another_config_is_refused_and_named(
-  tiny_config, default_run, tmp_path
-):
+def test_changed_config_of_a_run_is_refused(tiny_config, default_run, tmp_path):
   shutil.copytree(default_run, tmp_path, dirs_exist_ok=True)
   tiny_config.model.norm = "LN"
   tiny_config.base_lr = 0.1
@@ -300,7 +298,7 @@ def test_another_config_is_refused_and_named(
   assert (tmp_path / "config.json").read_bytes() == before
 
 
-def test_seeds_differ_and_repeat(tiny_config, tmp_path):
+def test_runs_are_equal_only_with_equal_seeds(tiny_config, tmp_path):
   tiny_config.total_steps = 4
   for name, seed in (("a", 0), ("b", 0), ("c", 1)):
     tiny_config.seed = seed
@@ -309,7 +307,7 @@ def test_seeds_differ_and_repeat(tiny_config, tmp_path):
   assert lines(tmp_path / "a") != lines(tmp_path / "c")
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(
+def test_nonfinite_training_loss_stops_the_run(
   tiny_config, tmp_path, monkeypatch
 ):
   real = train_step.loss_fn
@@ -318,7 +316,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(
     loss, batch_stats = real(
       params, batch_stats, images, labels, dropout_key, **kwargs
     )
-    # Batches do not repeat, so this picks step 7 of this run.
+    # Batches do not repeat, so the step is unique.
     return jax.numpy.where(_is_batch_of_step(labels, 7), jax.numpy.nan, loss), (
       batch_stats
     )
@@ -336,9 +334,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(
   assert result_lib.read(tmp_path)["status"] == "diverged"
 
 
-def test_a_pretrained_file_is_where_a_run_starts(
-  tiny_config, default_run, tmp_path
-):
+def test_run_starts_from_a_pretrained_file(tiny_config, default_run, tmp_path):
   params, batch_stats, _ = checkpoint.load_variables(default_run, "latest")
   path = tmp_path / "a.npz"
   npz.save(path, params, batch_stats)
@@ -365,7 +361,7 @@ def test_a_pretrained_file_is_where_a_run_starts(
     ("LN", "Identity", "no place for its .*encoder_norm/bias"),
   ],
 )
-def test_a_file_of_another_norm_is_not_evaluated(
+def test_eval_mode_refuses_a_file_of_another_norm(
   source, norm, words, tiny_config, tmp_path
 ):
   tiny_config.model.norm = source
@@ -382,9 +378,7 @@ def test_a_file_of_another_norm_is_not_evaluated(
     evaluate_run.evaluate_run(tiny_config, tmp_path / "b")
 
 
-def test_a_test_loss_that_is_not_finite_stops_the_run(
-  tiny_config, tmp_path, monkeypatch
-):
+def test_nonfinite_test_loss_stops_the_run(tiny_config, tmp_path, monkeypatch):
   real = evaluate.Evaluator.__call__
   results = iter([False, True])
 
@@ -453,7 +447,7 @@ def test_a_run_that_saved_nothing_may_change_its_config(
 def test_a_best_checkpoint_alone_keeps_its_config(
   tiny_config, default_run, tmp_path
 ):
-  """As after SIGKILL between the first evaluation and the first checkpoint."""
+  """SIGKILL between first evaluation and first checkpoint leaves this state."""
   shutil.copytree(default_run, tmp_path, dirs_exist_ok=True)
   (tmp_path / "result.json").unlink()
   shutil.rmtree(tmp_path / "checkpoints" / "last")
@@ -468,7 +462,7 @@ def test_a_best_checkpoint_alone_keeps_its_config(
 
 
 @pytest.mark.parametrize("which, at", [("best", "best"), ("latest", "last")])
-def test_eval_mode_repeats_what_training_measured(
+def test_eval_mode_gives_the_accuracy_of_training(
   tiny_config, default_run, tmp_path, which, at
 ):
   shutil.copytree(default_run, tmp_path, dirs_exist_ok=True)
@@ -482,7 +476,7 @@ def test_eval_mode_repeats_what_training_measured(
   assert json.loads((tmp_path / "eval.json").read_text()) == result
 
 
-def test_without_tensorflow_all_but_tensorboard_works(
+def test_run_without_tensorflow_has_no_event_files(
   tiny_config, tmp_path, monkeypatch, caplog
 ):
   def missing():
@@ -509,7 +503,7 @@ def test_keeps_the_last_checkpoints_and_the_best(tiny_config, tmp_path):
   assert kept("best") == [result["best_step"]]
 
 
-def test_attention_pictures_go_to_tensorboard_and_change_nothing(
+def test_attention_images_are_written_to_tensorboard(
   tiny_config, default_run, tmp_path
 ):
   tiny_config.log_attention = True
@@ -530,7 +524,7 @@ def test_attention_pictures_go_to_tensorboard_and_change_nothing(
     assert len(set(images)) == 3
 
 
-def test_a_picture_that_fails_does_not_end_the_run(
+def test_failing_attention_image_does_not_stop_a_run(
   tiny_config, tmp_path, caplog
 ):
   def fail(*args):

@@ -41,7 +41,7 @@ def model_of(norm, dropout_rate=0.0):
   )
 
 
-# Plain gradient descent at rate 1: the update is the gradient.
+# Gradient descent with learning rate 1: the update is the gradient.
 DESCENT = optimizers.sgd(
   optax.constant_schedule(1.0),
   momentum=0.0,
@@ -57,7 +57,7 @@ def scratch_of(norm):
 
 @functools.cache
 def start_of(norm):
-  """Returns a state without the zeros of the start from scratch.
+  """Return a random state without zeros.
 
   Normalizing a class token of zeros would magnify rounding errors.
   """
@@ -126,7 +126,7 @@ def test_initial_state_depends_on_the_seed_only():
   assert again.step.dtype == jnp.int32
 
 
-def test_initial_state_has_the_statistics_of_the_norm():
+def test_initial_state_has_the_norms_batch_stats():
   assert scratch_of("LN").batch_stats == {}
   counts = flax.traverse_util.flatten_dict(
     scratch_of("Rescale").batch_stats, sep="/"
@@ -146,7 +146,7 @@ def test_step_is_a_function_of_state_and_batch():
   assert same(before, start_of("Rescale"))
 
 
-def test_step_counts():
+def test_step_counter_is_incremented():
   state, _ = train_once()
   assert state.step == 1
   state, _ = train_once(state=state)
@@ -155,7 +155,7 @@ def test_step_counts():
 
 
 @pytest.mark.parametrize("norm", ["LN", "BN"])
-def test_loss_and_gradient_are_those_of_the_images_asked_for(norm):
+def test_loss_and_gradient_of_the_selected_images(norm):
   start = start_of(norm)
 
   def loss(params):
@@ -181,7 +181,7 @@ def test_loss_and_gradient_are_those_of_the_images_asked_for(norm):
   check_close(state.batch_stats, statistics, atol=1e-6)
 
 
-def test_gradient_norm_is_the_one_before_clipping():
+def test_gradient_norm_is_measured_before_clipping():
   clipping = optimizers.sgd(
     optax.constant_schedule(1.0),
     momentum=0.0,
@@ -212,7 +212,7 @@ def test_crops_differ_between_seeds_steps_and_images():
   }
   later = start_of("LN").replace(step=jnp.int32(1))
   losses.add(float(train_once(settings=CROPS, state=later)[1]["loss"]))
-  # One image twelve times: its crops differ, so the loss is not that of one.
+  # Twelve crops of one image give a different loss than one crop.
   losses.add(float(train_once(indices=np.zeros((1, 12), np.int32))[1]["loss"]))
   repeated = np.zeros((1, 12), np.int32)
   losses.add(float(train_once(settings=CROPS, indices=repeated)[1]["loss"]))
@@ -221,7 +221,7 @@ def test_crops_differ_between_seeds_steps_and_images():
 
 @pytest.mark.parametrize("settings", [WHOLE, CROPS])
 def test_accumulation_gives_the_gradient_of_the_whole_batch(settings):
-  # With crops, too: an image's crop depends on its place in the batch.
+  # An image's crop depends on its index in the batch.
   whole, metrics = train_once(settings=settings)
   parts, others = train_once(settings=settings, indices=BATCH.reshape(3, 4))
   check_close(gradient(parts), gradient(whole))
@@ -230,7 +230,7 @@ def test_accumulation_gives_the_gradient_of_the_whole_batch(settings):
 
 
 @pytest.mark.parametrize("norm", ["BN", "Rescale"])
-def test_each_micro_batch_counts_in_the_statistics(norm):
+def test_each_micro_batch_updates_the_running_statistics(norm):
   start = start_of(norm)
   statistics, losses = start.batch_stats, []
   for indices in BATCH.reshape(3, 4):
@@ -251,8 +251,8 @@ def test_each_micro_batch_counts_in_the_statistics(norm):
     assert block["Rescale_2"]["count"] == 3
 
 
-def test_micro_batches_have_dropout_of_their_own():
-  # Two micro-batches of the same images, against one.
+def test_micro_batches_have_different_dropout_masks():
+  # Compare two equal micro-batches with one.
   twice = np.stack([BATCH, BATCH])
   once, _ = train_once(dropout_rate=0.3)
   both, _ = train_once(dropout_rate=0.3, indices=twice)
@@ -263,7 +263,7 @@ def test_micro_batches_have_dropout_of_their_own():
 
 
 def test_sam_takes_the_gradient_at_the_ascended_weights():
-  """Loss and statistics are those of the first gradient, counted once."""
+  """Loss and batch statistics are of the first gradient only."""
   rho, start = 0.5, start_of("Rescale")
   settings = {"dropout_rate": 0.3, "settings": CROPS}
   batch = {"indices": BATCH.reshape(3, 4), "norm": "Rescale", **settings}
@@ -284,7 +284,7 @@ def test_sam_takes_the_gradient_at_the_ascended_weights():
   assert norms[0] > 1.05 * of_usual["grad_norm"]
 
 
-def test_loss_that_is_not_finite_shows_in_the_metrics():
+def test_nonfinite_loss_appears_in_the_metrics():
   start = start_of("LN")
   broken = start.replace(
     params={**start.params, "cls": start.params["cls"] * jnp.nan}
@@ -299,7 +299,7 @@ def test_loss_that_is_not_finite_shows_in_the_metrics():
 
 
 @pytest.mark.parametrize("norm", ["BN", "Rescale"])
-def test_averages_are_those_of_what_was_trained(norm):
+def test_ema_averages_parameters_and_batch_stats(norm):
   start = start_of(norm)
   averaging = start.replace(ema=jax.tree.map(jnp.copy, start.evaluated))
   plain = train_step_lib.train_step
@@ -326,7 +326,7 @@ def test_averages_are_those_of_what_was_trained(norm):
   check_close(state.ema, jax.tree.map(average, *trained))
   assert state.evaluated is state.ema
   assert not same(state.ema["params"], state.params)
-  # And training goes on as without them.
+  # Averaging does not change training.
   plain, _ = jax.jit(functools.partial(plain, **kwargs))(start, *batch, 0)
   assert plain.ema is None and plain.evaluated["params"] is plain.params
   assert same(plain.params, states[0].params)
@@ -374,7 +374,7 @@ def evaluate(indices, mask, norm="BN", params=None):
   )
 
 
-def test_evaluation_sums_over_what_the_mask_lets_through():
+def test_evaluation_sums_over_unmasked_examples():
   indices, mask = np.arange(24), np.arange(24) % 2 == 0
   start = start_of("BN")
   logits = model_of("BN").apply(
@@ -397,7 +397,7 @@ def test_evaluation_sums_over_what_the_mask_lets_through():
   assert everything["correct"] == correct.sum()
 
 
-def test_what_the_mask_hides_makes_no_difference():
+def test_masked_examples_have_no_effect():
   mask = np.arange(24) % 2 == 0
   other = np.where(mask, np.arange(24), 7)
   found, expected = evaluate(other, mask), evaluate(np.arange(24), mask)

@@ -1,11 +1,11 @@
 """Create the reduced set of reference numbers that is part of the repository.
 
-Reads `../shared/parity` beside the checkout and writes `tests/data/*.xz`: the
-same files with the same keys, less what costs most. Kept whole: all weights,
-the JSON files, Google's checkpoints. The same input gives the same bytes (with
-the same version of liblzma).
+Read `../shared/parity` beside the checkout and write `*.xz` files beside this
+script, with the same names and keys but without the largest arrays. All
+weights, the JSON files and Google's checkpoints are complete. The output is
+reproducible for one version of liblzma.
 
-    python tests/data/reduce.py
+    python tests/data/reference/reduce.py
 """
 
 import io
@@ -20,17 +20,17 @@ import numpy as np
 
 HERE = pathlib.Path(__file__).resolve().parent
 FULL = HERE.parents[3] / "shared" / "parity"
-LIMIT = 2_000_000  # Bytes in all.
+LIMIT = 2_000_000  # Total bytes.
 
-# Training batches kept. Rescale's twelve show the whole schedule and both its
-# phases; BN's three are those of its three recorded passes.
+# Number of training batches kept. Twelve cover both phases of Rescale; BN has
+# three recorded passes.
 BATCHES = {"LN.npz": 3, "BN.npz": 3, "GN.npz": 3, "Rescale.npz": 12}
-# The run whose final weights are kept: it clips and decays.
+# The run whose final weights are kept; it uses clipping and weight decay.
 FINAL_RUN = "extra"
-# Longer arrays of gradients and final weights are left out.
+# Larger arrays of gradients and final weights are omitted.
 LONGEST = 400
-# Of the long schedules every 100th rate is kept, the others are NaN: a file's
-# keys and shapes stay.
+# Long schedules keep every 100th learning rate and NaN elsewhere, which
+# preserves shapes.
 STRIDE = 100
 
 
@@ -84,7 +84,7 @@ def pack(arrays: dict[str, np.ndarray]) -> bytes:
   buffer = io.BytesIO()
   with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:
     for key, array in arrays.items():
-      info = zipfile.ZipInfo(f"{key}.npy")  # Dated 1980, for equal bytes.
+      info = zipfile.ZipInfo(f"{key}.npy")  # The date is 1980, for equal bytes.
       pad = -(buffer.tell() + 30 + len(info.filename) + 4) % 64
       info.extra = struct.pack("<HH", 0xD935, pad) + bytes(pad)
       with archive.open(info, "w") as entry:
@@ -93,7 +93,7 @@ def pack(arrays: dict[str, np.ndarray]) -> bytes:
 
 
 def compress(content: bytes, word: bool) -> bytes:
-  """Return an xz file; `word`: the content is mostly 4-byte numbers."""
+  """Compress to xz; set `word` if the content is mostly 4-byte numbers."""
   positions = {"lc": 0, "lp": 2} if word else {"lc": 3, "lp": 0}
   filters = [
     {

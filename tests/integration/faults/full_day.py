@@ -1,11 +1,11 @@
-r"""A full day of training in small: memory and open files must stay level.
+r"""Test for leaks of memory, open files and threads in a long run.
 
   PYTHONPATH=.:tests/helpers python tests/integration/faults/full_day.py \
       --checkpoints=2000
 
-One process writes a checkpoint every ten steps and a line of metrics every
-step, to TensorBoard too, and evaluates every hundred; what the system says of
-its memory, open files and threads is printed on the way.
+One process writes metrics to metrics.jsonl and TensorBoard at each step, a
+checkpoint every ten steps, and evaluates every hundred. Its memory, open files
+and threads are printed.
 """
 
 import argparse
@@ -23,11 +23,10 @@ import trials
 from rescalevit_jax.data import dataset
 from rescalevit_jax.runs import folder as folder_lib
 
-_STEPS = 10  # A checkpoint.
-# How much more in the last third than in the one before: MiB, and MiB for each
-# checkpoint between them. Tensorstore 0.1.86 loses 0.07 MiB of its counters at
-# each, which orbax asks for, and TensorFlow 2.21 4 KiB at a line of metrics; a
-# state of this model that is kept would be 0.3 MiB.
+_STEPS = 10  # Steps per checkpoint.
+# Allowed growth from the second to the last third: MiB, and MiB per checkpoint.
+# Per checkpoint, Tensorstore 0.1.86 leaks 0.07 MiB of counters; per line of
+# metrics, TensorFlow 2.21 leaks 4 KiB. A leaked state would take 0.3 MiB.
 _MORE_MEMORY = 10
 _MORE_A_CHECKPOINT = 0.2
 _MORE_FILES = 2
@@ -36,13 +35,13 @@ _MORE_THREADS = 4
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-  """What a process has at a moment.
+  """Resources of a process at one time.
 
   Attributes:
-    checkpoints: written so far.
-    memory: resident, in MiB.
-    files: open ones.
-    threads: running or not.
+    checkpoints: number of checkpoints written.
+    memory: resident memory in MiB.
+    files: number of open files.
+    threads: number of threads.
   """
 
   checkpoints: int
@@ -57,7 +56,7 @@ def watch(
   checkpoints: int,
   env: Mapping[str, str],
 ) -> list[Sample]:
-  """Trains, and looks at the process twenty times.
+  """Train, and sample the process's resources twenty times.
 
   Raises:
     AssertionError: memory, open files or threads grow, or the run fails.
@@ -81,7 +80,7 @@ def watch(
       wanted = checkpoints * i // 20
       while process.poll() is None and _written(trial) < wanted:
         time.sleep(0.05)
-      samples.append(_look(process.pid, _written(trial)))
+      samples.append(_sample(process.pid, _written(trial)))
       print(*dataclasses.astuple(samples[-1]), flush=True)
     assert process.wait() == 0, trial.said()
   finally:
@@ -93,7 +92,7 @@ def watch(
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-  """Trains as long as told and says what it took."""
+  """Train for a number of checkpoints and print the resources."""
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
@@ -114,7 +113,7 @@ def _written(trial):
   return max(folder_lib.saved_steps(trial.workdir, "last"), default=0) // _STEPS
 
 
-def _look(pid, checkpoints):
+def _sample(pid, checkpoints):
   process = pathlib.Path("/proc", str(pid))
   status = dict(
     line.split(":", 1) for line in (process / "status").read_text().splitlines()
@@ -128,7 +127,7 @@ def _look(pid, checkpoints):
 
 
 def _check_level(samples):
-  """Compares medians: garbage and checkpoints under way come and go."""
+  """Compare medians, because garbage and pending checkpoints fluctuate."""
   third = len(samples) // 3
   middle, end = (
     {

@@ -1,13 +1,13 @@
-r"""Kills training at random moments; the run must come out the same.
+r"""Kill training at random times; the resumed run must give equal results.
 
   PYTHONPATH=.:tests/helpers python tests/integration/faults/kills.py \
       --kills=160 --seed=0
 
-Processes are stopped (SIGSTOP), looked at and then killed, so that it is known
-in which phase they died. Only kills of a living process count. After each one
-the folder must be sane, and the exit code the documented one; the run is
-started again and killed again, and in the end compared with an uninterrupted
-one: parameters, optimizer and metrics.jsonl must be the same, bit for bit.
+A process is stopped (SIGSTOP) to determine its phase, then killed. Only kills
+of a live process count. After each kill the folder must be valid and the exit
+code must be the documented one. The run is resumed and killed repeatedly. Its
+final parameters, optimizer state and metrics.jsonl must equal those of an
+uninterrupted run, bit for bit.
 """
 
 import argparse
@@ -28,7 +28,7 @@ import trials
 
 from rescalevit_jax.data import dataset
 
-# Norm and accum_steps; a few kills take the first ones only.
+# Norm and accum_steps; few kills use only the first of them.
 KINDS = [
   ("Rescale", 1),
   ("BN", 3),
@@ -56,8 +56,7 @@ KINDS = [
   ("BHyT", 1),
   ("Center", 3),
 ]
-# What else a norm is run with: all that keeps something of its own from step to
-# step.
+# More overrides by norm; they cover every feature with state across steps.
 _MORE_KEYS = {
   "Cal": (
     "optimizer=muon",
@@ -84,8 +83,8 @@ PHASES = (
   "checkpoint",
   "end",
 )
-# Seconds that a kill comes after the beginning of its phase, at most. One that
-# is meant for no phase comes at any time after the start.
+# Maximum seconds from the start of a phase to the kill. Kills with phase None
+# happen at any time after the start.
 _DELAYS = {
   "start-up": 3.0,
   "calibration": 0.5,
@@ -105,7 +104,7 @@ _SIGNALS = (
   ("INT", "INT"),
   ("TERM", "KILL"),
 )
-_BEFORE = ("start-up", "calibration")  # Of the loop, which signals stop.
+_BEFORE = ("start-up", "calibration")  # Before the training loop.
 _CAUGHT = "a second signal stops at once"
 
 
@@ -114,10 +113,10 @@ class Kill:
   """A kill of a living process.
 
   Attributes:
-    norm: of the model.
-    accum_steps: of the training.
-    phase: what the process was doing.
-    signals: what it got; the second one came while it was saving.
+    norm: norm of the model.
+    accum_steps: number of micro-batches.
+    phase: phase of the run.
+    signals: signals sent; the second was sent during saving.
   """
 
   norm: str
@@ -127,15 +126,15 @@ class Kill:
 
 
 class Killer:
-  """Kills runs of one kind.
+  """Kills runs of one norm and accum_steps.
 
   Args:
-    folder: for the runs.
-    data_dir: where the digits are prepared.
-    norm: of the model.
-    accum_steps: of the training.
-    rng: says when and how.
-    env: the environment of the processes.
+    folder: folder for the runs.
+    data_dir: tfds data_dir with the digits.
+    norm: norm of the model.
+    accum_steps: number of micro-batches.
+    rng: selects times and signals.
+    env: environment variables of the processes.
   """
 
   def __init__(
@@ -162,7 +161,7 @@ class Killer:
     self._aims = []
 
   def kill(self, number: int) -> list[Kill]:
-    """Kills and compares until so many kills are done."""
+    """Kill and compare runs until `number` kills are done."""
     kills = []
     while len(kills) < number:
       trial = self._trial(f"killed{len(kills)}")
@@ -187,10 +186,10 @@ class Killer:
     return (trial.workdir / "result.json").exists()
 
   def _kill(self, trial):
-    """Starts a run and kills it; None if it came to its end before that."""
-    if not self._aims:  # Each phase in turn, and one kill at any time.
+    """Start a run and kill it; return None if it finishes first."""
+    if not self._aims:  # Each phase once, and one kill at any time.
       self._aims = [*PHASES, None]
-      self._aims.remove("calibration")  # There is one at the first start only.
+      self._aims.remove("calibration")  # Only at the first start.
       self._rng.shuffle(self._aims)
     first = not trial.workdir.exists()
     calibrates = first and self._kind[0] in _CALIBRATED
@@ -236,7 +235,7 @@ class Killer:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-  """Kills as often as told and says how."""
+  """Perform the requested number of kills and print a table of them."""
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
@@ -244,7 +243,7 @@ def main(argv: Sequence[str] | None = None) -> None:
   parser.add_argument("--seed", type=int, default=0)
   parser.add_argument("--norms", help="those to kill, with commas; all")
   args = parser.parse_args(argv)
-  # A shell's background jobs ignore it, and so would the runs.
+  # Background jobs of a shell ignore SIGINT, and so would the runs.
   signal.signal(signal.SIGINT, signal.default_int_handler)
   start = time.monotonic()
   kills = []
@@ -281,7 +280,7 @@ def _table(kills):
 
 
 def _phase(trial):
-  """Returns what a run's process is doing, by what it has written."""
+  """Return the phase of a run, from its log and metrics."""
   log = trial.said()
   at_end = f"resuming from step {trials.TOTAL_STEPS}\n" in log
   if not at_end and "compiling the training step" not in log:
@@ -304,7 +303,7 @@ def _phase(trial):
 
 
 def _temporary(trial):
-  """Whether a checkpoint is being written."""
+  """Return True while a checkpoint is being written."""
   folder = trial.workdir / "checkpoints"
   return any(folder.glob("*/*.orbax-checkpoint-tmp"))
 
@@ -315,7 +314,7 @@ def _send(process, name):
 
 
 def _check_exit(code, phase, sent, log):
-  """Checks the exit code of a process that was killed."""
+  """Check the exit code of a process that was killed."""
   said = code, phase, sent, log
   noted = phase not in (*_BEFORE, "end") and sent[0] != "KILL"
   if sent[-1] == "KILL":
@@ -325,7 +324,7 @@ def _check_exit(code, phase, sent, log):
     assert "stopped at step" in log or "finished" in log, said
   elif sent[-1] == "TERM":
     assert code in (0, -signal.SIGTERM), said
-  else:  # Python itself ends by the signal where `main` is not yet there.
+  else:  # The signal ends Python before `main` handles it.
     assert code in (0, 130, -signal.SIGINT), said
   assert phase in _BEFORE or "Traceback" not in log, said
 

@@ -1,4 +1,4 @@
-"""Faults of machines and people: a run goes on, or stops with one line."""
+"""Runs survive disk, clock and lock faults, or fail with a one-line error."""
 
 import contextlib
 import dataclasses
@@ -14,14 +14,14 @@ import pytest
 import tiny_sweep
 import trials
 
-# What a process imports before all else.
+# Code that processes run at startup.
 NO_LOCKS = """
 import fcntl
 def flock(descriptor, operation):
   raise OSError({}, "no locks here")
 fcntl.flock = flock
 """
-# Killed when all of a file is written, but not yet under its name.
+# Killed after a file is written, before it is renamed.
 KILLED_WRITING = """
 import os, signal
 def replace(source, target, replace=os.replace):
@@ -30,7 +30,7 @@ def replace(source, target, replace=os.replace):
   replace(source, target)
 os.replace = replace
 """
-# Set back by a day for each byte of a file.
+# Set the clock back by one day per byte of a file.
 CLOCK = """
 import os, time
 def turned(clock, day):
@@ -42,7 +42,7 @@ time.time_ns = turned(time.time_ns, 86400 * 10**9)
 
 @pytest.fixture(scope="module")
 def whole(digits_dir, tmp_path_factory):
-  """A run to which nothing happened."""
+  """Return an uninterrupted run."""
   folder = tmp_path_factory.mktemp("whole")
   keys = (*trials.KEYS, f"tfds_data_dir={digits_dir}")
   env = tiny_sweep.environment(folder)
@@ -53,7 +53,7 @@ def whole(digits_dir, tmp_path_factory):
 
 @pytest.fixture
 def trial(whole, tmp_path):
-  """The same run, in a folder that something may be mounted on."""
+  """Return the same run, unstarted, below a mount point."""
   (tmp_path / "disk").mkdir()
   return dataclasses.replace(
     whole, workdir=tmp_path / "disk" / "run", log=tmp_path / "log"
@@ -62,7 +62,7 @@ def trial(whole, tmp_path):
 
 @pytest.fixture
 def mount(tmp_path):
-  """Mounts something on that folder."""
+  """Return a function that mounts a file system above the run."""
   disk = tmp_path / "disk"
 
   def run(*args):
@@ -78,7 +78,7 @@ def mount(tmp_path):
 
 @contextlib.contextmanager
 def frozen(trial, process, lines):
-  """Stops a process when it has written so many lines of metrics."""
+  """Stop a process after a number of lines of metrics; resume it on exit."""
   trial.wait_for_lines(lines, process)
   assert trials.freeze(process), trial.said()
   try:
@@ -93,7 +93,7 @@ def kill(process):
 
 
 def fill(disk: pathlib.Path, room: int = 0) -> pathlib.Path:
-  """Fill a disk up to so many free bytes; return the file to delete."""
+  """Fill a disk except for `room` bytes; return the file to delete."""
   path = disk / "filler"
   with open(path, "wb", buffering=0) as f:
     with contextlib.suppress(OSError):
@@ -104,7 +104,7 @@ def fill(disk: pathlib.Path, room: int = 0) -> pathlib.Path:
 
 
 def sitecustomize(folder, code, env):
-  """Returns variables with which Python runs some code at its start."""
+  """Return environment variables that make Python run code at startup."""
   folder.mkdir()
   (folder / "sitecustomize.py").write_text(code)
   return {"PYTHONPATH": os.pathsep.join([str(folder), env["PYTHONPATH"]])}
@@ -114,7 +114,7 @@ def sitecustomize(folder, code, env):
   "name",
   ["metrics.jsonl", pytest.param("result.json", marks=pytest.mark.slow)],
 )
-def test_a_kill_while_a_file_is_written(trial, whole, tmp_path, name):
+def test_run_resumes_after_a_kill_during_a_write(trial, whole, tmp_path, name):
   process = trial.fork()
   with frozen(trial, process, 10):
     kill(process)
@@ -128,7 +128,7 @@ def test_a_kill_while_a_file_is_written(trial, whole, tmp_path, name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("room", [0, 65536])
-def test_a_disk_that_is_full_at_the_start(trial, whole, mount, room):
+def test_disk_full_at_start_is_reported(trial, whole, mount, room):
   mount("-t", "tmpfs", "-o", "size=4m", "tmpfs")
   filler = fill(trial.workdir.parent, room)
   assert "No space left" in trial.fail()
@@ -141,8 +141,8 @@ def test_a_disk_that_is_full_at_the_start(trial, whole, mount, room):
 @pytest.mark.parametrize(
   "lines", [10, pytest.param(32, marks=pytest.mark.slow)]
 )
-def test_a_disk_that_fills_up(trial, whole, mount, lines):
-  """With 32 lines all is done but the last checkpoint and result.json."""
+def test_run_resumes_after_the_disk_fills_up(trial, whole, mount, lines):
+  """After 32 lines, only the last checkpoint and result.json are missing."""
   mount("-t", "tmpfs", "-o", "size=4m", "tmpfs")
   process = trial.fork()
   with frozen(trial, process, lines):
@@ -157,7 +157,7 @@ def test_a_disk_that_fills_up(trial, whole, mount, lines):
 
 
 @pytest.mark.slow
-def test_a_disk_that_is_read_only_at_the_start(trial, whole, mount):
+def test_read_only_disk_at_start_is_reported(trial, whole, mount):
   mount("-t", "tmpfs", "-o", "ro", "tmpfs")
   assert "Read-only file system" in trial.fail()
   mount("-o", "remount,rw")
@@ -172,8 +172,8 @@ def test_a_disk_that_is_read_only_at_the_start(trial, whole, mount):
   trials.check_same(trial, whole)
 
 
-def test_a_disk_that_becomes_read_only(trial, whole, mount, tmp_path):
-  """As ext4 does after an error; what is not on the disk by then is lost."""
+def test_run_resumes_after_disk_turns_read_only(trial, whole, mount, tmp_path):
+  """ext4 becomes read-only after an error and loses unwritten data."""
   image = tmp_path / "image"
   with open(image, "wb") as f:
     f.truncate(16 * 2**20)
@@ -195,7 +195,7 @@ def test_a_disk_that_becomes_read_only(trial, whole, mount, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_file_system_without_locks(trial, whole, tmp_path):
+def test_run_without_file_locks_finishes(trial, whole, tmp_path):
   code = NO_LOCKS.format(errno.ENOLCK)
   process = trial.start(**sitecustomize(tmp_path / "site", code, trial.env))
   assert process.wait() == 0, trial.said()
@@ -203,8 +203,8 @@ def test_a_file_system_without_locks(trial, whole, tmp_path):
 
 
 @pytest.mark.slow
-def test_event_files_that_cannot_be_written(trial, whole):
-  env = {"PYTHONPATH": str(paths.ROOT)}  # With TensorFlow.
+def test_unwritable_event_files_do_not_stop_a_run(trial, whole):
+  env = {"PYTHONPATH": str(paths.ROOT)}  # Makes TensorFlow available.
   process = trial.start(**env)
   with frozen(trial, process, 5):
     for path in trial.workdir.glob("events.out.tfevents*"):
@@ -223,7 +223,7 @@ def test_event_files_that_cannot_be_written(trial, whole):
 
 
 @pytest.mark.slow
-def test_a_clock_that_is_set_back(trial, whole, tmp_path):
+def test_clock_set_back_does_not_change_a_run(trial, whole, tmp_path):
   days = tmp_path / "days"
   days.write_text("")
   env = sitecustomize(tmp_path / "site", CLOCK.format(str(days)), trial.env)
@@ -238,7 +238,7 @@ def test_a_clock_that_is_set_back(trial, whole, tmp_path):
   trials.check_same(trial, whole)
 
 
-def test_two_processes_on_one_run(trial, whole, tmp_path):
+def test_second_process_on_a_run_is_refused(trial, whole, tmp_path):
   first = trial.fork()
   second = dataclasses.replace(trial, log=tmp_path / "second")
   with frozen(trial, first, 5):
@@ -250,10 +250,10 @@ def test_two_processes_on_one_run(trial, whole, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_compiled_program_that_is_torn(trial, whole, tmp_path):
+def test_truncated_compilation_cache_is_ignored(trial, whole, tmp_path):
   compiled = tmp_path / "compiled"
   shutil.copytree(trial.env["JAX_COMPILATION_CACHE_DIR"], compiled)
-  for path in compiled.iterdir():  # As a kill leaves the one being written.
+  for path in compiled.iterdir():  # A kill truncates a file in this way.
     os.truncate(path, path.stat().st_size // 2)
   process = trial.start(JAX_COMPILATION_CACHE_DIR=str(compiled))
   assert process.wait() == 0, trial.said()

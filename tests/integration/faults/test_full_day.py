@@ -1,4 +1,4 @@
-"""Memory and open files stay level; `full_day.py` does this at length."""
+"""Memory and open files do not leak; `full_day.py` is a longer test."""
 
 import full_day
 import pytest
@@ -6,8 +6,6 @@ import tiny_sweep
 
 
 @pytest.mark.slow
-def test_a_long_run_takes_no_more_than_a_short_one(
-  digits_dir, shared_dir, tmp_path
-):
+def test_a_long_run_does_not_leak(digits_dir, shared_dir, tmp_path):
   env = tiny_sweep.environment(shared_dir)
   full_day.watch(tmp_path, digits_dir, 60, env)

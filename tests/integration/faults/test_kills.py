@@ -1,4 +1,4 @@
-"""A killed run goes on to the same result; `kills.py` does this at length."""
+"""A killed run resumes to equal results; `kills.py` is a longer test."""
 
 import random
 
@@ -11,7 +11,7 @@ import tiny_sweep
   "norm, accum_steps",
   [pytest.param(*kills.KINDS[0], marks=pytest.mark.slow), kills.KINDS[1]],
 )
-def test_kills_change_nothing(
+def test_killed_runs_resume_to_equal_results(
   digits_dir, shared_dir, tmp_path, norm, accum_steps
 ):
   rng = random.Random(accum_steps)

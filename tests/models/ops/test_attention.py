@@ -38,7 +38,7 @@ def plain_attention(query, key, value, cap=None):
 
 @pytest.mark.parametrize("dtype, atol", [("float32", 3e-6), ("bfloat16", 0.05)])
 @pytest.mark.parametrize("scale, cap", [(1.0, None), (30.0, None), (30.0, 2.0)])
-def test_attention_and_its_gradient(dtype, atol, scale, cap):
+def test_attention_and_gradient_equal_plain_attention(dtype, atol, scale, cap):
   arrays = [draw((2, 7, 3, 4), i, dtype) for i in range(3)]
   arrays[0] *= scale
   weights = draw((2, 7, 3, 4), 4)
@@ -67,7 +67,7 @@ def test_attention_and_its_gradient(dtype, atol, scale, cap):
 
 
 @pytest.mark.parametrize("queries", [1, 7, 8])
-def test_attention_with_tokens_padded_for_a_gpu(queries):
+def test_padding_tokens_for_a_gpu_does_not_change_attention(queries):
   arrays = [draw((2, n, 3, 4), i) for i, n in enumerate((queries, 7, 7))]
   if queries == 8:
     arrays = [draw((2, 8, 3, 4), i) for i in range(3)]
@@ -113,7 +113,7 @@ def test_probabilities_times_values_give_the_output():
   )
 
 
-def test_second_derivatives():
+def test_second_derivatives_equal_plain_attention():
   """Test forward-over-reverse derivatives, which sharpness needs."""
   arrays = [draw((1, 4, 1, 2), i) for i in range(3)]
 
@@ -174,7 +174,7 @@ def test_auto_selects_cudnn_on_ampere_and_newer(name, dtype):
     ("tpu", 64, "not this TPU"),
   ],
 )
-def test_auto_selects_xla_elsewhere(platform, head_dim, reason):
+def test_auto_selects_xla_if_cudnn_is_unsupported(platform, head_dim, reason):
   with on(platform, (9, 0)):
     problem = attention.cudnn_problem(jnp.dtype("bfloat16"), head_dim)
     assert auto("bfloat16", head_dim) == "xla" and reason in problem
@@ -192,7 +192,7 @@ def test_a_cap_of_the_logits_excludes_cudnn():
 
 
 def lowered_cudnn(tokens, head_dim, dtype, attend):
-  """The custom calls of attention and its gradient: their targets, configs."""
+  """Return targets and configs of the custom calls of attention's gradient."""
   x = jax.ShapeDtypeStruct((2, tokens, 3, head_dim), dtype)
 
   def loss(*arrays):
@@ -220,8 +220,8 @@ def test_cudnn_supports_any_number_of_tokens_in_training(
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_cudnn_calls_equal_jax_calls(dtype, monkeypatch):
-  # A private function, because the public one checks the local devices. If this
-  # fails, JAX has changed its call of XLA, and `ops.cudnn` may have to follow.
+  # Private, because the public function checks local devices. A failure means
+  # that JAX has changed its custom call, and `ops.cudnn` may have to change.
   from jax._src.cudnn import fused_attention_stablehlo as jax_cudnn
 
   monkeypatch.setattr(jax_cudnn, "check_cudnn_version", lambda: 91000)
@@ -234,7 +234,7 @@ def test_cudnn_calls_equal_jax_calls(dtype, monkeypatch):
     return jax.nn.dot_product_attention(*arrays, implementation="cudnn")
 
   def without_defaults(config):
-    """Without fields that say nothing, and the seed of a dropout of 0."""
+    """Remove fields with default values, and the seed if dropout is 0."""
     if not isinstance(config, dict):
       return config
     config = {k: without_defaults(v) for k, v in config.items() if k != "seed"}
@@ -277,7 +277,7 @@ def test_deterministic_runs_do_not_use_cudnn(monkeypatch):
 
 
 @pytest.mark.parametrize("norm", ["LN", "Rescale"])
-def test_bfloat16_model_trains_on_this_machine(norm):
+def test_bfloat16_gradients_are_close_to_float32(norm):
   images = draw((4, 32, 32, 3), 0)
   gradients = []
   for dtype in ("float32", "bfloat16"):
@@ -320,7 +320,7 @@ def test_remat_recomputes_activations():
 # Dropout.
 
 
-def test_threefry_equals_jax():
+def test_threefry_equals_jaxs():
   key = np.array([0x12345678, 0x9ABCDEF0], np.uint32)
   counters = np.random.default_rng(0).integers(0, 2**32, (2, 100), np.uint32)
   found = dropout.threefry2x32(*key, *map(jnp.asarray, counters))
@@ -336,12 +336,12 @@ def mask_of(seed, shape, kept, index=0):
 @pytest.mark.parametrize("features", [1, 3, 64, 258])
 def test_masks_have_the_requested_rate_and_are_independent(features):
   rows = 2**15 // max(8, features)
-  kept = 6 * 2**13  # Of 2^16: 3/4.
+  kept = 6 * 2**13  # 3/4 of 2^16.
   mask = mask_of(7, (32, rows, features), kept)
   assert mask.shape == (32, rows, features) and mask.dtype == bool
   deviation = (0.75 * 0.25 / mask.size) ** 0.5
   assert abs(mask.mean() - 0.75) < 4 * deviation
-  for axis in range(3):  # Neighbours, and the two images.
+  for axis in range(3):  # Neighbors and the two images.
     size = mask.shape[axis]
     if size == 1:
       continue
@@ -401,7 +401,7 @@ def test_dropout_keeps_the_mean():
   key = dropout.step_key(jax.random.key(0, impl="rbg"))
   y = dropout.drop(x, key, 0, 0.9999999)
   assert np.isfinite(np.asarray(y, np.float32)).all() and not y.all()
-  assert dropout.drop(x, key, 0, 1e-6) is x  # A rate that rounds to nothing.
+  assert dropout.drop(x, key, 0, 1e-6) is x  # The rate rounds to 0.
 
 
 def test_whole_images_are_dropped():
@@ -425,7 +425,7 @@ def test_gelu_is_accurate():
   )
 
 
-def test_too_many_tokens_for_dropout_are_one_line():
+def test_too_many_tokens_for_dropout_are_a_one_line_error():
   key = jnp.zeros(2, jnp.uint32)
   with pytest.raises(errors.UserError, match="16385 tokens are more"):
     dropout.random_mask(key, 0, (1, 2**14 + 1, 8), 2**15)
