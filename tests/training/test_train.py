@@ -361,8 +361,8 @@ def test_a_pretrained_file_is_where_a_run_starts(
   [
     ("DyT", "LN", "LayerNorm_0"),
     pytest.param("LN", "Cal", "alpha", marks=pytest.mark.slow),
-    ("BN", "LN", "no place for its batch_stats"),
-    ("LN", "Identity", "no place for its .*encoder_norm/bias"),
+    ("BN", "LN", "the model has no array batch_stats"),
+    ("LN", "Identity", "the model has no array .*encoder_norm/bias"),
   ],
 )
 def test_a_file_of_another_norm_is_not_evaluated(
