@@ -234,7 +234,7 @@ def _not_in_arrays(config: vit_config.ViTConfig) -> list[str]:
   return options
 
 
-# Suffix and writer of each format; a suffix stands for its first format.
+# Suffix and writer of each format; a suffix selects its first format.
 _WRITERS: dict[str, tuple[str, Callable[..., None]]] = {
   "npz": (".npz", _save_npz),
   **{

@@ -64,7 +64,7 @@ QUANTITIES = {
     ),
   )
 }
-# Kinds and places of learned scalars; see `measurements.scalars`.
+# Kinds and sites of learned scalars; see `measurements.scalars`.
 _SCALARS = {
   "alpha": "Alpha",
   "beta": "Beta",

@@ -21,7 +21,7 @@ _VERSIONS = {
 def find(num_classes: int) -> list[str] | None:
   """Return the names of an ImageNet head's classes, None if they are unknown.
 
-  The number of classes tells the version.
+  The number of classes determines the version.
   """
   if num_classes not in _VERSIONS:
     return None

@@ -1,4 +1,4 @@
-r"""Draw what the norms of models map their inputs to, by depth.
+r"""Draw the outputs of norms over their inputs, by depth.
 
 python -m rescalevit_jax.analysis.norm_curves --workdir=runs/a
 python -m rescalevit_jax.analysis.norm_curves --config=configs/norm_free.py:LN \
@@ -6,9 +6,9 @@ python -m rescalevit_jax.analysis.norm_curves --config=configs/norm_free.py:LN \
 python -m rescalevit_jax.analysis.norm_curves --config=configs/cifar_small.py
 
 A point is one channel of one token of a test image. The output is shown before
-the norm's scale and bias, as in Zhu et al. 2025 (arXiv:2503.10622, figure 2): a
-bounded function is then visible as such, and LayerNorm, whose slope depends on
-the token, as a fan of lines. A config is of a fresh model; one without :ARGS
+the norm's scale and bias, as in Zhu et al. 2025 (arXiv:2503.10622, figure 2).
+This shows the bounds of a bounded function. LayerNorm is a fan of lines: its
+slope depends on the token. A config gives a fresh model; without :ARGS it
 expands to all METHODS of its file, or to every norm.
 
 Writes norm_curves.csv, norm_curves.png and norm_curves.svg.
@@ -122,7 +122,7 @@ def measure(
   """Return random inputs of each norm with their outputs, in evaluation mode.
 
   The pairs are by site, from the first block to the final norm. Scale and bias
-  of the norm are taken off the outputs.
+  of the norm are removed from the outputs.
   """
   model = model.clone(config=dataclasses.replace(model.config, remat=False))
   sites: list[tuple[str, ...]] = []
@@ -157,7 +157,7 @@ def measure(
 
 
 def _without_affine(y, params, path):
-  """Take off scale and bias if these are all parameters of the channels."""
+  """Invert scale and bias, unless the norm has other channel parameters."""
   for name in path:
     params = params.get(name, {})
   params = {

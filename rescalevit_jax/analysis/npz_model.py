@@ -151,7 +151,7 @@ def load(
     )
   if report.unsupported:
     raise errors.UserError(
-      f"{path}: the model has no place for {report.unsupported[0]}; leave out"
+      f"{path}: the model has no array {report.unsupported[0]}; leave out"
       f" {model.config.residual}"
     )
   return trained_model.TrainedModel(

@@ -10,12 +10,11 @@ A config without :ARGS expands to all METHODS of its file if it defines any,
 else to every norm. With a grid it expands to the points of the grid. Norms with
 a calibration are calibrated.
 
-The measurements equal those at step 1 of a run with --config.diagnostics_every:
-the gradient is of the first training batch, the other measurements are of the
-first images of the evaluation split. The Jacobian is measured here only. One
-difference: a norm with running
-statistics, which acts as the identity without them, first gathers statistics
-from training batches, unless a file provides them.
+The measurements equal those at step 1 of a run with --config.diagnostics_every.
+The gradient is of the first training batch. All other measurements are of the
+first images of the evaluation split. The Jacobian is measured here only. There
+is one difference: before the measurements, norms with running statistics gather
+them from training batches, unless a file provides them.
 
 Prints a table; writes probe.csv, a row for each part of each model, probe.png
 and probe.svg.

@@ -53,8 +53,8 @@ def load(
   """
   if checkpoint and not workdirs:
     raise errors.UserError(
-      "--checkpoint: there is no run to take it from; add --workdir, or leave"
-      " --checkpoint out"
+      "--checkpoint: applies to runs only; add --workdir, or leave --checkpoint"
+      " out"
     )
   subjects = []
   # All of them first: loading a model takes long.

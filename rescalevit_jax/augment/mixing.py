@@ -38,8 +38,8 @@ def mix(
 ) -> tuple[Float[Array, "B S S 3"], Int32[Array, " B"] | Float[Array, "B C"]]:
   """Mix each image and label with the previous one in the batch.
 
-  The previous image is a random one, as batches are in random order. Devices
-  send each other one image only. Each row of the targets sums to 1. If `mixing`
+  Batches are in random order, so the previous image is a random one. Devices
+  exchange one image each. Each row of the targets sums to 1. If `mixing`
   is `NOTHING`, images and labels are returned as they are.
   """
   if mixing == NOTHING:
@@ -96,8 +96,8 @@ def cutmix_weights(
 def random_beta(key: Key[Array, ""], alpha: float) -> Float[Array, ""]:
   """Draw from Beta(alpha, alpha) by interpolating tabulated quantiles.
 
-  `jax.random.beta` uses rejection sampling, whose loop would have to end on all
-  devices at once.
+  `jax.random.beta` uses rejection sampling, whose loop would have to
+  synchronize all devices.
   """
   # A slow import, needed with mixing only.
   from scipy import special

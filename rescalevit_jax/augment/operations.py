@@ -31,9 +31,9 @@ def operate(
 ) -> Float[Array, "H W 3"]:
   """Apply the operation `names[operation]` to integers in [0, 255].
 
-  All geometric operations, which `names` must contain, are one warp, which is
-  the identity for the others. Positions outside the image become `fill`. The
-  result is in [0, 255].
+  All geometric operations are one warp, the identity for other operations;
+  `names` must contain all of them. Positions outside the image become `fill`.
+  The result is in [0, 255].
   """
 
   def chosen(*wanted):

@@ -116,8 +116,8 @@ def erase(
   """Replace a box of an image by noise with some probability.
 
   Random erasing (Zhong et al. 2020, arXiv:1708.04896, section 3.2): the box
-  covers 2 to 40 % of the area. Its aspect ratio is 0.3 to 1/0.3, here with a
-  uniform logarithm. The noise is uniform in [-1, 1].
+  covers 2 to 40 % of the area. Its aspect ratio is 0.3 to 1/0.3, log-uniform
+  here. The noise is uniform in [-1, 1].
   """
   coin_key, box_key, noise_key = jax.random.split(key, 3)
   size = len(image)
@@ -145,9 +145,9 @@ def random_box(
   """Draw top, left, height and width of a crop, as RandomResizedCrop does.
 
   The fraction of the area is uniform in [min_area, max_area]. The aspect ratio
-  has a uniform logarithm in [min_aspect, 1 / min_aspect]. The first of ten
-  draws that fits the image gets a random position. If none fits, the result is
-  the largest centred box with an allowed aspect ratio.
+  is log-uniform in [min_aspect, 1 / min_aspect]. The first of ten draws that
+  fits the image gets a random position. If none fits, the result is the largest
+  centred box with an allowed aspect ratio.
   """
   area_key, aspect_key, top_key, left_key = jax.random.split(key, 4)
   area = (

@@ -29,7 +29,7 @@ def settings(
 
 
 def same_but(run: grid.PlannedRun, other: grid.PlannedRun, *keys: str) -> bool:
-  """Return True if the configs of two runs differ in some keys at most."""
+  """Return True if the configs of two runs differ only in these keys."""
   mine = config_lib.flatten(run.config)
   theirs = config_lib.flatten(other.config)
   return all(mine[key] == theirs[key] for key in mine if key not in keys)

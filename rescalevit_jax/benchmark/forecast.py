@@ -192,7 +192,7 @@ def largest_batch(
   Args:
     needed: memory of a step in bytes, by batch size.
     batch: a size that does not fit.
-    divisor: of all batch sizes.
+    divisor: a divisor of all batch sizes.
     limit: available memory in bytes.
   """
   unit = divisor * (8 if batch > 64 * divisor else 1)

@@ -70,9 +70,10 @@ def train_step(
   Args:
     config: a valid config.
     gpu: the GPU.
-    inputs: of the config's dataset.
+    inputs: inputs of the config's dataset.
     devices: number of GPUs on one host, which share the batch.
-    step: since a norm may calibrate in step 1; None for the last step.
+    step: number of the step, as a norm may calibrate in step 1; None for the
+      last step.
 
   Raises:
     UserError: the compiler's wheels are missing, or the config does not fit the

@@ -24,7 +24,7 @@ KEYS = {
   ),
   "augment.pad_crop": key.nonnegative(
     0,
-    "maximum random shift in pixels, with black padding, in place of"
+    "maximum random shift in pixels, with black padding, instead of"
     " `augment.crop`; 0: none",
   ),
   "augment.auto": key.Key(

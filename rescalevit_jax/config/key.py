@@ -17,7 +17,7 @@ class Key:
     check: predicate of the valid values; None if `valid` lists them or if all
       values are valid.
     optional: type of the values other than None; None if None is not valid.
-    resumable: whether a run may resume with another value, because the key
+    resumable: True if a run may resume with another value, because the key
       changes its numbers by rounding at most.
   """
 

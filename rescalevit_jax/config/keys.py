@@ -119,8 +119,8 @@ KEYS = {
   "eval_dataset": key.Key(
     None,
     "dataset that `--mode=eval` and `--mode=probe` evaluate on, with the run's"
-    " classes, such as `cifar10_1`; for `--mode=eval`, `cifar10_corrupted/*`"
-    " stands for all its configs; None: `dataset`",
+    " classes, such as `cifar10_1`; `--mode=eval` also accepts"
+    " `cifar10_corrupted/*`, all configs of a dataset; None: `dataset`",
     optional=str,
     resumable=True,
   ),

@@ -12,10 +12,10 @@ KEYS = {
   "model.norm": key.Key("LN", "normalization layer", norms.NORMS),
   "model.alpha_init": key.Key(
     None,
-    "text; initial alpha of a pointwise norm (DyT, Derf, ISRU, ...): a number,"
-    " or `calibrated` for 1 / RMS of the site's input in 8 training batches; or"
-    " three of them with commas, for attention, MLP and final norm; None: the"
-    " norm's own",
+    "initial alpha of a pointwise norm (DyT, Derf, ISRU, ...), as text: a"
+    " number, or `calibrated` for 1 / RMS of the site's input in 8 training"
+    " batches; three values separated by commas: for attention, MLP and final"
+    " norm; None: the norm's default",
     optional=str,
   ),
   "model.norm_position": key.Key(
@@ -146,7 +146,7 @@ KEYS = {
     " such as 0.5 for DyT's initial value; 0: a linear map, as Cal",
   ),
   "taper.final": key.Key(
-    True, "whether the final norm of TaperLN and TaperRMS fades, too"
+    True, "fade the final norm of TaperLN and TaperRMS, too"
   ),
   "taper.anchor": key.nonnegative(
     0.01,

@@ -50,16 +50,16 @@ KEYS = {
   ),
   "lr_mult": key.Key(
     None,
-    "learning-rate multipliers of groups of parameters; the first pattern that"
-    " matches a parameter's name counts; None: no multipliers",
+    "learning-rate multipliers of groups of parameters; the first matching"
+    " pattern applies; None: no multipliers",
     _TABLE,
     groups.is_table,
     optional=str,
   ),
   "wd_mult": key.Key(
     None,
-    "weight-decay multipliers of groups of parameters, which replace the"
-    " optimizer's choice of parameters; None: that choice",
+    "weight-decay multipliers of groups of parameters; a parameter without a"
+    " matching pattern decays as without multipliers; None: no multipliers",
     _TABLE,
     groups.is_table,
     optional=str,

@@ -84,7 +84,7 @@ def split_argv(argv: Sequence[str]) -> tuple[list[str], list[Setting]]:
 def load_config(
   reference: str, settings: Sequence[Setting]
 ) -> ml_collections.ConfigDict:
-  """Load a config with overrides; the last override of a key counts.
+  """Load a config with overrides; the last override of a key wins.
 
   The reference is FILE, or FILE:ARGS for get_config(ARGS).
   """
@@ -135,7 +135,7 @@ def _parse(define, argv, settings):
 
 
 def methods(path: str) -> dict[str, dict[str, Any]]:
-  """Return the `METHODS` of a config file, overrides by name, or {}."""
+  """Return `METHODS` of a config file: overrides by method name, or {}."""
   try:
     return runpy.run_path(path).get("METHODS", {})
   except Exception as e:  # The file may raise any type.

@@ -130,7 +130,7 @@ def load_test(
 
 
 def expand(name: str, data_dir: str | None) -> list[str]:
-  """Return the datasets that NAME/* stands for: all configs of NAME."""
+  """Expand NAME/* to the datasets of all configs of NAME."""
   base, star, rest = name.rpartition("/*")
   if not star or rest:
     return [name]
@@ -161,7 +161,7 @@ def _reader(stored, parts, source, max_gb, resize, skip_damaged):
 
 
 def _first_labelled(tests, read, name):
-  """Read the first of some splits that has labels."""
+  """Read the first split that has labels."""
   *others, last = tests
   for split in others:
     try:
@@ -169,7 +169,7 @@ def _first_labelled(tests, read, name):
       return test, split, num_skipped
     except streamed.UnlabelledError:
       _log.warning(
-        "%s: its split %s has no labels; evaluating on the next one",
+        "%s: the split %s has no labels; evaluating on the next one",
         name,
         split,
       )
@@ -211,7 +211,7 @@ def _split_validation(train, count, name):
 
 
 def _candidates(stored, test_split, name, key="data.test_split"):
-  """Return the parts of the possible test splits, by name, the best first."""
+  """Return the parts of the candidate test splits, in order of preference."""
   usual = ["test", "validation"] if test_split is None else [test_split]
   found = [x for x in usual if test_split or x in stored.sizes]
   if not found:

@@ -42,7 +42,7 @@ class FolderExamples:
     return map(self.__getitem__, range(len(self)))
 
   def where(self, index: int) -> str:
-    """Describe where an example is stored."""
+    """Describe the location of an example."""
     return str(self.files[index])
 
 

@@ -52,7 +52,7 @@ class Loader:
   ]:
     """Open an iterator of batches of images and labels.
 
-    The start takes the same time for all numbers.
+    The start-up time does not depend on the first number.
     """
     if isinstance(self._split, resident.Split):
       yield map(self._gather, map(batch_indices, numbers))

@@ -61,7 +61,7 @@ def _run(args):
 
 
 def _prepare_from_archive(path, layout, data_dir):
-  """Run tfds' builder with an archive in place of its download."""
+  """Run tfds' builder with an archive instead of its download."""
   builder = tfds_builders.open_builder(layout.dataset, data_dir)
   if _report_prepared(builder):
     return
@@ -98,7 +98,7 @@ def _expect(builder, path):
 
 
 def _report_prepared(builder):
-  """Return whether the dataset is prepared already, and say so."""
+  """Return whether the dataset is already prepared; if so, log it."""
   prepared = tfds_builders.is_prepared(builder)
   if prepared:
     print(f"{builder.name} is prepared already: {builder.data_dir}")

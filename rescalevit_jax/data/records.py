@@ -116,7 +116,7 @@ class TfdsExamples:
       yield from map(self._parse, self._array_records)
 
   def where(self, index: int) -> str:
-    """Describe where an example is stored: file and record."""
+    """Describe the location of an example: file and record."""
     for path, count in zip(self._paths, self._counts, strict=True):
       if index < count:
         return f"{path}: record {index}"

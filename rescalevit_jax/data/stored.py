@@ -17,9 +17,9 @@ from rescalevit_jax.data import tfds_builders
 class StoredDataset:
   """A dataset on disk, with its examples by split.
 
-  `name` is for the log and the cache, `source` the folder of its files, and
-  `shape` the shape of an image after the first resizing. `files` are those of a
-  folder, whose names give the labels; None for tfds.
+  `name` is for the log and the cache, `source` is the folder of its files, and
+  `shape` is the shape of an image after the first resizing. `files` are the
+  files of a folder dataset, whose names determine the labels; None for tfds.
   """
 
   name: str

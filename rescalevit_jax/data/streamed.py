@@ -19,7 +19,7 @@ Examples = folder.FolderExamples | records.TfdsExamples
 class StreamedSplit:
   """A split that is read and decoded batch by batch; thread-safe.
 
-  Each part is examples, and the range of them that belongs to the split.
+  Each part has examples, and the range that belongs to the split.
   """
 
   def __init__(
@@ -82,7 +82,7 @@ class UnlabelledError(errors.UserError):
 
 
 def error_at(where: str, error: Exception) -> errors.UserError:
-  """Return the error of one example, with the place where it is stored."""
+  """Return the error of one example, with its location."""
   if isinstance(error, UnlabelledError):
     return UnlabelledError(f"{where}: {error}")
   return errors.UserError(

@@ -85,8 +85,8 @@ def prepare(
 ) -> None:
   """Download a dataset and write its files (array_record), if necessary.
 
-  Downloads go to `download_dir`; files of `manual_dir` replace them. If it
-  fails, nothing half prepared is left.
+  Downloads go to `download_dir`; files of `manual_dir` replace them. A failure
+  leaves no half-prepared dataset.
   """
   if is_prepared(builder):
     return

@@ -38,9 +38,9 @@ def join(
   """Join the processes of one run; called before devices are used.
 
   JAX detects missing arguments in the environment: of `srun`, of Open MPI's
-  `mpirun`, of an indexed job of Kubernetes. A single process stays alone, even
-  in an allocation for several. If the other processes do not join within five
-  minutes, JAX aborts this one.
+  `mpirun`, of an indexed job of Kubernetes. A run of one process is not
+  distributed, even in an allocation for several. If the other processes do not
+  join within five minutes, JAX aborts this one.
 
   Args:
     coordinator: HOST:PORT of process 0; the port must be free there.
@@ -93,9 +93,10 @@ def join(
 def local_devices() -> list[int] | None:
   """Return the indices of this process's GPUs among the visible ones.
 
-  An empty list means all, None is JAX's default: under `srun` and `mpirun` one
-  GPU, chosen by the process's index on its machine. That leaves GPUs idle if a
-  process has several, and fails if Slurm shows each process only its own.
+  An empty list means all. None means JAX's default: under `srun` and `mpirun`,
+  one GPU, selected by the process's index on its machine. The default leaves
+  GPUs idle if a process has several. It fails if Slurm shows each process only
+  its own GPU.
   """
   env = os.environ
   if "OMPI_COMM_WORLD_LOCAL_SIZE" in env:
@@ -115,7 +116,7 @@ def local_devices() -> list[int] | None:
 
 
 def _check_address(coordinator, process_id):
-  """Raise UserError if JAX would crash."""
+  """Raise UserError if the address would crash JAX."""
   match = re.fullmatch(r"(.+):(\d{1,5})", coordinator)
   if not match or not 0 < int(match[2]) < 2**16:
     raise errors.UserError(

@@ -51,7 +51,7 @@ def create(tree: Any, mesh: Mesh, fsdp: bool) -> Any:
 
 
 def put(tree: Any, sharding: jax.sharding.Sharding) -> Any:
-  """Put arrays on the devices; every process holds them in full."""
+  """Put arrays on the devices; every process passes the full arrays."""
 
   def put_array(x):
     x = np.asarray(x)

@@ -11,9 +11,9 @@ from rescalevit_jax.models import vit_config
 def create(name: str, **settings: Any) -> vit.VisionTransformer:
   """Return a Vision Transformer as a flax.linen module.
 
-  The name is a key of `vit_config.VARIANTS`. Settings are fields of
-  `vit_config.ViTConfig`, and `num_classes` is required. A size replaces the
-  variant's unless it is None.
+  The name is a key of `vit_config.VARIANTS`. Keyword arguments are fields of
+  `vit_config.ViTConfig`; `num_classes` is required. A size overrides the
+  variant's size unless it is None.
   """
   variants = vit_config.VARIANTS
   if name not in variants:

@@ -6,7 +6,7 @@ from rescalevit_jax.models import vit_config
 def forward_flops(config: vit_config.ViTConfig) -> int:
   """Return the floating-point operations of one image's forward pass.
 
-  Only matrix products count: one of [m, k] and [k, n] has 2 m k n operations. A
+  Only matrix products count: [m, k] times [k, n] takes 2 m k n operations. A
   training step takes about three times as many.
   """
   patches = (config.image_size // config.patch_size) ** 2

@@ -24,9 +24,9 @@ class Linear(nn.Module):
   kernel_init: Any = nn.initializers.lecun_normal()  # Of [inputs, outputs].
   bias_init: Any = nn.initializers.zeros
   dtype: Any = jnp.float32
-  # Whether cuBLAS adds the bias, in `dtype`. This is fastest if the result is
-  # the operand of another product. Otherwise the kernel that reads the result
-  # adds the bias without another array in memory.
+  # True: cuBLAS adds the bias, in `dtype`, which is fastest if the result is an
+  # operand of another product. False: the kernel that reads the result adds the
+  # bias, without another array in memory.
   bias_in_product: bool = False
 
   @nn.compact

@@ -1,7 +1,7 @@
 """Every residual by name: functions that add a branch to the residual stream.
 
 Branches are numbered 1 to 2L: attention and MLP of L blocks. To add a residual,
-write a class and enter it in `RESIDUALS`.
+write a class and add it to `RESIDUALS`.
 """
 
 from typing import Any, ClassVar

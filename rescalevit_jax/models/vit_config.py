@@ -58,7 +58,7 @@ class ViTConfig:
   alpha_init: str | None = None  # See `pointwise.parse_alphas`.
   norm_position: str = "pre"  # See `vit.EncoderBlock`, also for the next one.
   norm_depth_scaling: bool = False
-  embedding_norm: bool = False  # Whether a norm follows the position embedding.
+  embedding_norm: bool = False  # True if a norm follows the position embedding.
   norm_epsilon: float = base.Options.epsilon
   bn_momentum: float = base.Options.momentum
   gn_groups: int = base.Options.groups
@@ -129,7 +129,7 @@ class ViTConfig:
     return self.hidden_size // self.num_heads
 
   def _check_placement(self):
-    """Raise a UserError if the norm has no such place."""
+    """Raise a UserError if the norm does not support its position."""
     for key, default in (
       ("norm_position", "pre"),
       ("norm_depth_scaling", False),
@@ -138,8 +138,8 @@ class ViTConfig:
       value = getattr(self, key)
       if value != default and not norms.NORMS[self.norm].FINAL:
         raise errors.UserError(
-          f"model.{key}: {value} needs a norm of the residual stream, which"
-          f" {self.norm} is not; choose {default}"
+          f"model.{key}: the norm {self.norm} does not support {value}; choose"
+          f" {default}"
         )
     if self.norm_position == "post" and self.norm_depth_scaling:
       raise errors.UserError(
@@ -163,7 +163,7 @@ class ViTConfig:
     )
 
   def resolve(self) -> "ViTConfig":
-    """Return the config with each 'auto' replaced by its choice here."""
+    """Return the config with each 'auto' resolved for this machine."""
     residual, dtype, attention = self.residual, self.dtype, self.attention
     if residual == "auto":
       residual = norms.NORMS[self.norm].RESIDUAL

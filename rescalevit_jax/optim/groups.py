@@ -2,8 +2,8 @@
 
 A table of factors is a text `PATTERN:FACTOR PATTERN:FACTOR ...`. A pattern is a
 shell pattern of the parameter's name, such as `head/*` or `*/encoderblock_0/*`,
-or one of `GROUPS`. Of several patterns that match, the first counts, as in
-big_vision's `config.lr_mults`.
+or one of `GROUPS`. The first matching pattern applies, as in big_vision's
+`config.lr_mults`.
 """
 
 from collections.abc import Callable
@@ -27,7 +27,7 @@ GROUPS: dict[str, Callable[[KeyPath, Any], bool]] = {
 
 
 def parse(text: str | None) -> Table:
-  """Return the pairs of pattern and factor of a text; None has none.
+  """Parse a text into pairs of pattern and factor; None gives no pairs.
 
   Raises:
     ValueError: the text has another form, or a factor is negative or infinite.
@@ -42,7 +42,7 @@ def parse(text: str | None) -> Table:
 
 
 def is_table(text: str) -> bool:
-  """Return whether `parse` accepts a text, and it has an entry."""
+  """Return whether a text is a table with at least one entry."""
   try:
     return bool(parse(text))
   except ValueError:

@@ -174,7 +174,7 @@ def decay_kernels(
 ) -> optax.GradientTransformation:
   """Return a transformation that adds weight_decay * p to kernels' updates.
 
-  A factor of the table replaces the choice of the kernels.
+  A factor of the table overrides this rule for the parameters that it matches.
   """
 
   def decays(params):
@@ -202,7 +202,7 @@ def scale_groups(
 ) -> optax.GradientTransformation:
   """Return a transformation that scales the updates of groups of parameters.
 
-  The factor of a parameter is that of the table times
+  The factor of a parameter is its factor in the table times
   layer_decay^(L + 1 - layer), with the layers of `groups.layer` (Bao et al.
   2022, BEiT, arXiv:2106.08254; Clark et al. 2020, arXiv:2003.10555). Both
   multiply the decoupled weight decay, too, as in PyTorch.

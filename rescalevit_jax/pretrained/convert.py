@@ -40,7 +40,7 @@ _TANH = (
   *("gelu_new", "gelu_fast", "gelu_accurate"),
   *("gelu_tanh", "gelu_pytorch_tanh", "gelu_python_tanh"),
 )
-# Parts of a training checkpoint that hold the weights, the better ones first.
+# Parts of a training checkpoint with weights, in order of preference.
 _WEIGHTS = ("model_ema", "teacher", "state_dict", "model")
 
 
@@ -141,7 +141,7 @@ def convert(
   norm = tensors.get(norm_name)
   if norm is None or norm.ndim != 1:
     raise errors.UserError(
-      f"{path}: has no norm at its end ({norm_name}); get the whole file"
+      f"{path}: has no final norm ({norm_name}); get the whole file"
     )
   if not heads:
     heads = config.get("num_attention_heads")
@@ -161,8 +161,8 @@ def convert(
     arrays = fold.layer_scale(arrays)
   if arrays["embedding/kernel"].shape[2] != 3:
     raise errors.UserError(
-      f"{path}: takes {arrays['embedding/kernel'].shape[2]} channels; choose a"
-      " model of RGB images"
+      f"{path}: has {arrays['embedding/kernel'].shape[2]} input channels;"
+      " choose a model of RGB images"
     )
   mean, std = normalization or input_stats.find(path, config)
   return fold.input_normalization(
@@ -251,7 +251,7 @@ def _gelu(path):
 def _default_heads(hidden, path):
   if hidden % 64 or hidden > 1024:  # Wider models have other heads.
     raise errors.UserError(
-      f"{path}: does not tell its attention heads; give --heads"
+      f"{path}: the number of attention heads is unknown; give --heads"
     )
   return hidden // 64
 

@@ -118,7 +118,7 @@ def size_mismatch(
 def position_mismatch(
   path: str, file: Mapping[str, Any], model: Mapping[str, Any]
 ) -> str | None:
-  """Return an error message if only one side has norm_position=post."""
+  """Return an error if only the file or the model has norm_position=post."""
   theirs, ours = _position(file), _position(model)
   if "post" not in (theirs, ours) or theirs == ours:
     return None

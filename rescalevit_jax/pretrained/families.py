@@ -1,8 +1,8 @@
 """Names and layouts of Vision Transformers in other libraries.
 
 A family is a table from the names of Google's `.npz` files to its own. The
-layout of a tensor follows from Google's name, so that each table serves for
-reading and for writing.
+layout of a tensor follows from Google's name. The same table is used to read
+and to write.
 """
 
 from collections.abc import Mapping
@@ -26,7 +26,7 @@ _ARRAYS = ("cls", param_keys.POSITION_EMBEDDING, _SCALE_1, _SCALE_2)
 
 
 def _table(names: dict[str, str]) -> dict[str, str]:
-  """Return a table from names of our arrays to names of their tensors."""
+  """Return a table from our array names to the family's tensor names."""
   table = {}
   for ours, theirs in names.items():
     if ours in _ARRAYS:
@@ -107,8 +107,8 @@ _PREFIXES = (
   "dinov2.",
   "model.",
 )
-# Parts for masked training, a layer that is not part of the classifier, and the
-# heads of training of DINO and DINOv2.
+# Tensors that the classifier does not use: mask tokens, Hugging Face's pooler,
+# and the training heads of DINO and DINOv2.
 IGNORED = re.compile(
   r"(embeddings\.)?mask_token|pooler\.dense\.(weight|bias)"
   r"|(head\.(mlp|last_layer)|dino_head|ibot).*"
@@ -208,7 +208,7 @@ def check_complete(
     for i in range(blocks) if "{i}" in template else [0]:
       if template.format(i=i) not in arrays:
         raise errors.UserError(
-          f"{path}: has nothing for {template.format(i=i)}; get the whole file,"
+          f"{path}: lacks {template.format(i=i)}; get the whole file,"
           " or choose a model with LN"
         )
 

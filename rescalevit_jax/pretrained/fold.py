@@ -151,7 +151,7 @@ def layer_scale(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 def input_normalization(
   arrays: Mapping[str, np.ndarray], mean: np.ndarray, std: np.ndarray
 ) -> dict[str, np.ndarray]:
-  """Make a model of inputs (x - mean) / std, x in [0, 1], take [-1, 1].
+  """Change a model's inputs from (x - mean) / std, x in [0, 1], to [-1, 1].
 
   With y in [-1, 1], x = (y + 1) / 2, so its input is y / (2 std) + (1/2 - mean)
   / std, channel by channel; the patch embedding is linear in it.

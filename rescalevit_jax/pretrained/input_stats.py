@@ -68,7 +68,7 @@ def find(path: pathlib.Path, config: Mapping[str, Any]) -> Stats:
     if np.isfinite([mean, std]).all() and (std > 0).all():
       return mean, std
   raise errors.UserError(
-    f"{path}: does not tell how its inputs are normalized; give --mean and"
+    f"{path}: the normalization of its inputs is unknown; give --mean and"
     " --std, such as --mean=0.5 --std=0.5 (ViT, AugReg) or --mean=imagenet"
     " (DeiT, DINO, DINOv2)"
   )

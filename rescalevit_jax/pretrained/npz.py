@@ -36,8 +36,8 @@ def read(path: str, max_bytes: int | None = None) -> Checkpoint:
   """Read a checkpoint in Google's naming, with the old or new numbering.
 
   All its weights may have a prefix, such as `params/`. `max_bytes` is explained
-  in `untrusted_npz.Archive`; a type conversion temporarily needs up to half as
-  much again.
+  in `untrusted_npz.Archive`; a type conversion temporarily needs up to 50 %
+  more memory.
   """
   arrays: dict[str, np.ndarray] = {}
   names: dict[str, str] = {}

@@ -1,7 +1,7 @@
 """The weights of a Hugging Face model that was exported to ONNX.
 
-The exporter keeps the names of vectors, but gives the matrices of linear layers
-numbers. The nodes that multiply by them tell their names.
+The exporter keeps the names of vectors, but numbers the matrices of linear
+layers. The names of the nodes that multiply by a matrix contain its name.
 """
 
 import pathlib

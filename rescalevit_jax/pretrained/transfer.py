@@ -65,8 +65,8 @@ def differences(
       f" ({', '.join(sorted(our_slots)) or 'none'})"
     )
     yield ours, theirs, note
-  # Statistics are copied if a block has one in common. If the file has only a
-  # part of the model's, that is an error of the file.
+  # Statistics are copied if file and model share one in a block. Then a missing
+  # one is an error.
   ours, theirs = _select(_is_statistic, model, file)
   if all(map(_is_outside, ours & theirs)):
     yield ours, theirs, ""
@@ -151,10 +151,10 @@ def _norm_slot(key: str) -> str | None:
 
 
 def _option(key: str) -> str | None:
-  """Return `detect.option`, with statistics apart for norms after a branch."""
+  """Return `detect.option`; statistics of norm_position are another option."""
   name = detect.option(key)
-  apart = name == "norm_position" and key.startswith(param_keys.STATS)
-  return f"{name} statistics" if apart else name
+  separate = name == "norm_position" and key.startswith(param_keys.STATS)
+  return f"{name} statistics" if separate else name
 
 
 def _is_outside(key: str) -> bool:
@@ -162,7 +162,7 @@ def _is_outside(key: str) -> bool:
 
 
 def _is_statistic(key: str) -> bool:
-  """Return whether a key is a statistic of a norm that is no option."""
+  """Return whether a key is a running statistic, but not of an option."""
   return key.startswith(param_keys.STATS) and (
     _is_outside(key) or detect.option(key) is None
   )

@@ -1,8 +1,8 @@
 """Differences of the norms' last accuracies from LN, with tests.
 
-Groups that differ in the norm alone are compared with the group of LN: by a
-paired t-test on the seeds that both have, if there are two or more, else by
-Welch's t-test. Holm's correction covers all comparisons of a report.
+Each group is compared with the group of LN that differs only in the norm. The
+test is a paired t-test on the shared seeds, or Welch's t-test with fewer than
+two shared seeds. Holm's correction covers all comparisons of a report.
 """
 
 from collections.abc import Sequence
@@ -30,7 +30,7 @@ NOTE = (
 class Difference:
   """The difference of a norm's mean last accuracy from LN's."""
 
-  setting: str  # All that both groups share and others may not.
+  setting: str  # The settings that both groups share, without the norm.
   norm: str
   points: float  # Percentage points.
   interval: tuple[float, float]  # 95 %; nan if nothing varies between seeds.

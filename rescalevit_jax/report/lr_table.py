@@ -22,8 +22,8 @@ REFERENCE = "LN"
 class Outcome:
   """The results of a method on a dataset.
 
-  Accuracies are fractions. That of a run that diverged, with a loss that is not
-  finite, is None.
+  Accuracies are fractions, or None for a run that diverged: its loss is not
+  finite.
   """
 
   dataset: str

@@ -36,9 +36,9 @@ def verify(folder: pathlib.Path) -> None:
   except (OSError, ValueError) as e:
     raise errors.UserError(f"{folder / NAME}: missing or damaged") from e
   for expected, name in sums:
-    # Do not read files elsewhere, such as /dev/zero.
+    # Do not read files outside of the folder, such as /dev/zero.
     if not (folder / name).resolve().is_relative_to(folder.resolve()):
-      raise errors.UserError(f"{folder / NAME}: names {name!r}, elsewhere")
+      raise errors.UserError(f"{folder / NAME}: {name!r} is in another folder")
     try:
       if _sum(folder / name) != expected:
         raise errors.UserError(f"{folder / name}: damaged, its SHA-256 differs")

@@ -127,7 +127,7 @@ class MetricWriter:
 def _drop_events(workdir, first_step):
   """Tell TensorBoard to ignore earlier events from a step on.
 
-  An event file of its own, since TensorFlow's writer cannot write such events.
+  Write a separate event file: TensorFlow's writer cannot write such events.
   TensorBoard reads files in the order of their names, so this one gets the name
   of the newest earlier file with a suffix.
   """
@@ -138,7 +138,7 @@ def _drop_events(workdir, first_step):
   start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
   with tempfile.TemporaryDirectory() as folder:
     writer = event_file_writer.EventFileWriter(folder)
-    # TensorBoard takes the first start of a folder for that of the run.
+    # TensorBoard ignores the first start event of a folder.
     for _ in range(2):
       writer.add_event(
         event_pb2.Event(

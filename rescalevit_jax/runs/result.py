@@ -1,4 +1,4 @@
-"""result.json: how a run ended.
+"""result.json: the outcome of a run.
 
 A run is finished if the file exists with status "finished", the default. A
 diverged run has status "diverged" with `step` and `error`. A run that stopped
@@ -24,7 +24,7 @@ from rescalevit_jax.runtime import atomic_file
 
 FINISHED, DIVERGED = "finished", "diverged"
 
-# The numbers that other programs read, by status.
+# Required numbers, by status.
 _NUMBERS = {
   FINISHED: ("last_accuracy", "best_accuracy", "best_step"),
   DIVERGED: ("step",),
@@ -48,7 +48,7 @@ def create(
   parameters: int,
   dtype: str,
 ) -> dict[str, Any]:
-  """Return the result of a finished run; `evaluation` is that of eval.json."""
+  """Return the result of a finished run; `evaluation` is from eval.json."""
   return {
     "status": FINISHED,
     "best_accuracy": progress.best_accuracy,
@@ -127,7 +127,7 @@ def read_same_run(
 
   Raise UserError if the folder holds a run of another config. A run without
   result and checkpoints may change its config. So may a diverged run without
-  checkpoints; its result then does not count.
+  checkpoints; its result is then ignored.
   """
   result = read(workdir)
   saved = any(folder_lib.saved_steps(workdir, x) for x in ("last", "best"))

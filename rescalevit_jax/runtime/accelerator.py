@@ -1,7 +1,7 @@
 """The accelerator that programs are compiled for.
 
-Normally the first device of this process. `compiling_for` replaces it by a
-description of another one, to compile programs for hardware that is not here.
+By default the first device of this process. `compiling_for` overrides it, to
+compile programs for absent hardware.
 """
 
 from collections.abc import Iterator
@@ -46,9 +46,9 @@ def current() -> Accelerator:
 
 @contextlib.contextmanager
 def compiling_for(described: Accelerator) -> Iterator[None]:
-  """Trace for another accelerator than this process has.
+  """Trace for an accelerator that this process does not have.
 
-  JAX's caches do not know of it, so they are cleared on both sides.
+  JAX's caches do not depend on it, so they are cleared before and after.
   """
   token = _described.set(described)
   jax.clear_caches()

@@ -85,7 +85,7 @@ def check_output(path: str | os.PathLike[str]) -> None:
 def run(body: Callable[[], int | None]) -> int:
   """Run a command; return the exit code.
 
-  It is that of `body`, 1 after an error, and 130 after Ctrl-C.
+  The exit code is the result of `body`, 1 after an error, or 130 after Ctrl-C.
   """
   if hasattr(sys.stdout, "reconfigure"):
     # File names may have characters that the terminal cannot show.
@@ -94,7 +94,7 @@ def run(body: Callable[[], int | None]) -> int:
   try:
     return body() or 0
   except BrokenPipeError:
-    # The reader has gone, as in `| head`; Python flushes again at exit.
+    # The pipe is closed, as in `| head`; Python flushes again at exit.
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 1
   except (errors.UserError, OSError) as e:

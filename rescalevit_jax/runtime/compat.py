@@ -53,7 +53,7 @@ def tfds_download_timeouts() -> Iterator[None]:
 def tfds_expected_file(builder: Any, url: str, info: Any) -> Iterator[None]:
   """Make tfds expect a file with another `UrlInfo`, a checksum, at a URL.
 
-  tfds accepts a file in place of a download only if its checksum is the
+  tfds accepts a file instead of a download only if its checksum is the
   published one, and has no option to change that. The dictionary is shared by
   all builders of the dataset in this process.
   """
@@ -86,8 +86,8 @@ def is_out_of_memory(error: Exception) -> bool:
 
 
 def is_abandoned_write(error: BaseException | None) -> bool:
-  """Return whether a thread of TensorStore reports that nobody awaits it.
+  """Return whether an error is of a TensorStore write that nothing awaits.
 
-  Happens after another thread has failed, whose exception is raised.
+  Another thread has failed before; its exception is raised.
   """
   return str(error) == "Event loop is closed"

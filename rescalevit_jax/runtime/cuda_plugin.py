@@ -1,9 +1,9 @@
 """JAX's CUDA plugin on machines without a GPU: to compile, not to run.
 
 The wheel jax-cuda12-pjrt alone compiles for GPUs (`benchmark.gpu_compile`). JAX
-takes every plugin that it finds for a device to run on, and this one logs a
-traceback at every start without CUDA. So programs hide it, unless CUDA's other
-half, jax-cuda12-plugin, is installed as well.
+initializes every plugin that it finds, and without CUDA this one logs a
+traceback at every start. So programs hide it, unless jax-cuda12-plugin is
+installed as well.
 """
 
 from collections.abc import Iterator
@@ -37,7 +37,7 @@ def can_compile() -> bool:
 
 
 def hide_if_compile_only() -> None:
-  """Hide a CUDA plugin that has no CUDA, before JAX starts its devices."""
+  """Hide a compile-only CUDA plugin, before JAX starts its devices."""
   if _is_installed(_PLUGIN) and not _is_installed("jax_cuda12_plugin"):
     sys.modules.setdefault(_PLUGIN, _NoPlugin(_PLUGIN))
 
@@ -92,5 +92,5 @@ def _is_installed(module: str) -> bool:
     return True
   try:
     return importlib.util.find_spec(module) is not None
-  except ModuleNotFoundError:  # Not even the package around it.
+  except ModuleNotFoundError:  # The parent package is missing.
     return False

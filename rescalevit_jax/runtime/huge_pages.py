@@ -1,8 +1,8 @@
 """Huge pages for the arrays of a training step on a CPU.
 
-XLA takes a step's memory from malloc and gives it back after the step. With
-pages of 4 KiB, Linux spends a third of a small model's step on making them
-anew. glibc asks for pages of 2 MiB if a tunable says so when a process starts.
+XLA allocates a step's memory by malloc and frees it after the step. With pages
+of 4 KiB, page faults take a third of a small model's step. glibc requests pages
+of 2 MiB if a tunable is set when the process starts.
 """
 
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ _TUNABLE = "glibc.malloc.hugetlb"
 def environment(variables: Mapping[str, str]) -> dict[str, str]:
   """Return environment variables with huge pages requested.
 
-  A value that the user has set stays. Other systems than glibc ignore it.
+  A value set by the user is kept. C libraries other than glibc ignore it.
   """
   tunables = variables.get(_VARIABLE, "")
   if _TUNABLE not in tunables:

@@ -36,7 +36,7 @@ def table_of(
   columns: Mapping[str, Callable[[Any], str]],
   items: Iterable[Any],
 ) -> str:
-  """Return a table of items; `columns` has a function to a cell per heading."""
+  """Return a table of items; `columns` maps headings to functions to cells."""
   rows = [[cell(item) for cell in columns.values()] for item in items]
   return table(alignment, columns, rows)
 

@@ -16,7 +16,7 @@ _CODE = "import jax; print(jax.default_backend(), jax.local_device_count())"
 def find(jobs: int | None) -> list[dict[str, str]]:
   """Return the environment variables for each of `jobs` concurrent runs.
 
-  None stands for one run per GPU, or one without GPUs.
+  None: one run per GPU, or one run without GPUs.
   """
   # A subprocess, since JAX would allocate memory on every GPU in this one.
   done = subprocess.run(

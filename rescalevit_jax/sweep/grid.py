@@ -98,7 +98,7 @@ def plan(
 
 def _is_named(axis):
   if axis[0].key == "pretrained_path":
-    # The name tells scratch from pretrained, but does not name the file.
+    # The name contains scratch or pretrained, but not the file.
     return len([s for s in axis if s.text != "None"]) <= 1
   return axis[0].key in _NAMED
 

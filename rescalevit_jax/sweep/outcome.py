@@ -1,4 +1,4 @@
-"""The outcome of a sweep: finished runs, and why others are not finished."""
+"""The outcome of a sweep: finished runs, and reasons of unfinished ones."""
 
 from collections.abc import Iterable
 import dataclasses
@@ -21,7 +21,7 @@ class Outcome:
   Attributes:
     done: finished runs, including those of earlier sweeps.
     failed: failed runs, each with the reason as one line.
-    left: runs that a signal or the time limit stopped or kept from starting.
+    left: runs stopped or not started because of a signal or the time limit.
     stopped: True after a signal or the time limit, even if all runs are done.
     out_of_time: True if the time limit was the first to stop the sweep.
     killed: True if a second signal killed the runs.
@@ -87,7 +87,7 @@ def split_by_result(
 def why_not_finished(
   workdir: pathlib.Path, returncode: int | None
 ) -> str | None:
-  """Return why a run is not finished, as one line; None if it is finished.
+  """Return the reason a run is unfinished, as one line; None if finished.
 
   The return code of its process is None if unknown.
   """

@@ -23,7 +23,7 @@ from rescalevit_jax.sweep import subprocess_run
 # Each time-out is progress, so their number is not limited; submitit's default
 # is 3.
 _MAX_TIMEOUTS = 1000
-# Those of Slurm's variables that a user or a site sets, not a job.
+# Slurm's variables that a user or a site sets, not a job.
 _USER_VARIABLES = (
   "SLURM_CONF",
   "SBATCH_ACCOUNT",
@@ -143,8 +143,8 @@ def create_executor(
       )
   if not {"timeout_min", "slurm_time"} & set(parameters):
     raise errors.UserError(
-      "--slurm_args: timeout_min is missing, the minutes until a job is"
-      " requeued; add timeout_min=600"
+      "--slurm_args: timeout_min (minutes until a job is requeued) is missing;"
+      " add timeout_min=600"
     )
   if jobs:
     parameters = {"slurm_array_parallelism": jobs, **parameters}

@@ -1,4 +1,4 @@
-"""Choose the runs of a sweep that has a time limit, by their measured rates."""
+"""Choose the order of runs under a time limit, by their measured speeds."""
 
 import collections
 from collections.abc import Callable, Sequence
@@ -52,10 +52,10 @@ class TimeLimit:
 class Chooser:
   """Chooses the run with the most value per minute that ends in time.
 
-  The n-th seed of a recipe has the value 1/n. Durations follow from the
-  measured seconds per step: of the run itself, else in proportion of the run
-  with the nearest FLOPs per step. Before any measurement, FLOPs replace
-  durations and no run is known to end in time.
+  The n-th seed of a recipe has the value 1/n. A run's duration is computed from
+  its own seconds per step, once measured, or scaled from the measured run with
+  the nearest FLOPs per step. Before any measurement, FLOPs replace durations,
+  and no run is expected to end in time.
   """
 
   def __init__(self, runs: Sequence[grid.PlannedRun], limit: TimeLimit):

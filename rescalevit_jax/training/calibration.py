@@ -1,8 +1,8 @@
 """Calibration of norms on the first training batches.
 
 Runs once, before the first step, on the batches of steps 1 to 8 with their
-crops, mixing and dropout. The result depends on seed and data only; a resumed
-run has it in its checkpoint.
+crops, mixing and dropout. The result depends on seed and data only; checkpoints
+contain it.
 """
 
 from collections.abc import Iterable
@@ -36,9 +36,9 @@ def calibrate(
   image_size: int,
   **options: Any,
 ) -> train_state.TrainState:
-  """Return the state with norms calibrated on these batches.
+  """Return the state with norms calibrated on the first training batches.
 
-  They are those of steps 1, 2, …; `options` are of `measure`.
+  `options` are the other arguments of `measure`.
   """
   params, batch_stats = state.params, state.batch_stats
   passes = jax.jit(
@@ -67,7 +67,7 @@ def measure(
   mixing: mixing_lib.Mixing,
   image_size: int,
 ) -> tuple[Any, Any, Any]:
-  """Return the first three arguments, updated with a step's batch.
+  """Update the first three arguments with a step's batch.
 
   `measured` is the collection `traits.CALIBRATION` of earlier batches.
   """

@@ -156,7 +156,7 @@ def _images(experiment, name):
   if class_names == numbers and name.startswith(f"{config.dataset}_"):
     # Such as cifar10_1. Others may have numbers for names, such as digits.
     _log.warning(
-      "%s does not name its classes; assuming the order of the run's", name
+      "%s does not name its classes; assuming the run's class order", name
     )
   elif class_names != own.class_names:
     raise errors.UserError(
@@ -193,7 +193,7 @@ def _load_pretrained(experiment):
     )
   if report.unsupported:
     raise errors.UserError(
-      f"{path}: cannot be evaluated, the model has no place for its"
+      f"{path}: cannot be evaluated, the model has no array"
       f" {report.unsupported[0]}; choose the model.* keys of its training"
     )
   gather = jax.jit(

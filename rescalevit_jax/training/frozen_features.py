@@ -20,7 +20,7 @@ TEMPERATURE = 0.07
 PENALTIES = tuple(10.0**n for n in range(-7, 2))
 _matmul = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
 _CHUNK = 1024  # Test examples compared with all training examples at a time.
-_VALIDATION = 0.1  # Fraction of the training examples that choose the penalty.
+_VALIDATION = 0.1  # Fraction of the training examples that select the penalty.
 
 
 def knn_logits(
@@ -61,8 +61,8 @@ def linear_probe_logits(
 ) -> tuple[Float[np.ndarray, "M C"], float]:
   """Fit a ridge regression to one-hot labels and apply it.
 
-  A random tenth of the training examples chooses the penalty among `PENALTIES`;
-  then all of them fit the weights.
+  A random tenth of the training examples selects the penalty among `PENALTIES`.
+  Then the weights are fitted to all training examples.
 
   Returns:
     The regression's outputs for the test features, and the relative penalty.

@@ -70,7 +70,7 @@ def before_step(
   """Measure the gradient of the next step and the residual stream before it.
 
   The state's weights, not their averages, are measured. The gradient of the
-  step is computed a second time. The residual stream is that of `probe`.
+  step is computed a second time. The residual stream is measured on `probe`.
 
   Returns:
     The results of `gradient_norms`, `scalars` and `forward`.

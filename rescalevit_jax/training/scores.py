@@ -156,7 +156,7 @@ def top_accuracy(
 ) -> float:
   """Compute the fraction of examples whose label is among the top k logits.
 
-  Among equal logits the class with the lower number comes first, as in argmax.
+  Ties go to the lower class index, as in argmax.
   """
   order = np.argsort(-logits, axis=1, kind="stable")[:, :k]
   return float((order == labels[:, None]).any(axis=1).mean())

@@ -53,8 +53,8 @@ class TrainState(flax.struct.PyTreeNode):
   ) -> "TrainState":
     """Return the state that a checkpoint holds.
 
-    `self` may be abstract. If the checkpoint has no loss scale although the run
-    needs one, because its dtype was another, a new one is created.
+    `self` may be abstract. If the run needs a loss scale and the checkpoint has
+    none, because of another dtype, a new one is created.
     """
     variables = items["variables"]
     if self.ema is not None:

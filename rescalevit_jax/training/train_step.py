@@ -67,8 +67,8 @@ def gradient(
 ) -> tuple[jax.Array, Any, Any, loss_scale_lib.LossScale | None]:
   """Compute loss, gradient, running statistics and loss scale of a batch.
 
-  With SAM, loss and statistics are those of the first of its two gradients,
-  which share the batch, its augmentation and dropout.
+  With SAM, loss and statistics are from the first of two gradients. Both use
+  the same batch, augmentation and dropout.
   """
   crop_keys, dropout_keys, mixing_keys = random_keys(
     seed, state.step + 1, labels.shape

@@ -79,7 +79,7 @@ class Trainer:
     )
     self._metrics = None  # Of the step that the device computes.
     self._first_step = progress.step + 1
-    # A later step than the first one if norms settle: another program.
+    # If norms settle after the first step, a second program is compiled then.
     settled_from = (experiment.settled_from or 1) + progress.skipped_steps
     self._recompiled = max(settled_from, self._first_step)
     self._profile = profiler.Profile(
@@ -262,7 +262,8 @@ class Trainer:
   def final_evaluation(self) -> scores.Evaluation:
     """Score the last weights on the test images and on training images.
 
-    The training images are as many, chosen at random, and not augmented.
+    The training images are a random sample, at most as many as test images, and
+    not augmented.
     """
     dataset = self._experiment.dataset
     evaluated = self._state.evaluated

@@ -303,7 +303,7 @@ def without(arrays, word):
     (trees.arrays("LN"), "groups are of GN", {"gn_groups": 2}),
     (
       trees.arrays(residual="skipinit"),
-      "no place for",
+      "the model has no array",
       {"residual": "convex"},
     ),
     (

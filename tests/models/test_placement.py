@@ -143,8 +143,8 @@ def test_saturation_is_measured_at_every_position(position):
   "options, message",
   [
     ({"norm_position": "mid"}, "norm_position: unknown 'mid'; .*pre, post"),
-    ({"norm": "Rescale", "norm_position": "peri"}, "peri needs.*Rescale is"),
-    ({"norm": "Identity", "embedding_norm": True}, "True needs.*Identity is"),
+    ({"norm": "Rescale", "norm_position": "peri"}, "Rescale does not.*peri"),
+    ({"norm": "Identity", "embedding_norm": True}, "Identity does not.*True"),
     ({"norm_position": "post", "norm_depth_scaling": True}, "choose pre or"),
     ({"norm": "GN", "gn_groups": 3}, "8 is not divisible by the 3 groups"),
     ({"layerscale_init": 0.0}, "layerscale_init: 0.0 is not > 0"),

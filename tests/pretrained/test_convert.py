@@ -411,7 +411,7 @@ def test_do_normalize_false_is_honored(tmp_path):
 
 
 @pytest.mark.parametrize(
-  "key, words", [("norm.weight", "no norm"), ("in_chans", "takes 1 channels")]
+  "key, words", [("norm.weight", "no final"), ("in_chans", "has 1 input")]
 )
 def test_unsupported_models_are_refused(key, words, tmp_path):
   module = timm_model(**({"in_chans": 1} if key == "in_chans" else {}))

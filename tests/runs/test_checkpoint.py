@@ -197,7 +197,7 @@ def test_checksums_of_files_outside_the_folder_are_refused(name, tmp_path):
   folder.mkdir()
   (folder / "link").symlink_to("/dev/zero")
   (folder / checksums.NAME).write_text(f"{'0' * 64}  {name}\n")
-  with pytest.raises(errors.UserError, match=f"names '{name}', elsewhere"):
+  with pytest.raises(errors.UserError, match=f"'{name}' is in another"):
     checksums.verify(folder)
 
 

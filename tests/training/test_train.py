@@ -357,8 +357,8 @@ def test_run_starts_from_a_pretrained_file(tiny_config, default_run, tmp_path):
   [
     ("DyT", "LN", "LayerNorm_0"),
     pytest.param("LN", "Cal", "alpha", marks=pytest.mark.slow),
-    ("BN", "LN", "no place for its batch_stats"),
-    ("LN", "Identity", "no place for its .*encoder_norm/bias"),
+    ("BN", "LN", "the model has no array batch_stats"),
+    ("LN", "Identity", "the model has no array .*encoder_norm/bias"),
   ],
 )
 def test_eval_mode_refuses_a_file_of_another_norm(

@@ -1,7 +1,7 @@
 """Every norm by name.
 
 A norm prepares the input of a branch (attention or MLP) or of the head. To add
-one, write a class and enter it in `NORMS`. `residuals` has the functions that
+one, write a class and add it to `NORMS`. `residuals` has the functions that
 add a branch's output to the residual stream.
 """
 

@@ -36,7 +36,7 @@ class Norm(nn.Module):
   # The module is named SLOT_0 before attention and SLOT_2 before the MLP, the
   # numbering of the published checkpoints.
   SLOT: ClassVar[str] = "LayerNorm"
-  # Whether the model has a final norm, `encoder_norm`.
+  # True if the model has a final norm, `encoder_norm`.
   FINAL: ClassVar[bool] = True
   # The name of another norm inside the MLP, before its GELU.
   IN_MLP: ClassVar[str | None] = None

@@ -1,4 +1,4 @@
-"""BHyT: a tanh of the token divided by its size."""
+"""BHyT: a tanh of the token divided by its RMS."""
 
 from typing import ClassVar
 

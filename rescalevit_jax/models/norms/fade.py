@@ -30,7 +30,7 @@ FULL = schedule_lib.FULL
 class Schedule(schedule_lib.Schedule):
   """The schedule, and the function at its end."""
 
-  separate_cls: bool  # Whether class token and patches have separate scales.
+  separate_cls: bool  # True if class token and patches have separate scales.
   alpha: float = 0.0  # Of the final tanh; 0: a linear map.
 
 

@@ -1,4 +1,4 @@
-"""Bounded functions of one number, by name."""
+"""Bounded scalar functions, by name."""
 
 from collections.abc import Callable
 import dataclasses

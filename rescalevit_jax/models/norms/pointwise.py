@@ -18,7 +18,7 @@ def parse_alphas(text: str | None) -> tuple[float | str | None, ...]:
   """Return the initial alphas of attention, MLP and final norm.
 
   The text is one value for all, or three with commas. A value is a number above
-  0 or 'calibrated'. None stands for the norm's own.
+  0 or 'calibrated'. None: the norm's default.
   """
   if text is None:
     return (None,) * len(base.SITES)
@@ -39,11 +39,11 @@ def parse_alphas(text: str | None) -> tuple[float | str | None, ...]:
 
 
 class Pointwise(traits.Calibrated):
-  """A learned function of each number: y = scale * f(alpha * x) + bias.
+  """A learned function of each element: y = scale * f(alpha * x) + bias.
 
   A site has one alpha, and a scale and a bias for each channel. There are no
   statistics at run time. A calibration sets alpha to 1 / RMS of the site's
-  input, which gives the argument of f the size of a normalized input.
+  input, which gives the argument of f the RMS of a normalized input.
   """
 
   ALPHA: ClassVar[float] = 0.5  # Initial alpha without a calibration.
@@ -159,8 +159,8 @@ SHIFTED = {
 class DyISRU(Bounded):
   """Dynamic ISRU: scale * sqrt(D) * x / sqrt(beta + x^2) + bias.
 
-  Stollenwerk 2025 (arXiv:2503.21708), the elementwise counterpart of RMSNorm,
-  which has the token's sum of the other x^2 in place of the learned beta. At 0
+  Stollenwerk 2025 (arXiv:2503.21708), the elementwise counterpart of RMSNorm:
+  the learned beta replaces the sum of x^2 over the token's other channels. At 0
   the slope is sqrt(D / beta) = alpha. beta starts at 4 D, the slope of DyT.
   """
 
@@ -216,8 +216,8 @@ class Cal(Pointwise, traits.Foldable):
     return x - self.init_mean.value
 
   def map(self, x, alpha, scale, bias):
-    # One product and one sum have the size of x, and their gradients are two
-    # sums. Everything else has the size of the channels.
+    # Only one product and one sum have the size of x; their gradients are two
+    # sums. All other arrays have one element per channel.
     params = {"alpha": alpha, "scale": scale, "bias": bias}
     factor, shift = self.as_linear(params, {"init_mean": self.init_mean.value})
     return factor * x + shift

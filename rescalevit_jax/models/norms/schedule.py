@@ -10,15 +10,15 @@ import ml_collections
 
 from rescalevit_jax.models.norms import base
 
-# `faded` counts from 0 to FULL. An average of the weights leaves integers
-# unchanged, so it ends at exactly FULL.
+# `faded` counts from 0 to FULL. The EMA copies integers, so `faded` ends at
+# exactly FULL with an EMA, too.
 FULL = 2**16
 _MEMORY = 100  # Length of the running means, in passes.
 
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-  """The schedule of one site or of all, in training passes (micro-batches)."""
+  """The schedule of one or all sites, in training passes (micro-batches)."""
 
   begin: float  # Passes before the first site starts to fade.
   end: float  # Passes before the last site has faded.
@@ -91,7 +91,7 @@ class Gradual(base.Norm):
 def update_mean(mean: Array, value: Array, passes: Int[Array, ""]) -> Array:
   """Return a running mean after a pass with this value.
 
-  `passes` includes this one. The mean of up to 100 passes is their average.
+  `passes` includes this one. Up to 100 passes have equal weights.
   """
   momentum = jnp.maximum(1 / passes, 1 / _MEMORY)
   return mean + momentum * (value - mean)

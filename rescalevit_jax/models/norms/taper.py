@@ -17,10 +17,10 @@ from rescalevit_jax.models.ops import normalization
 class Schedule(schedule_lib.Schedule):
   """The schedule, and the anchor loss of the final norm."""
 
-  final: bool = True  # Whether the final norm tapers, too.
+  final: bool = True  # True if the final norm tapers, too.
   anchor: float = 0.0  # Weight of the anchor loss.
-  # Start and stop of the tokens that statistics and anchor loss use: at the
-  # final norm those that the head sees, at other sites all.
+  # Range of the tokens in statistics and anchor loss: the head's inputs at the
+  # final norm, all tokens at other sites.
   tokens: tuple[int, int | None] = (0, None)
 
   def at_site(self, site, num_sites):

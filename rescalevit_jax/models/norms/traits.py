@@ -2,7 +2,7 @@
 
 See `schedule` for norms that change gradually.
 
-A norm inherits from the classes below that apply to it. Callers ask with
+A norm inherits from the classes below that apply to it. Callers check with
 `issubclass`.
 """
 
@@ -68,7 +68,7 @@ class Settling(base.Norm):
 
 
 class Saturating(base.Norm):
-  """A norm with a bounded function; its outputs are measured."""
+  """A norm with a bounded function; diagnostics measure its saturation."""
 
   FUNCTION: ClassVar[functions.Function]
 
@@ -83,7 +83,7 @@ class Foldable(base.Norm):
   One inside the MLP (`IN_MLP`) folds into the layer before it.
   """
 
-  # Whether `as_linear` applies to x minus each token's mean.
+  # True if `as_linear` applies to x minus each token's mean.
   CENTERED: ClassVar[bool] = False
 
   @staticmethod

@@ -85,7 +85,7 @@ def probabilities(
 def _product(subscripts, x, y, dtype):
   """Return a product accumulated in float32, rounded to dtype."""
   if accelerator.platform() == "cpu":
-    # XLA lacks some products of bfloat16 that accumulate in float32 there.
+    # On a CPU, XLA lacks some bfloat16 products with float32 accumulation.
     x, y = x.astype(jnp.float32), y.astype(jnp.float32)
     return jnp.einsum(subscripts, x, y).astype(dtype)
   return jnp.einsum(subscripts, x, y, preferred_element_type=dtype)

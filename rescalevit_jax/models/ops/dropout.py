@@ -58,10 +58,10 @@ def random_mask(
 ) -> Bool[Array, "..."]:
   """Return a random mask; each element depends only on its index and the key.
 
-  The four parts of the mask along its last axis are the four quarters of the
-  blocks with the counters (image and token, mask and column in the part). An
-  element is True with probability kept / 2^16. The shape is [B, ..., D], with
-  up to 2^18 images of 2^14 tokens.
+  The last axis of the mask is split into four parts. Part i consists of the
+  i-th 16 bits of the blocks with the counters (image and token, mask and column
+  in the part). An element is True with probability kept / 2^16. The shape is
+  [B, ..., D], with up to 2^18 images of 2^14 tokens.
   """
   *rows, features = shape
   words = -(-features // (4 * _BLOCKS))
@@ -72,7 +72,7 @@ def random_mask(
     )
   assert words * _BLOCKS <= _MAX_COLUMNS
   if accelerator.platform() == "cpu":
-    # Here it is faster to compute the mask where it is used than to unpack it.
+    # On a CPU, computing the mask at each use is faster than unpacking it.
     parts = _quarters(key, index, rows, (_BLOCKS * words,), kept)
     return jnp.concatenate(parts, axis=-1)[..., :features]
   # Packed: bit 8 i + j of word w is element 8 i W + j W + w, for W words. The
