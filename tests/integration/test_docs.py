@@ -114,3 +114,11 @@ def test_website_builds_without_warnings(tmp_path):
   )
   assert done.returncode == 0, done.stderr
   assert (tmp_path / "index.html").exists()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_pytest_commands_select_tests(page):
+  pattern = r"`pytest(?: --slow)? (tests/[\w/]+\.py)(?: -k (\w+))?`"
+  for path, word in re.findall(pattern, page.read_text()):
+    text = (paths.ROOT / path).read_text()
+    assert re.search(rf"^def test_\w*{word}", text, re.MULTILINE), (path, word)
