@@ -115,7 +115,9 @@ def save(figure: figure_lib.Figure, path: pathlib.Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     atomic_file.write(path, picture)
   except OSError as e:
-    raise errors.UserError(f"{path}: cannot be written ({e.strerror})") from e
+    raise errors.UserError(
+      f"{path}: cannot be written ({e.strerror}); choose another path"
+    ) from e
 
 
 def save_with_table(

@@ -107,7 +107,9 @@ def find(folder: str | pathlib.Path) -> Found:
       reason = "" if last.startswith(LOG_HEADER) else f": {last}"
       not_begun.append(f"{workdir}{reason}")
   if not (runs or damaged or not_begun):
-    raise errors.UserError(f"{folder}: no runs there (no {folder_lib.CONFIG})")
+    raise errors.UserError(
+      f"{folder}: no runs there (no {folder_lib.CONFIG}); give one with runs"
+    )
   runs.sort(key=lambda run: run.workdir)
   return Found(runs, sorted(damaged), sorted(not_begun))
 
