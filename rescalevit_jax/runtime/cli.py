@@ -2,6 +2,7 @@
 
 import argparse
 from collections.abc import Callable, Sequence
+import contextlib
 import os
 import pathlib
 import sys
@@ -60,16 +61,20 @@ def parser(doc: str | None, **options: Any) -> argparse.ArgumentParser:
 
 def positive(text: str) -> int:
   """Parse the value of a flag that is a number above 0, for argparse."""
-  if not text.isdecimal() or int(text) < 1:
-    raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
-  return int(text)
+  return _integer(text, 1, "a whole number above 0")
 
 
 def index(text: str) -> int:
   """Parse the value of a flag that is an index, for argparse."""
-  if not text.isdecimal():
-    raise argparse.ArgumentTypeError(f"{text!r} is not an integer >= 0")
-  return int(text)
+  return _integer(text, 0, "an integer >= 0")
+
+
+def _integer(text, least, expected):
+  """Parse an integer in Python's notation, as config keys are: also 1_000."""
+  with contextlib.suppress(ValueError):
+    if (number := int(text)) >= least:
+      return number
+  raise argparse.ArgumentTypeError(f"{text!r} is not {expected}")
 
 
 def check_output(path: str | os.PathLike[str]) -> None:

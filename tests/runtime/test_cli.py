@@ -1,5 +1,6 @@
 """Arguments and the process of every command."""
 
+import argparse
 import os
 import subprocess
 import sys
@@ -42,6 +43,22 @@ def test_a_url_is_refused_at_once(argv, parse, capsys):
   assert caught.value.code == 2
   (line,) = capsys.readouterr().err.splitlines()
   assert argv[-1].split("=")[-1] in line and "URL" in line
+
+
+@pytest.mark.parametrize("text", ["7", "1_00", "007", "-1", "1__0", "1.0", ""])
+def test_flags_and_config_keys_accept_the_same_integers(text):
+  argv = ["main", "--config=configs/quickstart.py", f"--config.seed={text}"]
+  try:
+    expected = main.parse(argv).seed
+  except SystemExit:
+    expected = None
+  for parse in (cli.index, cli.positive):
+    try:
+      found = parse(text)
+    except argparse.ArgumentTypeError as e:
+      assert repr(text) in str(e)
+      found = None
+    assert found == expected
 
 
 COMMANDS = {
