@@ -92,16 +92,16 @@ def run(body: Callable[[], int | None]) -> int:
 
   It is that of `body`, 1 after an error, and 130 after Ctrl-C.
   """
+  prepare()
   if hasattr(sys.stdout, "reconfigure"):
     # File names may have characters that the terminal cannot show.
     sys.stdout.reconfigure(errors="backslashreplace")
-  prepare()
   try:
-    return body() or 0
+    code = body() or 0
+    sys.stdout.flush()
+    return code
   except BrokenPipeError:
-    # The reader has gone, as in `| head`; Python flushes again at exit.
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return 1
+    return discard_output()
   except (errors.UserError, OSError) as e:
     return fail(str(e))
   except jax.errors.JaxRuntimeError as e:
@@ -117,10 +117,26 @@ def run(body: Callable[[], int | None]) -> int:
 
 def prepare() -> None:
   """Set up the process of a command, before devices are used."""
+  open_closed_streams()
   cuda_plugin.hide_if_compile_only()
   cache.enable_compilation_cache()
   # A notebook's backend need not exist here; pictures are written to files.
   os.environ["MPLBACKEND"] = "agg"
+
+
+def open_closed_streams() -> None:
+  """Direct stdout and stderr to nowhere if they are closed, as by `>&-`."""
+  for name in ("stdout", "stderr"):
+    if getattr(sys, name) is None:
+      # The lowest free descriptor: files would get it, and libraries' output.
+      setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))
+
+
+def discard_output() -> int:
+  """Return the exit code if the reader of stdout has gone, as in `| head`."""
+  # Python flushes again at exit.
+  os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+  return 1
 
 
 def fail(message: str, code: int = 1) -> int:
