@@ -16,6 +16,7 @@ Writes norm_curves.csv, norm_curves.png and norm_curves.svg.
 
 from collections.abc import Mapping, Sequence
 import dataclasses
+import functools
 import logging
 import pathlib
 import sys
@@ -106,7 +107,9 @@ def _run(argv):
     found[f"{label} (fresh)" if label in found else label] = measure(
       experiment.model, variables, images, config.image_size
     )
-  plots.save_with_table(draw(found), _table(found), args.output / "norm_curves")
+  plots.save_with_table(
+    functools.partial(draw, found), _table(found), args.output / "norm_curves"
+  )
 
 
 def _first(split):

@@ -6,7 +6,7 @@ window.
 
 import argparse
 import collections
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 import io
 import pathlib
 from typing import Any
@@ -134,12 +134,16 @@ def save(figure: figure_lib.Figure, path: pathlib.Path) -> None:
 
 
 def save_with_table(
-  figure: figure_lib.Figure, rows: Iterable[Iterable[Any]], stem: pathlib.Path
+  draw: Callable[[], figure_lib.Figure],
+  rows: Iterable[Iterable[Any]],
+  stem: pathlib.Path,
 ) -> None:
-  """Write STEM.csv, STEM.png and STEM.svg; print their paths."""
+  """Write STEM.csv, then draw STEM.png and STEM.svg; print their paths."""
+  stem.parent.mkdir(parents=True, exist_ok=True)
+  atomic_file.write(stem.with_suffix(".csv"), csv_text.table(rows))
+  figure = draw()
   for suffix in _FORMATS:
     save(figure, stem.with_suffix(suffix))
-  atomic_file.write(stem.with_suffix(".csv"), csv_text.table(rows))
   for suffix in (".csv", *_FORMATS):
     print(stem.with_suffix(suffix))
 
