@@ -89,6 +89,7 @@ def _run(argv):
       f"--config.{settings[0]}: has no effect on runs; add --config, or leave"
       " it out"
     )
+  configs = probe.load_configs(args.config, settings)
   found = {}
   for subject in subjects.load(args.workdir, [], args.checkpoint):
     model = subject.model
@@ -96,7 +97,6 @@ def _run(argv):
     found[model.name] = measure(
       model.model, model.variables, images, model.image_size
     )
-  configs = probe.load_configs(args.config, settings)
   for i, (label, config) in enumerate(configs.items(), start=1):
     _log.info("%s: model %d of %d", label, i, len(configs))
     experiment = experiment_lib.create(config)

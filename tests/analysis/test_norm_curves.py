@@ -87,6 +87,12 @@ def test_without_runs_there_is_no_checkpoint(capsys):
   assert "add --workdir" in capsys.readouterr().err
 
 
+def test_configs_are_checked_before_models_are_loaded(monkeypatch, capsys):
+  monkeypatch.delattr(norm_curves.subjects, "load")
+  assert norm_curves.main(["--workdir=a", "--config=nowhere.py"]) == 1
+  assert "nowhere.py" in capsys.readouterr().err
+
+
 def test_a_run_and_a_config_of_one_name_are_both_drawn(tmp_path, monkeypatch):
   model = types.SimpleNamespace(
     name="LN", model=None, variables=None, image_size=8

@@ -2,6 +2,7 @@
 
 import pytest
 
+from rescalevit_jax.analysis import plot_block
 from rescalevit_jax.report import lr_table
 from rescalevit_jax.report import plot_accuracies
 
@@ -59,6 +60,19 @@ def test_command_writes_a_picture(table, tmp_path, flags):
   output = tmp_path / "a.svg"
   assert plot_accuracies.main([str(table), f"--output={output}", *flags]) == 0
   assert output.stat().st_size > 3000
+
+
+def test_no_picture_is_written_if_another_has_an_unknown_format(
+  table, tmp_path, capsys
+):
+  outputs = [f"--output={tmp_path}/a.svg", f"--output={tmp_path}/a.gif"]
+  for main, argv in (
+    (plot_accuracies.main, [str(table)]),
+    (plot_block.main, []),
+  ):
+    assert main([*argv, *outputs]) == 1
+    assert "a.gif" in capsys.readouterr().err
+    assert not (tmp_path / "a.svg").exists()
 
 
 @pytest.mark.parametrize("label", ["LayerNorm", "DyT=tanh"])
