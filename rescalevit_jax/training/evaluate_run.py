@@ -36,8 +36,8 @@ def evaluate_run(
   names = _datasets(config)
   if len(names) > 1 and config.save_predictions:
     raise errors.UserError(
-      f"config: save_predictions needs one dataset, not {config.eval_dataset};"
-      " set it to False"
+      "config: save_predictions (True) needs one dataset, and eval_dataset"
+      f" ({config.eval_dataset}) is several; set save_predictions=False"
     )
   experiment, model, variables, info = _load(config, workdir)
   evaluator = evaluate.create_evaluator(experiment, model)
@@ -180,7 +180,8 @@ def _load_pretrained(experiment):
   path = experiment.config.pretrained_path
   if path is None:
     raise errors.UserError(
-      "config: eval_weights is 'pretrained' without a file; set pretrained_path"
+      "config: eval_weights (pretrained) needs a file, and pretrained_path"
+      " (None) is none; set pretrained_path"
     )
   state, report = initial_state.load_pretrained(
     experiment, experiment.init_state()

@@ -198,7 +198,7 @@ def test_all_corruptions_of_a_data_set(finished, monkeypatch):
   monkeypatch.setattr(
     evaluate, "compiled_step", lambda *x: compiled.append(x) or step(*x)
   )
-  with pytest.raises(errors.UserError, match="save_predictions needs one"):
+  with pytest.raises(errors.UserError, match="save_predictions .* needs one"):
     evaluate_run.evaluate_run(config, workdir)
   config.save_predictions = False
   found = evaluate_run.evaluate_run(config, workdir)
