@@ -44,9 +44,11 @@ def evaluation(
   if config.eval_dataset is None and config.eval_split is None:
     return workdir
   name = config.eval_dataset or config.dataset
+  for character in "%/*-":  # "_" may be part of another dataset's name.
+    name = name.replace(character, f"%{ord(character):X}")
   if config.eval_split is not None:
     name += f"-{config.eval_split}"
-  return workdir / EVALUATIONS / name.replace("/*", "_all").replace("/", "_")
+  return workdir / EVALUATIONS / name
 
 
 def checkpoints(workdir: str | pathlib.Path, kind: str) -> pathlib.Path:

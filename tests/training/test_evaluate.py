@@ -168,10 +168,11 @@ def test_another_split_of_the_runs_dataset(finished):
 
 def test_results_of_different_images_are_in_different_folders(tmp_path):
   config, found = config_lib.default(), set()
-  for config.eval_dataset in (None, "other", "other/a", "other/*"):
+  alike = "other/a", "other_a", "other/*", "other_all", "other-test[:50%]"
+  for config.eval_dataset in (None, "other", *alike):
     for config.eval_split in (None, "test[:50%]", "test[50%:]", "test[50:]"):
       found.add(folder.evaluation(tmp_path, config))
-  assert len(found) == 16 and tmp_path in found
+  assert len(found) == 28 and tmp_path in found
   assert {x.parent for x in found - {tmp_path}} == {tmp_path / "evaluations"}
 
 
