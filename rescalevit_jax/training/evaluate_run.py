@@ -16,6 +16,7 @@ from rescalevit_jax.distributed import sharding
 from rescalevit_jax.runs import checkpoint
 from rescalevit_jax.runs import folder
 from rescalevit_jax.runs import result as result_lib
+from rescalevit_jax.runtime import atomic_file
 from rescalevit_jax.training import evaluate
 from rescalevit_jax.training import experiment as experiment_lib
 from rescalevit_jax.training import initial_state
@@ -63,7 +64,7 @@ def evaluate_run(
     return results[name].summary
   found = scores.of_suite({k: x.summary for k, x in results.items()})
   if is_first:
-    scores.write_json(_output(config, workdir) / folder.EVALUATION, found)
+    atomic_file.write_json(_output(config, workdir) / folder.EVALUATION, found)
   return found
 
 
@@ -111,7 +112,7 @@ def probe_run(
     "linear": scores.accuracy(linear, labels) | {"penalty": penalty},
   }
   if jax.process_index() == 0:
-    scores.write_json(_output(config, workdir) / folder.PROBE, found)
+    atomic_file.write_json(_output(config, workdir) / folder.PROBE, found)
   return found
 
 
