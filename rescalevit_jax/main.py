@@ -165,6 +165,7 @@ def parse(argv: list[str]) -> ml_collections.ConfigDict:
 
   Errors in the command line or the config end the process with code 2.
   """
+  cli.open_closed_streams()
   try:
     argv = flags.FLAGS.read_flags_from_files(argv, force_gnu=False)
     argv, settings = overrides.split_argv(cli.arguments(argv))
@@ -178,6 +179,8 @@ def parse(argv: list[str]) -> ml_collections.ConfigDict:
     return overrides.update_config(_saved_config(), settings)
   except SystemExit as e:  # absl exits with code 1 after --help.
     sys.exit(0 if e.code == 1 else e.code)
+  except BrokenPipeError:
+    sys.exit(cli.discard_output())
   except (errors.UserError, flags.Error, OSError) as e:
     sys.exit(cli.fail(str(e), 2))
 

@@ -16,6 +16,7 @@ Writes norm_curves.csv, norm_curves.png and norm_curves.svg.
 
 from collections.abc import Mapping, Sequence
 import dataclasses
+import functools
 import logging
 import pathlib
 import sys
@@ -88,6 +89,7 @@ def _run(argv):
       f"--config.{settings[0]}: has no effect on runs; add --config, or leave"
       " it out"
     )
+  configs = probe.load_configs(args.config, settings)
   found = {}
   for subject in subjects.load(args.workdir, [], args.checkpoint):
     model = subject.model
@@ -95,7 +97,6 @@ def _run(argv):
     found[model.name] = measure(
       model.model, model.variables, images, model.image_size
     )
-  configs = probe.load_configs(args.config, settings)
   for i, (label, config) in enumerate(configs.items(), start=1):
     _log.info("%s: model %d of %d", label, i, len(configs))
     experiment = experiment_lib.create(config)
@@ -106,7 +107,9 @@ def _run(argv):
     found[f"{label} (fresh)" if label in found else label] = measure(
       experiment.model, variables, images, config.image_size
     )
-  plots.save_with_table(draw(found), _table(found), args.output / "norm_curves")
+  plots.save_with_table(
+    functools.partial(draw, found), _table(found), args.output / "norm_curves"
+  )
 
 
 def _first(split):

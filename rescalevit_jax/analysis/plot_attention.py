@@ -54,7 +54,9 @@ def _parser():
     " the file; append them, separated by commas: the norm GN, which has the"
     " arrays of LN; tanh for Google's files, whose GELU is not erf; gap,"
     " convex, depth_scaling, c=NUMBER, eps=NUMBER, groups=NUMBER and"
-    " logit_cap=NUMBER for other model keys. Example: a.npz:GN,tanh",
+    " logit_cap=NUMBER for other model keys. As model.norm_epsilon, eps has no"
+    " effect on norms that do not divide by a deviation or root mean square."
+    " Example: a.npz:GN,tanh",
   )
   subjects_lib.add_checkpoint_flag(parser)
   picture = parser.add_mutually_exclusive_group()

@@ -37,6 +37,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _save(paths):
   for path in paths:
+    plots.check_suffix(path)
+  for path in paths:
     plots.save(draw(), path)
 
 

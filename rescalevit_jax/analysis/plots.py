@@ -6,7 +6,7 @@ window.
 
 import argparse
 import collections
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 import io
 import pathlib
 from typing import Any
@@ -100,11 +100,26 @@ def check_suffix(path: pathlib.Path) -> None:
 
 def render(figure: figure_lib.Figure, kind: str, dpi: int = 150) -> bytes:
   """Return a figure as 'png' or 'svg'. Equal figures yield equal bytes."""
+  _fix_layout(figure)
   metadata = {"Date": None} if kind == "svg" else {}
   picture = io.BytesIO()
   with matplotlib.rc_context({"svg.hashsalt": "rescalevit"}):
     figure.savefig(picture, format=kind, dpi=dpi, metadata=metadata)
   return picture.getvalue()
+
+
+def _fix_layout(figure):
+  """Lay a figure out, without the solver's rounding errors, which vary."""
+  figure.draw_without_rendering()
+  figure.set_layout_engine("none")
+  parts = [figure]
+  for part in parts:
+    for ax in part.axes:
+      ax.set_position(np.round(ax.get_position(original=True).bounds, 6))
+    for child in part.subfigs:
+      points = np.round(child.bbox_relative.get_points(), 6)
+      child.bbox_relative.set_points(points)
+      parts.append(child)
 
 
 def save(figure: figure_lib.Figure, path: pathlib.Path) -> None:
@@ -121,12 +136,16 @@ def save(figure: figure_lib.Figure, path: pathlib.Path) -> None:
 
 
 def save_with_table(
-  figure: figure_lib.Figure, rows: Iterable[Iterable[Any]], stem: pathlib.Path
+  draw: Callable[[], figure_lib.Figure],
+  rows: Iterable[Iterable[Any]],
+  stem: pathlib.Path,
 ) -> None:
-  """Write STEM.csv, STEM.png and STEM.svg; print their paths."""
+  """Write STEM.csv, then draw STEM.png and STEM.svg; print their paths."""
+  stem.parent.mkdir(parents=True, exist_ok=True)
+  atomic_file.write(stem.with_suffix(".csv"), csv_text.table(rows))
+  figure = draw()
   for suffix in _FORMATS:
     save(figure, stem.with_suffix(suffix))
-  atomic_file.write(stem.with_suffix(".csv"), csv_text.table(rows))
   for suffix in (".csv", *_FORMATS):
     print(stem.with_suffix(suffix))
 

@@ -22,6 +22,7 @@ and probe.svg.
 
 from collections.abc import Sequence
 import dataclasses
+import functools
 import itertools
 import logging
 import math
@@ -99,11 +100,12 @@ def _run(argv):
   alignment = "ll" + "r" * (len(rows[0]) - 2)
   print(markdown.table(alignment, rows[0], map(dict.values, rows)), end="")
   clips = {config.grad_norm_clip for config in configs.values()}
-  figure = probe_plots.compare(
+  draw = functools.partial(
+    probe_plots.compare,
     [(label, config.model.norm, x) for label, config, x in found],
     clips.pop() if len(clips) == 1 else 0,
   )
-  plots.save_with_table(figure, _table(found), args.output / "probe")
+  plots.save_with_table(draw, _table(found), args.output / "probe")
 
 
 def load_configs(

@@ -11,6 +11,7 @@ from rescalevit_jax.analysis import npz_model
 from rescalevit_jax.analysis import trained_model
 from rescalevit_jax.data import dataset as dataset_lib
 from rescalevit_jax.data import resident
+from rescalevit_jax.pretrained import untrusted_npz
 from rescalevit_jax.runs import folder as folder_lib
 
 
@@ -59,6 +60,9 @@ def load(
   subjects = []
   # All of them first: loading a model takes long.
   configs = [folder_lib.require_config(workdir) for workdir in workdirs]
+  files = [npz_model.parse(reference) for reference in npz]
+  for path, _ in files:
+    untrusted_npz.check_is_file(path)
   for workdir, config in zip(workdirs, configs, strict=True):
     keys = dict(config.data)
     if dataset not in (None, config.dataset):
@@ -74,8 +78,7 @@ def load(
   first = subjects[0].source if subjects else None
   if dataset and not subjects:
     first = (dataset, tfds_data_dir, ())
-  for reference in npz:
-    path, options = npz_model.parse(reference)
+  for path, options in files:
     subjects.append(Subject(npz_model.load(path, **options), path, first))
   names = [subject.model.name for subject in subjects]
   for subject, reference in zip(subjects, [*workdirs, *npz], strict=True):

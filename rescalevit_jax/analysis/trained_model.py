@@ -8,7 +8,6 @@ names = model.top(probabilities[0])
 from collections.abc import Iterable, Mapping, Sequence
 import dataclasses
 import functools
-import json
 import os
 import pathlib
 from typing import Any
@@ -199,19 +198,12 @@ def shapes(model: nn.Module, image_size: int) -> Mapping[str, Any]:
 
 
 def _class_names(workdir, num_classes):
-  path = workdir / folder.CLASS_NAMES
-  try:
-    names = json.loads(path.read_text(encoding="utf-8"))
-  except FileNotFoundError:
+  names = folder.read_class_names(workdir)
+  if names is None:
     return tuple(map(str, range(num_classes)))
-  except (RecursionError, ValueError) as e:
-    raise errors.UserError(f"{path}: damaged ({e}); delete it") from e
-  if (
-    not isinstance(names, list)
-    or not all(isinstance(name, str) for name in names)
-    or len(names) != num_classes
-  ):
+  if len(names) != num_classes:
     raise errors.UserError(
-      f"{path}: is not a list of {num_classes} names; delete it"
+      f"{workdir / folder.CLASS_NAMES}: is not a list of {num_classes} names;"
+      " delete it"
     )
   return tuple(names)

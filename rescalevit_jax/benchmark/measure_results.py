@@ -25,7 +25,7 @@ class Results:
   def __init__(self, plan: measure_plan.Plan, output: pathlib.Path):
     self._plan = plan
     self._output = output
-    self.reference = _read_json(plan.reference)
+    self.reference = _read_object(plan.reference)
     key = measure_reference.key(plan.config)
     if any(self.reference.get(name) != key[name] for name in key):
       raise errors.UserError(
@@ -72,7 +72,7 @@ class Results:
 
   def _read(self, name):
     path = self._output / f"{name}.json"
-    return _read_json(path) if path.exists() else {}
+    return _read_object(path) if path.exists() else {}
 
   def _write(self, name, value):
     atomic_file.write_json(self._output / f"{name}.json", value, indent=1)
@@ -113,17 +113,23 @@ def read_bounds(path: pathlib.Path) -> list[dict[str, Any]]:
     UserError: the file is damaged, or of several GPUs.
   """
   found = _read_json(path)
-  try:
-    devices, rows = found.get("devices", 1), found["rows"]
-  except (AttributeError, KeyError) as e:
+  rows = found.get("rows") if isinstance(found, dict) else None
+  if not isinstance(rows, list) or not all(isinstance(x, dict) for x in rows):
     raise errors.UserError(
       f"--bounds: {path} has no rows; give compiled.json of --compile_for"
-    ) from e
-  if devices != 1:
+    )
+  if (devices := found.get("devices", 1)) != 1:
     raise errors.UserError(
       f"--bounds: {path} is of {devices} GPUs; compile with --devices=1"
     )
   return rows
+
+
+def _read_object(path):
+  found = _read_json(path)
+  if not isinstance(found, dict):
+    raise errors.UserError(f"{path}: damaged (no JSON object); delete it")
+  return found
 
 
 def _read_json(path):

@@ -77,24 +77,28 @@ def _conflicts(config):
       )
   if config.warmup_steps + (config.decay_steps or 0) > config.total_steps:
     yield (
-      f"warmup_steps and decay_steps ({config.warmup_steps} and"
-      f" {config.decay_steps}) exceed total_steps ({config.total_steps}); lower"
-      " decay_steps"
+      f"warmup_steps ({config.warmup_steps}) and decay_steps"
+      f" ({config.decay_steps}) exceed total_steps ({config.total_steps});"
+      " lower decay_steps"
     )
+  alpha_init = f"model.alpha_init ({config.model.alpha_init})"
   if config.model.alpha_init is not None and config.calibration == "all":
-    yield "calibration (all) replaces model.alpha_init; set calibration=auto"
+    yield f"calibration (all) replaces {alpha_init}; set calibration=auto"
   calibrated = base.CALIBRATED in (config.model.alpha_init or "")
   if calibrated and config.calibration == "none":
-    yield "model.alpha_init needs a calibration; set calibration=auto"
+    yield (
+      f"{alpha_init} needs a calibration, which calibration (none) omits; set"
+      " calibration=auto"
+    )
   if config.spectral_cap and config.model.sigma_reparam:
     yield (
       f"spectral_cap ({config.spectral_cap}) has no effect with"
-      " model.sigma_reparam; choose one of them"
+      " model.sigma_reparam (True); choose one of them"
     )
   if config.augment.pad_crop and config.augment.crop:
     yield (
-      f"augment.pad_crop ({config.augment.pad_crop}) and augment.crop are both"
-      " on; choose one of them"
+      f"augment.pad_crop ({config.augment.pad_crop}) and augment.crop (True)"
+      " are both on; choose one of them"
     )
   if config.batch % config.accum_steps:
     yield (
@@ -103,8 +107,9 @@ def _conflicts(config):
     )
   if config.batch == config.accum_steps and (config.mixup or config.cutmix):
     yield (
-      "mixup and cutmix need micro-batches of two or more images, but"
-      f" batch / accum_steps is 1; lower accum_steps ({config.accum_steps})"
+      f"mixup ({config.mixup}) and cutmix ({config.cutmix}) need micro-batches"
+      f" of two or more images, but batch ({config.batch}) / accum_steps"
+      f" ({config.accum_steps}) is 1; lower accum_steps"
     )
 
 

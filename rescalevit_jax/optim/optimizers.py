@@ -39,8 +39,8 @@ def create(
   lr_table, wd_table = groups.parse(lr_mult), groups.parse(wd_mult)
   if wd_table and not weight_decay:
     raise errors.UserError(
-      f"config: wd_mult ({wd_mult}) multiplies weight_decay, which is 0; set"
-      " weight_decay"
+      f"config: wd_mult ({wd_mult}) multiplies weight_decay ({weight_decay});"
+      " set weight_decay"
     )
   if name == "sgd":
     optimizer = sgd(

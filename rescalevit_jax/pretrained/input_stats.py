@@ -23,9 +23,12 @@ def json_beside(path: pathlib.Path, name: str) -> dict[str, Any]:
   if not file.exists():
     return {}
   try:
-    return dict(json.loads(file.read_text(encoding="utf-8")))
-  except (RecursionError, TypeError, ValueError) as e:
-    raise errors.UserError(f"{file}: not valid JSON ({e}); remove it") from e
+    found = json.loads(file.read_text(encoding="utf-8"))
+  except errors.DAMAGED_JSON:
+    found = None
+  if not isinstance(found, dict):
+    raise errors.UserError(f"{file}: not a JSON object; remove it")
+  return found
 
 
 def parse(mean: str | None, std: str | None) -> Stats | None:

@@ -79,7 +79,8 @@ class _BoundedFile(io.BufferedReader):
     return super().read(size)
 
 
-def _open_file(path):
+def check_is_file(path: str) -> None:
+  """Raise UserError unless there is such a file."""
   problem = None
   if not os.path.exists(path):
     problem = "no such file"
@@ -90,6 +91,10 @@ def _open_file(path):
     raise errors.UserError(
       f"{path}: {problem}; give the path of an .npz checkpoint"
     )
+
+
+def _open_file(path):
+  check_is_file(path)
   with _one_line_errors(path):
     return _BoundedFile(io.FileIO(path))
 

@@ -62,6 +62,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(args):
+  for path in args.output:
+    if path.suffix != ".md":
+      plots.check_suffix(path)
   outcomes = read(args.csv)
   labels = dict(label.split("=", 1) for label in args.label if "=" in label)
   if unknown := set(labels) - {x.method for x in outcomes}:

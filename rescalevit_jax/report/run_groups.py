@@ -2,9 +2,9 @@
 
 from collections.abc import Iterable
 import dataclasses
-import math
 import os
 import pathlib
+import sys
 from typing import Any
 
 import ml_collections
@@ -123,6 +123,9 @@ def _check(run):
   """Raise UserError unless the result has the values of the tables."""
   result = run.result
   valid = {key: _is_number(result.get(key)) for key in _NUMBERS}
+  for key in ("best_accuracy", "last_accuracy"):
+    valid[key] &= 0 <= result[key] <= 1
+  valid["examples_evaluated"] = _is_number(result.get("examples_evaluated", 0))
   valid["devices"] = isinstance(result.get("devices"), list)
   valid["versions"] = isinstance(result.get("versions"), dict)
   for key, is_valid in valid.items():
@@ -135,7 +138,7 @@ def _check(run):
 
 
 def _is_number(value):
-  return type(value) in (int, float) and math.isfinite(value)
+  return type(value) in (int, float) and abs(value) <= sys.float_info.max
 
 
 def order(config: ml_collections.ConfigDict) -> tuple[Any, ...]:

@@ -99,10 +99,10 @@ class Checkpoints:
         if name != "loss_scale" or (saved / name).exists()
       }
       args["progress"] = ocp.args.JsonRestore()
-      return dict(manager.restore(step, args=ocp.args.Composite(**args)))
+      items = dict(manager.restore(step, args=ocp.args.Composite(**args)))
+      return items, Progress(**items.pop("progress"))
 
-    items = _restore(self._last, read)
-    progress = Progress(**items.pop("progress"))
+    items, progress = _restore(self._last, read)
     self.delete_best(after=progress.best_step)
     best = progress.best_step
     if best in (0, *self._best.all_steps()):

@@ -44,9 +44,11 @@ def evaluation(
   if config.eval_dataset is None and config.eval_split is None:
     return workdir
   name = config.eval_dataset or config.dataset
+  for character in "%/*-":  # "_" may be part of another dataset's name.
+    name = name.replace(character, f"%{ord(character):X}")
   if config.eval_split is not None:
     name += f"-{config.eval_split}"
-  return workdir / EVALUATIONS / name.replace("/*", "_all").replace("/", "_")
+  return workdir / EVALUATIONS / name
 
 
 def checkpoints(workdir: str | pathlib.Path, kind: str) -> pathlib.Path:
@@ -78,20 +80,31 @@ def read_config(
     ) from e
 
 
+def read_class_names(workdir: str | pathlib.Path) -> list[str] | None:
+  """Return the names in class_names.json, None without the file."""
+  path = pathlib.Path(workdir) / CLASS_NAMES
+  try:
+    names = json.loads(path.read_text(encoding="utf-8"))
+  except FileNotFoundError:
+    return None
+  except errors.DAMAGED_JSON as e:
+    raise errors.UserError(f"{path}: damaged ({e}); delete it") from e
+  if not isinstance(names, list) or not all(isinstance(x, str) for x in names):
+    raise errors.UserError(f"{path}: is not a list of names; delete it")
+  return names
+
+
 def check_class_names(
   workdir: str | pathlib.Path, class_names: Sequence[str]
 ) -> None:
   """Raise UserError if the classes of a run's dataset have changed.
 
-  A run without class_names.json, or with a damaged one, passes.
+  A run without class_names.json passes.
   """
-  path = pathlib.Path(workdir) / CLASS_NAMES
-  try:
-    saved = json.loads(path.read_text(encoding="utf-8"))
-  except (FileNotFoundError, *errors.DAMAGED_JSON):
-    return
-  if saved != list(class_names):
-    differing = sorted({*map(str, saved)} ^ {*class_names}) or ["their order"]
+  saved = read_class_names(workdir)
+  if saved not in (None, list(class_names)):
+    differing = sorted({*saved} ^ {*class_names}) or ["their order"]
+    path = pathlib.Path(workdir) / CLASS_NAMES
     raise errors.UserError(
       f"{path}: the run has {len(saved)} classes, its dataset has"
       f" {len(class_names)} now; they differ in {', '.join(differing[:3])};"

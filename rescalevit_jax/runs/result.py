@@ -81,8 +81,7 @@ def diverged(step: int, error: str) -> dict[str, Any]:
 
 def write(workdir: pathlib.Path, result: dict[str, Any]) -> None:
   """Write result.json."""
-  text = json.dumps(result, indent=2) + "\n"
-  atomic_file.write(workdir / folder_lib.RESULT, text)
+  atomic_file.write_json(workdir / folder_lib.RESULT, result)
 
 
 def read(workdir: str | pathlib.Path) -> dict[str, Any] | None:

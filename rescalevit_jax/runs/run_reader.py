@@ -78,13 +78,13 @@ def read_metrics(workdir: pathlib.Path) -> list[dict[str, Any]]:
 
 
 def parse_metrics(lines: Iterable[str]) -> list[dict[str, Any]]:
-  """Parse lines of metrics.jsonl; omit those that a killed process cut off."""
+  """Parse lines of metrics.jsonl; omit damaged ones, as after a kill."""
   parsed = []
   for line in lines:
     with contextlib.suppress(*errors.DAMAGED_JSON):
       value = json.loads(line)
-      value["step"]
-      parsed.append(value)
+      if isinstance(value["step"], int):
+        parsed.append(value)
   return parsed
 
 

@@ -2,6 +2,7 @@
 
 import argparse
 from collections.abc import Callable, Sequence
+import contextlib
 import os
 import pathlib
 import sys
@@ -60,16 +61,20 @@ def parser(doc: str | None, **options: Any) -> argparse.ArgumentParser:
 
 def positive(text: str) -> int:
   """Parse the value of a flag that is a number above 0, for argparse."""
-  if not text.isdecimal() or int(text) < 1:
-    raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
-  return int(text)
+  return _integer(text, 1, "a whole number above 0")
 
 
 def index(text: str) -> int:
   """Parse the value of a flag that is an index, for argparse."""
-  if not text.isdecimal():
-    raise argparse.ArgumentTypeError(f"{text!r} is not an integer >= 0")
-  return int(text)
+  return _integer(text, 0, "an integer >= 0")
+
+
+def _integer(text, least, expected):
+  """Parse an integer in Python's notation, as config keys are: also 1_000."""
+  with contextlib.suppress(ValueError):
+    if (number := int(text)) >= least:
+      return number
+  raise argparse.ArgumentTypeError(f"{text!r} is not {expected}")
 
 
 def check_output(path: str | os.PathLike[str]) -> None:
@@ -87,16 +92,16 @@ def run(body: Callable[[], int | None]) -> int:
 
   The exit code is the result of `body`, 1 after an error, or 130 after Ctrl-C.
   """
+  prepare()
   if hasattr(sys.stdout, "reconfigure"):
     # File names may have characters that the terminal cannot show.
     sys.stdout.reconfigure(errors="backslashreplace")
-  prepare()
   try:
-    return body() or 0
+    code = body() or 0
+    sys.stdout.flush()
+    return code
   except BrokenPipeError:
-    # The pipe is closed, as in `| head`; Python flushes again at exit.
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return 1
+    return discard_output()
   except (errors.UserError, OSError) as e:
     return fail(str(e))
   except jax.errors.JaxRuntimeError as e:
@@ -112,10 +117,26 @@ def run(body: Callable[[], int | None]) -> int:
 
 def prepare() -> None:
   """Set up the process of a command, before devices are used."""
+  open_closed_streams()
   cuda_plugin.hide_if_compile_only()
   cache.enable_compilation_cache()
   # A notebook's backend need not exist here; pictures are written to files.
   os.environ["MPLBACKEND"] = "agg"
+
+
+def open_closed_streams() -> None:
+  """Direct stdout and stderr to nowhere if they are closed, as by `>&-`."""
+  for name in ("stdout", "stderr"):
+    if getattr(sys, name) is None:
+      # The lowest free descriptor: files would get it, and libraries' output.
+      setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))
+
+
+def discard_output() -> int:
+  """Return the exit code if the reader of stdout has gone, as in `| head`."""
+  # Python flushes again at exit.
+  os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+  return 1
 
 
 def fail(message: str, code: int = 1) -> int:

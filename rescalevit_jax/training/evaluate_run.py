@@ -16,6 +16,7 @@ from rescalevit_jax.distributed import sharding
 from rescalevit_jax.runs import checkpoint
 from rescalevit_jax.runs import folder
 from rescalevit_jax.runs import result as result_lib
+from rescalevit_jax.runtime import atomic_file
 from rescalevit_jax.training import evaluate
 from rescalevit_jax.training import experiment as experiment_lib
 from rescalevit_jax.training import initial_state
@@ -36,8 +37,8 @@ def evaluate_run(
   names = _datasets(config)
   if len(names) > 1 and config.save_predictions:
     raise errors.UserError(
-      f"config: save_predictions needs one dataset, not {config.eval_dataset};"
-      " set it to False"
+      "config: save_predictions (True) needs one dataset, and eval_dataset"
+      f" ({config.eval_dataset}) is several; set save_predictions=False"
     )
   experiment, model, variables, info = _load(config, workdir)
   evaluator = evaluate.create_evaluator(experiment, model)
@@ -63,7 +64,7 @@ def evaluate_run(
     return results[name].summary
   found = scores.of_suite({k: x.summary for k, x in results.items()})
   if is_first:
-    scores.write_json(_output(config, workdir) / folder.EVALUATION, found)
+    atomic_file.write_json(_output(config, workdir) / folder.EVALUATION, found)
   return found
 
 
@@ -111,7 +112,7 @@ def probe_run(
     "linear": scores.accuracy(linear, labels) | {"penalty": penalty},
   }
   if jax.process_index() == 0:
-    scores.write_json(_output(config, workdir) / folder.PROBE, found)
+    atomic_file.write_json(_output(config, workdir) / folder.PROBE, found)
   return found
 
 
@@ -180,7 +181,8 @@ def _load_pretrained(experiment):
   path = experiment.config.pretrained_path
   if path is None:
     raise errors.UserError(
-      "config: eval_weights is 'pretrained' without a file; set pretrained_path"
+      "config: eval_weights (pretrained) needs a file, and pretrained_path"
+      " (None) is none; set pretrained_path"
     )
   state, report = initial_state.load_pretrained(
     experiment, experiment.init_state()

@@ -4,7 +4,6 @@ from collections.abc import Mapping, Sequence
 import csv
 import dataclasses
 import io
-import json
 import math
 import pathlib
 import re
@@ -72,7 +71,7 @@ class Evaluation:
     Above 2000 classes there is no confusion.csv. A predictions.npz of another
     evaluation is deleted.
     """
-    write_json(workdir / folder.EVALUATION, self.summary)
+    atomic_file.write_json(workdir / folder.EVALUATION, self.summary)
     if len(self.class_names) <= _MOST_CONFUSED:
       self._write_confusion(workdir / folder.CONFUSION)
     if save_predictions:
@@ -125,11 +124,6 @@ def evaluation(
     )
   summary = info | scores(logits, labels, class_names)
   return Evaluation(summary, class_names, logits, labels)
-
-
-def write_json(path: pathlib.Path, value: Mapping[str, Any]) -> None:
-  """Write a JSON file, atomically."""
-  atomic_file.write(path, json.dumps(value, indent=2) + "\n")
 
 
 def accuracy(

@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import json
 import logging
 import pathlib
 import tempfile
@@ -95,9 +94,8 @@ def _train_and_evaluate(config, workdir, folder, draw_attention):
     # Of a diverged run with another config.
     (folder / folder_lib.RESULT).unlink(missing_ok=True)
     atomic_file.write(folder / folder_lib.CONFIG, config_lib.to_json(config))
-    atomic_file.write(
-      folder / folder_lib.CLASS_NAMES,
-      json.dumps(experiment.dataset.class_names, indent=2) + "\n",
+    atomic_file.write_json(
+      folder / folder_lib.CLASS_NAMES, experiment.dataset.class_names
     )
     keep = functools.partial(_is_of_the_past, progress)
     with metric_writers.MetricWriter(

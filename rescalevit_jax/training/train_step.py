@@ -198,9 +198,8 @@ def update(
     opt_state=opt_state,
   )
   if state.ema is not None:
-    count = new.step
-    if loss_scale is not None:
-      count -= loss_scale.skipped_steps
+    # Unlike the step, the optimizer does not count skipped steps.
+    (_, count), *_ = optax.tree.get_all_with_path(opt_state, "count")
     ema = ema_lib.update(state.ema, new.evaluated, count, ema_decay)
     new = new.replace(ema=ema)
   metrics = {"loss": loss, "grad_norm": clipping.global_norm(grads)}

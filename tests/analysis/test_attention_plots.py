@@ -42,6 +42,18 @@ def test_tokens_plot_shows_head_0_of_three_blocks(image):
     )
 
 
+@pytest.mark.parametrize("kind", attention_plots.KINDS)
+def test_pictures_are_the_same_in_every_run(kind, image):
+  """The solver of the layout adds up in the order of memory addresses."""
+  models = [tiny_model.create(), tiny_model.create()]
+  pictures, garbage = set(), []
+  for i in range(4):
+    figure = attention_plots.draw(kind, models, image)
+    pictures.add(plots.render(figure, "svg"))
+    garbage += [bytearray(100 * i + j) for j in range(1000)]
+  assert len(pictures) == 1
+
+
 def test_heads_plot_shows_every_head_of_a_block(image):
   model = tiny_model.create()
   panels = axes(attention_plots.draw("heads", [model], image, block=2))

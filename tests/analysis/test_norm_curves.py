@@ -85,6 +85,12 @@ def test_checkpoint_flag_requires_a_run(capsys):
   assert "add --workdir" in capsys.readouterr().err
 
 
+def test_configs_are_checked_before_models_are_loaded(monkeypatch, capsys):
+  monkeypatch.delattr(norm_curves.subjects, "load")
+  assert norm_curves.main(["--workdir=a", "--config=nowhere.py"]) == 1
+  assert "nowhere.py" in capsys.readouterr().err
+
+
 def test_run_and_config_of_equal_name_are_both_drawn(tmp_path, monkeypatch):
   model = types.SimpleNamespace(
     name="LN", model=None, variables=None, image_size=8

@@ -128,6 +128,8 @@ def test_one_file_with_different_options(digits_dir, tmp_path):
 
 
 def test_options_of_a_file_are_parsed(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  (tmp_path / "a.npz").touch()
   said = []
 
   def load(path, **kwargs):
@@ -140,12 +142,16 @@ def test_options_of_a_file_are_parsed(tmp_path, monkeypatch):
   assert said == [("a.npz", words)]
 
 
+@pytest.mark.parametrize(
+  "runs, npz",
+  [(["nowhere"], []), ([], ["nowhere.npz"]), ([], ["a:LN,nowhere"])],
+)
 def test_a_missing_run_is_reported_before_models_are_loaded(
-  tiny_run, tmp_path, monkeypatch
+  runs, npz, tiny_run, monkeypatch
 ):
   monkeypatch.delattr(trained_model, "load")
   with pytest.raises(errors.UserError, match="nowhere"):
-    subjects.load([str(tiny_run), str(tmp_path / "nowhere")], [])
+    subjects.load([str(tiny_run), *runs], npz)
 
 
 def test_runs_with_equal_names_are_distinguished(tiny_run, tmp_path):

@@ -110,6 +110,15 @@ def test_equal_figures_yield_equal_bytes(tmp_path, suffix):
   assert first.stat().st_size > 5000
 
 
+def test_a_table_outlives_a_failed_picture(tmp_path):
+  def fail():
+    raise OverflowError
+
+  with pytest.raises(OverflowError):
+    plots.save_with_table(fail, [["a"], [1]], tmp_path / "new" / "a")
+  assert (tmp_path / "new" / "a.csv").read_text() == "a\n1\n"
+
+
 def test_svg_is_one_element():
   text = plots.svg(plots.curves([run("LN", [0.1])]))
   assert text.startswith("<svg") and text.rstrip().endswith("</svg>")

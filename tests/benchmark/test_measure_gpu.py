@@ -354,6 +354,21 @@ def test_bounds_for_several_gpus_are_refused(tmp_path):
     measure_results.read_bounds(path)
 
 
+@pytest.mark.parametrize("text", ["3", "[]", '{"rows": 3}', '{"rows": [3]}'])
+def test_bounds_are_rows(tmp_path, text):
+  path = tmp_path / "compiled.json"
+  path.write_text(text)
+  with pytest.raises(errors.UserError, match=r"compiled\.json has no rows; "):
+    measure_results.read_bounds(path)
+
+
+@pytest.mark.parametrize("name", ["machine", "norms", "reference"])
+def test_results_that_are_no_object_are_damage(session, tmp_path, name):
+  (tmp_path / f"{name}.json").write_text("3")
+  with pytest.raises(errors.UserError, match=rf"{name}\.json: damaged .*; del"):
+    session(1000)
+
+
 def test_an_item_that_fails_does_not_stop_the_next(monkeypatch):
   items = {
     norm: {

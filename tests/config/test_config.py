@@ -76,7 +76,7 @@ def test_default_is_valid_and_equals_rescalevits_recipe():
     ("model.stochastic_depth", 1.0, "[0, 1)"),
     ("model.pool", "mean", "cls, gap"),
     ("augment.pad_crop", -1, ">= 0"),
-    ("augment.pad_crop", 4, "augment.crop are both"),
+    ("augment.pad_crop", 4, "augment.crop (True) are both"),
     ("augment.auto", "random", "none, trivial"),
     ("augment.rand_ops", 0, "> 0"),
     ("augment.rand_magnitude", 10.5, "[0, 10]"),
@@ -106,6 +106,26 @@ def test_invalid_values_name_the_key_and_valid_values(key, value, words):
   assert "\n" not in str(e.value)
 
 
+@pytest.mark.parametrize(
+  "values",
+  [
+    {"warmup_steps": 500, "decay_steps": 19_600, "total_steps": 20_000},
+    {"calibration": "all", "model.alpha_init": "0.5"},
+    {"calibration": "none", "model.alpha_init": "calibrated"},
+    {"spectral_cap": 1.0, "model.sigma_reparam": True},
+    {"augment.pad_crop": 4, "augment.crop": True},
+    {"batch": 8, "accum_steps": 8, "mixup": 0.2, "cutmix": 0.0},
+  ],
+)
+def test_conflicts_quote_the_values_of_all_keys(values):
+  config = config_lib.default()
+  config.update_from_flattened_dict(values)
+  with pytest.raises(errors.UserError, match=r"^config: .*; ") as e:
+    config_lib.validate(config)
+  for key, value in values.items():
+    assert f"{key} ({value})" in str(e.value)
+
+
 def test_sigma_reparam_with_spectral_cap_is_an_error():
   config = config_lib.default()
   config.spectral_cap, config.model.sigma_reparam = 1.0, True
@@ -119,7 +139,7 @@ def test_mixing_requires_two_images(key):
   config.update({key: 0.5, "batch": 8, "accum_steps": 4})
   config_lib.validate(config)
   config.accum_steps = 8
-  with pytest.raises(errors.UserError, match="mixup and cutmix.*accum_steps"):
+  with pytest.raises(errors.UserError, match="mixup.*cutmix.*accum_steps"):
     config_lib.validate(config)
   config[key] = 0.0
   config_lib.validate(config)

@@ -210,11 +210,16 @@ def test_small_gradients_vanish_without_the_scale():
   assert error(2**-14) > 10 * error(2**10)
 
 
-def test_averages_exclude_skipped_steps():
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_averages_exclude_skipped_steps(dtype):
   scratch = scratch_of("float16")
   state, _ = train_once(with_scale(scratch, scale=jnp.float32(ABSURD)))
   assert state.loss_scale.skipped_steps == 1
-  state, _ = train_once(with_scale(state, scale=scratch.loss_scale.scale))
+  if dtype == "float16":
+    state = with_scale(state, scale=scratch.loss_scale.scale)
+  else:
+    state = state.replace(loss_scale=None)
+  state, _ = train_once(state, dtype)
   # The first update copies the latest values.
   for x, y in zip(
     jax.tree.leaves(state.ema["params"]),

@@ -405,9 +405,10 @@ def test_do_normalize_false_is_honored(tmp_path):
     path, heads=HEADS, normalization=([0] * 3, [1] * 3)
   )
   np.testing.assert_equal(found, expected)
-  file.write_text("{")
-  with pytest.raises(errors.UserError, match="not valid JSON"):
-    convert.convert(path, heads=HEADS)
+  for text in ("{", "3", "[]"):
+    file.write_text(text)
+    with pytest.raises(errors.UserError, match="not a JSON object"):
+      convert.convert(path, heads=HEADS)
 
 
 @pytest.mark.parametrize(

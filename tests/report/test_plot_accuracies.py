@@ -2,6 +2,7 @@
 
 import pytest
 
+from rescalevit_jax.analysis import plot_block
 from rescalevit_jax.report import lr_table
 from rescalevit_jax.report import plot_accuracies
 
@@ -83,6 +84,19 @@ def test_command_writes_a_table(tmp_path):
   # two is doubled.
   assert y.endswith("+3.00 ± 0.82 | +0.73 to +5.27 | 0.021 | 0.043 |")
   assert z.endswith("-1.00 ± 0.82 | -3.27 to +1.27 | 0.288 | 0.288 |")
+
+
+def test_no_picture_is_written_if_another_has_an_unknown_format(
+  table, tmp_path, capsys
+):
+  outputs = [f"--output={tmp_path}/a.svg", f"--output={tmp_path}/a.gif"]
+  for main, argv in (
+    (plot_accuracies.main, [str(table)]),
+    (plot_block.main, []),
+  ):
+    assert main([*argv, *outputs]) == 1
+    assert "a.gif" in capsys.readouterr().err
+    assert not (tmp_path / "a.svg").exists()
 
 
 @pytest.mark.parametrize(

@@ -103,10 +103,21 @@ def test_a_result_without_hardware_is_damaged(key, tmp_path):
   assert not study.finished and key in study.damaged[0]
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), True, "1"])
-def test_a_result_without_a_finite_number_is_damaged(tmp_path, value):
-  fake_runs.write(tmp_path / "a", {}, {"last_loss": value})
+@pytest.mark.parametrize(
+  "key, value",
+  [
+    ("last_loss", float("nan")),
+    ("last_loss", float("inf")),
+    ("last_loss", True),
+    ("last_loss", "1"),
+    pytest.param("last_loss", 10**400, id="huge"),
+    ("examples_evaluated", "1"),
+    ("last_accuracy", 3),
+  ],
+)
+def test_a_result_without_a_finite_number_is_damaged(tmp_path, key, value):
+  fake_runs.write(tmp_path / "a", {}, {key: value})
   fake_runs.write(tmp_path / "b", {"seed": 1}, {})
   study = run_groups.collect(tmp_path)
   assert [run.workdir.name for run in study.finished] == ["b"]
-  assert "last_loss" in study.damaged[0]
+  assert key in study.damaged[0]

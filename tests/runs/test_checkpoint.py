@@ -161,6 +161,10 @@ def test_checkpoint_of_another_model_is_refused(tmp_path):
     saved.wait()
     with pytest.raises(errors.UserError, match="last/7.*not of this model"):
       restore(saved, state(0, width=4))
+    progress = tmp_path / "checkpoints/last/7/progress/metadata"
+    progress.write_text('{"steps": 7}')
+    with pytest.raises(errors.UserError, match="last/7.*damaged.*'steps'"):
+      restore(saved, state(0))
 
 
 def test_checksums_detect_damage_of_every_file(tmp_path):

@@ -3,11 +3,13 @@
 import json
 import math
 import os
+import re
 
 import pytest
 
 from rescalevit_jax import config as config_lib
 from rescalevit_jax import errors
+from rescalevit_jax.runs import folder
 from rescalevit_jax.runs import run_reader
 
 
@@ -186,7 +188,10 @@ def test_an_unknown_status_is_damage(tmp_path, status):
     run_reader.read(tmp_path / "a")
 
 
-@pytest.mark.parametrize("line", ['"step"', "[1]", "7", '{"step"', "{}"])
+@pytest.mark.parametrize(
+  "line",
+  ['"step"', "[1]", "7", '{"step"', "{}", '{"step": "2"}', '{"step": []}'],
+)
 def test_a_line_of_metrics_without_a_step_is_skipped(line):
   assert run_reader.parse_metrics([line, '{"step": 1}']) == [{"step": 1}]
 
@@ -197,6 +202,15 @@ def test_a_line_of_metrics_with_invalid_utf8_is_skipped(tmp_path):
     b'{"step": 1, "x": 1}\n\xff\xfe\n{"step": 2, "x": 3}\n'
   )
   assert run_reader.read(tmp_path / "a").curve("x") == ([1, 2], [1, 3])
+
+
+@pytest.mark.parametrize("text", ["3", "null", "{}", '"ab"', "[1]", "["])
+def test_class_names_that_are_no_list_of_names_are_damage(tmp_path, text):
+  path = tmp_path / "class_names.json"
+  path.write_text(text)
+  with pytest.raises(errors.UserError) as caught:
+    folder.check_class_names(tmp_path, ("a", "b"))
+  assert re.fullmatch(rf"{path}: .*; delete it", str(caught.value))
 
 
 @pytest.mark.parametrize("name", ["", "nowhere"])

@@ -1,5 +1,6 @@
 """Arguments and process setup shared by all commands."""
 
+import argparse
 import os
 import subprocess
 import sys
@@ -8,6 +9,7 @@ import paths
 from PIL import Image
 import pytest
 
+from rescalevit_jax import errors
 from rescalevit_jax import main
 from rescalevit_jax.runtime import cli
 
@@ -42,6 +44,57 @@ def test_a_url_is_refused_in_one_line(argv, parse, capsys):
   assert caught.value.code == 2
   (line,) = capsys.readouterr().err.splitlines()
   assert argv[-1].split("=")[-1] in line and "URL" in line
+
+
+@pytest.mark.parametrize("text", ["7", "1_00", "007", "-1", "1__0", "1.0", ""])
+def test_flags_and_config_keys_accept_the_same_integers(text):
+  argv = ["main", "--config=configs/quickstart.py", f"--config.seed={text}"]
+  try:
+    expected = main.parse(argv).seed
+  except SystemExit:
+    expected = None
+  for parse in (cli.index, cli.positive):
+    try:
+      found = parse(text)
+    except argparse.ArgumentTypeError as e:
+      assert repr(text) in str(e)
+      found = None
+    assert found == expected
+
+
+def fail(*_):
+  raise errors.UserError("a: is wrong; correct it")
+
+
+@pytest.mark.parametrize("stream", ["stdout", "stderr"])
+@pytest.mark.parametrize("body, code", [(fail, 1), (print, 0)])
+@pytest.mark.parametrize("command", [cli.run, main.main])
+def test_a_closed_stream_is_no_error(
+  command, body, code, stream, monkeypatch, capfd
+):
+  """Python sets sys.stdout to None after `>&-`."""
+  monkeypatch.setattr(sys, stream, None)
+  monkeypatch.setattr(main, "_run", body)
+  monkeypatch.setattr(os, "_exit", sys.exit)
+  if command is main.main and code:
+    with pytest.raises(SystemExit, match=str(code)):
+      command(None)
+  else:
+    assert (command(body) or 0) == code
+  out, err = capfd.readouterr()
+  assert "error" not in out and ("error" in err) == (
+    code == 1 and stream == "stdout"
+  )
+
+
+def test_a_reader_that_has_gone_is_no_error(monkeypatch, capfd):
+  """As in `| true`; the last lines are in Python's buffer."""
+  reader, writer = os.pipe()
+  os.close(reader)
+  with open(writer, "w") as stdout:
+    monkeypatch.setattr(sys, "stdout", stdout)
+    assert cli.run(print) == 1
+  assert capfd.readouterr().err == ""
 
 
 COMMANDS = {

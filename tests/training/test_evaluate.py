@@ -168,10 +168,11 @@ def test_eval_split_of_the_runs_dataset(finished):
 
 def test_results_of_different_images_are_in_different_folders(tmp_path):
   config, found = config_lib.default(), set()
-  for config.eval_dataset in (None, "other", "other/a", "other/*"):
+  alike = "other/a", "other_a", "other/*", "other_all", "other-test[:50%]"
+  for config.eval_dataset in (None, "other", *alike):
     for config.eval_split in (None, "test[:50%]", "test[50%:]", "test[50:]"):
       found.add(folder.evaluation(tmp_path, config))
-  assert len(found) == 16 and tmp_path in found
+  assert len(found) == 28 and tmp_path in found
   assert {x.parent for x in found - {tmp_path}} == {tmp_path / "evaluations"}
 
 
@@ -198,7 +199,7 @@ def test_all_corruptions_of_a_dataset_are_evaluated(finished, monkeypatch):
   monkeypatch.setattr(
     evaluate, "compiled_step", lambda *x: compiled.append(x) or step(*x)
   )
-  with pytest.raises(errors.UserError, match="save_predictions needs one"):
+  with pytest.raises(errors.UserError, match="save_predictions .* needs one"):
     evaluate_run.evaluate_run(config, workdir)
   config.save_predictions = False
   found = evaluate_run.evaluate_run(config, workdir)
