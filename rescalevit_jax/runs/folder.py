@@ -123,6 +123,7 @@ def require_config(workdir: str | pathlib.Path) -> ml_collections.ConfigDict:
     config_lib.validate(config)
   except errors.UserError as e:
     raise errors.UserError(
-      f"{pathlib.Path(workdir) / CONFIG}: damaged, or of another version ({e}); use that version"
+      f"{pathlib.Path(workdir) / CONFIG}: damaged, or of another version ({e});"
+      " use that version"
     ) from e
   return config
