@@ -10,6 +10,7 @@ import fast_xla
 import jax
 import program_cache
 import pytest
+import rare_gc
 import small_run
 
 from rescalevit_jax.data import dataset
@@ -33,6 +34,7 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
   """Configure XLA in each worker before anything is compiled."""
+  rare_gc.switch_on()
   if os.environ.get("JAX_PLATFORMS") == "cpu" and not config.option.slow:
     fast_xla.switch_on()
 

@@ -12,6 +12,7 @@ import zipfile
 
 import paths
 import pytest
+import rare_gc
 import tiny_sweep
 
 from rescalevit_jax import config as config_lib
@@ -85,7 +86,7 @@ def rehearsal(tmp_path_factory, digits_dir, shared_dir):
   hidden = folder / "hidden"
   hidden.mkdir()
   (hidden / "sitecustomize.py").write_text(
-    BLOCK.format(log=str(folder / "network.txt"))
+    rare_gc.CODE + BLOCK.format(log=str(folder / "network.txt"))
   )
   output = folder / "output"
   data = folder / "data"  # All processes have this path in their arguments.

@@ -15,6 +15,7 @@ import sys
 import tempfile
 
 import paths
+import rare_gc
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(
@@ -90,6 +91,7 @@ def run(
 def _run(args, env, stdout, stderr):
   import jax
 
+  rare_gc.switch_on()
   os.chdir(paths.ROOT)
   os.environ.clear()
   os.environ.update(env)

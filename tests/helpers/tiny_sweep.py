@@ -9,6 +9,7 @@ import time
 
 import fast_xla
 import paths
+import rare_gc
 
 KEYS = (
   "model.patch_size=4",
@@ -34,6 +35,7 @@ def environment(folder: pathlib.Path) -> dict[str, str]:
   hidden = folder / "no_tensorflow"
   hidden.mkdir(exist_ok=True)
   (hidden / "tensorflow.py").write_text("raise ImportError('not here')\n")
+  (hidden / "sitecustomize.py").write_text(rare_gc.CODE)
   return {
     **os.environ,
     "JAX_PLATFORMS": "cpu",

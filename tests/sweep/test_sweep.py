@@ -25,10 +25,11 @@ from rescalevit_jax.sweep import schedule
 RESULT = json.dumps(fake_runs.RESULT)
 
 CONFIG = f"--config={paths.ROOT}/configs/quickstart.py"
-GRID = ("--grid=model.norm=LN,Rescale", "--grid=seed=0,1")
+# Norms with one training program; Rescale has two.
+GRID = ("--grid=model.norm=BN,LN", "--grid=seed=0,1")
 NAMES = [
   f"digits-ViT-XS_2-{norm}-scratch-seed{seed}"
-  for norm in ("LN", "Rescale")
+  for norm in ("BN", "LN")
   for seed in (0, 1)
 ]
 
@@ -167,6 +168,7 @@ def test_a_signal_saves_and_stops(finished, tiny, tmp_path):
 def test_a_second_signal_kills_and_nohup_is_respected(tiny, tmp_path):
   runs_dir = tmp_path / "runs"
   keys = (*tiny["keys"], "total_steps=100000", "checkpoint_every=100000")
+  keys = (*keys, "model.norm=LN")
   keys = [k for k in keys if k not in ("total_steps=40", "checkpoint_every=8")]
   previous = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # nohup sets this.
   process = tiny_sweep.start(runs_dir, keys=keys, env=tiny["env"])
@@ -191,11 +193,10 @@ def test_a_second_signal_kills_and_nohup_is_respected(tiny, tmp_path):
 
 
 def test_a_failing_run_is_reported_and_does_not_stop_others(tiny, tmp_path):
-  done = tiny_sweep.run(
-    tmp_path, "--grid", "base_lr=1e30,0.1", "--config.seed", "5", **tiny
-  )
+  flags = ("--grid", "base_lr=1e30,0.1", "--config.seed", "5")
+  done = tiny_sweep.run(tmp_path, *flags, "--config.model.norm=LN", **tiny)
   assert done.returncode == 1
-  start = f"{tmp_path}/digits-ViT-XS_2-Rescale-scratch-seed5-base_lr="
+  start = f"{tmp_path}/digits-ViT-XS_2-LN-scratch-seed5-base_lr="
   summary = done.stderr.splitlines()[-3:]
   assert summary[0].endswith("1 done, 1 failed")
   assert f"failed: {start}1e+30: error: step " in summary[1]

@@ -186,16 +186,17 @@ def test_resumed_run_equals_an_uninterrupted_run(
 
 
 @pytest.mark.parametrize(
-  "recipe",
+  "norm, recipe",
   [
-    *("adamw", "float16"),
-    pytest.param("sgd", marks=pytest.mark.slow),
-    pytest.param("muon", marks=pytest.mark.slow),
+    *(("BN", "adamw"), ("BN", "float16")),
+    pytest.param("Rescale", "sgd", marks=pytest.mark.slow),
+    pytest.param("Rescale", "muon", marks=pytest.mark.slow),
   ],
 )
 def test_resumed_run_of_any_recipe_equals_an_uninterrupted_run(
-  tiny_config, tmp_path, stop_at, recipe
+  tiny_config, tmp_path, stop_at, norm, recipe
 ):
+  tiny_config.model.norm = norm
   tiny_config.model.num_layers = 1
   tiny_config.update_from_flattened_dict(recipes.RECIPES[recipe])
   train.train_and_evaluate(tiny_config, tmp_path / "a")

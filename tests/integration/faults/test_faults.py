@@ -44,7 +44,7 @@ time.time_ns = turned(time.time_ns, 86400 * 10**9)
 def whole(digits_dir, tmp_path_factory):
   """Return an uninterrupted run."""
   folder = tmp_path_factory.mktemp("whole")
-  keys = (*trials.KEYS, f"tfds_data_dir={digits_dir}")
+  keys = (*trials.KEYS, "model.norm=BN", f"tfds_data_dir={digits_dir}")
   env = tiny_sweep.environment(folder)
   trial = trials.Trial(folder / "run", folder / "log", keys, env)
   trial.finish()
