@@ -13,6 +13,7 @@ import flax
 import jax
 from jax.sharding import Mesh
 import numpy as np
+import rare_gc
 import recipes
 
 from rescalevit_jax import config as config_lib
@@ -28,6 +29,7 @@ def _missing():
 
 
 def main(norm, recipe, folder, data_dir):
+  rare_gc.switch_on()
   assert jax.device_count() == 8
   config = config_lib.default()
   config.update(

@@ -8,6 +8,7 @@ import shutil
 
 import jax
 import numpy as np
+import program_cache
 import pytest
 
 from rescalevit_jax import errors
@@ -33,6 +34,12 @@ def _flip(path):
 
 
 DAMAGES = (os.unlink, _truncate, _halve, _flip)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def programs():
+  with program_cache.shared():
+    yield
 
 
 @pytest.fixture(scope="module")
