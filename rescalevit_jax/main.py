@@ -22,8 +22,10 @@ def _interrupt(number, frame):
   No KeyboardInterrupt: Python prints and drops those that arise in callbacks.
   """
   del number, frame
-  os.write(2, b"error: interrupted; run the same command to resume\n")
-  os._exit(130)
+  try:
+    os.write(2, b"error: interrupted; run the same command to resume\n")
+  finally:  # Also if stderr is closed.
+    os._exit(130)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-r"""Draw the outputs of norms over their inputs, by depth.
+r"""Plot norm outputs against inputs, by depth.
 
 python -m rescalevit_jax.analysis.norm_curves --workdir=runs/a
 python -m rescalevit_jax.analysis.norm_curves --config=configs/norm_free.py:LN \

@@ -54,8 +54,8 @@ def _parser():
     " the file; append them, separated by commas: the norm GN, which has the"
     " arrays of LN; tanh for Google's files, whose GELU is not erf; gap,"
     " convex, depth_scaling, c=NUMBER, eps=NUMBER, groups=NUMBER and"
-    " logit_cap=NUMBER for other model keys. As model.norm_epsilon, eps has no"
-    " effect on norms that do not divide by a deviation or root mean square."
+    " logit_cap=NUMBER for other model keys. eps affects only norms that"
+    " divide by a standard deviation or a root mean square."
     " Example: a.npz:GN,tanh",
   )
   subjects_lib.add_checkpoint_flag(parser)

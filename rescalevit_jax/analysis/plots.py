@@ -109,7 +109,10 @@ def render(figure: figure_lib.Figure, kind: str, dpi: int = 150) -> bytes:
 
 
 def _fix_layout(figure):
-  """Lay a figure out, without the solver's rounding errors, which vary."""
+  """Compute the layout once and round it.
+
+  The solver's rounding errors differ between processes.
+  """
   figure.draw_without_rendering()
   figure.set_layout_engine("none")
   parts = [figure]
@@ -125,10 +128,14 @@ def _fix_layout(figure):
 def save(figure: figure_lib.Figure, path: pathlib.Path) -> None:
   """Write a figure as PNG or SVG, depending on the path's suffix."""
   check_suffix(path)
-  picture = render(figure, path.suffix.lower().removeprefix("."))
+  write(path, render(figure, path.suffix.lower().removeprefix(".")))
+
+
+def write(path: pathlib.Path, content: str | bytes) -> None:
+  """Write an output file, in a new folder if necessary."""
   try:
     path.parent.mkdir(parents=True, exist_ok=True)
-    atomic_file.write(path, picture)
+    atomic_file.write(path, content)
   except OSError as e:
     raise errors.UserError(
       f"{path}: cannot be written ({e.strerror}); choose another path"
@@ -141,8 +148,7 @@ def save_with_table(
   stem: pathlib.Path,
 ) -> None:
   """Write STEM.csv, then draw STEM.png and STEM.svg; print their paths."""
-  stem.parent.mkdir(parents=True, exist_ok=True)
-  atomic_file.write(stem.with_suffix(".csv"), csv_text.table(rows))
+  write(stem.with_suffix(".csv"), csv_text.table(rows))
   figure = draw()
   for suffix in _FORMATS:
     save(figure, stem.with_suffix(suffix))
@@ -169,6 +175,7 @@ def legend_below(axes: axes_lib.Axes, columns: int, **options: Any) -> None:
 
 def pixels(figure: figure_lib.Figure) -> UInt8[np.ndarray, "H W 3"]:
   """Return a figure as an image."""
+  _fix_layout(figure)
   canvas = backend_agg.FigureCanvasAgg(figure)
   canvas.draw()
   return np.asarray(canvas.buffer_rgba())[..., :3]

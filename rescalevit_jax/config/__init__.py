@@ -87,8 +87,8 @@ def _conflicts(config):
   calibrated = base.CALIBRATED in (config.model.alpha_init or "")
   if calibrated and config.calibration == "none":
     yield (
-      f"{alpha_init} needs a calibration, which calibration (none) omits; set"
-      " calibration=auto"
+      f"{alpha_init} needs a calibration, but calibration (none) omits it;"
+      " set calibration=auto"
     )
   if config.spectral_cap and config.model.sigma_reparam:
     yield (

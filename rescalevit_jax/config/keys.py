@@ -120,7 +120,8 @@ KEYS = {
     None,
     "dataset that `--mode=eval` and `--mode=probe` evaluate on, with the run's"
     " classes, such as `cifar10_1`; `--mode=eval` also accepts"
-    " `cifar10_corrupted/*`, all configs of a dataset; None: `dataset`",
+    " `NAME/*` for all configs of a dataset, such as `cifar10_corrupted/*`;"
+    " None: `dataset`",
     optional=str,
     resumable=True,
   ),

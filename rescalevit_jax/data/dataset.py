@@ -150,9 +150,8 @@ def _reader(stored, parts, source, max_gb, resize, skip_damaged):
     source = "resident" if fits else "streaming"
   if source == "streaming" and skip_damaged:
     raise errors.UserError(
-      "config: data.skip_damaged (True) needs all images in memory, but"
-      " data.source is streaming; set data.source=resident, or remove damaged"
-      " images"
+      "config: data.skip_damaged (True) needs all images in memory, but they"
+      " are streamed; set data.source=resident, or remove damaged images"
     )
   if source == "streaming":
     return functools.partial(_streamed, stored, resize=resize)

@@ -38,9 +38,9 @@ def join(
   """Join the processes of one run; called before devices are used.
 
   JAX detects missing arguments in the environment: of `srun`, of Open MPI's
-  `mpirun`, of an indexed job of Kubernetes. A run of one process is not
-  distributed, even in an allocation for several. If the other processes do not
-  join within five minutes, JAX aborts this one.
+  `mpirun`, of an indexed job of Kubernetes. With one process, nothing is
+  joined, even in an allocation for several. If the other processes do not join
+  within five minutes, JAX aborts this one.
 
   Args:
     coordinator: HOST:PORT of process 0; the port must be free there.

@@ -202,7 +202,7 @@ def scale_groups(
 ) -> optax.GradientTransformation:
   """Return a transformation that scales the updates of groups of parameters.
 
-  The factor of a parameter is its factor in the table times
+  The multiplier of a parameter is its entry in the table times
   layer_decay^(L + 1 - layer), with the layers of `groups.layer` (Bao et al.
   2022, BEiT, arXiv:2106.08254; Clark et al. 2020, arXiv:2003.10555). Both
   multiply the decoupled weight decay, too, as in PyTorch.

@@ -65,8 +65,8 @@ def differences(
       f" ({', '.join(sorted(our_slots)) or 'none'})"
     )
     yield ours, theirs, note
-  # Statistics are copied if file and model share one in a block. Then a missing
-  # one is an error.
+  # Statistics are copied if file and model share one in a block. In that case,
+  # each missing statistic is an error.
   ours, theirs = _select(_is_statistic, model, file)
   if all(map(_is_outside, ours & theirs)):
     yield ours, theirs, ""
@@ -151,7 +151,7 @@ def _norm_slot(key: str) -> str | None:
 
 
 def _option(key: str) -> str | None:
-  """Return `detect.option`; statistics of norm_position are another option."""
+  """Return `detect.option`, with the statistics of norm_position apart."""
   name = detect.option(key)
   separate = name == "norm_position" and key.startswith(param_keys.STATS)
   return f"{name} statistics" if separate else name

@@ -33,8 +33,8 @@ class Difference:
   setting: str  # The settings that both groups share, without the norm.
   norm: str
   points: float  # Percentage points.
-  interval: tuple[float, float]  # 95 %; nan if nothing varies between seeds.
-  p: float  # Two-sided, of a t-test; nan likewise.
+  interval: tuple[float, float]  # 95 %; nan without variation between seeds.
+  p: float  # Two-sided, of a t-test; nan without variation.
   test: str  # With the number of runs.
   adjusted_p: float = math.nan  # By Holm's correction.
 

@@ -8,9 +8,9 @@ python -m rescalevit_jax.report.plot_accuracies --output=control.md \
     docs/results/norm_free/accuracies_6000.csv \
     --reference=LN-rescalenet-unit-slow
 
-A picture shows the test accuracy of each method, with --rates also the
-accuracies on held-out images by learning rate. A table compares each method
-with the reference. A method's norm is its name up to the first hyphen.
+A picture shows each method's test accuracy. --rates adds held-out accuracies by
+learning rate. A table compares each method with the reference. A method's norm
+is its name up to the first hyphen.
 """
 
 from collections.abc import Sequence
@@ -25,7 +25,6 @@ from rescalevit_jax import errors
 from rescalevit_jax.analysis import plots
 from rescalevit_jax.models import norms
 from rescalevit_jax.report import lr_table
-from rescalevit_jax.runtime import atomic_file
 from rescalevit_jax.runtime import cli
 
 
@@ -75,26 +74,26 @@ def _run(args):
     raise errors.UserError("--label: no '='; write METHOD=TEXT")
   if labels:
     outcomes = [x for x in outcomes if x.method in labels]
-  if any(path.suffix == ".md" for path in args.output) and not any(
-    x.method == args.reference for x in outcomes
-  ):
-    methods = {x.method for x in outcomes}
-    raise errors.UserError(
-      f"--reference: {args.csv}: method {args.reference!r}:"
-      f" {errors.nearest(args.reference, methods)}"
-    )
   for path in args.output:
     if path.suffix == ".md":
-      named = [
-        dataclasses.replace(x, method=labels.get(x.method, x.method))
-        for x in outcomes
-        if x.test_accuracy
-      ]
-      reference = labels.get(args.reference, args.reference)
-      atomic_file.write(path, lr_table.table(named, reference))
+      plots.write(path, _table(outcomes, labels, args))
     else:
       figure = lr_table.draw(outcomes) if args.rates else bars(outcomes, labels)
       plots.save(figure, path)
+
+
+def _table(outcomes, labels, args):
+  tested = [x for x in outcomes if x.percent]
+  if all(x.method != args.reference for x in tested):
+    raise errors.UserError(
+      f"--reference: {args.csv} has no test accuracy of {args.reference!r}, or"
+      " no --label names it; choose a tested method, and label it too"
+    )
+  named = [
+    dataclasses.replace(x, method=labels.get(x.method, x.method))
+    for x in tested
+  ]
+  return lr_table.table(named, labels.get(args.reference, args.reference))
 
 
 def read(path: pathlib.Path) -> list[lr_table.Outcome]:

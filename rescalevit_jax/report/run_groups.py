@@ -110,8 +110,8 @@ def varied_keys(
   num_val = "data.num_val"
   if num_val not in varied and any(c.data.num_val for c in configs):
     varied.insert(0, num_val)
-  # The column `pretrained` is yes or no. The file is a key to show only if a
-  # model has several files.
+  # The column `pretrained` is yes or no. Show the file as a varied key only
+  # if a model has several files.
   files = {(c.model_name, c.pretrained_path) for c in configs}
   models = [model for model, file in files if file is not None]
   if "pretrained_path" in varied and len(models) == len(set(models)):

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 import json
+import os
 import pathlib
 
 import ml_collections
@@ -48,6 +49,11 @@ def evaluation(
     name = name.replace(character, f"%{ord(character):X}")
   if config.eval_split is not None:
     name += f"-{config.eval_split}"
+  if len(os.fsencode(name)) > 255:
+    raise errors.UserError(
+      f"config: eval_dataset ({config.eval_dataset}) is too long to name a"
+      " folder; evaluate a link with a shorter path"
+    )
   return workdir / EVALUATIONS / name
 
 
@@ -123,7 +129,7 @@ def require_config(workdir: str | pathlib.Path) -> ml_collections.ConfigDict:
     config_lib.validate(config)
   except errors.UserError as e:
     raise errors.UserError(
-      f"{pathlib.Path(workdir) / CONFIG}: damaged, or of another version ({e});"
-      " use that version"
+      f"{pathlib.Path(workdir) / CONFIG}: damaged or written by another version"
+      f" ({e}); use that version or another --workdir"
     ) from e
   return config

@@ -36,7 +36,7 @@ def hold(workdir: str | pathlib.Path) -> Iterator[None]:
     yield
   finally:
     with contextlib.suppress(OSError):  # A disk that became read-only.
-      os.unlink(lock.lock_file)  # Still locked: no other process owns it.
+      os.unlink(lock.lock_file)  # The lock is still held.
     lock.release()
     if created:
       with contextlib.suppress(OSError):  # Usually not empty.

@@ -78,7 +78,7 @@ def read_metrics(workdir: pathlib.Path) -> list[dict[str, Any]]:
 
 
 def parse_metrics(lines: Iterable[str]) -> list[dict[str, Any]]:
-  """Parse lines of metrics.jsonl; omit damaged ones, as after a kill."""
+  """Parse lines of metrics.jsonl; skip those that a kill cut off."""
   parsed = []
   for line in lines:
     with contextlib.suppress(*errors.DAMAGED_JSON):

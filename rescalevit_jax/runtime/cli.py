@@ -33,6 +33,7 @@ def arguments(argv: Sequence[str] | None = None) -> list[str]:
 
   Ends the process with code 2 if a path is a URL, such as gs://.
   """
+  open_closed_streams()
   expanded = []
   for word in sys.argv[1:] if argv is None else argv:
     flag, equals, value = word.partition("=")
@@ -70,7 +71,7 @@ def index(text: str) -> int:
 
 
 def _integer(text, least, expected):
-  """Parse an integer in Python's notation, as config keys are: also 1_000."""
+  """Parse an integer as config keys are parsed; 1_000 is valid."""
   with contextlib.suppress(ValueError):
     if (number := int(text)) >= least:
       return number
@@ -125,21 +126,28 @@ def prepare() -> None:
 
 
 def open_closed_streams() -> None:
-  """Direct stdout and stderr to nowhere if they are closed, as by `>&-`."""
-  for name in ("stdout", "stderr"):
+  """Open /dev/null as each standard stream that is closed, as by `>&-`.
+
+  Each open takes the lowest free descriptor, so the order is that of their
+  numbers. Otherwise a file could be opened as descriptor 1 or 2, and libraries
+  would print into it.
+  """
+  for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
     if getattr(sys, name) is None:
-      # The lowest free descriptor: files would get it, and libraries' output.
-      setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))
+      setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))
 
 
 def discard_output() -> int:
-  """Return the exit code if the reader of stdout has gone, as in `| head`."""
-  # Python flushes again at exit.
+  """Redirect stdout to /dev/null after its reader has exited; return the code.
+
+  Python flushes stdout again at exit.
+  """
   os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
   return 1
 
 
 def fail(message: str, code: int = 1) -> int:
   """Print an error as one line; return the exit code."""
-  print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
+  with contextlib.suppress(OSError):  # The reader of stderr has exited.
+    print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
   return code

@@ -86,8 +86,8 @@ def is_out_of_memory(error: Exception) -> bool:
 
 
 def is_abandoned_write(error: BaseException | None) -> bool:
-  """Return whether an error is of a TensorStore write that nothing awaits.
+  """Return whether an error comes from an abandoned TensorStore write.
 
-  Another thread has failed before; its exception is raised.
+  It follows an error in another thread, which is raised.
   """
   return str(error) == "Event loop is closed"

@@ -36,7 +36,10 @@ def table_of(
   columns: Mapping[str, Callable[[Any], str]],
   items: Iterable[Any],
 ) -> str:
-  """Return a table of items; `columns` maps headings to functions to cells."""
+  """Return a table of items.
+
+  `columns` maps each heading to a function that returns an item's cell.
+  """
   rows = [[cell(item) for cell in columns.values()] for item in items]
   return table(alignment, columns, rows)
 

@@ -67,7 +67,7 @@ def measure(
   mixing: mixing_lib.Mixing,
   image_size: int,
 ) -> tuple[Any, Any, Any]:
-  """Update the first three arguments with a step's batch.
+  """Return the first three arguments after an update with a step's batch.
 
   `measured` is the collection `traits.CALIBRATION` of earlier batches.
   """

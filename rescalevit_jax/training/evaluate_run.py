@@ -37,9 +37,10 @@ def evaluate_run(
   names = _datasets(config)
   if len(names) > 1 and config.save_predictions:
     raise errors.UserError(
-      "config: save_predictions (True) needs one dataset, and eval_dataset"
-      f" ({config.eval_dataset}) is several; set save_predictions=False"
+      "config: save_predictions (True) supports one dataset, but eval_dataset"
+      f" ({config.eval_dataset}) selects several; set save_predictions=False"
     )
+  output = folder.evaluation(workdir, config)
   experiment, model, variables, info = _load(config, workdir)
   evaluator = evaluate.create_evaluator(experiment, model)
   results = {}
@@ -60,11 +61,11 @@ def evaluate_run(
   is_first = jax.process_index() == 0
   if len(results) == 1:
     if is_first:
-      results[name].write(_output(config, workdir), config.save_predictions)
+      results[name].write(_output(output), config.save_predictions)
     return results[name].summary
   found = scores.of_suite({k: x.summary for k, x in results.items()})
   if is_first:
-    atomic_file.write_json(_output(config, workdir) / folder.EVALUATION, found)
+    atomic_file.write_json(_output(output) / folder.EVALUATION, found)
   return found
 
 
@@ -112,7 +113,8 @@ def probe_run(
     "linear": scores.accuracy(linear, labels) | {"penalty": penalty},
   }
   if jax.process_index() == 0:
-    atomic_file.write_json(_output(config, workdir) / folder.PROBE, found)
+    output = _output(folder.evaluation(workdir, config))
+    atomic_file.write_json(output / folder.PROBE, found)
   return found
 
 
@@ -169,9 +171,8 @@ def _images(experiment, name):
   return loader.Loader(images, experiment.mesh), split, skipped
 
 
-def _output(config, workdir):
-  """Return the folder for the results, which is created."""
-  output = folder.evaluation(workdir, config)
+def _output(output):
+  """Create the folder for the results; return it."""
   output.mkdir(parents=True, exist_ok=True)
   return output
 
@@ -181,8 +182,8 @@ def _load_pretrained(experiment):
   path = experiment.config.pretrained_path
   if path is None:
     raise errors.UserError(
-      "config: eval_weights (pretrained) needs a file, and pretrained_path"
-      " (None) is none; set pretrained_path"
+      "config: eval_weights (pretrained) needs pretrained_path, which is None;"
+      " set it"
     )
   state, report = initial_state.load_pretrained(
     experiment, experiment.init_state()

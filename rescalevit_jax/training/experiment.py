@@ -279,8 +279,8 @@ def create_model(
   if config.deterministic:  # cuDNN's gradient adds up in any order.
     if keys["attention"] == "cudnn":
       raise errors.UserError(
-        "config: model.attention (cudnn) is not deterministic, which"
-        " deterministic (True) requires; choose auto"
+        "config: model.attention (cudnn) conflicts with deterministic"
+        " (True); choose auto"
       )
     keys["attention"] = "xla"
   Norm = norms.NORMS[config.model.norm]

@@ -21,8 +21,8 @@ _log = logging.getLogger(__name__)
 def create(experiment: experiment_lib.Experiment) -> train_state.TrainState:
   """Return the state at step 0, from `pretrained_path` or from scratch.
 
-  Norms are calibrated if the config requires it, unless their calibrated
-  parameter is loaded.
+  Norms are calibrated if the config requires it and the file has no calibrated
+  values.
   """
   config, state = experiment.config, experiment.init_state()
   _check_shift(config.augment.pad_crop, experiment.dataset)

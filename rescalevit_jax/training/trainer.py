@@ -79,7 +79,7 @@ class Trainer:
     )
     self._metrics = None  # Of the step that the device computes.
     self._first_step = progress.step + 1
-    # If norms settle after the first step, a second program is compiled then.
+    # Once all norms have settled, a second program is compiled.
     settled_from = (experiment.settled_from or 1) + progress.skipped_steps
     self._recompiled = max(settled_from, self._first_step)
     self._profile = profiler.Profile(

@@ -152,7 +152,7 @@ def test_checkpoint_of_another_model_is_an_error(old, new, words, copied):
 def test_an_unknown_norm_in_the_config_is_an_error(copied):
   text = (copied / "config.json").read_text()
   (copied / "config.json").write_text(text.replace('"Rescale"', '"NewNorm"'))
-  with pytest.raises(errors.UserError, match="of another version.*NewNorm"):
+  with pytest.raises(errors.UserError, match="by another version.*NewNorm"):
     trained_model.load(copied)
 
 

@@ -364,7 +364,7 @@ def test_bounds_are_rows(tmp_path, text):
 
 
 @pytest.mark.parametrize("name", ["machine", "norms", "reference"])
-def test_results_that_are_no_object_are_damage(session, tmp_path, name):
+def test_results_other_than_a_json_object_are_refused(session, tmp_path, name):
   (tmp_path / f"{name}.json").write_text("3")
   with pytest.raises(errors.UserError, match=rf"{name}\.json: damaged .*; del"):
     session(1000)

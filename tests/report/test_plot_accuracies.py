@@ -10,18 +10,19 @@ LN = lr_table.Outcome(
   "a", "LN", "LN", {0.1: 0.3, 0.2: None}, 0.1, {1: 0.5, 2: 0.7}
 )
 CAL = lr_table.Outcome("a", "Cal-x", "Cal", {}, 0.4, {1: 0.8})
+VAL = lr_table.Outcome("a", "LN-val", "LN", {0.1: 0.3}, None)
 OTHER = lr_table.Outcome("b", "LN", "LN", {}, 0.1, {1: 0.2})
 
 
 @pytest.fixture
 def table(tmp_path):
   path = tmp_path / "accuracies.csv"
-  lr_table.write_csv([LN, CAL, OTHER], path)
+  lr_table.write_csv([LN, CAL, VAL, OTHER], path)
   return path
 
 
 def test_csv_of_the_study_is_read(table):
-  assert plot_accuracies.read(table) == [LN, CAL, OTHER]
+  assert plot_accuracies.read(table) == [LN, CAL, VAL, OTHER]
 
 
 def test_best_validation_lr_is_chosen_among_tested_lrs(tmp_path):
@@ -72,7 +73,7 @@ def test_command_writes_a_table(tmp_path):
       ("LN-z", [0.51, 0.50, 0.49]),
     )
   ]
-  source, output = tmp_path / "accuracies.csv", tmp_path / "table.md"
+  source, output = tmp_path / "accuracies.csv", tmp_path / "new" / "table.md"
   lr_table.write_csv(outcomes, source)
   argv = [str(source), f"--output={output}", "--reference=LN-x"]
   argv += [f"--label=LN-{x}={x}" for x in "xyz"]
@@ -101,7 +102,12 @@ def test_no_picture_is_written_if_another_has_an_unknown_format(
 
 @pytest.mark.parametrize(
   "flag",
-  ["--label=LayerNorm", "--label=DyT=tanh", "--reference=Cal"],
+  [
+    "--label=LayerNorm",
+    "--label=DyT=tanh",
+    "--reference=Cal",
+    "--reference=LN-val",  # Has held-out accuracies only.
+  ],
 )
 def test_wrong_methods_are_named(table, tmp_path, flag, capsys):
   argv = [str(table), f"--output={tmp_path / 'a.md'}", flag]

@@ -87,7 +87,29 @@ def test_a_closed_stream_is_no_error(
   )
 
 
-def test_a_reader_that_has_gone_is_no_error(monkeypatch, capfd):
+@pytest.mark.parametrize("closed", [">&-", "2>&-", "<&- >&- 2>&-"])
+def test_no_file_takes_the_place_of_a_closed_stream(closed, tmp_path):
+  """Libraries print to descriptors 1 and 2, whatever they are."""
+  program = (
+    "import os; from rescalevit_jax.runtime import cli; cli.arguments([])\n"
+    f"f = open({str(tmp_path / 'a')!r}, 'w'); f.write(str(f.fileno()))\n"
+  )
+  subprocess.run(
+    ["bash", "-c", f'"$0" -c "$1" {closed}', sys.executable, program],
+    env=os.environ | {"PYTHONPATH": str(paths.ROOT)},
+    check=True,
+  )
+  assert int((tmp_path / "a").read_text()) > 2
+
+
+def test_a_full_stderr_keeps_the_exit_code(monkeypatch):
+  with open("/dev/full", "w") as full:
+    monkeypatch.setattr(sys, "stderr", full)
+    assert cli.fail("interrupted", 130) == 130
+    os.dup2(os.open(os.devnull, os.O_WRONLY), full.fileno())
+
+
+def test_a_broken_stdout_pipe_exits_silently(monkeypatch, capfd):
   """As in `| true`; the last lines are in Python's buffer."""
   reader, writer = os.pipe()
   os.close(reader)

@@ -106,7 +106,7 @@ def test_diagnostics_have_the_documented_names(runs):
   assert found[1].keys() == want | sharpness
 
 
-def test_gradient_norm_equals_the_one_of_training(runs):
+def test_measured_gradient_norm_equals_the_training_steps(runs):
   folder, _ = runs
   norms = {
     x["step"]: x["train/grad_norm"]

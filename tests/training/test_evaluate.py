@@ -174,6 +174,9 @@ def test_results_of_different_images_are_in_different_folders(tmp_path):
       found.add(folder.evaluation(tmp_path, config))
   assert len(found) == 28 and tmp_path in found
   assert {x.parent for x in found - {tmp_path}} == {tmp_path / "evaluations"}
+  config.eval_dataset = "folder:" + 90 * "a-"
+  with pytest.raises(errors.UserError, match="is too long to name a folder"):
+    folder.evaluation(tmp_path, config)
 
 
 def test_all_corruptions_of_a_dataset_are_evaluated(finished, monkeypatch):
@@ -199,7 +202,7 @@ def test_all_corruptions_of_a_dataset_are_evaluated(finished, monkeypatch):
   monkeypatch.setattr(
     evaluate, "compiled_step", lambda *x: compiled.append(x) or step(*x)
   )
-  with pytest.raises(errors.UserError, match="save_predictions .* needs one"):
+  with pytest.raises(errors.UserError, match="save_predictions .* supports one"):
     evaluate_run.evaluate_run(config, workdir)
   config.save_predictions = False
   found = evaluate_run.evaluate_run(config, workdir)

@@ -43,7 +43,7 @@ class Pointwise(traits.Calibrated):
 
   A site has one alpha, and a scale and a bias for each channel. There are no
   statistics at run time. A calibration sets alpha to 1 / RMS of the site's
-  input, which gives the argument of f the RMS of a normalized input.
+  input, so the argument of f has RMS 1, as a normalized input.
   """
 
   ALPHA: ClassVar[float] = 0.5  # Initial alpha without a calibration.
@@ -216,8 +216,9 @@ class Cal(Pointwise, traits.Foldable):
     return x - self.init_mean.value
 
   def map(self, x, alpha, scale, bias):
-    # Only one product and one sum have the size of x; their gradients are two
-    # sums. All other arrays have one element per channel.
+    # One product and one sum work on arrays of x's size. The backward pass
+    # needs two sums of that size. All other arrays have one element per
+    # channel.
     params = {"alpha": alpha, "scale": scale, "bias": bias}
     factor, shift = self.as_linear(params, {"init_mean": self.init_mean.value})
     return factor * x + shift

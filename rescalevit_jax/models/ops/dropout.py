@@ -58,10 +58,10 @@ def random_mask(
 ) -> Bool[Array, "..."]:
   """Return a random mask; each element depends only on its index and the key.
 
-  The last axis of the mask is split into four parts. Part i consists of the
-  i-th 16 bits of the blocks with the counters (image and token, mask and column
-  in the part). An element is True with probability kept / 2^16. The shape is
-  [B, ..., D], with up to 2^18 images of 2^14 tokens.
+  The last axis of the mask is split into four parts. Part i uses 16-bit word i
+  of each random block. The block's counters are image and token, and mask and
+  column in the part. An element is True with probability kept / 2^16. The shape
+  is [B, ..., D], with up to 2^18 images of 2^14 tokens.
   """
   *rows, features = shape
   words = -(-features // (4 * _BLOCKS))

@@ -180,7 +180,7 @@ def test_auto_selects_xla_if_cudnn_is_unsupported(platform, head_dim, reason):
     assert auto("bfloat16", head_dim) == "xla" and reason in problem
 
 
-def test_a_cap_of_the_logits_excludes_cudnn():
+def test_logit_cap_disables_cudnn():
   sizes = {"hidden_size": 128, "num_heads": 2, "logit_cap": 5.0}
   create = functools.partial(
     models.create, "ViT-B_16", num_classes=2, dtype="bfloat16", **sizes
