@@ -272,7 +272,7 @@ def test_deterministic_runs_do_not_use_cudnn(monkeypatch):
   config.deterministic = True
   assert experiment.create_model(config, 2).config.attention == "xla"
   config.model.attention = "cudnn"
-  with pytest.raises(errors.UserError, match="not deterministic"):
+  with pytest.raises(errors.UserError, match="conflicts with deterministic"):
     experiment.create_model(config, 2)
 
 
