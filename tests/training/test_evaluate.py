@@ -202,7 +202,7 @@ def test_all_corruptions_of_a_dataset_are_evaluated(finished, monkeypatch):
   monkeypatch.setattr(
     evaluate, "compiled_step", lambda *x: compiled.append(x) or step(*x)
   )
-  with pytest.raises(errors.UserError, match="save_predictions .* supports one"):
+  with pytest.raises(errors.UserError, match="supports one dataset"):
     evaluate_run.evaluate_run(config, workdir)
   config.save_predictions = False
   found = evaluate_run.evaluate_run(config, workdir)
