@@ -83,13 +83,14 @@ def probe_run(
   from rescalevit_jax.training import frozen_features
 
   workdir = pathlib.Path(workdir)
-  experiment, model, variables, info = _load(config, workdir)
   name, *others = _datasets(config)
   if others:
     raise errors.UserError(
       f"config: eval_dataset ({config.eval_dataset}) is {len(others) + 1}"
       " datasets; choose one of them to probe"
     )
+  output = folder.evaluation(workdir, config)
+  experiment, model, variables, info = _load(config, workdir)
   images, split, _ = _images(experiment, name)
   evaluator = evaluate.create_evaluator(experiment, model)
   _log.info("computing the features of the training images")
@@ -113,8 +114,7 @@ def probe_run(
     "linear": scores.accuracy(linear, labels) | {"penalty": penalty},
   }
   if jax.process_index() == 0:
-    output = _output(folder.evaluation(workdir, config))
-    atomic_file.write_json(output / folder.PROBE, found)
+    atomic_file.write_json(_output(output) / folder.PROBE, found)
   return found
 
 
