@@ -30,12 +30,12 @@ def _interrupt(number, frame):
 
 if __name__ == "__main__":
   from rescalevit_jax.runtime import fast_imports
-  from rescalevit_jax.runtime import huge_pages
+  from rescalevit_jax.runtime import malloc
 
   # Before the imports below, which take a second.
   if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:  # As under nohup.
     signal.signal(signal.SIGINT, _interrupt)
-  huge_pages.restart_with("rescalevit_jax.main")
+  malloc.restart_with("rescalevit_jax.main")
   fast_imports.begin()
 
 import json
@@ -78,7 +78,7 @@ _MODE = flags.DEFINE_enum(
   "train",
   ["train", "eval", "probe"],
   "Train and evaluate; or only evaluate the weights that --config.eval_weights"
-  " selects; or classify by their features, with nearest neighbours and a"
+  " selects; or classify by their features, with nearest neighbors and a"
   " linear probe.",
 )
 _COORDINATOR = flags.DEFINE_string(

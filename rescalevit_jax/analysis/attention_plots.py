@@ -1,6 +1,6 @@
 """Draw the attention of one or more models side by side.
 
-All panels of a picture share one colour scale.
+All panels of a picture share one color scale.
 """
 
 from collections.abc import Mapping, Sequence
@@ -23,7 +23,7 @@ from rescalevit_jax.training import experiment as experiment_lib
 _COLUMNS = 8
 _ORIGINAL_BLOCKS = (0, 3, 6, 9)
 _COLORMAP = "viridis"
-# Title, and label of the colour scale, of each kind of picture.
+# Title, and label of the color scale, of each kind of picture.
 KINDS: Mapping[str, tuple[str, str]] = {
   "tokens": (
     "Attention of each token (row) to each token (column), head 0",
@@ -175,8 +175,8 @@ def _draw_map(ax, values, picture, colors):
   if picture is None:
     ax.imshow(values, **colors)
     return
-  grey = np.clip((picture.mean(axis=-1) + 1) / 2, 0, 1)
-  ax.imshow(grey, cmap="gray", vmin=0, vmax=1)
+  gray = np.clip((picture.mean(axis=-1) + 1) / 2, 0, 1)
+  ax.imshow(gray, cmap="gray", vmin=0, vmax=1)
   # The map's pixels are patches.
   extent = ax.images[0].get_extent()
   ax.imshow(

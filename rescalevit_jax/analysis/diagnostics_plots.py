@@ -20,7 +20,7 @@ from rescalevit_jax.training import measurements
 _COLUMNS = (4, 5)
 _COLORMAP, _DIVERGING = "viridis", "PuOr"
 _MISSING = "#d9d9d9"
-_ORDERS = 5  # Maximum orders of magnitude of a logarithmic colour scale.
+_ORDERS = 5  # Maximum orders of magnitude of a logarithmic color scale.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,7 +95,7 @@ def _lines(run):
 def draw(run: run_reader.Run, name: str) -> figure_lib.Figure:
   """Draw a run: quantities of parts over depth and time, others over time.
 
-  Values that are not finite, or 0 on a logarithmic scale, are grey.
+  Values that are not finite, or 0 on a logarithmic scale, are gray.
   """
   lines = _lines(run)
   steps = np.array([line["step"] for line in lines])
@@ -222,7 +222,7 @@ def _draw_scalar(figure, ax, quantity, steps, values):
 
 
 def _norm(scale, values):
-  """Return the colour normalization, and the clipped end of the scale."""
+  """Return the color normalization, and the clipped end of the scale."""
   if scale == "share":
     return colors.Normalize(0, 1), "neither"
   known = values[np.isfinite(values)]

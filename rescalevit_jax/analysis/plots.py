@@ -43,12 +43,12 @@ _FORMATS = (".png", ".svg")
 
 
 def norm_color(norm: str) -> str:
-  """Return a norm's colour, the same in every picture, as '#rrggbb'."""
+  """Return a norm's color, the same in every picture, as '#rrggbb'."""
   return norms.NORMS[norm].COLOR
 
 
 def styles(names: Iterable[str]) -> list[dict[str, Any]]:
-  """Return a distinct line style for each norm: colour, marker, line."""
+  """Return a distinct line style for each norm: color, marker, line."""
   used: collections.Counter[str] = collections.Counter()
   found = []
   for norm in names:
@@ -184,7 +184,7 @@ def pixels(figure: figure_lib.Figure) -> UInt8[np.ndarray, "H W 3"]:
 def curves(runs: Sequence[run_reader.Run]) -> figure_lib.Figure:
   """Draw accuracy and loss of all runs over steps.
 
-  Runs that differ only in the seed share colour, line and legend entry. The
+  Runs that differ only in the seed share color, line and legend entry. The
   training loss is faint; the published curve of the same recipe is dotted.
   """
   figure = figure_lib.Figure(figsize=(11, 4.2), layout="constrained")
@@ -273,7 +273,7 @@ def _labelled(groups) -> list[tuple[str, tuple[run_reader.Run, ...]]]:
   paths = {group[0].config.pretrained_path for group in groups} - {None}
   short = len({pathlib.Path(path).name for path in paths}) == len(paths)
   order = list(norms.NORMS)
-  labelled = []
+  labeled = []
   for group in sorted(groups, key=lambda x: order.index(_norm(x[0]))):
     values = config_lib.flatten(group[0].config)
     parts = [values["model.norm"]]
@@ -286,8 +286,8 @@ def _labelled(groups) -> list[tuple[str, tuple[run_reader.Run, ...]]]:
         parts.append(value)
       else:
         parts.append(f"{key.rpartition('.')[2]}={value}")
-    labelled.append((plain(", ".join(parts)), group))
-  return labelled
+    labeled.append((plain(", ".join(parts)), group))
+  return labeled
 
 
 def _norm(run):

@@ -18,7 +18,7 @@ class Mixing:
   """Settings: the config keys `label_smoothing`, `mixup` and `cutmix`.
 
   The last two are the alpha of Beta(alpha, alpha); 0 is off. If both are on,
-  each image draws one of them with equal probability, as in timm.
+  each image gets one of them, with equal probability, as in timm.
   """
 
   label_smoothing: float = 0.0
@@ -63,38 +63,38 @@ def mix(
 def weights(
   key: Key[Array, ""], size: int, mixing: Mixing
 ) -> Float[Array, "S S"]:
-  """Draw the weight of an image's own value for each pixel."""
+  """Sample the weight of an image's own value for each pixel."""
   coin_key, mixup_key, cutmix_key = jax.random.split(key, 3)
-  drawn = []
+  samples = []
   if mixing.mixup:
-    # Zhang et al. 2018 (arXiv:1710.09412), section 2, with a draw per image.
-    drawn.append(jnp.full((size, size), random_beta(mixup_key, mixing.mixup)))
+    # Zhang et al. 2018 (arXiv:1710.09412), section 2, with a sample per image.
+    samples.append(jnp.full((size, size), random_beta(mixup_key, mixing.mixup)))
   if mixing.cutmix:
-    drawn.append(cutmix_weights(cutmix_key, size, mixing.cutmix))
-  if len(drawn) == 1:
-    return drawn[0]
-  mixup, cutmix = drawn
+    samples.append(cutmix_weights(cutmix_key, size, mixing.cutmix))
+  if len(samples) == 1:
+    return samples[0]
+  mixup, cutmix = samples
   return jnp.where(jax.random.bernoulli(coin_key), mixup, cutmix)
 
 
 def cutmix_weights(
   key: Key[Array, ""], size: int, alpha: float
 ) -> Float[Array, "S S"]:
-  """Draw the weights of CutMix: 0 in a box, 1 elsewhere.
+  """Sample the weights of CutMix: 0 in a box, 1 elsewhere.
 
   Yun et al. 2019 (arXiv:1905.04899), section 3.1: the edge of the box is
-  S sqrt(1 - lambda), with lambda drawn from Beta(alpha, alpha). Its centre is
+  S sqrt(1 - lambda), with lambda drawn from Beta(alpha, alpha). Its center is
   uniform in the image. As in their code, the box is clipped to the image.
   """
-  lambda_key, centre_key = jax.random.split(key)
+  lambda_key, center_key = jax.random.split(key)
   edge = size * jnp.sqrt(1 - random_beta(lambda_key, alpha))
-  centre = jax.random.uniform(centre_key, (2, 1), maxval=size)
-  rows, columns = jnp.abs(jnp.arange(size) + 0.5 - centre) < edge / 2
+  center = jax.random.uniform(center_key, (2, 1), maxval=size)
+  rows, columns = jnp.abs(jnp.arange(size) + 0.5 - center) < edge / 2
   return jnp.where(rows[:, None] & columns, 0.0, 1.0)
 
 
 def random_beta(key: Key[Array, ""], alpha: float) -> Float[Array, ""]:
-  """Draw from Beta(alpha, alpha) by interpolating tabulated quantiles.
+  """Sample from Beta(alpha, alpha) by interpolating tabulated quantiles.
 
   `jax.random.beta` uses rejection sampling, whose loop would have to
   synchronize all devices.

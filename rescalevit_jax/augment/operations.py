@@ -58,7 +58,7 @@ def warp(
   angle: Float[Array, ""],
   fill: float = 0.0,
 ) -> Float[Array, "H W C"]:
-  """Shear and shift an image from its top left corner, rotate about its centre.
+  """Shear and shift an image from its top left corner, rotate about its center.
 
   As in Pillow, the transform maps a pixel of the result to a position in the
   image, or to `fill` outside of it. The shear is of x by y and of y by x, the
@@ -66,7 +66,7 @@ def warp(
   """
   height, width, _ = image.shape
   x, y = jnp.meshgrid(jnp.arange(width) + 0.5, jnp.arange(height) + 0.5)
-  u, v = x - width / 2, y - height / 2  # From the centre.
+  u, v = x - width / 2, y - height / 2  # From the center.
   cos, sin = jnp.cos(angle), jnp.sin(angle)
   from_x = width / 2 + cos * u - sin * v + shear[0] * y + shift[0]
   from_y = height / 2 + sin * u + cos * v + shear[1] * x + shift[1]
@@ -87,7 +87,7 @@ def warp(
 
 
 def _enhance(degenerate, factor, x):
-  """Move an image away from a degenerate one, or towards it (ImageEnhance)."""
+  """Move an image away from a degenerate one, or toward it (ImageEnhance)."""
   base = degenerate(x)
   return jnp.clip(base + factor * (x - base), 0.0, 255.0)
 

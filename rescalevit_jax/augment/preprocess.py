@@ -182,7 +182,7 @@ def resize_matrix(
 ) -> Float[Array, "new old"]:
   """Return the bilinear weights that crop and resize one axis.
 
-  Pixels have half-integer centres. When shrinking, the triangle filter widens
+  Pixels have half-integer centers. When shrinking, the triangle filter widens
   with the scale (antialiasing), as in Pillow. Pixels outside the crop, which
   has `length` pixels from `start`, have weight 0. Each row sums to 1.
   """

@@ -21,7 +21,7 @@ from rescalevit_jax.benchmark import peers
 from rescalevit_jax.benchmark import run_worker
 from rescalevit_jax.runtime import atomic_file
 from rescalevit_jax.runtime import terminal
-from rescalevit_jax.sweep import schedule
+from rescalevit_jax.sweep import local_scheduler
 from rescalevit_jax.sweep import subprocess_run
 from rescalevit_jax.sweep import time_limit
 from rescalevit_jax.training import experiment
@@ -159,7 +159,9 @@ class Session:
       before = self._results["training"].get(name, {})
       store = functools.partial(self._store_run, name, before)
       with _repeating(store):
-        outcome = schedule.Schedule([run], [], [{}], limit.stop_times).run()
+        outcome = local_scheduler.LocalScheduler(
+          [run], [], [{}], limit.stop_times
+        ).run()
       found = store()
       if outcome.failed:
         found["error"] = outcome.failed[0][1]

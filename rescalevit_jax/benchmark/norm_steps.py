@@ -252,13 +252,13 @@ def _numpy_weights(params):
   """Replace matrices by random numbers of NumPy with equal deviation."""
   rng = np.random.default_rng(0)
 
-  def draw(x):
+  def randomize(x):
     x = np.asarray(x)
     if x.ndim < 2:  # Scales, biases, alphas.
       return x
     return rng.standard_normal(x.shape, np.float32) * x.std()
 
-  return jax.tree.map(draw, params)
+  return jax.tree.map(randomize, params)
 
 
 if __name__ == "__main__":

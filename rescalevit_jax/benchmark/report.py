@@ -33,8 +33,8 @@ def markdown(report: Mapping[str, Any]) -> str:
     " Peers train and evaluate on a prepared batch; ours evaluates the test"
     " split.",
     "- Compilation of a peer includes its first step.",
-    "- Ours uses huge pages, as `rescalevit_jax.main` does. Peers use the"
-    " defaults, unless GLIBC_TUNABLES was set for all.",
+    "- Ours uses the settings of malloc of `rescalevit_jax.main`. Peers use"
+    " glibc's defaults, or the same settings with --same_malloc.",
     "",
     table(report["entries"]).rstrip(),
   ]

@@ -13,7 +13,7 @@ from typing import Any
 from rescalevit_jax import config as config_lib
 from rescalevit_jax import errors
 from rescalevit_jax.benchmark import machine
-from rescalevit_jax.runtime import huge_pages
+from rescalevit_jax.runtime import malloc
 from rescalevit_jax.sweep import die_with_parent
 from rescalevit_jax.sweep import grid
 
@@ -27,6 +27,7 @@ def measure(
   subject: str,
   options: Mapping[str, float],
   timeout: float | None = None,
+  same_malloc: bool = False,
 ) -> dict[str, Any]:
   """Return the measurements of one program in one round.
 
@@ -35,6 +36,7 @@ def measure(
     subject: 'ours' or a key of `peers.PEERS`.
     options: values of the flags `seconds` and `eval_images`.
     timeout: seconds.
+    same_malloc: give peers the settings of malloc that our programs have.
 
   Raises:
     UserError: the process failed.
@@ -49,8 +51,8 @@ def measure(
     json.dumps(options),
   ]
   environment = machine.environment()
-  if subject == "ours":  # As rescalevit_jax.main; peers use the defaults.
-    environment = huge_pages.environment(environment)
+  if same_malloc or subject == "ours":  # As rescalevit_jax.main.
+    environment = malloc.environment(environment)
   done = subprocess.run(
     die_with_parent.wrap(command),
     env=environment,

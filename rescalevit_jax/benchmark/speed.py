@@ -61,6 +61,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     help="override for all configs; repeatable",
   )
   add("--peer", action="store_true", help="measure timm and flax, too")
+  add(
+    "--same_malloc",
+    action="store_true",
+    help="give peers the settings of malloc that rescalevit_jax.main has",
+  )
   add("--rounds", type=int, default=3, help="rounds (default: 3)")
   add(
     "--seconds",
@@ -166,7 +171,12 @@ def _measure_programs(runs, first_runs, args):
   options = {"seconds": args.seconds, "eval_images": args.eval_images}
   total, start = args.rounds * len(entries), time.monotonic()
   for i, entry in enumerate(entries * args.rounds, 1):
-    found = run_worker.measure(entry["run"], entry["subject"], options)
+    found = run_worker.measure(
+      entry["run"],
+      entry["subject"],
+      options,
+      same_malloc=args.same_malloc,
+    )
     entry["rounds"].append(found)
     _log.info(
       "%d/%d  %s %s: %.0f images/s  ETA %s",
@@ -194,6 +204,7 @@ def _command(args):
     gpu_names = ",".join(args.compile_for)
     words += [f"--compile_for={gpu_names}", f"--devices={args.devices}"]
     return " ".join(words)
+  words += ["--same_malloc"] * args.same_malloc
   words += ["--no_start"] * args.no_start
   for name in ("rounds", "seconds", "eval_images"):
     words.append(f"--{name}={getattr(args, name):g}")

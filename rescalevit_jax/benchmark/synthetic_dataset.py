@@ -10,7 +10,7 @@ _FILE_RECORDS = 10_000
 
 
 def write(folder: pathlib.Path, count: int) -> None:
-  """Write a dataset of small labelled images."""
+  """Write a dataset of small labeled images."""
   folder.mkdir()
   features = tfds.features.FeaturesDict(
     {

@@ -7,7 +7,8 @@ from rescalevit_jax.config import key
 KEYS = {
   "mixup": key.nonnegative(0.0, "alpha of mixup; 0: no mixup"),
   "cutmix": key.nonnegative(
-    0.0, "alpha of CutMix; with mixup, each image draws one of the two; 0: none"
+    0.0,
+    "alpha of CutMix; with mixup, each image gets one of the two; 0: none",
   ),
   "augment.crop": key.Key(True, "random crop in training (RandomResizedCrop)"),
   "augment.min_area": key.positive_up_to_one(

@@ -2,8 +2,8 @@
 
 from rescalevit_jax.config import key
 from rescalevit_jax.optim import groups
+from rescalevit_jax.optim import lr_schedule
 from rescalevit_jax.optim import optimizers
-from rescalevit_jax.optim import schedule
 
 _TABLE = "`PATTERN:FACTOR ...`, such as `scalars:0.02 head/*:10`"
 
@@ -13,7 +13,7 @@ KEYS = {
   "decay_type": key.Key(
     "cosine",
     "decay of the learning rate to `min_lr`; `sqrt`: 1 - sqrt(p), p in [0, 1]",
-    schedule.DECAYS,
+    lr_schedule.DECAYS,
   ),
   "decay_steps": key.positive(
     None,

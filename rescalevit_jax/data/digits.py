@@ -30,7 +30,7 @@ class Digits(tfds.core.GeneratorBasedBuilder):
       description=(
         "The handwritten digits that come with scikit-learn: the test part"
         " of the UCI dataset Optical Recognition of Handwritten Digits."
-        " The 17 grey levels are scaled to 0 to 255."
+        " The 17 gray levels are scaled to 0 to 255."
       ),
       features=tfds.features.FeaturesDict(
         {

@@ -5,11 +5,11 @@ Every command reads images here. An image becomes 8-bit RGB as follows:
 - Of an animation or of several pages, the first image is read.
 - The EXIF orientation is applied.
 - Colors are converted to sRGB if the file has another ICC profile.
-- 16-bit greys are rounded to 8 bits; of 16-bit colors the upper 8 bits remain.
+- 16-bit grays are rounded to 8 bits; of 16-bit colors the upper 8 bits remain.
 - Transparent parts become white.
-- Palettes, CMYK, grey and black-and-white images become RGB.
+- Palettes, CMYK, gray and black-and-white images become RGB.
 
-Images of floats, and greys outside of 16 bits, are refused.
+Images of floats, and grays outside of 16 bits, are refused.
 """
 
 import dataclasses
@@ -212,17 +212,17 @@ def _profile(content, mode):
 
 
 def _eight_bits(image):
-  """Convert greys of 0 to 65535; Pillow's own conversion would clip them."""
-  greys = np.asarray(image)
-  if greys.min() < 0 or greys.max() > 65535:
+  """Convert grays of 0 to 65535; Pillow's own conversion would clip them."""
+  grays = np.asarray(image)
+  if grays.min() < 0 or grays.max() > 65535:
     raise ValueError(
-      f"its greys go from {greys.min()} to {greys.max()}; save it with 8 or"
+      f"its grays go from {grays.min()} to {grays.max()}; save it with 8 or"
       " 16 bits"
     )
-  greys = greys.astype(np.int32)
-  greys += 128
-  greys //= 257
-  return Image.fromarray(greys.astype(np.uint8))
+  grays = grays.astype(np.int32)
+  grays += 128
+  grays //= 257
+  return Image.fromarray(grays.astype(np.uint8))
 
 
 def _from_array(array):
@@ -232,7 +232,7 @@ def _from_array(array):
   if array.dtype != np.uint8 or not has_channels or not array.size:
     raise errors.UserError(
       f"an image array is {array.dtype} {list(array.shape)}; give uint8"
-      " [H, W, 3], or [H, W] for greys"
+      " [H, W, 3], or [H, W] for grays"
     )
   return Image.fromarray(array).convert("RGB")
 

@@ -62,7 +62,7 @@ class ViTConfig:
   norm_epsilon: float = base.Options.epsilon
   bn_momentum: float = base.Options.momentum
   gn_groups: int = base.Options.groups
-  norm_schedule: Any = None  # See `norms.schedule.Gradual`.
+  norm_schedule: Any = None  # See `norms.gradual.Gradual`.
   residual: str = "auto"  # A key of `residuals.RESIDUALS`; auto: the norm's.
   residual_c: float | None = None  # c of `rescalenet`; None: twice num_layers.
   layerscale_init: float | None = None  # Of `layerscale`; None: by depth.

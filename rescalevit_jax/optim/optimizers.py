@@ -128,7 +128,7 @@ def muon(momentum: float, b2: float) -> optax.GradientTransformation:
 
   Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon) replaces the
   Nesterov momentum of the gradient by the nearest semi-orthogonal matrix, with
-  five Newton-Schulz iterations. Optax also corrects the momentum's bias towards
+  five Newton-Schulz iterations. Optax also corrects the momentum's bias toward
   0, which matters in the first steps only. A kernel is a matrix from all its
   inputs to all its outputs, [D, D] in attention. The factor
   0.2 sqrt(max(inputs, outputs)) gives updates the size of AdamW's, so both

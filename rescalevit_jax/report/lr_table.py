@@ -19,7 +19,7 @@ REFERENCE = "LN"
 
 
 @dataclasses.dataclass(frozen=True)
-class Outcome:
+class TunedMethod:
   """The results of a method on a dataset.
 
   Accuracies are fractions, or None for a run that diverged: its loss is not
@@ -59,7 +59,7 @@ class Outcome:
     return len(self.test_accuracy) - len(self.percent)
 
 
-def table(outcomes: Sequence[Outcome], reference: str = REFERENCE) -> str:
+def table(outcomes: Sequence[TunedMethod], reference: str = REFERENCE) -> str:
   """Return the results as a Markdown table.
 
   Each method's mean is compared with the reference's on the same dataset, if
@@ -120,7 +120,7 @@ def _compare(outcome, reference):
   return f"{points} ± {error:.2f}", *differences.interval_and_p(a, b)
 
 
-def write_csv(outcomes: Iterable[Outcome], path: pathlib.Path) -> None:
+def write_csv(outcomes: Iterable[TunedMethod], path: pathlib.Path) -> None:
   """Write a row per run: phase `select` or `final`.
 
   The accuracy of a diverged run is empty.
@@ -135,10 +135,10 @@ def write_csv(outcomes: Iterable[Outcome], path: pathlib.Path) -> None:
   atomic_file.write(path, csv_text.table([header, *rows]))
 
 
-def draw(outcomes: Sequence[Outcome]) -> figure_lib.Figure:
+def draw(outcomes: Sequence[TunedMethod]) -> figure_lib.Figure:
   """Draw the held-out and the test accuracies, a row per dataset.
 
-  Methods of one norm share its colour. A faint line marks LN's mean.
+  Methods of one norm share its color. A faint line marks LN's mean.
   """
   datasets = list(dict.fromkeys(x.dataset for x in outcomes))
   figure = figure_lib.Figure((9, 3.6 * len(datasets)), layout="constrained")

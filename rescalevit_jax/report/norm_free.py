@@ -189,7 +189,7 @@ def _select_lr(key, runs, found):
       *key,
       lr,
     )
-  return lr_table.Outcome(*key, runs[0].config.model.norm, tried, lr)
+  return lr_table.TunedMethod(*key, runs[0].config.model.norm, tried, lr)
 
 
 def _write(outcomes, folder):

@@ -96,7 +96,7 @@ def _table(outcomes, labels, args):
   return lr_table.table(named, labels.get(args.reference, args.reference))
 
 
-def read(path: pathlib.Path) -> list[lr_table.Outcome]:
+def read(path: pathlib.Path) -> list[lr_table.TunedMethod]:
   """Return the outcomes in a file that `lr_table.write_csv` wrote.
 
   If a method was tested at several learning rates, the one with the best
@@ -133,12 +133,14 @@ def read(path: pathlib.Path) -> list[lr_table.Outcome]:
     finals = tested.get((dataset, method), {})
     best = max(finals, key=lambda lr: rates.get(lr) or 0.0, default=None)
     seeds = {} if best is None else finals[best]
-    outcomes.append(lr_table.Outcome(dataset, method, norm, rates, best, seeds))
+    outcomes.append(
+      lr_table.TunedMethod(dataset, method, norm, rates, best, seeds)
+    )
   return outcomes
 
 
 def bars(
-  outcomes: Sequence[lr_table.Outcome], labels: dict[str, str]
+  outcomes: Sequence[lr_table.TunedMethod], labels: dict[str, str]
 ) -> figure_lib.Figure:
   """Draw a bar for each tested method, a panel per dataset.
 

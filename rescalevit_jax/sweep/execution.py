@@ -12,8 +12,8 @@ from rescalevit_jax.pretrained import published
 from rescalevit_jax.runs import folder
 from rescalevit_jax.sweep import device_slots
 from rescalevit_jax.sweep import grid
+from rescalevit_jax.sweep import local_scheduler
 from rescalevit_jax.sweep import outcome as outcome_lib
-from rescalevit_jax.sweep import schedule
 from rescalevit_jax.sweep import slurm
 from rescalevit_jax.sweep import subprocess_run
 from rescalevit_jax.sweep import time_limit
@@ -55,7 +55,7 @@ def execute(
   if left:
     _prepare_data(left)
     slots, diverged = device_slots.find(jobs), outcome.failed
-    outcome = schedule.Schedule(
+    outcome = local_scheduler.LocalScheduler(
       left,
       outcome.done,
       slots,

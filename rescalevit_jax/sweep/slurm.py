@@ -47,7 +47,7 @@ class Task:
     """Run until the end; requeue the job if Slurm preempts it with SIGTERM.
 
     Raises:
-      RuntimeError: the run failed or the job is being cancelled.
+      RuntimeError: the run failed or the job is being canceled.
     """
     os.chdir(self._cwd)
     self._process = subprocess_run.start(self._command, self._workdir, {})

@@ -77,7 +77,7 @@ def probe_run(
   The config selects weights and images, as in `evaluate_run`.
 
   Returns:
-    The content of probe.json: accuracy and interval of k nearest neighbours and
+    The content of probe.json: accuracy and interval of k nearest neighbors and
     of a linear probe.
   """
   from rescalevit_jax.training import frozen_features

@@ -24,11 +24,11 @@ from rescalevit_jax.data import loader
 from rescalevit_jax.distributed import sharding
 from rescalevit_jax.models import norms
 from rescalevit_jax.models import vit
-from rescalevit_jax.models.norms import schedule as norm_schedule
+from rescalevit_jax.models.norms import gradual
 from rescalevit_jax.models.norms import traits
 from rescalevit_jax.models.ops import attention
+from rescalevit_jax.optim import lr_schedule as lr_schedule_lib
 from rescalevit_jax.optim import optimizers
-from rescalevit_jax.optim import schedule
 from rescalevit_jax.runtime import accelerator
 from rescalevit_jax.training import calibration
 from rescalevit_jax.training import progress
@@ -235,7 +235,7 @@ def build(
 
   To compile only, the devices need not exist, and there is no dataset.
   """
-  lr_schedule = schedule.create(
+  lr_schedule = lr_schedule_lib.create(
     config.base_lr,
     config.warmup_steps,
     config.total_steps,
@@ -284,7 +284,7 @@ def create_model(
       )
     keys["attention"] = "xla"
   Norm = norms.NORMS[config.model.norm]
-  if issubclass(Norm, norm_schedule.Gradual):
+  if issubclass(Norm, gradual.Gradual):
     passes = config.total_steps * config.accum_steps
     keys["norm_schedule"] = Norm.create_schedule(config, passes)
   return models.create(

@@ -1,4 +1,4 @@
-"""Classifiers on frozen features: k nearest neighbours and a linear probe.
+"""Classifiers on frozen features: k nearest neighbors and a linear probe.
 
 Both judge a representation without training the model, in closed form and on
 the device.
@@ -32,7 +32,7 @@ def knn_logits(
   """Compute the votes of the 20 nearest training features.
 
   Wu et al. 2018 (arXiv:1805.01978), section 3.4, with the constants of DINO
-  (arXiv:2104.14294): a neighbour votes with exp(cosine similarity / 0.07).
+  (arXiv:2104.14294): a neighbor votes with exp(cosine similarity / 0.07).
 
   Returns:
     Logarithms of the votes; -inf for classes without one.

@@ -7,7 +7,7 @@ import jax
 from rescalevit_jax import errors
 from rescalevit_jax.distributed import sharding
 from rescalevit_jax.models import norms
-from rescalevit_jax.models.norms import schedule as norm_schedule
+from rescalevit_jax.models.norms import gradual
 from rescalevit_jax.models.norms import traits
 from rescalevit_jax.pretrained import load
 from rescalevit_jax.pretrained import published
@@ -61,7 +61,7 @@ def load_pretrained(
   )
   _log.info("weights of %s\n%s", config.pretrained_path, report.summary())
   Norm = norms.NORMS[config.model.norm]
-  if issubclass(Norm, norm_schedule.Gradual):
+  if issubclass(Norm, gradual.Gradual):
     batch_stats = Norm.reset_counters(batch_stats)
   shardings = experiment.shardings()
   params, batch_stats = jax.tree.map(

@@ -77,8 +77,8 @@ def test_class_token_attention_is_drawn_over_the_image(image):
     panels[0].images[0].get_array(), image / 255, atol=1e-6
   )
   for block, ax in enumerate(panels[1:]):
-    grey, overlay = ax.images
-    assert grey.get_extent() == overlay.get_extent()
+    gray, overlay = ax.images
+    assert gray.get_extent() == overlay.get_extent()
     expected = maps_of(model, image)[block].mean(0)[0, 1:].reshape(2, 2) * 5
     np.testing.assert_allclose(overlay.get_array(), expected, rtol=1e-6)
 

@@ -89,9 +89,9 @@ def box_shares(alpha, number, size):
   rng = np.random.default_rng(0)
   edge = size * np.sqrt(1 - rng.beta(alpha, alpha, number))
   area = 1.0
-  for centre in rng.uniform(0, size, (2, number)):
-    low = np.maximum(centre - edge / 2, 0)
-    area = area * (np.minimum(centre + edge / 2, size) - low) / size
+  for center in rng.uniform(0, size, (2, number)):
+    low = np.maximum(center - edge / 2, 0)
+    area = area * (np.minimum(center + edge / 2, size) - low) / size
   return 1 - area
 
 

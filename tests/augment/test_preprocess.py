@@ -161,7 +161,7 @@ SETTINGS = [
   (32, 32, 0.05, 3 / 4),
   (24, 40, 0.05, 3 / 4),
   (40, 24, 0.2, 1 / 2),
-  (32, 96, 0.22, 3 / 4),  # About one in six falls back to the centre.
+  (32, 96, 0.22, 3 / 4),  # About one in six falls back to the center.
 ]
 
 

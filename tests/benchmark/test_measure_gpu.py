@@ -23,8 +23,8 @@ from rescalevit_jax.benchmark import measure_report
 from rescalevit_jax.benchmark import measure_results
 from rescalevit_jax.benchmark import measure_session
 from rescalevit_jax.benchmark import norm_steps
+from rescalevit_jax.sweep import local_scheduler
 from rescalevit_jax.sweep import outcome as outcome_lib
-from rescalevit_jax.sweep import schedule
 
 SCRIPT = paths.ROOT / "scripts" / "measure_gpu.sh"
 # Hides optional packages and the network from Python processes.
@@ -262,7 +262,7 @@ def start_runs(session, seconds, monkeypatch):
       started.append(self.run_.workdir.name)
       return outcome_lib.Outcome(done=[self.run_])
 
-  monkeypatch.setattr(schedule, "Schedule", Schedule)
+  monkeypatch.setattr(local_scheduler, "LocalScheduler", Schedule)
   monkeypatch.setattr(measure_session.Session, "_data_problem", lambda *_: None)
   session(seconds).run(["training"], needs_gpu=False)
   return started
@@ -455,7 +455,7 @@ import pathlib, time
 from rescalevit_jax.config import overrides
 from rescalevit_jax.sweep import grid
 from rescalevit_jax.sweep import subprocess_run
-from rescalevit_jax.sweep import schedule
+from rescalevit_jax.sweep import local_scheduler
 settings = {[*tiny_sweep.KEYS, f"tfds_data_dir={digits_dir}"]!r}
 settings[settings.index("total_steps=40")] = "total_steps=1000000"
 (run,) = grid.plan(
@@ -467,7 +467,7 @@ settings[settings.index("total_steps=40")] = "total_steps=1000000"
 class Clock:
   def __lt__(self, now):  # Passes once the run has made some steps.
     return subprocess_run.step_since(run.workdir, 0) > 20
-outcome = schedule.Schedule([run], [], [{{}}], [Clock()]).run()
+outcome = local_scheduler.LocalScheduler([run], [], [{{}}], [Clock()]).run()
 assert outcome.stopped and outcome.left == [run] and not outcome.failed
 assert subprocess_run.saved_step(run.workdir) > 20
 """

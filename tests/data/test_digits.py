@@ -14,13 +14,13 @@ def test_digits_contain_every_image_of_scikit_learn_once(digits_dir):
   images, labels = datasets.load_digits(return_X_y=True)
   found = []
   for split in (dataset.train, dataset.test):
-    grey = split.images[..., 0].reshape(-1, 64)
+    gray = split.images[..., 0].reshape(-1, 64)
     for channel in (1, 2):
       np.testing.assert_array_equal(
-        split.images[..., channel].reshape(-1, 64), grey
+        split.images[..., channel].reshape(-1, 64), gray
       )
-    found += zip(map(bytes, grey), split.labels.tolist(), strict=True)
-  # Convert bytes back to the 17 grey levels.
+    found += zip(map(bytes, gray), split.labels.tolist(), strict=True)
+  # Convert bytes back to the 17 gray levels.
   expected = zip(
     map(bytes, (images * 255 / 16).round().astype(np.uint8)),
     labels.tolist(),

@@ -18,7 +18,7 @@ from rescalevit_jax.data import image_files
 from rescalevit_jax.data import untrusted_image
 
 RNG = np.random.default_rng(0)
-GREY = RNG.integers(0, 256, (5, 7), dtype=np.uint8)
+GRAY = RNG.integers(0, 256, (5, 7), dtype=np.uint8)
 COLOR = RNG.integers(0, 256, (5, 7, 3), dtype=np.uint8)
 ORIENTATION = 0x112
 TURNED = {
@@ -46,8 +46,8 @@ def saved(folder, image, name, **kwargs):
   return folder / name
 
 
-def rgb(grey):
-  return np.stack([grey] * 3, axis=-1)
+def rgb(gray):
+  return np.stack([gray] * 3, axis=-1)
 
 
 def refused(image, *words):
@@ -77,15 +77,15 @@ def test_lossy_files_give_similar_pixels(name, tmp_path):
 
 
 def test_greys_have_three_equal_channels(tmp_path):
-  found = pixels(saved(tmp_path, GREY, "a.png"))
-  np.testing.assert_array_equal(found, rgb(GREY))
+  found = pixels(saved(tmp_path, GRAY, "a.png"))
+  np.testing.assert_array_equal(found, rgb(GRAY))
 
 
 def test_one_bit_images_are_black_and_white(tmp_path):
-  bits = Image.fromarray(GREY > 100)
+  bits = Image.fromarray(GRAY > 100)
   assert bits.mode == "1"
   found = pixels(saved(tmp_path, bits, "a.png"))
-  np.testing.assert_array_equal(found, rgb((GREY > 100) * np.uint8(255)))
+  np.testing.assert_array_equal(found, rgb((GRAY > 100) * np.uint8(255)))
 
 
 @pytest.mark.parametrize("name", ["a.png", "a.tiff"])
@@ -184,8 +184,8 @@ def test_exif_orientation_of_other_formats(name, tmp_path):
 def test_exif_orientation_of_sixteen_bits(tmp_path):
   exif = Image.Exif()
   exif[ORIENTATION] = 6
-  path = saved(tmp_path, GREY.astype(np.uint16) * 257, "a.png", exif=exif)
-  np.testing.assert_array_equal(pixels(path), TURNED[6](rgb(GREY)))
+  path = saved(tmp_path, GRAY.astype(np.uint16) * 257, "a.png", exif=exif)
+  np.testing.assert_array_equal(pixels(path), TURNED[6](rgb(GRAY)))
 
 
 @pytest.mark.parametrize("name", ["a.gif", "a.png", "a.webp"])
@@ -228,7 +228,7 @@ def test_pixels_equal_the_input_of_evaluation(shape, size):
   image = RNG.integers(0, 256, (*shape, 3), dtype=np.uint8)
   expected = np.asarray(preprocess.prepare(image[None], size))[0]
   found = image_files.model_input(image, size)
-  # Tolerance of 1/80 grey level, because `prepare` uses float32.
+  # Tolerance of 1/80 gray level, because `prepare` uses float32.
   np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4)
 
 
@@ -239,8 +239,8 @@ def test_paths_images_and_arrays_are_equal(tmp_path):
   path = saved(tmp_path, COLOR, "a.png")
   for source in (path, str(path), Image.open(path), COLOR):
     np.testing.assert_array_equal(pixels(source), COLOR)
-  for source in (GREY, GREY[..., None]):
-    np.testing.assert_array_equal(pixels(source), rgb(GREY))
+  for source in (GRAY, GRAY[..., None]):
+    np.testing.assert_array_equal(pixels(source), rgb(GRAY))
 
 
 def test_input_image_is_not_changed():
@@ -274,9 +274,9 @@ def test_invalid_image_arrays(array, words):
 @pytest.mark.parametrize(
   "array",
   [
-    GREY.astype(np.int32) * 1000,
-    GREY.astype(np.int32) - 200,
-    GREY.astype(np.float32),
+    GRAY.astype(np.int32) * 1000,
+    GRAY.astype(np.int32) - 200,
+    GRAY.astype(np.float32),
   ],
 )
 def test_grey_images_of_unknown_range_are_refused(array, tmp_path):
@@ -497,7 +497,7 @@ def icc_profile(primaries, gamma, space=b"RGB "):
   """Return an ICC profile (version 2) of one gamma curve.
 
   Args:
-    primaries: XYZ of red, green and blue, adapted to D50; None for greys.
+    primaries: XYZ of red, green and blue, adapted to D50; None for grays.
     gamma: exponent of the curves.
     space: color space.
   """

@@ -41,7 +41,7 @@ def tiff(tags: dict[int, tuple[int, int]], pixels: bytes = b"") -> bytes:
 
 
 def tiled(edge: int, compression: int, pixels: bytes) -> bytes:
-  """Return a grey TIFF image of 16 x 16 pixels with tiles of any size."""
+  """Return a gray TIFF image of 16 x 16 pixels with tiles of any size."""
   values = {
     **{256: 16, 257: 16, 258: 8, 259: compression, 262: 1, 277: 1},
     **{322: edge, 323: edge, 324: 8, 325: len(pixels)},
@@ -58,7 +58,7 @@ def _saved(image, kind, **kwargs):
 def _good():
   rng = np.random.default_rng(0)
   color = Image.fromarray(rng.integers(0, 256, (9, 12, 3), np.uint8))
-  grey, deep = color.convert("L"), Image.new("I;16", (9, 5), 30_000)
+  gray, deep = color.convert("L"), Image.new("I;16", (9, 5), 30_000)
   palette, clear = color.quantize(16), color.convert("RGBA")
   exif = Image.Exif()
   exif[0x112] = 6
@@ -89,7 +89,7 @@ def _good():
   )
   for packing in ("raw", "tiff_lzw", "tiff_deflate", "jpeg", "packbits"):
     yield _saved(color, "TIFF", compression=packing, exif=exif)
-  yield _saved(grey.convert("1"), "TIFF", compression="group4")
+  yield _saved(gray.convert("1"), "TIFF", compression="group4")
   if "AVIF" in Image.OPEN:
     yield _saved(color, "AVIF", exif=exif)
   # Contents that are not images.

@@ -10,10 +10,10 @@ import trees
 
 from rescalevit_jax import models
 from rescalevit_jax.models.norms import base
+from rescalevit_jax.models.norms import gradual
 from rescalevit_jax.models.norms import layer_norm
 from rescalevit_jax.models.norms import prepbn
 from rescalevit_jax.models.norms import rms_norm
-from rescalevit_jax.models.norms import schedule
 from rescalevit_jax.models.norms import taper
 from rescalevit_jax.models.norms import traits
 from rescalevit_jax.training import train_step
@@ -85,10 +85,10 @@ def test_taper_statistics_by_hand(Norm):
   # From here the gain is independent of the scale.
   moved = {**found, "params": found["params"] | {"scale": 3 * SCALE}}
   half = passes(module, {**moved, "batch_stats": stats}, X)
-  assert half["faded"] == schedule.FULL / 2
+  assert half["faded"] == gradual.FULL / 2
   moved["params"] = found["params"] | {"scale": 5 * SCALE}
   later = passes(module, {**moved, "batch_stats": half}, 5 * X, X)
-  assert later["faded"] == schedule.FULL
+  assert later["faded"] == gradual.FULL
   for name in ("gain", "dividend", "divisor", "target"):
     np.testing.assert_array_equal(later[name], half[name])
   # At the end it is linear up to the bias.
@@ -164,7 +164,7 @@ def test_prepbn_by_hand():
   module = prepbn.PRepBN(
     D,
     options=base.Options(momentum=0.0),
-    schedule=schedule.Schedule(0, 4, 1.0),
+    schedule=gradual.Schedule(0, 4, 1.0),
   )
   found = start(module)
   params = found["params"]
@@ -190,5 +190,5 @@ def test_prepbn_by_hand():
 
 
 def test_all_sites_fade_together():
-  together = schedule.Schedule(10, 20, 1.0)
+  together = gradual.Schedule(10, 20, 1.0)
   assert {together.at_site(site, 5) for site in range(5)} == {together}

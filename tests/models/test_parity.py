@@ -18,8 +18,8 @@ import pytest
 
 from rescalevit_jax import models
 from rescalevit_jax.augment import preprocess
+from rescalevit_jax.optim import lr_schedule
 from rescalevit_jax.optim import optimizers
-from rescalevit_jax.optim import schedule
 from rescalevit_jax.training import train_state
 from rescalevit_jax.training import train_step as train_step_lib
 
@@ -219,7 +219,7 @@ def train_step_of(norm):
   @functools.partial(jax.jit, static_argnames="max_grad_norm")
   def train_step(state, images, labels, linear, weight_decay, max_grad_norm):
     rates = [
-      schedule.create(BASE_LR, WARMUP, TOTAL, decay_type)
+      lr_schedule.create(BASE_LR, WARMUP, TOTAL, decay_type)
       for decay_type in ("cosine", "linear")
     ]
     sgd = optimizers.sgd(
@@ -246,7 +246,7 @@ def train_step_of(norm):
 def blank_state(norm):
   """Return a state at step 0; its optimizer state suits all runs."""
   sgd = optimizers.sgd(
-    schedule.create(BASE_LR, WARMUP, TOTAL, "cosine"),
+    lr_schedule.create(BASE_LR, WARMUP, TOTAL, "cosine"),
     momentum=0.9,
     weight_decay=0.0,
     grad_norm_clip=1.0,
@@ -390,7 +390,7 @@ def test_training(norm, source, run):
 def test_learning_rates_of_training(norm, source, run):
   want = reference(norm, source)[f"ref/train/{run}/lr"]
   decay_type = "linear" if run.startswith("linear") else "cosine"
-  rate = schedule.create(BASE_LR, WARMUP, TOTAL, decay_type)
+  rate = lr_schedule.create(BASE_LR, WARMUP, TOTAL, decay_type)
   got = jax.vmap(rate)(jnp.arange(TOTAL))
   np.testing.assert_allclose(got, want, rtol=0, atol=LR_ATOL)
 
@@ -479,7 +479,7 @@ def test_learning_rate_schedule(source, setting, decay_type):
   want = data[f"{setting}{decay_type}"]
   base, warmup, total = data[f"{setting}base_warmup_total"]
   assert len(want) == total
-  rate = schedule.create(base, int(warmup), int(total), decay_type)
+  rate = lr_schedule.create(base, int(warmup), int(total), decay_type)
   got = np.asarray(jax.vmap(rate)(jnp.arange(len(want))))
   kept = ~np.isnan(want)  # The reduced set has NaN gaps.
   assert kept.all() or (source == "reduced" and kept.sum() >= 100)
@@ -493,7 +493,7 @@ def test_googles_schedule_is_one_update_behind(source, decay_type):
   data = parity.arrays("lr_schedule.npz", source)
   want = data[f"info_google_{decay_type}"]
   base, warmup, total = data["base_warmup_total"]
-  rate = schedule.create(base, int(warmup), int(total), decay_type)
+  rate = lr_schedule.create(base, int(warmup), int(total), decay_type)
   got = np.asarray(jax.vmap(rate)(jnp.arange(len(want) - 1)), np.float64)
   if decay_type == "linear":
     floor = np.where(np.arange(1, len(want)) < warmup, 0.0, 1e-5)

@@ -6,12 +6,12 @@ from rescalevit_jax.analysis import plot_block
 from rescalevit_jax.report import lr_table
 from rescalevit_jax.report import plot_accuracies
 
-LN = lr_table.Outcome(
+LN = lr_table.TunedMethod(
   "a", "LN", "LN", {0.1: 0.3, 0.2: None}, 0.1, {1: 0.5, 2: 0.7}
 )
-CAL = lr_table.Outcome("a", "Cal-x", "Cal", {}, 0.4, {1: 0.8})
-VAL = lr_table.Outcome("a", "LN-val", "LN", {0.1: 0.3}, None)
-OTHER = lr_table.Outcome("b", "LN", "LN", {}, 0.1, {1: 0.2})
+CAL = lr_table.TunedMethod("a", "Cal-x", "Cal", {}, 0.4, {1: 0.8})
+VAL = lr_table.TunedMethod("a", "LN-val", "LN", {0.1: 0.3}, None)
+OTHER = lr_table.TunedMethod("b", "LN", "LN", {}, 0.1, {1: 0.2})
 
 
 @pytest.fixture
@@ -51,7 +51,7 @@ def test_bars_show_means_and_missing_methods():
 
 
 def test_equal_accuracies_have_a_deviation_of_zero():
-  same = lr_table.Outcome("a", "LN", "LN", {}, 0.1, {1: 0.8, 2: 0.8})
+  same = lr_table.TunedMethod("a", "LN", "LN", {}, 0.1, {1: 0.8, 2: 0.8})
   (axes,) = plot_accuracies.bars([same], {}).axes
   assert axes.texts[0].get_text().strip() == "80.0 ± 0.0"
 
@@ -65,7 +65,9 @@ def test_command_writes_a_picture(table, tmp_path, flags):
 
 def test_command_writes_a_table(tmp_path):
   outcomes = [
-    lr_table.Outcome("a", method, "LN", {}, 0.1, dict(enumerate(accuracies)))
+    lr_table.TunedMethod(
+      "a", method, "LN", {}, 0.1, dict(enumerate(accuracies))
+    )
     for method, accuracies in (
       ("LN", [0.1, 0.2]),
       ("LN-x", [0.50, 0.52, 0.51]),

@@ -20,7 +20,7 @@ from rescalevit_jax import errors
 from rescalevit_jax.runs import lock
 from rescalevit_jax.sweep import command_line
 from rescalevit_jax.sweep import device_slots
-from rescalevit_jax.sweep import schedule
+from rescalevit_jax.sweep import local_scheduler
 
 RESULT = json.dumps(fake_runs.RESULT)
 
@@ -371,7 +371,7 @@ def test_runs_use_the_gpus_of_their_slot(tmp_path, monkeypatch):
     ),
   )
   slots = [{"CUDA_VISIBLE_DEVICES": x} for x in ("5", "7")]
-  outcome = schedule.Schedule(runs, [], slots).run()
+  outcome = local_scheduler.LocalScheduler(runs, [], slots).run()
   assert not outcome.failed and len(outcome.done) == 4
 
 
@@ -394,7 +394,7 @@ def test_a_signal_is_recorded_even_if_all_runs_finish(tmp_path, monkeypatch):
       ]
     ),
   )
-  outcome = schedule.Schedule(runs, [], [{}]).run()
+  outcome = local_scheduler.LocalScheduler(runs, [], [{}]).run()
   assert outcome.done == runs and not outcome.left
   assert outcome.stopped and not outcome.killed and outcome.exit_code == 0
 
@@ -407,12 +407,12 @@ def test_eta_is_remaining_flops_divided_by_speed(tmp_path, monkeypatch):
   )
   assert runs[1].step_flops == 2 * runs[0].step_flops
   now = [0.0]
-  monkeypatch.setattr(schedule.time, "monotonic", lambda: now[0])
-  plan = schedule.Schedule(runs, [], [{}])
+  monkeypatch.setattr(local_scheduler.time, "monotonic", lambda: now[0])
+  plan = local_scheduler.LocalScheduler(runs, [], [{}])
   assert plan._eta() is None
   workdir = runs[0].workdir
   (workdir / "checkpoints" / "last" / "20").mkdir(parents=True)
-  running = schedule._Running(plan._waiting.pop(0), None, {}, 0.0, 20)
+  running = local_scheduler._Running(plan._waiting.pop(0), None, {}, 0.0, 20)
   plan._running.append(running)
   assert plan._eta() is None
   lines = [json.dumps({"step": step}) for step in (20, 40)]

@@ -10,8 +10,8 @@ import pytest
 from rescalevit_jax import errors
 from rescalevit_jax.augment import mixing
 from rescalevit_jax.augment import preprocess
+from rescalevit_jax.optim import lr_schedule
 from rescalevit_jax.optim import optimizers
-from rescalevit_jax.optim import schedule
 from rescalevit_jax.runtime import accelerator
 from rescalevit_jax.training import experiment
 from rescalevit_jax.training import initial_state
@@ -67,7 +67,7 @@ def test_optimizer_keys_take_effect(name, tiny_config):
     lambda x: jnp.asarray(rng.normal(size=x.shape), x.dtype),
     {"Transformer": {"encoderblock_0": block}, "head": shapes["head"]},
   )
-  rate = schedule.create(0.3, 3, 12, "linear", 4, 0.01)
+  rate = lr_schedule.create(0.3, 3, 12, "linear", 4, 0.01)
   assert [found.lr_schedule(n) for n in range(12)] == [
     rate(n) for n in range(12)
   ]

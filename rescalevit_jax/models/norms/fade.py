@@ -17,17 +17,17 @@ from jaxtyping import Array, Float, Int
 import numpy as np
 
 from rescalevit_jax.models.norms import functions
+from rescalevit_jax.models.norms import gradual
 from rescalevit_jax.models.norms import layer_norm
-from rescalevit_jax.models.norms import schedule as schedule_lib
 from rescalevit_jax.models.norms import traits
 from rescalevit_jax.models.ops import normalization
 from rescalevit_jax.runtime import accelerator
 
-FULL = schedule_lib.FULL
+FULL = gradual.FULL
 
 
 @dataclasses.dataclass(frozen=True)
-class Schedule(schedule_lib.Schedule):
+class Schedule(gradual.Schedule):
   """The schedule, and the function at its end."""
 
   separate_cls: bool  # True if class token and patches have separate scales.
@@ -35,7 +35,7 @@ class Schedule(schedule_lib.Schedule):
 
 
 class Fade(
-  schedule_lib.Gradual,
+  gradual.Gradual,
   layer_norm.Affine,
   traits.Foldable,
   traits.Saturating,
@@ -181,4 +181,4 @@ def update_running_mean(
     mean = jnp.stack([log_own[:, 0].mean(), log_own[:, 1:].mean()])
   else:
     mean = jnp.broadcast_to(log_own.mean(), 2)
-  return schedule_lib.update_mean(log_frozen, mean, passes)
+  return gradual.update_mean(log_frozen, mean, passes)

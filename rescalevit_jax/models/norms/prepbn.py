@@ -6,12 +6,12 @@ import flax.linen as nn
 import numpy as np
 
 from rescalevit_jax.models.norms import batch_norm
-from rescalevit_jax.models.norms import schedule as schedule_lib
+from rescalevit_jax.models.norms import gradual
 from rescalevit_jax.models.norms import traits
 from rescalevit_jax.models.ops import normalization
 
 
-class PRepBN(schedule_lib.Gradual, batch_norm.BatchNorm, traits.Foldable):
+class PRepBN(gradual.Gradual, batch_norm.BatchNorm, traits.Foldable):
   """Progressive re-parameterized BatchNorm (SLAB, arXiv:2405.11582).
 
     y = lambda * LN(x) + (1 - lambda) * (BN(x) + eta * x)
@@ -35,7 +35,7 @@ class PRepBN(schedule_lib.Gradual, batch_norm.BatchNorm, traits.Foldable):
 
   def __call__(self, x, train):
     x = x.astype("float32")
-    share = self.faded.value / schedule_lib.FULL
+    share = self.faded.value / gradual.FULL
     layer = self.standardize(x, (2,))[0] * self.scale + self.bias
     batch = self.normalize(x, train) * self.bn_scale + self.bn_bias
     y = (1 - share) * layer + share * (batch + self.eta * x)
@@ -45,7 +45,7 @@ class PRepBN(schedule_lib.Gradual, batch_norm.BatchNorm, traits.Foldable):
 
   @staticmethod
   def as_linear(params, batch_stats, epsilon=normalization.EPSILON):
-    if batch_stats["faded"] != schedule_lib.FULL:
+    if batch_stats["faded"] != gradual.FULL:
       raise ValueError(
         "PRepBN folds only when lambda is 0; take the latest checkpoint of a"
         " finished run"

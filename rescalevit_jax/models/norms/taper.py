@@ -8,13 +8,13 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from rescalevit_jax.models.norms import schedule as schedule_lib
+from rescalevit_jax.models.norms import gradual
 from rescalevit_jax.models.norms import traits
 from rescalevit_jax.models.ops import normalization
 
 
 @dataclasses.dataclass(frozen=True)
-class Schedule(schedule_lib.Schedule):
+class Schedule(gradual.Schedule):
   """The schedule, and the anchor loss of the final norm."""
 
   final: bool = True  # True if the final norm tapers, too.
@@ -32,7 +32,7 @@ class Schedule(schedule_lib.Schedule):
     return own
 
 
-class TaperLN(schedule_lib.Gradual, traits.Foldable):
+class TaperLN(gradual.Gradual, traits.Foldable):
   """TaperNorm from LayerNorm (Kanavalau et al. 2026, arXiv:2602.10408).
 
     z = x - mean
@@ -75,7 +75,7 @@ class TaperLN(schedule_lib.Gradual, traits.Foldable):
     x = x.astype(jnp.float32)
     z = x - x.mean(-1, keepdims=True) if self.CENTERED else x
     var = jnp.square(z).mean(-1, keepdims=True) + self.options.epsilon
-    own, share = jax.lax.rsqrt(var), self.faded.value / schedule_lib.FULL
+    own, share = jax.lax.rsqrt(var), self.faded.value / gradual.FULL
     gate = jnp.where(share < 1, (1 + jnp.cos(math.pi * share)) / 2, 0.0)
     c = self.dividend.value / jnp.maximum(self.divisor.value, 1e-30)
     linear = (1 - gate) * c * (self.gain.value + self.change)
@@ -105,14 +105,14 @@ class TaperLN(schedule_lib.Gradual, traits.Foldable):
       (self.divisor, energy),
       (self.target, 1 / own),
     ):
-      new = schedule_lib.update_mean(mean.value, value.mean(), passes)
+      new = gradual.update_mean(mean.value, value.mean(), passes)
       mean.value = jnp.where(begun, mean.value, new)
     self.gain.value = jnp.where(begun, self.gain.value, scale)
     self.count_pass()
 
   @classmethod
   def as_linear(cls, params, batch_stats, epsilon=normalization.EPSILON):
-    if batch_stats["faded"] != schedule_lib.FULL:
+    if batch_stats["faded"] != gradual.FULL:
       raise ValueError(
         f"{cls.__name__} folds only after it has tapered; take the latest"
         " checkpoint of a finished run with taper.final=True"

@@ -1,6 +1,6 @@
 """Optional abilities of norms, for training, diagnostics and export.
 
-See `schedule` for norms that change gradually.
+See `gradual` for norms that change gradually.
 
 A norm inherits from the classes below that apply to it. Callers check with
 `issubclass`.

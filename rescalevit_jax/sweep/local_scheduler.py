@@ -38,7 +38,7 @@ class _Running:
     return max(0, step - self.first_step)
 
 
-class Schedule:
+class LocalScheduler:
   """Executes each run as its own process; a failed run stops no other.
 
   Args:

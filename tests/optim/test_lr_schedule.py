@@ -4,12 +4,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rescalevit_jax.optim import schedule
+from rescalevit_jax.optim import lr_schedule as lr_schedule_lib
 
 
 def rates(base_lr, warmup_steps, total_steps, decay_type, steps=None, **kwargs):
   """Return the learning rates of steps 1, 2, ... (optax counts from 0)."""
-  lr_schedule = schedule.create(
+  lr_schedule = lr_schedule_lib.create(
     base_lr, warmup_steps, total_steps, decay_type, **kwargs
   )
   return np.array(
