@@ -59,7 +59,9 @@ class TunedMethod:
     return len(self.test_accuracy) - len(self.percent)
 
 
-def table(outcomes: Sequence[TunedMethod], reference: str = REFERENCE) -> str:
+def table(
+  tuned_methods: Sequence[TunedMethod], reference: str = REFERENCE
+) -> str:
   """Return the results as a Markdown table.
 
   Each method's mean is compared with the reference's on the same dataset, if
@@ -67,12 +69,12 @@ def table(outcomes: Sequence[TunedMethod], reference: str = REFERENCE) -> str:
   correction over all rows. The standard error of the difference is sqrt(s1^2 /
   n1 + s2^2 / n2).
   """
-  means = {x.dataset: x for x in outcomes if x.method == reference}
-  compared = [_compare(x, means.get(x.dataset)) for x in outcomes]
+  means = {x.dataset: x for x in tuned_methods if x.method == reference}
+  compared = [_compare(x, means.get(x.dataset)) for x in tuned_methods]
   adjusted = differences.holm([p for *_, p in compared])
   rows = []
   for x, (points, interval, p), holm in zip(
-    outcomes, compared, adjusted, strict=True
+    tuned_methods, compared, adjusted, strict=True
   ):
     val = ", ".join(
       f"{lr:g}: " + ("diverged" if y is None else f"{100 * y:.1f}")
@@ -94,25 +96,25 @@ def table(outcomes: Sequence[TunedMethod], reference: str = REFERENCE) -> str:
   return markdown.table("llrlrrrrr", rows[0], [row.values() for row in rows])
 
 
-def _mean(outcome):
-  values, diverged = outcome.percent, outcome.num_diverged
+def _mean(tuned):
+  values, diverged = tuned.percent, tuned.num_diverged
   count = f"({len(values)}" + (f", {diverged} diverged)" if diverged else ")")
   if not values:
     return count if diverged else markdown.NOTHING
-  deviation = outcome.deviation
+  deviation = tuned.deviation
   margin = "" if deviation is None else f" ± {deviation:.2f}"
-  return f"{outcome.mean:.2f}{margin} {count}"
+  return f"{tuned.mean:.2f}{margin} {count}"
 
 
-def _compare(outcome, reference):
+def _compare(tuned, reference):
   """Return difference with standard error, interval and p-value, if known."""
   points, unknown = markdown.NOTHING, ((math.nan, math.nan), math.nan)
-  if reference is None or outcome is reference:
+  if reference is None or tuned is reference:
     return points, *unknown
-  both = outcome, reference
+  both = tuned, reference
   if any(x.num_diverged or not x.percent for x in both):
     return points, *unknown
-  points = f"{outcome.mean - reference.mean:+.2f}"
+  points = f"{tuned.mean - reference.mean:+.2f}"
   a, b = (x.percent for x in both)
   if min(len(a), len(b)) < 2:
     return points, *unknown
@@ -120,14 +122,14 @@ def _compare(outcome, reference):
   return f"{points} ± {error:.2f}", *differences.interval_and_p(a, b)
 
 
-def write_csv(outcomes: Iterable[TunedMethod], path: pathlib.Path) -> None:
+def write_csv(tuned_methods: Iterable[TunedMethod], path: pathlib.Path) -> None:
   """Write a row per run: phase `select` or `final`.
 
   The accuracy of a diverged run is empty.
   """
   rows: list[tuple[Any, ...]] = []
   header = ("dataset", "method", "phase", "base_lr", "seed", "accuracy")
-  for x in outcomes:
+  for x in tuned_methods:
     for lr, accuracy in sorted(x.val_accuracy.items()):
       rows.append((x.dataset, x.method, "select", lr, 0, accuracy))
     for seed, accuracy in sorted(x.test_accuracy.items()):
@@ -135,19 +137,19 @@ def write_csv(outcomes: Iterable[TunedMethod], path: pathlib.Path) -> None:
   atomic_file.write(path, csv_text.table([header, *rows]))
 
 
-def draw(outcomes: Sequence[TunedMethod]) -> figure_lib.Figure:
+def draw(tuned_methods: Sequence[TunedMethod]) -> figure_lib.Figure:
   """Draw the held-out and the test accuracies, a row per dataset.
 
   Methods of one norm share its color. A faint line marks LN's mean.
   """
-  datasets = list(dict.fromkeys(x.dataset for x in outcomes))
+  datasets = list(dict.fromkeys(x.dataset for x in tuned_methods))
   figure = figure_lib.Figure((9, 3.6 * len(datasets)), layout="constrained")
   axes = figure.subplots(len(datasets), 2, squeeze=False)
   for dataset, (left, right) in zip(datasets, axes, strict=True):
-    shown = [x for x in outcomes if x.dataset == dataset]
+    shown = [x for x in tuned_methods if x.dataset == dataset]
     tested = [x for x in shown if x.percent]
     for x in shown:
-      style = _style(x, outcomes)
+      style = _style(x, tuned_methods)
       kept = {lr: y for lr, y in x.val_accuracy.items() if y is not None}
       lrs = sorted(kept)
       left.plot(lrs, [100 * kept[lr] for lr in lrs], label=x.method, **style)
@@ -171,14 +173,14 @@ def draw(outcomes: Sequence[TunedMethod]) -> figure_lib.Figure:
   return figure
 
 
-def _style(outcome, outcomes):
+def _style(tuned, tuned_methods):
   """Return a method's line style, the same for every dataset."""
   same_norm = dict.fromkeys(
-    x.method for x in outcomes if x.norm == outcome.norm
+    x.method for x in tuned_methods if x.norm == tuned.norm
   )
-  index = list(same_norm).index(outcome.method)
+  index = list(same_norm).index(tuned.method)
   return {
-    "color": plots.norm_color(outcome.norm),
+    "color": plots.norm_color(tuned.norm),
     "marker": "osD^v"[index % 5],
     "linestyle": ("-", "--", ":", "-.", (0, (5, 1)))[index % 5],
     "markerfacecolor": "white" if index else None,

@@ -142,10 +142,12 @@ def _run(argv):
   if outcome.stopped:
     return outcome.exit_code
   found = accuracies(plans)
-  outcomes = {key: _select_lr(key, runs, found) for key, runs in plans.items()}
+  tuned_methods = {
+    key: _select_lr(key, runs, found) for key, runs in plans.items()
+  }
   plans = {
     key: _plan(args, settings, *key, repr(x.lr))
-    for key, x in outcomes.items()
+    for key, x in tuned_methods.items()
     if x.lr is not None
   }
   outcome = _execute(args, plans)
@@ -154,8 +156,12 @@ def _run(argv):
   found = accuracies(plans)
   for key, runs in plans.items():
     tested = {run.config.seed: found[run.workdir] for run in runs}
-    outcomes[key] = dataclasses.replace(outcomes[key], test_accuracy=tested)
-  _write(list(outcomes.values()), args.runs_dir / f"final-{args.final_steps}")
+    tuned_methods[key] = dataclasses.replace(
+      tuned_methods[key], test_accuracy=tested
+    )
+  _write(
+    list(tuned_methods.values()), args.runs_dir / f"final-{args.final_steps}"
+  )
   return 0
 
 
@@ -178,7 +184,7 @@ def accuracies(
 
 
 def _select_lr(key, runs, found):
-  """Return the outcome of trying every learning rate."""
+  """Return the result of trying every learning rate."""
   tried = {run.config.base_lr: found[run.workdir] for run in runs}
   kept = sorted(lr for lr, accuracy in tried.items() if accuracy is not None)
   lr = max(kept, key=tried.get, default=None)
@@ -192,12 +198,12 @@ def _select_lr(key, runs, found):
   return lr_table.TunedMethod(*key, runs[0].config.model.norm, tried, lr)
 
 
-def _write(outcomes, folder):
+def _write(tuned_methods, folder):
   folder.mkdir(parents=True, exist_ok=True)
-  text = lr_table.table(outcomes)
+  text = lr_table.table(tuned_methods)
   atomic_file.write(folder / "table.md", text)
-  lr_table.write_csv(outcomes, folder / "accuracies.csv")
-  plots.save(lr_table.draw(outcomes), folder / "accuracies.png")
+  lr_table.write_csv(tuned_methods, folder / "accuracies.csv")
+  plots.save(lr_table.draw(tuned_methods), folder / "accuracies.png")
   print(text)
   _log.info("written: %s/{table.md,accuracies.csv,accuracies.png}", folder)
 

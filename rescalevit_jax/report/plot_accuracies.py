@@ -64,26 +64,30 @@ def _run(args):
   for path in args.output:
     if path.suffix != ".md":
       plots.check_suffix(path)
-  outcomes = read(args.csv)
+  tuned_methods = read(args.csv)
   labels = dict(label.split("=", 1) for label in args.label if "=" in label)
-  if unknown := set(labels) - {x.method for x in outcomes}:
+  if unknown := set(labels) - {x.method for x in tuned_methods}:
     raise errors.UserError(
       f"--label: {args.csv} has no method {min(unknown)!r}; correct its name"
     )
   if len(labels) < len(args.label):
     raise errors.UserError("--label: no '='; write METHOD=TEXT")
   if labels:
-    outcomes = [x for x in outcomes if x.method in labels]
+    tuned_methods = [x for x in tuned_methods if x.method in labels]
   for path in args.output:
     if path.suffix == ".md":
-      plots.write(path, _table(outcomes, labels, args))
+      plots.write(path, _table(tuned_methods, labels, args))
     else:
-      figure = lr_table.draw(outcomes) if args.rates else bars(outcomes, labels)
+      figure = (
+        lr_table.draw(tuned_methods)
+        if args.rates
+        else bars(tuned_methods, labels)
+      )
       plots.save(figure, path)
 
 
-def _table(outcomes, labels, args):
-  tested = [x for x in outcomes if x.percent]
+def _table(tuned_methods, labels, args):
+  tested = [x for x in tuned_methods if x.percent]
   if all(x.method != args.reference for x in tested):
     raise errors.UserError(
       f"--reference: {args.csv} has no test accuracy of {args.reference!r}, or"
@@ -97,7 +101,7 @@ def _table(outcomes, labels, args):
 
 
 def read(path: pathlib.Path) -> list[lr_table.TunedMethod]:
-  """Return the outcomes in a file that `lr_table.write_csv` wrote.
+  """Return the methods in a file that `lr_table.write_csv` wrote.
 
   If a method was tested at several learning rates, the one with the best
   held-out accuracy counts.
@@ -123,7 +127,7 @@ def read(path: pathlib.Path) -> list[lr_table.TunedMethod]:
     raise errors.UserError(f"{path}: {e} is not as expected; {hint}") from e
   if not tested:
     raise errors.UserError(f"{path}: has no tested run; {hint}")
-  outcomes = []
+  tuned_methods = []
   for (dataset, method), rates in tried.items():
     norm = method.partition("-")[0]
     if norm not in norms.NORMS:
@@ -133,20 +137,20 @@ def read(path: pathlib.Path) -> list[lr_table.TunedMethod]:
     finals = tested.get((dataset, method), {})
     best = max(finals, key=lambda lr: rates.get(lr) or 0.0, default=None)
     seeds = {} if best is None else finals[best]
-    outcomes.append(
+    tuned_methods.append(
       lr_table.TunedMethod(dataset, method, norm, rates, best, seeds)
     )
-  return outcomes
+  return tuned_methods
 
 
 def bars(
-  outcomes: Sequence[lr_table.TunedMethod], labels: dict[str, str]
+  tuned_methods: Sequence[lr_table.TunedMethod], labels: dict[str, str]
 ) -> figure_lib.Figure:
   """Draw a bar for each tested method, a panel per dataset.
 
   `labels` has names to draw instead of the methods' names.
   """
-  tested = [x for x in outcomes if x.percent]
+  tested = [x for x in tuned_methods if x.percent]
   datasets = list(dict.fromkeys(x.dataset for x in tested))
   methods = list(dict.fromkeys(x.method for x in tested))
   height = 0.38 * len(methods) + 0.8

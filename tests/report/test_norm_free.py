@@ -274,18 +274,18 @@ def test_numbers_must_be_positive(capsys):
 
 def test_plot_shows_the_accuracies():
   """The plot has one method with test runs and one without."""
-  outcomes = [
+  tuned_methods = [
     lr_table.TunedMethod(
       "a", "LN", "LN", {0.1: 0.3, 0.2: None}, 0.1, {1: 0.4, 2: 0.5}
     ),
     lr_table.TunedMethod("a", "Cal", "Cal", {0.1: 0.25, 0.2: 0.35}, 0.2),
   ]
-  outcomes += [
+  tuned_methods += [
     lr_table.TunedMethod("b", "LN-b", "LN", {0.1: 0.3}, 0.1),
     lr_table.TunedMethod("c", "LN-b", "LN", {0.1: 0.3}, 0.1),
     lr_table.TunedMethod("c", "LN", "LN", {0.1: 0.3}, 0.1),
   ]
-  left, right, b, _, c, _ = lr_table.draw(outcomes).axes
+  left, right, b, _, c, _ = lr_table.draw(tuned_methods).axes
   markers = [x.get_marker() for x in (*b.get_lines(), *c.get_lines())]
   assert markers == [
     "s",

@@ -36,8 +36,8 @@ def test_best_validation_lr_is_chosen_among_tested_lrs(tmp_path):
     + row("final", 0.1, 1, 0.9)
     + row("final", 0.2, 1, 0.8)
   )
-  (outcome,) = plot_accuracies.read(path)
-  assert (outcome.lr, outcome.test_accuracy) == (0.2, {1: 0.8})
+  (tuned,) = plot_accuracies.read(path)
+  assert (tuned.lr, tuned.test_accuracy) == (0.2, {1: 0.8})
 
 
 def test_bars_show_means_and_missing_methods():
@@ -64,7 +64,7 @@ def test_command_writes_a_picture(table, tmp_path, flags):
 
 
 def test_command_writes_a_table(tmp_path):
-  outcomes = [
+  tuned_methods = [
     lr_table.TunedMethod(
       "a", method, "LN", {}, 0.1, dict(enumerate(accuracies))
     )
@@ -76,7 +76,7 @@ def test_command_writes_a_table(tmp_path):
     )
   ]
   source, output = tmp_path / "accuracies.csv", tmp_path / "new" / "table.md"
-  lr_table.write_csv(outcomes, source)
+  lr_table.write_csv(tuned_methods, source)
   argv = [str(source), f"--output={output}", "--reference=LN-x"]
   argv += [f"--label=LN-{x}={x}" for x in "xyz"]
   assert plot_accuracies.main(argv) == 0
