@@ -118,6 +118,7 @@ def test_methods_of_two_configs_are_distinguished(measured, tmp_path, capsys):
 def test_running_statistics_are_gathered(norm, tiny_config):
   """Without running statistics the norm acts as the identity."""
   tiny_config.model.update({"norm": norm, "residual": "plain"})
+  tiny_config.model.num_layers = 2
   tiny_config.model.dropout_rate = 0.0
   tiny_config.augment.crop = False
   found = probe.measure(tiny_config, False)

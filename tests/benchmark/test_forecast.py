@@ -22,6 +22,7 @@ def compile_for_h100(folder, *args, **env):
     "--compile_for=h100",
     "--set=model.norm=DyT",
     "--set=model.dropout_rate=0.0",
+    "--set=augment.crop=False",
     "--set=dtype=float32",
     f"--output={folder}",
     *args,

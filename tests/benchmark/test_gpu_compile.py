@@ -25,7 +25,7 @@ EVERY_NORM = norm_sets.most_slow("LN", "BN", "GN", "Rescale", "Cal")
 # Keys of a norm's training step, whose program tests share.
 TRAIN_KEYS = {
   "BN": {"batch": 64, "model.hidden_size": 128},
-  "GN": {"dtype": "float16"},
+  "GN": {"dtype": "float16", "augment.crop": True},
 }
 HALF_DTYPES = [x for x in ("bfloat16", "float16") if x in vit_config.DTYPES]
 
@@ -110,7 +110,8 @@ def test_requested_attention_is_compiled(compile_tiny, dtype, attention):
   "dtype", ["float16", pytest.param("float32", marks=pytest.mark.slow)]
 )
 def test_other_dtypes_compile_for_training(compile_tiny, dtype):
-  program = compile_tiny("train", dtype=dtype, **{"model.norm": "GN"})
+  keys = {**TRAIN_KEYS["GN"], "model.norm": "GN", "dtype": dtype}
+  program = compile_tiny("train", **keys)
   kinds = hlo.count_kinds(program.kernels)
   if dtype == "float32":
     assert {k.dtype for k in program.kernels if k.flops} == {"f32"}
@@ -144,7 +145,8 @@ def test_training_on_other_gpus(compile_tiny, gpu):
   ],
 )
 def test_eight_gpus_exchange_gradients_once(compile_tiny, norm):
-  program = compile_tiny("train", devices=8, **{"model.norm": norm})
+  keys = {"model.norm": norm, "augment.crop": True}
+  program = compile_tiny("train", devices=8, **keys)
   assert_lean(program)
   assert {c.kind for c in program.collectives} == {"all-reduce"}
   sizes = collections.Counter()

@@ -117,7 +117,6 @@ def test_streaming_a_large_dataset_gives_equal_runs(
   tiny_config, tmp_path, norm, num_val
 ):
   tiny_config.model.norm = norm
-  tiny_config.model.num_layers = 1
   tiny_config.data.num_val = num_val
   tiny_config.accum_steps = 3
   train.train_and_evaluate(tiny_config, tmp_path / "resident")

@@ -19,7 +19,6 @@ from rescalevit_jax.training import experiment as experiment_lib
 def main(data_dir):
   assert jax.device_count() == 8
   config = small_run.config(data_dir)
-  config.model.num_layers = 1
   sharding._MIN_SPLIT = 100  # Elements; the model is small.
   found = []
   for devices in (1, 8):

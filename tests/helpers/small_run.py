@@ -26,7 +26,7 @@ def config(digits_dir):
       "hidden_size": 16,
       "mlp_dim": 32,
       "num_heads": 2,
-      "num_layers": 2,
+      "num_layers": 1,
       "norm": "Rescale",
     }
   )

@@ -372,7 +372,6 @@ def test_a_run_resumes_in_the_middle_of_a_fade(
   config.ema_decay = 0.9
   config.accum_steps = 2
   config.model.remat = True
-  config.model.num_layers = 1
   train.train_and_evaluate(config, tmp_path / "a")
   real = trainer.Trainer._step
 

@@ -366,7 +366,7 @@ def test_a_run_resumes_if_auto_selects_another_dtype(
 ):
   start_at(2.0**30)
   tiny_config.dtype = "auto"
-  tiny_config.model.update({"norm": "LN", "num_layers": 1})
+  tiny_config.model.norm = "LN"
   for dtype, number, scale in (
     ("float16", 5, 2.0**26),  # Skips four steps, then saves.
     ("float32", 9, None),

@@ -157,10 +157,10 @@ def test_runs_of_a_grid_are_distinguished(
 @pytest.mark.parametrize(
   "outcome, begun, written",
   [
-    (outcome_lib.TunedMethod(stopped=True), True, False),
-    (outcome_lib.TunedMethod(stopped=True, out_of_time=True), True, True),
-    (outcome_lib.TunedMethod(stopped=True, out_of_time=True), False, False),
-    (outcome_lib.TunedMethod(failed=[(None, "error: broke")]), True, True),
+    (outcome_lib.Outcome(stopped=True), True, False),
+    (outcome_lib.Outcome(stopped=True, out_of_time=True), True, True),
+    (outcome_lib.Outcome(stopped=True, out_of_time=True), False, False),
+    (outcome_lib.Outcome(failed=[(None, "error: broke")]), True, True),
   ],
 )
 def test_files_are_written_unless_a_signal_stops(

@@ -17,12 +17,6 @@ from rescalevit_jax.training import train_step
 PLACE = ("Transformer", "encoderblock_0", "Cal_0")
 
 
-@pytest.fixture
-def tiny_config(tiny_config):
-  tiny_config.model.num_layers = 1
-  return tiny_config
-
-
 def calibrated_state(config):
   return initial_state.create(experiment.create(config))
 
@@ -135,7 +129,6 @@ def test_calibration_key_selects_norms(
 
 def test_alpha_init_selects_the_calibrated_sites(tiny_config):
   tiny_config.model.norm = "DyISRU"
-  tiny_config.model.num_layers = 1
   tiny_config.model.alpha_init = "calibrated,0.5,calibrated"
   state = calibrated_state(tiny_config)
   scratch = experiment.create(tiny_config).init_state()

@@ -25,7 +25,6 @@ def runs(tmp_path_factory, module_config):
   folder = tmp_path_factory.mktemp("runs")
   config = module_config
   config.model.norm = "Derf"
-  config.model.num_layers = 1
   config.accum_steps = 2
   config.ema_decay = 0.9
   config.mixup = 0.8

@@ -129,7 +129,6 @@ def test_step_time_excludes_startup_evaluation_and_diagnostics(
   note(progress.Timer, "restart")
   note(metric_writers.MetricWriter, "open")
   tiny_config.diagnostics_every = 3
-  tiny_config.model.num_layers = 1
   train.train_and_evaluate(tiny_config, tmp_path)
   of_steps = [call for call in calls if call[0] == "_step"]
   assert of_steps == [
@@ -172,7 +171,6 @@ def test_resumed_run_equals_an_uninterrupted_run(
   tiny_config, tmp_path, stop_at, norm, options, stops
 ):
   tiny_config.model.norm = norm
-  tiny_config.model.num_layers = 1
   tiny_config.model.update(options)
   tiny_config.calibration = "all"
   tiny_config.accum_steps = 1 if norm in ("LN", "GN", "Derf") else 3
@@ -197,7 +195,6 @@ def test_resumed_run_of_any_recipe_equals_an_uninterrupted_run(
   tiny_config, tmp_path, stop_at, norm, recipe
 ):
   tiny_config.model.norm = norm
-  tiny_config.model.num_layers = 1
   tiny_config.update_from_flattened_dict(recipes.RECIPES[recipe])
   train.train_and_evaluate(tiny_config, tmp_path / "a")
   stop_at(7)
