@@ -15,18 +15,17 @@ cd "$root"
 .venv/bin/python -m ruff check .
 .venv/bin/python -m ruff format --check .
 .venv/bin/python -m mypy
-# One more than processors: some tests wait. Each process loads JAX, so more than
-# four are slower.
+# One worker more than processors, since some tests wait. At most four, since each
+# loads JAX.
 workers="$(.venv/bin/python -c 'import os; print(min(4, os.cpu_count() + 1))')"
-# Tests wait for thousands of small files to reach a disk; memory is faster.
+# Tests write thousands of small files: faster in memory, if 4 GiB are free there.
 memory=/dev/shm
-if [[ -z "${TMPDIR:-}" && -w "$memory" ]] &&
-  ! grep -q " $memory .*noexec" /proc/mounts &&
-  (( $(df --output=avail "$memory" | tail -n 1) > 4 * 2**20 )); then
-  TMPDIR="$(mktemp -d "$memory/rescalevit_jax.XXXXXX")"
-  export TMPDIR
-  trap 'rm -rf "$TMPDIR"' EXIT
+free="$(df -Pk "$memory" 2> /dev/null | awk 'END {print $4 + 0}')"
+if [[ -z "${TMPDIR:-}" && -w "$memory" && "$free" -gt 4194304 ]] &&
+  ! grep -q " $memory .*noexec" /proc/mounts; then
+  export TMPDIR="$memory"
 fi
-JAX_PLATFORMS="${JAX_PLATFORMS-cpu}" .venv/bin/python -m pytest \
+# Only the files of failed tests are kept.
+JAX_PLATFORMS="${JAX_PLATFORMS-cpu}" exec .venv/bin/python -m pytest \
   --numprocesses="$workers" --dist=worksteal --durations=10 \
-  -o tmp_path_retention_policy=failed "$@"
+  -o tmp_path_retention_policy=failed -o tmp_path_retention_count=1 "$@"

@@ -85,12 +85,12 @@ def test_a_norm_that_does_not_fold_is_an_error(
   assert not (tmp_path / "a.npz").exists()
 
 
-def test_folding_keeps_the_logits(default_run, test_digits, tmp_path, capsys):
+def test_folding_keeps_the_logits(tiny_run, test_digits, tmp_path, capsys):
   path = tmp_path / "a.npz"
-  flags = [f"--workdir={default_run}", f"--output={path}", "--fold"]
+  flags = [f"--workdir={tiny_run}", f"--output={path}", "--fold"]
   assert export.main(flags) == 0
   assert "norm folded" in capsys.readouterr().out
-  folded, run = npz_model.load(path), trained_model.load(default_run)
+  folded, run = npz_model.load(path), trained_model.load(tiny_run)
   norms = [model.model.config.norm for model in (run, folded)]
   assert norms == ["Rescale", "Identity"]
   images = list(test_digits.images[:20])

@@ -26,7 +26,7 @@ from rescalevit_jax.runs import run_reader
 from rescalevit_jax.runtime import atomic_file
 from rescalevit_jax.runtime import csv_text
 
-# Markers distinguish the norms in greyscale.
+# Markers distinguish the norms in grayscale.
 _MARKERS = "osD^vP*X<>h"
 # Dotted lines are reserved for published curves.
 _LINES = (
@@ -189,7 +189,7 @@ def curves(runs: Sequence[run_reader.Run]) -> figure_lib.Figure:
   """
   figure = figure_lib.Figure(figsize=(11, 4.2), layout="constrained")
   accuracy, loss = figure.subplots(1, 2)
-  groups = _labelled(run_reader.group(runs))
+  groups = _labeled(run_reader.group(runs))
   line_styles = styles(_norm(group[0]) for _, group in groups)
   for (label, members), style in zip(groups, line_styles, strict=True):
     faint = {**style, "marker": "", "linewidth": 0.8, "alpha": 0.35}
@@ -266,7 +266,7 @@ def loss_and_accuracy(
   return figure
 
 
-def _labelled(groups) -> list[tuple[str, tuple[run_reader.Run, ...]]]:
+def _labeled(groups) -> list[tuple[str, tuple[run_reader.Run, ...]]]:
   """Return each group with a label of its distinctive keys, in norm order."""
   varied = run_reader.varied_keys([group[0].config for group in groups])
   varied = [key for key in varied if key != "model.norm"]

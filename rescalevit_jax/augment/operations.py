@@ -92,7 +92,7 @@ def _enhance(degenerate, factor, x):
   return jnp.clip(base + factor * (x - base), 0.0, 255.0)
 
 
-def _grey(x):
+def _gray(x):
   """Return the luma, Pillow's mode L (ITU-R 601-2), as [H, W, 1]."""
   weights = jnp.array([0.299, 0.587, 0.114])
   return (x * weights).sum(-1, keepdims=True)
@@ -148,8 +148,8 @@ def _equalize(_, x):
 
 COLORS: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
   "brightness": functools.partial(_enhance, jnp.zeros_like),
-  "color": functools.partial(_enhance, _grey),
-  "contrast": functools.partial(_enhance, lambda x: _grey(x).mean()),
+  "color": functools.partial(_enhance, _gray),
+  "contrast": functools.partial(_enhance, lambda x: _gray(x).mean()),
   "sharpness": functools.partial(_enhance, _smooth),
   "posterize": _posterize,
   "solarize": _solarize,

@@ -147,7 +147,7 @@ def random_box(
   The fraction of the area is uniform in [min_area, max_area]. The aspect ratio
   is log-uniform in [min_aspect, 1 / min_aspect]. The first of ten draws that
   fits the image gets a random position. If none fits, the result is the largest
-  centred box with an allowed aspect ratio.
+  centered box with an allowed aspect ratio.
   """
   area_key, aspect_key, top_key, left_key = jax.random.split(key, 4)
   area = (

@@ -33,8 +33,12 @@ def markdown(report: Mapping[str, Any]) -> str:
     " Peers train and evaluate on a prepared batch; ours evaluates the test"
     " split.",
     "- Compilation of a peer includes its first step.",
-    "- Ours uses the settings of malloc of `rescalevit_jax.main`. Peers use"
-    " glibc's defaults, or the same settings with --same_malloc.",
+    "- Ours uses the malloc settings of `rescalevit_jax.main`. Peers use"
+    + (
+      " the same."
+      if report["same_malloc"]
+      else " those of the environment, by default glibc's."
+    ),
     "",
     table(report["entries"]).rstrip(),
   ]

@@ -36,7 +36,7 @@ def measure(
     subject: 'ours' or a key of `peers.PEERS`.
     options: values of the flags `seconds` and `eval_images`.
     timeout: seconds.
-    same_malloc: give peers the settings of malloc that our programs have.
+    same_malloc: give peers the malloc settings of `rescalevit_jax.main`.
 
   Raises:
     UserError: the process failed.

@@ -64,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   add(
     "--same_malloc",
     action="store_true",
-    help="give peers the settings of malloc that rescalevit_jax.main has",
+    help="give peers the malloc settings of rescalevit_jax.main",
   )
   add("--rounds", type=int, default=3, help="rounds (default: 3)")
   add(
@@ -115,6 +115,10 @@ def _run(args):
     raise errors.UserError(
       "--rounds, --seconds, --eval_images: each must be > 0; raise it"
     )
+  if args.same_malloc and (args.compile_for or not args.peer):
+    raise errors.UserError(
+      "--same_malloc: applies to measured peers only; add --peer"
+    )
   runs = grid.plan(
     args.config,
     [overrides.parse_axis(text) for text in args.grid],
@@ -146,6 +150,7 @@ def _measure(runs, args):
   first_runs = [run for run in runs if comparison.is_first(run, runs)]
   return {
     "machine": {**machine.describe(), "load_before": load_before},
+    "same_malloc": args.same_malloc,
     "entries": _measure_programs(runs, first_runs, args),
     "starts": [
       run_worker.measure_starts(run) for run in first_runs if not args.no_start

@@ -86,7 +86,7 @@ def load(
     train, test = _split_validation(train, num_val, name)
     chosen = f"{train_split} ({num_val} held out)"
   else:
-    test, chosen, skipped = _first_labelled(tests, read, name)
+    test, chosen, skipped = _first_labeled(tests, read, name)
     num_skipped += skipped
   if num_skipped:
     _log.warning("left out %d damaged images", num_skipped)
@@ -123,7 +123,7 @@ def load_test(
   tests = _candidates(stored, test_split, name, split_key)
   parts: list[splits.Part] = sum(tests.values(), [])
   read = _reader(stored, parts, source, max_gb, first_resize, skip_damaged)
-  test, chosen, num_skipped = _first_labelled(tests, read, name)
+  test, chosen, num_skipped = _first_labeled(tests, read, name)
   if num_skipped:
     _log.warning("left out %d damaged images", num_skipped)
   return test, chosen, stored.class_names, num_skipped
@@ -160,14 +160,14 @@ def _reader(stored, parts, source, max_gb, resize, skip_damaged):
   )
 
 
-def _first_labelled(tests, read, name):
+def _first_labeled(tests, read, name):
   """Read the first split that has labels."""
   *others, last = tests
   for split in others:
     try:
       test, num_skipped = read(tests[split])
       return test, split, num_skipped
-    except streamed.UnlabelledError:
+    except streamed.UnlabeledError:
       _log.warning(
         "%s: the split %s has no labels; evaluating on the next one",
         name,

@@ -12,7 +12,7 @@ _SPLIT_SEED = 0
 
 
 class Digits(tfds.core.GeneratorBasedBuilder):
-  """1,797 greyscale images of 8x8 pixels in 10 classes.
+  """1,797 grayscale images of 8x8 pixels in 10 classes.
 
   1,437 images are for training and 360, 20 % of each class, for testing. The
   split is the same on every machine.

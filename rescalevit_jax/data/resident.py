@@ -136,7 +136,7 @@ def _decode_all(examples, resize, stored, split, skip_damaged):
     for chunk in _chunks(examples, stored, split):
       for index, error in filter(None, pool.map(decode, chunk)):
         where = examples.where(index)
-        if isinstance(error, streamed.UnlabelledError) or not skip_damaged:
+        if isinstance(error, streamed.UnlabeledError) or not skip_damaged:
           raise streamed.error_at(where, error) from error
         _log.warning(
           "%s: cannot be read (%s); skipped", where, errors.brief(error)

@@ -77,14 +77,14 @@ class StreamedSplit:
     return examples, stored[index - (self._stops[part - 1] if part else 0)]
 
 
-class UnlabelledError(errors.UserError):
+class UnlabeledError(errors.UserError):
   """Raised for a split without labels."""
 
 
 def error_at(where: str, error: Exception) -> errors.UserError:
   """Return the error of one example, with its location."""
-  if isinstance(error, UnlabelledError):
-    return UnlabelledError(f"{where}: {error}")
+  if isinstance(error, UnlabeledError):
+    return UnlabeledError(f"{where}: {error}")
   return errors.UserError(
     f"{where}: cannot be read ({errors.brief(error)}); remove or replace it, or"
     " set data.skip_damaged"
@@ -98,9 +98,9 @@ def decode_example(
   shape: tuple[int, int, int],
   num_classes: int,
 ) -> tuple[UInt8[np.ndarray, "H W 3"], int]:
-  """Decode and check an image; raise UnlabelledError if it has no label."""
+  """Decode and check an image; raise UnlabeledError if it has no label."""
   if not 0 <= label < num_classes:
-    raise UnlabelledError(
+    raise UnlabeledError(
       "the example has no label; choose a split with labels by data.test_split"
     )
   pixels = image_files.decode(content, resize)

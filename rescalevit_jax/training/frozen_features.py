@@ -91,7 +91,7 @@ def linear_probe_logits(
 
 @jax.jit
 def _gram(features, targets):
-  """Compute means and centred products of features and targets."""
+  """Compute means and centered products of features and targets."""
   mean, target_mean = features.mean(0), targets.mean(0)
   centered = features - mean
   products = _matmul(centered.T, targets - target_mean)

@@ -27,7 +27,7 @@ def run(norm, accuracies, seed=0, **keys):
   return run_reader.Run(pathlib.Path(f"{norm}-{seed}"), config, None, metrics)
 
 
-def test_norms_have_distinct_colours():
+def test_norms_have_distinct_colors():
   colors = {plots.norm_color(norm) for norm in norms.NORMS}
   assert len(colors) == len(norms.NORMS)
 
@@ -44,7 +44,7 @@ def test_curves_show_the_numbers():
   assert train.get_alpha() < 0.5
 
 
-def test_seeds_share_a_colour_and_a_legend_entry():
+def test_seeds_share_a_color_and_a_legend_entry():
   figure = plots.curves(
     [run("Rescale", [0.1], 0), run("LN", [0.2]), run("Rescale", [0.3], 1)]
   )

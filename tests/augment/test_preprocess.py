@@ -128,7 +128,7 @@ def boxes_of(number, height, width, min_area, min_aspect, seed=0):
 
 
 def center_box(height, width, min_aspect):
-  """Return the largest centred box with an allowed width / height."""
+  """Return the largest centered box with an allowed width / height."""
   w, h = width, height
   if width > height / min_aspect:
     w = round(height / min_aspect)
@@ -242,7 +242,7 @@ def test_random_box_lies_inside_with_allowed_area_and_aspect(
   "height, width, expected",
   [(4, 400, (0, 197, 4, 5)), (400, 4, (197, 0, 5, 4))],
 )
-def test_box_is_the_centre_if_no_draw_fits(height, width, expected):
+def test_box_is_the_center_if_no_draw_fits(height, width, expected):
   boxes = boxes_of(20, height, width, 0.9, 3 / 4)
   assert (boxes == expected).all()
 

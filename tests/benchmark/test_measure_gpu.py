@@ -253,7 +253,7 @@ def start_runs(session, seconds, monkeypatch):
   """Return the names of the runs that a session starts."""
   started = []
 
-  class Schedule:
+  class FakeScheduler:
     def __init__(self, runs, done, slots, stop_times):
       (self.run_,) = runs
       assert time.monotonic() < stop_times[0] < time.monotonic() + seconds
@@ -262,7 +262,7 @@ def start_runs(session, seconds, monkeypatch):
       started.append(self.run_.workdir.name)
       return outcome_lib.Outcome(done=[self.run_])
 
-  monkeypatch.setattr(local_scheduler, "LocalScheduler", Schedule)
+  monkeypatch.setattr(local_scheduler, "LocalScheduler", FakeScheduler)
   monkeypatch.setattr(measure_session.Session, "_data_problem", lambda *_: None)
   session(seconds).run(["training"], needs_gpu=False)
   return started

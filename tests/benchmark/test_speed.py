@@ -3,6 +3,8 @@
 import importlib.util
 import json
 import os
+import pathlib
+import subprocess
 
 import forked
 import pytest
@@ -12,11 +14,15 @@ from rescalevit_jax import config as config_lib
 from rescalevit_jax import errors
 from rescalevit_jax.benchmark import comparison
 from rescalevit_jax.benchmark import peers
+from rescalevit_jax.benchmark import run_worker
 from rescalevit_jax.benchmark import worker
+from rescalevit_jax.sweep import grid
 from rescalevit_jax.training import experiment
 from rescalevit_jax.training import train_step
 
 KEYS = tiny_sweep.KEYS
+# Random numbers take long to compile.
+NOT_RANDOM = ("--set=model.dropout_rate=0.0", "--set=augment.crop=False")
 
 
 def run(*args, env=None):
@@ -33,11 +39,9 @@ def test_all_programs_are_measured(digits_dir, shared_dir, tmp_path, full):
     "--config=configs/quickstart.py",
     "--grid=model.norm=LN,Rescale",
     *(f"--set={key}" for key in (*KEYS, f"tfds_data_dir={digits_dir}")),
-    "--set=diagnostics_every=5" if full else "--no_start",
-    # Random numbers take long to compile.
-    "--set=model.dropout_rate=0.0",
-    "--set=augment.crop=False",
+    *(["--set=diagnostics_every=5"] if full else ["--no_start", *NOT_RANDOM]),
     "--peer",
+    "--same_malloc",
     "--rounds=1",
     "--seconds=0.5",
     "--eval_images=100",
@@ -79,6 +83,7 @@ def test_all_programs_are_measured(digits_dir, shared_dir, tmp_path, full):
   text = (tmp_path / "benchmark.md").read_text()
   assert str(tmp_path) not in text and str(digits_dir) not in text
   assert text in done.stdout
+  assert "Peers use the same.\n" in text and "--same_malloc" in text
   assert "| ours, Rescale |" in text and "ETA" in done.stderr
   if not full:
     assert not report["starts"] and "measurement_steps" not in ours
@@ -92,6 +97,27 @@ def test_all_programs_are_measured(digits_dir, shared_dir, tmp_path, full):
   assert f"| {measurement:.2f} | {sharpness:.2f} | 5 |" in text
   (start,) = report["starts"]
   assert len(start["warm"]) == 2 and 0 < max(start["warm"]) < start["cold"]
+
+
+@pytest.mark.parametrize("subject", ["ours", "flax"])
+@pytest.mark.parametrize("same_malloc", [False, True])
+def test_peers_get_the_malloc_settings_on_request(
+  monkeypatch, subject, same_malloc
+):
+  monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
+  found = {}
+
+  def note(command, env, **kwargs):
+    found.update(env)
+    return subprocess.CompletedProcess(command, 0, "{}", "")
+
+  monkeypatch.setattr(run_worker.subprocess, "run", note)
+  (planned,) = grid.plan(
+    ["configs/quickstart.py"], [], [], pathlib.Path("runs")
+  )
+  run_worker.measure(planned, subject, {}, same_malloc=same_malloc)
+  expected = subject == "ours" or same_malloc
+  assert ("glibc.malloc" in found.get("GLIBC_TUNABLES", "")) == expected
 
 
 @pytest.mark.parametrize(
@@ -146,6 +172,7 @@ def test_distinctive_settings_are_listed():
   [
     (["--grid=nrom=LN"], "nrom"),
     (["--rounds=0"], "--rounds"),
+    (["--same_malloc"], "--same_malloc"),
     (["--seconds=nan"], "--seconds"),
     (["--output=README.md"], "README.md"),
     (["--set=dataset=nothing", "--no_start"], "nothing"),

@@ -86,11 +86,11 @@ def prepared(tmp_path_factory):
   path = tmp_path_factory.mktemp("prepared")
   for name in (
     "fake",
-    "fake_grey",
+    "fake_gray",
     "fake_validation",
     "fake_train_only",
     "fake_test_only",
-    "fake_unlabelled",
+    "fake_unlabeled",
     "fake_wrong_size",
   ):
     tfds_builders.prepare(tfds_builders.open_builder(name, str(path)))
@@ -141,8 +141,8 @@ class TestLoad:
     assert dataset.num_classes == 4
     assert dataset.class_names == ("a", "b", "c", "d")
 
-  def test_grey_becomes_three_equal_channels(self, prepared):
-    dataset = dataset_lib.load("fake_grey", prepared)
+  def test_gray_becomes_three_equal_channels(self, prepared):
+    dataset = dataset_lib.load("fake_gray", prepared)
     check_split(dataset.train, "train", 30, (6, 5, 1))
     check_split(dataset.test, "test", 12, (6, 5, 1))
 
@@ -258,7 +258,7 @@ class TestRefuses:
     refuses("fake_test_only", prepared, "data.train_split", "has test;")
 
   def test_hidden_labels(self, prepared):
-    refuses("fake_unlabelled", prepared, "test", "has no label", "test_split")
+    refuses("fake_unlabeled", prepared, "test", "has no label", "test_split")
 
   def test_an_image_of_another_size(self, prepared):
     refuses("fake_wrong_size", prepared, ": record ", "[1, 1, 3]")

@@ -76,7 +76,7 @@ def test_lossy_files_give_similar_pixels(name, tmp_path):
   assert np.abs(found - smooth)[:, [2, -2]].max() < 8
 
 
-def test_greys_have_three_equal_channels(tmp_path):
+def test_grays_have_three_equal_channels(tmp_path):
   found = pixels(saved(tmp_path, GRAY, "a.png"))
   np.testing.assert_array_equal(found, rgb(GRAY))
 
@@ -279,7 +279,7 @@ def test_invalid_image_arrays(array, words):
     GRAY.astype(np.float32),
   ],
 )
-def test_grey_images_of_unknown_range_are_refused(array, tmp_path):
+def test_gray_images_of_unknown_range_are_refused(array, tmp_path):
   refused(Image.fromarray(array), "16 bits")
   refused(saved(tmp_path, array, "a.tiff"), "a.tiff", "16 bits")
 
@@ -560,7 +560,7 @@ def test_wide_colors_become_srgb(mode):
 
 
 @pytest.mark.parametrize("mode", ["L", "LA", "I;16"])
-def test_linear_greys_become_srgb(mode):
+def test_linear_grays_become_srgb(mode):
   color = {"L": 100, "LA": (100, 255), "I;16": 25700}[mode]
   content = encoded(
     Image.new(mode, (2, 2), color), icc_profile(None, 1.0, b"GRAY")

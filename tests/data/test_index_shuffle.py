@@ -69,7 +69,7 @@ def test_positions_and_pairs_are_uniform(size):
     assert stats.chisquare(np.bincount(steps)[1:]).pvalue > 0.001
 
 
-def test_neighbours_epochs_and_seeds_are_uncorrelated():
+def test_neighbors_epochs_and_seeds_are_uncorrelated():
   size = 50_000
   x = order(size)
   others = [np.roll(x, 1), np.arange(size), order(size, 0, 1), order(size, 1)]

@@ -143,7 +143,7 @@ def test_tfds_records_are_decoded_like_files(tmp_path):
   assert sorted(image.tobytes() for image in found.train.images) == expected
 
 
-def test_sixteen_bit_greys_keep_their_levels(tmp_path):
+def test_sixteen_bit_grays_keep_their_levels(tmp_path):
   """A plain conversion would clip values above 255 of 65535 to white."""
   (content,) = (c for k, m, c in WRITTEN if (k, m) == ("PNG", "I;16"))
   name = in_folder(content, ".png", tmp_path / "set")

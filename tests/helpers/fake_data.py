@@ -60,7 +60,7 @@ class Fake(tfds.core.GeneratorBasedBuilder):
     return {"image": Image.fromarray(pixels), "label": label(i), "id": str(i)}
 
 
-class FakeGrey(Fake):
+class FakeGray(Fake):
   SHAPE = (6, 5, 1)
 
 
@@ -156,7 +156,7 @@ class FakeNamedLate(Fake):
     return example
 
 
-class FakeUnlabelled(Fake):
+class FakeUnlabeled(Fake):
   """Marks a missing label with -1, as many tfds test splits do."""
 
   def example(self, split, i):

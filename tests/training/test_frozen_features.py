@@ -33,7 +33,7 @@ def test_knn_equals_scikit_learn(digits):
 
 
 @pytest.mark.parametrize("count", [1, 3])
-def test_knn_with_fewer_examples_than_neighbours(digits, count):
+def test_knn_with_fewer_examples_than_neighbors(digits, count):
   train, labels, test, _ = digits
   found = frozen_features.knn_logits(train[:count], labels[:count], test, 10)
   assert set(found.argmax(-1)) <= set(labels[:count])
