@@ -64,6 +64,19 @@ def test_a_program_restarts_once_with_the_same_pid():
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc is Linux")
+def test_a_program_that_drops_the_settings_restarts_once():
+  drop = "import os; os.environ.pop('GLIBC_TUNABLES', None)"
+  done = subprocess.run(
+    [sys.executable, "-c", drop + SCRIPT],
+    capture_output=True,
+    text=True,
+    check=True,
+    timeout=60,
+  )
+  assert len(done.stdout.splitlines()) == 3  # Two starts, and "running".
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc is Linux")
 def test_the_training_command_sets_malloc(tmp_path):
   environment = {k: v for k, v in os.environ.items() if k != "GLIBC_TUNABLES"}
   (tmp_path / "config.py").write_text(
