@@ -11,7 +11,9 @@ from rescalevit_jax.runtime import malloc
 
 SCRIPT = """
 import os, sys
-print(os.getpid(), os.environ.get("GLIBC_TUNABLES"), sys.argv[1:])
+print(
+  os.getpid(), os.environ.get("GLIBC_TUNABLES"), sys.argv[1:], flush=True
+)  # A restart loses what is buffered.
 from rescalevit_jax.runtime import malloc
 malloc.restart_with("-c")
 print("running")
