@@ -60,6 +60,12 @@ def test_batch_is_not_the_minor_axis_of_activations(compile_tiny, norm):
   assert "65,128,64]" not in compile_tiny("train", **keys).text
 
 
+def test_updates_of_small_parameters_share_kernels(compile_tiny):
+  program = compile_tiny("train", **{"model.norm": "LN"})
+  updates = [k for k in program.kernels if k.op_name == "jit(train_step)/add"]
+  assert 0 < len(updates) < 20  # Not one for each of 38 parameters.
+
+
 def test_launches_count_graphs_and_other_kernels():
   thunks = """
 000: kCommandBuffer [source]

@@ -384,7 +384,7 @@ def test_without_weight_decay_updates_do_not_depend_on_the_parameters(name):
   params = {"kernel": jnp.full((2, 2), jnp.inf)}  # 0 * inf would be NaN.
   optimizer = optimizers.create(
     name,
-    0.1,
+    lambda _: 0.1,
     momentum=0.9,
     adam_b2=0.999,
     weight_decay=0.0,
