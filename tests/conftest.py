@@ -6,7 +6,7 @@ import os
 import pathlib
 import signal
 
-import fast_xla
+import fast_compilation
 import jax
 import program_cache
 import pytest
@@ -36,7 +36,7 @@ def pytest_configure(config):
   """Configure XLA in each worker before anything is compiled."""
   rare_gc.switch_on()
   if os.environ.get("JAX_PLATFORMS") == "cpu" and not config.option.slow:
-    fast_xla.switch_on()
+    fast_compilation.switch_on()
 
 
 def pytest_collection_modifyitems(config, items):
@@ -60,7 +60,7 @@ def compile_cache(shared_dir):
   if os.environ.get("JAX_PLATFORMS") == "cpu":
     jax.devices()  # Before a test hides the CUDA plugin.
   jax.config.update("jax_compilation_cache_dir", str(shared_dir / "jax"))
-  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.05)
+  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 
 
 @pytest.fixture(autouse=True)

@@ -76,6 +76,7 @@ def rehearsal(
   settings = [
     f"tfds_data_dir={data_dir or output / 'data'}",
     *("dataset=digits", "image_size=32", "model.num_layers=1"),
+    *("augment.crop=False", "model.dropout_rate=0.0"),
     *("batch=16", "batch_eval=120", "total_steps=40", "warmup_steps=3"),
     *("eval_every=20", "progress_every=5", "checkpoint_every=10"),
   ]
@@ -85,7 +86,7 @@ def rehearsal(
   )
   return _plan(
     ln.config,
-    ["Rescale", "LN"],
+    ["LN"],
     output / "reference.json",
     [(ln, subject) for subject in ("ours", "timm", "flax")],
     {"seconds": 0.3, "eval_images": 100},

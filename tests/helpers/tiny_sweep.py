@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 
-import fast_xla
+import fast_compilation
 import paths
 import rare_gc
 
@@ -41,7 +41,7 @@ def environment(folder: pathlib.Path) -> dict[str, str]:
     "JAX_PLATFORMS": "cpu",
     "JAX_COMPILATION_CACHE_DIR": str(folder / "jax_processes"),
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    "XLA_FLAGS": fast_xla.flags(),
+    "XLA_FLAGS": fast_compilation.flags(),
     "PYTHONPATH": os.pathsep.join([str(hidden), str(paths.ROOT)]),
   }
 
