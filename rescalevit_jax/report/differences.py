@@ -2,12 +2,14 @@
 
 Each group is compared with the group of LN that differs only in the norm. The
 test is a paired t-test on the shared seeds, or Welch's t-test with fewer than
-two shared seeds. Holm's correction covers all comparisons of a report.
+two shared seeds. Runs of one seed count as one, with their mean. Holm's
+correction covers all comparisons of a report.
 """
 
 from collections.abc import Sequence
 import dataclasses
 import math
+import statistics
 
 import numpy as np
 from scipy import stats
@@ -21,8 +23,8 @@ from rescalevit_jax.runtime import markdown
 REFERENCE = keys.KEYS["model.norm"].default
 NOTE = (
   f"Means minus {REFERENCE}'s in the same setting. Paired t-tests use the seeds"
-  " that both norms have, Welch's t-tests all runs. Holm's correction covers"
-  " all rows of this table."
+  " that both norms have, Welch's t-tests all seeds. Runs of one seed are"
+  " averaged. Holm's correction covers all rows of this table."
 )
 
 
@@ -35,12 +37,12 @@ class Difference:
   points: float  # Percentage points.
   interval: tuple[float, float]  # 95 %; nan without variation between seeds.
   p: float  # Two-sided, of a t-test; nan without variation.
-  test: str  # With the number of runs.
+  test: str  # With the number of seeds.
   adjusted_p: float = math.nan  # By Holm's correction.
 
 
 def compare(study: run_groups.Study) -> list[Difference]:
-  """Compare all groups of two runs or more with their groups of LN."""
+  """Compare all groups of two seeds or more with their groups of LN."""
   by_setting: dict[str, dict[str, tuple[run_reader.Run, ...]]] = {}
   for row, group in zip(tables.rows(study), study.groups, strict=True):
     names = [name for name in study.varied if name != "model.norm"]
@@ -52,10 +54,11 @@ def compare(study: run_groups.Study) -> list[Difference]:
     by_setting.setdefault(setting, {})[row["norm"]] = group
   found = []
   for setting, groups in by_setting.items():
-    reference = groups.pop(REFERENCE, ())
+    reference = _percent_by_seed(groups.pop(REFERENCE, ()))
     for norm, group in groups.items():
-      if min(len(group), len(reference)) >= 2:
-        found.append(_difference(setting, norm, group, reference))
+      percent = _percent_by_seed(group)
+      if min(len(percent), len(reference)) >= 2:
+        found.append(_difference(setting, norm, percent, reference))
   adjusted = holm([x.p for x in found])
   return [
     dataclasses.replace(x, adjusted_p=p)
@@ -63,26 +66,26 @@ def compare(study: run_groups.Study) -> list[Difference]:
   ]
 
 
-def _difference(setting, norm, group, reference):
-  ours, theirs = (
-    {run.config.seed: _percent(run) for run in runs}
-    for runs in (group, reference)
-  )
+def _difference(setting, norm, ours, theirs):
   shared = sorted(ours.keys() & theirs.keys())
-  unique = len(ours) == len(group) and len(theirs) == len(reference)
-  paired = unique and len(shared) >= 2
+  paired = len(shared) >= 2
   if paired:
     a, b = ([x[seed] for seed in shared] for x in (ours, theirs))
     test = f"paired, {len(shared)} seeds"
   else:
-    a, b = (list(map(_percent, x)) for x in (group, reference))
-    test = f"Welch, {len(a)} and {len(b)} runs"
+    a, b = list(ours.values()), list(theirs.values())
+    test = f"Welch, {len(a)} and {len(b)} seeds"
   points = sum(a) / len(a) - sum(b) / len(b)
   return Difference(setting, norm, points, *interval_and_p(a, b, paired), test)
 
 
-def _percent(run):
-  return 100 * run.result["last_accuracy"]
+def _percent_by_seed(runs):
+  """Return the mean last accuracy of each seed's runs."""
+  found: dict[int, list[float]] = {}
+  for run in runs:
+    accuracy = 100 * run.result["last_accuracy"]
+    found.setdefault(run.config.seed, []).append(accuracy)
+  return {seed: statistics.fmean(values) for seed, values in found.items()}
 
 
 def interval_and_p(

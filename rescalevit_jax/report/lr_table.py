@@ -147,13 +147,13 @@ def draw(tuned_methods: Sequence[TunedMethod]) -> figure_lib.Figure:
   axes = figure.subplots(len(datasets), 2, squeeze=False)
   for dataset, (left, right) in zip(datasets, axes, strict=True):
     shown = [x for x in tuned_methods if x.dataset == dataset]
-    tested = [x for x in shown if x.percent]
+    tested = [x for x in shown if x.test_accuracy]
     for x in shown:
       style = _style(x, tuned_methods)
       kept = {lr: y for lr, y in x.val_accuracy.items() if y is not None}
       lrs = sorted(kept)
       left.plot(lrs, [100 * kept[lr] for lr in lrs], label=x.method, **style)
-      if x in tested:
+      if x.percent:
         right.errorbar(x.mean, tested.index(x), xerr=x.deviation, **style)
         if x.method == REFERENCE:
           right.axvline(x.mean, color="0.8", zorder=0)
@@ -164,7 +164,12 @@ def draw(tuned_methods: Sequence[TunedMethod]) -> figure_lib.Figure:
     left.set_ylabel("accuracy on held-out images, %")
     left.set_title(f"{dataset}: selection", loc="left")
     right.set_yticks(
-      range(len(tested)), [f"{x.method} ({x.lr:g})" for x in tested]
+      range(len(tested)),
+      [
+        f"{x.method} ({x.lr:g})"
+        + (f", {x.num_diverged} diverged" if x.num_diverged else "")
+        for x in tested
+      ],
     )
     right.invert_yaxis()
     right.set_xlabel("test accuracy, % (bars: standard deviation)")

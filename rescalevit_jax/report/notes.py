@@ -31,8 +31,8 @@ def describe(study: run_groups.Study) -> list[str]:
     " selected on the test set. Last is the accuracy after the last step.",
     "The 95 % interval (Wilson) of the mean last accuracy covers the sampling"
     " of test images, not the variation between seeds.",
-    "Minutes cover the whole run, including compilation and evaluation;"
-    " images/s cover training only.",
+    "Minutes include compilation and periodic evaluations. They exclude loading"
+    " the dataset and the final evaluation. Images/s cover training only.",
   ]
   published = [reference_results.find(g[0].config) for g in study.groups]
   publishers = {figures.publisher for figures in published if figures}

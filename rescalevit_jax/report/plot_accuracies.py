@@ -87,8 +87,8 @@ def _run(args):
 
 
 def _table(tuned_methods, labels, args):
-  tested = [x for x in tuned_methods if x.percent]
-  if all(x.method != args.reference for x in tested):
+  tested = [x for x in tuned_methods if x.test_accuracy]
+  if not any(x.percent for x in tested if x.method == args.reference):
     raise errors.UserError(
       f"--reference: {args.csv} has no test accuracy of {args.reference!r}, or"
       " no --label names it; choose a tested method, and label it too"
@@ -150,7 +150,7 @@ def bars(
 
   `labels` has names to draw instead of the methods' names.
   """
-  tested = [x for x in tuned_methods if x.percent]
+  tested = [x for x in tuned_methods if x.test_accuracy]
   datasets = list(dict.fromkeys(x.dataset for x in tested))
   methods = list(dict.fromkeys(x.method for x in tested))
   height = 0.38 * len(methods) + 0.8
@@ -162,15 +162,21 @@ def bars(
       if method not in shown:
         axes.text(0, index, "  not run", va="center", color="0.4")
     for x in shown.values():
-      index, mean, deviation = methods.index(x.method), x.mean, x.deviation
-      color = plots.norm_color(x.norm)
-      axes.barh(index, mean, height=0.7, xerr=deviation, color=color)
-      count = " (1 seed)" if deviation is None else f" ± {deviation:.1f}"
-      end = mean + (deviation or 0)
-      axes.text(end, index, f"  {mean:.1f}{count}", va="center")
+      index, end, words = methods.index(x.method), 0.0, []
+      if x.percent:
+        mean, deviation = x.mean, x.deviation
+        color = plots.norm_color(x.norm)
+        axes.barh(index, mean, height=0.7, xerr=deviation, color=color)
+        count = " (1 seed)" if deviation is None else f" ± {deviation:.1f}"
+        end = mean + (deviation or 0)
+        words.append(f"{mean:.1f}{count}")
+      if x.num_diverged:
+        words.append(f"{x.num_diverged} diverged")
+      axes.text(end, index, f"  {', '.join(words)}", va="center")
     axes.set_title(dataset, loc="left")
     axes.set_xlabel("test accuracy, %")
-    axes.set_xlim(0, 1.4 * axes.dataLim.x1)
+    if any(x.percent for x in shown.values()):
+      axes.set_xlim(0, 1.4 * axes.dataLim.x1)
     axes.spines[["top", "right"]].set_visible(False)
     axes.set_yticks(
       range(len(methods)), [plots.plain(labels.get(x, x)) for x in methods]

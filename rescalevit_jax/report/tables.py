@@ -195,7 +195,7 @@ def _run_row(name, run, varied):
     **_naming(run.config, varied),
     "seed": run.config.seed,
     "state": result.get("status", "unfinished"),
-    "step": result.get("last_step", run.step),
+    "step": run.step,
     "total_steps": run.config.total_steps,
     **{
       key: result.get(key)

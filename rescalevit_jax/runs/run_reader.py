@@ -42,7 +42,10 @@ class Run:
 
   @property
   def step(self) -> int:
-    """The last step in the metrics."""
+    """The last step in the result, or in the metrics if there is no result."""
+    result = self.result or {}
+    if step := result.get("last_step", result.get("step")):
+      return step
     return self.metrics[-1]["step"] if self.metrics else 0
 
   def curve(self, name: str) -> tuple[list[int], list[float]]:

@@ -45,13 +45,30 @@ def test_different_seeds_use_welchs_test(tmp_path):
   (found,) = compare(tmp_path)
   a, b = 100 * np.array(BN[:2]), 100 * np.array(LN)
   expected = stats.ttest_ind(a, b, equal_var=False)
-  assert found.test == "Welch, 2 and 3 runs"
+  assert found.test == "Welch, 2 and 3 seeds"
   assert found.p == pytest.approx(expected.pvalue)
 
 
 def test_single_runs_are_not_compared(tmp_path):
   write(tmp_path, "LN", LN, range(3))
   write(tmp_path, "BN", BN[:1], [0])
+  assert compare(tmp_path) == []
+
+
+def test_runs_of_one_seed_count_once(tmp_path):
+  for folder, shift in ("a", 0.01), ("b", -0.01):
+    write(tmp_path / folder, "LN", [x + shift for x in LN], range(3))
+  write(tmp_path, "BN", BN, range(3))
+  (found,) = compare(tmp_path)
+  assert found.test == "paired, 3 seeds"
+  expected = stats.ttest_rel(100 * np.array(BN), 100 * np.array(LN))
+  assert found.p == pytest.approx(expected.pvalue)
+
+
+def test_one_seed_is_not_compared_even_if_run_twice(tmp_path):
+  for folder in "ab":
+    write(tmp_path / folder, "LN", LN[:1], [0])
+    write(tmp_path / folder, "BN", BN[:1], [0])
   assert compare(tmp_path) == []
 
 

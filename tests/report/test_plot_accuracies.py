@@ -50,6 +50,27 @@ def test_bars_show_means_and_missing_methods():
   assert "not run" in [x.get_text().strip() for x in right.texts]
 
 
+def test_diverged_runs_are_shown(tmp_path):
+  path = tmp_path / "accuracies.csv"
+  some = lr_table.TunedMethod("a", "DyT", "DyT", {}, 0.1, {1: 0.5, 2: None})
+  none = lr_table.TunedMethod("a", "BN", "BN", {}, 0.1, {1: None, 2: None})
+  other = lr_table.TunedMethod("b", "BN", "BN", {}, 0.1, {1: None})
+  lr_table.write_csv([LN, some, none, other], path)
+  methods = plot_accuracies.read(path)
+  left, right = plot_accuracies.bars(methods, {}).axes
+  texts = [x.get_text().strip() for x in left.texts]
+  assert texts[1:] == ["50.0 (1 seed), 1 diverged", "2 diverged"]
+  assert "1 diverged" in [x.get_text().strip() for x in right.texts]
+  output = tmp_path / "table.md"
+  command = [str(path), f"--output={output}"]
+  for name in ("bars.png", "rates.png"):
+    command.append(f"--output={tmp_path / name}")
+  assert plot_accuracies.main(command) == 0
+  assert plot_accuracies.main([*command, "--rates"]) == 0
+  text = output.read_text()
+  assert "(1, 1 diverged)" in text and "(0, 2 diverged)" in text
+
+
 def test_equal_accuracies_have_a_deviation_of_zero():
   same = lr_table.TunedMethod("a", "LN", "LN", {}, 0.1, {1: 0.8, 2: 0.8})
   (axes,) = plot_accuracies.bars([same], {}).axes
