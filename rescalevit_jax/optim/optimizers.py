@@ -17,7 +17,9 @@ from rescalevit_jax.optim import kernels
 
 OPTIMIZERS = ("sgd", "adamw", "muon")
 
-_SMALL = 2**13  # Elements of a small update, for `scale_by_learning_rate`.
+# Largest number of elements of an update that shares a kernel with others: all
+# biases and norm scales. Larger arrays would add memory traffic.
+_SMALL = 2**13
 
 
 def create(
@@ -102,22 +104,24 @@ def scale_by_learning_rate(
 ) -> optax.GradientTransformation:
   """Return optax's transformation of this name, with fewer GPU kernels.
 
-  XLA joins kernels that share an operand, but not for a scalar. Small updates
-  of one shape share an array filled with the learning rate.
+  XLA fuses kernels that share an array operand; a shared scalar does not count.
+  Therefore, small updates of one shape are multiplied by the same array, filled
+  with the learning rate.
   """
 
   def update(updates, state, params=None):
     del params
-    factor = -lr_schedule(state.count)
+    factor = -jnp.asarray(lr_schedule(state.count))
     filled = {}
 
     def scale(x):
       if x.size > _SMALL:
-        return factor * x
-      if x.shape not in filled:
+        return factor.astype(x.dtype) * x
+      kind = x.shape, x.dtype
+      if kind not in filled:
         array = jnp.full(x.shape, factor, x.dtype)
-        filled[x.shape] = jax.lax.optimization_barrier(array)
-      return filled[x.shape] * x
+        filled[kind] = jax.lax.optimization_barrier(array)
+      return filled[kind] * x
 
     count = optax.safe_increment(state.count)
     return jax.tree.map(scale, updates), optax.ScaleByScheduleState(count)

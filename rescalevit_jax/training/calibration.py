@@ -50,7 +50,7 @@ def calibrate(
     params, batch_stats, measured = passes(
       params, batch_stats, measured, images, labels, seed, step
     )
-  return state.replace(params=params, batch_stats=batch_stats)
+  return state.with_variables(params, batch_stats)
 
 
 def measure(

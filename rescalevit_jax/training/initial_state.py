@@ -69,7 +69,7 @@ def load_pretrained(
     (params, batch_stats),
     (shardings.params, shardings.batch_stats),
   )
-  return state.replace(params=params, batch_stats=batch_stats), report
+  return state.with_variables(params, batch_stats), report
 
 
 def _check_shift(pixels, dataset):

@@ -31,6 +31,13 @@ class TrainState(flax.struct.PyTreeNode):
       return self.ema
     return {"params": self.params, "batch_stats": self.batch_stats}
 
+  def with_variables(self, params: Any, batch_stats: Any) -> "TrainState":
+    """Return the state with these weights; restart the EMA from them."""
+    state = self.replace(params=params, batch_stats=batch_stats, ema=None)
+    if self.ema is None:
+      return state
+    return state.replace(ema=jax.tree.map(jnp.copy, state.evaluated))
+
   def to_checkpoint(self) -> dict[str, Any]:
     """Return the trees that a checkpoint saves, by name.
 

@@ -152,12 +152,14 @@ class Trainer:
       return
     step, found = self._progress.step, jax.device_get(self._metrics)
     self._metrics = None
+    # The optimizer does not count skipped steps.
+    count = step - 1 - self._progress.skipped_steps
     metrics = {k: v.item() for k, v in found.items() if k != "diagnostics"}
     if "skipped_steps" in metrics:  # With float16.
       self._progress.skipped_steps = metrics["skipped_steps"]
     if not math.isfinite(metrics["loss"] + metrics["grad_norm"]):
       self._skip_or_fail(metrics)
-    self._report(step, metrics)
+    self._report(step, metrics, count)
     if line := self._diagnostics.finish_step(step, found):
       self._writer.write(step, line)
 
@@ -175,14 +177,12 @@ class Trainer:
       loss_scale,
     )
 
-  def _report(self, step, metrics):
+  def _report(self, step, metrics, count):
     """Log a step, and write its metrics every `progress_every` steps."""
     due = step % self._config.progress_every == 0
     quiet = time.monotonic() - self._timer.last_line
     if not due and quiet < _SECONDS_BETWEEN_LINES:
       return
-    # The optimizer does not count skipped steps.
-    count = max(0, step - 1 - self._progress.skipped_steps)
     lr = float(self._experiment.lr_schedule(count))
     steps, seconds = self._lap(step)
     self._timer.log(metrics["loss"], lr, steps, seconds)
@@ -193,7 +193,8 @@ class Trainer:
         if math.isfinite(value)  # JSON cannot represent others.
       }
       speed = progress_lib.images_per_second(steps, seconds, self._config.batch)
-      self._writer.write(step, line, {"train/images_per_second": speed})
+      measured = {"train/images_per_second": speed} if steps else {}
+      self._writer.write(step, line, measured)
 
   def _fail(self, values):
     self._checkpoints.wait()

@@ -6,6 +6,7 @@ import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from rescalevit_jax import errors
@@ -377,6 +378,27 @@ def test_a_pattern_without_parameters_is_an_error(key):
   with pytest.raises(errors.UserError, match=message):
     table = {key: "scalars:2 heads/bias:1"}
     last_params(random_tree(0), [], "adamw", weight_decay=0.1, **table)
+
+
+def test_updates_by_learning_rate_equal_optaxs():
+  rng = np.random.default_rng(0)
+  shapes = [(3,), (3,), (4, 2), (2**13 + 1,)]
+  updates = [
+    jnp.asarray(rng.normal(size=shape), dtype)
+    for shape in shapes
+    for dtype in (jnp.float32, jnp.bfloat16)
+  ]
+  schedule = optax.linear_schedule(1.0, 1 / 3, 2)
+  ours = optimizers.scale_by_learning_rate(schedule)
+  theirs = optax.scale_by_learning_rate(schedule)
+  state, expected_state = ours.init(updates), theirs.init(updates)
+  for _ in range(3):
+    found, state = ours.update(updates, state)
+    expected, expected_state = theirs.update(updates, expected_state)
+    for x, y in zip(found, expected, strict=True):
+      assert x.dtype == y.dtype
+      np.testing.assert_array_equal(x, y)
+  assert state == expected_state
 
 
 @pytest.mark.parametrize("name", optimizers.OPTIMIZERS[:2])

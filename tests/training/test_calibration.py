@@ -166,6 +166,21 @@ def test_calibration_keeps_values_of_a_loaded_file(tiny_config, tmp_path):
   )
 
 
+def test_averages_start_from_the_loaded_and_calibrated_weights(
+  tiny_config, tmp_path
+):
+  tiny_config.ema_decay = 0.9
+  tiny_config.model.norm = "Cal"
+  state = calibrated_state(tiny_config)
+  assert not different(state.evaluated["params"], state.params)
+  npz.save(tmp_path / "a.npz", state.params, state.batch_stats)
+  tiny_config.seed = 1
+  tiny_config.pretrained_path = str(tmp_path / "a.npz")
+  loaded = calibrated_state(tiny_config)
+  assert not different(loaded.evaluated["params"], state.params)
+  assert not different(loaded.evaluated["batch_stats"], state.batch_stats)
+
+
 def test_calibrating_a_new_site_keeps_loaded_sites(tiny_config, tmp_path):
   tiny_config.model.norm = "Cal"
   brought = calibrated_state(tiny_config)

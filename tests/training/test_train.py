@@ -522,6 +522,16 @@ def test_attention_images_are_written_to_tensorboard(
     assert len(set(images)) == 3
 
 
+def test_throughput_is_written_only_if_measured(tiny_config, tmp_path):
+  tiny_config.progress_every = 1
+  train.train_and_evaluate(tiny_config, tmp_path)
+  board = event_accumulator.EventAccumulator(str(tmp_path), {"tensors": 0})
+  board.Reload()
+  found = [x.step for x in board.Tensors("train/images_per_second")]
+  assert found[0] > 1  # Step 1 includes compilation.
+  assert found[-1] == 12
+
+
 def test_failing_attention_image_does_not_stop_a_run(
   tiny_config, tmp_path, caplog
 ):
