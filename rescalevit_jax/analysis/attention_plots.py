@@ -64,7 +64,7 @@ def draw_during_training(
 def draw(
   kind: str,
   models: Sequence[trained_model.TrainedModel],
-  image: image_files.Source,
+  images: Sequence[image_files.Source],
   block: int = 0,
 ) -> figure_lib.Figure:
   """Draw the attention of models on an image.
@@ -72,11 +72,13 @@ def draw(
   Args:
     kind: a key of `KINDS`.
     models: at least one model.
-    image: a path, a Pillow image, or a uint8 array [H, W, 3].
+    images: one for each model: a path, a Pillow image, or a uint8 array
+      [H, W, 3]. Runs with different first resizing need different arrays of one
+      test image.
     block: index of the block, for 'heads'.
   """
   rows = []
-  for model in models:
+  for model, image in zip(models, images, strict=True):
     if not 0 <= block < model.model.config.num_layers:
       raise errors.UserError(
         f"{model.name}: has no block {block}; choose one of 0 to"
@@ -94,7 +96,7 @@ def draw_all(
 ) -> dict[str, UInt8[np.ndarray, "_ _ 3"]]:
   """Return the pictures of all kinds, by 'attention/KIND'."""
   return {
-    f"attention/{kind}": plots.pixels(draw(kind, [model], image))
+    f"attention/{kind}": plots.pixels(draw(kind, [model], [image]))
     for kind in KINDS
   }
 

@@ -114,8 +114,9 @@ def _run(args):
     _measure(measured, args.batch, output / "attention.csv")
 
 
-def _test_image(subject, index):
-  split = subject.test_split
+def _test_image(subject, first, index):
+  """Return an image of the first subject's test split, for a subject."""
+  split = subject.test_split_of(first)
   if split is None:
     raise errors.UserError("no image: give --image FILE, or --dataset")
   if not 0 <= index < len(split.images):
@@ -128,10 +129,13 @@ def _test_image(subject, index):
 
 def _draw(args, subjects, output):
   """Write the pictures to a folder, as PNG and SVG."""
-  image = args.image or _test_image(subjects[0], args.index)
   models = [subject.model for subject in subjects]
+  images = [
+    args.image or _test_image(subject, subjects[0], args.index)
+    for subject in subjects
+  ]
   for kind in args.kind or attention_plots.KINDS:
-    figure = attention_plots.draw(kind, models, image, args.block)
+    figure = attention_plots.draw(kind, models, images, args.block)
     for suffix in (".png", ".svg"):
       plots.save(figure, output / f"{kind}{suffix}")
     _log.info("%s", output / f"{kind}.png")

@@ -1,7 +1,7 @@
 """Load the models of an analysis, from runs and files, with their datasets."""
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 import dataclasses
 import functools
 from typing import Any
@@ -11,8 +11,13 @@ from rescalevit_jax.analysis import npz_model
 from rescalevit_jax.analysis import trained_model
 from rescalevit_jax.data import dataset as dataset_lib
 from rescalevit_jax.data import resident
+from rescalevit_jax.data import streamed
 from rescalevit_jax.pretrained import untrusted_npz
 from rescalevit_jax.runs import folder as folder_lib
+
+Split = resident.Split | streamed.StreamedSplit
+
+_FIRST_RESIZING = ("image_size", "resize", "crop_ratio")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,14 +30,38 @@ class Subject:
   source: tuple[str, str | None, tuple[tuple[str, Any], ...]] | None
 
   @property
-  def test_split(self) -> resident.Split | None:
+  def test_split(self) -> Split | None:
     """Test split of its dataset."""
-    return None if self.source is None else _test_split(*self.source)
+    return None if self.source is None else test_split(*self.source)
+
+  def test_split_of(self, other: "Subject") -> Split | None:
+    """Test split of another subject, with this subject's first resizing.
+
+    If the datasets differ, the first resizing is the other's.
+    """
+    if not self.source or not other.source or self.source[0] != other.source[0]:
+      return other.test_split
+    name, folder, keys = other.source
+    keys = tuple(resized_like(dict(keys), dict(self.source[2])).items())
+    return test_split(name, folder, keys)
+
+
+def resized_like(
+  keys: Mapping[str, Any], other: Mapping[str, Any]
+) -> dict[str, Any]:
+  """Return the `data` keys of a dataset with the first resizing of another."""
+  return {**keys, **{k: other[k] for k in _FIRST_RESIZING if k in other}}
 
 
 @functools.cache
-def _test_split(dataset, folder, keys):
-  return dataset_lib.load(dataset, folder, **dict(keys)).test
+def test_split(
+  dataset: str, folder: str | None, keys: tuple[tuple[str, Any], ...]
+) -> Split:
+  """Load a test split by the dataset's name, folder and `data` keys."""
+  options = dict(keys)
+  if options.get("num_val"):
+    return dataset_lib.load(dataset, folder, **options).test
+  return dataset_lib.load_test(dataset, folder, **options)[0]
 
 
 def load(

@@ -18,7 +18,7 @@ from rescalevit_jax.runtime import cache
 
 _log = logging.getLogger(__name__)
 # Part of the fingerprint; increase it when decoding changes.
-_DECODER_VERSION = 3
+_DECODER_VERSION = 4
 
 
 def folder(
@@ -36,13 +36,21 @@ def folder(
   if files is None:
     files = pathlib.Path(source).rglob("*")
   stats = sorted(
-    (os.path.relpath(path, source), stat.st_size, stat.st_mtime_ns)
+    (os.path.relpath(path, source), *_size_and_time(path))
     for path in map(pathlib.Path, files)
-    if path.is_file() and (stat := path.stat())
+    if path.is_file() or not path.exists()
   )
   key = repr((_DECODER_VERSION, os.path.realpath(source), stats, *class_names))
   fingerprint = hashlib.sha256(key.encode()).hexdigest()[:16]
   return cache.root() / f"{name}-{fingerprint}"
+
+
+def _size_and_time(path):
+  """Return size and modification time; (0, 0) of a link to a missing file."""
+  if not path.exists():
+    return 0, 0
+  stat = path.stat()
+  return stat.st_size, stat.st_mtime_ns
 
 
 def load(path: pathlib.Path) -> dict[str, np.ndarray] | None:

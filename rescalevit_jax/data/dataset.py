@@ -33,7 +33,8 @@ class Dataset:
     class_names: class names by label.
     test_split: the evaluated split in tfds' notation; with a validation split
       "train" and its size, such as "train (5000 held out)".
-    num_skipped: damaged images that were left out.
+    num_skipped: number of damaged images left out of the test split; with
+      `num_val`, of the training split.
   """
 
   name: str
@@ -82,14 +83,15 @@ def load(
   parts = sum(tests.values(), train_parts)
   read = _reader(stored, parts, source, max_gb, first_resize, skip_damaged)
   train, num_skipped = read(train_parts)
+  if num_skipped:
+    _log.warning("left out %d damaged training images", num_skipped)
   if num_val:
     train, test = _split_validation(train, num_val, name)
     chosen = f"{train_split} ({num_val} held out)"
   else:
-    test, chosen, skipped = _first_labeled(tests, read, name)
-    num_skipped += skipped
-  if num_skipped:
-    _log.warning("left out %d damaged images", num_skipped)
+    test, chosen, num_skipped = _first_labeled(tests, read, name)
+    if num_skipped:
+      _log.warning("left out %d damaged test images", num_skipped)
   names = stored.class_names
   return Dataset(name, train, test, len(names), names, chosen, num_skipped)
 
@@ -125,7 +127,7 @@ def load_test(
   read = _reader(stored, parts, source, max_gb, first_resize, skip_damaged)
   test, chosen, num_skipped = _first_labeled(tests, read, name)
   if num_skipped:
-    _log.warning("left out %d damaged images", num_skipped)
+    _log.warning("left out %d damaged test images", num_skipped)
   return test, chosen, stored.class_names, num_skipped
 
 
@@ -215,10 +217,12 @@ def _candidates(stored, test_split, name, key="data.test_split"):
   usual = ["test", "validation"] if test_split is None else [test_split]
   found = [x for x in usual if test_split or x in stored.sizes]
   if not found:
+    advice = f"choose one by {key}"
+    if key == "data.test_split":
+      advice += ", or hold out training images by data.num_val"
     raise errors.UserError(
       f"dataset: {name} has no split test or validation; its splits are"
-      f" {', '.join(stored.sizes) or '(none)'}; choose one by data.test_split,"
-      " or hold out training images by data.num_val"
+      f" {', '.join(stored.sizes) or '(none)'}; {advice}"
     )
   return {x: splits.resolve(x, stored.sizes, key, name) for x in found}
 

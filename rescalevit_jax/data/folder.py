@@ -52,8 +52,8 @@ def open_folder(
   """Return a folder's examples by split, and its sorted class names.
 
   Raises:
-    UserError: there is no such folder, or it has no class folders, or splits
-      differ in their classes.
+    UserError: there is no such folder, or it has no class folders, or a class
+      has no training images.
   """
   if not path.is_dir():
     raise errors.UserError(f"{path}: no such folder; check dataset")
@@ -78,6 +78,11 @@ def open_folder(
     )
   classes = {split: _subfolders(root) for split, root in roots.items()}
   class_names = sorted({x.name for found in classes.values() for x in found})
+  for name in class_names:
+    if name.splitlines() != [name]:
+      raise errors.UserError(
+        f"{path}: the class {name!r} has a line break in its name; rename it"
+      )
   if len(class_names) < 2:
     raise errors.UserError(
       f"{path}: has {len(class_names)} class folders; expected"
@@ -95,6 +100,11 @@ def open_folder(
     labels: list[int] = []
     for folder in found:
       images = image_files.find(folder)
+      if split == "train" and not images:
+        raise errors.UserError(
+          f"{folder}: has no images; add training images, or remove the class"
+          " from all splits"
+        )
       files += images
       labels += [class_names.index(folder.name)] * len(images)
     if not files:

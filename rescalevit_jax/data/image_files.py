@@ -31,13 +31,16 @@ Source = str | os.PathLike[str] | Image.Image | np.ndarray
 
 RESIZE_METHODS = ("squash", "crop")
 
+# Factors from 1, 2 and 4 bits to 8, by Pillow's raw mode.
+_GRAY_FACTORS = {"1": 255, "L;2": 85, "L;4": 17}
+
 
 @dataclasses.dataclass(frozen=True)
 class Resize:
   """The first resizing of an image, on the host; `augment` does the second.
 
   The fields are the config keys `data.image_size`, `data.resize` and
-  `data.crop_ratio`. Images that have the size already do not change.
+  `data.crop_ratio`.
   """
 
   image_size: int | None = None
@@ -47,7 +50,7 @@ class Resize:
   def __call__(self, image: Image.Image) -> Image.Image:
     """Resize an RGB image."""
     size = self.image_size
-    if size is None or image.size == (size, size):
+    if size is None:
       return image
     if self.method == "squash":
       return image.resize((size, size), Image.Resampling.BILINEAR)
@@ -83,7 +86,8 @@ def find(folder: str | os.PathLike[str]) -> list[pathlib.Path]:
   """Return the image files in a folder and its subfolders, sorted.
 
   Files are recognized by their names. Hidden files and folders are skipped, and
-  links to folders are not followed.
+  links to folders are not followed. Links to missing files are included;
+  reading them raises an error.
   """
   formats = untrusted_image.supported_formats()
   suffixes = {
@@ -106,7 +110,7 @@ def find(folder: str | os.PathLike[str]) -> list[pathlib.Path]:
       for path in (pathlib.Path(parent, name) for name in files)
       if path.suffix.lower() in suffixes
       and not path.name.startswith(".")
-      and path.is_file()
+      and (path.is_file() or not path.exists())
     ]
   return sorted(found)
 
@@ -132,7 +136,11 @@ def read(image: Source) -> Image.Image:
       ) from e
   if isinstance(image, Image.Image):
     try:
-      return _rgb(image.copy())
+      color = _transparent_color(image)  # `copy` loads the image.
+      copied = image.copy()
+      if color is not None:
+        copied.info["transparency"] = color
+      return _rgb(copied)
     except Exception as e:  # Its file may be read only now.
       raise errors.UserError(
         f"a {image.mode} image cannot be converted ({_reason(e)}); convert it"
@@ -147,8 +155,13 @@ def model_input(
   """Read and resize an image as evaluation does, to values in [-1, 1].
 
   After the first resizing by `resize`, the image becomes S x S, of edge `size`.
+  The arrays of a split have had the first resizing, so an array of its size is
+  kept.
   """
-  rgb = resize(read(image))
+  rgb = read(image)
+  first_size = resize.image_size, resize.image_size
+  if not isinstance(image, np.ndarray) or rgb.size != first_size:
+    rgb = resize(rgb)
   x = np.empty((size, size, 3), np.float32)
   for i in range(3):
     # One float32 channel at a time: Pillow would round the pixels of RGB.
@@ -160,11 +173,17 @@ def model_input(
 
 def _rgb(image):
   """Convert an image to RGB; the image may be changed."""
+  if (color := _transparent_color(image)) is not None:
+    image.info["transparency"] = color
   ImageOps.exif_transpose(image, in_place=True)
   if image.mode.startswith("I"):
     profile = image.info.get("icc_profile")
-    image = _eight_bits(image)
+    transparent = image.info.get("transparency")
+    grays = np.asarray(image)
+    image = _eight_bits(grays)
     image.info["icc_profile"] = profile
+    if transparent is not None:
+      image.putalpha(Image.fromarray(grays != transparent))
   elif image.mode == "F":
     raise ValueError("its pixels are floats; save it with 8 or 16 bits")
   if not image.has_transparency_data:
@@ -211,9 +230,25 @@ def _profile(content, mode):
   return None if space != mode or "sRGB" in name else profile
 
 
-def _eight_bits(image):
+def _transparent_color(image):
+  """Return the transparent color of a PNG that is not loaded, in 8 bits.
+
+  Pillow converts the pixels, but not this color. Of 16-bit colors, all with
+  equal upper 8 bits become transparent.
+  """
+  color = image.info.get("transparency")
+  if image.format != "PNG" or color is None or not image.tile:
+    return color
+  stored = image.tile[0][3]
+  if stored in _GRAY_FACTORS:
+    return color * _GRAY_FACTORS[stored]
+  if stored == "RGB;16B":
+    return tuple(x >> 8 for x in color)
+  return color
+
+
+def _eight_bits(grays):
   """Convert grays of 0 to 65535; Pillow's own conversion would clip them."""
-  grays = np.asarray(image)
   if grays.min() < 0 or grays.max() > 65535:
     raise ValueError(
       f"its grays go from {grays.min()} to {grays.max()}; save it with 8 or"

@@ -120,8 +120,9 @@ def _decode_all(examples, resize, stored, split, skip_damaged):
   damaged = np.zeros(count, bool)
 
   def decode(numbered):
-    index, (content, label) = numbered
+    index, example = numbered
     try:
+      content, label = example or examples[index]
       images[index], labels[index] = streamed.decode_example(
         content, label, resize, shape, len(stored.class_names)
       )
@@ -136,7 +137,8 @@ def _decode_all(examples, resize, stored, split, skip_damaged):
     for chunk in _chunks(examples, stored, split):
       for index, error in filter(None, pool.map(decode, chunk)):
         where = examples.where(index)
-        if isinstance(error, streamed.UnlabeledError) or not skip_damaged:
+        intact = streamed.UnlabeledError, streamed.ShapeError
+        if isinstance(error, intact) or not skip_damaged:
           raise streamed.error_at(where, error) from error
         _log.warning(
           "%s: cannot be read (%s); skipped", where, errors.brief(error)
@@ -159,13 +161,16 @@ def _decode_all(examples, resize, stored, split, skip_damaged):
 
 
 def _chunks(examples, stored, split):
-  """Yield lists of examples with their indices.
+  """Yield lists of indices with their examples, or None to read them later.
 
   Raises:
     UserError: the files are damaged, or hold another number of examples.
   """
   count, done = len(examples), 0
-  numbered = enumerate(examples)
+  if stored.files is None:
+    numbered = enumerate(examples)
+  else:  # An unreadable file counts as damaged.
+    numbered = zip(range(count), itertools.repeat(None))
   try:
     while chunk := list(itertools.islice(numbered, _CHUNK)):
       done += len(chunk)

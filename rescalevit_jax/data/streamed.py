@@ -81,10 +81,14 @@ class UnlabeledError(errors.UserError):
   """Raised for a split without labels."""
 
 
+class ShapeError(errors.UserError):
+  """Raised for an intact image whose shape differs from the first image's."""
+
+
 def error_at(where: str, error: Exception) -> errors.UserError:
   """Return the error of one example, with its location."""
-  if isinstance(error, UnlabeledError):
-    return UnlabeledError(f"{where}: {error}")
+  if isinstance(error, UnlabeledError | ShapeError):
+    return type(error)(f"{where}: {error}")
   return errors.UserError(
     f"{where}: cannot be read ({errors.brief(error)}); remove or replace it, or"
     " set data.skip_damaged"
@@ -98,16 +102,23 @@ def decode_example(
   shape: tuple[int, int, int],
   num_classes: int,
 ) -> tuple[UInt8[np.ndarray, "H W 3"], int]:
-  """Decode and check an image; raise UnlabeledError if it has no label."""
+  """Decode and check an image.
+
+  Raises:
+    UnlabeledError: the example has no label.
+    ShapeError: the image has another shape.
+    Exception: the image is damaged; decoders raise any type.
+  """
   if not 0 <= label < num_classes:
     raise UnlabeledError(
-      "the example has no label; choose a split with labels by data.test_split"
+      "the example has no label; choose a split with labels (data.test_split,"
+      " or eval_split in --mode=eval)"
     )
   pixels = image_files.decode(content, resize)
   if pixels.shape != shape:
-    raise ValueError(
-      f"the image has shape {list(pixels.shape)}, others {list(shape)}; set"
-      " data.image_size"
+    raise ShapeError(
+      f"has shape {list(pixels.shape)}, but the first image has"
+      f" {list(shape)}; set data.image_size"
     )
   return pixels, label
 

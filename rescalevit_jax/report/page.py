@@ -18,13 +18,13 @@ from rescalevit_jax import errors
 from rescalevit_jax.analysis import attention_plots
 from rescalevit_jax.analysis import diagnostics_plots
 from rescalevit_jax.analysis import plots
+from rescalevit_jax.analysis import subjects
 from rescalevit_jax.analysis import trained_model
 from rescalevit_jax.data import stored
 from rescalevit_jax.report import differences
 from rescalevit_jax.report import run_groups
 from rescalevit_jax.report import tables
 from rescalevit_jax.runs import run_reader
-from rescalevit_jax.training import experiment
 
 _log = logging.getLogger(__name__)
 
@@ -87,7 +87,7 @@ def render(
 def _by_recipe(
   groups: Iterable[Sequence[run_reader.Run]],
 ) -> dict[str, list[Sequence[run_reader.Run]]]:
-  """Return the groups of each model, dataset and resolution, by title."""
+  """Return the groups by title: model, dataset, resolution and validation."""
   sections: dict[str, list[Sequence[run_reader.Run]]] = {}
   for group in groups:
     config = group[0].config
@@ -95,6 +95,8 @@ def _by_recipe(
       f"{config.model_name} on {config.dataset},"
       f" {config.image_size} x {config.image_size} pixels"
     )
+    if config.data.num_val:
+      title += f", tested on {config.data.num_val} held-out training images"
     sections.setdefault(title, []).append(group)
   return sections
 
@@ -123,7 +125,7 @@ def _attention(study, index):
   """Return title, notes on missing maps, and pictures of each recipe."""
   sections = []
   for title, groups in _by_recipe(study.groups).items():
-    models, reasons, pictures = [], {}, []
+    models, configs, reasons, pictures = [], [], {}, []
     for i, group in enumerate(groups, start=1):
       _log.info("attention on %s: model %d of %d", title, i, len(groups))
       model, reason = load_any(study, group)
@@ -131,15 +133,16 @@ def _attention(study, index):
         reasons.setdefault(reason, []).extend(map(study.name, group))
       else:
         models.append(model)
+        configs.append(group[0].config)
     notes = [f"No map of {', '.join(x)}: {why}" for why, x in reasons.items()]
     names = ", ".join(model.name for model in models)
     try:
       if models:
-        image = test_image(groups[0][0].config, index)
+        images = test_images(configs, index)
         for kind, meaning in _MAPS.items():
           _log.info("attention on %s: drawing %s", title, kind)
           label = f"{meaning}; test image {index}, best weights of {names}"
-          figure = attention_plots.draw(kind, models, image)
+          figure = attention_plots.draw(kind, models, images)
           pictures.append(_png(figure, label))
     except (errors.UserError, jax.errors.JaxRuntimeError) as e:
       notes.append(f"No maps: {e}")
@@ -162,22 +165,31 @@ def load_any(
   return None, reason
 
 
-def test_image(
-  config: ml_collections.ConfigDict, index: int
-) -> UInt8[np.ndarray, "H W 3"]:
-  """Return a test image of a config's dataset, which must be prepared."""
-  if not stored.is_prepared(config.dataset, config.tfds_data_dir):
+def test_images(
+  configs: Sequence[ml_collections.ConfigDict], index: int
+) -> list[UInt8[np.ndarray, "H W 3"]]:
+  """Return one test image of the first config's dataset, for each config.
+
+  The images differ only by the first resizing. The dataset must be prepared.
+  """
+  first, images = configs[0], []
+  if not stored.is_prepared(first.dataset, first.tfds_data_dir):
     # A report must not start a download.
     raise errors.UserError(
-      f"the dataset {config.dataset} is not prepared in"
-      f" {config.tfds_data_dir or '~/tensorflow_datasets'}"
+      f"the dataset {first.dataset} is not prepared in"
+      f" {first.tfds_data_dir or '~/tensorflow_datasets'}"
     )
-  images = experiment.load_dataset(config).test.images
-  if index >= len(images):
-    raise errors.UserError(
-      f"{config.dataset} has no test image {index}, only {len(images)} of them"
+  for config in configs:
+    keys = subjects.resized_like(first.data, config.data)
+    split = subjects.test_split(
+      first.dataset, first.tfds_data_dir, tuple(keys.items())
     )
-  return images[index]
+    if index >= len(split):
+      raise errors.UserError(
+        f"{first.dataset} has no test image {index}, only {len(split)} of them"
+      )
+    images.append(split.images[index])
+  return images
 
 
 def _png(figure: figure_lib.Figure, label: str) -> _Picture:

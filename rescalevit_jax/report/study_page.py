@@ -164,7 +164,7 @@ def _curves(entries):
 
 def _attention(entries, study, index):
   """Return the figure, or None, and a line for each model that it lacks."""
-  models, problems = [], []
+  models, configs, problems = [], [], []
   for entry in entries:
     if not entry.runs:
       continue
@@ -174,10 +174,11 @@ def _attention(entries, study, index):
     else:
       model.name = entry.weights
       models.append(model)
+      configs.append(entry.config)
   if not models:
     return None, problems
   try:
-    image = page.test_image(entries[0].config, index)
-    return attention_plots.draw("tokens", models, image), problems
+    images = page.test_images(configs, index)
+    return attention_plots.draw("tokens", models, images), problems
   except (errors.UserError, jax.errors.JaxRuntimeError) as e:
     return None, [*problems, f"No attention: {e}"]

@@ -11,6 +11,7 @@ import numpy as np
 
 from rescalevit_jax import errors
 from rescalevit_jax.data import dataset as dataset_lib
+from rescalevit_jax.data import folder as folder_data
 from rescalevit_jax.data import loader
 from rescalevit_jax.distributed import sharding
 from rescalevit_jax.runs import checkpoint
@@ -148,15 +149,17 @@ def _images(experiment, name):
   if config.eval_dataset is None and config.eval_split is None:
     return experiment.test_loader, own.test_split, own.num_skipped
   keys = dict(config.data)
-  if name != config.dataset:
-    del keys["test_split"]  # Of the run's own dataset.
-  if config.eval_split is not None:
+  if name != config.dataset or config.eval_split is not None:
+    # The run's own split is of another dataset, or not the one to evaluate.
     keys |= {"test_split": config.eval_split, "split_key": "eval_split"}
   images, split, class_names, skipped = dataset_lib.load_test(
     name, config.tfds_data_dir, **keys
   )
   numbers = tuple(map(str, range(own.num_classes)))
-  if class_names == numbers and name.startswith(f"{config.dataset}_"):
+  related = name.startswith(f"{config.dataset}_")
+  # A folder always names its classes.
+  is_folder = name.startswith(folder_data.PREFIX)
+  if class_names == numbers and related and not is_folder:
     # Such as cifar10_1. Others may have numbers for names, such as digits.
     _log.warning(
       "%s does not name its classes; assuming the run's class order", name

@@ -33,7 +33,7 @@ def maps_of(model, image):
 
 def test_tokens_plot_shows_head_0_of_three_blocks(image):
   model = tiny_model.create(num_layers=8)
-  figure = attention_plots.draw("tokens", [model], image)
+  figure = attention_plots.draw("tokens", [model], [image])
   panels = axes(figure)
   assert [ax.get_title() for ax in panels] == ["block 0", "block 3", "block 6"]
   for ax, block in zip(panels, (0, 3, 6), strict=True):
@@ -48,7 +48,7 @@ def test_pictures_are_the_same_in_every_run(kind, image):
   models = [tiny_model.create(), tiny_model.create()]
   pictures, garbage = set(), []
   for i in range(4):
-    figure = attention_plots.draw(kind, models, image)
+    figure = attention_plots.draw(kind, models, [image] * len(models))
     pictures.add(plots.render(figure, "svg"))
     garbage += [bytearray(100 * i + j) for j in range(1000)]
   assert len(pictures) == 1
@@ -56,7 +56,7 @@ def test_pictures_are_the_same_in_every_run(kind, image):
 
 def test_heads_plot_shows_every_head_of_a_block(image):
   model = tiny_model.create()
-  panels = axes(attention_plots.draw("heads", [model], image, block=2))
+  panels = axes(attention_plots.draw("heads", [model], [image], block=2))
   assert [ax.get_title() for ax in panels] == ["head 0", "head 1"]
   for head, ax in enumerate(panels):
     np.testing.assert_array_equal(
@@ -66,7 +66,7 @@ def test_heads_plot_shows_every_head_of_a_block(image):
 
 def test_class_token_attention_is_drawn_over_the_image(image):
   model = tiny_model.create()
-  panels = axes(attention_plots.draw("class_token", [model], image))
+  panels = axes(attention_plots.draw("class_token", [model], [image]))
   assert [ax.get_title() for ax in panels] == [
     "image",
     "block 0",
@@ -85,7 +85,7 @@ def test_class_token_attention_is_drawn_over_the_image(image):
 
 def test_rollout_starts_at_the_class_token(image):
   model = tiny_model.create()
-  panels = axes(attention_plots.draw("rollout", [model], image))
+  panels = axes(attention_plots.draw("rollout", [model], [image]))
   share = attention_maps.rollout(maps_of(model, image))[0, 1:].reshape(2, 2)
   np.testing.assert_allclose(
     panels[1].images[1].get_array(), share / share.mean(), rtol=1e-6
@@ -95,7 +95,7 @@ def test_rollout_starts_at_the_class_token(image):
 @pytest.mark.parametrize("kind", attention_plots.KINDS)
 def test_all_norms_share_one_scale(kind, image):
   models = [tiny_model.create(norm) for norm in norm_sets.DIFFERENT]
-  figure = attention_plots.draw(kind, models, image)
+  figure = attention_plots.draw(kind, models, [image] * len(models))
   maps = [i for ax in axes(figure) for i in ax.images if i.norm.vmax != 1]
   assert len(maps) >= len(models)
   assert len({(i.norm.vmin, i.norm.vmax) for i in maps}) == 1
@@ -116,7 +116,7 @@ def test_long_and_odd_names_fit(name, image):
   models = [tiny_model.create(norm) for norm in ("LN", "BN", "GN", "Rescale")]
   for model in models:
     model.name = name
-  figure = attention_plots.draw("rollout", models, image)
+  figure = attention_plots.draw("rollout", models, [image] * len(models))
   plots.pixels(figure)
   renderer = figure.canvas.get_renderer()
   boxes = [
@@ -138,4 +138,4 @@ def test_all_kinds_are_drawn(image):
 
 def test_an_unknown_block_is_an_error(image):
   with pytest.raises(errors.UserError, match="no block 3.* 0 to 2"):
-    attention_plots.draw("heads", [tiny_model.create()], image, block=3)
+    attention_plots.draw("heads", [tiny_model.create()], [image], block=3)

@@ -3,6 +3,8 @@
 import csv
 import shutil
 
+import fake_runs
+from matplotlib import figure
 import norm_sets
 import numpy as np
 from PIL import Image
@@ -194,3 +196,23 @@ def test_errors_are_one_line(flags, words, tiny_run, tmp_path, capsys):
   ]
   assert words in line
   assert not (tmp_path / "out").exists()
+
+
+def test_each_run_sees_the_test_image_through_its_own_resizing(
+  tiny_config, tmp_path, monkeypatch
+):
+  shown = []
+
+  def record(kind, models, images, block):
+    shown.append([image.shape for image in images])
+    return figure.Figure()
+
+  monkeypatch.setattr(attention_plots, "draw", record)
+  command = ["--index=3", "--kind=tokens", "--no_statistics"]
+  for size in (None, 12):
+    tiny_config.data.image_size = size
+    workdir = tmp_path / f"run{size}"
+    fake_runs.write_with_checkpoint(workdir, tiny_config)
+    command.append(f"--workdir={workdir}")
+  assert plot_attention.main([*command, f"--output={tmp_path}"]) == 0
+  assert shown == [[(8, 8, 3), (12, 12, 3)]]

@@ -117,6 +117,46 @@ def test_a_damaged_file_is_named_and_can_be_skipped(tmp_path):
     load(tmp_path / "d", num_val=1, skip_damaged=True, source="streaming")
 
 
+def test_an_intact_image_of_another_size_is_not_skipped(tmp_path):
+  write(tmp_path / "d", {"cat": 3, "dog": 3})
+  Image.new("RGB", (9, 9)).save(tmp_path / "d" / "dog" / "big.png")
+  with pytest.raises(errors.UserError, match=r"big\.png: has shape"):
+    load(tmp_path / "d", num_val=1, skip_damaged=True)
+
+
+def test_skipped_images_are_those_of_the_evaluated_split(tmp_path, caplog):
+  write(
+    tmp_path / "d", {f"{x}/{y}": 3 for x in ("train", "test") for y in "ab"}
+  )
+  for name in ("train/a/000.png", "train/b/000.png", "test/a/002.png"):
+    (tmp_path / "d" / name).write_bytes(b"not an image")
+  found = load(tmp_path / "d", skip_damaged=True)
+  assert (len(found.train), len(found.test), found.num_skipped) == (4, 5, 1)
+  assert "left out 2 damaged training images" in caplog.text
+
+
+def test_a_link_to_a_missing_file_is_an_error(tmp_path):
+  write(tmp_path / "d", {"cat": 3, "dog": 3})
+  (tmp_path / "d" / "cat" / "gone.png").symlink_to(tmp_path / "nowhere")
+  before = load(tmp_path / "d", num_val=1, skip_damaged=True)
+  assert before.num_skipped == 1
+  with pytest.raises(errors.UserError, match=r"gone\.png: cannot be read"):
+    load(tmp_path / "d", num_val=1)
+  (tmp_path / "d" / "dog" / "gone.png").symlink_to(tmp_path / "nowhere")
+  after = load(tmp_path / "d", num_val=1, skip_damaged=True)
+  assert after.num_skipped == 2
+
+
+@pytest.mark.parametrize("name", ["train/ant", "train/a\rb", "train/cow\n"])
+def test_odd_class_folders_are_refused(tmp_path, name):
+  write(tmp_path / "d", {"train/cat": 1, "train/dog": 1, "test/cat": 1})
+  (tmp_path / "d" / name).mkdir()
+  with pytest.raises(errors.UserError) as caught:
+    load(tmp_path / "d")
+  assert len(str(caught.value).splitlines()) == 1
+  assert ("has no images" in str(caught.value)) == name.endswith("ant")
+
+
 def test_damaged_test_images_of_eval_dataset_are_counted(tmp_path):
   write(tmp_path / "d", {"test/cat": 3, "test/dog": 3})
   (tmp_path / "d" / "test" / "cat" / "001.png").write_bytes(b"not an image")
@@ -140,7 +180,7 @@ def test_an_unreadable_file_is_not_reported_as_unprepared(
     return read(path)
 
   monkeypatch.setattr(pathlib.Path, "read_bytes", read_bytes)
-  with pytest.raises(errors.UserError, match=r"002\.png.*repair the file"):
+  with pytest.raises(errors.UserError, match=r"002\.png: cannot be read"):
     load(tmp_path / "d", num_val=1)
 
 
@@ -202,10 +242,10 @@ def test_changed_files_behind_links_are_read_again(tmp_path):
 def test_an_added_class_invalidates_cached_labels(tmp_path):
   write(tmp_path / "d", {"cat": 2, "dog": 2})
   load(tmp_path / "d", test_split="train")
-  (tmp_path / "d" / "ant").mkdir()
+  write(tmp_path / "d", {"ant": 1})
   found = load(tmp_path / "d", test_split="train")
   assert found.class_names == ("ant", "cat", "dog")
-  assert found.train.labels.tolist() == [1, 1, 2, 2]
+  assert found.train.labels.tolist() == [0, 1, 1, 2, 2]
 
 
 def test_two_folders_of_a_split_are_refused(tmp_path):

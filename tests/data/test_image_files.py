@@ -153,6 +153,75 @@ def test_a_transparent_color_becomes_white(
   assert pixels(path).tolist() == [[expected, [255, 255, 255]]]
 
 
+@pytest.mark.parametrize(
+  "bits, row, transparent, expected",
+  [
+    (1, [0b01000000], [0], [255, 255]),
+    (2, [0b01100000], [1], [255, 170]),
+    (4, [0x5A], [5], [255, 170]),
+    (16, [10, 0, 0, 0], [0x0A00], [255, 0]),
+  ],
+)
+def test_transparent_grays_of_other_depths(bits, row, transparent, expected):
+  found = decode_png(bits, 0, row, transparent)
+  assert found[0, :, 0].tolist() == expected
+
+
+def test_a_transparent_color_of_sixteen_bits():
+  row = [10, 0] * 3 + [0, 0] * 3
+  found = decode_png(16, 2, row, [0x0A00] * 3)
+  assert found[0].tolist() == [[255] * 3, [0] * 3]
+
+
+def test_transparency_of_a_pillow_image_equals_that_of_its_file():
+  content = png_of_two(4, 0, [0x5A], [5])
+  with Image.open(io.BytesIO(content)) as image:
+    found = np.asarray(image_files.read(image))
+  assert found[0, :, 0].tolist() == [255, 170]
+
+
+def decode_png(*args):
+  return image_files.decode(png_of_two(*args), image_files.Resize())
+
+
+def png_of_two(bits, color_type, row, transparent):
+  """Return a PNG of two pixels, which Pillow cannot write."""
+
+  def chunk(name, data):
+    checksum = zlib.crc32(name + data).to_bytes(4, "big")
+    return len(data).to_bytes(4, "big") + name + data + checksum
+
+  header = struct.pack(">IIBBBBB", 2, 1, bits, color_type, 0, 0, 0)
+  colors = b"".join(x.to_bytes(2, "big") for x in transparent)
+  return b"".join(
+    [
+      b"\x89PNG\r\n\x1a\n",
+      chunk(b"IHDR", header),
+      chunk(b"tRNS", colors),
+      chunk(b"IDAT", zlib.compress(bytes([0, *row]))),
+      chunk(b"IEND", b""),
+    ]
+  )
+
+
+@pytest.mark.parametrize("size", [24, 32, 40])
+def test_files_of_any_size_are_cropped(size):
+  image = Image.new("RGB", (size, size))
+  image.paste("white", (0, 0, size, size // 8))
+  file = io.BytesIO()
+  image.save(file, "PNG")
+  resize = image_files.Resize(32, "crop", 0.5)
+  # The white margin is cut off.
+  assert image_files.decode(file.getvalue(), resize).max() < 10
+
+
+def test_arrays_of_a_split_are_not_cropped_again():
+  array = np.zeros((32, 32, 3), np.uint8)
+  array[0] = 255
+  found = image_files.model_input(array, 32, image_files.Resize(32, "crop"))
+  np.testing.assert_array_equal(found, array / np.float32(127.5) - 1)
+
+
 def test_cmyk_images_become_rgb(tmp_path):
   image = Image.new("CMYK", (16, 16), (255, 0, 0, 0))
   path = saved(tmp_path, image, "a.jpg")
@@ -483,7 +552,8 @@ def test_find_returns_image_files(tmp_path):
     (tmp_path / name).touch()
   (tmp_path / "folder.png").mkdir()
   (tmp_path / "gone.png").symlink_to(tmp_path / "nowhere")
-  expected = ["a/z.bmp", "a.png", "b.JPG", "sub/c.webp", "sub/deep/d.tif"]
+  expected = ["a/z.bmp", "a.png", "b.JPG", "gone.png"]
+  expected += ["sub/c.webp", "sub/deep/d.tif"]
   assert image_files.find(tmp_path) == [tmp_path / name for name in expected]
   assert image_files.find(str(tmp_path / ".git")) == [tmp_path / ".git/e.png"]
 

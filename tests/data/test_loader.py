@@ -223,6 +223,7 @@ def test_a_process_reads_the_examples_of_its_devices():
 def test_all_commands_use_the_data_keys_of_a_run(tiny_config):
   tiny_config.data.image_size = 6
   assert experiment.load_dataset(tiny_config).test.images[3].shape == (6, 6, 3)
-  assert page.test_image(tiny_config, 3).shape == (6, 6, 3)
+  (image,) = page.test_images([tiny_config], 3)
+  assert image.shape == (6, 6, 3)
   source = ("digits", tiny_config.tfds_data_dir, (("image_size", 6),))
-  assert subjects._test_split(*source).images[3].shape == (6, 6, 3)
+  assert subjects.test_split(*source).images[3].shape == (6, 6, 3)

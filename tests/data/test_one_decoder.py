@@ -137,7 +137,7 @@ def test_tfds_records_are_decoded_like_files(tmp_path):
     "fake_encoded", str(tmp_path), image_size=9, skip_damaged=True
   )
   assert len(found.train) == len(readable)
-  assert found.num_skipped == 2 * (len(WRITTEN) - len(readable))
+  assert found.num_skipped == len(WRITTEN) - len(readable)
   # tfds shuffles examples.
   expected = sorted(image.tobytes() for image in readable)
   assert sorted(image.tobytes() for image in found.train.images) == expected
@@ -185,12 +185,6 @@ def test_center_crop_equals_torchvisions(size):
   expected = resized.crop((left, top, left + 16, top + 16))
   assert found.size == (16, 16)
   np.testing.assert_array_equal(np.asarray(found), np.asarray(expected))
-
-
-def test_images_of_the_right_size_are_not_resized_again():
-  image = Image.fromarray(fake_data.image("train", 3, (16, 16, 3)))
-  for method in image_files.RESIZE_METHODS:
-    assert image_files.Resize(16, method)(image) is image
 
 
 assert issubclass(FakeEncoded, tfds.core.GeneratorBasedBuilder)

@@ -136,6 +136,15 @@ def test_published_curves_are_beside_runs_of_the_recipe(runs):
   assert "BN, published" in (runs / "report.html").read_text()
 
 
+def test_runs_with_held_out_images_have_pictures_of_their_own(runs):
+  changes = {"dataset": "cifar10", "data.num_val": 500, "seed": 7}
+  fake_runs.write(runs / "held out", changes, {})
+  assert command_line.main([str(runs), "--no_attention"]) == 0
+  page = (runs / "report.html").read_text()
+  assert "tested on 500 held-out training images" in page
+  assert page.count("<svg") == 3
+
+
 def test_report_without_finished_runs(tmp_path, capsys):
   fake_runs.write(tmp_path / "a", {}, None)
   assert command_line.main([str(tmp_path)]) == 0

@@ -105,9 +105,10 @@ def test_attention_maps_of_norms_with_weights(
 ):
   drawn, draw = [], attention_plots.draw
 
-  def record(kind, models, image):
-    drawn.append((kind, [(m.model.config.norm, m.name) for m in models], image))
-    return draw(kind, models, image)
+  def record(kind, models, images):
+    names = [(m.model.config.norm, m.name) for m in models]
+    drawn.append((kind, names, images))
+    return draw(kind, models, images)
 
   monkeypatch.setattr(attention_plots, "draw", record)
   configs = []
@@ -120,8 +121,8 @@ def test_attention_maps_of_norms_with_weights(
     if norm == "LN":
       (workdir / "result.json").unlink()
   study_page.write(configs, tmp_path, 7)
-  ((kind, models, image),) = drawn
-  assert kind == "tokens" and image.shape == (8, 8, 3)
+  ((kind, models, images),) = drawn
+  assert kind == "tokens" and [x.shape for x in images] == [(8, 8, 3)] * 2
   started = "from scratch, step 300 of 12"
   assert models == [("LN", started), ("Rescale", "from scratch")]
   assert "- BN: not run" in (tmp_path / "study.md").read_text()

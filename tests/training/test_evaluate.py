@@ -231,10 +231,16 @@ def test_a_dataset_without_class_names_is_evaluated(
     "load_test",
     lambda *args, **kwargs: keys.update(kwargs) or (own.test, "a", names, 3),
   )
+  with pytest.raises(errors.UserError, match="has the classes 0, 1"):
+    evaluate_run.evaluate_run(config, workdir)  # Folders have names.
+  monkeypatch.setattr(evaluate_run.folder_data, "PREFIX", "none:")
+  monkeypatch.setattr(
+    evaluate_run.experiment_lib, "load_dataset", lambda config: own
+  )
   found = evaluate_run.evaluate_run(config, workdir)
   assert found["skipped_images"] == 3 and set(found["per_class"]) == {*"abc"}
   assert "_1 does not name its classes" in caplog.text
-  assert "image_size" in keys and "test_split" not in keys
+  assert "image_size" in keys and keys["test_split"] is None
   config.eval_dataset = "digits"
   with pytest.raises(errors.UserError, match="has the classes 0, 1"):
     evaluate_run.evaluate_run(config, workdir)
