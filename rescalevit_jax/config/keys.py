@@ -60,7 +60,7 @@ KEYS = {
     optional=str,
   ),
   "data.skip_damaged": key.Key(
-    False, "leave out images that cannot be read; the result counts them"
+    False, "leave out damaged images; the result counts those of the test split"
   ),
   "data.num_val": key.nonnegative(
     0,
