@@ -6,6 +6,7 @@ import functools
 import io
 import os
 import re
+import stat
 
 from PIL import Image
 from PIL import TiffImagePlugin
@@ -47,6 +48,7 @@ def open_image(source: str | os.PathLike[str] | bytes) -> Iterator[Image.Image]:
     raise ValueError("its format is not supported") from e
   with image:
     _check_size(image)
+    check_depth(image)
     if image.format in ("JPEG", "MPO"):
       _check_scans(content)
     yield image
@@ -54,9 +56,11 @@ def open_image(source: str | os.PathLike[str] | bytes) -> Iterator[Image.Image]:
 
 def _read(path):
   with open(path, "rb") as file:
-    size = os.fstat(file.fileno()).st_size  # 0 if it is not a plain file.
-    _check_bytes(size)
-    return file.read(size)
+    status = os.fstat(file.fileno())
+    if not stat.S_ISREG(status.st_mode):  # A pipe, of unknown size.
+      return file.read(MAX_BYTES + 1)
+    _check_bytes(status.st_size)
+    return file.read(status.st_size)
 
 
 class _BoundedBytes(io.BytesIO):
@@ -101,6 +105,30 @@ def _check_size(image):
         f"{width} x {height} pixels are more than {MAX_PIXELS / 1e6:g} million;"
         " make it smaller"
       )
+
+
+def check_depth(image: Image.Image) -> None:
+  """Raise a ValueError for a TIFF image that Pillow reads as other values.
+
+  Pillow does not scale 12-bit grays, ignores that 16-bit grays are inverted,
+  and mixes up separate planes of 16 bits.
+  """
+  if image.format != "TIFF":
+    return
+  tags = image.tag_v2  # type: ignore[attr-defined]
+  bits = max(tags.get(TiffImagePlugin.BITSPERSAMPLE, (1,)))
+  if bits not in (1, 2, 4, 8, 16):
+    raise ValueError(
+      f"it has {bits} bits per channel; save it with 8 or 16 bits"
+    )
+  inverted = tags.get(TiffImagePlugin.PHOTOMETRIC_INTERPRETATION) == 0
+  separate = (
+    tags.get(TiffImagePlugin.PLANAR_CONFIGURATION) == 2
+    and tags.get(TiffImagePlugin.SAMPLESPERPIXEL, 1) > 1
+  )
+  if bits == 16 and (inverted or separate):
+    layout = "separate planes" if separate else "white as 0"
+    raise ValueError(f"it has 16 bits and {layout}; save it with 8 bits")
 
 
 def _check_scans(content):

@@ -215,13 +215,6 @@ def test_files_of_any_size_are_cropped(size):
   assert image_files.decode(file.getvalue(), resize).max() < 10
 
 
-def test_arrays_of_a_split_are_not_cropped_again():
-  array = np.zeros((32, 32, 3), np.uint8)
-  array[0] = 255
-  found = image_files.model_input(array, 32, image_files.Resize(32, "crop"))
-  np.testing.assert_array_equal(found, array / np.float32(127.5) - 1)
-
-
 def test_cmyk_images_become_rgb(tmp_path):
   image = Image.new("CMYK", (16, 16), (255, 0, 0, 0))
   path = saved(tmp_path, image, "a.jpg")
@@ -351,6 +344,44 @@ def test_invalid_image_arrays(array, words):
 def test_gray_images_of_unknown_range_are_refused(array, tmp_path):
   refused(Image.fromarray(array), "16 bits")
   refused(saved(tmp_path, array, "a.tiff"), "a.tiff", "16 bits")
+
+
+@pytest.mark.parametrize(
+  "tags, words",
+  [
+    ({258: (3, 12)}, "12 bits per channel; save it with 8 or 16 bits"),
+    ({258: (3, 32)}, "32 bits per channel; save it with 8 or 16 bits"),
+    ({258: (3, 16), 262: (3, 0)}, "16 bits and white as 0; save it with 8"),
+    (
+      {258: (3, 16), 262: (3, 2), 277: (3, 3), 284: (3, 2)},
+      "16 bits and separate planes; save it with 8",
+    ),
+  ],
+)
+def test_tiff_files_that_pillow_reads_wrongly_are_refused(
+  tags, words, tmp_path
+):
+  pixels = bytes(4 * 4 * 12)
+  tags = {
+    **{256: (4, 4), 257: (4, 4), 259: (4, 1), 262: (3, 1), 273: (4, 8)},
+    **{277: (3, 1), 278: (4, 4), 279: (4, len(pixels))},
+    **tags,
+  }
+  path = tmp_path / "a.tiff"
+  path.write_bytes(fuzzed.tiff(tags, pixels))
+  refused(path, words)
+  with Image.open(path) as image:
+    refused(image, words)
+
+
+def test_a_pipe_is_read():
+  content = io.BytesIO()
+  Image.fromarray(COLOR).save(content, "PNG")
+  reader, writer = os.pipe()
+  with open(writer, "wb") as file:
+    file.write(content.getvalue())
+  np.testing.assert_array_equal(pixels(f"/dev/fd/{reader}"), COLOR)
+  os.close(reader)
 
 
 def test_a_damaged_pillow_image_is_refused(tmp_path):
