@@ -4,6 +4,7 @@ All panels of a picture share one color scale.
 """
 
 from collections.abc import Mapping, Sequence
+import dataclasses
 import math
 import textwrap
 from typing import Any
@@ -73,8 +74,8 @@ def draw(
     kind: a key of `KINDS`.
     models: at least one model.
     images: one for each model: a path, a Pillow image, or a uint8 array
-      [H, W, 3]. Runs with different first resizing need different arrays of one
-      test image.
+      [H, W, 3] of a split. Runs with different first resizing need different
+      arrays of one test image.
     block: index of the block, for 'heads'.
   """
   rows = []
@@ -84,11 +85,19 @@ def draw(
         f"{model.name}: has no block {block}; choose one of 0 to"
         f" {model.model.config.num_layers - 1}"
       )
-    x = model.inputs([image])
+    x = _inputs(model, image)
     maps = attention_maps.collect_probabilities(model.model, model.variables, x)
     picture = x[0] if kind in _OVER_IMAGE else None
     rows.append((model, picture, _panels(kind, np.asarray(maps)[:, 0], block)))
   return _figure(rows, *KINDS[kind])
+
+
+def _inputs(model, image):
+  """Return the input; arrays of a split have had the first resizing."""
+  edge = model.resize.image_size
+  if isinstance(image, np.ndarray) and image.shape[:2] == (edge, edge):
+    model = dataclasses.replace(model, resize=image_files.Resize())
+  return model.inputs([image])
 
 
 def draw_all(

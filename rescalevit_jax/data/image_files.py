@@ -9,7 +9,8 @@ Every command reads images here. An image becomes 8-bit RGB as follows:
 - Transparent parts become white.
 - Palettes, CMYK, gray and black-and-white images become RGB.
 
-Images of floats, and grays outside of 16 bits, are refused.
+Images of floats, grays outside of 16 bits, and TIFF files that Pillow reads
+wrongly are refused.
 """
 
 import dataclasses
@@ -136,6 +137,7 @@ def read(image: Source) -> Image.Image:
       ) from e
   if isinstance(image, Image.Image):
     try:
+      untrusted_image.check_depth(image)
       color = _transparent_color(image)  # `copy` loads the image.
       copied = image.copy()
       if color is not None:
@@ -155,13 +157,8 @@ def model_input(
   """Read and resize an image as evaluation does, to values in [-1, 1].
 
   After the first resizing by `resize`, the image becomes S x S, of edge `size`.
-  The arrays of a split have had the first resizing, so an array of its size is
-  kept.
   """
-  rgb = read(image)
-  first_size = resize.image_size, resize.image_size
-  if not isinstance(image, np.ndarray) or rgb.size != first_size:
-    rgb = resize(rgb)
+  rgb = resize(read(image))
   x = np.empty((size, size, 3), np.float32)
   for i in range(3):
     # One float32 channel at a time: Pillow would round the pixels of RGB.

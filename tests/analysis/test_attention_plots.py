@@ -4,6 +4,7 @@ import itertools
 
 import norm_sets
 import numpy as np
+from PIL import Image
 import pytest
 import tiny_model
 
@@ -11,6 +12,7 @@ from rescalevit_jax import errors
 from rescalevit_jax.analysis import attention_maps
 from rescalevit_jax.analysis import attention_plots
 from rescalevit_jax.analysis import plots
+from rescalevit_jax.data import image_files
 
 
 @pytest.fixture(scope="module")
@@ -81,6 +83,21 @@ def test_class_token_attention_is_drawn_over_the_image(image):
     assert gray.get_extent() == overlay.get_extent()
     expected = maps_of(model, image)[block].mean(0)[0, 1:].reshape(2, 2) * 5
     np.testing.assert_allclose(overlay.get_array(), expected, rtol=1e-6)
+
+
+def test_arrays_of_a_split_are_not_cropped_again(image):
+  model = tiny_model.create(num_layers=1)
+  (shown,) = drawn_images(model, image)
+  model.resize = image_files.Resize(8, "crop", 0.5)
+  (split,) = drawn_images(model, image)
+  (opened,) = drawn_images(model, Image.fromarray(image))
+  np.testing.assert_array_equal(split, shown)
+  assert np.abs(opened - shown).max() > 0.1
+
+
+def drawn_images(model, image):
+  figure = attention_plots.draw("rollout", [model], [image])
+  return [ax.images[0].get_array() for ax in axes(figure)[:1]]
 
 
 def test_rollout_starts_at_the_class_token(image):

@@ -1,5 +1,6 @@
 """Loading trained models from runs and files, and classifying images."""
 
+import dataclasses
 import json
 import shutil
 
@@ -14,6 +15,7 @@ from rescalevit_jax import models
 from rescalevit_jax.analysis import npz_model
 from rescalevit_jax.analysis import trained_model
 from rescalevit_jax.augment import preprocess
+from rescalevit_jax.data import image_files
 from rescalevit_jax.models import norms
 from rescalevit_jax.pretrained import npz
 from rescalevit_jax.runs import checkpoint
@@ -74,6 +76,22 @@ def test_images_are_arrays_pillow_images_or_paths(colors, tmp_path):
   np.testing.assert_array_equal(colors(opened), expected)
 
 
+def test_one_array_of_gray_images_is_a_batch(colors):
+  grays = IMAGES[..., 0]
+  np.testing.assert_array_equal(colors(grays), colors(list(grays)))
+
+
+def test_arrays_and_paths_have_the_same_first_resizing(colors, tmp_path):
+  image = IMAGES[0][:, :10]
+  Image.fromarray(image).save(tmp_path / "a.png")
+  model = dataclasses.replace(
+    colors, resize=image_files.Resize(10, "crop", 0.5)
+  )
+  found = model([image])
+  np.testing.assert_array_equal(found, model([tmp_path / "a.png"]))
+  assert np.abs(found - colors([image])).max() > 0
+
+
 def test_no_images_give_an_empty_array(colors):
   assert colors([]).shape == (0, 3)
 
@@ -81,7 +99,8 @@ def test_no_images_give_an_empty_array(colors):
 def test_a_single_image_is_an_error(colors, tmp_path):
   Image.fromarray(IMAGES[0]).save(tmp_path / "a.png")
   path = tmp_path / "a.png"
-  for image in (path, str(path), IMAGES[0], Image.fromarray(IMAGES[0])):
+  gray = IMAGES[0][..., 0]
+  for image in (path, str(path), IMAGES[0], gray, Image.fromarray(gray)):
     with pytest.raises(errors.UserError, match="pass a list of images"):
       colors(image)
 
