@@ -130,7 +130,7 @@ def _in_blocks(keys: Iterable[str]) -> dict[tuple[str, str], list[str]]:
 
 
 def _site(slot):
-  return slot.rpartition("_")[2]
+  return slot.startswith(detect.PERI), slot.rpartition("_")[2]
 
 
 def _leaf(key):
@@ -142,7 +142,7 @@ def _norm_slot(key: str) -> str | None:
   for name in _OUTSIDE:
     if key.startswith(f"Transformer/{name}/"):
       return name
-  if detect.option(key) is not None:
+  if detect.option(key) not in (None, "norm_position"):
     return None
   block = param_keys.BLOCK.fullmatch(key)
   if not block or re.match("MultiHeadDotProductAttention|MlpBlock", block[3]):

@@ -328,6 +328,7 @@ def test_scale_and_bias_are_copied_to_another_norm(source, norm, tmp_path):
     ("BN", "LN", {"norm_position": "peri"}),
     ("BN", "Fade", {"norm_position": "peri"}),
     ("TaperLN", "PRepBN", {"norm_position": "peri"}),
+    ("LN", "Cal", {"norm_position": "peri"}),
   ],
 )
 def test_only_scale_and_bias_of_another_norm_load(
@@ -340,9 +341,8 @@ def test_only_scale_and_bias_of_another_norm_load(
   found = trees.flat(params, stats)
   for key, x in target.items():
     is_affine = key.endswith(("/scale", "/bias"))
-    is_peri = "/Peri" in key and "LayerNorm" not in key
     is_norm = re.search(r"_norm/|encoderblock_\d/[^/]+/\w+$", key)
-    stays = is_norm and (is_peri or not is_affine)
+    stays = is_norm and not is_affine
     assert np.array_equal(found[key], x) == bool(stays), key
 
 
