@@ -155,7 +155,10 @@ def _save_family(model, output, family):
   }
   families.check_complete(arrays, family, f"--format={family}")
   tensors = families.write(arrays, family)
-  atomic_file.write(output, safetensors.save(tensors))
+  # transformers requires a format.
+  heads = str(model.model.config.num_heads)
+  metadata = {"format": "pt", families.NUM_HEADS: heads}
+  atomic_file.write(output, safetensors.save(tensors, metadata))
 
 
 def _save_stablehlo(model, output):

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import math
 import pathlib
 import subprocess
 import sys
@@ -296,9 +297,35 @@ def test_timm_and_huggingface_files_convert_back(ln_run, tmp_path):
     flags = [f"--workdir={workdir}", f"--format={family}"]
     assert export.main([*flags, f"--output={output}"]) == 0
     half = ((0.5,) * 3, (0.5,) * 3)
-    found = convert.convert(output, heads=3, normalization=half)
+    found = convert.convert(output, normalization=half)
     for key, x in param_keys.flatten(params, {}).items():
       np.testing.assert_allclose(found[key], x, rtol=1e-6, err_msg=key)
+
+
+def test_convert_takes_the_heads_of_timms_config(ln_run, tmp_path, capsys):
+  workdir, params = ln_run
+  pytest.importorskip("safetensors")
+  output = tmp_path / "a.safetensors"
+  flags = [f"--workdir={workdir}", "--format=timm", f"--output={output}"]
+  assert export.main(flags) == 0
+  config = {
+    "model_args": {"num_heads": 6},
+    "pretrained_cfg": {"mean": [0.5] * 3, "std": [0.5] * 3},
+  }
+  (tmp_path / "config.json").write_text(json.dumps(config))
+  assert convert.main([str(output)]) == 0
+  out = capsys.readouterr().out
+  assert "--config.model.num_heads=6" in out
+  tokens = params["Transformer"]["posembed_input"]["pos_embedding"].shape[1]
+  patch = params["embedding"]["kernel"].shape[0]
+  size = math.isqrt(tokens - 1) * patch
+  assert f"--config.image_size={size}" in out
+
+
+def test_convert_warns_of_an_assumed_number_of_heads(tmp_path, caplog):
+  caplog.set_level("WARNING", "rescalevit_jax")
+  assert convert._default_heads(384, tmp_path / "a.pth") == 6
+  assert "assuming 6 heads of 64 channels; give --heads" in caplog.text
 
 
 def test_timm_export_refuses_other_norms(write_run, call, tmp_path, capsys):

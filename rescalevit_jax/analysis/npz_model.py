@@ -124,8 +124,6 @@ def load(
     )
   image_size = math.isqrt(positions.shape[1]) * patch_size
   num_classes = np.size(arrays.get("head/bias", ()))
-  if "pre_logits/bias" in arrays:
-    found["representation_size"] = arrays["pre_logits/bias"].size
   try:
     model = models.create(
       next(iter(vit_config.VARIANTS)),

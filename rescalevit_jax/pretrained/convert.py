@@ -15,6 +15,7 @@ exported.
 
 import argparse
 from collections.abc import Mapping, Sequence
+import logging
 import math
 import pathlib
 import re
@@ -32,6 +33,9 @@ from rescalevit_jax.pretrained import npz
 from rescalevit_jax.pretrained import onnx_weights
 from rescalevit_jax.pretrained import param_keys
 from rescalevit_jax.runtime import cli
+from rescalevit_jax.runtime import terminal
+
+_log = logging.getLogger("rescalevit_jax.pretrained.convert")
 
 _POSITIONS = param_keys.POSITION_EMBEDDING
 # Names of GELU in config.json of Hugging Face and timm.
@@ -53,7 +57,9 @@ def main(argv: Sequence[str] | None = None) -> int:
   parser.add_argument("--output", type=pathlib.Path, help="default: FILE.npz")
   parser.add_argument("--heads", type=int, help="attention heads")
   parser.add_argument(
-    "--mean", help="of the input channels: imagenet, a number or three"
+    "--mean",
+    help="of the input channels, for pixels in [0, 1]: imagenet, a number or"
+    " three",
   )
   parser.add_argument("--std", help="likewise")
   parser.add_argument(
@@ -73,6 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     help="leave out DeiT's distillation token and head, which changes results",
   )
   args = parser.parse_args(cli.arguments(argv))
+  terminal.log_to_stderr()
   return cli.run(lambda: _run(args))
 
 
@@ -99,6 +106,9 @@ def _run(args):
   print(f"start a run from it with\n  --config.pretrained_path={output}")
   for key, value in settings.items():
     print(f"  --config.model.{key}={value}")
+  if settings["patch_size"]:
+    grid = math.isqrt(arrays[_POSITIONS].shape[1])
+    print(f"  --config.image_size={grid * settings['patch_size']}")
 
 
 def convert(
@@ -114,8 +124,8 @@ def convert(
 
   Args:
     path: a .safetensors, .pth, .onnx or .npz file.
-    heads: attention heads; None: from config.json, else one for 64 channels
-      up to a width of 1024.
+    heads: attention heads; None: from the file or config.json, else one for 64
+      channels up to a width of 1024.
     normalization: mean and standard deviation of the inputs' channels, for
       pixels in [0, 1]; None: from the files beside it.
     fold_layer_scale: multiply LayerScale into the layers before it.
@@ -144,9 +154,7 @@ def convert(
       f"{path}: has no final norm ({norm_name}); get the whole file"
     )
   if not heads:
-    heads = config.get("num_attention_heads")
-    if not isinstance(heads, int) or heads <= 0:
-      heads = _default_heads(len(norm), path)
+    heads = _known_heads(path, config) or _default_heads(len(norm), path)
   arrays = families.read(tensors, family, heads, str(path))
   for key, x in [*arrays.items()]:  # Some models have no biases here.
     if re.search("/(query|key|value)/kernel", key):
@@ -238,8 +246,7 @@ def _gelu(path):
   if path.suffix == ".npz":
     return "tanh"
   config = input_stats.json_beside(path, "config.json")
-  timm = config.get("model_args")
-  timm = timm if isinstance(timm, dict) else {}
+  timm = _model_args(config)
   name = config.get("hidden_act") or timm.get("act_layer") or "gelu"
   if name not in (*_ERF, *_TANH):
     raise errors.UserError(
@@ -248,11 +255,36 @@ def _gelu(path):
   return "tanh" if name in _TANH else "erf"
 
 
+def _model_args(config):
+  """Return the model's arguments in timm's config.json."""
+  found = config.get("model_args")
+  return found if isinstance(found, dict) else {}
+
+
+def _known_heads(path, config):
+  """Return the number of heads in config.json or in the file, or None."""
+  found = config.get(
+    "num_attention_heads", _model_args(config).get("num_heads")
+  )
+  if found is None and path.suffix == ".safetensors":
+    import safetensors
+
+    with safetensors.safe_open(path, framework="numpy") as file:
+      text = (file.metadata() or {}).get(families.NUM_HEADS, "")
+    found = int(text) if text.isdecimal() else None
+  return found if isinstance(found, int) and found > 0 else None
+
+
 def _default_heads(hidden, path):
   if hidden % 64 or hidden > 1024:  # Wider models have other heads.
     raise errors.UserError(
       f"{path}: the number of attention heads is unknown; give --heads"
     )
+  _log.warning(
+    "%s: assuming %d heads of 64 channels; give --heads if there are others",
+    path,
+    hidden // 64,
+  )
   return hidden // 64
 
 

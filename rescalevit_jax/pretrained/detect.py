@@ -13,13 +13,15 @@ from rescalevit_jax.models import residuals
 from rescalevit_jax.models import vit_config
 from rescalevit_jax.pretrained import param_keys
 
+PERI = "Peri"  # The prefix of norms after a branch.
+
 # Model options that add arrays to a plain block, with patterns of their keys.
 # The parameter of a residual is a sibling of the norm's.
 _RESIDUALS = {R.SLOT: name for name, R in residuals.RESIDUALS.items() if R.SLOT}
 _IN_MLP = {N.IN_MLP for N in norms.NORMS.values() if N.IN_MLP}
 OPTIONS = {
   "residual": re.compile(rf".*/({'|'.join(_RESIDUALS)})_\d/scale"),
-  "norm_position": re.compile(r".*/Peri\w+_\d/.*"),
+  "norm_position": re.compile(rf".*/{PERI}\w+_\d/.*"),
   "embedding_norm": re.compile(r".*Transformer/embedding_norm/.*"),
   "in_mlp": re.compile(rf".*/MlpBlock_3/({'|'.join(_IN_MLP)})/.*"),
   "qk_norm": re.compile(r".*/(query|key)_norm/.*"),
@@ -47,11 +49,13 @@ def settings(arrays: Mapping[str, Any]) -> dict[str, Any]:
     if match := OPTIONS["residual"].fullmatch(key):
       residual = _RESIDUALS[match[1]]
   flags = ("embedding_norm", "qk_norm", "sigma_reparam")
+  pre_logits = arrays.get(param_keys.PRE_LOGITS[1])
   return {
     "norm": norm(arrays),
     "residual": residual,
     "norm_position": _position(arrays),
     **{name: name in options for name in flags},
+    "representation_size": None if pre_logits is None else pre_logits.size,
   }
 
 

@@ -109,6 +109,8 @@ _PREFIXES = (
 )
 # Tensors that the classifier does not use: mask tokens, Hugging Face's pooler,
 # and the training heads of DINO and DINOv2.
+# Metadata of a .safetensors file that this package writes.
+NUM_HEADS = "num_heads"
 IGNORED = re.compile(
   r"(embeddings\.)?mask_token|pooler\.dense\.(weight|bias)"
   r"|(head\.(mlp|last_layer)|dino_head|ibot).*"

@@ -11,7 +11,7 @@ import numpy as np
 
 from rescalevit_jax import errors
 
-# Of the three channels, with inputs in [0, 1].
+# Of the three channels, for pixels in [0, 1].
 Stats = tuple[Float[np.ndarray, " 3"], Float[np.ndarray, " 3"]]
 
 _IMAGENET = np.array([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])
@@ -52,7 +52,9 @@ def parse(mean: str | None, std: str | None) -> Stats | None:
     values.append(numbers * (3 // len(numbers)))
   if min(values[1]) <= 0:
     raise errors.UserError(f"--std ({std}): not positive")
-  return np.array(values[0]), np.array(values[1])
+  means, stds = map(np.array, values)
+  _check_scale(means, stds, "--mean and --std")
+  return means, stds
 
 
 def find(path: pathlib.Path, config: Mapping[str, Any]) -> Stats:
@@ -69,9 +71,19 @@ def find(path: pathlib.Path, config: Mapping[str, Any]) -> Stats:
     except (TypeError, ValueError):
       continue
     if np.isfinite([mean, std]).all() and (std > 0).all():
+      _check_scale(mean, std, f"{path}: the mean and std beside it")
       return mean, std
   raise errors.UserError(
     f"{path}: the normalization of its inputs is unknown; give --mean and"
     " --std, such as --mean=0.5 --std=0.5 (ViT, AugReg) or --mean=imagenet"
     " (DeiT, DINO, DINOv2)"
   )
+
+
+def _check_scale(mean, std, source):
+  """Raise a UserError unless mean and deviation fit pixels in [0, 1]."""
+  if mean.min() < 0 or max(mean.max(), std.max()) > 1:
+    raise errors.UserError(
+      f"{source}: must be of pixels between 0 and 1; divide them by 255 if they"
+      " are of pixels up to 255"
+    )

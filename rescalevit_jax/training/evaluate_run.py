@@ -194,13 +194,21 @@ def _load_pretrained(experiment):
   missing = (*report.reinitialized, *report.initial, *report.carried)
   if missing:
     raise errors.UserError(
-      f"{path}: cannot be evaluated, it has no {missing[0]} for this model and"
-      " dataset; choose the model.* keys and the dataset of its training"
+      f"{path}: cannot be evaluated, it has no {missing[0]} that fits this"
+      " model and dataset; choose the model.* keys and the dataset of its"
+      " training"
     )
   if report.unsupported:
     raise errors.UserError(
       f"{path}: cannot be evaluated, the model has no array"
       f" {report.unsupported[0]}; choose the model.* keys of its training"
+    )
+  if report.resized:
+    _log.warning(
+      "%s: the position embedding is resized to image_size=%d; the results are"
+      " not those of its own image size",
+      path,
+      experiment.config.image_size,
     )
   gather = jax.jit(
     lambda tree: tree, out_shardings=sharding.replicated(experiment.mesh)
