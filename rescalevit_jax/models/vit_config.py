@@ -21,10 +21,13 @@ NORM_POSITIONS = ("pre", "post", "peri")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 SIZES = ("patch_size", "hidden_size", "mlp_dim", "num_heads", "num_layers")
-_CONSTANTS = (
+_POSITIVE = (
+  *SIZES,
+  *("num_classes", "image_size", "representation_size"),
   *("residual_c", "layerscale_init", "gn_groups", "norm_epsilon"),
   "logit_cap",
 )
+_FRACTIONS = ("dropout_rate", "stochastic_depth", "bn_momentum")
 # Ti to H: Dosovitskiy et al. 2021 (arXiv:2010.11929), Table 1, and Steiner et
 # al. 2022 (arXiv:2106.10270), Table 2. XS is ours, for small images on a CPU.
 VARIANTS = {
@@ -98,11 +101,18 @@ class ViTConfig:
         raise errors.UserError(
           f"{key}: unknown {value!r}; {errors.nearest(str(value), valid)}"
         )
-    for key in (*SIZES, *_CONSTANTS):
+    for key in _POSITIVE:
       value = getattr(self, key)
-      if value is not None and value <= 0:
+      if value is not None and not value > 0:
+        prefix = "" if key in ("num_classes", "image_size") else "model."
         raise errors.UserError(
-          f"model.{key}: {value} is not > 0; choose a larger value"
+          f"{prefix}{key}: {value} is not > 0; choose a larger value"
+        )
+    for key in _FRACTIONS:
+      if not 0 <= getattr(self, key) < 1:
+        raise errors.UserError(
+          f"model.{key}: {getattr(self, key)} is not in [0, 1); choose another"
+          " value"
         )
     if self.image_size % self.patch_size:
       raise errors.UserError(
