@@ -227,7 +227,7 @@ def _with_progress(model, files, batch):
 
 def _line(name, top, name_width, class_width):
   name = _one_line(_text(name))
-  classes = [f"{c:<{class_width}} {100 * p:5.1f} %" for c, p in top]
+  classes = [f"{_one_line(c):<{class_width}} {100 * p:5.1f} %" for c, p in top]
   return "  ".join([f"{name:<{name_width}}", *classes])
 
 
@@ -257,7 +257,11 @@ def _text(name):
 
 
 def _one_line(text):
-  return " ".join(text.splitlines())
+  """Replace line breaks by spaces; escape characters that do not print."""
+  return "".join(
+    c if c.isprintable() else c.encode("unicode_escape").decode()
+    for c in " ".join(text.splitlines())
+  )
 
 
 if __name__ == "__main__":

@@ -134,6 +134,13 @@ def test_top_is_limited_to_the_number_of_classes(call, picture):
   assert header.endswith("class_3,probability_3")
 
 
+def test_control_characters_of_a_class_name_are_escaped(colors, call, picture):
+  picture("a.png", "red")
+  colors.class_names = ("red\x1b[31m", "green", "blue")
+  code, out, _ = call("a.png", "--top=1")
+  assert code == 0 and r"red\x1b[31m" in out[0] and "\x1b" not in out[0]
+
+
 @pytest.mark.parametrize("name", ["o.csv", "o.json", None])
 def test_newlines_and_invalid_bytes_in_names_are_escaped(name, call, picture):
   bad = os.fsdecode(b"\xff.png")

@@ -200,7 +200,10 @@ def test_a_changed_file_is_read_again(tmp_path):
     ({"train/cat": 2, "train/dog": 2, "test/cow": 1}, "lacks the class cow"),
     ({"train/cat": 1, "train/dog": 1, "val/cat": 1, "valid/cat": 1}, "two"),
     ({"train/cat": 1, "train/dog": 1, "test/cat": 0}, "no image files"),
-    ({"images/cat": 1, "test/cat": 1, "val/cat": 1}, "has images beside"),
+    (
+      {"images/cat": 1, "test/cat": 1, "val/cat": 1},
+      "name of a split, but images is not; if both",
+    ),
   ],
 )
 def test_invalid_folder_layouts_are_refused(tmp_path, layout, words):
