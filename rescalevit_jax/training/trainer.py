@@ -114,11 +114,10 @@ class Trainer:
     self._profile.end(self._state)
     self._checkpoints.wait()
     if at_end:
-      skipped = progress.skipped_steps
       progress_lib.warn_of_unfinished_norms(
         self._experiment.model.config.norm_schedule,
-        (config.total_steps - skipped) * config.accum_steps,
-        skipped,
+        self._passes(),
+        progress.skipped_steps,
       )
     return progress.last_step == config.total_steps
 
@@ -246,19 +245,31 @@ class Trainer:
     progress.last_step = progress.step
     progress.last_accuracy, progress.last_loss = result.accuracy, result.loss
     progress.examples_evaluated = result.examples
-    if result.accuracy > progress.best_accuracy:
+    if self._may_be_best() and result.accuracy > progress.best_accuracy:
       progress.best_accuracy = result.accuracy
       progress.best_step = progress.step
       self._checkpoints.save_best(variables, progress)
+    best = f"{progress.best_accuracy:.4f} at step {progress.best_step}"
     _log.info(
-      "step %d/%d  test loss %.4f  test accuracy %.4f  best %.4f at step %d",
+      "step %d/%d  test loss %.4f  test accuracy %.4f  best %s",
       progress.step,
       self._config.total_steps,
       result.loss,
       result.accuracy,
-      progress.best_accuracy,
-      progress.best_step,
+      best if progress.best_step else "none before fade.end",
     )
+
+  def _may_be_best(self):
+    """Return whether the model is the one to train, without fading norms."""
+    schedule = self._experiment.model.config.norm_schedule
+    at_end = self._progress.step == self._config.total_steps
+    return schedule is None or at_end or self._passes() >= schedule.end
+
+  def _passes(self):
+    """Return the number of training passes, without skipped steps."""
+    progress = self._progress
+    steps = progress.step - progress.skipped_steps
+    return steps * self._config.accum_steps
 
   def final_evaluation(self) -> scores.Evaluation:
     """Score the last weights on the test images and on training images.

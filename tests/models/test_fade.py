@@ -1,5 +1,6 @@
 """Fade: LayerNorm at the start, a linear map or DyT at the end."""
 
+import dataclasses
 import functools
 import runpy
 
@@ -23,6 +24,7 @@ from rescalevit_jax.pretrained import load
 from rescalevit_jax.pretrained import npz
 from rescalevit_jax.runs import checkpoint
 from rescalevit_jax.runs import run_reader
+from rescalevit_jax.training import evaluate
 from rescalevit_jax.training import evaluate_run
 from rescalevit_jax.training import experiment
 from rescalevit_jax.training import initial_state
@@ -350,6 +352,26 @@ def test_first_blocks_fade_first_and_the_final_norm_last():
     [1, 1, 1, 1, 1],
   ]
   assert {int(n) for n in stats(moving, "count")} == {10}
+
+
+def test_a_model_in_transition_is_not_the_best(
+  tiny_config, tmp_path, monkeypatch
+):
+  real = evaluate.Evaluator.__call__
+  accuracies = iter([0.9, 0.8, 0.4, 0.5, 0.6])  # Last: training images.
+
+  def falling(self, *args):
+    return dataclasses.replace(real(self, *args), accuracy=next(accuracies))
+
+  monkeypatch.setattr(evaluate.Evaluator, "__call__", falling)
+  tiny_config.model.norm = "Fade"
+  tiny_config.fade.end = 0.75
+  tiny_config.eval_every = 3
+  result = train.train_and_evaluate(tiny_config, tmp_path)
+  assert (result["best_accuracy"], result["best_step"]) == (0.5, 12)
+  assert checkpoint.load_variables(tmp_path, "best")[2] == 12
+  lines = [x for x in run_reader.read_metrics(tmp_path) if "test/loss" in x]
+  assert [x["step"] for x in lines] == [3, 6, 9, 12]
 
 
 @pytest.mark.slow
