@@ -24,7 +24,8 @@ REFERENCE = keys.KEYS["model.norm"].default
 NOTE = (
   f"Means minus {REFERENCE}'s in the same setting. Paired t-tests use the seeds"
   " that both norms have, Welch's t-tests all seeds. Runs of one seed are"
-  " averaged. Holm's correction covers all rows of this table."
+  " averaged. Holm's correction covers all rows of this table. A norm with"
+  " diverged runs is not tested, as its other runs are a selection."
 )
 
 
@@ -34,7 +35,7 @@ class Difference:
 
   setting: str  # The settings that both groups share, without the norm.
   norm: str
-  points: float  # Percentage points.
+  points: float  # Percentage points; nan if a run diverged.
   interval: tuple[float, float]  # 95 %; nan without variation between seeds.
   p: float  # Two-sided, of a t-test; nan without variation.
   test: str  # With the number of seeds.
@@ -54,11 +55,17 @@ def compare(study: run_groups.Study) -> list[Difference]:
     by_setting.setdefault(setting, {})[row["norm"]] = group
   found = []
   for setting, groups in by_setting.items():
-    reference = _percent_by_seed(groups.pop(REFERENCE, ()))
+    reference = groups.pop(REFERENCE, ())
     for norm, group in groups.items():
-      percent = _percent_by_seed(group)
-      if min(len(percent), len(reference)) >= 2:
-        found.append(_difference(setting, norm, percent, reference))
+      ours, theirs = _percent_by_seed(group), _percent_by_seed(reference)
+      if min(len(ours), len(theirs)) < 2:
+        continue
+      if diverged := sum(map(study.num_diverged, (group, reference))):
+        unknown = math.nan, (math.nan, math.nan), math.nan
+        reason = f"none, {diverged} diverged"
+        found.append(Difference(setting, norm, *unknown, reason))
+      else:
+        found.append(_difference(setting, norm, ours, theirs))
   adjusted = holm([x.p for x in found])
   return [
     dataclasses.replace(x, adjusted_p=p)
@@ -131,7 +138,7 @@ def table(
       {
         "setting": x.setting,
         "norm": x.norm,
-        f"minus {REFERENCE}, points": f"{x.points:+.2f}",
+        f"minus {REFERENCE}, points": _points_text(x.points),
         "95 % interval": interval_text(x.interval),
         "test": x.test,
         "p": p_text(x.p),
@@ -140,6 +147,10 @@ def table(
     )
   headings = list(rows[0]) if rows else []
   return "llrrlrr", headings, [list(row.values()) for row in rows]
+
+
+def _points_text(points):
+  return markdown.NOTHING if math.isnan(points) else f"{points:+.2f}"
 
 
 def interval_text(interval: tuple[float, float]) -> str:

@@ -12,6 +12,7 @@ def describe(study: run_groups.Study) -> list[str]:
   """Return the notes on a study: counts, definitions, hardware, versions."""
   finished = study.finished
   others = {
+    "diverged": study.diverged,
     "unfinished": study.unfinished,
     "not begun": study.not_begun,
     "damaged": study.damaged,

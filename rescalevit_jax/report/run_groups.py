@@ -14,6 +14,7 @@ from rescalevit_jax import errors
 from rescalevit_jax.config import keys
 from rescalevit_jax.models import norms
 from rescalevit_jax.models import vit_config
+from rescalevit_jax.runs import result as result_lib
 from rescalevit_jax.runs import run_reader
 
 # Keys with their own column or meaning.
@@ -40,7 +41,8 @@ class Study:
 
   folder: pathlib.Path
   groups: tuple[tuple[run_reader.Run, ...], ...]
-  unfinished: tuple[run_reader.Run, ...]  # In order of their paths.
+  diverged: tuple[run_reader.Run, ...]  # In order of their paths.
+  unfinished: tuple[run_reader.Run, ...]  # Others, in order of their paths.
   damaged: tuple[str, ...]  # Unreadable; a line each, with the reason.
   not_begun: tuple[str, ...]  # Failed before writing a config; a line each.
   varied: tuple[str, ...]  # Keys without a column in which groups differ.
@@ -52,7 +54,12 @@ class Study:
   @property
   def runs(self) -> tuple[run_reader.Run, ...]:
     """All readable runs, finished ones first."""
-    return (*self.finished, *self.unfinished)
+    return (*self.finished, *self.diverged, *self.unfinished)
+
+  def num_diverged(self, group: tuple[run_reader.Run, ...]) -> int:
+    """Return the number of diverged runs of a group's recipe."""
+    recipe = run_reader.recipe(group[0].config)
+    return sum(run_reader.recipe(x.config) == recipe for x in self.diverged)
 
   def name(self, run: run_reader.Run) -> str:
     """Return a run's path relative to the study's folder."""
@@ -85,7 +92,8 @@ def collect(folder: str | os.PathLike[str]) -> Study:
   return Study(
     folder,
     tuple(groups),
-    tuple(run for run in whole if not run.is_finished),
+    tuple(run for run in whole if result_lib.has_diverged(run.result)),
+    tuple(run for run in whole if run.result is None),
     below(damaged),
     below(found.not_begun),
     varied_keys(group[0].config for group in groups),

@@ -32,7 +32,10 @@ def rows(study: run_groups.Study) -> list[dict[str, Any]]:
   Accuracies are fractions. A missing value, such as the standard deviation of a
   single run, is None.
   """
-  return [_row(group, study.varied) for group in study.groups]
+  return [
+    _row(group, study.varied, study.num_diverged(group))
+    for group in study.groups
+  ]
 
 
 def run_rows(study: run_groups.Study) -> list[dict[str, Any]]:
@@ -60,6 +63,10 @@ def columns(study: run_groups.Study) -> list[Column]:
     low, high = row["last_accuracy_low"], row["last_accuracy_high"]
     return NOTHING if low is None else f"{_percent(low)} to {_percent(high)}"
 
+  def runs(row):
+    diverged = f" ({row['diverged']} diverged)" if row["diverged"] else ""
+    return f"{row['runs']}{diverged}"
+
   names = ("dataset", "model", "norm", "pretrained")
   result = [value(key, key, numeric=False) for key in names]
   result.append(value("resolution", "resolution"))
@@ -67,7 +74,7 @@ def columns(study: run_groups.Study) -> list[Column]:
     kind = keys.KEYS[key].optional or type(keys.KEYS[key].default)
     result.append(value(key, key, numeric=kind in (int, float)))
   result += [
-    value("runs (n)", "runs"),
+    Column("runs (n)", "runs", runs),
     accuracy("best accuracy, %", "best_accuracy"),
     accuracy("last accuracy, %", "last_accuracy"),
     Column("95 % interval", "last_accuracy_low", interval),
@@ -119,17 +126,20 @@ def versions(run: run_reader.Run) -> str:
 
 def left_out(study: run_groups.Study) -> list[tuple[str, list[str]]]:
   """Return the runs outside all means: titles, each with a line per run."""
-  unfinished = []
-  for run in study.unfinished:
-    reason = run_reader.last_log_line(run.workdir)
-    if run.result is not None:
-      reason = f"error: {run.result['error']}"
-    unfinished.append(
-      f"{study.name(run)}: step {run.step} of {run.config.total_steps}"
-      + (f"; {reason}" if reason.startswith("error: ") else "")
-    )
+
+  def line(run, reason):
+    step = f"{study.name(run)}: step {run.step} of {run.config.total_steps}"
+    return f"{step}; {reason}" if reason.startswith("error: ") else step
+
   sections = [
-    ("Unfinished", unfinished),
+    (
+      "Diverged",
+      [line(x, f"error: {(x.result or {})['error']}") for x in study.diverged],
+    ),
+    (
+      "Unfinished",
+      [line(x, run_reader.last_log_line(x.workdir)) for x in study.unfinished],
+    ),
     ("Not begun", list(study.not_begun)),
     ("Damaged", list(study.damaged)),
   ]
@@ -148,9 +158,9 @@ def _naming(config, varied):
   }
 
 
-def _row(group, varied):
+def _row(group, varied, diverged):
   config = group[0].config
-  row = _naming(config, varied) | {"runs": len(group)}
+  row = _naming(config, varied) | {"runs": len(group), "diverged": diverged}
 
   def add(name, values):
     row[f"{name}_mean"] = statistics.fmean(values) if values else None

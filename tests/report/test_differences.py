@@ -1,6 +1,7 @@
 """Significance of differences between norms, against scipy and by hand."""
 
 import math
+import shutil
 
 import fake_runs
 import numpy as np
@@ -11,6 +12,8 @@ from rescalevit_jax.report import command_line
 from rescalevit_jax.report import differences
 from rescalevit_jax.report import latex
 from rescalevit_jax.report import run_groups
+from rescalevit_jax.report import tables
+from rescalevit_jax.runs import result as result_lib
 
 LN = [0.50, 0.52, 0.51]
 BN = [0.45, 0.48, 0.46]
@@ -78,6 +81,22 @@ def test_runs_with_other_settings_are_not_compared(tmp_path):
     changes = {"model.norm": "BN", "seed": seed, "dataset": "cifar10"}
     fake_runs.write(tmp_path / f"x{seed}", changes, fake_runs.RESULT)
   assert compare(tmp_path) == []
+
+
+@pytest.mark.parametrize("norm", ["LN", "BN"])
+def test_norms_with_diverged_runs_are_not_tested(norm, tmp_path):
+  write(tmp_path, "LN", LN, range(3))
+  write(tmp_path, "BN", BN, range(3))
+  shutil.copytree(tmp_path / f"{norm}-0-32", tmp_path / "bad")
+  result_lib.write(tmp_path / "bad", result_lib.diverged(7, "loss nan"))
+  study = run_groups.collect(tmp_path)
+  (found,) = differences.compare(study)
+  assert found.test == "none, 1 diverged" and math.isnan(found.p)
+  assert differences.table(study)[2][0][2:5] == ["–", "–", "none, 1 diverged"]
+  rows = {row["norm"]: row for row in tables.rows(study)}
+  assert rows[norm]["diverged"] == 1 and rows[norm]["runs"] == 3
+  cells = tables.cells(tables.columns(study), tables.rows(study))[2]
+  assert sum("3 (1 diverged)" in row for row in cells) == 1
 
 
 def test_resolutions_are_not_compared(tmp_path):

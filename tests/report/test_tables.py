@@ -249,7 +249,7 @@ def test_the_error_of_a_diverged_run_is_listed(three, tmp_path):
   result_lib.write(tmp_path / "open", result_lib.diverged(301, error))
   study = run_groups.collect(tmp_path)
   sections = dict(tables.left_out(study))
-  assert sections["Unfinished"] == [f"open: step 301 of 20000; error: {error}"]
+  assert sections["Diverged"] == [f"open: step 301 of 20000; error: {error}"]
   assert [row["step"] for row in tables.run_rows(study)][-1] == 301
   states = [row["state"] for row in tables.run_rows(study)]
   assert states == ["finished"] * 3 + ["diverged"]
