@@ -12,6 +12,7 @@ import math
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.tree_util import KeyPath
 from jaxtyping import PyTree
 
@@ -59,6 +60,19 @@ def factors(
     return next(found, default)
 
   return jax.tree.map_with_path(factor, params)
+
+
+def freeze(table: Table, grads: PyTree[jax.Array]) -> PyTree[jax.Array]:
+  """Set the gradients of parameters with factor 0 to 0.
+
+  They then count neither in the gradient's norm nor in its clipping, and XLA
+  does not compute them.
+  """
+  return jax.tree.map(
+    lambda x, factor: x if factor else jnp.zeros_like(x),
+    grads,
+    factors(table, grads),
+  )
 
 
 def check(key: str, table: Table, params: PyTree[jax.Array]) -> None:

@@ -65,7 +65,8 @@ def create(
   if lr_table or layer_decay != 1:
     optimizer = optax.chain(optimizer, scale_groups(lr_table, layer_decay))
   if spectral_cap:
-    optimizer = optax.chain(optimizer, cap_singular_values(spectral_cap))
+    cap = cap_singular_values(spectral_cap, lr_table)
+    optimizer = optax.chain(optimizer, cap)
   if agc:
     optimizer = optax.chain(clipping.adaptive_clip(agc), optimizer)
 
@@ -130,8 +131,12 @@ def scale_by_learning_rate(
   return optax.GradientTransformation(init, update)
 
 
-def cap_singular_values(limit: float) -> optax.GradientTransformation:
+def cap_singular_values(
+  limit: float, lr_table: groups.Table = ()
+) -> optax.GradientTransformation:
   """Return a transformation that caps the blocks' kernels after the step.
+
+  Kernels whose factor in `lr_table` is 0 stay as they are.
 
   Newhouse et al. 2025 (arXiv:2507.13338): each singular value s of a kernel,
   as a matrix from all its inputs to all its outputs, becomes
@@ -143,8 +148,8 @@ def cap_singular_values(limit: float) -> optax.GradientTransformation:
   """
 
   def update(updates, params):
-    def cap(path, update, kernel):
-      if not kernels.is_block_kernel(path):
+    def cap(path, update, kernel, factor):
+      if not kernels.is_block_kernel(path) or not factor:
         return update
       inputs, outputs = kernels.matrix_shape(path, kernel)
       matrix = (kernel + update).reshape(inputs, outputs)
@@ -153,7 +158,8 @@ def cap_singular_values(limit: float) -> optax.GradientTransformation:
       capped = (left * jnp.minimum(values, most)) @ right
       return capped.reshape(kernel.shape) - kernel
 
-    return jax.tree.map_with_path(cap, updates, params)
+    factors = groups.factors(lr_table, params)
+    return jax.tree.map_with_path(cap, updates, params, factors)
 
   return optax.stateless(update)
 

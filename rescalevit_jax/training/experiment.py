@@ -27,6 +27,7 @@ from rescalevit_jax.models import vit
 from rescalevit_jax.models.norms import gradual
 from rescalevit_jax.models.norms import traits
 from rescalevit_jax.models.ops import attention
+from rescalevit_jax.optim import groups
 from rescalevit_jax.optim import lr_schedule as lr_schedule_lib
 from rescalevit_jax.optim import optimizers
 from rescalevit_jax.runtime import accelerator
@@ -138,6 +139,9 @@ class Experiment:
     """Return the arguments of `train_step.gradient` given by the config."""
     replicated, shardings = sharding.replicated(self.mesh), self.shardings()
     options = {**self._inputs(), "sam_rho": self.config.sam_rho}
+    table = groups.parse(self.config.lr_mult)
+    if any(factor == 0 for _, factor in table):
+      options["freeze"] = functools.partial(groups.freeze, table)
     if self.config.sharding.fsdp:
       constrain = jax.lax.with_sharding_constraint
       options["gather"] = lambda params: constrain(params, replicated)

@@ -62,6 +62,7 @@ def gradient(
   mixing: mixing_lib.Mixing = mixing_lib.NOTHING,
   settled: bool = False,  # True omits calibration; see `traits.Settling`.
   sam_rho: float = 0.0,  # Distance of SAM; 0: the usual gradient.
+  freeze: Callable[[Any], Any] = lambda grads: grads,  # Zeros some.
   gather: Callable[[Any], Any] = lambda params: params,  # Replicates shards.
   scatter: Callable[[Any], Any] = lambda grads: grads,  # Shards again.
 ) -> tuple[jax.Array, Any, Any, loss_scale_lib.LossScale | None]:
@@ -90,7 +91,7 @@ def gradient(
       labels,
       dropout_key,
     )
-    sums = jax.tree.map(jnp.add, sums, (loss, grads))
+    sums = jax.tree.map(jnp.add, sums, (loss, freeze(grads)))
     return (batch_stats, loss_scale, sums), None
 
   def of_batch(params, loss_scale):

@@ -304,6 +304,12 @@ def test_singular_values_are_capped_after_the_step(name):
   assert True in changed
 
 
+def test_the_singular_values_of_frozen_kernels_are_not_capped():
+  params, grads = random_tree(0), [random_tree(1)]
+  found = last_params(params, grads, "sgd", spectral_cap=0.5, lr_mult="*:0")
+  check_all(found, params)
+
+
 def test_without_adaptive_clipping_sgd_equals_rescalevits():
   made = optimizers.create(
     "sgd",

@@ -9,10 +9,14 @@ import numpy as np
 import optax
 import pytest
 
+from rescalevit_jax import config as config_lib
 from rescalevit_jax import models
 from rescalevit_jax.augment import mixing
 from rescalevit_jax.augment import preprocess
+from rescalevit_jax.distributed import sharding
+from rescalevit_jax.optim import groups
 from rescalevit_jax.optim import optimizers
+from rescalevit_jax.training import experiment
 from rescalevit_jax.training import train_state
 from rescalevit_jax.training import train_step as train_step_lib
 
@@ -78,6 +82,7 @@ def train_step_of(
   sgd=DESCENT,
   mixing=mixing.NOTHING,
   sam_rho=0.0,
+  freeze=lambda grads: grads,
 ):
   train_step = functools.partial(
     train_step_lib.train_step,
@@ -87,6 +92,7 @@ def train_step_of(
     image_size=SIZE,
     mixing=mixing,
     sam_rho=sam_rho,
+    freeze=freeze,
   )
   return jax.jit(train_step)
 
@@ -112,6 +118,23 @@ def same(a, b):
 def check_close(a, b, atol=1e-5):
   close = functools.partial(np.testing.assert_allclose, atol=atol, rtol=1e-5)
   jax.tree.map(close, a, b)
+
+
+def test_frozen_parameters_do_not_count_in_the_gradient_norm():
+  table = groups.parse("head/*:1 *:0")
+  freeze = functools.partial(groups.freeze, table)
+  state, metrics = train_once(freeze=freeze)
+  usual, _ = train_once()
+  found, expected = gradient(state), gradient(usual)
+  check_close(found["head"], expected["head"])
+  for key in found.keys() - {"head"}:
+    assert not any(map(np.any, jax.tree.leaves(found[key]))), key
+  norm = optax.tree.norm(expected["head"])
+  np.testing.assert_allclose(metrics["grad_norm"], norm, rtol=1e-5)
+  config = config_lib.default()
+  config.update({"model_name": "ViT-XS_4", "lr_mult": "head/*:1 *:0"})
+  made = experiment.build(config, sharding.create_mesh(), 10)
+  assert made.gradient_options()["freeze"].args == (table,)
 
 
 # Initial state.
