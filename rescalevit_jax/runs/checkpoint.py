@@ -45,6 +45,7 @@ class Progress:
   clipped_steps: int = 0  # Those among them with a clipped gradient.
   effective_lr: float = 0.0  # Sum of their learning rates after clipping.
   skipped_steps: int = 0  # Steps whose gradient overflowed float16.
+  dtype: str = ""  # Of the computation; several if `auto` changed it.
 
 
 class Checkpoints:

@@ -89,6 +89,7 @@ def _train_and_evaluate(config, workdir, folder, draw_attention):
     else:
       checkpoints.delete_best(after=0)
     progress.train_images = len(experiment.dataset.train)
+    progress.dtype = _dtypes(progress.dtype, experiment.model.config.dtype)
     parameters = sum(x.size for x in jax.tree.leaves(state.params))
     atomic_file.remove_temporary(folder)
     # Of a diverged run with another config.
@@ -128,7 +129,7 @@ def _train_and_evaluate(config, workdir, folder, draw_attention):
       progress.timed_steps, progress.timed_seconds, config.batch
     ),
     parameters=parameters,
-    dtype=str(experiment.model.config.dtype),
+    dtype=progress.dtype,
   )
   result_lib.write(folder, result)
   _log.info("finished: %s; see %s", result_lib.accuracies(result), workdir)
@@ -144,6 +145,20 @@ def _check_train_images(workdir, progress, experiment):
       f" its dataset has {images} now; restore the dataset, or start a run in"
       " another --workdir"
     )
+
+
+def _dtypes(before, now):
+  """Return a run's dtypes in order; warn if the dtype changes."""
+  *_, last = before.split(", ")
+  if last in ("", now):
+    return now if not before else before
+  _log.warning(
+    "dtype: the run continues in %s after %s, so its results differ from those"
+    " of an uninterrupted run; set dtype in a new run to prevent this",
+    now,
+    last,
+  )
+  return f"{before}, {now}"
 
 
 def _is_of_the_past(progress, line):

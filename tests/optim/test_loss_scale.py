@@ -362,7 +362,7 @@ def test_a_run_reports_skipped_steps_and_resumes_bit_for_bit(
 
 
 def test_a_run_resumes_if_auto_selects_another_dtype(
-  tiny_config, tmp_path, start_at, stop_at, monkeypatch
+  tiny_config, tmp_path, start_at, stop_at, monkeypatch, caplog
 ):
   start_at(2.0**30)
   tiny_config.dtype = "auto"
@@ -384,6 +384,8 @@ def test_a_run_resumes_if_auto_selects_another_dtype(
       assert state.loss_scale.scale == scale
       assert state.loss_scale.skipped_steps == 4
     assert progress.skipped_steps == 4
+  assert progress.dtype == "float16, float32"
+  assert "the run continues in float32 after float16" in caplog.text
 
 
 def test_a_nonfinite_gradient_at_the_smallest_scale_ends_the_run(
