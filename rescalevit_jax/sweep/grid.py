@@ -4,6 +4,7 @@ from collections.abc import Sequence
 import dataclasses
 import functools
 import itertools
+import os
 import pathlib
 import sys
 
@@ -16,6 +17,7 @@ from rescalevit_jax.models import flops
 from rescalevit_jax.runs import folder
 
 # Keys in the name of every run's folder; see `folder.default_workdir`.
+_LONGEST_NAME = 255  # Of usual file systems.
 _NAMED = ("dataset", "model_name", "model.norm", "seed")
 
 
@@ -109,6 +111,11 @@ def _plan_run(reference, settings, unnamed, runs_dir):
   name = folder.default_workdir(config).name
   for key in unnamed:
     name += f"-{key}={values[key]}".replace("/", "_")
+  if len(os.fsencode(name)) > _LONGEST_NAME:
+    raise errors.UserError(
+      f"--grid: the folder's name {name[:60]}... is longer than {_LONGEST_NAME}"
+      " bytes; set long values in config files, FILE:ARGS"
+    )
   return PlannedRun(runs_dir / name, reference, settings, config)
 
 

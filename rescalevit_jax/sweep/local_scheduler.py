@@ -144,10 +144,10 @@ class LocalScheduler:
       return
     self._waiting.remove(run)
     slot = self._free.pop(0)
-    first_step = subprocess_run.saved_step(run.workdir)
     started = time.time()
-    _log.info("%s %s", "resuming" if first_step else "starting", run.workdir)
     try:
+      first_step = subprocess_run.saved_step(run.workdir)
+      _log.info("%s %s", "resuming" if first_step else "starting", run.workdir)
       process = subprocess_run.start(run.command, run.workdir, slot)
     except OSError as e:
       self._free.append(slot)

@@ -66,14 +66,19 @@ class Outcome:
 def split_by_result(
   runs: Iterable[grid.PlannedRun],
 ) -> tuple[Outcome, list[grid.PlannedRun]]:
-  """Return the finished and diverged runs as an outcome, and the other runs."""
+  """Return the outcome of finished, diverged and damaged runs; and the rest."""
   outcome, left = Outcome(), []
   for run in runs:
+    try:
+      result_lib.read(run.workdir)
+    except errors.UserError as e:  # Damaged.
+      outcome.failed.append((run, f"error: {e}"))
+      continue
     try:
       result = result_lib.read_same_run(run.config, run.workdir)
     except errors.UserError as e:
       # A sweep chooses its folders with another flag than a single run.
-      message = str(e).replace("--workdir", "--runs_dir")
+      message = str(e).replace("another --workdir", "another --runs_dir")
       raise errors.UserError(message) from e
     if result is None:
       left.append(run)

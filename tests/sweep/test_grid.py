@@ -154,6 +154,11 @@ def test_invalid_keys_and_values_are_errors(axes, settings, words):
     assert word in str(e.value), e.value
 
 
+def test_a_name_too_long_for_a_folder_is_an_error():
+  with pytest.raises(errors.UserError, match=r"longer than 255 bytes; set"):
+    plan(f"lr_mult={'*/encoderblock_0/*:0.1 ' * 12}")
+
+
 def test_two_runs_in_one_folder_are_an_error(tmp_path):
   other = tmp_path / "other.py"
   text = pathlib.Path(QUICKSTART).read_text(encoding="utf-8")

@@ -16,11 +16,14 @@ import paths
 import pytest
 import tiny_sweep
 
+from rescalevit_jax import config as config_lib
 from rescalevit_jax import errors
 from rescalevit_jax.runs import lock
 from rescalevit_jax.sweep import command_line
 from rescalevit_jax.sweep import device_slots
+from rescalevit_jax.sweep import grid
 from rescalevit_jax.sweep import local_scheduler
+from rescalevit_jax.sweep import outcome as outcome_lib
 
 RESULT = json.dumps(fake_runs.RESULT)
 
@@ -303,6 +306,27 @@ def test_a_folder_with_another_run_is_an_error(finished, tiny, capsys):
   assert_one_line_error(err, NAMES[0], "warmup_steps", "--runs_dir")
   assert "--workdir" not in err
   assert snapshot(finished) == before
+
+
+def test_advice_for_a_finished_run_is_a_valid_command(finished, tiny, capsys):
+  flags = [CONFIG, f"--runs_dir={finished}", *GRID]
+  keys = [k for k in tiny["keys"] if not k.startswith("total_steps")]
+  flags += [f"--config.{k}" for k in [*keys, "total_steps=100"]]
+  assert command_line.main(flags) == 1
+  err = capsys.readouterr().err
+  assert f"export --workdir={finished}" in err and "another --runs_dir" in err
+
+
+def test_a_damaged_result_does_not_stop_other_runs(tmp_path):
+  def run(name):
+    return grid.PlannedRun(tmp_path / name, "", (), config_lib.default())
+
+  (tmp_path / "a").mkdir()
+  (tmp_path / "a" / "result.json").write_text("{")
+  found, left = outcome_lib.split_by_result([run("a"), run("b")])
+  ((failed, reason),) = found.failed
+  assert failed.workdir.name == "a" and "result.json: damaged" in reason
+  assert [x.workdir.name for x in left] == ["b"]
 
 
 def test_planning_does_not_initialize_devices(tmp_path, tiny):
