@@ -75,6 +75,12 @@ def _conflicts(config):
       yield (
         f"{low} ({values[low]}) exceeds {high} ({values[high]}); lower {low}"
       )
+  if config.min_lr and config.warmup_steps == config.total_steps:
+    yield (
+      f"min_lr ({config.min_lr}) has no effect, as warmup_steps"
+      f" ({config.warmup_steps}) equals total_steps ({config.total_steps});"
+      " lower warmup_steps"
+    )
   if config.warmup_steps + (config.decay_steps or 0) > config.total_steps:
     yield (
       f"warmup_steps ({config.warmup_steps}) and decay_steps"

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 import functools
+import os
 import re
 import runpy
 import traceback
@@ -15,6 +16,7 @@ from rescalevit_jax import config as config_lib
 from rescalevit_jax import errors
 from rescalevit_jax.config import keys as keys_lib
 
+_PATHS = ("pretrained_path", "tfds_data_dir")
 _PREFIX = re.compile(r"--?config\.")
 
 
@@ -131,6 +133,9 @@ def _parse(define, argv, settings):
     {key: None for key, text in texts.items() if text == "None"}
   )
   config_lib.validate(flag.value)
+  for key in _PATHS:
+    if flag.value[key] is not None:
+      flag.value[key] = os.path.expanduser(flag.value[key])
   return flag.value
 
 

@@ -110,6 +110,7 @@ def test_invalid_values_name_the_key_and_valid_values(key, value, words):
   "values",
   [
     {"warmup_steps": 500, "decay_steps": 19_600, "total_steps": 20_000},
+    {"min_lr": 0.001, "warmup_steps": 500, "total_steps": 500},
     {"calibration": "all", "model.alpha_init": "0.5"},
     {"calibration": "none", "model.alpha_init": "calibrated"},
     {"spectral_cap": 1.0, "model.sigma_reparam": True},

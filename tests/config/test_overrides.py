@@ -49,6 +49,22 @@ def test_invalid_overrides_are_one_line_errors(argv, words):
     assert word in message
 
 
+def test_the_home_folder_is_expanded_in_config_files(tmp_path, monkeypatch):
+  monkeypatch.setenv("HOME", "/home/me")
+  file = tmp_path / "a.py"
+  file.write_text(
+    "from rescalevit_jax import config as lib\n"
+    "def get_config():\n"
+    "  config = lib.default()\n"
+    "  config.pretrained_path = '~/a.npz'\n"
+    "  return config\n"
+  )
+  settings = [overrides.Setting("tfds_data_dir", "~/data")]
+  config = overrides.load_config(str(file), settings)
+  assert config.pretrained_path == "/home/me/a.npz"
+  assert config.tfds_data_dir == "/home/me/data"
+
+
 def test_the_last_override_of_a_key_wins():
   settings = [
     overrides.Setting("seed", "3"),
