@@ -16,7 +16,7 @@ class Rescale(traits.RunningStatistics, traits.Settling, traits.Foldable):
 
   RescaleNet (Shao et al. 2020, NeurIPS) as in RescaleViT. Before each branch
   the channels are centered by `init_mean`, the mean over batch and tokens of
-  the first 8 training batches, and shifted by a learned bias. Until `init_mean`
+  the first 8 micro-batches, and shifted by a learned bias. Until `init_mean`
   is complete the bias is multiplied by 0.01. The residual is
   `residuals.RescaleViT`.
 
