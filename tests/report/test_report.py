@@ -75,7 +75,8 @@ def test_notes_are_in_both_files(runs, capsys):
   text = (runs / "report.md").read_text()
   page = html.unescape((runs / "report.html").read_text())
   for words in (
-    "3 finished runs of 2 recipes; 1 unfinished, 0 not begun, 1 damaged.",
+    "3 finished runs of 2 recipes; 0 diverged, 1 unfinished, 0 not begun, 1"
+    " damaged.",
     "selected on the test set",
     "best of 200 evaluations, one RTX 3090, fp16",
     "Hardware: 2 x H100 (2 runs); 1 x cpu (1 run).",
