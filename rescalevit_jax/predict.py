@@ -24,6 +24,7 @@ import os
 import pathlib
 import sys
 import time
+import unicodedata
 import warnings
 
 import numpy as np
@@ -43,6 +44,10 @@ _log = logging.getLogger("rescalevit_jax.predict")  # Even as __main__.
 _SECONDS_BETWEEN_LINES = 10.0
 # Reader threads; each may need the memory of an image of MAX_PIXELS.
 _READERS = min(4, os.cpu_count() or 1)
+_BIDI_CONTROLS = (
+  *("LRE", "RLE", "LRO", "RLO", "PDF"),
+  *("LRI", "RLI", "FSI", "PDI"),
+)
 _WIDEST_NAME = 60  # Longer names shift the columns.
 
 Top = list[tuple[str, float]]
@@ -155,7 +160,7 @@ def _run(args):
       )
   progress.warn_of_idle_gpu()
   widths = [
-    min(_WIDEST_NAME, max(map(len, names)))
+    min(_WIDEST_NAME, max(len(_one_line(name)) for name in names))
     for names in (map(str, files), model.class_names)
   ]
   rows, skipped = [], 0
@@ -257,11 +262,16 @@ def _text(name):
 
 
 def _one_line(text):
-  """Replace line breaks by spaces; escape characters that do not print."""
+  """Replace line breaks by spaces; escape what would control the terminal."""
   return "".join(
-    c if c.isprintable() else c.encode("unicode_escape").decode()
+    c.encode("unicode_escape").decode() if _is_control(c) else c
     for c in " ".join(text.splitlines())
   )
+
+
+def _is_control(c):
+  direction = unicodedata.bidirectional(c)
+  return unicodedata.category(c) == "Cc" or direction in _BIDI_CONTROLS
 
 
 if __name__ == "__main__":

@@ -309,6 +309,7 @@ def test_convert_takes_the_heads_of_timms_config(ln_run, tmp_path, capsys):
   flags = [f"--workdir={workdir}", "--format=timm", f"--output={output}"]
   assert export.main(flags) == 0
   config = {
+    "num_attention_heads": None,
     "model_args": {"num_heads": 6},
     "pretrained_cfg": {"mean": [0.5] * 3, "std": [0.5] * 3},
   }

@@ -139,6 +139,8 @@ def test_control_characters_of_a_class_name_are_escaped(colors, call, picture):
   colors.class_names = ("red\x1b[31m", "green", "blue")
   code, out, _ = call("a.png", "--top=1")
   assert code == 0 and r"red\x1b[31m" in out[0] and "\x1b" not in out[0]
+  colors.class_names = ("全角\u3000空白", "می\u200cخواهم", "caf\xe9")
+  assert colors.class_names[0] in call("a.png", "--top=1")[1][0]
 
 
 @pytest.mark.parametrize("name", ["o.csv", "o.json", None])

@@ -93,7 +93,10 @@ def draw(
 
 
 def _inputs(model, image):
-  """Return the input; arrays of a split have had the first resizing."""
+  """Return the model's input.
+
+  An array of `data.image_size` pixels comes from a split, which is resized.
+  """
   edge = model.resize.image_size
   if isinstance(image, np.ndarray) and image.shape[:2] == (edge, edge):
     model = dataclasses.replace(model, resize=image_files.Resize())

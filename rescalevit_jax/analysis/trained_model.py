@@ -64,7 +64,8 @@ class TrainedModel:
       UserError: an image cannot be read, or the model has no head.
     """
     single = isinstance(images, str | os.PathLike | Image.Image)
-    # An array would be split into its rows. Others [N, H, W] are gray images.
+    # One image given as an array would be split into rows. Any other array
+    # [N, H, W] is a batch of gray images.
     shape: tuple[int, ...] = getattr(images, "shape", ())
     if single or len(shape) == 2 or (len(shape) == 3 and shape[2] in (1, 3)):
       raise errors.UserError("images: got one image; pass a list of images")

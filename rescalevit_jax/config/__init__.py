@@ -77,9 +77,9 @@ def _conflicts(config):
       )
   if config.min_lr and config.warmup_steps == config.total_steps:
     yield (
-      f"min_lr ({config.min_lr}) has no effect, as warmup_steps"
-      f" ({config.warmup_steps}) equals total_steps ({config.total_steps});"
-      " lower warmup_steps"
+      f"min_lr ({config.min_lr}) has no effect: warmup_steps"
+      f" ({config.warmup_steps}) takes all of total_steps"
+      f" ({config.total_steps}); lower warmup_steps"
     )
   if config.warmup_steps + (config.decay_steps or 0) > config.total_steps:
     yield (

@@ -73,9 +73,9 @@ def open_folder(
       roots[split] = root
   elif any(_subfolders(x) for _, x in named):
     raise errors.UserError(
-      f"{path}: {named[0][1].name} is the name of a split, but {others[0]} is"
-      " not; if both are classes, put them into a folder named train, else move"
-      f" {others[0]} to another folder"
+      f"{path}: {named[0][1].name} is a split's name and {others[0]} is not; if"
+      " both are classes, move all classes into a folder named train; if not,"
+      f" move {others[0]} elsewhere"
     )
   classes = {split: _subfolders(root) for split, root in roots.items()}
   class_names = sorted({x.name for found in classes.values() for x in found})

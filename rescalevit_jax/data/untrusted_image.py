@@ -11,6 +11,10 @@ import stat
 from PIL import Image
 from PIL import TiffImagePlugin
 
+# TIFF tags and values.
+_YCBCR = 6
+_SUBSAMPLING = 530
+
 # Reading takes up to 14 bytes a pixel: 1.1 GB at this size. The file is also
 # held in memory; 16 bits of 4 channels are 0.64 GB.
 MAX_PIXELS = 80_000_000
@@ -108,27 +112,30 @@ def _check_size(image):
 
 
 def check_depth(image: Image.Image) -> None:
-  """Raise a ValueError for a TIFF image that Pillow reads as other values.
-
-  Pillow does not scale 12-bit grays, ignores that 16-bit grays are inverted,
-  and mixes up separate planes of 16 bits.
-  """
+  """Raise a ValueError for a TIFF image whose pixels Pillow reads wrongly."""
   if image.format != "TIFF":
     return
   tags = image.tag_v2  # type: ignore[attr-defined]
   bits = max(tags.get(TiffImagePlugin.BITSPERSAMPLE, (1,)))
-  if bits not in (1, 2, 4, 8, 16):
-    raise ValueError(
-      f"it has {bits} bits per channel; save it with 8 or 16 bits"
-    )
-  inverted = tags.get(TiffImagePlugin.PHOTOMETRIC_INTERPRETATION) == 0
-  separate = (
-    tags.get(TiffImagePlugin.PLANAR_CONFIGURATION) == 2
-    and tags.get(TiffImagePlugin.SAMPLESPERPIXEL, 1) > 1
-  )
-  if bits == 16 and (inverted or separate):
-    layout = "separate planes" if separate else "white as 0"
-    raise ValueError(f"it has 16 bits and {layout}; save it with 8 bits")
+  samples = tags.get(TiffImagePlugin.SAMPLESPERPIXEL, 1)
+  compressed = tags.get(TiffImagePlugin.COMPRESSION, 1) != 1
+  signed = 2 in tags.get(TiffImagePlugin.SAMPLEFORMAT, (1,))
+  planes = samples > 1 and tags.get(TiffImagePlugin.PLANAR_CONFIGURATION) == 2
+  photometric = tags.get(TiffImagePlugin.PHOTOMETRIC_INTERPRETATION)
+  problem = None
+  if bits not in (1, 2, 4, 8, 16, 32):
+    problem = f"{bits} bits per channel"  # Not scaled.
+  elif signed and (bits == 8 or (compressed and tags.prefix == b"MM")):
+    problem = "signed integers"  # Read as unsigned, or in another byte order.
+  elif bits == 16 and photometric == 0:
+    problem = "16 bits per channel and white as 0"  # Not inverted.
+  elif planes and (bits == 16 or samples == 2):
+    problem = "a separate plane for each channel"  # Mixed up.
+  elif photometric == _YCBCR and not compressed:
+    if tags.get(_SUBSAMPLING, (2, 2)) != (1, 1):
+      problem = "subsampled colors without compression"  # Mixed up.
+  if problem:
+    raise ValueError(f"it has {problem}; save it with 8 bits as RGB")
 
 
 def _check_scans(content):

@@ -109,10 +109,10 @@ class ViTConfig:
           f"{prefix}{key}: {value} is not > 0; choose a larger value"
         )
     for key in _FRACTIONS:
-      if not 0 <= getattr(self, key) < 1:
+      value = getattr(self, key)
+      if value is None or not 0 <= value < 1:
         raise errors.UserError(
-          f"model.{key}: {getattr(self, key)} is not in [0, 1); choose another"
-          " value"
+          f"model.{key}: {value} is not in [0, 1); choose another value"
         )
     if self.image_size % self.patch_size:
       raise errors.UserError(

@@ -12,7 +12,6 @@ import math
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.tree_util import KeyPath
 from jaxtyping import PyTree
 
@@ -62,16 +61,16 @@ def factors(
   return jax.tree.map_with_path(factor, params)
 
 
-def freeze(table: Table, grads: PyTree[jax.Array]) -> PyTree[jax.Array]:
-  """Set the gradients of parameters with factor 0 to 0.
+def freeze(table: Table, params: PyTree[jax.Array]) -> PyTree[jax.Array]:
+  """Stop the gradients of parameters with factor 0.
 
-  They then count neither in the gradient's norm nor in its clipping, and XLA
-  does not compute them.
+  They are then exactly 0. They count neither in the gradient's norm nor in its
+  clipping, and XLA does not compute them.
   """
   return jax.tree.map(
-    lambda x, factor: x if factor else jnp.zeros_like(x),
-    grads,
-    factors(table, grads),
+    lambda x, factor: x if factor else jax.lax.stop_gradient(x),
+    params,
+    factors(table, params),
   )
 
 

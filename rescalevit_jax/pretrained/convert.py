@@ -263,16 +263,17 @@ def _model_args(config):
 
 def _known_heads(path, config):
   """Return the number of heads in config.json or in the file, or None."""
-  found = config.get(
-    "num_attention_heads", _model_args(config).get("num_heads")
-  )
-  if found is None and path.suffix == ".safetensors":
+  found = [
+    config.get("num_attention_heads"),
+    _model_args(config).get("num_heads"),
+  ]
+  if path.suffix == ".safetensors":
     import safetensors
 
     with safetensors.safe_open(path, framework="numpy") as file:
       text = (file.metadata() or {}).get(families.NUM_HEADS, "")
-    found = int(text) if text.isdecimal() else None
-  return found if isinstance(found, int) and found > 0 else None
+    found.append(int(text) if text.isdecimal() else None)
+  return next((x for x in found if isinstance(x, int) and x > 0), None)
 
 
 def _default_heads(hidden, path):
@@ -281,7 +282,7 @@ def _default_heads(hidden, path):
       f"{path}: the number of attention heads is unknown; give --heads"
     )
   _log.warning(
-    "%s: assuming %d heads of 64 channels; give --heads if there are others",
+    "%s: assuming %d heads of 64 channels; give --heads if this is wrong",
     path,
     hidden // 64,
   )

@@ -107,10 +107,10 @@ _PREFIXES = (
   "dinov2.",
   "model.",
 )
-# Tensors that the classifier does not use: mask tokens, Hugging Face's pooler,
-# and the training heads of DINO and DINOv2.
 # Metadata of a .safetensors file that this package writes.
 NUM_HEADS = "num_heads"
+# Tensors that the classifier does not use: mask tokens, Hugging Face's pooler,
+# and the training heads of DINO and DINOv2.
 IGNORED = re.compile(
   r"(embeddings\.)?mask_token|pooler\.dense\.(weight|bias)"
   r"|(head\.(mlp|last_layer)|dino_head|ibot).*"

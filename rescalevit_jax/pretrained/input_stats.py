@@ -71,7 +71,9 @@ def find(path: pathlib.Path, config: Mapping[str, Any]) -> Stats:
     except (TypeError, ValueError):
       continue
     if np.isfinite([mean, std]).all() and (std > 0).all():
-      _check_scale(mean, std, f"{path}: the mean and std beside it")
+      _check_scale(
+        mean, std, f"{path}: mean and std in the JSON file beside it"
+      )
       return mean, std
   raise errors.UserError(
     f"{path}: the normalization of its inputs is unknown; give --mean and"
@@ -84,6 +86,6 @@ def _check_scale(mean, std, source):
   """Raise a UserError unless mean and deviation fit pixels in [0, 1]."""
   if mean.min() < 0 or max(mean.max(), std.max()) > 1:
     raise errors.UserError(
-      f"{source}: must be of pixels between 0 and 1; divide them by 255 if they"
-      " are of pixels up to 255"
+      f"{source} must be for pixels in [0, 1]; divide values for pixels in"
+      " [0, 255] by 255"
     )

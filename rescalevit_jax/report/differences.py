@@ -24,8 +24,9 @@ REFERENCE = keys.KEYS["model.norm"].default
 NOTE = (
   f"Means minus {REFERENCE}'s in the same setting. Paired t-tests use the seeds"
   " that both norms have, Welch's t-tests all seeds. Runs of one seed are"
-  " averaged. Holm's correction covers all rows of this table. A norm with"
-  " diverged runs is not tested, as its other runs are a selection."
+  " averaged. Holm's correction covers all tested rows. A comparison is not"
+  " tested if a run of either norm diverged, because the remaining runs are a"
+  " biased sample."
 )
 
 
@@ -58,13 +59,16 @@ def compare(study: run_groups.Study) -> list[Difference]:
     reference = groups.pop(REFERENCE, ())
     for norm, group in groups.items():
       ours, theirs = _percent_by_seed(group), _percent_by_seed(reference)
-      if min(len(ours), len(theirs)) < 2:
-        continue
-      if diverged := sum(map(study.num_diverged, (group, reference))):
+      diverged = [
+        f"{count} of {name}"
+        for name, runs in ((norm, group), (REFERENCE, reference))
+        if runs and (count := study.num_diverged(runs))
+      ]
+      if diverged and ours and theirs:
         unknown = math.nan, (math.nan, math.nan), math.nan
-        reason = f"none, {diverged} diverged"
+        reason = f"none, diverged: {', '.join(diverged)}"
         found.append(Difference(setting, norm, *unknown, reason))
-      else:
+      elif min(len(ours), len(theirs)) >= 2:
         found.append(_difference(setting, norm, ours, theirs))
   adjusted = holm([x.p for x in found])
   return [

@@ -61,9 +61,9 @@ def describe(study: run_groups.Study) -> list[str]:
       notes.append(f"Runs that share a seed, each counted: {names}.")
     results = [run.result or {} for run in group]
     dtypes = {x["dtype"] for x in results if "dtype" in x}
-    if len(dtypes) > 1:
+    if len(dtypes) > 1 or any(" then " in x for x in dtypes):
       notes.append(
-        f"{study.name(group[0])} and its other seeds ran in different dtypes:"
+        f"{study.name(group[0])} and its other seeds ran in several dtypes:"
         f" {', '.join(sorted(dtypes))}."
       )
   notes.append(f"Hardware: {_tally(map(tables.devices, finished))}.")

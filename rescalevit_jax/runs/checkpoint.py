@@ -150,6 +150,11 @@ def load_variables(
     )
   kind = kinds[which]
   if not folder_lib.saved_steps(workdir, kind):
+    if kind == "best" and folder_lib.saved_steps(workdir, "last"):
+      raise errors.UserError(
+        f"{workdir}: no best checkpoint yet; choose the latest one by"
+        " --checkpoint=latest or --config.eval_weights=latest"
+      )
     raise errors.UserError(
       f"{workdir}: no {which} checkpoint; give the folder of a run that has"
       " saved one"

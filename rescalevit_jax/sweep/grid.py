@@ -16,8 +16,8 @@ from rescalevit_jax.config import overrides
 from rescalevit_jax.models import flops
 from rescalevit_jax.runs import folder
 
+_LONGEST_NAME = 255  # Bytes, in usual file systems.
 # Keys in the name of every run's folder; see `folder.default_workdir`.
-_LONGEST_NAME = 255  # Of usual file systems.
 _NAMED = ("dataset", "model_name", "model.norm", "seed")
 
 
@@ -113,8 +113,9 @@ def _plan_run(reference, settings, unnamed, runs_dir):
     name += f"-{key}={values[key]}".replace("/", "_")
   if len(os.fsencode(name)) > _LONGEST_NAME:
     raise errors.UserError(
-      f"--grid: the folder's name {name[:60]}... is longer than {_LONGEST_NAME}"
-      " bytes; set long values in config files, FILE:ARGS"
+      f"the run's folder would be named {name[:60]}..., which is longer than"
+      f" {_LONGEST_NAME} bytes; shorten the dataset or the values of --grid, or"
+      " start the runs with another --runs_dir each"
     )
   return PlannedRun(runs_dir / name, reference, settings, config)
 

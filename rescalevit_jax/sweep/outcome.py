@@ -7,6 +7,7 @@ import pathlib
 import signal
 
 from rescalevit_jax import errors
+from rescalevit_jax.runs import folder
 from rescalevit_jax.runs import result as result_lib
 from rescalevit_jax.runs import run_reader
 from rescalevit_jax.sweep import grid
@@ -66,12 +67,13 @@ class Outcome:
 def split_by_result(
   runs: Iterable[grid.PlannedRun],
 ) -> tuple[Outcome, list[grid.PlannedRun]]:
-  """Return the outcome of finished, diverged and damaged runs; and the rest."""
+  """Return the outcome of finished, diverged and damaged runs; other runs."""
   outcome, left = Outcome(), []
   for run in runs:
     try:
       result_lib.read(run.workdir)
-    except errors.UserError as e:  # Damaged.
+      folder.read_config(run.workdir)
+    except (errors.UserError, OSError) as e:  # Damaged.
       outcome.failed.append((run, f"error: {e}"))
       continue
     try:

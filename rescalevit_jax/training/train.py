@@ -149,16 +149,17 @@ def _check_train_images(workdir, progress, experiment):
 
 def _dtypes(before, now):
   """Return a run's dtypes in order; warn if the dtype changes."""
-  *_, last = before.split(", ")
+  last = before.split(" then ")[-1]
   if last in ("", now):
     return now if not before else before
   _log.warning(
     "dtype: the run continues in %s after %s, so its results differ from those"
-    " of an uninterrupted run; set dtype in a new run to prevent this",
+    " of an uninterrupted run; to avoid this, start a new run with a fixed"
+    " dtype",
     now,
     last,
   )
-  return f"{before}, {now}"
+  return f"{before} then {now}"
 
 
 def _is_of_the_past(progress, line):

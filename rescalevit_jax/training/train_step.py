@@ -62,7 +62,7 @@ def gradient(
   mixing: mixing_lib.Mixing = mixing_lib.NOTHING,
   settled: bool = False,  # True omits calibration; see `traits.Settling`.
   sam_rho: float = 0.0,  # Distance of SAM; 0: the usual gradient.
-  freeze: Callable[[Any], Any] = lambda grads: grads,  # Zeros some.
+  freeze: Callable[[Any], Any] = lambda params: params,  # Stops gradients.
   gather: Callable[[Any], Any] = lambda params: params,  # Replicates shards.
   scatter: Callable[[Any], Any] = lambda grads: grads,  # Shards again.
 ) -> tuple[jax.Array, Any, Any, loss_scale_lib.LossScale | None]:
@@ -83,7 +83,9 @@ def gradient(
       mixing_keys, x, labels, model.config.num_classes, mixing
     )
     (loss, batch_stats), grads, loss_scale = loss_scale_lib.value_and_grad(
-      functools.partial(loss_fn, model=model, settled=settled),
+      lambda params, *batch: loss_fn(
+        freeze(params), *batch, model=model, settled=settled
+      ),
       loss_scale,
       params,
       batch_stats,
@@ -91,7 +93,7 @@ def gradient(
       labels,
       dropout_key,
     )
-    sums = jax.tree.map(jnp.add, sums, (loss, freeze(grads)))
+    sums = jax.tree.map(jnp.add, sums, (loss, grads))
     return (batch_stats, loss_scale, sums), None
 
   def of_batch(params, loss_scale):

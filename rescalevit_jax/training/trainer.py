@@ -260,7 +260,7 @@ class Trainer:
     )
 
   def _may_be_best(self):
-    """Return whether the model is the one to train, without fading norms."""
+    """Return whether no norm fades any more; the last model always counts."""
     schedule = self._experiment.model.config.norm_schedule
     at_end = self._progress.step == self._config.total_steps
     return schedule is None or at_end or self._passes() >= schedule.end

@@ -202,7 +202,7 @@ def test_a_changed_file_is_read_again(tmp_path):
     ({"train/cat": 1, "train/dog": 1, "test/cat": 0}, "no image files"),
     (
       {"images/cat": 1, "test/cat": 1, "val/cat": 1},
-      "name of a split, but images is not; if both",
+      "test is a split's name and images is not; if both",
     ),
   ],
 )

@@ -346,16 +346,20 @@ def test_gray_images_of_unknown_range_are_refused(array, tmp_path):
   refused(saved(tmp_path, array, "a.tiff"), "a.tiff", "16 bits")
 
 
+def test_tiff_files_of_32_bits_within_16_bits_are_read(tmp_path):
+  path = saved(tmp_path, GRAY.astype(np.int32) * 257, "a.tiff")
+  np.testing.assert_array_equal(pixels(path), rgb(GRAY))
+
+
 @pytest.mark.parametrize(
   "tags, words",
   [
-    ({258: (3, 12)}, "12 bits per channel; save it with 8 or 16 bits"),
-    ({258: (3, 32)}, "32 bits per channel; save it with 8 or 16 bits"),
-    ({258: (3, 16), 262: (3, 0)}, "16 bits and white as 0; save it with 8"),
-    (
-      {258: (3, 16), 262: (3, 2), 277: (3, 3), 284: (3, 2)},
-      "16 bits and separate planes; save it with 8",
-    ),
+    ({258: (3, 12)}, "12 bits per channel; save it with 8 bits"),
+    ({339: (3, 2)}, "signed integers"),
+    ({258: (3, 16), 262: (3, 0)}, "16 bits per channel and white as 0"),
+    ({258: (3, 16), 262: (3, 2), 277: (3, 3), 284: (3, 2)}, "separate plane"),
+    ({277: (3, 2), 284: (3, 2), 338: (3, 2)}, "separate plane"),
+    ({262: (3, 6), 277: (3, 3)}, "subsampled colors without compression"),
   ],
 )
 def test_tiff_files_that_pillow_reads_wrongly_are_refused(
@@ -363,7 +367,8 @@ def test_tiff_files_that_pillow_reads_wrongly_are_refused(
 ):
   pixels = bytes(4 * 4 * 12)
   tags = {
-    **{256: (4, 4), 257: (4, 4), 259: (4, 1), 262: (3, 1), 273: (4, 8)},
+    **{256: (4, 4), 257: (4, 4), 258: (3, 8), 259: (4, 1), 262: (3, 1)},
+    **{273: (4, 8)},
     **{277: (3, 1), 278: (4, 4), 279: (4, len(pixels))},
     **tags,
   }

@@ -384,7 +384,7 @@ def test_a_run_resumes_if_auto_selects_another_dtype(
       assert state.loss_scale.scale == scale
       assert state.loss_scale.skipped_steps == 4
     assert progress.skipped_steps == 4
-  assert progress.dtype == "float16, float32"
+  assert progress.dtype == "float16 then float32"
   assert "the run continues in float32 after float16" in caplog.text
 
 

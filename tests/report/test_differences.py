@@ -91,8 +91,9 @@ def test_norms_with_diverged_runs_are_not_tested(norm, tmp_path):
   result_lib.write(tmp_path / "bad", result_lib.diverged(7, "loss nan"))
   study = run_groups.collect(tmp_path)
   (found,) = differences.compare(study)
-  assert found.test == "none, 1 diverged" and math.isnan(found.p)
-  assert differences.table(study)[2][0][2:5] == ["–", "–", "none, 1 diverged"]
+  reason = f"none, diverged: 1 of {norm}"
+  assert found.test == reason and math.isnan(found.p)
+  assert differences.table(study)[2][0][2:5] == ["–", "–", reason]
   rows = {row["norm"]: row for row in tables.rows(study)}
   assert rows[norm]["diverged"] == 1 and rows[norm]["runs"] == 3
   cells = tables.cells(tables.columns(study), tables.rows(study))[2]

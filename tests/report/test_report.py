@@ -93,7 +93,7 @@ def test_dtypes_of_one_recipe_are_noted(tmp_path, capsys):
     fake_runs.write(tmp_path / f"run{seed}", {"seed": seed}, result)
   command_line.main([str(tmp_path), "--no_attention"])
   text = (tmp_path / "report.md").read_text()
-  assert "run0 and its other seeds ran in different dtypes: bfloat16" in text
+  assert "run0 and its other seeds ran in several dtypes: bfloat16" in text
 
 
 def test_repeated_seeds_are_noted(runs, capsys):

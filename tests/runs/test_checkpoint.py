@@ -206,7 +206,10 @@ def test_checksums_of_files_outside_the_folder_are_refused(name, tmp_path):
 
 
 def test_missing_checkpoint_is_reported(tmp_path):
-  with pytest.raises(errors.UserError, match="no best checkpoint"):
+  with pytest.raises(errors.UserError, match="no best checkpoint; give the"):
+    checkpoint.load_variables(tmp_path, "best")
+  (tmp_path / "checkpoints" / "last" / "3").mkdir(parents=True)
+  with pytest.raises(errors.UserError, match="no best checkpoint yet; choose"):
     checkpoint.load_variables(tmp_path, "best")
 
 

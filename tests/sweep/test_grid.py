@@ -155,7 +155,7 @@ def test_invalid_keys_and_values_are_errors(axes, settings, words):
 
 
 def test_a_name_too_long_for_a_folder_is_an_error():
-  with pytest.raises(errors.UserError, match=r"longer than 255 bytes; set"):
+  with pytest.raises(errors.UserError, match="longer than 255 bytes; shorten"):
     plan(f"lr_mult={'*/encoderblock_0/*:0.1 ' * 12}")
 
 

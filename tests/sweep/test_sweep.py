@@ -317,15 +317,16 @@ def test_advice_for_a_finished_run_is_a_valid_command(finished, tiny, capsys):
   assert f"export --workdir={finished}" in err and "another --runs_dir" in err
 
 
-def test_a_damaged_result_does_not_stop_other_runs(tmp_path):
+@pytest.mark.parametrize("file", ["result.json", "config.json"])
+def test_a_damaged_run_does_not_stop_other_runs(file, tmp_path):
   def run(name):
     return grid.PlannedRun(tmp_path / name, "", (), config_lib.default())
 
   (tmp_path / "a").mkdir()
-  (tmp_path / "a" / "result.json").write_text("{")
+  (tmp_path / "a" / file).write_text("{")
   found, left = outcome_lib.split_by_result([run("a"), run("b")])
   ((failed, reason),) = found.failed
-  assert failed.workdir.name == "a" and "result.json: damaged" in reason
+  assert failed.workdir.name == "a" and f"{file}: damaged" in reason
   assert [x.workdir.name for x in left] == ["b"]
 
 

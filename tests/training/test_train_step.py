@@ -82,7 +82,7 @@ def train_step_of(
   sgd=DESCENT,
   mixing=mixing.NOTHING,
   sam_rho=0.0,
-  freeze=lambda grads: grads,
+  freeze=lambda params: params,
 ):
   train_step = functools.partial(
     train_step_lib.train_step,
