@@ -17,7 +17,8 @@ results=docs/results/norm_free
 "$python" -m rescalevit_jax.report.plot_accuracies $results/accuracies_6000.csv \
   --label "LN=LayerNorm, RescaleViT's recipe" \
   --label "LN-rescalenet-unit-slow=LayerNorm, improved" \
-  --label "Cal-rescalenet-unit-slow=no norm, improved" \
+  --label "Cal-rescalenet-unit-slow=no norm (Cal), improved" \
+  --label "DyISRU-rescalenet-unit-slow=no norm (DyISRU), improved" \
   --output=$images/accuracy.svg
 "$python" -m rescalevit_jax.report.plot_accuracies --rates \
   $results/accuracies.csv --output=$results/accuracies.png
