@@ -16,7 +16,6 @@ from rescalevit_jax import config as config_lib
 from rescalevit_jax import errors
 from rescalevit_jax.config import keys as keys_lib
 
-_PATHS = ("pretrained_path", "tfds_data_dir")
 _PREFIX = re.compile(r"--?config\.")
 
 
@@ -133,9 +132,8 @@ def _parse(define, argv, settings):
     {key: None for key, text in texts.items() if text == "None"}
   )
   config_lib.validate(flag.value)
-  for key in _PATHS:
-    if flag.value[key] is not None:
-      flag.value[key] = os.path.expanduser(flag.value[key])
+  if (path := flag.value.pretrained_path) is not None:
+    flag.value.pretrained_path = os.path.expanduser(path)
   return flag.value
 
 

@@ -137,7 +137,7 @@ def read(image: Source) -> Image.Image:
       ) from e
   if isinstance(image, Image.Image):
     try:
-      untrusted_image.check_depth(image)
+      untrusted_image.check_tiff(image)
       color = _transparent_color(image)  # `copy` loads the image.
       copied = image.copy()
       if color is not None:

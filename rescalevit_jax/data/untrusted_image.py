@@ -52,7 +52,7 @@ def open_image(source: str | os.PathLike[str] | bytes) -> Iterator[Image.Image]:
     raise ValueError("its format is not supported") from e
   with image:
     _check_size(image)
-    check_depth(image)
+    check_tiff(image)
     if image.format in ("JPEG", "MPO"):
       _check_scans(content)
     yield image
@@ -111,7 +111,7 @@ def _check_size(image):
       )
 
 
-def check_depth(image: Image.Image) -> None:
+def check_tiff(image: Image.Image) -> None:
   """Raise a ValueError for a TIFF image whose pixels Pillow reads wrongly."""
   if image.format != "TIFF":
     return

@@ -59,10 +59,8 @@ def test_the_home_folder_is_expanded_in_config_files(tmp_path, monkeypatch):
     "  config.pretrained_path = '~/a.npz'\n"
     "  return config\n"
   )
-  settings = [overrides.Setting("tfds_data_dir", "~/data")]
-  config = overrides.load_config(str(file), settings)
+  config = overrides.load_config(str(file), [])
   assert config.pretrained_path == "/home/me/a.npz"
-  assert config.tfds_data_dir == "/home/me/data"
 
 
 def test_the_last_override_of_a_key_wins():

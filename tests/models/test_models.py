@@ -94,6 +94,7 @@ def flatten(tree):
     (dict(residual="rescal"), "residual: unknown 'rescal'; .*rescale"),
     (dict(residual_c=0.0), "residual_c: 0.0 is not > 0"),
     (dict(dropout_rate=1.5), r"dropout_rate: 1.5 is not in \[0, 1\)"),
+    (dict(dropout_rate=None), r"dropout_rate: None is not in \[0, 1\)"),
     (dict(bn_momentum=-0.1), r"bn_momentum: -0.1 is not in \[0, 1\)"),
     (dict(num_classes=0), "num_classes: 0 is not > 0"),
     (dict(representation_size=0), "representation_size: 0 is not > 0"),

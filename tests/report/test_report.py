@@ -87,8 +87,11 @@ def test_notes_are_in_both_files(runs, capsys):
   assert "share a seed" not in text
 
 
-def test_dtypes_of_one_recipe_are_noted(tmp_path, capsys):
-  for seed, dtype in enumerate(("float32", "bfloat16")):
+@pytest.mark.parametrize(
+  "dtypes", [("float32", "bfloat16"), ("bfloat16 then float32",)]
+)
+def test_dtypes_of_one_recipe_are_noted(dtypes, tmp_path, capsys):
+  for seed, dtype in enumerate(dtypes):
     result = fake_runs.RESULT | {"dtype": dtype}
     fake_runs.write(tmp_path / f"run{seed}", {"seed": seed}, result)
   command_line.main([str(tmp_path), "--no_attention"])

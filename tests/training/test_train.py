@@ -332,7 +332,9 @@ def test_nonfinite_training_loss_stops_the_run(
   assert result_lib.read(tmp_path)["status"] == "diverged"
 
 
-def test_run_starts_from_a_pretrained_file(tiny_config, default_run, tmp_path):
+def test_run_starts_from_a_pretrained_file(
+  tiny_config, default_run, tmp_path, caplog
+):
   params, batch_stats, _ = checkpoint.load_variables(default_run, "latest")
   path = tmp_path / "a.npz"
   npz.save(path, params, batch_stats)
@@ -348,6 +350,10 @@ def test_run_starts_from_a_pretrained_file(tiny_config, default_run, tmp_path):
   tiny_config.eval_weights = "pretrained"
   result = evaluate_run.evaluate_run(tiny_config, tmp_path / "b")
   assert result["accuracy"] == lines(default_run)[-1]["test/accuracy"]
+  assert "is resized" not in caplog.text
+  tiny_config.image_size = 16
+  evaluate_run.evaluate_run(tiny_config, tmp_path / "c")
+  assert "position embedding is resized to image_size=16" in caplog.text
 
 
 @pytest.mark.parametrize(
