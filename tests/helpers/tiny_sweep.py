@@ -7,7 +7,6 @@ import subprocess
 import sys
 import time
 
-import fast_compilation
 import paths
 import rare_gc
 
@@ -29,8 +28,8 @@ KEYS = (
 def environment(folder: pathlib.Path) -> dict[str, str]:
   """Return the environment of processes that start fast.
 
-  They share a compilation cache and compile with little optimization.
-  TensorFlow, whose import takes seconds, is hidden.
+  They share a compilation cache. TensorFlow, whose import takes seconds, is
+  hidden.
   """
   hidden = folder / "no_tensorflow"
   hidden.mkdir(exist_ok=True)
@@ -41,7 +40,6 @@ def environment(folder: pathlib.Path) -> dict[str, str]:
     "JAX_PLATFORMS": "cpu",
     "JAX_COMPILATION_CACHE_DIR": str(folder / "jax_processes"),
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    "XLA_FLAGS": fast_compilation.flags(),
     "PYTHONPATH": os.pathsep.join([str(hidden), str(paths.ROOT)]),
   }
 
