@@ -6,7 +6,6 @@ python -m rescalevit_jax.data.prepare --archive=cifar-10-binary.tar.gz
 An interrupted command leaves no half-prepared dataset.
 """
 
-import argparse
 from collections.abc import Sequence
 import os
 import pathlib
@@ -26,9 +25,7 @@ from rescalevit_jax.runtime import compat
 
 def main(argv: Sequence[str] | None = None) -> int:
   """Prepare datasets; return the exit code."""
-  parser = argparse.ArgumentParser(
-    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-  )
+  parser = cli.parser(__doc__)
   source = parser.add_mutually_exclusive_group(required=True)
   source.add_argument("--dataset", help="cifar10, cifar100, digits, ...")
   source.add_argument(

@@ -13,7 +13,6 @@ output starts a run (--config.pretrained_path) and can be evaluated, plotted and
 exported.
 """
 
-import argparse
 from collections.abc import Mapping, Sequence
 import logging
 import math
@@ -50,9 +49,7 @@ _WEIGHTS = ("model_ema", "teacher", "state_dict", "model")
 
 def main(argv: Sequence[str] | None = None) -> int:
   """Convert a file; return the exit code."""
-  parser = argparse.ArgumentParser(
-    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-  )
+  parser = cli.parser(__doc__)
   parser.add_argument("file", type=pathlib.Path)
   parser.add_argument("--output", type=pathlib.Path, help="default: FILE.npz")
   parser.add_argument("--heads", type=int, help="attention heads")
