@@ -24,25 +24,24 @@ class ArrayRecordFiles:
 
   def __init__(self, paths: Sequence[str], counts: Sequence[int]):
     self._paths = paths
-    self._stops = list(itertools.accumulate(counts))
+    self._counts = counts
+    self._starts = list(itertools.accumulate(counts, initial=0))
     self._readers: dict[int, array_record_module.ArrayRecordReader] = {}
     _allow_open_files(len(paths))
 
   def __len__(self) -> int:
-    return self._stops[-1]
+    return self._starts[-1]
 
   def __getitem__(self, index: int) -> bytes:
-    file = bisect.bisect_right(self._stops, index)
-    position = index - (self._stops[file - 1] if file else 0)
+    file = bisect.bisect_right(self._starts, index) - 1
+    position = index - self._starts[file]
     return self._reader(file).read(position, position + 1)[0]
 
   def __iter__(self) -> Iterator[bytes]:
-    first = 0
-    for file, last in enumerate(self._stops):
-      for start in range(0, last - first, _READ_AT_ONCE):
-        stop = min(start + _READ_AT_ONCE, last - first)
+    for file, count in enumerate(self._counts):
+      for start in range(0, count, _READ_AT_ONCE):
+        stop = min(start + _READ_AT_ONCE, count)
         yield from self._reader(file).read(start, stop)
-      first = last
 
   def _reader(self, file):
     if file not in self._readers:

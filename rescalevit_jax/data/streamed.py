@@ -30,8 +30,9 @@ class StreamedSplit:
     num_classes: int,
   ):
     self._parts = parts
-    self._stops = list(itertools.accumulate(len(r) for _, r in parts))
-    self._indices: Sequence[int] | np.ndarray = range(self._stops[-1])
+    lengths = (len(indices) for _, indices in parts)
+    self._starts = list(itertools.accumulate(lengths, initial=0))
+    self._indices: Sequence[int] | np.ndarray = range(self._starts[-1])
     self._resize = resize
     self._num_classes = num_classes
     self.shape = shape
@@ -72,9 +73,9 @@ class StreamedSplit:
     return _Images(self)
 
   def _locate(self, index):
-    part = bisect.bisect_right(self._stops, index)
+    part = bisect.bisect_right(self._starts, index) - 1
     examples, stored = self._parts[part]
-    return examples, stored[index - (self._stops[part - 1] if part else 0)]
+    return examples, stored[index - self._starts[part]]
 
 
 class UnlabeledError(errors.UserError):
