@@ -63,19 +63,14 @@ class Loader:
     batch_sharding = self._sharding(first.ndim)
 
     def read(number):
-      indices = batch_indices(number)
-      own = sharding.local_shard(indices, batch_sharding)
+      own = sharding.local_shard(batch_indices(number), batch_sharding)
       images, labels = self._split.read(own.ravel())
       images = images.reshape(*own.shape, *images.shape[1:])
-      return images, labels.reshape(own.shape), indices.shape
+      return images, labels.reshape(own.shape)
 
-    def put(local):
-      images, labels, shape = local
-      make = functools.partial(
-        jax.make_array_from_process_local_data, batch_sharding
-      )
-      return make(images, (*shape, *images.shape[-3:])), make(labels, shape)
-
+    put = functools.partial(
+      jax.make_array_from_process_local_data, batch_sharding
+    )
     threads = min(os.cpu_count() or 1, _MAX_THREADS)
     own = sharding.local_shard(first, batch_sharding)
     batch_bytes = own.size * math.prod(self._split.shape)
