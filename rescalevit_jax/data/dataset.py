@@ -42,8 +42,8 @@ class Dataset:
   test: resident.Split | streamed.StreamedSplit
   num_classes: int
   class_names: tuple[str, ...]
-  test_split: str = "test"
-  num_skipped: int = 0
+  test_split: str
+  num_skipped: int
 
 
 def load(
@@ -90,8 +90,6 @@ def load(
     chosen = f"{train_split} ({num_val} held out)"
   else:
     test, chosen, num_skipped = _first_labeled(tests, read, name)
-    if num_skipped:
-      _log.warning("left out %d damaged test images", num_skipped)
   names = stored.class_names
   return Dataset(name, train, test, len(names), names, chosen, num_skipped)
 
@@ -126,8 +124,6 @@ def load_test(
   parts: list[splits.Part] = sum(tests.values(), [])
   read = _reader(stored, parts, source, max_gb, first_resize, skip_damaged)
   test, chosen, num_skipped = _first_labeled(tests, read, name)
-  if num_skipped:
-    _log.warning("left out %d damaged test images", num_skipped)
   return test, chosen, stored.class_names, num_skipped
 
 
@@ -163,20 +159,23 @@ def _reader(stored, parts, source, max_gb, resize, skip_damaged):
 
 
 def _first_labeled(tests, read, name):
-  """Read the first split that has labels."""
-  *others, last = tests
-  for split in others:
+  """Read the first split that has labels; return its name, too."""
+  *_, last = tests
+  for split, parts in tests.items():
     try:
-      test, num_skipped = read(tests[split])
-      return test, split, num_skipped
+      test, num_skipped = read(parts)
+      break
     except streamed.UnlabeledError:
+      if split == last:
+        raise
       _log.warning(
         "%s: the split %s has no labels; evaluating on the next one",
         name,
         split,
       )
-  test, num_skipped = read(tests[last])
-  return test, last, num_skipped
+  if num_skipped:
+    _log.warning("left out %d damaged test images", num_skipped)
+  return test, split, num_skipped
 
 
 def batch_indices(
