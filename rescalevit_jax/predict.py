@@ -66,21 +66,19 @@ def classify(
   `batch` images are in memory.
   """
   pool = concurrent.futures.ThreadPoolExecutor(_READERS)
+  unread = iter(files)
+
+  def start_batch():
+    paths = itertools.islice(unread, batch)
+    return [(path, pool.submit(_read, model, path)) for path in paths]
+
   try:
-    ahead: list[tuple[pathlib.Path, concurrent.futures.Future]] = []
-    # After the last batch, an empty one.
-    for paths in itertools.chain(_batches(files, batch), [[]]):
-      work = ahead
-      ahead = [(path, pool.submit(_read, model, path)) for path in paths]
+    ahead = start_batch()
+    while work := ahead:
+      ahead = start_batch()
       yield from _results(model, work, batch)
   finally:
     pool.shutdown(cancel_futures=True)
-
-
-def _batches(files, batch):
-  files = iter(files)
-  while paths := list(itertools.islice(files, batch)):
-    yield paths
 
 
 def _read(model, path):
@@ -139,7 +137,8 @@ def _parse(argv):
 
 def _run(args):
   if args.output is not None:
-    if _suffix(args.output) not in _WRITERS:
+    suffix = args.output.suffix.lower()
+    if suffix not in _WRITERS:
       raise errors.UserError(
         f"--output: {args.output} ends neither in .csv nor in .json; choose one"
         " of them"
@@ -176,7 +175,7 @@ def _run(args):
       rows.append((_text(str(file)), top))
   if args.output is not None:
     count = min(args.top, len(model.class_names))
-    atomic_file.write(args.output, _WRITERS[_suffix(args.output)](rows, count))
+    atomic_file.write(args.output, _WRITERS[suffix](rows, count))
     print(f"{args.output}: {len(rows)} images", flush=True)
   problems = [f"{len(empty)} folders have no images"] if empty else []
   if skipped:
@@ -184,10 +183,6 @@ def _run(args):
   if problems:
     return cli.fail(f"{', '.join(problems)}, see above")
   return 0
-
-
-def _suffix(path):
-  return path.suffix.lower()
 
 
 def _find(names):
