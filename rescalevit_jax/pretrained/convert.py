@@ -98,7 +98,7 @@ def _run(args):
   config = input_stats.json_beside(args.file, "config.json")
   if config.get("global_pool") == "avg":
     settings["pool"] = "gap"  # timm; the arrays are the same.
-  if _gelu(args.file) == "tanh":
+  if _gelu(args.file, config) == "tanh":
     settings["gelu"] = "tanh"
   print(f"start a run from it with\n  --config.pretrained_path={output}")
   for key, value in settings.items():
@@ -143,7 +143,7 @@ def convert(
   families.check_plain(tensors, str(path))
   tensors = _drop(tensors, path, drop_distillation)
   config = input_stats.json_beside(path, "config.json")
-  _gelu(path)
+  _gelu(path, config)
   norm_name = families.TABLES[family]["Transformer/encoder_norm/scale"]
   norm = tensors.get(norm_name)
   if norm is None or norm.ndim != 1:
@@ -209,16 +209,11 @@ def _read_tensors(path: pathlib.Path) -> dict[str, np.ndarray]:
 
 def _strip(tensors, prefix):
   """Return the backbone's tensors, without prefix, and those of a head."""
-  backbone = {
+  heads = ("classifier.", "distillation_classifier.", "head.")
+  return {
     key.removeprefix(prefix): x
     for key, x in tensors.items()
-    if key.startswith(prefix)
-  }
-  heads = ("classifier.", "distillation_classifier.", "head.")
-  return backbone | {
-    key: x
-    for key, x in tensors.items()
-    if key.startswith(heads) and not key.startswith(prefix)
+    if key.startswith((prefix, *heads))
   }
 
 
@@ -238,13 +233,12 @@ def _drop(tensors, path, drop_distillation):
   return kept
 
 
-def _gelu(path):
+def _gelu(path, config):
   """Return the kind of GELU: big_vision's, or the one in config.json."""
   if path.suffix == ".npz":
     return "tanh"
-  config = input_stats.json_beside(path, "config.json")
-  timm = _model_args(config)
-  name = config.get("hidden_act") or timm.get("act_layer") or "gelu"
+  args = _model_args(config)
+  name = config.get("hidden_act") or args.get("act_layer") or "gelu"
   if name not in (*_ERF, *_TANH):
     raise errors.UserError(
       f"{path}: has the activation {name}; choose a model with GELU"
