@@ -4,7 +4,6 @@ PATH/train/CLASS/*.png, PATH/test/CLASS/*.jpg     stored splits
 PATH/CLASS/*.png                                  all images are `train`
 """
 
-from collections.abc import Iterator
 import dataclasses
 import pathlib
 
@@ -37,9 +36,6 @@ class FolderExamples:
   def __getitem__(self, index: int) -> tuple[bytes, int]:
     """Return an encoded image and its label."""
     return self.files[index].read_bytes(), self.labels[index]
-
-  def __iter__(self) -> Iterator[tuple[bytes, int]]:
-    return map(self.__getitem__, range(len(self)))
 
   def where(self, index: int) -> str:
     """Describe the location of an example."""
