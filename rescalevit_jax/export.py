@@ -107,21 +107,19 @@ def _run(args):
 
 def _target(args):
   """Return the path of the output and its format."""
-  if args.output is None and args.npz:
-    raise errors.UserError("--npz: has no default output; add --output")
-  file_format = args.format or "npz"
   if args.output is None:
-    suffix = _WRITERS[file_format][0]
-    return f"{args.workdir}/weights{suffix}", file_format
-  if args.format is None:
-    suffix = pathlib.Path(args.output).suffix
-    formats = [name for name, (x, _) in _WRITERS.items() if x == suffix]
-    if not formats:
-      raise errors.UserError(
-        f"--output: {args.output} has no known suffix; add --format"
-      )
-    file_format = formats[0]
-  return args.output, file_format
+    if args.npz:
+      raise errors.UserError("--npz: has no default output; add --output")
+    file_format = args.format or "npz"
+    return f"{args.workdir}/weights{_WRITERS[file_format][0]}", file_format
+  if args.format is not None:
+    return args.output, args.format
+  for file_format, (suffix, _) in _WRITERS.items():
+    if suffix == pathlib.Path(args.output).suffix:
+      return args.output, file_format
+  raise errors.UserError(
+    f"--output: {args.output} has no known suffix; add --format"
+  )
 
 
 def _save_npz(model, output):
