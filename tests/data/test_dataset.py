@@ -92,6 +92,8 @@ def prepared(tmp_path_factory):
     "fake_test_only",
     "fake_unlabeled",
     "fake_wrong_size",
+    "fake_unpaired",
+    "fake_image_to_text",
   ):
     tfds_builders.prepare(tfds_builders.open_builder(name, str(path)))
   return str(path)
@@ -133,11 +135,14 @@ def refuses(name, data_dir, *words):
 
 
 class TestLoad:
-  def test_images_have_their_labels(self, prepared):
-    dataset = dataset_lib.load("fake", prepared)
+  @pytest.mark.parametrize(
+    "name", ["fake", "fake_unpaired", "fake_image_to_text"]
+  )
+  def test_images_have_their_labels(self, prepared, name):
+    dataset = dataset_lib.load(name, prepared)
     check_split(dataset.train, "train", 30)
     check_split(dataset.test, "test", 12)
-    assert dataset.name == "fake"
+    assert dataset.name == name
     assert dataset.num_classes == 4
     assert dataset.class_names == ("a", "b", "c", "d")
 
