@@ -186,22 +186,23 @@ def decode_png(*args):
 
 def png_of_two(bits, color_type, row, transparent):
   """Return a PNG of two pixels, which Pillow cannot write."""
-
-  def chunk(name, data):
-    checksum = zlib.crc32(name + data).to_bytes(4, "big")
-    return len(data).to_bytes(4, "big") + name + data + checksum
-
-  header = struct.pack(">IIBBBBB", 2, 1, bits, color_type, 0, 0, 0)
-  colors = b"".join(x.to_bytes(2, "big") for x in transparent)
-  return b"".join(
-    [
-      b"\x89PNG\r\n\x1a\n",
-      chunk(b"IHDR", header),
-      chunk(b"tRNS", colors),
-      chunk(b"IDAT", zlib.compress(bytes([0, *row]))),
-      chunk(b"IEND", b""),
-    ]
+  return png(
+    (2, 1, bits, color_type),
+    tRNS=b"".join(x.to_bytes(2, "big") for x in transparent),
+    IDAT=zlib.compress(bytes([0, *row])),
+    IEND=b"",
   )
+
+
+def png(header, **chunks):
+  """Return a PNG file of any chunks after a header of size, bits and colors."""
+  content = b"\x89PNG\r\n\x1a\n"
+  chunks = {"IHDR": struct.pack(">IIBBBBB", *header, 0, 0, 0)} | chunks
+  for name, data in chunks.items():
+    named = name.encode() + data
+    content += struct.pack(">I", len(data)) + named
+    content += struct.pack(">I", zlib.crc32(named))
+  return content
 
 
 @pytest.mark.parametrize("size", [24, 32, 40])
@@ -398,18 +399,6 @@ def test_a_damaged_pillow_image_is_refused(tmp_path):
 # Invalid files.
 
 
-def png(width, height):
-  """Return the start of a PNG file with this size in its header."""
-
-  def chunk(name, data):
-    check = zlib.crc32(name + data)
-    return struct.pack(">I", len(data)) + name + data + struct.pack(">I", check)
-
-  header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-  data = zlib.compress(bytes(100))
-  return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", data)
-
-
 def test_paths_without_an_image_are_refused(tmp_path):
   def path(name, content):
     (tmp_path / name).write_bytes(content)
@@ -445,7 +434,8 @@ def test_permission_error_is_one_line(tmp_path, monkeypatch):
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 @pytest.mark.parametrize("edge", [8_950, 12_000, 60_000])
 def test_decompression_bombs_are_refused(edge, tmp_path):
-  (tmp_path / "bomb.png").write_bytes(png(edge, edge))
+  bomb = png((edge, edge, 8, 2), IDAT=zlib.compress(bytes(100)))
+  (tmp_path / "bomb.png").write_bytes(bomb)
   refused(tmp_path / "bomb.png", "bomb.png", "pixels")
 
 

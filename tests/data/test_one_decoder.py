@@ -6,25 +6,14 @@ import fake_data
 import numpy as np
 from PIL import Image
 import pytest
-import tensorflow_datasets as tfds
 
 from rescalevit_jax import errors
 from rescalevit_jax.data import dataset as dataset_lib
 from rescalevit_jax.data import image_files
 from rescalevit_jax.data import untrusted_image
 
-SUFFIX = {
-  "AVIF": ".avif",
-  "BMP": ".bmp",
-  "GIF": ".gif",
-  "JPEG": ".jpg",
-  "PNG": ".png",
-  "PPM": ".ppm",
-  "TIFF": ".tiff",
-  "WEBP": ".webp",
-}
 MODES = (
-  "1 L LA La P PA RGB RGBA RGBa RGBX CMYK YCbCr LAB HSV I I;16 I;16B F".split()
+  "1 L LA La P PA RGB RGBA RGBa RGBX CMYK YCbCr HSV I I;16 I;16B F".split()
 )
 # Lower bound on the formats and modes that Pillow writes.
 LEAST_WRITTEN = 45
@@ -47,8 +36,6 @@ def picture(mode, edge=16):
   image = Image.fromarray(rgba.transpose(1, 2, 0))
   if mode in ("La", "RGBa"):
     return image.convert({"La": "LA", "RGBa": "RGBA"}[mode]).convert(mode)
-  if mode in ("LAB",):
-    return None  # Needs a color profile.
   return image.convert("RGB").convert(mode) if mode in (
     "CMYK", "YCbCr", "HSV", "RGBX"
   ) else image.convert("P" if mode == "PA" else mode).convert(mode)  # fmt: skip
@@ -97,8 +84,9 @@ def in_folder(content, suffix, root):
 def test_training_evaluation_and_prediction_agree(
   kind, mode, content, resize, tmp_path
 ):
-  name = in_folder(content, SUFFIX[kind], tmp_path / "set")
-  path = tmp_path / "set" / "a" / f"x{SUFFIX[kind]}"
+  suffix = f".{kind.lower()}"
+  name = in_folder(content, suffix, tmp_path / "set")
+  path = tmp_path / "set" / "a" / f"x{suffix}"
   try:
     expected = image_files.Resize(**resize)(image_files.read(path))
   except errors.UserError:
@@ -185,6 +173,3 @@ def test_center_crop_equals_torchvisions(size):
   expected = resized.crop((left, top, left + 16, top + 16))
   assert found.size == (16, 16)
   np.testing.assert_array_equal(np.asarray(found), np.asarray(expected))
-
-
-assert issubclass(FakeEncoded, tfds.core.GeneratorBasedBuilder)

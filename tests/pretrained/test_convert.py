@@ -279,16 +279,11 @@ def test_big_vision_gives_the_same_logits(tmp_path):
     if "encoderblock" not in k and k != positions
   }
   arrays["params/pos_embedding"] = expected[positions][:, 1:]
-  renamed = {
-    "LayerNorm_2": "LayerNorm_1",
-    "MlpBlock_3": "MlpBlock_0",
-    "MultiHeadDotProductAttention_1": "MultiHeadDotProductAttention_0",
-  }
   for key in expected:
     if not key.startswith("Transformer/encoderblock_0/"):
       continue
     blocks = [expected[key.replace("_0/", f"_{i}/", 1)] for i in range(2)]
-    for old, new in renamed.items():
+    for old, new in trees.NEW_NUMBERING.items():
       key = key.replace(old, new)
     name = key.replace("encoderblock_0", "encoderblock")
     arrays[f"params/{name}"] = np.stack(blocks)
