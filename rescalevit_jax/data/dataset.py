@@ -129,9 +129,9 @@ def load_test(
 
 def expand(name: str, data_dir: str | None) -> list[str]:
   """Expand NAME/* to the datasets of all configs of NAME."""
-  base, star, rest = name.rpartition("/*")
-  if not star or rest:
+  if not name.endswith("/*"):
     return [name]
+  base = name.removesuffix("/*")
   configs = tfds_builders.config_names(base, data_dir)
   if not configs:
     raise errors.UserError(
