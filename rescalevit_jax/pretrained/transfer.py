@@ -56,8 +56,7 @@ def differences(
   """
   ours, theirs = _select(_norm_slot, model, file)
   our_slots, their_slots = (
-    {*filter(None, map(_norm_slot, keys))}.difference(_OUTSIDE)
-    for keys in (ours, theirs)
+    {slot for slot, _ in _in_blocks(keys)} for keys in (ours, theirs)
   )
   if their_slots and not their_slots & our_slots:
     note = (
