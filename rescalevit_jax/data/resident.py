@@ -82,18 +82,14 @@ def _read_stored_split(stored, split, resize, skip_damaged):
   Returns:
     The readable images, their labels and their indices in the split, by name.
   """
-  examples = stored.examples[split]
+  count = stored.sizes[split]
   variant = f"{split}{resize.key}{'-skip' * skip_damaged}"
   path = stored.cache_folder() / f"{variant}.npz"
   cached = array_cache.load(path)
-  if cached is not None and _is_valid(
-    cached, stored, len(examples), skip_damaged
-  ):
+  if cached is not None and _is_valid(cached, stored, count, skip_damaged):
     return cached
-  _log.info(
-    "reading %s %s: %s images", stored.name, split, f"{len(examples):,}"
-  )
-  arrays = _decode_all(examples, resize, stored, split, skip_damaged)
+  _log.info("reading %s %s: %s images", stored.name, split, f"{count:,}")
+  arrays = _decode_all(stored, split, resize, skip_damaged)
   array_cache.save(path, arrays)
   return arrays
 
@@ -113,8 +109,9 @@ def _is_valid(arrays, stored, count, skip_damaged):
   )
 
 
-def _decode_all(examples, resize, stored, split, skip_damaged):
-  count, shape = len(examples), stored.shape
+def _decode_all(stored, split, resize, skip_damaged):
+  examples, shape = stored.examples[split], stored.shape
+  count = len(examples)
   images = np.empty((count, *shape), np.uint8)
   labels = np.empty(count, np.int32)
   damaged = np.zeros(count, bool)
@@ -134,7 +131,7 @@ def _decode_all(examples, resize, stored, split, skip_damaged):
   threads = min(os.cpu_count() or 1, _MAX_THREADS)
   done = 0
   with concurrent.futures.ThreadPoolExecutor(threads) as pool:
-    for chunk in _chunks(examples, stored, split):
+    for chunk in _chunks(stored, split):
       for index, error in filter(None, pool.map(decode, chunk)):
         where = examples.where(index)
         intact = streamed.UnlabeledError, streamed.ShapeError
@@ -160,12 +157,13 @@ def _decode_all(examples, resize, stored, split, skip_damaged):
   return {"images": images, "labels": labels, "indices": indices}
 
 
-def _chunks(examples, stored, split):
+def _chunks(stored, split):
   """Yield lists of indices with their examples, or None to read them later.
 
   Raises:
     UserError: the files are damaged, or hold another number of examples.
   """
+  examples = stored.examples[split]
   count, done = len(examples), 0
   if stored.files is None:
     numbered = enumerate(examples)
