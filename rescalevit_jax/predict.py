@@ -159,7 +159,7 @@ def _run(args):
       )
   progress.warn_of_idle_gpu()
   widths = [
-    min(_WIDEST_NAME, max(len(_one_line(name)) for name in names))
+    min(_WIDEST_NAME, max(len(_one_line(_text(name))) for name in names))
     for names in (map(str, files), model.class_names)
   ]
   rows, skipped = [], 0

@@ -157,6 +157,14 @@ def test_newlines_and_invalid_bytes_in_names_are_escaped(name, call, picture):
     assert r"\udcff.png" in pathlib.Path(name).read_text().replace("\\\\", "\\")
 
 
+def test_classes_are_aligned_after_an_escaped_name(call, picture):
+  names = os.fsdecode(b"\xff.png"), "a.png"
+  for name in names:
+    picture(name, "red")
+  _, (first, second), _ = call(*names)
+  assert first.index("red") == second.index("red")
+
+
 def test_checkpoint_flag_selects_the_checkpoint(call, colors, picture):
   picture("a.png", "red")
   assert call("a.png")[0] == 0 and colors.checkpoint == "best"

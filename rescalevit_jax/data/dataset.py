@@ -10,6 +10,7 @@ from jaxtyping import Int32
 import numpy as np
 
 from rescalevit_jax import errors
+from rescalevit_jax.data import folder
 from rescalevit_jax.data import image_files
 from rescalevit_jax.data import index_shuffle
 from rescalevit_jax.data import resident
@@ -131,6 +132,10 @@ def expand(name: str, data_dir: str | None) -> list[str]:
   """Expand NAME/* to the datasets of all configs of NAME."""
   if not name.endswith("/*"):
     return [name]
+  if name.startswith(folder.PREFIX):
+    raise errors.UserError(
+      f"config: eval_dataset ({name}): a folder has no configs; leave out /*"
+    )
   base = name.removesuffix("/*")
   configs = tfds_builders.config_names(base, data_dir)
   if not configs:

@@ -100,7 +100,10 @@ def image_shape(
 
 
 def _open_folder(name, resize):
-  path = pathlib.Path(name.removeprefix(folder.PREFIX)).expanduser()
+  location = name.removeprefix(folder.PREFIX)
+  if not location:
+    raise errors.UserError(f"{name} names no folder; give {name}PATH")
+  path = pathlib.Path(location).expanduser()
   examples, class_names = folder.open_folder(path)
   shape = (0, 0, 3)
   if resize.image_size is None:  # Then all images must be like the first one.

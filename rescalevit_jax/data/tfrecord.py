@@ -15,7 +15,7 @@ import numpy as np
 # A record: length (8 bytes), checksum of the length (4), data, checksum of the
 # data (4); all little-endian.
 _HEADER, _FOOTER = struct.Struct("<QI"), struct.Struct("<I")
-_BATCH = 1024  # Records whose checksums are computed together.
+_BATCH_BYTES = 1 << 26  # Of records whose checksums are computed together.
 
 
 def read(path: str | os.PathLike[str]) -> Iterator[memoryview]:
@@ -34,11 +34,24 @@ def read(path: str | os.PathLike[str]) -> Iterator[memoryview]:
       raise ValueError(f"truncated in the record at byte {start}")
     records.append(file[start : start + length])
     checksums.append(_FOOTER.unpack_from(file, start + length)[0])
-  for i in range(0, len(records), _BATCH):
-    batch = records[i : i + _BATCH]
-    if (masked_crc32c(batch) != checksums[i : i + _BATCH]).any():
-      raise ValueError(f"wrong checksum in records {i} to {i + len(batch) - 1}")
-    yield from batch
+  for part in _batches(records):
+    if (masked_crc32c(records[part]) != checksums[part]).any():
+      raise ValueError(
+        f"wrong checksum in records {part.start} to {part.stop - 1}"
+      )
+    yield from records[part]
+
+
+def _batches(records):
+  """Yield slices of records that fit the memory once padded to one length."""
+  start = longest = 0
+  for i, record in enumerate(records):
+    longest = max(longest, len(record))
+    if i > start and (i + 1 - start) * longest > _BATCH_BYTES:
+      yield slice(start, i)
+      start, longest = i, len(record)
+  if records:
+    yield slice(start, len(records))
 
 
 def masked_crc32c(records: list[memoryview]) -> UInt32[np.ndarray, " N"]:

@@ -43,6 +43,8 @@ _TANH = (
   *("gelu_new", "gelu_fast", "gelu_accurate"),
   *("gelu_tanh", "gelu_pytorch_tanh", "gelu_python_tanh"),
 )
+# Prefixes of heads beside the backbone.
+_HEADS = ("classifier.", "cls_classifier.", "distillation_classifier.", "head.")
 # Parts of a training checkpoint with weights, in order of preference.
 _WEIGHTS = ("model_ema", "teacher", "state_dict", "model")
 
@@ -158,10 +160,12 @@ def convert(
       bias = np.zeros(x.shape[1:], np.float32)
       arrays.setdefault(key.replace("kernel", "bias"), bias)
   families.check_complete(arrays, family, str(path))
-  positions = arrays[_POSITIONS]
-  if drop_distillation:
-    positions = np.delete(positions, 1, axis=1)
-  arrays[_POSITIONS] = _positions(positions, no_class_position, path)
+  arrays[_POSITIONS] = _positions(
+    arrays[_POSITIONS],
+    path,
+    no_class_position=no_class_position,
+    drop_distillation=drop_distillation,
+  )
   if fold_layer_scale:
     arrays = fold.layer_scale(arrays)
   if arrays["embedding/kernel"].shape[2] != 3:
@@ -209,16 +213,20 @@ def _read_tensors(path: pathlib.Path) -> dict[str, np.ndarray]:
 
 def _strip(tensors, prefix):
   """Return the backbone's tensors, without prefix, and those of a head."""
-  heads = ("classifier.", "distillation_classifier.", "head.")
   return {
     key.removeprefix(prefix): x
     for key, x in tensors.items()
-    if key.startswith((prefix, *heads))
+    if key.startswith((prefix, *_HEADS))
   }
 
 
 def _drop(tensors, path, drop_distillation):
   kept = {}
+  found = any(map(families.DISTILLATION.fullmatch, tensors))
+  if drop_distillation and not found:
+    raise errors.UserError(
+      f"{path}: has no distillation token; leave out --drop_distillation"
+    )
   for key, x in tensors.items():
     if not x.size or families.IGNORED.fullmatch(key):
       continue
@@ -280,8 +288,17 @@ def _default_heads(hidden, path):
   return hidden // 64
 
 
-def _positions(positions, no_class_position, path):
+def _positions(
+  positions, path, *, no_class_position=False, drop_distillation=False
+):
   """Return position embeddings [1, 1 + S * S, D], the class token's first."""
+  if positions.ndim != 3:
+    raise errors.UserError(
+      f"{path}: its position embeddings have the shape"
+      f" {list(positions.shape)}, not [1, tokens, width]; get the whole file"
+    )
+  if drop_distillation:
+    positions = np.delete(positions, 1, axis=1)
   tokens = positions.shape[1]
   if no_class_position:
     positions = np.pad(positions, ((0, 0), (1, 0), (0, 0)))
@@ -305,6 +322,10 @@ def _from_big_vision(path):
         f"{path}: pools by attention ({key}); choose a model with a class token"
       )
     if match := re.fullmatch(r"Transformer/encoderblock/(.*)", key):
+      if not x.ndim:
+        raise errors.UserError(
+          f"{path}: {key} is a single number; get the whole file"
+        )
       for i, part in enumerate(x):
         name = f"Transformer/encoderblock_{i}/{match[1]}"
         arrays[param_keys.old_numbering(name)] = part
@@ -316,7 +337,9 @@ def _from_big_vision(path):
         f"{path}: has no {key}; choose a model with a class token and learned"
         " positions"
       )
-  arrays[_POSITIONS] = _positions(arrays[_POSITIONS], True, path)
+  arrays[_POSITIONS] = _positions(
+    arrays[_POSITIONS], path, no_class_position=True
+  )
   return arrays
 
 

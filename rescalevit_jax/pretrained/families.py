@@ -175,9 +175,10 @@ def read(
     try:
       converted[key] = np.ascontiguousarray(_to_flax(key, x, heads))
     except ValueError as e:
+      attention = "MultiHeadDotProductAttention" in key
+      advice = f"check --heads ({heads})" if attention else "get the whole file"
       raise errors.UserError(
-        f"{path}: {name} has the shape {list(x.shape)} ({e}); check --heads"
-        f" ({heads})"
+        f"{path}: {name} has the shape {list(x.shape)} ({e}); {advice}"
       ) from e
   return converted
 
@@ -217,15 +218,16 @@ def check_complete(
 
 def _to_flax(key, x, heads):
   """Convert a tensor of torch to the array of flax with this key."""
-  if key == "embedding/kernel":
-    return x.transpose(2, 3, 1, 0)
-  if key not in _ARRAYS and x.ndim != (2 if key.endswith("/kernel") else 1):
+  patches, kernel = key == "embedding/kernel", key.endswith("/kernel")
+  if key not in _ARRAYS and x.ndim != (4 if patches else 2 if kernel else 1):
     raise ValueError(f"{x.ndim} axes")
+  if patches:
+    return x.transpose(2, 3, 1, 0)
   if re.search("/(query|key|value)/", key):
     return x.T.reshape(*x.shape[1:], heads, -1)
   if key.endswith("/out/kernel"):
     return x.T.reshape(heads, -1, x.shape[0])
-  return x.T if key.endswith("/kernel") else x
+  return x.T if kernel else x
 
 
 def _to_torch(key, x):

@@ -144,6 +144,11 @@ def layer_scale(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     )
     for leaf in ("kernel", "bias"):
       name = f"{block}{layer}/{leaf}"
+      if gamma.shape != arrays[name].shape[-1:]:
+        raise errors.UserError(
+          f"{key}: has the shape {list(gamma.shape)}, but {name} has"
+          f" {list(arrays[name].shape)}; get the whole file"
+        )
       folded[name] = arrays[name] * gamma
   return folded
 

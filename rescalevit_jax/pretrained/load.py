@@ -194,7 +194,10 @@ def _fit(
       value = positions.resize(value, leaf.shape[1])
     except ValueError as e:
       raise ValueError(f"{mismatch}, and {e}") from e
-  return value.astype(dtype, copy=False)
+  found = value.astype(dtype, copy=False)
+  if integer and (found != value).any():
+    raise ValueError(f"has values that do not fit {dtype}")
+  return found
 
 
 def _grouped(keys: Iterable[str], limit: int = 20) -> list[str]:

@@ -215,6 +215,13 @@ def test_invalid_folder_layouts_are_refused(root, layout, words):
 def test_a_missing_folder_is_named(tmp_path):
   with pytest.raises(errors.UserError, match="no such folder"):
     load(tmp_path / "nowhere")
+  with pytest.raises(errors.UserError, match="^folder: names no folder"):
+    load("")
+
+
+def test_a_folder_has_no_configs():
+  with pytest.raises(errors.UserError, match="a folder has no configs"):
+    dataset_lib.expand("folder:/tmp/x/*", None)
 
 
 @pytest.mark.parametrize("source", ["resident", "streaming"])

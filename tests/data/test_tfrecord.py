@@ -24,6 +24,24 @@ def test_reads_all_records_in_order(tmp_path):
   assert [bytes(r) for r in tfrecord.read(tmp_path / "a")] == records
 
 
+def test_memory_does_not_depend_on_the_longest_record(tmp_path, monkeypatch):
+  """Records are padded to one length, in batches of bounded size."""
+  records = random_records(200)
+  records[50] = bytes(range(256)) * 4
+  (tmp_path / "a").write_bytes(b"".join(map(tfrecord_frames.frame, records)))
+  sizes = []
+  checksums = tfrecord.masked_crc32c
+
+  def observed(batch):
+    sizes.append(len(batch) * max(map(len, batch)))
+    return checksums(batch)
+
+  monkeypatch.setattr(tfrecord, "masked_crc32c", observed)
+  monkeypatch.setattr(tfrecord, "_BATCH_BYTES", 2000)
+  assert [bytes(r) for r in tfrecord.read(tmp_path / "a")] == records
+  assert max(sizes) <= 2000 and len(sizes) < 20
+
+
 def test_reads_files_written_by_tensorflow(tmp_path):
   try:
     tf = tensorflow_cpu.load()

@@ -225,16 +225,17 @@ def test_nonfinite_weights_are_accepted_on_request(value, tmp_path):
   trees.same(trees.flat(*loaded[:2]), saved)
 
 
-def test_a_counter_must_be_an_integer(tmp_path):
+@pytest.mark.parametrize(
+  "value, words",
+  [
+    (np.array(8.0, np.float32), ("float32", "int32")),
+    (np.array(2**40 + 5), ("values that do not fit int32",)),
+  ],
+)
+def test_a_counter_must_be_an_integer_of_32_bits(value, words, tmp_path):
   count = f"batch_stats/{trees.BLOCK}Rescale_0/count"
-  arrays = trees.arrays("Rescale") | {count: np.array(8.0, np.float32)}
-  trees.refuses(
-    trees.write(tmp_path, arrays),
-    count,
-    "float32",
-    "int32",
-    target=trees.fresh("Rescale"),
-  )
+  path = trees.write(tmp_path, trees.arrays("Rescale") | {count: value})
+  trees.refuses(path, count, *words, target=trees.fresh("Rescale"))
 
 
 # Norms.
