@@ -38,19 +38,16 @@ def write(
     _log.warning("left out: not begun: %s", line)
   output = pathlib.Path(output)
   output.mkdir(parents=True, exist_ok=True)
-  columns, rows = tables.columns(study), tables.rows(study)
-  cells = tables.cells(columns, rows)
+  rows = tables.rows(study)
+  cells = tables.cells(tables.columns(study), rows)
   table = markdown.table(*cells) if rows else "No finished run.\n"
-  notes = notes_lib.describe(study)
   compared = differences.table(study)
   files = {
-    "report.md": lambda: _markdown(study, table, notes, compared),
+    "report.md": lambda: _markdown(study, table, compared),
     "report.csv": lambda: tables.to_csv(rows),
     "report.tex": lambda: _latex(cells, compared),
     "runs.csv": lambda: tables.to_csv(tables.run_rows(study)),
-    "report.html": lambda: page.render(
-      study, columns, rows, notes, compared, index
-    ),
+    "report.html": lambda: page.render(study, index),
   }
   for name, text in files.items():
     atomic_file.write(output / name, text())
@@ -64,8 +61,9 @@ def _latex(cells, compared):
   return "\n".join(parts)
 
 
-def _markdown(study, table, notes, compared):
-  lines = ["# Comparison of runs", "", *_items(notes), "", table]
+def _markdown(study, table, compared):
+  notes = _items(notes_lib.describe(study))
+  lines = ["# Comparison of runs", "", *notes, "", table]
   if compared[-1]:
     lines += ["## Differences of the last accuracy", "", differences.NOTE, ""]
     lines += [markdown.table(*compared)]

@@ -4,7 +4,6 @@ import base64
 from collections.abc import Iterable, Sequence
 import dataclasses
 import logging
-from typing import Any
 
 import jax
 from jaxtyping import UInt8
@@ -22,6 +21,7 @@ from rescalevit_jax.analysis import subjects
 from rescalevit_jax.analysis import trained_model
 from rescalevit_jax.data import stored
 from rescalevit_jax.report import differences
+from rescalevit_jax.report import notes as notes_lib
 from rescalevit_jax.report import run_groups
 from rescalevit_jax.report import tables
 from rescalevit_jax.runs import run_reader
@@ -44,23 +44,10 @@ class _Picture:
   url: str = ""
 
 
-def render(
-  study: run_groups.Study,
-  columns: Sequence[tables.Column],
-  rows: Sequence[dict[str, Any]],
-  notes: Sequence[str],
-  compared: tuple[str, Sequence[str], Sequence[Sequence[str]]],
-  index: int | None,
-) -> str:
+def render(study: run_groups.Study, index: int | None) -> str:
   """Return the page, which needs no other file.
 
-  Args:
-    study: the runs.
-    columns: columns of the table.
-    rows: rows of the table.
-    notes: notes on the table.
-    compared: result of `differences.table`.
-    index: index of the test image for the attention maps; None for no maps.
+  `index` selects the test image for the attention maps; None omits them.
   """
   environment = jinja2.Environment(
     loader=jinja2.PackageLoader(__package__, "."),
@@ -69,13 +56,14 @@ def render(
     trim_blocks=True,
     lstrip_blocks=True,
   )
+  _, difference_headings, difference_rows = differences.table(study)
   return environment.get_template("page.html").render(
-    notes=notes,
-    columns=columns,
-    rows=rows,
+    notes=notes_lib.describe(study),
+    columns=tables.columns(study),
+    rows=tables.rows(study),
     norm_color=plots.norm_color,
-    difference_headings=compared[1],
-    differences=compared[2],
+    difference_headings=difference_headings,
+    differences=difference_rows,
     difference_note=differences.NOTE,
     curves=_curves(study),
     diagnostics=_diagnostics(study),
