@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 
+# Characters with a meaning in LaTeX.
 _ESCAPES = {
   "\\": r"\textbackslash{}",
   "~": r"\textasciitilde{}",
@@ -30,9 +31,6 @@ def table(
 
 
 def _row(cells):
-  return " & ".join(map(escape, cells)) + r" \\"
-
-
-def escape(text: str) -> str:
-  """Escape the characters that have a meaning in LaTeX."""
-  return "".join(_ESCAPES.get(x, x) for x in " ".join(text.split()))
+  escapes = str.maketrans(_ESCAPES)
+  escaped = [" ".join(cell.split()).translate(escapes) for cell in cells]
+  return " & ".join(escaped) + r" \\"
