@@ -136,19 +136,18 @@ def table(
   study: run_groups.Study,
 ) -> tuple[str, list[str], list[list[str]]]:
   """Return alignment, headings and cells of the displayed comparisons."""
-  rows = []
-  for x in compare(study):
-    rows.append(
-      {
-        "setting": x.setting,
-        "norm": x.norm,
-        f"minus {REFERENCE}, points": _points_text(x.points),
-        "95 % interval": interval_text(x.interval),
-        "test": x.test,
-        "p": p_text(x.p),
-        "p (Holm)": p_text(x.adjusted_p),
-      }
-    )
+  rows = [
+    {
+      "setting": x.setting,
+      "norm": x.norm,
+      f"minus {REFERENCE}, points": _points_text(x.points),
+      "95 % interval": interval_text(x.interval),
+      "test": x.test,
+      "p": p_text(x.p),
+      "p (Holm)": p_text(x.adjusted_p),
+    }
+    for x in compare(study)
+  ]
   headings = list(rows[0]) if rows else []
   return "llrrlrr", headings, [list(row.values()) for row in rows]
 
