@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 import csv
 import pathlib
-from typing import Any
 
 from jaxtyping import Int
 from matplotlib import figure as figure_lib
@@ -48,8 +47,8 @@ def draw(
   axes.set_xticks(ticks, names, rotation=90, fontsize=8)
   axes.set_yticks(ticks, names, fontsize=8)
   if classes <= _MOST_WITH_NUMBERS:
-    centered: dict[str, Any] = {"ha": "center", "va": "center", "fontsize": 7}
     for i, j in np.argwhere(counts):
+      text = f"{percent[i, j]:.1f}"
       color = "black" if percent[i, j] > 60 else "white"
-      axes.text(j, i, f"{percent[i, j]:.1f}", color=color, **centered)
+      axes.text(j, i, text, color=color, ha="center", va="center", fontsize=7)
   return figure
