@@ -51,7 +51,10 @@ def draw_during_training(
   experiment: experiment_lib.Experiment,
   variables: Mapping[str, Any],
 ) -> dict[str, UInt8[np.ndarray, "_ _ 3"]]:
-  """Draw the attention on the first test image, for `trainer.DrawAttention`."""
+  """Draw the attention on the first test image, for `trainer.DrawAttention`.
+
+  The pictures are by 'attention/KIND'.
+  """
   model = trained_model.TrainedModel(
     f"step {step}",
     experiment.model,
@@ -59,7 +62,11 @@ def draw_during_training(
     experiment.config.image_size,
     experiment.dataset.class_names,
   )
-  return draw_all(model, experiment.dataset.test.images[0])
+  image = experiment.dataset.test.images[0]
+  return {
+    f"attention/{kind}": plots.pixels(draw(kind, [model], [image]))
+    for kind in KINDS
+  }
 
 
 def draw(
@@ -101,16 +108,6 @@ def _inputs(model, image):
   if isinstance(image, np.ndarray) and image.shape[:2] == (edge, edge):
     model = dataclasses.replace(model, resize=image_files.Resize())
   return model.inputs([image])
-
-
-def draw_all(
-  model: trained_model.TrainedModel, image: image_files.Source
-) -> dict[str, UInt8[np.ndarray, "_ _ 3"]]:
-  """Return the pictures of all kinds, by 'attention/KIND'."""
-  return {
-    f"attention/{kind}": plots.pixels(draw(kind, [model], [image]))
-    for kind in KINDS
-  }
 
 
 def _panels(kind, maps, block):

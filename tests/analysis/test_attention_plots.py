@@ -13,6 +13,7 @@ from rescalevit_jax.analysis import attention_maps
 from rescalevit_jax.analysis import attention_plots
 from rescalevit_jax.analysis import plots
 from rescalevit_jax.data import image_files
+from rescalevit_jax.training import experiment
 
 
 @pytest.fixture(scope="module")
@@ -145,8 +146,11 @@ def test_long_and_odd_names_fit(name, image):
   assert boxes[0].x0 > 0
 
 
-def test_all_kinds_are_drawn(image):
-  pictures = attention_plots.draw_all(tiny_model.create(), image)
+def test_all_kinds_are_drawn_during_training(tiny_config):
+  parts = experiment.create(tiny_config)
+  state = parts.init_state()
+  variables = {"params": state.params, "batch_stats": state.batch_stats}
+  pictures = attention_plots.draw_during_training(1, parts, variables)
   assert set(pictures) == {f"attention/{k}" for k in attention_plots.KINDS}
   for picture in pictures.values():
     assert picture.dtype == np.uint8 and picture.shape[-1] == 3
