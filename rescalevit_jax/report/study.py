@@ -82,9 +82,10 @@ def _run(args, rest):
   except errors.UserError as e:
     return cli.fail(str(e), 2)
   outcome = command_line.execute(options, runs)
+  executed = not (options.dry_run or options.cluster)
   begun = any((run.workdir / folder.CONFIG).exists() for run in runs)
   at_rest = not outcome.stopped or outcome.out_of_time
-  if outcome.executed and begun and at_rest:
+  if executed and begun and at_rest:
     _, paths = output.write(runs_dir, runs_dir, args.index)
     paths += study_page.write(
       [run.config for run in runs], pathlib.Path(runs_dir), args.index

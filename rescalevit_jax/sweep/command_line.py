@@ -164,7 +164,7 @@ def execute(
   """Execute, print or submit the runs; takes the result of `parse`."""
   if options.dry_run:
     _print_commands(runs)
-    return outcome_lib.Outcome(executed=False)
+    return outcome_lib.Outcome()
   if options.cluster:
     return execution.submit(
       runs, options.runs_dir, jobs=options.jobs, parameters=options.slurm_args

@@ -81,7 +81,6 @@ def submit(
   AutoExecutor.
   """
   outcome, left = _unfinished(runs, runs_dir)
-  outcome.executed = False
   outcome.log_failed()
   if not left:
     return outcome

@@ -26,7 +26,6 @@ class Outcome:
     stopped: True after a signal or the time limit, even if all runs are done.
     out_of_time: True if the time limit was the first to stop the sweep.
     killed: True if a second signal killed the runs.
-    executed: False if runs were only listed or submitted.
   """
 
   done: list[grid.PlannedRun] = dataclasses.field(default_factory=list)
@@ -37,7 +36,6 @@ class Outcome:
   stopped: bool = False
   out_of_time: bool = False
   killed: bool = False
-  executed: bool = True
 
   @property
   def exit_code(self) -> int:
