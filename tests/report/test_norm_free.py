@@ -27,12 +27,12 @@ TEST = {
 
 
 @pytest.fixture
-def study(monkeypatch):
-  """Replace execution by a function that writes the runs' results.
+def planned(monkeypatch):
+  """Return the runs given to execution, which only writes their results.
 
   Runs with learning rate 9 or seed 9 diverge.
   """
-  module, planned = norm_free, []
+  planned = []
 
   def execute(runs, runs_dir, *, jobs):
     outcome, left = outcome_lib.split_by_result(runs)
@@ -63,14 +63,13 @@ def study(monkeypatch):
       outcome.done.append(run)
     return outcome
 
-  monkeypatch.setattr(module.execution, "execute", execute)
-  return module, planned
+  monkeypatch.setattr(norm_free.execution, "execute", execute)
+  return planned
 
 
 def test_the_best_learning_rate_is_trained_and_compared(
-  study, tmp_path, capsys
+  planned, tmp_path, capsys
 ):
-  module, planned = study
   command = [
     "--methods=LN,Cal",
     "--datasets=cifar10",
@@ -79,7 +78,7 @@ def test_the_best_learning_rate_is_trained_and_compared(
     "--config.batch_eval=500",
   ]
   for _ in range(2):  # All runs are finished the second time.
-    assert module.main(command) == 0
+    assert norm_free.main(command) == 0
   configs = [run.config for run in planned[: len(planned) // 2]]
   choosing, final = configs[:4], configs[4:]
   assert {c.batch_eval for c in configs} == {500}
@@ -115,12 +114,11 @@ def test_the_best_learning_rate_is_trained_and_compared(
   assert (tmp_path / FINAL / "accuracies.png").stat().st_size > 5000
 
 
-def test_a_large_model_uses_the_original_recipe(study, tmp_path):
+def test_a_large_model_uses_the_original_recipe(planned, tmp_path):
   """Large models use a separate folder."""
-  module, planned = study
   command = ["--methods=LN", "--datasets=cifar100", "--rates=0.2"]
   command += ["--model=ViT-B_32", "--steps=20000", "--final_steps=30000"]
-  assert module.main([*command, f"--runs_dir={tmp_path}"]) == 0
+  assert norm_free.main([*command, f"--runs_dir={tmp_path}"]) == 0
   choosing, *final = [run.config for run in planned]
   assert (choosing.image_size, choosing.warmup_steps) == (224, 500)
   assert [(c.dataset, c.total_steps) for c in final] == [
@@ -129,23 +127,21 @@ def test_a_large_model_uses_the_original_recipe(study, tmp_path):
   assert (tmp_path / "ViT-B_32" / "final-30000" / "table.md").is_file()
 
 
-def test_only_requested_runs_are_used(study, tmp_path):
-  module, _ = study
+def test_only_requested_runs_are_used(planned, tmp_path):
   flags = ["--datasets=cifar10", f"--runs_dir={tmp_path}"]
-  assert module.main([*flags, "--methods=LN", "--rates=0.1,0.2"]) == 0
+  assert norm_free.main([*flags, "--methods=LN", "--rates=0.1,0.2"]) == 0
   small = ["--methods=LN", "--rates=0.1", "--seeds=1,3"]
-  assert module.main([*flags, *small]) == 0
+  assert norm_free.main([*flags, *small]) == 0
   row = (tmp_path / FINAL / "table.md").read_text().splitlines()[2]
   assert row.startswith("| cifar10 | LN | 0.1 | 0.1: 30.0 | 33.00 ± 1.41 (2)")
   with open(tmp_path / FINAL / "accuracies.csv", newline="") as f:
     assert [row["seed"] for row in csv.DictReader(f)] == ["0", "1", "3"]
 
 
-def test_diverged_runs_are_counted(study, tmp_path, capsys):
-  module, planned = study
+def test_diverged_runs_are_counted(planned, tmp_path, capsys):
   flags = ["--datasets=cifar10", f"--runs_dir={tmp_path}"]
   flags += ["--methods=LN,Cal", "--config.batch_eval=500"]
-  assert module.main([*flags, "--rates=0.1,9", "--seeds=1,3,9"]) == 0
+  assert norm_free.main([*flags, "--rates=0.1,9", "--seeds=1,3,9"]) == 0
   assert "edge of the grid" in capsys.readouterr().err
   table = (tmp_path / FINAL / "table.md").read_text().splitlines()[2:]
   assert table == [
@@ -159,30 +155,28 @@ def test_diverged_runs_are_counted(study, tmp_path, capsys):
     rows = [(r["base_lr"], r["seed"], r["accuracy"]) for r in csv.DictReader(f)]
   assert ("9.0", "0", "") in rows and ("0.1", "9", "") in rows
   planned.clear()
-  assert module.main([*flags, "--rates=9"]) == 0
+  assert norm_free.main([*flags, "--rates=9"]) == 0
   table = (tmp_path / FINAL / "table.md").read_text().splitlines()[2:]
   assert table[0] == "| cifar10 | LN | – | 9: diverged | – | – | – | – | – |"
   assert not planned  # It would diverge again.
-  assert module.main([*flags, "--rates=9", "--config.batch=64"]) == 0
+  assert norm_free.main([*flags, "--rates=9", "--config.batch=64"]) == 0
   assert [run.config.batch for run in planned] == [64, 64]
 
 
-def test_runs_with_other_settings_are_an_error(study, tmp_path, capsys):
-  module, _ = study
+def test_runs_with_other_settings_are_an_error(planned, tmp_path, capsys):
   flags = ["--methods=LN", "--datasets=cifar10", f"--runs_dir={tmp_path}"]
-  assert module.main([*flags, "--rates=0.1"]) == 0
+  assert norm_free.main([*flags, "--rates=0.1"]) == 0
   (tmp_path / FINAL / "table.md").unlink()
-  assert module.main([*flags, "--rates=0.1", "--config.batch=64"]) == 1
+  assert norm_free.main([*flags, "--rates=0.1", "--config.batch=64"]) == 1
   error = capsys.readouterr().err.splitlines()[-1]
   assert "another config: batch" in error
-  assert module.main([*flags, "--rates=0.1", "--num_val=400"]) == 1
+  assert norm_free.main([*flags, "--rates=0.1", "--num_val=400"]) == 1
   assert not (tmp_path / FINAL / "table.md").exists()
 
 
-def test_a_learning_rate_is_not_rounded(study, tmp_path):
-  module, planned = study
+def test_a_learning_rate_is_not_rounded(planned, tmp_path):
   flags = ["--methods=LN", "--datasets=cifar10", f"--runs_dir={tmp_path}"]
-  assert module.main([*flags, "--rates=0.1234567"]) == 0
+  assert norm_free.main([*flags, "--rates=0.1234567"]) == 0
   assert {run.config.base_lr for run in planned} == {0.1234567}
 
 
@@ -191,11 +185,10 @@ def test_a_learning_rate_is_not_rounded(study, tmp_path):
   "end, code", [("stopped", 0), ("killed", 130), ("out of memory", 1)]
 )
 def test_unfinished_runs_write_no_table(
-  end, code, phase, study, tmp_path, monkeypatch, capsys
+  end, code, phase, planned, tmp_path, monkeypatch, capsys
 ):
   """A failed run has no result, and no run starts after a signal."""
-  module, _ = study
-  whole = module.execution.execute
+  whole = norm_free.execution.execute
 
   def execute(runs, *args, **kwargs):
     if phase not in str(runs[0].workdir):
@@ -208,9 +201,9 @@ def test_unfinished_runs_write_no_table(
     outcome.stopped, outcome.killed = end != "out of memory", end == "killed"
     return outcome
 
-  monkeypatch.setattr(module.execution, "execute", execute)
+  monkeypatch.setattr(norm_free.execution, "execute", execute)
   flags = ["--methods=LN", "--datasets=cifar10", f"--runs_dir={tmp_path}"]
-  assert module.main([*flags, "--rates=0.1,0.2"]) == code
+  assert norm_free.main([*flags, "--rates=0.1,0.2"]) == code
   assert not (tmp_path / FINAL / "table.md").exists()
   if code == 1:
     error = capsys.readouterr().err.splitlines()[-1]
@@ -244,10 +237,11 @@ def test_a_study_with_real_runs(tmp_path):
 @pytest.mark.parametrize(
   "wrong", ["--methods=LN,Caal", "--seeds=a", "--rates=x"]
 )
-def test_invalid_values_are_errors_before_the_first_run(wrong, study, tmp_path):
-  module, planned = study
+def test_invalid_values_are_errors_before_the_first_run(
+  wrong, planned, tmp_path
+):
   flags = ["--methods=LN", "--datasets=cifar10", f"--runs_dir={tmp_path}"]
-  assert module.main([*flags, wrong]) == 1
+  assert norm_free.main([*flags, wrong]) == 1
   assert not planned
 
 
@@ -287,11 +281,7 @@ def test_plot_shows_the_accuracies():
   ]
   left, right, b, _, c, _ = lr_table.draw(tuned_methods).axes
   markers = [x.get_marker() for x in (*b.get_lines(), *c.get_lines())]
-  assert markers == [
-    "s",
-    "s",
-    "o",
-  ]  # Equal on each dataset.
+  assert markers == ["s", "s", "o"]  # Equal on each dataset.
   drawn = [list(zip(*x.get_data(), strict=True)) for x in left.get_lines()]
   assert drawn == [[(0.1, 30.0)], [(0.1, 25.0), (0.2, 35.0)]]
   assert [x.get_text() for x in right.get_yticklabels()] == ["LN (0.1)"]
