@@ -3,6 +3,7 @@
 tests/integration/test_cluster.py uses a real Slurm.
 """
 
+import contextlib
 import json
 import os
 import signal
@@ -104,16 +105,14 @@ def test_diverged_runs_are_named_and_not_submitted(cluster, digits_dir, capsys):
 def test_a_failed_run_fails_its_job(tmp_path):
   code = "print('error: step 3: loss nan'); raise SystemExit(1)"
   task = slurm.Task([sys.executable, "-c", code], tmp_path, str(paths.ROOT))
-  cwd = os.getcwd()
-  try:
-    with pytest.raises(RuntimeError, match="^error: step 3: loss nan$"):
-      task()
-  finally:
-    os.chdir(cwd)
+  with (
+    contextlib.chdir("."),  # Goes back at the end: the task changes the folder.
+    pytest.raises(RuntimeError, match="^error: step 3: loss nan$"),
+  ):
+    task()
 
 
 def test_a_second_warning_lets_the_run_save(tmp_path):
-  pytest.importorskip("submitit")
   code = (
     "import signal, time\n"
     "signal.signal(signal.SIGTERM, lambda *_: print('saving', flush=True))\n"
