@@ -78,6 +78,14 @@ def run(runs_dir: pathlib.Path, *args: str, **kwargs):
   )
 
 
+def replace_command(monkeypatch, code: str, *args: str) -> None:
+  """Replace all planned runs by Python code, given their folder and `args`."""
+  monkeypatch.setattr(
+    "rescalevit_jax.sweep.grid.PlannedRun.command",
+    property(lambda run: [sys.executable, "-c", code, str(run.workdir), *args]),
+  )
+
+
 def wait_for(condition, process: subprocess.Popen | None = None):
   """Wait until a condition holds; fail if the process ends first."""
   deadline = time.monotonic() + 300

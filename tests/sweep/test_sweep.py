@@ -140,7 +140,7 @@ def test_a_sweep_killed_twice_resumes(finished, tiny, tmp_path):
   assert done.returncode == 0, done.stderr
   assert_same_runs(runs_dir, finished)
   log = (runs_dir / NAMES[0] / "log.txt").read_text()
-  assert log.count("\n---") + 1 >= 2  # One line per start.
+  assert "\n---" in log  # Another start.
 
 
 def test_a_signal_saves_and_stops(finished, tiny, tmp_path):
@@ -176,9 +176,9 @@ def test_a_second_signal_kills_and_nohup_is_respected(tiny, tmp_path):
   previous = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # nohup sets this.
   process = tiny_sweep.start(runs_dir, keys=keys, env=tiny["env"])
   signal.signal(signal.SIGHUP, previous)
-  (name,) = [NAMES[2]]
-  tiny_sweep.wait_for(lambda: tiny_sweep.is_under_way(runs_dir / name), process)
-  (run,) = tiny_sweep.processes_of(runs_dir / name)
+  workdir = runs_dir / NAMES[2]
+  tiny_sweep.wait_for(lambda: tiny_sweep.is_under_way(workdir), process)
+  (run,) = tiny_sweep.processes_of(workdir)
   os.kill(run, signal.SIGSTOP)  # Makes a run hang.
   process.send_signal(signal.SIGHUP)
   with pytest.raises(subprocess.TimeoutExpired):
@@ -388,13 +388,7 @@ def test_runs_use_the_gpus_of_their_slot(tmp_path, monkeypatch):
     "gpu.mkdir(); time.sleep(0.3); gpu.rmdir();"
     "(f / 'result.json').write_text(sys.argv[2])"
   )
-  monkeypatch.setattr(
-    type(runs[0]),
-    "command",
-    property(
-      lambda self: [sys.executable, "-c", code, str(self.workdir), RESULT]
-    ),
-  )
+  tiny_sweep.replace_command(monkeypatch, code, RESULT)
   slots = [{"CUDA_VISIBLE_DEVICES": x} for x in ("5", "7")]
   outcome = local_scheduler.LocalScheduler(runs, [], slots).run()
   assert not outcome.failed and len(outcome.done) == 4
@@ -409,16 +403,7 @@ def test_a_signal_is_recorded_even_if_all_runs_finish(tmp_path, monkeypatch):
     "os.kill(int(sys.argv[2]), signal.SIGTERM); time.sleep(0.6);"
     "(pathlib.Path(sys.argv[1]) / 'result.json').write_text(sys.argv[3])"
   )
-  monkeypatch.setattr(
-    type(runs[0]),
-    "command",
-    property(
-      lambda self: [
-        *(sys.executable, "-c", code, str(self.workdir), str(os.getpid())),
-        RESULT,
-      ]
-    ),
-  )
+  tiny_sweep.replace_command(monkeypatch, code, str(os.getpid()), RESULT)
   outcome = local_scheduler.LocalScheduler(runs, [], [{}]).run()
   assert outcome.done == runs and not outcome.left
   assert outcome.stopped and not outcome.killed and outcome.exit_code == 0

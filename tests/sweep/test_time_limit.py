@@ -2,12 +2,12 @@
 
 import json
 import shutil
-import sys
 import time
 
 import fake_runs
 import paths
 import pytest
+import tiny_sweep
 
 from rescalevit_jax import config as config_lib
 from rescalevit_jax.runs import folder
@@ -183,11 +183,7 @@ def test_time_limit_stops_runs(tmp_path, digits_dir, monkeypatch):
     "signal.signal(signal.SIGTERM, lambda *_: sys.exit(0));"
     "pathlib.Path(sys.argv[1], 'started').touch(); time.sleep(60)"
   )
-  monkeypatch.setattr(
-    type(runs[0]),
-    "command",
-    property(lambda self: [sys.executable, "-c", code, str(self.workdir)]),
-  )
+  tiny_sweep.replace_command(monkeypatch, code)
   outcome = command_line.execute(options, runs)
   assert outcome.left == runs and not outcome.done and not outcome.failed
   assert outcome.stopped and outcome.out_of_time and outcome.exit_code == 0
