@@ -19,7 +19,7 @@ python -m rescalevit_jax.report.norm_free --model=ViT-B_32 --steps=20000 \
 stopped by a signal, 1 after a failure, 130 after a second signal.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 import dataclasses
 import logging
 import pathlib
@@ -35,7 +35,6 @@ from rescalevit_jax.runtime import cli
 from rescalevit_jax.runtime import terminal
 from rescalevit_jax.sweep import command_line
 from rescalevit_jax.sweep import execution
-from rescalevit_jax.sweep import grid
 from rescalevit_jax.sweep import outcome as outcome_lib
 
 _log = logging.getLogger("rescalevit_jax.norm_free")
@@ -141,7 +140,7 @@ def _run(argv):
   outcome = _execute(args, plans)
   if outcome.stopped:
     return outcome.exit_code
-  found = accuracies(plans)
+  found = _accuracies(plans)
   tuned_methods = {
     key: _select_lr(key, runs, found) for key, runs in plans.items()
   }
@@ -153,7 +152,7 @@ def _run(argv):
   outcome = _execute(args, plans)
   if outcome.stopped:
     return outcome.exit_code
-  found = accuracies(plans)
+  found = _accuracies(plans)
   for key, runs in plans.items():
     tested = {run.config.seed: found[run.workdir] for run in runs}
     tuned_methods[key] = dataclasses.replace(
@@ -165,9 +164,7 @@ def _run(argv):
   return 0
 
 
-def accuracies(
-  plans: Mapping[tuple[str, str], Sequence[grid.PlannedRun]],
-) -> dict[pathlib.Path, float | None]:
+def _accuracies(plans):
   """Return the accuracies of ended runs after their last step, by folder.
 
   The accuracy of a diverged run is None. A run that failed for another reason
