@@ -52,16 +52,13 @@ def test_runs_and_files_are_drawn_and_measured(
   images = dataset.load("digits", str(digits_dir)).test.images
   assert {r["images"] for r in rows} == {str(len(images))}
   expected = attention_maps.statistics(trained_model.load(tiny_run), images)
-  for row, entropy, diagonal, sparsity in zip(
-    rows[:2],
-    expected.entropy,
-    expected.diagonal,
-    expected.sparsity,
-    strict=True,
+  for column, values in (
+    ("entropy_nats", expected.entropy),
+    ("diagonal_share", expected.diagonal),
+    ("hoyer_sparsity", expected.sparsity),
   ):
-    assert float(row["entropy_nats"]) == pytest.approx(entropy)
-    assert float(row["diagonal_share"]) == pytest.approx(diagonal)
-    assert float(row["hoyer_sparsity"]) == pytest.approx(sparsity)
+    found = [float(row[column]) for row in rows[:2]]
+    assert found == pytest.approx(values)
   assert "entropy" in capsys.readouterr().out
 
 
