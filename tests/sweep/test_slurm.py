@@ -4,18 +4,19 @@ tests/integration/test_cluster.py uses a real Slurm.
 """
 
 import contextlib
-import json
 import os
 import signal
 import sys
 import threading
 
+import fake_runs
 import paths
 import pytest
 import tiny_sweep
 
 from rescalevit_jax import config as config_lib
 from rescalevit_jax import errors
+from rescalevit_jax.runs import result as result_lib
 from rescalevit_jax.sweep import command_line
 from rescalevit_jax.sweep import slurm
 from rescalevit_jax.sweep import subprocess_run
@@ -61,10 +62,7 @@ def test_unfinished_runs_are_submitted_as_one_array(
   done = cluster / "runs" / f"{NAME}1"
   args = flags(cluster, digits_dir, "--grid=seed=0,1,2,3")
   _, runs = command_line.parse(args)
-  done.mkdir(parents=True)
-  (done / "config.json").write_text(config_lib.to_json(runs[1].config))
-  result = {"last_accuracy": 0.5, "best_accuracy": 0.5, "best_step": 1}
-  (done / "result.json").write_text(json.dumps(result))
+  fake_runs.write(done, config_lib.flatten(runs[1].config), {})
   more = ["gpus_per_node=1", "slurm_partition=gpu", "cpus_per_task=8"]
   more += ["slurm_additional_parameters={'nice': 10}"]
   more = [f"--slurm_args={x}" for x in more]
@@ -93,10 +91,8 @@ def test_unfinished_runs_are_submitted_as_one_array(
 def test_diverged_runs_are_named_and_not_submitted(cluster, digits_dir, capsys):
   args = flags(cluster, digits_dir)
   _, (run,) = command_line.parse(args)
-  run.workdir.mkdir(parents=True)
-  (run.workdir / "config.json").write_text(config_lib.to_json(run.config))
-  result = {"status": "diverged", "step": 3, "error": "step 3: loss nan"}
-  (run.workdir / "result.json").write_text(json.dumps(result))
+  fake_runs.write(run.workdir, config_lib.flatten(run.config))
+  result_lib.write(run.workdir, result_lib.diverged(3, "step 3: loss nan"))
   assert command_line.main([*args, *SLURM]) == 1
   assert "step 3: loss nan" in capsys.readouterr().err
   assert not (cluster / "calls").exists()
