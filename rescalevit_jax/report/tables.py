@@ -32,10 +32,7 @@ def rows(study: run_groups.Study) -> list[dict[str, Any]]:
   Accuracies are fractions. A missing value, such as the standard deviation of a
   single run, is None.
   """
-  return [
-    _row(group, study.varied, study.num_diverged(group))
-    for group in study.groups
-  ]
+  return [_row(study, group) for group in study.groups]
 
 
 def run_rows(study: run_groups.Study) -> list[dict[str, Any]]:
@@ -158,9 +155,10 @@ def _naming(config, varied):
   }
 
 
-def _row(group, varied, diverged):
+def _row(study, group):
   config = group[0].config
-  row = _naming(config, varied) | {"runs": len(group), "diverged": diverged}
+  row = _naming(config, study.varied)
+  row |= {"runs": len(group), "diverged": study.num_diverged(group)}
 
   def add(name, values):
     row[f"{name}_mean"] = statistics.fmean(values) if values else None
