@@ -8,7 +8,6 @@ import logging
 import jax
 from jaxtyping import UInt8
 import jinja2
-import markupsafe
 from matplotlib import figure as figure_lib
 import ml_collections
 import numpy as np
@@ -95,7 +94,7 @@ def _curves(study):
   for title, groups in sections.items():
     svg = plots.svg(plots.curves([run for (run,) in groups]))
     label = f"Test accuracy and loss over training steps, {title}"
-    pictures.append(_Picture(label, svg=markupsafe.Markup(svg)))
+    pictures.append(_Picture(label, svg=svg))
   return pictures
 
 
