@@ -57,7 +57,6 @@ setuptools.setup(
     "jaxlib>=0.10.2",
     "jaxtyping>=0.3",
     "Jinja2>=3.1",
-    "MarkupSafe>=2.1",
     "matplotlib>=3.10",
     "ml_collections>=1.1",
     "numpy>=2.0",

@@ -77,6 +77,8 @@ _SCALARS = {
   "lam": "Lambda",
   "gamma": "Gamma",
 }
+# Names of a block's quantities, in metrics and in measurements of fresh models.
+_BLOCK = re.compile(rf"(?:{diagnostics.PREFIX})?(block_\d+)/")
 _RMS = {"scale", "bn_scale", "change"}
 _LAYERS = {"mlp": "MLP", "Dense_0": "MLP's first", "Dense_1": "MLP's second"}
 
@@ -131,12 +133,13 @@ def draw(run: run_reader.Run, name: str) -> figure_lib.Figure:
 def _scalars(lines):
   """Return the learned scalars of the blocks, attention's first."""
   names = {
-    x.rpartition("/")[2] for line in lines for x in line if "block_" in x
+    x.rpartition("/")[2] for line in lines for x in line if _BLOCK.match(x)
   }
-  split = [
-    re.fullmatch("(bn_scale|[^_]+)_(.*)", name).groups()
+  matches = [
+    re.fullmatch("(bn_scale|[^_]+)_(.*)", name)
     for name in sorted(names - QUANTITIES.keys())
   ]
+  split = [match.groups() for match in matches if match]
   return [
     Quantity(
       f"{kind}_{site}",
@@ -150,7 +153,7 @@ def _scalars(lines):
 
 def parts(names: Iterable[str]) -> list[str]:
   """Return the parts of a model from the names of its quantities."""
-  blocks = {name.split("/")[-2] for name in names if "block_" in name}
+  blocks = {match[1] for match in map(_BLOCK.match, names) if match}
   return measurements.parts(len(blocks))
 
 

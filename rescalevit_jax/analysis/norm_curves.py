@@ -89,7 +89,7 @@ def _run(argv):
       f"--config.{settings[0]}: has no effect on runs; add --config, or leave"
       " it out"
     )
-  configs = probe.load_configs(args.config, settings)
+  configs = probe.load_configs(args.config, settings, [()])
   found = {}
   for subject in subjects.load(args.workdir, [], args.checkpoint):
     model = subject.model

@@ -111,14 +111,16 @@ def _run(argv):
 def load_configs(
   references: Sequence[str],
   settings: Sequence[overrides.Setting],
-  points: Sequence[tuple[overrides.Setting, ...]] = ((),),
+  points: Sequence[tuple[overrides.Setting, ...]],
 ) -> dict[str, ml_collections.ConfigDict]:
   """Return the configs of FILE[:ARGS] to compare, by label.
 
   Args:
     references: config files.
     settings: overrides for all configs.
-    points: points of a grid, each a tuple of overrides.
+    points: points of a grid, each a tuple of overrides. A grid of one empty
+      point expands a config without ARGS to all METHODS of its file, or to
+      every norm.
   """
   configs = {}
   files = {reference.partition(":")[0] for reference in references}

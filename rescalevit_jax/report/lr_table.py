@@ -152,7 +152,12 @@ def draw(tuned_methods: Sequence[TunedMethod]) -> figure_lib.Figure:
       style = _style(x, tuned_methods)
       kept = {lr: y for lr, y in x.val_accuracy.items() if y is not None}
       lrs = sorted(kept)
-      left.plot(lrs, [100 * kept[lr] for lr in lrs], label=x.method, **style)
+      left.plot(
+        lrs,
+        [100 * kept[lr] for lr in lrs],
+        label=plots.plain(x.method),
+        **style,
+      )
       if x.percent:
         right.errorbar(x.mean, tested.index(x), xerr=x.deviation, **style)
         if x.method == REFERENCE:
@@ -162,18 +167,18 @@ def draw(tuned_methods: Sequence[TunedMethod]) -> figure_lib.Figure:
     left.set_xticks(lrs, [f"{lr:g}" for lr in lrs])
     left.set_xlabel("learning rate")
     left.set_ylabel("accuracy on held-out images, %")
-    left.set_title(f"{dataset}: selection", loc="left")
+    left.set_title(plots.plain(f"{dataset}: selection"), loc="left")
     right.set_yticks(
       range(len(tested)),
       [
-        f"{x.method} ({x.lr:g})"
+        plots.plain(f"{x.method} ({x.lr:g})")
         + (f", {x.num_diverged} diverged" if x.num_diverged else "")
         for x in tested
       ],
     )
     right.invert_yaxis()
     right.set_xlabel("test accuracy, % (bars: standard deviation)")
-    right.set_title(f"{dataset}: test", loc="left")
+    right.set_title(plots.plain(f"{dataset}: test"), loc="left")
   plots.legend_below(axes[0, 0], 5, fontsize="small")
   return figure
 

@@ -128,6 +128,11 @@ def _run(argv):
       raise errors.UserError(
         f"--config.{setting}: the study sets {setting.key} itself; leave it out"
       )
+  if not known:
+    raise errors.UserError(
+      f"{args.config}: has no METHODS; use configs/norm_free.py or a file"
+      " like it"
+    )
   if args.model:
     args.runs_dir /= args.model
   plans = {

@@ -65,13 +65,16 @@ def _run(args):
     if path.suffix != ".md":
       plots.check_suffix(path)
   tuned_methods = read(args.csv)
-  labels = dict(label.split("=", 1) for label in args.label if "=" in label)
+  pairs = [label.split("=", 1) for label in args.label]
+  if any(len(pair) == 1 for pair in pairs):
+    raise errors.UserError("--label: no '='; write METHOD=TEXT")
+  labels = dict(pairs)
+  if len(labels) < len(pairs):
+    raise errors.UserError("--label: a method has two labels; give one")
   if unknown := set(labels) - {x.method for x in tuned_methods}:
     raise errors.UserError(
       f"--label: {args.csv} has no method {min(unknown)!r}; correct its name"
     )
-  if len(labels) < len(args.label):
-    raise errors.UserError("--label: no '='; write METHOD=TEXT")
   if labels:
     tuned_methods = [x for x in tuned_methods if x.method in labels]
   for path in args.output:
@@ -117,13 +120,15 @@ def read(path: pathlib.Path) -> list[lr_table.TunedMethod]:
           raise ValueError(f"line {','.join(filter(None, row.values()))!r}")
         key, lr = (row["dataset"], row["method"]), float(row["base_lr"])
         accuracy = float(row["accuracy"]) if row["accuracy"] else None
+        if not 0 <= (accuracy or 0) <= 1:
+          raise ValueError(f"accuracy {accuracy}")
         rates = tried.setdefault(key, {})
         if row["phase"] == "select":
           rates[lr] = accuracy
         else:
           seeds = tested.setdefault(key, {}).setdefault(lr, {})
           seeds[int(row["seed"])] = accuracy
-  except (KeyError, ValueError) as e:
+  except (csv.Error, KeyError, ValueError) as e:
     raise errors.UserError(f"{path}: {e} is not as expected; {hint}") from e
   if not tested:
     raise errors.UserError(f"{path}: has no tested run; {hint}")
@@ -173,7 +178,7 @@ def bars(
       if x.num_diverged:
         words.append(f"{x.num_diverged} diverged")
       axes.text(end, index, f"  {', '.join(words)}", va="center")
-    axes.set_title(dataset, loc="left")
+    axes.set_title(plots.plain(dataset), loc="left")
     axes.set_xlabel("test accuracy, %")
     if any(x.percent for x in shown.values()):
       axes.set_xlim(0, 1.4 * axes.dataLim.x1)

@@ -93,7 +93,7 @@ def plan(
     for point in itertools.product(*axes):
       run = _plan_run(reference, (*settings, *point), unnamed, runs_dir)
       if run.workdir in planned:
-        raise errors.UserError(_conflict(planned[run.workdir], run))
+        raise errors.UserError(_conflict(planned[run.workdir], run, unnamed))
       planned[run.workdir] = run
   return list(planned.values())
 
@@ -120,7 +120,7 @@ def _plan_run(reference, settings, unnamed, runs_dir):
   return PlannedRun(runs_dir / name, reference, settings, config)
 
 
-def _conflict(a, b):
+def _conflict(a, b, named):
   """Return the error message of two runs in one folder."""
   both = " and ".join(
     " ".join([f"--config={run.reference}", *map(str, run.settings)])
@@ -131,8 +131,12 @@ def _conflict(a, b):
   if not keys:
     return f"{both} are the same run; leave one out"
   values = ", ".join(f"{k} ({old[k]!r} and {new[k]!r})" for k in keys)
+  advice = "use another --runs_dir"
+  if keys[0] not in named:
+    advice = (
+      f"set {keys[0]} with --grid, which adds it to the name, or {advice}"
+    )
   return (
-    f"{both} would share the folder {a.workdir}: they differ in {values}; set"
-    f" {keys[0]} with --grid, which adds it to the name, or use another"
-    " --runs_dir"
+    f"{both} would share the folder {a.workdir}: they differ in {values};"
+    f" {advice}"
   )

@@ -108,7 +108,7 @@ def parse_parameters(texts: Sequence[str]) -> dict[str, Any]:
       raise errors.UserError(f"--slurm_args: {key} is given twice")
     try:
       parameters[key] = ast.literal_eval(value)
-    except (SyntaxError, ValueError):
+    except (SyntaxError, TypeError, ValueError):
       parameters[key] = value
   return parameters
 

@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 import tiny_model
 
+from rescalevit_jax import errors
 from rescalevit_jax.analysis import norm_curves
+from rescalevit_jax.models import norms
 from rescalevit_jax.runtime import terminal
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (3, 8, 8, 3), np.uint8)
@@ -89,6 +91,18 @@ def test_configs_are_checked_before_models_are_loaded(monkeypatch, capsys):
   monkeypatch.delattr(norm_curves.subjects, "load")
   assert norm_curves.main(["--workdir=a", "--config=nowhere.py"]) == 1
   assert "nowhere.py" in capsys.readouterr().err
+
+
+def test_a_config_without_methods_expands_to_every_norm(
+  monkeypatch, tmp_path, capsys
+):
+  def stop(config):
+    raise errors.UserError("stop")
+
+  monkeypatch.setattr(norm_curves.experiment_lib, "create", stop)
+  flags = ["--config=configs/quickstart.py", f"--output={tmp_path}"]
+  assert norm_curves.main(flags) == 1
+  assert f"LN: model 1 of {len(norms.NORMS)}" in capsys.readouterr().err
 
 
 def test_run_and_config_of_equal_name_are_both_drawn(tmp_path, monkeypatch):

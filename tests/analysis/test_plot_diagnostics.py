@@ -31,9 +31,12 @@ def line(step):
       values[f"{part}/bn_scale_mlp"] = 1.0
   if step == 300:
     values["block_00/grad_norm"] = "damaged"
+    values["block_00/other"] = 1
   if step in (1, 300):
     values |= {"sharpness": -2.0 if step == 1 else 50.0}
-  return {"step": step} | {f"diagnostics/{k}": v for k, v in values.items()}
+  return {"step": step, "block_": 1} | {
+    f"diagnostics/{k}": v for k, v in values.items()
+  }
 
 
 @pytest.fixture

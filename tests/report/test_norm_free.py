@@ -229,7 +229,7 @@ def test_a_study_with_real_runs(tmp_path):
   row = (tmp_path / "final-3" / "table.md").read_text().splitlines()[2]
   assert re.fullmatch(
     r"\| digits \| Cal \| 0\.1 \| 0\.1: [\d.]+, 1e\+38: diverged \|"
-    r" [\d.]+ \(1\) \| – \| – \|",
+    r" [\d.]+ \(1\) \| – \| – \| – \| – \|",
     row,
   )
 
@@ -253,6 +253,7 @@ def test_invalid_values_are_errors_before_the_first_run(
     ("--config.data.num_val=5", "the study sets data.num_val itself"),
     ("--config.model.residual=plain", "the study sets model.residual itself"),
     ("--config=nowhere.py", "nowhere.py: "),
+    ("--config=configs/quickstart.py", "quickstart.py: has no METHODS"),
   ],
 )
 def test_invalid_arguments_are_errors(argument, words, capsys):

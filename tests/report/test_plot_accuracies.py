@@ -145,6 +145,8 @@ def test_wrong_methods_are_named(table, tmp_path, flag, capsys):
     "dataset,method,phase\n",
     "dataset,method,phase,base_lr,seed,accuracy\nd,LN,final,0.1,3\n",
     "dataset,method,phase,base_lr,seed,accuracy\nd,LN,final\n",
+    "dataset,method,phase,base_lr,seed,accuracy\nd,LN,final,0.1,3,nan\n",
+    f"dataset,method,phase,base_lr,seed,accuracy\nd,LN,final,{'0' * 200_000}",
   ],
 )
 def test_other_files_are_refused(tmp_path, text, capsys):
@@ -152,3 +154,20 @@ def test_other_files_are_refused(tmp_path, text, capsys):
   path.write_text(text)
   assert plot_accuracies.main([str(path), f"--output={tmp_path}/a.svg"]) == 1
   assert "accuracies.csv" in capsys.readouterr().err
+
+
+def test_a_method_has_one_label(table, tmp_path, capsys):
+  argv = [str(table), f"--output={tmp_path}/a.md"]
+  assert plot_accuracies.main([*argv, "--label=LN=a", "--label=LN=b"]) == 1
+  assert "two labels" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flags", [[], ["--rates"]])
+def test_formulas_in_names_are_drawn_as_text(tmp_path, flags):
+  names = r"$\foo$", r"LN-$\foo$"
+  source, output = tmp_path / "a.csv", tmp_path / "a.png"
+  tuned = lr_table.TunedMethod(*names, "LN", {0.1: 0.3}, 0.1, {1: 0.3})
+  lr_table.write_csv([tuned], source)
+  argv = [str(source), f"--output={output}", *flags]
+  assert plot_accuracies.main(argv) == 0
+  assert output.exists()

@@ -176,6 +176,15 @@ def test_two_runs_in_one_folder_are_an_error(tmp_path):
     assert word in str(e.value)
 
 
+def test_two_values_with_one_name_are_an_error(tmp_path):
+  for name in ("a/b.npz", "a_b.npz"):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).touch()
+  values = f"{tmp_path}/a/b.npz,{tmp_path}/a_b.npz"
+  with pytest.raises(errors.UserError, match="pretrained_path .*; use another"):
+    plan(f"pretrained_path={values}")
+
+
 @pytest.mark.parametrize(
   "text, words",
   [

@@ -170,6 +170,7 @@ def test_a_missing_submitit_is_an_error(tmp_path, monkeypatch):
 
 def test_slurm_parameters_are_python_values_or_text():
   texts = ["a=1", "b=x", "c=True", "d=['m load', 'n']", "e=1:00:00", "f=a=b"]
+  texts.append("g={[]: 1}")
   assert slurm.parse_parameters(texts) == {
     "a": 1,
     "b": "x",
@@ -177,4 +178,5 @@ def test_slurm_parameters_are_python_values_or_text():
     "d": ["m load", "n"],
     "e": "1:00:00",
     "f": "a=b",
+    "g": "{[]: 1}",
   }
