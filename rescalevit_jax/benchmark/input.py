@@ -8,7 +8,6 @@ the page cache. Then decodes synthetic photographs with increasing numbers of
 threads. Prints tables; with --output, also writes them and a JSON file.
 """
 
-import argparse
 from collections.abc import Iterable, Mapping, Sequence
 import concurrent.futures
 import io
@@ -49,9 +48,7 @@ _number = markdown.number
 
 def main(argv: Sequence[str] | None = None) -> int:
   """Run the benchmark; return the exit code."""
-  parser = argparse.ArgumentParser(
-    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-  )
+  parser = cli.parser(__doc__)
   parser.add_argument(
     "--records",
     type=lambda text: [int(n) for n in text.split(",")],

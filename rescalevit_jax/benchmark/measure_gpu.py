@@ -23,7 +23,6 @@ TensorFlow nor a network is needed. Exit code: 1 if a measurement failed or a
 loss is off.
 """
 
-import argparse
 from collections.abc import Sequence
 import os
 import pathlib
@@ -49,10 +48,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser():
-  parser = argparse.ArgumentParser(
+  parser = cli.parser(
+    __doc__,
     prog="measure_gpu.sh",
-    description=__doc__,
-    formatter_class=argparse.RawDescriptionHelpFormatter,
     allow_abbrev=False,
     epilog="scripts/measure_gpu.sh also accepts --wheels=DIR: wheels to install"
     " first, offline, for this program only.",

@@ -20,7 +20,6 @@ present and reports memory, FLOPs and a lower bound of the step time; see
 forecast.py. Writes compiled.md and compiled.json.
 """
 
-import argparse
 from collections.abc import Sequence
 import logging
 import os
@@ -47,9 +46,7 @@ _log = logging.getLogger("rescalevit_jax.benchmark")
 
 def main(argv: Sequence[str] | None = None) -> int:
   """Run the benchmark; return the exit code."""
-  parser = argparse.ArgumentParser(
-    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-  )
+  parser = cli.parser(__doc__)
   add = parser.add_argument
   add("--config", action="append", required=True, metavar="FILE[:ARGS]")
   add("--grid", action="append", default=[], metavar="KEY=VALUE,...")
