@@ -62,28 +62,21 @@ class Kernel:
     return seconds
 
 
-@dataclasses.dataclass(frozen=True)
-class Collective:
-  """A communication between GPUs; also a `Kernel`."""
-
-  kind: str  # Opcode, such as 'all-reduce'.
-  shapes: tuple[hlo_parse.Shape, ...]  # Of one GPU's operands.
-  op_name: str  # Path of the module in the model.
-
-
 @dataclasses.dataclass
 class Program:
   """The operations of one GPU in a step.
 
   Attributes:
     kernels: kernels in program order; a conditional counts its cheapest branch.
-    collectives: collectives, likewise.
+    collectives: communications between GPUs, which are also kernels.
     conditionals: names of conditionals, whose branch the host selects.
     host_transfers: names of instructions that move data to or from the host.
   """
 
   kernels: list[Kernel] = dataclasses.field(default_factory=list)
-  collectives: list[Collective] = dataclasses.field(default_factory=list)
+  collectives: list[hlo_parse.Instruction] = dataclasses.field(
+    default_factory=list
+  )
   conditionals: list[str] = dataclasses.field(default_factory=list)
   host_transfers: list[str] = dataclasses.field(default_factory=list)
 
@@ -129,7 +122,7 @@ def _visit(computation, computations, times) -> Program:
     opcode = instruction.opcode
     called = [computations[name] for name in instruction.called]
     if (
-      opcode.removesuffix("-start").removesuffix("-done") in _HOST_OPCODES
+      instruction.kind.removesuffix("-done") in _HOST_OPCODES
       or _HOST_MEMORY in instruction.type
       or _HOST_TARGETS.search(instruction.target)
     ):
@@ -152,12 +145,8 @@ def _visit(computation, computations, times) -> Program:
       program.kernels.append(
         _read_kernel(instruction, computation, computations, times)
       )
-      kind = opcode.removesuffix("-start")
-      if kind in hlo_cost.COLLECTIVES:
-        shapes = hlo_cost.operand_shapes(instruction, computation)
-        program.collectives.append(
-          Collective(kind, shapes, instruction.op_name)
-        )
+      if instruction.kind in hlo_cost.COLLECTIVES:
+        program.collectives.append(instruction)
   return program
 
 

@@ -20,15 +20,6 @@ COLLECTIVES = {
 }
 
 
-def operand_shapes(
-  instruction: hlo_parse.Instruction, computation: hlo_parse.Computation
-) -> tuple[hlo_parse.Shape, ...]:
-  """Return the shapes of an instruction's operands."""
-  return tuple(
-    shape for name in instruction.operands for shape in computation[name].shapes
-  )
-
-
 def bytes_read(
   source: hlo_parse.Instruction, users: hlo_parse.Computation
 ) -> float:
@@ -58,7 +49,7 @@ def bytes_written(
     )
   if result.opcode == "dynamic-update-slice":
     return computation[result.operands[1]].bytes
-  kind = result.opcode.removesuffix("-start")
+  kind = result.kind
   if kind in COLLECTIVES and kind != result.opcode and kind != "all-reduce":
     # The type of an asynchronous collective includes the operands.
     return result.bytes - sum(computation[x].bytes for x in result.operands)
@@ -74,8 +65,8 @@ def flops(
     return _product_flops(instruction, computation)
   if target.startswith("__cudnn$fmha"):
     # Forward: Q K^T and P V. Backward: Q K^T again and four gradients.
-    query = operand_shapes(instruction, computation)[0]
-    images, tokens, heads, channels = query.dims
+    query = computation[instruction.operands[0]]
+    images, tokens, heads, channels = query.shapes[0].dims
     products = 5 if target.endswith("Backward") else 2
     return products * 2 * images * heads * tokens**2 * channels
   if target.startswith("__cudnn$conv"):
@@ -96,7 +87,7 @@ def _product_flops(instruction, computation):
 
 def _convolution_flops(instruction, computation):
   """Return 2 x kernel size x number of kernel positions."""
-  left, right = operand_shapes(instruction, computation)[:2]
+  left, right = (computation[x].shapes[0] for x in instruction.operands[:2])
   result = instruction.shapes[0]
   kernel, output = {
     "__cudnn$convBackwardFilter": (result, right),

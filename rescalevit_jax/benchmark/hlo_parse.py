@@ -50,6 +50,11 @@ class Instruction:
   is_root: bool  # True for the result of its computation.
 
   @property
+  def kind(self) -> str:
+    """Opcode, without the suffix of an asynchronous one."""
+    return self.opcode.removesuffix("-start")
+
+  @property
   def target(self) -> str:
     """Target of a custom call, or ''."""
     return self._attribute("custom_call_target")
