@@ -6,7 +6,6 @@ operands and writes its results once. Workspaces of libraries are not counted.
 """
 
 import collections
-from collections.abc import Iterable
 import dataclasses
 import re
 
@@ -41,7 +40,6 @@ class Kernel:
   flops: float = 0.0  # Of matrix products, attention and convolutions.
   dtype: str = ""  # Of the products' factors, such as 'bf16'.
   exact: bool = False  # True if float32 products keep all bits (no TF32).
-  times: int = 1  # Launches per step.
 
   @property
   def bytes(self) -> float:
@@ -67,8 +65,10 @@ class Program:
   """The operations of one GPU in a step.
 
   Attributes:
-    kernels: kernels in program order; a conditional counts its cheapest branch.
-    collectives: communications between GPUs, which are also kernels.
+    kernels: launches in program order; a conditional counts its cheapest
+      branch.
+    collectives: communications between GPUs, which are also kernels. One in a
+      loop counts once.
     conditionals: names of conditionals, whose branch the host selects.
     host_transfers: names of instructions that move data to or from the host.
   """
@@ -81,28 +81,28 @@ class Program:
   host_transfers: list[str] = dataclasses.field(default_factory=list)
 
   @property
-  def num_kernels(self) -> int:
-    """Number of kernels per step."""
-    return sum(k.times for k in self.kernels)
+  def kinds(self) -> collections.Counter[str]:
+    """Number of kernels of each kind per step."""
+    return collections.Counter(k.kind for k in self.kernels)
 
   @property
   def gemms(self) -> int:
     """Number of matrix products per step."""
-    return sum(k.times for k in self.kernels if k.is_gemm)
+    return sum(k.is_gemm for k in self.kernels)
 
   @property
   def bytes(self) -> float:
     """Bytes read and written per step."""
-    return sum(k.times * k.bytes for k in self.kernels)
+    return sum(k.bytes for k in self.kernels)
 
   @property
   def flops(self) -> float:
     """FLOPs of matrix products per step."""
-    return sum(k.times * k.flops for k in self.kernels)
+    return sum(k.flops for k in self.kernels)
 
   def seconds(self, gpu: gpus.Gpu) -> float:
     """Return a lower bound of the step time: kernels run one after another."""
-    return sum(k.times * k.seconds(gpu) for k in self.kernels)
+    return sum(k.seconds(gpu) for k in self.kernels)
 
   def add(self, other: "Program") -> None:
     """Append another part of the program."""
@@ -113,10 +113,10 @@ class Program:
 def read(text: str) -> Program:
   """Return the operations of a program from its optimized HLO."""
   computations, entry = hlo_parse.parse(text)
-  return _visit(computations[entry], computations, 1)
+  return _visit(computations[entry], computations)
 
 
-def _visit(computation, computations, times) -> Program:
+def _visit(computation, computations) -> Program:
   program = Program()
   for instruction in computation.values():
     opcode = instruction.opcode
@@ -129,30 +129,26 @@ def _visit(computation, computations, times) -> Program:
       program.host_transfers.append(instruction.name)
     if opcode in _BOOKKEEPING or opcode.endswith(("-done", "-update")):
       continue
-    if opcode in ("call", "async-start"):
+    if opcode in ("call", "async-start", "while"):
+      trips = _TRIPS.search(instruction.attributes)
       for part in called:
-        program.add(_visit(part, computations, times))
-    elif opcode == "while":
-      match = _TRIPS.search(instruction.attributes)
-      trips = int(match.group(1)) if match else 1
-      for part in called:
-        program.add(_visit(part, computations, times * trips))
+        found = _visit(part, computations)
+        found.kernels *= int(trips.group(1)) if trips else 1
+        program.add(found)
     elif opcode == "conditional":
       program.conditionals.append(instruction.name)
-      branches = [_visit(part, computations, times) for part in called]
+      branches = [_visit(part, computations) for part in called]
       program.add(min(branches, key=lambda branch: branch.bytes))
     else:
-      program.kernels.append(
-        _read_kernel(instruction, computation, computations, times)
-      )
+      program.kernels.append(_read_kernel(instruction, computation, called))
       if instruction.kind in hlo_cost.COLLECTIVES:
         program.collectives.append(instruction)
   return program
 
 
-def _read_kernel(instruction, computation, computations, times) -> Kernel:
+def _read_kernel(instruction, computation, called) -> Kernel:
   if instruction.opcode == "fusion":
-    where = computations[instruction.called[0]]
+    where = called[0]
     parts = list(where.values())
     inputs = [i for i in parts if i.opcode == "parameter"]
     read = sum(hlo_cost.bytes_read(i, where) for i in inputs)
@@ -176,13 +172,4 @@ def _read_kernel(instruction, computation, computations, times) -> Kernel:
     sum(flops.values()),
     dtype,
     exact,
-    times,
   )
-
-
-def count_kinds(kernels: Iterable[Kernel]) -> collections.Counter:
-  """Return the number of launches of each kind of kernel."""
-  counts: collections.Counter = collections.Counter()
-  for kernel in kernels:
-    counts[kernel.kind] += kernel.times
-  return counts

@@ -11,7 +11,6 @@ from tiny_gpu import tiny_config
 from rescalevit_jax import errors
 from rescalevit_jax.benchmark import gpu_compile
 from rescalevit_jax.benchmark import gpus
-from rescalevit_jax.benchmark import hlo
 from rescalevit_jax.models import vit_config
 from rescalevit_jax.training import experiment
 
@@ -44,7 +43,7 @@ def test_every_norm_compiles_for_training(compile_tiny, norm):
   keys = TRAIN_KEYS.get(norm, {})
   program = compile_tiny("train", **{"model.norm": norm, **keys})
   assert_lean(program)
-  kinds = hlo.count_kinds(program.kernels)
+  kinds = program.kinds
   # For the class token alone, the last block does not use cuDNN.
   assert kinds[ATTEND] == kinds[ATTEND_BACK] in (1, 2)
   assert not program.collectives
@@ -88,7 +87,7 @@ condition:
 def test_every_norm_compiles_for_evaluation(compile_tiny, norm):
   program = compile_tiny("eval", **{"model.norm": norm})
   assert_lean(program)
-  kinds = hlo.count_kinds(program.kernels)
+  kinds = program.kinds
   assert kinds[ATTEND] in (1, 2) and kinds[ATTEND_BACK] == 0
   assert program.launches == 1
 
@@ -105,7 +104,7 @@ def test_requested_attention_is_compiled(compile_tiny, dtype, attention):
   keys = {"dtype": dtype, "model.attention": attention}
   program = compile_tiny("eval", **keys)
   assert_lean(program)
-  kinds = hlo.count_kinds(program.kernels)
+  kinds = program.kinds
   assert kinds[ATTEND] == (attention == "cudnn")
   assert {k.dtype for k in program.kernels if k.kind == ATTEND} <= {
     {"bfloat16": "bf16", "float16": "f16"}[dtype]
@@ -118,7 +117,7 @@ def test_requested_attention_is_compiled(compile_tiny, dtype, attention):
 def test_other_dtypes_compile_for_training(compile_tiny, dtype):
   keys = {**TRAIN_KEYS["GN"], "model.norm": "GN", "dtype": dtype}
   program = compile_tiny("train", **keys)
-  kinds = hlo.count_kinds(program.kernels)
+  kinds = program.kinds
   if dtype == "float32":
     assert {k.dtype for k in program.kernels if k.flops} == {"f32"}
     assert kinds[ATTEND] == 0
@@ -131,14 +130,14 @@ def test_other_dtypes_compile_for_training(compile_tiny, dtype):
 
 @pytest.mark.parametrize("gpu, fused", [("a100-40", 1), ("t4", 0)])
 def test_evaluation_on_other_gpus(compile_tiny, gpu, fused):
-  kinds = hlo.count_kinds(compile_tiny("eval", gpu).kernels)
+  kinds = compile_tiny("eval", gpu).kinds
   assert kinds[ATTEND] == fused
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("gpu", ["a100-40", "v100", "b200"])
 def test_training_on_other_gpus(compile_tiny, gpu):
-  kinds = hlo.count_kinds(compile_tiny("train", gpu).kernels)
+  kinds = compile_tiny("train", gpu).kinds
   assert kinds[ATTEND_BACK] == (gpu != "v100")
 
 
@@ -213,7 +212,7 @@ def test_flops_equal_the_model_flops(compile_tiny):
 
 def test_flax_peer_compiles(compile_tiny):
   program = compile_tiny("flax")
-  kinds = hlo.count_kinds(program.kernels)
+  kinds = program.kinds
   assert kinds["__cudnn$convBackwardFilter"] == 1 and kinds[ATTEND] == 0
   (patches,) = (k for k in program.kernels if "convBackward" in k.kind)
   assert patches.flops == 16 * 2 * 64 * 48 * 64
