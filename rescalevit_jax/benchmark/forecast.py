@@ -5,7 +5,6 @@ a lower bound of the step time. Nothing is executed.
 """
 
 from collections.abc import Callable, Sequence
-import functools
 import importlib.metadata
 import logging
 import os
@@ -20,7 +19,6 @@ from rescalevit_jax.benchmark import gpu_compile
 from rescalevit_jax.benchmark import gpus
 from rescalevit_jax.benchmark import hlo
 from rescalevit_jax.benchmark import memory
-from rescalevit_jax.benchmark import peers
 from rescalevit_jax.benchmark import report as report_lib
 from rescalevit_jax.models import norms
 from rescalevit_jax.models.norms import traits
@@ -97,19 +95,16 @@ def _compile(
 ) -> dict[str, Any]:
   """Return the row of one program."""
   start = time.monotonic()
-  create_model = peers.model_of
   if subject == "ours":
     inputs = gpu_compile.inputs_of(config)
     needed, program, launches = _train_step(config, gpu, inputs, devices)
-    create_model = functools.partial(experiment.create_model, num_classes=1)
   else:
-    needed, program, launches = _read(
-      gpu_compile.flax_train_step(config, gpu, devices)
-    )
+    step = gpu_compile.flax_train_step(config, gpu, devices)
+    needed, program, launches = _read(step)
   seconds = time.monotonic() - start
   limit = _memory_share() * gpu.memory_bytes
   with accelerator.compiling_for(gpu.accelerator):
-    model = create_model(config)
+    model = experiment.create_model(config, num_classes=1)
   row = {
     "gpu": gpu.name,
     "gpu_title": gpu.title,
