@@ -36,33 +36,31 @@ _NOT_IN_PEERS = (
 class FlaxViT(nn.Module):
   """A plain ViT from the layers of flax.linen."""
 
-  sizes: Any
-  dropout_rate: float
-  dtype: Any
+  config: Any  # Of our model.
 
   @nn.compact
   def __call__(self, x, deterministic):
-    sizes, dtype = self.sizes, self.dtype
+    c, dtype = self.config, jnp.dtype(self.config.dtype)
 
     def drop(x):
-      return nn.Dropout(self.dropout_rate)(x, deterministic=deterministic)
+      return nn.Dropout(c.dropout_rate)(x, deterministic=deterministic)
 
-    patch = (sizes.patch_size, sizes.patch_size)
-    x = nn.Conv(sizes.hidden_size, patch, patch, "VALID", dtype=dtype)(x)
-    x = x.reshape(len(x), -1, sizes.hidden_size)
-    cls = self.param("cls", nn.initializers.zeros, (1, 1, sizes.hidden_size))
+    patch = (c.patch_size, c.patch_size)
+    x = nn.Conv(c.hidden_size, patch, patch, "VALID", dtype=dtype)(x)
+    x = x.reshape(len(x), -1, c.hidden_size)
+    cls = self.param("cls", nn.initializers.zeros, (1, 1, c.hidden_size))
     cls = jnp.tile(cls.astype(x.dtype), (len(x), 1, 1))
     x = jnp.concatenate([cls, x], axis=1)
     initializer = nn.initializers.normal(0.02)
     x += self.param("pos", initializer, (1, *x.shape[1:])).astype(x.dtype)
     x = drop(x)
-    for _ in range(sizes.num_layers):
+    for _ in range(c.num_layers):
       y = nn.LayerNorm(dtype=dtype)(x)
-      x += nn.MultiHeadDotProductAttention(sizes.num_heads, dtype=dtype)(y)
+      x += nn.MultiHeadDotProductAttention(c.num_heads, dtype=dtype)(y)
       y = nn.LayerNorm(dtype=dtype)(x)
-      y = nn.Dense(sizes.mlp_dim, dtype=dtype)(y)
+      y = nn.Dense(c.mlp_dim, dtype=dtype)(y)
       y = drop(nn.gelu(y, approximate=False))
-      x += drop(nn.Dense(sizes.hidden_size, dtype=dtype)(y))
+      x += drop(nn.Dense(c.hidden_size, dtype=dtype)(y))
     x = nn.LayerNorm(dtype=dtype)(x)[:, 0]
     return nn.Dense(_CLASSES)(x.astype(jnp.float32))
 
@@ -71,8 +69,7 @@ class FlaxRecipe:
   """Model, optimizer and training step of `FlaxPeer`."""
 
   def __init__(self, config: Any):
-    ours = model_of(config).config
-    self.model = FlaxViT(ours, ours.dropout_rate, jnp.dtype(ours.dtype))
+    self.model = FlaxViT(model_of(config).config)
     self._optimizer = optax.chain(
       optax.clip_by_global_norm(config.grad_norm_clip or np.inf),
       optax.sgd(config.base_lr, config.momentum),
