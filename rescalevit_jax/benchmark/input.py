@@ -20,12 +20,12 @@ import sys
 import tempfile
 import time
 
+from array_record.python import array_record_module
 import jax
 import numpy as np
 from PIL import Image
 import tensorflow_datasets as tfds
 
-from rescalevit_jax.benchmark import synthetic_dataset
 from rescalevit_jax.data import dataset
 from rescalevit_jax.data import image_files
 from rescalevit_jax.data import loader
@@ -38,6 +38,7 @@ from rescalevit_jax.runtime import markdown
 from rescalevit_jax.runtime import tensorflow_cpu
 from rescalevit_jax.runtime import terminal
 
+_FILE_RECORDS = 10_000
 _ROUNDS = 3  # Results are medians over rounds.
 _STEPS = 200  # Timed steps at each position.
 _POSITIONS = 3
@@ -73,7 +74,7 @@ def _run(args):
     folders = [pathlib.Path(scratch, str(count)) for count in args.records]
     for folder, count in zip(folders, args.records, strict=True):
       start = time.monotonic()
-      synthetic_dataset.write(folder, count)
+      write_dataset(folder, count)
       print(
         f"{count:,} records written in {time.monotonic() - start:.0f} s",
         file=sys.stderr,
@@ -99,6 +100,54 @@ def _run(args):
     results = {"batch": args.batch, "streaming": streaming, "decoding": decoded}
     atomic_file.write(args.output / "input.md", text)
     atomic_file.write_json(args.output / "input.json", results)
+
+
+def write_dataset(folder: pathlib.Path, count: int) -> None:
+  """Write a synthetic dataset of small labeled images."""
+  folder.mkdir()
+  features = tfds.features.FeaturesDict(
+    {
+      "image": tfds.features.Image(shape=(8, 8, 3)),
+      "label": tfds.features.ClassLabel(num_classes=10),
+    }
+  )
+  rng = np.random.default_rng(0)
+  examples = [
+    features.serialize_example(
+      features.encode_example(
+        {"image": rng.integers(0, 256, (8, 8, 3), np.uint8), "label": i % 10}
+      )
+    )
+    for i in range(100)
+  ]
+  name = tfds.core.ShardedFileTemplate(
+    dataset_name="synthetic",
+    split="train",
+    filetype_suffix="array_record",
+    data_dir=folder,
+  )
+  starts = range(0, count, _FILE_RECORDS)
+  lengths = [min(_FILE_RECORDS, count - start) for start in starts]
+  for i, length in enumerate(lengths):
+    path = str(name.sharded_filepath(shard_index=i, num_shards=len(lengths)))
+    writer = array_record_module.ArrayRecordWriter(path, "group_size:1")
+    for j in range(length):
+      writer.write(examples[j % len(examples)])
+    writer.close()
+  tfds.folder_dataset.write_metadata(
+    data_dir=folder,
+    features=features,
+    split_infos=[
+      tfds.core.SplitInfo(
+        name="train",
+        shard_lengths=lengths,
+        num_bytes=sum(file.stat().st_size for file in folder.iterdir()),
+        filename_template=name,
+      )
+    ],
+    supervised_keys=("image", "label"),
+    check_data=False,
+  )
 
 
 def measure(folder: str, batch: int) -> dict[str, float]:
