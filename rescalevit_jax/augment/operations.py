@@ -13,28 +13,30 @@ operation has one number as its argument:
   solarize_add                                amount to add to values below 128
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 import functools
 
 import jax
 import jax.numpy as jnp
 from jax.scipy import ndimage
-from jaxtyping import Array, Float, Int, Num
+from jaxtyping import Array, ArrayLike, Float, Int, Num
 
 
 def operate(
   image: Num[Array, "H W 3"],
   operation: Int[Array, ""],
-  argument: Float[Array, ""],
-  names: Sequence[str],
+  arguments: Mapping[str, ArrayLike],
   fill: float = 0.0,
 ) -> Float[Array, "H W 3"]:
-  """Apply the operation `names[operation]` to integers in [0, 255].
+  """Apply one of several operations to integers in [0, 255].
 
-  All geometric operations are one warp, the identity for other operations;
-  `names` must contain all of them. Positions outside the image become `fill`.
-  The result is in [0, 255].
+  `arguments` has the argument of each operation by its name, and `operation` is
+  an index of it. All geometric operations are one warp, the identity for other
+  operations; `arguments` must contain all of them. Positions outside the image
+  become `fill`. The result is in [0, 255].
   """
+  names = list(arguments)
+  argument = jnp.array(list(arguments.values()), jnp.float32)[operation]
 
   def chosen(*wanted):
     hits = [operation == names.index(name) for name in wanted]

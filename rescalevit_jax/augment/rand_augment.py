@@ -85,9 +85,8 @@ def operate(
   direction. The result is in [0, 255].
   """
   size = image.shape[:2]
-  arguments = [function(level, sign, size) for function in _ARGUMENTS.values()]
-  argument = jnp.array(arguments, jnp.float32)[operation]
-  return operations.operate(image, operation, argument, OPERATIONS, _FILL)
+  arguments = {name: f(level, sign, size) for name, f in _ARGUMENTS.items()}
+  return operations.operate(image, operation, arguments, _FILL)
 
 
 def jitter(

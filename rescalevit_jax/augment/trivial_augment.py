@@ -59,6 +59,5 @@ def operate(
 
   `sign` is -1 or 1, for operations with a direction. The result is in [0, 255].
   """
-  arguments = [function(strength, sign) for function in _ARGUMENTS.values()]
-  argument = jnp.array(arguments, jnp.float32)[operation]
-  return operations.operate(image, operation, argument, OPERATIONS)
+  arguments = {name: f(strength, sign) for name, f in _ARGUMENTS.items()}
+  return operations.operate(image, operation, arguments)
