@@ -3,15 +3,13 @@
 from typing import ClassVar
 
 import flax.linen as nn
-import numpy as np
 
 from rescalevit_jax.models.norms import batch_norm
 from rescalevit_jax.models.norms import gradual
-from rescalevit_jax.models.norms import traits
 from rescalevit_jax.models.ops import normalization
 
 
-class PRepBN(gradual.Gradual, batch_norm.BatchNorm, traits.Foldable):
+class PRepBN(gradual.Gradual, batch_norm.BatchNorm):
   """Progressive re-parameterized BatchNorm (SLAB, arXiv:2405.11582).
 
     y = lambda * LN(x) + (1 - lambda) * (BN(x) + eta * x)
@@ -50,6 +48,6 @@ class PRepBN(gradual.Gradual, batch_norm.BatchNorm, traits.Foldable):
         "PRepBN folds only when lambda is 0; take the latest checkpoint of a"
         " finished run"
       )
-    factor = params["bn_scale"] / np.sqrt(batch_stats["var"] + epsilon)
-    shift = params["bn_bias"] - factor * batch_stats["mean"]
+    own = {"scale": params["bn_scale"], "bias": params["bn_bias"]}
+    factor, shift = batch_norm.BatchNorm.as_linear(own, batch_stats, epsilon)
     return factor + params["eta"], shift
