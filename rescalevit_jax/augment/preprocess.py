@@ -16,6 +16,7 @@ from rescalevit_jax.augment import rand_augment
 from rescalevit_jax.augment import trivial_augment
 
 AUTO = ("none", "trivial", "rand")
+_TRIES = 10  # Draws of a random box.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,7 +140,6 @@ def random_box(
   width: int,
   min_area: float,
   min_aspect: float,
-  tries: int = 10,
   max_area: float = 1.0,
 ) -> Int32[Array, "4"]:
   """Draw top, left, height and width of a crop, as RandomResizedCrop does.
@@ -153,11 +153,11 @@ def random_box(
   area = (
     height
     * width
-    * jax.random.uniform(area_key, (tries,), minval=min_area, maxval=max_area)
+    * jax.random.uniform(area_key, (_TRIES,), minval=min_area, maxval=max_area)
   )
   limit = -math.log(min_aspect)
   aspect = jnp.exp(
-    jax.random.uniform(aspect_key, (tries,), minval=-limit, maxval=limit)
+    jax.random.uniform(aspect_key, (_TRIES,), minval=-limit, maxval=limit)
   )
   widths = jnp.round(jnp.sqrt(area * aspect)).astype(jnp.int32)
   heights = jnp.round(jnp.sqrt(area / aspect)).astype(jnp.int32)

@@ -132,7 +132,7 @@ def scale_by_learning_rate(
 
 
 def cap_singular_values(
-  limit: float, lr_table: groups.Table = ()
+  limit: float, lr_table: groups.Table
 ) -> optax.GradientTransformation:
   """Return a transformation that caps the blocks' kernels after the step.
 
