@@ -40,9 +40,7 @@ TIMM = {
 }
 
 
-@jax.jit
-def operate(image, operation, level, sign):
-  return rand_augment.operate(image, operation, level, sign)
+operate = jax.jit(rand_augment.operate)
 
 
 def test_operations_have_timms_order():

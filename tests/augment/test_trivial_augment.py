@@ -23,9 +23,7 @@ ENHANCERS = {
 }
 
 
-@jax.jit
-def operate(image, operation, strength, sign):
-  return trivial_augment.operate(image, operation, strength, sign)
+operate = jax.jit(trivial_augment.operate)
 
 
 def pillow(name, image, strength, sign):

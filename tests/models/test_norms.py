@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import trees
 
 from rescalevit_jax import errors
 from rescalevit_jax import models
@@ -297,12 +298,8 @@ def test_each_site_is_calibrated_after_the_previous_ones():
     num_classes=3,
     norm="Cal",
     image_size=8,
-    patch_size=4,
-    hidden_size=16,
-    mlp_dim=32,
-    num_heads=2,
-    num_layers=2,
     dropout_rate=0.0,
+    **trees.TINY,
   )
   images = np.random.default_rng(0).uniform(-1, 1, (6, 8, 8, 3))
   start = model.init(jax.random.key(0), images)

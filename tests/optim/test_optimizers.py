@@ -122,18 +122,14 @@ def matrix(name, x):
   return x.reshape(np.prod(x.shape[: INPUTS[name]]), -1)
 
 
+DEFAULTS = dict(
+  momentum=0.9, adam_b2=0.99, weight_decay=0.0, grad_norm_clip=0, agc=0.0
+)
+
+
 def last_params(params, gradients, name, **kwargs):
   """Return the flat parameters after updates with learning rates 0.1, ..."""
-  kwargs = (
-    dict(
-      momentum=0.9,
-      adam_b2=0.99,
-      weight_decay=0.0,
-      grad_norm_clip=0,
-      agc=0.0,
-    )
-    | kwargs
-  )
+  kwargs = DEFAULTS | kwargs
   made = optimizers.create(name, lambda count: 0.1 * (count + 1), **kwargs)
   params = flax.traverse_util.unflatten_dict(params, sep="/")
   params = jax.tree.map(jnp.float32, params)
@@ -311,18 +307,9 @@ def test_the_singular_values_of_frozen_kernels_are_not_capped():
 
 
 def test_without_adaptive_clipping_sgd_equals_rescalevits():
-  made = optimizers.create(
-    "sgd",
-    lambda count: 0.1,
-    momentum=0.9,
-    adam_b2=0.99,
-    weight_decay=0.1,
-    grad_norm_clip=1.0,
-    agc=0.0,
-  )
-  sgd = optimizers.sgd(
-    lambda count: 0.1, momentum=0.9, weight_decay=0.1, grad_norm_clip=1.0
-  )
+  own = {"weight_decay": 0.1, "grad_norm_clip": 1.0}
+  made = optimizers.create("sgd", lambda count: 0.1, **(DEFAULTS | own))
+  sgd = optimizers.sgd(lambda count: 0.1, momentum=0.9, **own)
   states = [jax.tree.structure(x.init(PARAMS)) for x in (made, sgd)]
   assert states[0] == states[1]  # Required to load old checkpoints.
 
@@ -410,15 +397,8 @@ def test_updates_by_learning_rate_equal_optaxs():
 @pytest.mark.parametrize("name", optimizers.OPTIMIZERS[:2])
 def test_without_weight_decay_updates_do_not_depend_on_the_parameters(name):
   params = {"kernel": jnp.full((2, 2), jnp.inf)}  # 0 * inf would be NaN.
-  optimizer = optimizers.create(
-    name,
-    lambda _: 0.1,
-    momentum=0.9,
-    adam_b2=0.999,
-    weight_decay=0.0,
-    grad_norm_clip=1.0,
-    agc=0.0,
-  )
+  settings = DEFAULTS | {"grad_norm_clip": 1.0}
+  optimizer = optimizers.create(name, lambda _: 0.1, **settings)
   grads = {"kernel": jnp.ones((2, 2))}
   updates, _ = optimizer.update(grads, optimizer.init(params), params)
   assert np.isfinite(updates["kernel"]).all()
