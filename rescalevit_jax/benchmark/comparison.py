@@ -86,15 +86,14 @@ def describe(
   for other in entries:
     if not same_but(entry["run"], other["run"], "model.norm"):
       continue
+    others = [r["images_per_second"] for r in other["rounds"]]
     if other["subject"] != "ours":
-      found[f"ratio_to_{other['subject']}"] = _ratio(rounds, other["rounds"])
+      found[f"ratio_to_{other['subject']}"] = ratio(speeds, others)
     elif other["run"].config.model.norm == "LN":
-      found["ratio_to_LN"] = _ratio(rounds, other["rounds"])
+      found["ratio_to_LN"] = ratio(speeds, others)
   return found
 
 
-def _ratio(ours, theirs):
-  return statistics.median(
-    a["images_per_second"] / b["images_per_second"]
-    for a, b in zip(ours, theirs, strict=True)
-  )
+def ratio(a: Sequence[float], b: Sequence[float]) -> float:
+  """Return the median ratio of numbers that were measured in turn."""
+  return statistics.median(x / y for x, y in zip(a, b, strict=True))

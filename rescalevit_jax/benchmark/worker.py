@@ -19,6 +19,7 @@ import numpy as np
 
 from rescalevit_jax import config as config_lib
 from rescalevit_jax.augment import preprocess
+from rescalevit_jax.benchmark import comparison
 from rescalevit_jax.benchmark import memory
 from rescalevit_jax.benchmark import peers
 from rescalevit_jax.data import loader
@@ -93,7 +94,7 @@ def measure_ours(
   return {
     **summary(real_times, config.batch),
     "resident_step_seconds": statistics.median(resident_times),
-    "input_ratio": ratio(real_times, resident_times),
+    "input_ratio": comparison.ratio(real_times, resident_times),
     "eval_images_per_second": count / statistics.median(eval_times),
     "compile_seconds": seconds,
     "memory_bytes": memory.used(compiled),
@@ -139,14 +140,16 @@ def _diagnostics(experiment, step, seconds):
   plain, measured, sharp = time_laps(
     [lambda n: run(n, False), lambda n: run(n, True), sharpness], seconds
   )
-  measurement, sharp = ratio(measured, plain) - 1, ratio(sharp, plain)
+  measurement = comparison.ratio(measured, plain) - 1
+  sharpness_steps = comparison.ratio(sharp, plain)
   every, sharpness_every = config.diagnostics_every, diagnostics.SHARPNESS_EVERY
   return {
     "diagnostics_every": every,
     "sharpness_every": sharpness_every,
     "measurement_steps": measurement,
-    "sharpness_steps": sharp,
-    "diagnostics_share": (measurement + sharp / sharpness_every) / every,
+    "sharpness_steps": sharpness_steps,
+    "diagnostics_share": (measurement + sharpness_steps / sharpness_every)
+    / every,
   }
 
 
@@ -227,11 +230,6 @@ def summary(times: list[float], batch: int) -> dict[str, float]:
     "laps": len(times),
     "images_per_second": batch / median,
   }
-
-
-def ratio(a: list[float], b: list[float]) -> float:
-  """Return the median ratio of laps that are adjacent in time."""
-  return statistics.median(x / y for x, y in zip(a, b, strict=True))
 
 
 def matmul_flops_per_second(dtype: Any) -> float:
