@@ -370,16 +370,13 @@ def test_results_other_than_a_json_object_are_refused(session, tmp_path, name):
     session(1000)
 
 
+def check_of(norm, attention):
+  """Return an item in float32."""
+  return dict(kind="check", norm=norm, dtype="float32", attention=attention)
+
+
 def test_an_item_that_fails_does_not_stop_the_next(monkeypatch):
-  items = {
-    norm: {
-      "kind": "check",
-      "norm": norm,
-      "dtype": "float32",
-      "attention": "cudnn",
-    }
-    for norm in ("LN", "BN")
-  }
+  items = {norm: check_of(norm, "cudnn") for norm in ("LN", "BN")}
   config, found = config_lib.default(), {}
   norm_steps.run(config, items, 600.0, 600.0, found.__setitem__)
   assert list(found) == ["LN", "BN"]
@@ -390,14 +387,8 @@ def test_an_item_that_fails_does_not_stop_the_next(monkeypatch):
 
 
 def test_a_hanging_item_is_killed():
-  item = {
-    "kind": "check",
-    "norm": "LN",
-    "dtype": "float32",
-    "attention": "auto",
-  }
-  found = {}
-  norm_steps.run(config_lib.default(), {"a": item}, 9.0, 0.5, found.__setitem__)
+  items, found = {"a": check_of("LN", "auto")}, {}
+  norm_steps.run(config_lib.default(), items, 9.0, 0.5, found.__setitem__)
   assert found == {"a": {"error": norm_steps.OUT_OF_TIME}}
 
 
