@@ -4,7 +4,7 @@ Reports for each config and GPU the memory of a step, kernels, bytes, FLOPs and
 a lower bound of the step time. Nothing is executed.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 import importlib.metadata
 import logging
 import os
@@ -40,8 +40,10 @@ def forecast(
   *,
   devices: int,
   with_peer: bool,
-) -> dict[str, Any]:
-  """Compile every run for every GPU; return the content of compiled.json.
+) -> Iterator[dict[str, Any]]:
+  """Compile every run for every GPU.
+
+  Yield the content of compiled.json after each program.
 
   Args:
     runs: the runs.
@@ -62,7 +64,14 @@ def forecast(
     if subject == "ours" or comparison.is_first(run, runs)
   ]
   configs = [run.config for run in runs]
-  rows, start = [], time.monotonic()
+  rows: list[dict[str, Any]] = []
+  report = {
+    "versions": {name: importlib.metadata.version(name) for name in _PACKAGES},
+    "devices": devices,
+    "memory_share": _memory_share(),
+    "rows": rows,
+  }
+  start = time.monotonic()
   for i, (gpu, config, subject) in enumerate(jobs, 1):
     row = _compile(gpu, config, subject, devices)
     row["settings"] = comparison.settings(config, configs)
@@ -77,12 +86,7 @@ def forecast(
       row["step_seconds"] * 1e3,
       terminal.duration((time.monotonic() - start) / i * (len(jobs) - i)),
     )
-  return {
-    "versions": {name: importlib.metadata.version(name) for name in _PACKAGES},
-    "devices": devices,
-    "memory_share": _memory_share(),
-    "rows": rows,
-  }
+    yield report
 
 
 def _memory_share() -> float:
@@ -197,6 +201,8 @@ def largest_batch(
     return small if small < batch and needed(small) <= limit else None
   at_small, at_large = needed(small), needed(large)
   slope = (at_large - at_small) / (large - small)
+  if slope <= 0:
+    return None
   guess = small + int((limit - at_small) / slope / unit) * unit
   guess = min(guess, (batch - 1) // unit * unit)
   while guess > 0:

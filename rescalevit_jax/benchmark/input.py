@@ -52,12 +52,14 @@ def main(argv: Sequence[str] | None = None) -> int:
   parser = cli.parser(__doc__)
   parser.add_argument(
     "--records",
-    type=lambda text: [int(n) for n in text.split(",")],
+    type=lambda text: [cli.positive(n) for n in text.split(",")],
     default=[10_000, 100_000, 1_000_000, 10_000_000],
     metavar="N,N",
     help="sizes of the datasets (default: 10 thousand to 10 million)",
   )
-  parser.add_argument("--batch", type=int, default=128, help="default: 128")
+  parser.add_argument(
+    "--batch", type=cli.positive, default=128, help="default: 128"
+  )
   parser.add_argument(
     "--scratch", help="temporary folder for the datasets, 0.4 KB per record"
   )

@@ -24,6 +24,7 @@ loss is off.
 """
 
 from collections.abc import Sequence
+import math
 import os
 import pathlib
 import signal
@@ -103,9 +104,9 @@ def _run(args):
       raise errors.UserError(
         f"--stages: unknown {stage!r}; {errors.nearest(stage, STAGES)}"
       )
-  if not args.minutes > 0:
+  if not 0 < args.minutes < math.inf:
     raise errors.UserError(
-      f"--minutes: {args.minutes:g} is not positive; raise it"
+      f"--minutes: {args.minutes:g} is not a number above 0; give minutes"
     )
   os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # One GPU, as for peers.
   if args.rehearse or args.record_reference:

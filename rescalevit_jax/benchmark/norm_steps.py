@@ -26,6 +26,7 @@ import numpy as np
 
 from rescalevit_jax import config as config_lib
 from rescalevit_jax import errors
+from rescalevit_jax.benchmark import machine
 from rescalevit_jax.benchmark import memory
 from rescalevit_jax.benchmark import worker
 from rescalevit_jax.distributed import sharding
@@ -108,6 +109,7 @@ def run(
       tempfile.TemporaryFile("w+") as log,
       subprocess.Popen(
         die_with_parent.wrap(command),
+        env=machine.environment(),
         stdout=subprocess.PIPE,
         stderr=log,
         text=True,

@@ -29,7 +29,7 @@ _NOT_IN_PEERS = (
   *("model.residual", "model.qk_norm", "model.sigma_reparam"),
   "model.logit_cap",
   *("model.norm_position", "model.norm_depth_scaling", "model.embedding_norm"),
-  "model.representation_size",
+  *("model.representation_size", "model.gelu"),
 )
 
 
@@ -214,7 +214,7 @@ def model_of(config: Any) -> nn.Module:
     num_classes=_CLASSES,
     image_size=config.image_size,
     dtype=config.dtype,
-    **{**config.model, "norm": "LN"},
+    **{**config.model, "norm": "LN", "alpha_init": None},
   )
 
 

@@ -108,6 +108,10 @@ def _run(args):
     raise errors.UserError(
       f"--devices: {args.devices} is less than 1; raise it"
     )
+  if args.devices > 1 and not args.compile_for:
+    raise errors.UserError(
+      "--devices: applies to compiled programs only; add --compile_for"
+    )
   if args.rounds < 1 or not args.seconds > 0 or args.eval_images < 1:
     raise errors.UserError(
       "--rounds, --seconds, --eval_images: each must be > 0; raise it"
@@ -129,16 +133,22 @@ def _run(args):
   args.output.mkdir(parents=True, exist_ok=True)  # Report errors early.
   report = {"command": _command(args)}
   if targets:
-    report |= forecast.forecast(
+    for found in forecast.forecast(
       runs, targets, devices=args.devices, with_peer=args.peer
-    )
-    name, text = "compiled", forecast.markdown(report)
+    ):
+      report |= found
+      text = forecast.markdown(report)
+      _write(args.output / "compiled", report, text)
   else:
     report |= _measure(runs, args)
-    name, text = "benchmark", report_lib.markdown(report)
-  atomic_file.write_json(args.output / f"{name}.json", report)
-  atomic_file.write(args.output / f"{name}.md", text)
+    text = report_lib.markdown(report)
+    _write(args.output / "benchmark", report, text)
   print(text)
+
+
+def _write(path, report, text):
+  atomic_file.write_json(path.with_suffix(".json"), report)
+  atomic_file.write(path.with_suffix(".md"), text)
 
 
 def _measure(runs, args):

@@ -49,7 +49,8 @@ class PlannedRun:
     from rescalevit_jax.training import experiment
 
     config = self.config.copy_and_resolve_references()
-    config.dtype = "float32"  # "auto" would initialize the devices.
+    # "auto" would initialize the devices; cuDNN has no float32.
+    config.dtype, config.model.attention = "float32", "xla"
     try:
       model = experiment.create_model(config, 1)
     except errors.UserError as e:

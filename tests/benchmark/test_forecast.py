@@ -9,6 +9,28 @@ import tiny_gpu
 
 from rescalevit_jax.benchmark import forecast
 from rescalevit_jax.benchmark import gpus
+from rescalevit_jax.benchmark import speed
+
+ROW = {
+  "gpu_title": "NVIDIA L4",
+  "subject": "ours",
+  "norm": "LN",
+  "settings": {"model.remat": True},
+  "model": "ViT-B_16",
+  "image_size": 224,
+  "batch": 128,
+  "dtype": "bfloat16",
+  "attention": "cudnn",
+  "memory_bytes": 9.876e9,
+  "fits": True,
+  "kernels": 1583,
+  "launches": 2,
+  "gemms": 223,
+  "traffic_bytes": 80.94e9,
+  "flops": 12.9e12,
+  "step_seconds": 0.02921,
+  "images_per_second": 4381.6,
+}
 
 
 def run(*args, **env):
@@ -53,6 +75,21 @@ def test_memory_and_lower_bound_are_reported(tmp_path):
   assert row["flops"] > 0 and row["traffic_bytes"] > 0
   assert "2 GPUs; figures are per GPU" in text and "| yes |" in text
   assert "1/1" in log and "ETA" in log
+
+
+def test_an_interrupted_command_keeps_finished_rows(tmp_path, monkeypatch):
+  kernels = iter([10, 20])
+
+  def compile_two(*args):
+    if (count := next(kernels, None)) is None:
+      raise KeyboardInterrupt
+    return {**ROW, "kernels": count}
+
+  monkeypatch.setattr(forecast, "_compile", compile_two)
+  flags = ["--config=configs/quickstart.py", "--compile_for=h100,a100-40,t4"]
+  assert speed.main([*flags, f"--output={tmp_path}"]) != 0
+  rows = json.loads((tmp_path / "compiled.json").read_text())["rows"]
+  assert [row["kernels"] for row in rows] == [10, 20]
 
 
 @pytest.mark.slow
@@ -118,6 +155,7 @@ def affine(a, b):
     (200, 1, 128, 1, 100, None),  # The parameters alone exceed the limit.
     (10, 1, 2, 1, 11, 1),
     (10, 1, 1, 1, 10, None),
+    (200, 0, 128, 1, 100, None),
   ],
 )
 def test_largest_batch(a, b, batch, divisor, limit, expected):
@@ -135,35 +173,15 @@ def test_largest_batch_is_corrected_if_memory_is_not_affine():
 
 
 def test_table_has_three_significant_digits():
-  row = {
-    "gpu_title": "NVIDIA L4",
-    "subject": "ours",
-    "norm": "LN",
-    "settings": {"model.remat": True},
-    "model": "ViT-B_16",
-    "image_size": 224,
-    "batch": 128,
-    "dtype": "bfloat16",
-    "attention": "cudnn",
-    "memory_bytes": 9.876e9,
-    "fits": True,
-    "kernels": 1583,
-    "launches": 2,
-    "gemms": 223,
-    "traffic_bytes": 80.94e9,
-    "flops": 12.9e12,
-    "step_seconds": 0.02921,
-    "images_per_second": 4381.6,
-  }
   report = {
     "command": "c",
     "versions": {"jax": "1"},
     "devices": 1,
     "memory_share": 0.75,
-    "rows": [row],
+    "rows": [ROW],
   }
   text = forecast.markdown(report)
-  older = {k: v for k, v in row.items() if k != "launches"}
+  older = {k: v for k, v in ROW.items() if k != "launches"}
   assert forecast.markdown({**report, "rows": [older]}) == text.replace(
     "| 2 |", "|  |"
   )

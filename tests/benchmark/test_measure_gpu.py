@@ -406,6 +406,7 @@ def test_losses_are_compared_with_the_reference():
     ("grad_norm", 1.009, True),
     ("grad_norm", 0.989, False),
     ("loss", float("nan"), False),
+    ("eval_loss", float("nan"), False),
   ):
     found = {**reference, key: factor * reference[key]}
     result = measure_report.compare(found, reference, "bfloat16")
@@ -479,6 +480,7 @@ assert subprocess_run.saved_step(run.workdir) > 20
   [
     (["--stages=nrms"], "did you mean norms?"),
     (["--minutes=0"], "--minutes"),
+    (["--minutes=inf"], "--minutes"),
     (["--rehearse", "--bounds=BOUNDS"], "compiled.json"),
     ([], "JAX sees no GPU"),
   ],

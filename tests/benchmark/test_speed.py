@@ -13,6 +13,7 @@ import tiny_sweep
 from rescalevit_jax import config as config_lib
 from rescalevit_jax import errors
 from rescalevit_jax.benchmark import comparison
+from rescalevit_jax.benchmark import input as input_benchmark
 from rescalevit_jax.benchmark import peers
 from rescalevit_jax.benchmark import run_worker
 from rescalevit_jax.benchmark import worker
@@ -167,12 +168,26 @@ def test_distinctive_settings_are_listed():
   assert comparison.settings(c, [a, c]) == {}
 
 
+def test_the_model_of_a_peer_has_no_keys_of_another_norm():
+  config = config_lib.default()
+  config.model.norm, config.model.alpha_init = "DyT", "0.7"
+  assert peers.model_of(config).config.norm == "LN"
+
+
+@pytest.mark.parametrize("flag", ["--batch=0", "--records=10,0"])
+def test_input_benchmark_refuses_zero(flag, capsys):
+  with pytest.raises(SystemExit):
+    input_benchmark.main([flag])
+  assert "error: argument" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
   "flags, words",
   [
     (["--grid=nrom=LN"], "nrom"),
     (["--rounds=0"], "--rounds"),
     (["--same_malloc"], "--same_malloc"),
+    (["--devices=2"], "--compile_for"),
     (["--seconds=nan"], "--seconds"),
     (["--output=README.md"], "README.md"),
     (["--set=dataset=nothing", "--no_start"], "nothing"),

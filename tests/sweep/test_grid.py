@@ -220,3 +220,11 @@ def test_invalid_arguments_of_original_config_are_errors(reference, words):
     plan(configs=(f"{ORIGINAL}:{reference}",))
   for word in words:
     assert word in str(e.value)
+
+
+def test_flops_of_models_with_cudnn_are_known():
+  cudnn, plain = (
+    plan(settings=(f"model.attention={x}", "dtype=bfloat16"))[0]
+    for x in ("cudnn", "xla")
+  )
+  assert cudnn.step_flops == plain.step_flops > 0
