@@ -6,7 +6,6 @@ A table stands between `<!-- keys: PATTERN ... -->` and `<!-- end -->` and has
 the keys whose names match one of the patterns. A page shows each key once.
 """
 
-import argparse
 from collections.abc import Sequence
 import fnmatch
 import pathlib
@@ -25,9 +24,7 @@ _ROW = "| `{name}` | `{default}` | {meaning} |"
 
 def main(argv: Sequence[str] | None = None) -> int:
   """Update the page; return the exit code."""
-  parser = argparse.ArgumentParser(
-    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-  )
+  parser = cli.parser(__doc__)
   parser.add_argument("page", type=pathlib.Path)
   page = parser.parse_args(argv).page
   return cli.run(lambda: _update(page))
