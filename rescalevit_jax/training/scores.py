@@ -1,9 +1,7 @@
 """Scores of a classifier, from its logits on a whole split."""
 
 from collections.abc import Mapping, Sequence
-import csv
 import dataclasses
-import io
 import math
 import pathlib
 import re
@@ -15,6 +13,7 @@ import numpy as np
 from rescalevit_jax import errors
 from rescalevit_jax.runs import folder
 from rescalevit_jax.runtime import atomic_file
+from rescalevit_jax.runtime import csv_text
 
 _CALIBRATION_BINS = 15
 _MOST_CONFUSED = 2000  # Classes of a confusion matrix: an 8 MB file.
@@ -73,21 +72,17 @@ class Evaluation:
     """
     atomic_file.write_json(workdir / folder.EVALUATION, self.summary)
     if len(self.class_names) <= _MOST_CONFUSED:
-      self._write_confusion(workdir / folder.CONFUSION)
+      counts = confusion_matrix(self.logits, self.labels)
+      rows = [
+        [name, *row] for name, row in zip(self.class_names, counts, strict=True)
+      ]
+      table = csv_text.table([["label", *self.class_names], *rows])
+      atomic_file.write(workdir / folder.CONFUSION, table)
     if save_predictions:
       with atomic_file.replacing(workdir / folder.PREDICTIONS) as f:
         np.savez(f, logits=self.logits, labels=self.labels)
     else:
       (workdir / folder.PREDICTIONS).unlink(missing_ok=True)
-
-  def _write_confusion(self, path):
-    table = io.StringIO()
-    writer = csv.writer(table, lineterminator="\n")
-    writer.writerow(["label", *self.class_names])
-    counts = confusion_matrix(self.logits, self.labels)
-    for name, row in zip(self.class_names, counts, strict=True):
-      writer.writerow([name, *row])
-    atomic_file.write(path, table.getvalue())
 
 
 def of_suite(summaries: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
