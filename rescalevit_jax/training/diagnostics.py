@@ -32,6 +32,7 @@ from rescalevit_jax.training import jacobian as jacobian_lib
 from rescalevit_jax.training import measurements
 from rescalevit_jax.training import sharpness as sharpness_lib
 from rescalevit_jax.training import train_state
+from rescalevit_jax.training import train_step as train_step_lib
 
 PREFIX = "diagnostics/"
 PROBE_IMAGES = 64
@@ -47,13 +48,6 @@ class CompiledDiagnostics:
     shardings = experiment.shardings()
     options = experiment.gradient_options()
 
-    def before_step(state, images, labels, seed, probe):
-      found = measurements.before_step(
-        state, images, labels, seed, probe, gradient_options=options
-      )
-      # The step donates the state.
-      return found, jax.tree.map(jnp.copy, state.params)
-
     def inputs(state, probe):
       gather = options.get("gather", lambda params: params)
       return (
@@ -61,6 +55,20 @@ class CompiledDiagnostics:
         state.batch_stats,
         preprocess.prepare(probe, config.image_size),
       )
+
+    def before_step(state, images, labels, seed, probe):
+      _, grads, _, _ = train_step_lib.gradient(
+        state, images, labels, seed, **options
+      )
+      params, batch_stats, x = inputs(state, probe)
+      variables = {"params": params, "batch_stats": batch_stats}
+      found = (
+        measurements.gradient_norms(grads)
+        | measurements.scalars(state.params)
+        | measurements.forward(model, variables, x)
+      )
+      # The step donates the state.
+      return found, jax.tree.map(jnp.copy, state.params)
 
     def sharpness(state, seed, probe, labels):
       return sharpness_lib.sharpness(
@@ -104,7 +112,15 @@ class CompiledDiagnostics:
   def before_step(
     self, state: train_state.TrainState, images: jax.Array, labels: jax.Array
   ) -> tuple[dict[str, jax.Array], Any]:
-    """Return `measurements.before_step` and a copy of the parameters."""
+    """Measure the gradient of the next step and the residual stream before it.
+
+    The state's weights, not their averages, are measured. The gradient of the
+    step is computed a second time.
+
+    Returns:
+      The results of `measurements.gradient_norms`, `scalars` and `forward`, and
+      a copy of the parameters.
+    """
     return self._before_step(state, images, labels, self._seed, self._probe)
 
   def jacobian(self, state: train_state.TrainState) -> dict[str, jax.Array]:

@@ -13,17 +13,14 @@ from flax import linen as nn
 from flax import traverse_util
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float32, Int32, UInt8
+from jaxtyping import Array, Float32
 import numpy as np
 
-from rescalevit_jax.augment import preprocess
 from rescalevit_jax.models import norms
 from rescalevit_jax.models import residuals
 from rescalevit_jax.models import vit
 from rescalevit_jax.models.norms import traits
 from rescalevit_jax.optim import groups
-from rescalevit_jax.training import train_state
-from rescalevit_jax.training import train_step
 
 _SITES = {"0": "attention", "2": "mlp"}  # By the numbers of modules.
 _RESIDUAL_SLOTS = {R.SLOT for R in residuals.RESIDUALS.values() if R.SLOT}
@@ -56,38 +53,6 @@ def by_name(
     for part, value in zip(parts(num_layers)[first:], values, strict=False):
       numbers[f"{part}/{quantity}"] = float(value)
   return {key: x for key, x in numbers.items() if np.isfinite(x)}
-
-
-def before_step(
-  state: train_state.TrainState,
-  images: UInt8[Array, "A B H W 3"],
-  labels: Int32[Array, "A B"],
-  seed: int | jax.Array,
-  probe: UInt8[Array, "M H W 3"],
-  *,
-  gradient_options: Mapping[str, Any],
-) -> dict[str, jax.Array]:
-  """Measure the gradient of the next step and the residual stream before it.
-
-  The state's weights, not their averages, are measured. The gradient of the
-  step is computed a second time. The residual stream is measured on `probe`.
-
-  Returns:
-    The results of `gradient_norms`, `scalars` and `forward`.
-  """
-  _, grads, _, _ = train_step.gradient(
-    state, images, labels, seed, **gradient_options
-  )
-  gather = gradient_options.get("gather", lambda params: params)
-  return (
-    gradient_norms(grads)
-    | scalars(state.params)
-    | forward(
-      gradient_options["model"],
-      {"params": gather(state.params), "batch_stats": state.batch_stats},
-      preprocess.prepare(probe, gradient_options["image_size"]),
-    )
-  )
 
 
 def after_step(before: Any, after: Any) -> dict[str, jax.Array]:
