@@ -46,7 +46,6 @@ def create(
   *,
   images_per_second: float,
   parameters: int,
-  dtype: str,
 ) -> dict[str, Any]:
   """Return the result of a finished run; `evaluation` is from eval.json."""
   return {
@@ -62,7 +61,7 @@ def create(
     "seconds": progress.seconds,
     "skipped_steps": progress.skipped_steps,
     "parameters": parameters,
-    "dtype": dtype,
+    "dtype": progress.dtype,
     "versions": {
       "python": platform.python_version(),
       **{

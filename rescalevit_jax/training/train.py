@@ -129,7 +129,6 @@ def _train_and_evaluate(config, workdir, folder, draw_attention):
       progress.timed_steps, progress.timed_seconds, config.batch
     ),
     parameters=parameters,
-    dtype=progress.dtype,
   )
   result_lib.write(folder, result)
   _log.info("finished: %s; see %s", result_lib.accuracies(result), workdir)
