@@ -53,9 +53,8 @@ class Timer:
       speed = f"  {rate:.{0 if rate >= 10 else 2}f} images/s"
     if self._step > self._first_step:
       pace = (now - self._start) / (self._step - self._first_step)
-      eta = (
-        f"  ETA {terminal.duration(pace * (self._total_steps - self._step))}"
-      )
+      left = pace * (self._total_steps - self._step)
+      eta = f"  ETA {terminal.duration(left)}"
     _log.info(
       "step %d/%d  loss %.4f  lr %.5f%s%s",
       self._step,
@@ -108,20 +107,17 @@ def warn_of_long_run(
   if total / (share * _SLOW_DEVICE) < _LONG_RUN_SECONDS:
     return  # Measuring takes 0.1 s, before the first step.
   rate = share * _matmul_flops_per_second(model.config.dtype)
-  step_seconds = forward * images / rate
-  eval_seconds = forward * eval_images / rate
-  seconds = total / rate
-  if seconds > _LONG_RUN_SECONDS:
+  if total / rate > _LONG_RUN_SECONDS:
     _log.warning(
-      "estimated run time: %s on %d x %s (%s for each of %d steps of %d images,"
-      " %s for each of %d evaluations)",
-      terminal.duration(seconds),
+      "estimated run time: %s on %d x %s (%.2g s for each of %d steps of %d"
+      " images, %s for each of %d evaluations)",
+      terminal.duration(total / rate),
       jax.device_count(),
       jax.devices()[0].device_kind,
-      f"{step_seconds:.2g} s",
+      forward * images / rate,
       steps,
       batch,
-      terminal.duration(eval_seconds),
+      terminal.duration(forward * eval_images / rate),
       evaluations,
     )
 
