@@ -135,14 +135,12 @@ class Trainer:
     )
     self._finish_step()
     progress.step, self._metrics = step, metrics
-    if step == self._first_step:
+    if step in (self._first_step, self._recompiled):
       jax.block_until_ready(metrics)
-      seconds = time.monotonic() - self._started
-      _log.info("first step done after %.1f s", seconds)
-      self._writer.open()
-      self._timer.first_step_done(step)
-    elif step == self._recompiled:
-      jax.block_until_ready(metrics)
+      if step == self._first_step:
+        seconds = time.monotonic() - self._started
+        _log.info("first step done after %.1f s", seconds)
+        self._writer.open()
       self._timer.first_step_done(step)
 
   def _finish_step(self):
