@@ -9,8 +9,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float32, Int32
 import optax
 
-ITERATIONS = 10
-
 
 def sharpness(
   params: Any,
@@ -20,7 +18,7 @@ def sharpness(
   seed: int | jax.Array,
   *,
   model: nn.Module,
-  iterations: int = ITERATIONS,
+  iterations: int = 10,
 ) -> dict[str, jax.Array]:
   """Estimate the sharpness of the loss by power iteration.
 
