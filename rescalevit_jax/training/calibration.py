@@ -71,12 +71,10 @@ def measure(
 
   `measured` is the collection `traits.CALIBRATION` of earlier batches.
   """
-  crop_keys, dropout_keys, mixing_keys = train_step.random_keys(
-    seed, step, images.shape[:2]
-  )
+  keys = train_step.random_keys(seed, step, labels.shape)
 
   def micro_step(collections, micro_batch):
-    images, labels, crop_keys, mixing_keys, dropout_key = micro_batch
+    images, labels, crop_keys, dropout_key, mixing_keys = micro_batch
     x = preprocess.prepare_random(crop_keys, images, image_size, augment)
     x, _ = mixing_lib.mix(
       mixing_keys, x, labels, model.config.num_classes, mixing
@@ -85,7 +83,7 @@ def measure(
     return tuple(new.get(name, {}) for name in _COLLECTIONS), None
 
   collections = (params, batch_stats, measured)
-  micro_batches = (images, labels, crop_keys, mixing_keys, dropout_keys)
+  micro_batches = (images, labels, *keys)
   return jax.lax.scan(micro_step, collections, micro_batches)[0]
 
 

@@ -71,13 +71,12 @@ def gradient(
   With SAM, loss and statistics are from the first of two gradients. Both use
   the same batch, augmentation and dropout.
   """
-  crop_keys, dropout_keys, mixing_keys = random_keys(
-    seed, state.step + 1, labels.shape
-  )
+  keys = random_keys(seed, state.step + 1, labels.shape)
+  micro_batches = (images, labels, *keys)
 
   def micro_step(params, carry, micro_batch):
     batch_stats, loss_scale, sums = carry
-    images, labels, crop_keys, mixing_keys, dropout_key = micro_batch
+    images, labels, crop_keys, dropout_key, mixing_keys = micro_batch
     x = preprocess.prepare_random(crop_keys, images, image_size, augment)
     x, labels = mixing_lib.mix(
       mixing_keys, x, labels, model.config.num_classes, mixing
@@ -104,7 +103,6 @@ def gradient(
       (jnp.zeros(()), jax.tree.map(jnp.zeros_like, params)),
     )
     step = functools.partial(micro_step, params)
-    micro_batches = (images, labels, crop_keys, mixing_keys, dropout_keys)
     if len(labels) == 1:  # Without a loop, XLA optimizes better.
       carry, _ = step(carry, jax.tree.map(lambda x: x[0], micro_batches))
     else:
