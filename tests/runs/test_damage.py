@@ -6,17 +6,18 @@ import logging
 import os
 import shutil
 
+import interruption
 import jax
 import numpy as np
 import program_cache
 import pytest
+import small_run
 
 from rescalevit_jax import errors
 from rescalevit_jax.runs import checkpoint
 from rescalevit_jax.runs import checkpoint_folders
 from rescalevit_jax.runs import folder as folder_lib
 from rescalevit_jax.training import train
-from rescalevit_jax.training import trainer
 
 
 def _truncate(path):
@@ -48,22 +49,11 @@ def whole(digits_dir, default_run, tmp_path_factory):
 
   The killed run has checkpoints of steps 4 and 8, and a best checkpoint.
   """
-  import small_run
-
   folder = tmp_path_factory.mktemp("whole")
   config = small_run.config(digits_dir)
   (folder / "finished").symlink_to(default_run)
-  real = trainer.Trainer._step
-  with pytest.MonkeyPatch.context() as patch:
-
-    def step(self, *batch):
-      real(self, *batch)
-      if self._progress.step == 11:
-        raise InterruptedError
-
-    patch.setattr(trainer.Trainer, "_step", step)
-    with pytest.raises(InterruptedError):
-      train.train_and_evaluate(config, folder / "killed")
+  with interruption.after_step(11):
+    train.train_and_evaluate(config, folder / "killed")
   assert folder_lib.saved_steps(folder / "killed", "last") == [4, 8]
   return folder
 

@@ -3,6 +3,7 @@
 import json
 import math
 
+import interruption
 import jax
 import numpy as np
 import program_cache
@@ -16,7 +17,6 @@ from rescalevit_jax.training import diagnostics
 from rescalevit_jax.training import experiment
 from rescalevit_jax.training import measurements
 from rescalevit_jax.training import train
-from rescalevit_jax.training import trainer
 
 
 @pytest.fixture(scope="module")
@@ -32,12 +32,6 @@ def runs(tmp_path_factory, module_config):
   config.grad_norm_clip = 0.23
   config.progress_every = 1
   config.total_steps = 9
-  real = trainer.Trainer._step
-
-  def killed(self, *batch):
-    real(self, *batch)
-    if self._progress.step == 7:  # The last checkpoint is of step 4.
-      raise InterruptedError
 
   def missing():
     raise errors.UserError("TensorFlow would only take time")
@@ -47,10 +41,8 @@ def runs(tmp_path_factory, module_config):
     train.train_and_evaluate(config, folder / "without")
     config.diagnostics_every = 3
     train.train_and_evaluate(config, folder / "with")
-    with pytest.MonkeyPatch.context() as killing:
-      killing.setattr(trainer.Trainer, "_step", killed)
-      with pytest.raises(InterruptedError):
-        train.train_and_evaluate(config, folder / "killed")
+    with interruption.after_step(7):  # The last checkpoint is of step 4.
+      train.train_and_evaluate(config, folder / "killed")
     train.train_and_evaluate(config, folder / "killed")
   return folder, config
 

@@ -5,6 +5,7 @@ import json
 import math
 import shutil
 
+import interruption
 import jax
 import numpy as np
 import program_cache
@@ -52,25 +53,6 @@ def assert_same_run(a, b):
 def programs():
   with program_cache.shared():
     yield
-
-
-@pytest.fixture
-def stop_at(monkeypatch):
-  """Return a function that simulates a signal during a given step."""
-
-  def arrange(step_number, times=1):
-    real = trainer.Trainer._step
-    left = [times]
-
-    def stopping(self, *batch):
-      real(self, *batch)
-      if self._progress.step == step_number and left[0]:
-        left[0] -= 1
-        raise InterruptedError
-
-    monkeypatch.setattr(trainer.Trainer, "_step", stopping)
-
-  return arrange
 
 
 def test_run_writes_the_documented_files(default_run):
@@ -168,7 +150,7 @@ def test_step_time_excludes_startup_evaluation_and_diagnostics(
   ],
 )
 def test_resumed_run_equals_an_uninterrupted_run(
-  tiny_config, tmp_path, stop_at, norm, options, stops
+  tiny_config, tmp_path, norm, options, stops
 ):
   tiny_config.model.norm = norm
   tiny_config.model.update(options)
@@ -176,8 +158,7 @@ def test_resumed_run_equals_an_uninterrupted_run(
   tiny_config.accum_steps = 1 if norm in ("LN", "GN", "Derf") else 3
   train.train_and_evaluate(tiny_config, tmp_path / "a")
   for step_number in stops:
-    stop_at(step_number)
-    with pytest.raises(InterruptedError):
+    with interruption.after_step(step_number):
       train.train_and_evaluate(tiny_config, tmp_path / "b")
   train.train_and_evaluate(tiny_config, tmp_path / "b")
   assert_same_run(tmp_path / "a", tmp_path / "b")
@@ -192,13 +173,12 @@ def test_resumed_run_equals_an_uninterrupted_run(
   ],
 )
 def test_resumed_run_of_any_recipe_equals_an_uninterrupted_run(
-  tiny_config, tmp_path, stop_at, norm, recipe
+  tiny_config, tmp_path, norm, recipe
 ):
   tiny_config.model.norm = norm
   tiny_config.update_from_flattened_dict(recipes.RECIPES[recipe])
   train.train_and_evaluate(tiny_config, tmp_path / "a")
-  stop_at(7)
-  with pytest.raises(InterruptedError):
+  with interruption.after_step(7):
     train.train_and_evaluate(tiny_config, tmp_path / "b")
   train.train_and_evaluate(tiny_config, tmp_path / "b")
   assert_same_run(tmp_path / "a", tmp_path / "b")
@@ -213,10 +193,9 @@ def test_resumed_run_of_any_recipe_equals_an_uninterrupted_run(
 
 
 def test_incomplete_line_of_metrics_is_rewritten(
-  tiny_config, default_run, tmp_path, stop_at
+  tiny_config, default_run, tmp_path
 ):
-  stop_at(9)
-  with pytest.raises(InterruptedError):
+  with interruption.after_step(9):
     train.train_and_evaluate(tiny_config, tmp_path / "b")
   with open(tmp_path / "b" / "metrics.jsonl", "a", encoding="utf-8") as f:
     f.write('{"step": 9, "train/lo')
@@ -244,7 +223,7 @@ def test_a_signal_during_evaluation_saves_and_evaluates_later(
 
 
 def test_postponed_evaluation_is_written_once(
-  tiny_config, default_run, tmp_path, monkeypatch, stop_at
+  tiny_config, default_run, tmp_path, monkeypatch
 ):
   with monkeypatch.context() as patch:
     patch.setattr(evaluate.Evaluator, "__call__", lambda *args: stop_now())
@@ -256,8 +235,7 @@ def test_postponed_evaluation_is_written_once(
     patch.setattr(train.preemption, "StopSignal", lambda: stop)
     train.train_and_evaluate(tiny_config, tmp_path / "b")
   # Saved at step 5 without evaluation; evaluated now and again after a crash.
-  stop_at(7)
-  with pytest.raises(InterruptedError):
+  with interruption.after_step(7):
     train.train_and_evaluate(tiny_config, tmp_path / "b")
   assert 5 in [x["step"] for x in lines(tmp_path / "b") if "test/loss" in x]
   train.train_and_evaluate(tiny_config, tmp_path / "b")
@@ -436,11 +414,8 @@ def test_a_folder_without_its_config_is_refused(
     evaluate_run.evaluate_run(tiny_config, tmp_path)
 
 
-def test_a_run_that_saved_nothing_may_change_its_config(
-  tiny_config, tmp_path, stop_at
-):
-  stop_at(2)
-  with pytest.raises(InterruptedError):
+def test_a_run_that_saved_nothing_may_change_its_config(tiny_config, tmp_path):
+  with interruption.after_step(2):
     train.train_and_evaluate(tiny_config, tmp_path)
   tiny_config.seed = 5
   train.train_and_evaluate(tiny_config, tmp_path)
