@@ -60,14 +60,7 @@ def create_evaluator(model, images, labels, batch=5):
 @pytest.mark.parametrize("batch", [1, 5, 8, 22, 23, 24, 1000])
 def test_any_batch_counts_every_example_once(setting, batch):
   model, variables, images, labels, logits = setting
-  mesh = sharding.create_mesh()
-  result = evaluate.Evaluator(
-    model,
-    loader.Loader(resident.Split(images, labels), mesh),
-    image_size=8,
-    batch=batch,
-    mesh=mesh,
-  )(variables["params"], variables["batch_stats"])
+  result = create_evaluator(model, images, labels, batch)(**variables)
   losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
   assert result.examples == 23
   assert result.accuracy == (logits.argmax(-1) == labels).sum() / 23
@@ -78,12 +71,7 @@ def test_evaluation_stops_on_request(setting):
   model, variables, images, labels, _ = setting
   evaluator = create_evaluator(model, images, labels)
   asked = iter([False, False, True])
-  assert (
-    evaluator(
-      variables["params"], variables["batch_stats"], lambda: next(asked)
-    )
-    is None
-  )
+  assert evaluator(**variables, stopped=lambda: next(asked)) is None
 
 
 def write_set(root, names, counts=(6, 4)):
@@ -98,8 +86,7 @@ def write_set(root, names, counts=(6, 4)):
 
 
 @pytest.fixture(scope="module")
-def finished(module_config, tmp_path_factory):
-  """Return config, folder and result of a run on a folder dataset."""
+def trained(module_config, tmp_path_factory):
   root = tmp_path_factory.mktemp("sets")
   config = module_config.copy_and_resolve_references()
   config.dataset = write_set(root / "own", ("a", "b", "c"))
@@ -107,6 +94,13 @@ def finished(module_config, tmp_path_factory):
   config.save_predictions = True
   result = train.train_and_evaluate(config, root / "run")
   return config, root / "run", result
+
+
+@pytest.fixture
+def finished(trained):
+  """Return config, folder and result of a run on a folder dataset."""
+  config, workdir, result = trained
+  return config.copy_and_resolve_references(), workdir, result
 
 
 def test_a_finished_run_has_all_scores(finished):
@@ -132,7 +126,6 @@ def test_a_finished_run_has_all_scores(finished):
 
 def test_eval_dataset_with_the_runs_classes(finished, tmp_path):
   config, workdir, _ = finished
-  config = config.copy_and_resolve_references()
   config.eval_dataset = write_set(tmp_path / "other", ("a", "b", "c"), (1, 7))
   found = evaluate_run.evaluate_run(config, workdir)
   assert found["examples"] == 21 and found["dataset"] == config.eval_dataset
@@ -143,7 +136,6 @@ def test_eval_dataset_with_the_runs_classes(finished, tmp_path):
 
 def test_eval_split_of_the_runs_dataset(finished):
   config, workdir, _ = finished
-  config = config.copy_and_resolve_references()
   own = (workdir / "eval.json").read_bytes()
   config.eval_split = "train[:50%]+test"
   found = evaluate_run.evaluate_run(config, workdir)
@@ -182,7 +174,6 @@ def test_results_of_different_images_are_in_different_folders(tmp_path):
 def test_all_corruptions_of_a_dataset_are_evaluated(finished, monkeypatch):
   """Names determine corruptions and severities."""
   config, workdir, _ = finished
-  config = config.copy_and_resolve_references()
   config.eval_dataset = "corrupted/*"
   own = dataset.load(config.dataset, None)
   names = ["blur_1", "blur_2", "blur_3", "fog_1"]
@@ -222,7 +213,6 @@ def test_a_dataset_without_class_names_is_evaluated(
 ):
   """cifar10_1 and cifar10_corrupted of tfds have no class names."""
   config, workdir, _ = finished
-  config = config.copy_and_resolve_references()
   config.eval_dataset = f"{config.dataset}_1"
   own = dataset.load(config.dataset, None)
   names, keys = ("0", "1", "2"), {}
@@ -281,9 +271,7 @@ def test_evaluation_ignores_the_training_batch_size(finished, monkeypatch):
 def test_frozen_features_are_the_heads_inputs(setting):
   model, variables, images, labels, logits = setting
   evaluator = create_evaluator(model, images, labels)
-  features, found = evaluator.features(
-    variables["params"], variables["batch_stats"]
-  )
+  features, found = evaluator.features(**variables)
   np.testing.assert_array_equal(found, labels)
   head = variables["params"]["head"]
   expected = features @ head["kernel"] + head["bias"]
@@ -303,7 +291,6 @@ def test_linear_probe_and_knn_of_a_run(finished):
 def test_training_accuracy_covers_all_classes(finished, monkeypatch, tmp_path):
   """A folder dataset is sorted by class."""
   config, _, _ = finished
-  config = config.copy_and_resolve_references()
   config.dataset = write_set(tmp_path / "set", ("a", "b", "c"), (12, 4))
   splits = []
 
@@ -320,7 +307,6 @@ def test_training_accuracy_covers_all_classes(finished, monkeypatch, tmp_path):
 
 def test_a_run_does_not_resume_with_other_data(finished, tmp_path):
   config, workdir, _ = finished
-  config = config.copy_and_resolve_references()
   config.dataset = write_set(tmp_path / "set", ("a", "b", "c"), (7, 4))
   shutil.copytree(workdir, tmp_path / "run")
   (tmp_path / "run" / "result.json").unlink()
@@ -332,7 +318,6 @@ def test_a_run_does_not_resume_with_other_data(finished, tmp_path):
 
 def test_classes_that_the_run_does_not_have_are_an_error(finished, tmp_path):
   config, workdir, _ = finished
-  config = config.copy_and_resolve_references()
   config.dataset = write_set(tmp_path / "set", ("a", "b", "c"))
   shutil.copytree(workdir, tmp_path / "run")
   for name in ("config.json", "result.json"):
