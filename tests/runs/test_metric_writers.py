@@ -4,6 +4,7 @@ import json
 import os
 
 import pytest
+from tensorboard.backend.event_processing import event_accumulator
 from tensorboard.backend.event_processing import plugin_event_accumulator
 from tensorboard.summary.writer import event_file_writer
 from tensorboard.util import tensor_util
@@ -11,6 +12,11 @@ from tensorboard.util import tensor_util
 from rescalevit_jax import config as config_lib
 from rescalevit_jax.runs import metric_writers
 from rescalevit_jax.runtime import atomic_file
+
+
+def create_writer(workdir, keep=lambda line: True, first_step=1):
+  config = config_lib.default()
+  return metric_writers.MetricWriter(workdir, config, keep, first_step)
 
 
 def test_failed_atomic_write_keeps_the_old_file(tmp_path, monkeypatch):
@@ -36,9 +42,7 @@ def test_lines_after_the_resumed_step_are_dropped(tmp_path):
     "[1]\n"
     '{"step": 4, "tra'
   )
-  with metric_writers.MetricWriter(
-    tmp_path, config_lib.default(), lambda line: line["step"] <= 2
-  ) as writer:
+  with create_writer(tmp_path, lambda line: line["step"] <= 2) as writer:
     writer.write(3, {"train/loss": 1.5}, {"train/images_per_second": 7.0})
     writer.sync()
     lines = [json.loads(x) for x in path.read_text().splitlines()]
@@ -47,14 +51,9 @@ def test_lines_after_the_resumed_step_are_dropped(tmp_path):
 
 
 def test_tensorboard_has_scalars_hyperparameters_and_the_config(tmp_path):
-  with metric_writers.MetricWriter(
-    tmp_path, config_lib.default(), lambda line: True
-  ) as writer:
+  with create_writer(tmp_path) as writer:
     writer.write(3, {"train/loss": 1.5}, {"train/images_per_second": 7.0})
-  events = pytest.importorskip(
-    "tensorboard.backend.event_processing.event_accumulator"
-  )
-  board = events.EventAccumulator(str(tmp_path))
+  board = event_accumulator.EventAccumulator(str(tmp_path))
   board.Reload()
   tags = board.Tags()
   found = set(tags["tensors"]) | set(tags["scalars"])
@@ -69,9 +68,7 @@ def test_an_unwritable_event_file_is_one_warning(tmp_path, monkeypatch, caplog):
     raise OSError("read-only file system")
 
   monkeypatch.setattr(metric_writers.tensorflow_cpu, "load", fail)
-  with metric_writers.MetricWriter(
-    tmp_path, config_lib.default(), lambda line: True
-  ) as writer:
+  with create_writer(tmp_path) as writer:
     writer.write(1, {"train/loss": 1.0})
     writer.write(2, {"train/loss": 1.0})
   assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
@@ -85,9 +82,7 @@ def test_tensorboard_shows_repeated_steps_once(tmp_path):
     event_file_writer.EventFileWriter(str(tmp_path / f"other{i}")).close()
 
   def write(steps, value):
-    with metric_writers.MetricWriter(
-      tmp_path, config_lib.default(), lambda line: True, steps[0]
-    ) as writer:
+    with create_writer(tmp_path, first_step=steps[0]) as writer:
       for step in steps:
         writer.write(step, {"train/loss": value + step})
 
