@@ -282,7 +282,7 @@ def test_out_of_memory_suggests_a_smaller_batch(
   picture("a.png", "red")
   code, _, err = call("a.png")
   assert code == 1 and len(err) == 1
-  assert err[0].startswith("error: RESOURCE") and "smaller --batch" in err[0]
+  assert err[0].startswith("error: RESOURCE") and "smaller batch" in err[0]
 
 
 def test_keyboard_interrupt_is_one_line(call, picture, monkeypatch):

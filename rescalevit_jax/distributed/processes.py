@@ -184,7 +184,7 @@ def _watch(client, index, count, ended):
 
 def _started_together():
   several = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")
-  if any(int(os.environ.get(name, "1")) > 1 for name in several):
+  if any(int(os.environ.get(name) or 1) > 1 for name in several):
     return True
   kubernetes = ("KUBERNETES_SERVICE_HOST", "JOB_COMPLETION_INDEX")
   return all(name in os.environ for name in kubernetes)

@@ -36,14 +36,26 @@ def verify(folder: pathlib.Path) -> None:
   except (OSError, ValueError) as e:
     raise errors.UserError(f"{folder / NAME}: missing or damaged") from e
   for expected, name in sums:
-    # Do not read files outside of the folder, such as /dev/zero.
-    if not (folder / name).resolve().is_relative_to(folder.resolve()):
-      raise errors.UserError(f"{folder / NAME}: {name!r} is in another folder")
+    path = folder / name
     try:
-      if _sum(folder / name) != expected:
-        raise errors.UserError(f"{folder / name}: damaged, its SHA-256 differs")
+      _check_is_own_file(folder, name)
+      if _sum(path) != expected:
+        raise errors.UserError(f"{path}: damaged, its SHA-256 differs")
     except OSError as e:
-      raise errors.UserError(f"{folder / name}: {e.strerror}") from e
+      raise errors.UserError(f"{path}: {e.strerror}") from e
+    except (RuntimeError, ValueError) as e:  # A loop of links; a NUL byte.
+      raise errors.UserError(
+        f"{folder / NAME}: {name!r}: {errors.brief(e)}"
+      ) from e
+
+
+def _check_is_own_file(folder, name):
+  """Raise UserError for files elsewhere and pipes, which may never end."""
+  path = folder / name
+  if not path.resolve().is_relative_to(folder.resolve()):
+    raise errors.UserError(f"{folder / NAME}: {name!r} is in another folder")
+  if path.exists() and not path.is_file():
+    raise errors.UserError(f"{path}: not a file")
 
 
 def _sum(path):

@@ -50,9 +50,12 @@ def evaluation(
   if config.eval_split is not None:
     name += f"-{config.eval_split}"
   if len(os.fsencode(name)) > 255:
+    key = max(
+      ("eval_dataset", "eval_split"), key=lambda x: len(config[x] or "")
+    )
     raise errors.UserError(
-      f"config: eval_dataset ({config.eval_dataset}) is too long to name a"
-      " folder; evaluate a link with a shorter path"
+      f"config: {key} ({config[key]}) is too long to name a folder; shorten it,"
+      " for example by a link to a dataset's folder"
     )
   return workdir / EVALUATIONS / name
 

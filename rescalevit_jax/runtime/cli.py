@@ -107,7 +107,7 @@ def run(body: Callable[[], int | None]) -> int:
     return fail(str(e))
   except jax.errors.JaxRuntimeError as e:
     full = compat.is_out_of_memory(e)
-    return fail(str(e)[:300] + ": try a smaller --batch" * full)
+    return fail(str(e)[:300] + ": try a smaller batch" * full)
   except (AssertionError, RuntimeError) as e:
     if problem := accelerator.start_problem():
       return fail(problem)

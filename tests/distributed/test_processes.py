@@ -209,6 +209,7 @@ def test_other_processes_stop_when_one_is_killed(
     ({}, False),
     ({"SLURM_NTASKS": "4", "SLURM_STEP_NUM_TASKS": "1"}, False),
     ({"SLURM_STEP_NUM_TASKS": "4"}, True),
+    ({"SLURM_STEP_NUM_TASKS": ""}, False),
     ({"OMPI_COMM_WORLD_SIZE": "1"}, False),
     ({"OMPI_COMM_WORLD_SIZE": "2"}, True),
     ({"KUBERNETES_SERVICE_HOST": "10.0.0.1"}, False),

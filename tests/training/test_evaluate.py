@@ -167,7 +167,10 @@ def test_results_of_different_images_are_in_different_folders(tmp_path):
   assert len(found) == 28 and tmp_path in found
   assert {x.parent for x in found - {tmp_path}} == {tmp_path / "evaluations"}
   config.eval_dataset = "folder:" + 90 * "a-"
-  with pytest.raises(errors.UserError, match="is too long to name a folder"):
+  with pytest.raises(errors.UserError, match="eval_dataset .* is too long"):
+    folder.evaluation(tmp_path, config)
+  config.eval_dataset, config.eval_split = None, "+".join(60 * ["test"])
+  with pytest.raises(errors.UserError, match="eval_split .* is too long"):
     folder.evaluation(tmp_path, config)
 
 
