@@ -159,7 +159,7 @@ def _run(args):
       )
   progress.warn_of_idle_gpu()
   widths = [
-    min(_WIDEST_NAME, max(len(_one_line(_text(name))) for name in names))
+    min(_WIDEST_NAME, max(len(_one_line(name)) for name in names))
     for names in (map(str, files), model.class_names)
   ]
   rows, skipped = [], 0
@@ -226,7 +226,7 @@ def _with_progress(model, files, batch):
 
 
 def _line(name, top, name_width, class_width):
-  name = _one_line(_text(name))
+  name = _one_line(name)
   classes = [f"{_one_line(c):<{class_width}} {100 * p:5.1f} %" for c, p in top]
   return "  ".join([f"{name:<{name_width}}", *classes])
 
@@ -260,7 +260,7 @@ def _one_line(text):
   """Replace line breaks by spaces; escape what would control the terminal."""
   return "".join(
     c.encode("unicode_escape").decode() if _is_control(c) else c
-    for c in " ".join(text.splitlines())
+    for c in " ".join(_text(text).splitlines())
   )
 
 

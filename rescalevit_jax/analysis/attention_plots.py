@@ -53,7 +53,7 @@ def draw_during_training(
 ) -> dict[str, UInt8[np.ndarray, "_ _ 3"]]:
   """Draw the attention on the first test image, for `trainer.DrawAttention`.
 
-  The pictures are by 'attention/KIND'.
+  The keys are 'attention/KIND'.
   """
   model = trained_model.TrainedModel(
     f"step {step}",

@@ -118,15 +118,15 @@ def load_configs(
   Args:
     references: config files.
     settings: overrides for all configs.
-    points: points of a grid, each a tuple of overrides. A grid of one empty
-      point expands a config without ARGS to all METHODS of its file, or to
-      every norm.
+    points: points of a grid, each a tuple of overrides. With [()], a config
+      without ARGS expands to all METHODS of its file, or to every norm, unless
+      the settings contain the norm.
   """
   configs = {}
   files = {reference.partition(":")[0] for reference in references}
   stems = {pathlib.Path(file).stem for file in files}
   for reference in references:
-    for label, file, point in _variants(reference, points):
+    for label, file, point in _variants(reference, settings, points):
       if len(files) > 1:
         path = file.partition(":")[0]
         ambiguous = len(stems) < len(files)
@@ -137,7 +137,7 @@ def load_configs(
   return configs
 
 
-def _variants(reference, points):
+def _variants(reference, settings, points):
   """Yield label, config file with ARGS, and settings of each model."""
   path, _, method = reference.partition(":")
   if points != [()]:
@@ -149,6 +149,9 @@ def _variants(reference, points):
     yield method, reference, ()
     return
   overrides.load_config(reference, ())  # To report its errors.
+  if given := [x.text for x in settings if x.key == "model.norm"]:
+    yield given[-1], reference, ()
+    return
   if methods := overrides.methods(path):
     for method in methods:
       yield method, f"{path}:{method}", ()

@@ -30,8 +30,8 @@ def operate(
 ) -> Float[Array, "H W 3"]:
   """Apply one of several operations to integers in [0, 255].
 
-  `arguments` has the argument of each operation by its name, and `operation` is
-  an index of it. All geometric operations are one warp, the identity for other
+  `arguments` has the argument of each operation by its name; `operation` is an
+  index into it. All geometric operations are one warp, the identity for other
   operations; `arguments` must contain all of them. Positions outside the image
   become `fill`. The result is in [0, 255].
   """

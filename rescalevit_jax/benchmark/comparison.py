@@ -95,5 +95,5 @@ def describe(
 
 
 def ratio(a: Sequence[float], b: Sequence[float]) -> float:
-  """Return the median ratio of numbers that were measured in turn."""
+  """Return the median ratio of paired measurements."""
   return statistics.median(x / y for x, y in zip(a, b, strict=True))

@@ -43,7 +43,8 @@ def forecast(
 ) -> Iterator[dict[str, Any]]:
   """Compile every run for every GPU.
 
-  Yield the content of compiled.json after each program.
+  After each program, yield the content of compiled.json, one dictionary that
+  grows.
 
   Args:
     runs: the runs.
@@ -69,6 +70,7 @@ def forecast(
     "versions": {name: importlib.metadata.version(name) for name in _PACKAGES},
     "devices": devices,
     "memory_share": _memory_share(),
+    "programs": len(jobs),
     "rows": rows,
   }
   start = time.monotonic()
@@ -215,10 +217,13 @@ def largest_batch(
 def markdown(report: dict[str, Any]) -> str:
   """Return compiled.md from the content of compiled.json."""
   share, devices = report["memory_share"], report["devices"]
+  count = len(report["rows"])
+  planned = report.get("programs", count)
   lines = [
     "# Compiled for GPUs",
     "",
     f"- Command: `{report['command']}`",
+    *([f"- Only {count} of {planned} programs"] * (count < planned)),
     report_lib.versions(report["versions"]),
     "- Compiled, not executed. Lower bound: each kernel takes the longer of its"
     " bytes at memory bandwidth and its products at peak speed. Launch"

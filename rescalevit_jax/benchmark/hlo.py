@@ -67,8 +67,8 @@ class Program:
   Attributes:
     kernels: launches in program order; a conditional counts its cheapest
       branch.
-    collectives: communications between GPUs, which are also kernels. One in a
-      loop counts once.
+    collectives: communications between GPUs. A collective in a loop is listed
+      once, its kernel once per iteration.
     conditionals: names of conditionals, whose branch the host selects.
     host_transfers: names of instructions that move data to or from the host.
   """

@@ -51,7 +51,7 @@ class Instruction:
 
   @property
   def kind(self) -> str:
-    """Opcode, without the suffix of an asynchronous one."""
+    """Opcode without the suffix '-start'."""
     return self.opcode.removesuffix("-start")
 
   @property

@@ -106,7 +106,7 @@ def _run(args):
       )
   if not 0 < args.minutes < math.inf:
     raise errors.UserError(
-      f"--minutes: {args.minutes:g} is not a number above 0; give minutes"
+      f"--minutes: {args.minutes:g} is not a finite number above 0; correct it"
     )
   os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # One GPU, as for peers.
   if args.rehearse or args.record_reference:

@@ -86,7 +86,7 @@ def _seconds_to_first_step(run, folder, i):
   reason = "it printed nothing"
   start = time.monotonic()
   process = subprocess.Popen(
-    die_with_parent.wrap([*run.command, f"--workdir={folder / str(i)}"]),
+    [*run.command, f"--workdir={folder / str(i)}"],
     stdout=subprocess.DEVNULL,
     stderr=subprocess.PIPE,
     text=True,

@@ -22,6 +22,7 @@ forecast.py. Writes compiled.md and compiled.json.
 
 from collections.abc import Sequence
 import logging
+import math
 import os
 import pathlib
 import signal
@@ -112,9 +113,10 @@ def _run(args):
     raise errors.UserError(
       "--devices: applies to compiled programs only; add --compile_for"
     )
-  if args.rounds < 1 or not args.seconds > 0 or args.eval_images < 1:
+  finite = 0 < args.seconds < math.inf
+  if args.rounds < 1 or not finite or args.eval_images < 1:
     raise errors.UserError(
-      "--rounds, --seconds, --eval_images: each must be > 0; raise it"
+      "--rounds, --seconds, --eval_images: give finite numbers above 0"
     )
   if args.same_malloc and (args.compile_for or not args.peer):
     raise errors.UserError(

@@ -15,7 +15,7 @@ import numpy as np
 # A record: length (8 bytes), checksum of the length (4), data, checksum of the
 # data (4); all little-endian.
 _HEADER, _FOOTER = struct.Struct("<QI"), struct.Struct("<I")
-_BATCH_BYTES = 1 << 26  # Of records whose checksums are computed together.
+_BATCH_BYTES = 1 << 24  # Of records whose checksums are computed together.
 
 
 def read(path: str | os.PathLike[str]) -> Iterator[memoryview]:
@@ -43,7 +43,7 @@ def read(path: str | os.PathLike[str]) -> Iterator[memoryview]:
 
 
 def _batches(records):
-  """Yield slices of records that fit the memory once padded to one length."""
+  """Yield slices of records of at most _BATCH_BYTES after padding."""
   start = longest = 0
   for i, record in enumerate(records):
     longest = max(longest, len(record))

@@ -167,7 +167,15 @@ def convert(
     drop_distillation=drop_distillation,
   )
   if fold_layer_scale:
-    arrays = fold.layer_scale(arrays)
+    try:
+      arrays = fold.layer_scale(arrays)
+    except ValueError as e:
+      raise errors.UserError(f"{path}: {e}; choose another file") from e
+  if arrays["embedding/bias"].shape != arrays["embedding/kernel"].shape[3:]:
+    raise errors.UserError(
+      f"{path}: the patch embedding's bias and kernel have different widths;"
+      " choose another file"
+    )
   if arrays["embedding/kernel"].shape[2] != 3:
     raise errors.UserError(
       f"{path}: has {arrays['embedding/kernel'].shape[2]} input channels;"
@@ -180,6 +188,8 @@ def convert(
 
 
 def _read_tensors(path: pathlib.Path) -> dict[str, np.ndarray]:
+  if path.exists() and not path.is_file():  # Reading a pipe can block.
+    raise errors.UserError(f"{path}: not a file; give a checkpoint file")
   try:
     if path.suffix == ".safetensors":
       from safetensors import numpy as safetensors
@@ -292,10 +302,11 @@ def _positions(
   positions, path, *, no_class_position=False, drop_distillation=False
 ):
   """Return position embeddings [1, 1 + S * S, D], the class token's first."""
-  if positions.ndim != 3:
+  shape = list(positions.shape)
+  if len(shape) != 3 or shape[0] != 1 or shape[1] <= drop_distillation:
     raise errors.UserError(
-      f"{path}: its position embeddings have the shape"
-      f" {list(positions.shape)}, not [1, tokens, width]; get the whole file"
+      f"{path}: its position embeddings have the shape {shape}, not [1, tokens,"
+      " width]; choose another file"
     )
   if drop_distillation:
     positions = np.delete(positions, 1, axis=1)
@@ -324,7 +335,7 @@ def _from_big_vision(path):
     if match := re.fullmatch(r"Transformer/encoderblock/(.*)", key):
       if not x.ndim:
         raise errors.UserError(
-          f"{path}: {key} is a single number; get the whole file"
+          f"{path}: {key} is a single number; choose another file"
         )
       for i, part in enumerate(x):
         name = f"Transformer/encoderblock_{i}/{match[1]}"

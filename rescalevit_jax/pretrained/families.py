@@ -176,7 +176,9 @@ def read(
       converted[key] = np.ascontiguousarray(_to_flax(key, x, heads))
     except ValueError as e:
       attention = "MultiHeadDotProductAttention" in key
-      advice = f"check --heads ({heads})" if attention else "get the whole file"
+      advice = (
+        f"check --heads ({heads})" if attention else "choose another file"
+      )
       raise errors.UserError(
         f"{path}: {name} has the shape {list(x.shape)} ({e}); {advice}"
       ) from e

@@ -130,7 +130,11 @@ def _pop(arrays, site):
 
 
 def layer_scale(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-  """Multiply the output layers of the branches by their LayerScale."""
+  """Multiply the output layers of the branches by their LayerScale.
+
+  Raises:
+    ValueError: their widths differ.
+  """
   folded = dict(arrays)
   for key in arrays:
     if not (match := re.fullmatch(r"(.*/)LayerScale_([02])/scale", key)):
@@ -145,9 +149,9 @@ def layer_scale(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     for leaf in ("kernel", "bias"):
       name = f"{block}{layer}/{leaf}"
       if gamma.shape != arrays[name].shape[-1:]:
-        raise errors.UserError(
-          f"{key}: has the shape {list(gamma.shape)}, but {name} has"
-          f" {list(arrays[name].shape)}; get the whole file"
+        raise ValueError(
+          f"{key} has the shape {list(gamma.shape)}, but {name} has"
+          f" {list(arrays[name].shape)}"
         )
       folded[name] = arrays[name] * gamma
   return folded

@@ -16,6 +16,7 @@ is its name up to the first hyphen.
 from collections.abc import Sequence
 import csv
 import dataclasses
+import math
 import pathlib
 import sys
 
@@ -116,12 +117,14 @@ def read(path: pathlib.Path) -> list[lr_table.TunedMethod]:
   try:
     with open(path, encoding="utf-8", newline="") as f:
       for row in csv.DictReader(f):
-        if None in row.values():
-          raise ValueError(f"line {','.join(filter(None, row.values()))!r}")
+        if None in row or None in row.values():
+          raise ValueError(f"line {list(row.values())}")
         key, lr = (row["dataset"], row["method"]), float(row["base_lr"])
         accuracy = float(row["accuracy"]) if row["accuracy"] else None
         if not 0 <= (accuracy or 0) <= 1:
           raise ValueError(f"accuracy {accuracy}")
+        if not 0 < lr < math.inf:
+          raise ValueError(f"base_lr {lr}")
         rates = tried.setdefault(key, {})
         if row["phase"] == "select":
           rates[lr] = accuracy

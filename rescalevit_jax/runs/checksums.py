@@ -29,6 +29,8 @@ def write(folder: pathlib.Path) -> None:
 def verify(folder: pathlib.Path) -> None:
   """Raise UserError unless there are checksums and all their files match."""
   try:
+    if not (folder / NAME).is_file():  # Reading a pipe can block.
+      raise ValueError
     lines = (folder / NAME).read_text(encoding="utf-8").splitlines()
     sums = [line.split("  ", 1) for line in lines]
     if not sums or any(len(pair) != 2 for pair in sums):
@@ -50,12 +52,12 @@ def verify(folder: pathlib.Path) -> None:
 
 
 def _check_is_own_file(folder, name):
-  """Raise UserError for files elsewhere and pipes, which may never end."""
+  """Raise UserError for files elsewhere, and for pipes, which can block."""
   path = folder / name
   if not path.resolve().is_relative_to(folder.resolve()):
     raise errors.UserError(f"{folder / NAME}: {name!r} is in another folder")
   if path.exists() and not path.is_file():
-    raise errors.UserError(f"{path}: not a file")
+    raise errors.UserError(f"{path}: not a file; delete this checkpoint")
 
 
 def _sum(path):

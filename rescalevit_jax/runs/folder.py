@@ -50,12 +50,12 @@ def evaluation(
   if config.eval_split is not None:
     name += f"-{config.eval_split}"
   if len(os.fsencode(name)) > 255:
-    key = max(
-      ("eval_dataset", "eval_split"), key=lambda x: len(config[x] or "")
-    )
+    key = "dataset" if config.eval_dataset is None else "eval_dataset"
+    advice = "use a link with a shorter path"
+    if len(config.eval_split or "") > len(config[key]):
+      key, advice = "eval_split", "shorten it"
     raise errors.UserError(
-      f"config: {key} ({config[key]}) is too long to name a folder; shorten it,"
-      " for example by a link to a dataset's folder"
+      f"config: {key} ({config[key]}) is too long to name a folder; {advice}"
     )
   return workdir / EVALUATIONS / name
 

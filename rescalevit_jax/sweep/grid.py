@@ -94,7 +94,7 @@ def plan(
     for point in itertools.product(*axes):
       run = _plan_run(reference, (*settings, *point), unnamed, runs_dir)
       if run.workdir in planned:
-        raise errors.UserError(_conflict(planned[run.workdir], run, unnamed))
+        raise errors.UserError(_conflict(planned[run.workdir], run, axes))
       planned[run.workdir] = run
   return list(planned.values())
 
@@ -121,7 +121,7 @@ def _plan_run(reference, settings, unnamed, runs_dir):
   return PlannedRun(runs_dir / name, reference, settings, config)
 
 
-def _conflict(a, b, named):
+def _conflict(a, b, axes):
   """Return the error message of two runs in one folder."""
   both = " and ".join(
     " ".join([f"--config={run.reference}", *map(str, run.settings)])
@@ -133,7 +133,7 @@ def _conflict(a, b, named):
     return f"{both} are the same run; leave one out"
   values = ", ".join(f"{k} ({old[k]!r} and {new[k]!r})" for k in keys)
   advice = "use another --runs_dir"
-  if keys[0] not in named:
+  if all(axis[0].key != keys[0] for axis in axes):
     advice = (
       f"set {keys[0]} with --grid, which adds it to the name, or {advice}"
     )

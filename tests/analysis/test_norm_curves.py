@@ -103,6 +103,8 @@ def test_a_config_without_methods_expands_to_every_norm(
   flags = ["--config=configs/quickstart.py", f"--output={tmp_path}"]
   assert norm_curves.main(flags) == 1
   assert f"LN: model 1 of {len(norms.NORMS)}" in capsys.readouterr().err
+  assert norm_curves.main([*flags, "--config.model.norm=DyT"]) == 1
+  assert "DyT: model 1 of 1" in capsys.readouterr().err
 
 
 def test_run_and_config_of_equal_name_are_both_drawn(tmp_path, monkeypatch):

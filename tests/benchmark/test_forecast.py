@@ -90,6 +90,7 @@ def test_an_interrupted_command_keeps_finished_rows(tmp_path, monkeypatch):
   assert speed.main([*flags, f"--output={tmp_path}"]) != 0
   rows = json.loads((tmp_path / "compiled.json").read_text())["rows"]
   assert [row["kernels"] for row in rows] == [10, 20]
+  assert "Only 2 of 3 programs" in (tmp_path / "compiled.md").read_text()
 
 
 @pytest.mark.slow

@@ -189,6 +189,7 @@ def test_input_benchmark_refuses_zero(flag, capsys):
     (["--same_malloc"], "--same_malloc"),
     (["--devices=2"], "--compile_for"),
     (["--seconds=nan"], "--seconds"),
+    (["--seconds=inf"], "--seconds"),
     (["--output=README.md"], "README.md"),
     (["--set=dataset=nothing", "--no_start"], "nothing"),
   ],

@@ -5,6 +5,7 @@ test_convert.py compares with the libraries.
 """
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -71,6 +72,26 @@ def test_other_axes_of_positions_are_refused(shape, tmp_path):
   kernel = np.zeros((8, 8, 3, 48))
   np.savez(path, **{"embedding/kernel": kernel, "cls": 0, "pos_embedding": x})
   assert_refused(words, path, heads=None, normalization=None)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 48), (2, 18, 48)])
+def test_other_sizes_of_positions_are_refused(shape, tmp_path):
+  x = np.zeros(shape, np.float32)
+  found = tensors() | {"pos_embed": x, "dist_token": x[:1, :1]}
+  path = save(found, tmp_path)
+  assert_refused("position embeddings", path, drop_distillation=True)
+
+
+def test_a_patch_bias_of_another_length_is_refused(tmp_path):
+  found = tensors() | {"patch_embed.proj.bias": np.zeros(7, np.float32)}
+  assert_refused("bias and kernel have different", save(found, tmp_path))
+
+
+@pytest.mark.parametrize("suffix", ["npz", "onnx", "safetensors"])
+def test_a_pipe_is_refused(suffix, tmp_path):
+  path = tmp_path / f"a.{suffix}"
+  os.mkfifo(path)
+  assert_refused("not a file", path, heads=None, normalization=None)
 
 
 def test_a_missing_tensor_is_named(tmp_path):
@@ -241,8 +262,8 @@ def test_gray_inputs_are_refused(tmp_path):
     ("attn.qkv.weight", (3 * 48,), "check --heads"),
     ("attn.qkv.weight", (), ""),
     ("attn.proj.weight", (48,), "check --heads"),
-    ("mlp.fc1.weight", (96,), "get the whole file"),
-    ("norm1.weight", (1, 48), "get the whole file"),
+    ("mlp.fc1.weight", (96,), "choose another file"),
+    ("norm1.weight", (1, 48), "choose another file"),
   ],
 )
 def test_a_tensor_of_another_shape_is_refused(tmp_path, name, shape, advice):
@@ -255,7 +276,7 @@ def test_a_tensor_of_another_shape_is_refused(tmp_path, name, shape, advice):
 def test_a_patch_embedding_of_two_axes_is_refused(tmp_path):
   x = np.zeros((48, 192), np.float32)
   found = tensors() | {"patch_embed.proj.weight": x}
-  assert_refused(r"\(2 axes\); get the whole file", save(found, tmp_path))
+  assert_refused(r"\(2 axes\); choose another file", save(found, tmp_path))
 
 
 def test_a_layer_scale_of_another_length_is_refused(tmp_path):
@@ -263,7 +284,7 @@ def test_a_layer_scale_of_another_length_is_refused(tmp_path):
   found["blocks.1.ls2.gamma"] = np.ones(7, np.float32)
   path = save(found, tmp_path)
   assert_refused(
-    r"encoderblock_1/LayerScale_2/scale: has the shape \[7\]",
+    r"safetensors: .*encoderblock_1/LayerScale_2/scale has the shape \[7\]",
     path,
     fold_layer_scale=True,
   )

@@ -146,6 +146,8 @@ def test_wrong_methods_are_named(table, tmp_path, flag, capsys):
     "dataset,method,phase,base_lr,seed,accuracy\nd,LN,final,0.1,3\n",
     "dataset,method,phase,base_lr,seed,accuracy\nd,LN,final\n",
     "dataset,method,phase,base_lr,seed,accuracy\nd,LN,final,0.1,3,nan\n",
+    "dataset,method,phase,base_lr,seed,accuracy\nd,LN,final,inf,3,0.5\n",
+    "dataset,method,phase,base_lr,seed,accuracy\nd,LN,final,0.1,3,0.5,1\n",
     f"dataset,method,phase,base_lr,seed,accuracy\nd,LN,final,{'0' * 200_000}",
   ],
 )

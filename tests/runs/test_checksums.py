@@ -40,6 +40,12 @@ def test_names_of_other_things_are_refused(folder, name, words):
   refuses(folder, f"(?i){words}")
 
 
+def test_a_pipe_with_checksums_is_refused(folder):
+  (folder / checksums.NAME).unlink()
+  os.mkfifo(folder / checksums.NAME)
+  refuses(folder, "missing or damaged")
+
+
 def test_a_changed_file_is_refused(folder):
   (folder / "a" / "b").write_bytes(b"changed")
   refuses(folder, "its SHA-256 differs")

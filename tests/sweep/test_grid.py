@@ -183,6 +183,9 @@ def test_two_values_with_one_name_are_an_error(tmp_path):
   values = f"{tmp_path}/a/b.npz,{tmp_path}/a_b.npz"
   with pytest.raises(errors.UserError, match="pretrained_path .*; use another"):
     plan(f"pretrained_path={values}")
+  values = values.replace(str(tmp_path), f"folder:{tmp_path}")
+  with pytest.raises(errors.UserError, match="dataset .*; use another"):
+    plan(f"dataset={values.replace('.npz', '')}")
 
 
 @pytest.mark.parametrize(

@@ -172,6 +172,9 @@ def test_results_of_different_images_are_in_different_folders(tmp_path):
   config.eval_dataset, config.eval_split = None, "+".join(60 * ["test"])
   with pytest.raises(errors.UserError, match="eval_split .* is too long"):
     folder.evaluation(tmp_path, config)
+  config.dataset, config.eval_split = "folder:" + 90 * "a-", "test"
+  with pytest.raises(errors.UserError, match="config: dataset .* is too long"):
+    folder.evaluation(tmp_path, config)
 
 
 def test_all_corruptions_of_a_dataset_are_evaluated(finished, monkeypatch):
