@@ -25,6 +25,8 @@ if [[ -z "${TMPDIR:-}" && -w "$memory" && "$free" -gt 4194304 ]] &&
   ! grep -q " $memory .*noexec" /proc/mounts; then
   export TMPDIR="$memory"
 fi
+# Compile the package's modules once, not in each of hundreds of processes.
+unset PYTHONDONTWRITEBYTECODE
 # Only the files of failed tests are kept.
 JAX_PLATFORMS="${JAX_PLATFORMS-cpu}" exec .venv/bin/python -m pytest \
   --numprocesses="$workers" --dist=worksteal --durations=10 \
