@@ -13,13 +13,12 @@ output starts a run (--config.pretrained_path) and can be evaluated, plotted and
 exported.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 import logging
 import math
 import pathlib
 import re
 import sys
-from typing import Any
 
 import numpy as np
 
@@ -29,8 +28,8 @@ from rescalevit_jax.pretrained import families
 from rescalevit_jax.pretrained import fold
 from rescalevit_jax.pretrained import input_stats
 from rescalevit_jax.pretrained import npz
-from rescalevit_jax.pretrained import onnx_weights
 from rescalevit_jax.pretrained import param_keys
+from rescalevit_jax.pretrained import tensor_files
 from rescalevit_jax.runtime import cli
 from rescalevit_jax.runtime import terminal
 
@@ -45,8 +44,6 @@ _TANH = (
 )
 # Prefixes of heads beside the backbone.
 _HEADS = ("classifier.", "cls_classifier.", "distillation_classifier.", "head.")
-# Parts of a training checkpoint with weights, in order of preference.
-_WEIGHTS = ("model_ema", "teacher", "state_dict", "model")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -139,7 +136,7 @@ def convert(
         " the others out"
       )
     return _from_big_vision(path)
-  tensors = _read_tensors(path)
+  tensors = tensor_files.read(path)
   family, prefix = families.detect(tensors, str(path))
   tensors = _strip(tensors, prefix)
   families.check_plain(tensors, str(path))
@@ -185,40 +182,6 @@ def convert(
   return fold.input_normalization(
     arrays, np.asarray(mean, np.float64), np.asarray(std, np.float64)
   )
-
-
-def _read_tensors(path: pathlib.Path) -> dict[str, np.ndarray]:
-  if path.exists() and not path.is_file():  # Reading a pipe can block.
-    raise errors.UserError(f"{path}: not a file; give a checkpoint file")
-  try:
-    if path.suffix == ".safetensors":
-      from safetensors import numpy as safetensors
-
-      tensors: Mapping[str, Any] = safetensors.load_file(path)
-    elif path.suffix == ".onnx":
-      tensors = onnx_weights.read(path)
-    else:
-      import torch
-
-      found = torch.load(path, map_location="cpu", weights_only=True)
-      parts = (found.get(name) for name in _WEIGHTS)
-      found = next((x for x in parts if isinstance(x, dict)), found)
-      tensors = {
-        key: x.float().numpy()
-        for key, x in found.items()
-        if isinstance(x, torch.Tensor)
-      }
-  except errors.UserError:
-    raise
-  except ImportError as e:
-    raise errors.UserError(
-      f"{path}: needs {e.name}; pip install 'rescalevit-jax[convert]'"
-    ) from e
-  except Exception as e:  # Damaged files raise errors of many kinds.
-    raise errors.UserError(
-      f"{path}: cannot be read ({errors.brief(e)}); get the file again"
-    ) from e
-  return {key: np.asarray(x, np.float32) for key, x in tensors.items()}
 
 
 def _strip(tensors, prefix):

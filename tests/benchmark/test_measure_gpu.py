@@ -520,3 +520,20 @@ def test_script_prints_help_and_installs_wheels(tmp_path):
   assert "pip" not in run("--help", env=env).stderr
   lines = pathlib.Path(SCRIPT).read_text().splitlines()
   assert len(lines) <= 40
+
+
+def test_norms_are_measured_on_one_gpu_without_a_cache(monkeypatch):
+  """As the speed of the recipe is."""
+  found = {}
+
+  def start(command, env, **kwargs):
+    found.update(env)
+    raise OSError("not started")
+
+  monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3")
+  monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "cache")
+  monkeypatch.setattr(norm_steps.subprocess, "Popen", start)
+  with pytest.raises(OSError, match="not started"):
+    norm_steps.run(config_lib.default(), {"x": {}}, 1, 1, lambda *args: None)
+  assert found["CUDA_VISIBLE_DEVICES"] == "2"
+  assert "JAX_COMPILATION_CACHE_DIR" not in found
