@@ -149,7 +149,8 @@ def load_variables(
       f"unknown checkpoint {which!r}; {errors.nearest(which, kinds)}"
     )
   kind = kinds[which]
-  if not folder_lib.saved_steps(workdir, kind):
+  steps = folder_lib.saved_steps(workdir, kind)
+  if not steps:
     if kind == "best" and folder_lib.saved_steps(workdir, "last"):
       raise errors.UserError(
         f"{workdir}: no best checkpoint yet; choose the latest one by"
@@ -170,8 +171,14 @@ def load_variables(
     args = ocp.args.Composite(variables=ocp.args.StandardRestore(like))
     return manager.restore(step, args=args)["variables"], step
 
-  with _manager(workdir, kind, None, readonly=True) as manager:
-    variables, step = _restore(manager, read)
+  try:
+    with _manager(workdir, kind, None, readonly=True) as manager:
+      variables, step = _restore(manager, read)
+  except errors.UserError:
+    if folder_lib.saved_steps(workdir, kind) == steps:
+      raise
+    # The run is training, and has replaced the checkpoint.
+    return load_variables(workdir, which)
   return variables["params"], variables["batch_stats"], step
 
 

@@ -114,6 +114,26 @@ def test_best_checkpoint_after_the_resumed_step_is_discarded(tmp_path):
   )
 
 
+def test_load_variables_of_a_run_that_is_training(tmp_path, monkeypatch):
+  with checkpoint.Checkpoints(tmp_path, 1) as saved:
+    save_best(saved, state(0.5), checkpoint.Progress(step=5))
+  verify, replaced = checksums.verify, []
+
+  def verify_late(folder):
+    """Verify after the run has saved its next best checkpoint."""
+    if not replaced:
+      replaced.append(folder)
+      with checkpoint.Checkpoints(tmp_path, 1) as saved:
+        save_best(saved, state(0.9), checkpoint.Progress(step=9))
+    verify(folder)
+
+  monkeypatch.setattr(checksums, "verify", verify_late)
+  params, _, step = checkpoint.load_variables(tmp_path, "best")
+  assert step == 9
+  assert (params["head"]["kernel"] == np.float32(0.9)).all()
+  assert not replaced[0].exists()
+
+
 @pytest.mark.parametrize(
   "name", ["variables/_METADATA", "variables", "progress"]
 )
