@@ -196,11 +196,13 @@ class Trainer:
   def _fail(self, values):
     self._checkpoints.wait()
     last = self._checkpoints.latest_step()
+    saved = "no checkpoint was saved"
+    if last is not None:
+      saved = f"the last checkpoint is of step {last}"
     wider = "" if self._state.loss_scale is None else ", or dtype float32,"
     raise DivergedError(
-      f"step {self._progress.step}: training diverged ({values}); the last"
-      f" checkpoint is of step {last}; try a smaller base_lr or"
-      f" grad_norm_clip{wider} in a new --workdir"
+      f"step {self._progress.step}: training diverged ({values}); {saved};"
+      f" try a smaller base_lr or grad_norm_clip{wider} in a new --workdir"
     )
 
   def _lap(self, step):
