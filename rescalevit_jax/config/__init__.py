@@ -115,7 +115,7 @@ def _conflicts(config):
     yield (
       f"mixup ({config.mixup}) and cutmix ({config.cutmix}) need micro-batches"
       f" of two or more images, but batch ({config.batch}) / accum_steps"
-      f" ({config.accum_steps}) is 1; lower accum_steps"
+      f" ({config.accum_steps}) is 1; raise batch or lower accum_steps"
     )
 
 

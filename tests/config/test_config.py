@@ -142,6 +142,10 @@ def test_mixing_requires_two_images(key):
   config.accum_steps = 8
   with pytest.raises(errors.UserError, match="mixup.*cutmix.*accum_steps"):
     config_lib.validate(config)
+  # With accum_steps=1, only a larger batch helps.
+  config.update({"batch": 1, "accum_steps": 1})
+  with pytest.raises(errors.UserError, match="raise batch"):
+    config_lib.validate(config)
   config[key] = 0.0
   config_lib.validate(config)
 
