@@ -119,7 +119,7 @@ def decode_example(
   if pixels.shape != shape:
     raise ShapeError(
       f"has shape {list(pixels.shape)}, but the first image has"
-      f" {list(shape)}; set data.image_size"
+      f" {list(shape)}; resize the files, or train with data.image_size"
     )
   return pixels, label
 
