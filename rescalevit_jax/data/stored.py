@@ -113,7 +113,7 @@ def _open_folder(name, resize):
     except Exception as e:  # Damaged files raise many types.
       raise errors.UserError(
         f"{first.where(0)}: cannot be read ({errors.brief(e)}); remove it, or"
-        " set data.image_size and data.skip_damaged"
+        " train with data.image_size and data.skip_damaged"
       ) from e
   return StoredDataset(
     path.resolve().name,

@@ -92,7 +92,7 @@ def error_at(where: str, error: Exception) -> errors.UserError:
     return type(error)(f"{where}: {error}")
   return errors.UserError(
     f"{where}: cannot be read ({errors.brief(error)}); remove or replace it, or"
-    " set data.skip_damaged"
+    " train with data.skip_damaged"
   )
 
 
