@@ -14,5 +14,7 @@ def forward_flops(config: vit_config.ViTConfig) -> int:
   embedding = 2 * patches * config.patch_size**2 * 3 * d
   attention = 4 * 2 * n * d * d + 2 * 2 * n * n * d
   mlp = 2 * 2 * n * d * config.mlp_dim
-  head = 2 * d * config.num_classes
+  # Without a pre_logits layer, the head's input has the width d.
+  width = config.representation_size
+  head = 2 * (width or d) * config.num_classes + 2 * d * (width or 0)
   return embedding + config.num_layers * (attention + mlp) + head

@@ -92,6 +92,16 @@ def test_duration_of_a_long_run_is_estimated(monkeypatch, caplog):
   assert "98 d 9 h on" in caplog.text
 
 
+def test_flops_include_the_pre_logits_layer():
+  plain, wide = (
+    flops.forward_flops(
+      models.create("ViT-B_16", num_classes=10, representation_size=r).config
+    )
+    for r in (None, 1000)
+  )
+  assert wide - plain == 2 * 768 * 1000 + 2 * (1000 - 768) * 10
+
+
 def test_duration_of_a_short_run_is_not_estimated(monkeypatch):
   monkeypatch.setattr(progress, "_matmul_flops_per_second", None)
   model = models.create("ViT-B_16", num_classes=10)
