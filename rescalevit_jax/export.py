@@ -220,7 +220,7 @@ def _not_in_arrays(config: vit_config.ViTConfig) -> list[str]:
   options = [config.norm] if config.norm != inferred else []
   options += [config.gelu] if config.gelu != "erf" else []
   options += [config.pool] if config.pool != "cls" else []
-  if config.residual == "rescalenet" and config.residual_c is not None:
+  if config.residual_c is not None:
     options.append(f"c={config.residual_c!r}")
   if config.residual == "convex":
     options.append("convex")

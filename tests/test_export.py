@@ -105,7 +105,6 @@ def test_folding_keeps_the_logits(tiny_run, test_digits, tmp_path, capsys):
     ({"norm": "GN", "hidden_size": 64, "gelu": "tanh"}, "GN,tanh"),
     ({"residual": "rescalenet", "residual_c": 3.0, "pool": "gap"}, "gap,c=3.0"),
     ({"logit_cap": 5.0}, "logit_cap=5.0"),
-    ({"norm": "LN", "residual_c": 3.0}, None),
   ],
 )
 def test_options_not_stored_in_a_file_are_printed(

@@ -125,6 +125,7 @@ class ViTConfig:
         f" {self.num_heads} heads; choose a multiple"
       )
     self._check_placement()
+    self._check_residual()
     for site in base.SITES:
       norms.NORMS[self.norm].check(self.hidden_size, self.norm_options(site))
 
@@ -156,6 +157,21 @@ class ViTConfig:
         "model.norm_depth_scaling: scales the norms before branches, which"
         " norm_position=post does not have; choose pre or peri"
       )
+
+  def _check_residual(self):
+    """Raise a UserError if a constant is of another residual."""
+    own = norms.NORMS[self.norm].RESIDUAL
+    chosen = own if self.residual == "auto" else self.residual
+    for key, residual in (
+      ("residual_c", "rescalenet"),
+      ("layerscale_init", "layerscale"),
+    ):
+      value = getattr(self, key)
+      if value is not None and chosen != residual:
+        raise errors.UserError(
+          f"model.{key}: {value} has no effect with the residual {chosen};"
+          f" choose None, or model.residual={residual}"
+        )
 
   def norm_slot(self, number: int) -> str:
     """Return the name of a block's norm: number 0 (attention) or 2 (MLP)."""

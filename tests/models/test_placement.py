@@ -149,6 +149,11 @@ def test_saturation_is_measured_at_every_position(position):
     ({"norm": "GN", "gn_groups": 3}, "8 is not divisible by the 3 groups"),
     ({"layerscale_init": 0.0}, "layerscale_init: 0.0 is not > 0"),
     ({"norm_epsilon": 0.0}, "norm_epsilon: 0.0 is not > 0"),
+    ({"residual_c": 3.0}, "residual_c: 3.0 has no effect with .*plain;"),
+    (
+      {"norm": "Center", "layerscale_init": 0.3},
+      "layerscale_init: 0.3 has no effect with .*weighted; .*=layerscale",
+    ),
   ],
 )
 def test_invalid_combinations_are_refused(options, message):
