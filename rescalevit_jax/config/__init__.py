@@ -89,7 +89,7 @@ def _conflicts(config):
     )
   alpha_init = f"model.alpha_init ({config.model.alpha_init})"
   if config.model.alpha_init is not None and config.calibration == "all":
-    yield f"calibration (all) replaces {alpha_init}; set calibration=auto"
+    yield f"{alpha_init} overrides calibration (all); set calibration=auto"
   calibrated = base.CALIBRATED in (config.model.alpha_init or "")
   if calibrated and config.calibration == "none":
     yield (

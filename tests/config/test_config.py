@@ -127,6 +127,15 @@ def test_conflicts_quote_the_values_of_all_keys(values):
     assert f"{key} ({value})" in str(e.value)
 
 
+def test_an_initial_alpha_precedes_a_calibration_of_all_norms():
+  config = config_lib.default()
+  config.update_from_flattened_dict(
+    {"calibration": "all", "model.alpha_init": "0.5,calibrated,0.2"}
+  )
+  with pytest.raises(errors.UserError, match="overrides calibration .all.; "):
+    config_lib.validate(config)
+
+
 def test_sigma_reparam_with_spectral_cap_is_an_error():
   config = config_lib.default()
   config.spectral_cap, config.model.sigma_reparam = 1.0, True
