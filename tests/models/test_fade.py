@@ -18,6 +18,7 @@ from rescalevit_jax import models
 from rescalevit_jax.analysis import npz_model
 from rescalevit_jax.models import norms
 from rescalevit_jax.models.norms import fade
+from rescalevit_jax.models.norms import gradual
 from rescalevit_jax.models.norms import layer_norm
 from rescalevit_jax.pretrained import fold
 from rescalevit_jax.pretrained import load
@@ -56,7 +57,7 @@ def variables(share=0.0, count=0, log_sigma=LOG_SIGMA, alpha=0.0):
       "log_sigma": log_sigma,
       "alpha": np.float32(alpha),
       "count": np.int32(count),
-      "faded": np.int32(share * fade.FULL),
+      "faded": np.int32(share * gradual.FULL),
     },
   }
 
@@ -215,14 +216,14 @@ def test_statistics_freeze_when_a_site_has_faded():
   schedule = fade.Schedule(1, 3, 1.0, True)
   half, full = variables(0.5, count=2), variables(1.0, count=3)
   moved = passes(schedule, [X], half)
-  assert moved["faded"] == fade.FULL
+  assert moved["faded"] == gradual.FULL
   assert (moved["log_sigma"] != LOG_SIGMA).all()
   stays = passes(schedule, [X, X + 1], full)
   np.testing.assert_array_equal(stays["log_sigma"], LOG_SIGMA)
-  assert stays["faded"] == fade.FULL
+  assert stays["faded"] == gradual.FULL
   # A later schedule does not undo it.
   stays = passes(fade.Schedule(90, 99, 1.0, True), [X], full)
-  assert stays["faded"] == fade.FULL
+  assert stays["faded"] == gradual.FULL
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.5])
@@ -243,14 +244,14 @@ def test_loading_a_file_keeps_faded_but_resets_count(tiny_config, tmp_path):
   parts = experiment.create(tiny_config)
   state = parts.init_state()
   flat = flax.traverse_util.flatten_dict(state.batch_stats)
-  numbers = {"count": 60, "faded": fade.FULL // 4}
+  numbers = {"count": 60, "faded": gradual.FULL // 4}
   flat = {k: x + numbers.get(k[-1], 0) for k, x in flat.items()}
   saved = flax.traverse_util.unflatten_dict(flat)
   npz.save(tmp_path / "a.npz", state.params, saved)
   tiny_config.pretrained_path = str(tmp_path / "a.npz")
   found = initial_state.create(experiment.create(tiny_config)).batch_stats
   assert {int(n) for n in stats(found, "count")} == {0}
-  assert {int(n) for n in stats(found, "faded")} == {fade.FULL // 4}
+  assert {int(n) for n in stats(found, "faded")} == {gradual.FULL // 4}
 
 
 def test_saturation_of_the_tanh():
@@ -261,7 +262,7 @@ def test_saturation_of_the_tanh():
     model = tiny(**kwargs)
     found = model.init(jax.random.key(0), images)["batch_stats"]
     flat = flax.traverse_util.flatten_dict(found)
-    numbers = {"alpha": alpha, "faded": round(share * fade.FULL)}
+    numbers = {"alpha": alpha, "faded": round(share * gradual.FULL)}
     flat = {k: x + numbers.get(k[-1], 0) for k, x in flat.items()}
     found = flax.traverse_util.unflatten_dict(flat)
     variables = {"params": params, "batch_stats": found}
@@ -288,7 +289,7 @@ def test_schedule_by_hand():
     (120, 140),
   ]
   found = [
-    [float(ramp.faded(jnp.int32(n))) / fade.FULL for ramp in ramps]
+    [float(ramp.faded(jnp.int32(n))) / gradual.FULL for ramp in ramps]
     for n in (0, 100, 105, 120, 125, 140, 10_000)
   ]
   assert found == [
@@ -305,7 +306,7 @@ def test_schedule_by_hand():
   for begin in (100, 99.6):  # A short schedule also ends after pass 100.
     short = fade.Schedule(begin, 100, 1.0, True)
     found = [int(short.faded(jnp.int32(n))) for n in (99, 100)]
-    assert found == [0, fade.FULL]
+    assert found == [0, gradual.FULL]
 
 
 def tiny(norm="Fade", **kwargs):
@@ -342,7 +343,7 @@ def test_first_blocks_fade_first_and_the_final_norm_last():
   for passes_done in range(1, 11):
     moving = train_pass(moving)
     if passes_done % 2 == 0:
-      shares = np.stack(stats(moving, "faded")) / fade.FULL
+      shares = np.stack(stats(moving, "faded")) / gradual.FULL
       found.append(shares.tolist())
   assert found == [
     [0, 0, 0, 0, 0],
@@ -409,14 +410,14 @@ def test_a_run_resumes_in_the_middle_of_a_fade(
   _, between, at = checkpoint.load_variables(tmp_path / "b", "latest")
   # Steps 3 to 9 of 12, two passes each; site 0 takes half of them.
   assert at == 4
-  shares = [int(n) / fade.FULL for n in stats(between, "faded")]
+  shares = [int(n) / gradual.FULL for n in stats(between, "faded")]
   assert shares == pytest.approx([1 / 3, 0, 0], abs=1e-4)
   train.train_and_evaluate(config, tmp_path / "b")
   ends = [checkpoint.load_variables(tmp_path / name, "latest") for name in "ab"]
   for x, y in zip(*map(jax.tree.leaves, ends), strict=True):
     np.testing.assert_array_equal(x, y)
   weights, end, _ = ends[0]
-  assert {int(n) for n in stats(end, "faded")} == {fade.FULL}
+  assert {int(n) for n in stats(end, "faded")} == {gradual.FULL}
   np.testing.assert_allclose(stats(end, "alpha"), alpha)
   if alpha:
     with pytest.raises(
@@ -460,7 +461,7 @@ def test_fade_with_one_scale_folds_into_the_next_layers(tmp_path):
   for slot in SLOTS:
     found[f"{slot}/log_sigma"][0] = found[f"{slot}/log_sigma"][1]
     found[f"{slot}/alpha"] = np.float32(0)
-    found[f"{slot}/faded"] = np.int32(fade.FULL)
+    found[f"{slot}/faded"] = np.int32(gradual.FULL)
 
   def folded():
     tree = flax.traverse_util.unflatten_dict(found, sep="/")
@@ -482,7 +483,7 @@ def test_fade_with_one_scale_folds_into_the_next_layers(tmp_path):
   ):
     folded()
   found[f"{SLOTS[1]}/log_sigma"] = LOG_SIGMA[[0, 0]]
-  found[f"{SLOTS[4]}/faded"] = np.int32(fade.FULL - 1)
+  found[f"{SLOTS[4]}/faded"] = np.int32(gradual.FULL - 1)
   with pytest.raises(errors.UserError, match=r"encoder_norm.*after it has"):
     folded()
 

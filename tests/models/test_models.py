@@ -20,7 +20,7 @@ from rescalevit_jax.models import norms
 from rescalevit_jax.models import vit
 from rescalevit_jax.models import vit_config
 from rescalevit_jax.models.norms import base
-from rescalevit_jax.models.norms import fade
+from rescalevit_jax.models.norms import gradual
 from rescalevit_jax.models.norms import group_norm
 from rescalevit_jax.models.norms import layer_norm
 from rescalevit_jax.models.norms import rescale
@@ -584,7 +584,7 @@ def test_every_parameter_has_a_gradient_that_remat_does_not_change(norm):
   model, again = (tiny(remat=remat, **kwargs) for remat in (False, True))
   # Halfway, all parameters of norms that change during training matter.
   variables = jax.tree_util.tree_map_with_path(
-    lambda path, x: x + fade.FULL // 2 * (path[-1].key == "faded"),
+    lambda path, x: x + gradual.FULL // 2 * (path[-1].key == "faded"),
     random_variables(model),
   )
 

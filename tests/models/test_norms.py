@@ -340,7 +340,8 @@ def test_as_linear_equals_the_norm_in_evaluation(norm, numbers):
   stats = stats | {k: np.int32(n) for k, n in numbers.items()}
   if "faded" in numbers:
     with pytest.raises(ValueError, match="folds only"):
-      Norm.as_linear(found["params"], stats | {"faded": np.int32(2**16 - 1)})
+      unfinished = stats | {"faded": np.int32(2**16 - 1)}
+      Norm.as_linear(found["params"], unfinished, 0.5)
   factor, shift = Norm.as_linear(found["params"], stats, 0.5)
   options = base.Options(epsilon=0.5)
   y = Norm(D, options=options).apply({**found, "batch_stats": stats}, X, False)

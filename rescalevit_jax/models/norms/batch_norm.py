@@ -9,7 +9,6 @@ import numpy as np
 
 from rescalevit_jax.models.norms import layer_norm
 from rescalevit_jax.models.norms import traits
-from rescalevit_jax.models.ops import normalization
 
 
 class BatchNorm(layer_norm.Affine, traits.RunningStatistics, traits.Foldable):
@@ -45,7 +44,7 @@ class BatchNorm(layer_norm.Affine, traits.RunningStatistics, traits.Foldable):
     return not train
 
   @staticmethod
-  def as_linear(params, batch_stats, epsilon=normalization.EPSILON):
+  def as_linear(params, batch_stats, epsilon):
     factor = params["scale"] / np.sqrt(batch_stats["var"] + epsilon)
     return factor, params["bias"] - factor * batch_stats["mean"]
 

@@ -5,7 +5,6 @@ from typing import ClassVar
 from rescalevit_jax import errors
 from rescalevit_jax.models.norms import layer_norm
 from rescalevit_jax.models.norms import traits
-from rescalevit_jax.models.ops import normalization
 
 
 class CenterNorm(layer_norm.Affine, traits.Foldable):
@@ -39,6 +38,6 @@ class CenterNorm(layer_norm.Affine, traits.Foldable):
     return True
 
   @staticmethod
-  def as_linear(params, batch_stats, epsilon=normalization.EPSILON):
+  def as_linear(params, batch_stats, epsilon):
     scale = params["scale"]
     return scale.size / (scale.size - 1) * scale, params["bias"]

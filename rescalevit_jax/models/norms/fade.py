@@ -13,17 +13,14 @@ from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 import numpy as np
 
 from rescalevit_jax.models.norms import functions
 from rescalevit_jax.models.norms import gradual
 from rescalevit_jax.models.norms import layer_norm
 from rescalevit_jax.models.norms import traits
-from rescalevit_jax.models.ops import normalization
 from rescalevit_jax.runtime import accelerator
-
-FULL = gradual.FULL
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,14 +64,18 @@ class Fade(
 
   def normalize(self, x, train):
     log_sigma, faded = self.log_sigma.value, self.faded.value
-    share = faded / FULL
-    frozen = by_token(log_sigma, x.shape[1])
+    share = faded / gradual.FULL
+    patches = jnp.broadcast_to(log_sigma[1:], x.shape[1] - 1)
+    frozen = jnp.concatenate([log_sigma[:1], patches])[:, None]
     y, log_own = normalize(x, frozen, share, self.options.epsilon)
     if train and not self.is_initializing():
-      count = self.count.value + 1
-      separate_cls = self.schedule is None or self.schedule.separate_cls
-      updated = update_running_mean(log_sigma, log_own, count, separate_cls)
-      self.log_sigma.value = jnp.where(faded < FULL, updated, log_sigma)
+      passes = self.count.value + 1
+      if self.schedule is None or self.schedule.separate_cls:
+        mean = jnp.stack([log_own[:, 0].mean(), log_own[:, 1:].mean()])
+      else:
+        mean = jnp.broadcast_to(log_own.mean(), 2)
+      updated = gradual.update_mean(log_sigma, mean, passes)
+      self.log_sigma.value = jnp.where(faded < gradual.FULL, updated, log_sigma)
       self.count_pass()
       if self.schedule is not None:
         # This replaces the alpha of a loaded file.
@@ -91,9 +92,9 @@ class Fade(
     return jnp.where(alpha > 0, curved, y)
 
   @staticmethod
-  def as_linear(params, batch_stats, epsilon=normalization.EPSILON):
+  def as_linear(params, batch_stats, epsilon):
     of_cls, of_patches = batch_stats["log_sigma"]
-    linear = batch_stats["faded"] == FULL and batch_stats["alpha"] == 0
+    linear = batch_stats["faded"] == gradual.FULL and batch_stats["alpha"] == 0
     if not linear or of_cls != of_patches:
       raise ValueError(
         "Fade folds only after it has faded to a linear map, with one scale for"
@@ -119,7 +120,7 @@ def normalize(
   x: Float[Array, "B N D"],
   log_frozen: Float[Array, "N 1"],
   share: Float[Array, ""],
-  epsilon: float = normalization.EPSILON,
+  epsilon: float,
 ) -> tuple[Float[Array, "B N D"], Float[Array, "B N 1"]]:
   """Return (x - mean) / (sigma^(1 - share) * frozen^share) and log sigma.
 
@@ -159,26 +160,3 @@ def _backward(epsilon, residuals, gradients):
 
 
 normalize.defvjp(_forward, _backward)
-
-
-def by_token(kinds: Float[Array, " 2"], num_tokens: int) -> Float[Array, "N 1"]:
-  """Return the numbers of class token and patches as one number per token."""
-  patches = jnp.broadcast_to(kinds[1:], num_tokens - 1)
-  return jnp.concatenate([kinds[:1], patches])[:, None]
-
-
-def update_running_mean(
-  log_frozen: Float[Array, " 2"],
-  log_own: Float[Array, "B N 1"],
-  passes: Int[Array, ""],
-  separate_cls: bool,
-) -> Float[Array, " 2"]:
-  """Return the running means of class token and patches after a pass.
-
-  Unless `separate_cls`, both are the mean over all tokens.
-  """
-  if separate_cls:
-    mean = jnp.stack([log_own[:, 0].mean(), log_own[:, 1:].mean()])
-  else:
-    mean = jnp.broadcast_to(log_own.mean(), 2)
-  return gradual.update_mean(log_frozen, mean, passes)

@@ -188,7 +188,7 @@ class Linear(Pointwise, traits.Foldable):
     return alpha * scale * x + bias
 
   @staticmethod
-  def as_linear(params, batch_stats, epsilon=normalization.EPSILON):
+  def as_linear(params, batch_stats, epsilon):
     return params["alpha"] * params["scale"], params["bias"]
 
 
@@ -220,10 +220,11 @@ class Cal(Pointwise, traits.Foldable):
     # needs two sums of that size. All other arrays have one element per
     # channel.
     params = {"alpha": alpha, "scale": scale, "bias": bias}
-    factor, shift = self.as_linear(params, {"init_mean": self.init_mean.value})
+    stats = {"init_mean": self.init_mean.value}
+    factor, shift = self.as_linear(params, stats, self.options.epsilon)
     return factor * x + shift
 
   @staticmethod
-  def as_linear(params, batch_stats, epsilon=normalization.EPSILON):
+  def as_linear(params, batch_stats, epsilon):
     factor = params["alpha"] * params["scale"]
     return factor, params["bias"] - factor * batch_stats["init_mean"]

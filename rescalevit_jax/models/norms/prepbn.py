@@ -6,7 +6,6 @@ import flax.linen as nn
 
 from rescalevit_jax.models.norms import batch_norm
 from rescalevit_jax.models.norms import gradual
-from rescalevit_jax.models.ops import normalization
 
 
 class PRepBN(gradual.Gradual, batch_norm.BatchNorm):
@@ -42,7 +41,7 @@ class PRepBN(gradual.Gradual, batch_norm.BatchNorm):
     return y.astype(self.dtype)
 
   @staticmethod
-  def as_linear(params, batch_stats, epsilon=normalization.EPSILON):
+  def as_linear(params, batch_stats, epsilon):
     if batch_stats["faded"] != gradual.FULL:
       raise ValueError(
         "PRepBN folds only when lambda is 0; take the latest checkpoint of a"

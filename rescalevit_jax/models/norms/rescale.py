@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from rescalevit_jax.models.norms import traits
-from rescalevit_jax.models.ops import normalization
 
 
 class Rescale(traits.RunningStatistics, traits.Settling, traits.Foldable):
@@ -60,7 +59,7 @@ class Rescale(traits.RunningStatistics, traits.Settling, traits.Foldable):
     return not train or self.is_settled(train)
 
   @staticmethod
-  def as_linear(params, batch_stats, epsilon=normalization.EPSILON):
+  def as_linear(params, batch_stats, epsilon):
     calibrating = batch_stats["count"] < Rescale.CALIBRATION_BATCHES
     bias = np.where(calibrating, 0.01, 1.0) * params["bias"]
     return np.ones_like(bias), bias - batch_stats["init_mean"]

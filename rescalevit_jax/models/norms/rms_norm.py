@@ -23,9 +23,7 @@ class RMSNorm(base.Norm):
   def __call__(self, x, train):
     scale = self.param("scale", nn.initializers.ones, (self.features,))
     x = x.astype(jnp.float32)
-    y, _, _ = normalization.normalize(
-      x, (x.ndim - 1,), False, self.options.epsilon
-    )
+    y, _, _ = normalization.normalize(x, (-1,), False, self.options.epsilon)
     return (y * scale).astype(self.dtype)
 
   def is_per_token(self, train):

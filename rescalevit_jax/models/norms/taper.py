@@ -10,7 +10,6 @@ import jax.numpy as jnp
 
 from rescalevit_jax.models.norms import gradual
 from rescalevit_jax.models.norms import traits
-from rescalevit_jax.models.ops import normalization
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,7 +110,7 @@ class TaperLN(gradual.Gradual, traits.Foldable):
     self.count_pass()
 
   @classmethod
-  def as_linear(cls, params, batch_stats, epsilon=normalization.EPSILON):
+  def as_linear(cls, params, batch_stats, epsilon):
     if batch_stats["faded"] != gradual.FULL:
       raise ValueError(
         f"{cls.__name__} folds only after it has tapered; take the latest"

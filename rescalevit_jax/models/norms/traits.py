@@ -12,7 +12,6 @@ import numpy as np
 
 from rescalevit_jax.models.norms import base
 from rescalevit_jax.models.norms import functions
-from rescalevit_jax.models.ops import normalization
 
 # The collection of the averages of a calibration; see `Calibrated`.
 CALIBRATION = "calibration"
@@ -90,7 +89,7 @@ class Foldable(base.Norm):
   def as_linear(
     params: dict[str, np.ndarray],
     batch_stats: dict[str, np.ndarray],
-    epsilon: float = normalization.EPSILON,
+    epsilon: float,
   ) -> tuple[np.ndarray, np.ndarray]:
     """Return the factor and the shift of each channel at one site.
 
