@@ -18,16 +18,10 @@ def fan_out(
   return x, x, x
 
 
-def _fan_out_forward(x):
-  return (x, x, x), None
-
-
-def _fan_out_backward(_, gradients):
-  first, second, third = gradients
-  return (first + (second + third),)
-
-
-fan_out.defvjp(_fan_out_forward, _fan_out_backward)
+fan_out.defvjp(
+  lambda x: ((x, x, x), None),
+  lambda _, dy: (dy[0] + (dy[1] + dy[2]),),
+)
 
 
 @jax.custom_vjp
@@ -42,15 +36,10 @@ def add_bias(
   return x + bias.astype(x.dtype)
 
 
-def _add_bias_forward(x, bias):
-  return x + bias.astype(x.dtype), None
-
-
-def _add_bias_backward(_, dy):
-  return dy, dy.astype(jnp.float32).sum(axis=0)
-
-
-add_bias.defvjp(_add_bias_forward, _add_bias_backward)
+add_bias.defvjp(
+  lambda x, bias: (x + bias.astype(x.dtype), None),
+  lambda _, dy: (dy, dy.astype(jnp.float32).sum(axis=0)),
+)
 
 
 @jax.custom_vjp
@@ -67,10 +56,6 @@ def add_to_batch(
   return x + y
 
 
-def _add_to_batch_forward(x, y):
-  return x + y, None
-
-
 def _add_to_batch_backward(_, dz):
   # The barrier prevents XLA from rewriting it as one sum over [B, ...].
   flat = jax.lax.optimization_barrier(dz.reshape(len(dz), -1))
@@ -78,4 +63,4 @@ def _add_to_batch_backward(_, dz):
   return dz, dy.reshape(dz.shape[1:])
 
 
-add_to_batch.defvjp(_add_to_batch_forward, _add_to_batch_backward)
+add_to_batch.defvjp(lambda x, y: (x + y, None), _add_to_batch_backward)
