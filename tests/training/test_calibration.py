@@ -135,7 +135,7 @@ def test_alpha_init_selects_the_calibrated_sites(tiny_config):
   found = different(state.params, scratch.params)
   assert len(found) == 2 and all("DyISRU_2" not in str(x) for x in found)
   tiny_config.calibration = "all"
-  with pytest.raises(errors.UserError, match="replaces model.alpha_init"):
+  with pytest.raises(errors.UserError, match="overrides calibration"):
     experiment.create(tiny_config)
   tiny_config.calibration = "none"
   with pytest.raises(errors.UserError, match="needs a calibration"):
