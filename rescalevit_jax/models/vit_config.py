@@ -58,7 +58,7 @@ class ViTConfig:
   num_layers: int  # Encoder blocks.
   image_size: int = 224  # Edge of the square images, in pixels.
   norm: str = "LN"  # A key of `norms.NORMS`.
-  alpha_init: str | None = None  # See `pointwise.parse_alphas`.
+  alpha_init: str | float | None = None  # See `pointwise.parse_alphas`.
   norm_position: str = "pre"  # See `vit.EncoderBlock`, also for the next one.
   norm_depth_scaling: bool = False
   embedding_norm: bool = False  # True if a norm follows the position embedding.

@@ -229,7 +229,7 @@ def test_only_a_calibration_replaces_the_initial_alpha(norm, alpha):
 def test_alpha_init_of_attention_mlp_and_final_norm():
   parse = pointwise.parse_alphas
   assert parse(None) == (None, None, None)
-  assert parse("0.5") == (0.5, 0.5, 0.5)
+  assert parse("0.5") == parse(0.5) == (0.5, 0.5, 0.5)
   assert parse("calibrated,0.2,3") == ("calibrated", 0.2, 3.0)
   for text in ("", "0", "nan", "-1", "inf", "0.1,0.2", "Calibrated", "1,,1"):
     with pytest.raises(errors.UserError, match="model.alpha_init: "):

@@ -14,15 +14,15 @@ from rescalevit_jax.models.norms import traits
 from rescalevit_jax.models.ops import normalization
 
 
-def parse_alphas(text: str | None) -> tuple[float | str | None, ...]:
+def parse_alphas(value: str | float | None) -> tuple[float | str | None, ...]:
   """Return the initial alphas of attention, MLP and final norm.
 
-  The text is one value for all, or three with commas. A value is a number above
-  0 or 'calibrated'. None: the norm's default.
+  The value is a number above 0 or 'calibrated', for all, or three of them as
+  text with commas. None: the norm's default.
   """
-  if text is None:
+  if value is None:
     return (None,) * len(base.SITES)
-  words = text.split(",")
+  words = str(value).split(",")
   try:
     alphas = [x if x == base.CALIBRATED else float(x) for x in words]
   except ValueError:
@@ -31,7 +31,7 @@ def parse_alphas(text: str | None) -> tuple[float | str | None, ...]:
   valid = all(0 < x < math.inf for x in numbers)
   if len(alphas) not in (1, len(base.SITES)) or not valid:
     raise errors.UserError(
-      f"model.alpha_init: {text!r} is neither a number above 0 nor"
+      f"model.alpha_init: {value!r} is neither a number above 0 nor"
       f" {base.CALIBRATED!r}, nor three of them; use a value such as 0.5 or"
       " 0.8,0.2,0.2"
     )
