@@ -103,6 +103,15 @@ def test_images_of_several_sizes_must_be_resized(root):
   assert load(root, num_val=1, image_size=4).train.images.shape[1] == 4
 
 
+def test_a_damaged_first_file_is_named(root):
+  write(root, {"cat": 1, "dog": 1})
+  for path in root.rglob("*.png"):
+    path.write_bytes(b"not an image")
+  advice = "or train with data.image_size and data.skip_damaged"
+  with pytest.raises(errors.UserError, match=f"cannot be read .*{advice}"):
+    load(root, num_val=1)
+
+
 def test_a_damaged_file_is_named_and_can_be_skipped(root):
   write(root, {"cat": 3, "dog": 3})
   (root / "cat" / "001.png").write_bytes(b"not an image")
